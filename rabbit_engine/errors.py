@@ -1,0 +1,177 @@
+"""Every error this library raises on purpose.
+
+```
+RabbitError
+├── ConfigurationError (ValueError)          what the caller asked for cannot be
+│   ├── UnknownKeywordError (TypeError)      a keyword nobody knows
+│   ├── CompressionUnavailableError          compression and quantised checkpoints: not in this version
+│   ├── DeviceUnavailableError               the device asked for is not on this machine
+│   ├── AttentionUnavailableError            the attention implementation asked for does not work here
+│   └── BudgetError                          the memory budget is below the smallest that can work
+├── MissingExtraError (ImportError)          an optional package is not installed
+├── CheckpointError                          the source of the weights
+│   ├── CheckpointNotFoundError              no such repo, revision or folder, or nothing to load in it
+│   ├── GatedCheckpointError                 the repo wants an accepted licence and a token
+│   ├── HubUnreachableError                  the Hub does not answer and the files are not in the cache
+│   ├── MissingFileError                     an index names a file that is not there
+│   ├── DamagedCheckpointError               cut off, or not the format its name says
+│   ├── UnsafePickleError                    a pickle that wants more than tensors
+│   ├── UnsupportedArchitectureError         no class builds this config, or it needs code we may not run
+│   ├── MismatchedWeightsError               weights missing or of another shape than the model's
+│   └── TokenizerNotFoundError               the model runs, but nothing here can make it a tokenizer
+├── ShardError                               the split weights
+│   ├── NotEnoughDiskError                   counted before the first byte is written
+│   ├── ShardsNotWritableError               the folder for the shards is read-only
+│   ├── ShardsNotFoundError                  no split where one was asked for
+│   └── DamagedShardError                    size, header or checksum differ from the manifest
+└── StreamingError (RuntimeError)            while a model is loaded
+    ├── WeightNotLoadedError                 a weight was used while it was away
+    ├── ModelClosedError                     the model was used after close()
+    └── UnsupportedOperationError            something a streamed model cannot do
+        ├── CannotMoveError                  to(), cuda(), half(), to_empty() ...
+        ├── CannotCopyError                  copy and deepcopy
+        ├── CannotPickleError                pickle, torch.save
+        ├── CannotSaveError                  save_pretrained, push_to_hub
+        ├── CannotLoadStateError             load_state_dict
+        ├── CannotMergeError                 merge_and_unload, merge_adapter
+        └── CannotTrainError                 gradients through streamed layers
+```
+"""
+
+from __future__ import annotations
+
+
+class RabbitError(Exception):
+    """Root of the tree: `except RabbitError` catches everything raised here on purpose."""
+
+
+class ConfigurationError(RabbitError, ValueError):
+    """What the caller asked for cannot be."""
+
+
+class UnknownKeywordError(ConfigurationError, TypeError):
+    """A keyword nobody knows; the message names the nearest known one."""
+
+
+class CompressionUnavailableError(ConfigurationError):
+    """Compression, or a checkpoint that is quantised already: not in this version."""
+
+
+class DeviceUnavailableError(ConfigurationError):
+    """The device asked for is not on this machine."""
+
+
+class AttentionUnavailableError(ConfigurationError):
+    """The attention implementation asked for does not work here; the message says why."""
+
+
+class BudgetError(ConfigurationError):
+    """The memory budget cannot work; the message says the smallest that can."""
+
+
+class MissingExtraError(RabbitError, ImportError):
+    """An optional package is not installed; the message names the extra."""
+
+
+class CheckpointError(RabbitError):
+    """Something is wrong with the source of the weights."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No such repo, revision or folder, or nothing in it that can be loaded."""
+
+
+class GatedCheckpointError(CheckpointError):
+    """The repo wants an accepted licence and a token."""
+
+
+class HubUnreachableError(CheckpointError, ConnectionError):
+    """The Hub does not answer (or must not be asked) and the files are not in the cache."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """An index names a file that is not there."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of the checkpoint is cut off or is not the format its name says."""
+
+
+class UnsafePickleError(CheckpointError):
+    """A pickle that wants more than tensors; it was not loaded."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """No installed class builds this config, or it needs code that was not allowed to run."""
+
+
+class MismatchedWeightsError(CheckpointError):
+    """Weights are missing, or have another shape than the model's."""
+
+
+class TokenizerNotFoundError(CheckpointError):
+    """The checkpoint holds no tokenizer; the model itself runs."""
+
+
+class ShardError(RabbitError):
+    """Something is wrong with the split weights."""
+
+
+class NotEnoughDiskError(ShardError, OSError):
+    """The disk has no room; counted before the first byte is written."""
+
+
+class ShardsNotWritableError(ShardError, PermissionError):
+    """The folder for the shards cannot be written."""
+
+
+class ShardsNotFoundError(ShardError, FileNotFoundError):
+    """There is no split where one was asked for."""
+
+
+class DamagedShardError(ShardError):
+    """A shard's size, header or checksum differs from its manifest."""
+
+
+class StreamingError(RabbitError, RuntimeError):
+    """Something went wrong while a model is loaded."""
+
+
+class WeightNotLoadedError(StreamingError):
+    """A weight was used while it was away; the message names it."""
+
+
+class ModelClosedError(StreamingError):
+    """The model was used after `close()` or the end of its `with` block."""
+
+
+class UnsupportedOperationError(StreamingError):
+    """Something a streamed model cannot do; the message says what to do instead."""
+
+
+class CannotMoveError(UnsupportedOperationError):
+    """Moving or casting a streamed model."""
+
+
+class CannotCopyError(UnsupportedOperationError):
+    """Copying a streamed model."""
+
+
+class CannotPickleError(UnsupportedOperationError):
+    """Pickling a streamed model."""
+
+
+class CannotSaveError(UnsupportedOperationError):
+    """Saving a streamed model: its weights are on disk already."""
+
+
+class CannotLoadStateError(UnsupportedOperationError):
+    """Loading a state dict into a streamed model."""
+
+
+class CannotMergeError(UnsupportedOperationError):
+    """Merging an adapter into weights that are read anew every pass."""
+
+
+class CannotTrainError(UnsupportedOperationError):
+    """Gradients through streamed layers: slots are overwritten behind autograd's back."""

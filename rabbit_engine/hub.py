@@ -1,0 +1,189 @@
+"""A repo id or a folder into a local folder, through huggingface_hub: resumed downloads, only the files that are needed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rabbit_engine.config import SourceConfig
+from rabbit_engine.errors import CheckpointNotFoundError, GatedCheckpointError, HubUnreachableError, NotEnoughDiskError
+from rabbit_engine.units import format_bytes
+
+HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
+"""That of the HTTP library which this huggingface_hub is built on."""
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
+_NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """A checkpoint's folder on this machine and the names of all its files, fetched or not.
+
+    `commit` is None for a folder of the user's own.
+    """
+
+    name: str
+    folder: Path
+    names: tuple[str, ...]
+    commit: str | None = None
+
+    def read_text(self, name: str) -> str:
+        """A small file's text."""
+        return (self.folder / name).read_text(encoding="utf-8")
+
+
+def find_repo(name: str | Path, source: SourceConfig) -> Repo:
+    """The folder itself, or the repo's small files (config, tokenizer, index) fetched into the Hub cache.
+
+    Raises CheckpointNotFoundError, GatedCheckpointError or HubUnreachableError.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Repo(
+            str(name),
+            path.resolve(),
+            tuple(sorted(p.relative_to(path).as_posix() for p in path.iterdir() if p.is_file())),
+        )
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise CheckpointNotFoundError(f"{name} is no folder here, and no repo id (organisation/name)")
+    with _own_errors(str(name), source):
+        return _find_cached(str(name), source) if _offline(source) else _find_online(str(name), source)
+
+
+def _offline(source: SourceConfig) -> bool:
+    return source.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _find_online(name: str, source: SourceConfig) -> Repo:
+    try:
+        info = HfApi().model_info(name, revision=source.revision, token=source.token, timeout=20)
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError) as error:  # no network: what is in the cache may do
+        try:
+            return _find_cached(name, source)
+        except LocalEntryNotFoundError:
+            raise HubUnreachableError(
+                f"{name}: the Hub does not answer ({type(error).__name__}) and it is not in the cache; is the network up?"
+            ) from error
+    wanted = _SMALL_FILES + (["*.py"] if source.trust_remote_code else [])
+    folder = _download(name, info.sha, wanted, source)
+    return Repo(name, folder, tuple(sorted(s.rfilename for s in info.siblings or ())), info.sha)
+
+
+def _find_cached(name: str, source: SourceConfig) -> Repo:
+    root = Path(source.cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    revision = source.revision or "main"
+    reference = root / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = root / "snapshots" / commit
+    if not folder.is_dir():
+        raise LocalEntryNotFoundError(f"{name} at {revision} is not in {root.parent}")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return Repo(name, folder, tuple(names), commit)
+
+
+def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
+    """Fetch the weight files that are not in the cache yet; the disk's room is counted before the first byte.
+
+    Raises NotEnoughDiskError, GatedCheckpointError, HubUnreachableError or CheckpointNotFoundError.
+    """
+    if repo.commit is None or all((repo.folder / name).is_file() for name in names):
+        return
+    with _own_errors(repo.name, source):
+        if not _offline(source):
+            _check_room(repo, names, source)
+        _download(repo.name, repo.commit, list(names), source)
+
+
+def _check_room(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
+    planned = snapshot_download(
+        repo.name,
+        revision=repo.commit,
+        cache_dir=source.cache_dir,
+        token=source.token,
+        allow_patterns=list(names),
+        dry_run=True,
+    )
+    needed = sum(file.file_size or 0 for file in planned if file.will_download)
+    cache = Path(source.cache_dir or constants.HF_HUB_CACHE)
+    require_room(cache, needed, f"downloading {repo.name}")
+
+
+def require_room(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise NotEnoughDiskError where the disk of `folder` has less room than `needed_bytes`."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise NotEnoughDiskError(
+            f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, {format_bytes(free)} are free: "
+            "free some, or give another folder (layer_shards_saving_path=, cache_dir=), or delete_original=True"
+        )
+
+
+def _download(name: str, commit: str | None, patterns: list[str], source: SourceConfig) -> Path:
+    folder = snapshot_download(
+        name,
+        revision=commit,
+        cache_dir=source.cache_dir,
+        token=source.token,
+        local_files_only=_offline(source),
+        allow_patterns=patterns,
+        ignore_patterns=_NOT_WANTED,
+    )
+    return Path(folder)
+
+
+@contextmanager
+def _own_errors(name: str, source: SourceConfig) -> Iterator[None]:
+    """huggingface_hub's errors as ours: what happened, and what to do."""
+    revision = f" at revision {source.revision!r}" if source.revision else ""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise GatedCheckpointError(
+            f'{name} is gated: accept its licence on its page, then give token="hf_..." or set HF_TOKEN'
+            f"{'' if source.token is None else ' (the token given has no access)'}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointNotFoundError(f"{name} has no revision {source.revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{name} is no folder here and no repo that this token can see; check the spelling, or give token= for a private one"
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointNotFoundError(f"{name} is no folder here and no repo id ({error})") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubUnreachableError(
+            f"{name}{revision} is not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE): allow them once"
+        ) from error
+    except HTTPError as error:
+        raise HubUnreachableError(f"{name}: the Hub does not answer as it should ({error}); try again") from error
+
+
+def delete_original(path: Path, repo: Repo) -> None:
+    """Delete a weight file; in the Hub cache its blob too, unless another revision still links to it."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    if repo.commit is not None and blob != path and not _linked(blob, repo.folder.parent):
+        blob.unlink(missing_ok=True)
+
+
+def _linked(blob: Path, snapshots: Path) -> bool:
+    return any(link.is_symlink() and link.resolve() == blob for link in snapshots.rglob("*"))

@@ -1,0 +1,347 @@
+"""`AutoModel` and the streamed model: transformers' own class, whose weights come and go. Only here is it subclassed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+
+from rabbit_engine.assembly import Assembly, assemble
+from rabbit_engine.attention import choose_attention
+from rabbit_engine.config import (
+    SourceConfig,
+    SplitConfig,
+    StreamConfig,
+    check_keywords,
+    parse_device,
+    parse_dtype,
+    parse_max_memory,
+    refuse_compression,
+)
+from rabbit_engine.errors import (
+    AttentionUnavailableError,
+    CannotCopyError,
+    CannotLoadStateError,
+    CannotMoveError,
+    CannotPickleError,
+    CannotSaveError,
+    MissingExtraError,
+    TokenizerNotFoundError,
+)
+from rabbit_engine.planner import Plan
+from rabbit_engine.prepare import Prepared, prepare
+from rabbit_engine.shards import read_entries
+from rabbit_engine.splitter import build_for
+from rabbit_engine.streaming import Profile, Streamer, move
+from rabbit_engine.units import format_bytes, format_rate
+
+logger = logging.getLogger(__name__)
+
+
+class StreamingMixin:
+    """What a streamed model has beside its transformers class, and what it refuses.
+
+    `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
+    """
+
+    _assembly: Assembly
+    _prepared: Prepared
+    _tokenizer_source: Mapping[str, Any]
+    _tokenizer: Any = None
+    _attention_reason: str
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided: what is resident, streamed and read by row, and the memory that takes."""
+        return self._assembly.plan
+
+    @property
+    def profile(self) -> Profile:
+        """Passes, units, bytes and seconds since the model was loaded."""
+        return self._assembly.streamer.profile()
+
+    @property
+    def active_attention_implementation(self) -> str:
+        """The attention implementation in use: "flash_attention_2", "sdpa" or "eager"."""
+        return self.config._attn_implementation  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_source)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def close(self) -> None:
+        """End the reader's thread and free the weights' memory. Safe to call again; using the model then raises."""
+        self._assembly.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with its tensors moved to the model's device."""
+        device = self._assembly.device
+        return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
+
+    def get_compiled_call(self, *_: Any, **__: Any) -> Any:
+        """Streamed weights are not there when a compiler looks: the call as it is."""
+        return self.__call__  # type: ignore[operator]
+
+    def _apply(self, *_: Any, **__: Any) -> NoReturn:
+        raise CannotMoveError(
+            f"a streamed model stays on {self._assembly.device} in {self._prepared.dtype}: "
+            "load it with device= and dtype= as you want them"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Allowed for the device and dtype the model has. Raises CannotMoveError."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
+        if same_device and dtype in (None, self._prepared.dtype):
+            return self
+        return self._apply()
+
+    def cuda(self, device: Any = None) -> Self:
+        """`to` a CUDA device."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> Self:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def half(self, *_: Any) -> Self:
+        """`to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def float(self, *_: Any) -> Self:
+        """`to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> Self:
+        """`to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def double(self) -> Self:
+        """`to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def type(self, dst_type: Any) -> Self:
+        """Raises CannotMoveError unless it is the dtype the model has."""
+        return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
+
+    def to_empty(self, **_: Any) -> NoReturn:
+        """Raises CannotMoveError."""
+        self._apply()
+
+    def __copy__(self) -> NoReturn:
+        raise CannotCopyError("a streamed model owns a thread and slots: load it a second time instead of copying it")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CannotPickleError("a streamed model cannot be pickled: send its name, and load it where it is needed")
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotSaveError."""
+        raise CannotSaveError(
+            f"the weights of a streamed model are on disk already, in {self._prepared.folder}: copy the original checkpoint "
+            "or that folder; an adapter is saved by PeftModel.save_pretrained"
+        )
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotSaveError."""
+        self.save_pretrained()
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotLoadStateError."""
+        raise CannotLoadStateError(
+            "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
+            "an adapter goes in by model.load_adapter"
+        )
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device(device.type, device.index or 0)
+
+
+def load_tokenizer(source: Mapping[str, Any]) -> Any:
+    """`AutoTokenizer` on the checkpoint's folder. Raises TokenizerNotFoundError or MissingExtraError."""
+    try:
+        return AutoTokenizer.from_pretrained(**source)
+    except ImportError as error:
+        raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TokenizerNotFoundError(
+            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({str(error).splitlines()[0]}): "
+            "the model itself runs; set model.tokenizer, or pass token ids"
+        ) from error
+
+
+@functools.cache
+def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both."""
+    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__})
+
+
+class AutoModel:
+    """Loads any causal language model so that it runs in less memory than it has."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoModel is not constructed: use AutoModel.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | int | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        attn_implementation: str | None = "auto",
+        compression: str | None = None,
+        layer_shards_saving_path: str | Path | None = None,
+        delete_original: bool = False,
+        prefetching: bool = True,
+        profiling_mode: bool = False,
+        show_layer_progress: bool = False,
+        token: str | bool | None = None,
+        hf_token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        device_map: Any = None,
+        torch_dtype: str | torch.dtype | None = None,
+        quantization_config: Any = None,
+        **other: Any,
+    ) -> Any:
+        """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
+
+        Args:
+            pretrained_model_name_or_path: a repo id of the Hugging Face Hub, a folder, or a `.gguf` file.
+            device: "cuda:0", "mps" or "cpu"; None takes the best there is.
+            dtype: of the weights and of the computation; None keeps the checkpoint's own.
+            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take; None is what is free now, less a tenth.
+            attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
+            compression: comes with a later version; anything but None is refused.
+            layer_shards_saving_path: where the shards go; None puts them beside the checkpoint.
+            delete_original: delete each original weight file once every shard made from it is verified.
+            prefetching: read the next layer while this one runs.
+            profiling_mode: log every pass at INFO: bytes, rates, seconds waited.
+            show_layer_progress: a progress bar over the layers of each pass.
+            token: for gated and private repos (`hf_token` is its older spelling; HF_TOKEN is read too).
+            revision: branch, tag or commit. cache_dir: of the Hub. local_files_only: download nothing.
+            trust_remote_code: run modelling code that the repository brings.
+            gguf_file: the file to take from a folder or repo with several.
+            device_map: "auto", or one device. torch_dtype: older spelling of dtype.
+            quantization_config: refused, as compression.
+            other: keywords of other libraries that mean nothing here; each is named once in a warning.
+
+        Raises:
+            RabbitError: a ConfigurationError, CheckpointError or ShardError that says what to do.
+        """
+        check_keywords(other, tuple(inspect.signature(cls.from_pretrained).parameters)[:-1])
+        refuse_compression(compression, quantization_config)
+        target = parse_device(device, device_map)
+        device_budget, host_budget = parse_max_memory(max_memory, target)
+        source = SourceConfig(
+            token=token if token is not None else hf_token,
+            revision=revision,
+            cache_dir=Path(cache_dir) if cache_dir else None,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
+        )
+        split = SplitConfig(
+            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+            saving_path=Path(layer_shards_saving_path) if layer_shards_saving_path else None,
+            delete_original=delete_original,
+        )
+        stream = StreamConfig(
+            device=target,
+            device_budget_bytes=device_budget,
+            host_budget_bytes=host_budget,
+            attn_implementation=attn_implementation or "auto",
+            prefetching=prefetching,
+            profiling_mode=profiling_mode,
+            show_layer_progress=show_layer_progress,
+        )
+        return load(pretrained_model_name_or_path, source, split, stream)
+
+
+def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
+    """Prepare the shards, build the class without weights, and set its weights streaming."""
+    prepared = prepare(name, source, split)
+    entries = read_entries(prepared.folder, prepared.manifest)
+    choice = choose_attention(stream.attn_implementation, prepared.cls, prepared.dtype, stream.device)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    try:
+        model: Any = build_for(
+            streamed_class(prepared.cls),  # type: ignore[arg-type]
+            prepared.config,
+            prepared.dtype,
+            shapes,
+            choice.name,
+        )
+    except (ValueError, ImportError) as error:
+        if choice.name is None:
+            raise
+        raise AttentionUnavailableError(
+            f"attn_implementation={choice.name!r} does not work for {prepared.cls.__name__}: {error}"
+        ) from error
+    _set_names(model, str(name), prepared, source)
+    model._assembly = assemble(model, entries, prepared.manifest.ties, stream)
+    weakref.finalize(model, model._assembly.streamer.close)
+    if stream.profiling_mode:
+        model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)
+    logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
+    logger.info("plan of %s:\n%s", name, model.plan)
+    return model
+
+
+def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) -> None:
+    """Its name, generation config and the way to its tokenizer, from the checkpoint's folder."""
+    model._prepared = prepared
+    model.name_or_path = model.config.name_or_path = name
+    folder = str(prepared.repo.folder)
+    model._tokenizer_source = {
+        "pretrained_model_name_or_path": folder,
+        "trust_remote_code": source.trust_remote_code,
+        **({"gguf_file": prepared.gguf_file} if prepared.gguf_file else {}),
+    }
+    if model.can_generate() and prepared.gguf_file is None:
+        model.adjust_generation_fn(
+            None, None, None, folder,
+            cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
+            subfolder="", trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
+
+
+def _log_pass(streamer: Streamer, seconds: float) -> None:
+    profile = streamer.profile()
+    logger.info(
+        "pass %d: %.2f s; so far %s read at %s, waited %.2f s",
+        profile.passes,
+        seconds,
+        format_bytes(profile.bytes_read),
+        format_rate(profile.bytes_read, profile.read_s),
+        profile.wait_s,
+    )

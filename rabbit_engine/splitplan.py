@@ -1,0 +1,103 @@
+"""Which tensors of a checkpoint go into which shard, what is shared, what it costs. Pure: names and byte counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One shard: the checkpoint's keys it is made from, the files those lie in, and about how large it will be."""
+
+    name: str
+    keys: tuple[str, ...]
+    files: frozenset[str]
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """`shared` maps a weight to the stored one it shares; `dropped` are weights whose stored copies are not needed."""
+
+    shared: Mapping[str, str]
+    dropped: frozenset[str]
+
+
+def settle_ties(tied: Mapping[str, str], present: frozenset[str], equal: Callable[[str, str], bool]) -> Ties:
+    """Decide, as transformers does, which of the model's tied pairs (target -> source) are tied in this checkpoint.
+
+    Where both are stored they are tied only if `equal(target, source)`; where only the target is stored, the source
+    shares it.
+    """
+    shared: dict[str, str] = {}
+    dropped: set[str] = set()
+    for target, source in tied.items():
+        if source in present and target in present:
+            if equal(target, source):
+                shared[target] = source
+                dropped.add(target)
+        elif source in present:
+            shared[target] = source
+        elif target in present:
+            shared[source] = target
+        else:
+            _tie_to_sibling(target, source, tied, present, shared)
+    return Ties(shared, frozenset(dropped))
+
+
+def _tie_to_sibling(target: str, source: str, tied: Mapping[str, str], present: frozenset[str], shared: dict[str, str]) -> None:
+    """Of three weights tied to one source, the stored one may be neither of this pair."""
+    sibling = next((other for other, its_source in tied.items() if its_source == source and other in present), None)
+    if sibling is not None:
+        shared[target] = sibling
+
+
+def plan_shards(
+    shard_names: Sequence[str],
+    shard_of_key: Mapping[str, str],
+    file_of_key: Mapping[str, str],
+    bytes_of_shard: Mapping[str, int],
+) -> tuple[ShardPlan, ...]:
+    """The shards in the order of a pass; a shard that nothing goes into is left out."""
+    keys: dict[str, list[str]] = {name: [] for name in shard_names}
+    for key, shard in shard_of_key.items():
+        keys[shard].append(key)
+    return tuple(
+        ShardPlan(name, tuple(found), frozenset(file_of_key[key] for key in found), bytes_of_shard[name])
+        for name, found in keys.items()
+        if found
+    )
+
+
+def files_done_after(plans: Sequence[ShardPlan]) -> dict[str, list[str]]:
+    """shard -> the original files of which it is the last shard made."""
+    last = {file: plan.name for plan in plans for file in plan.files}
+    done: dict[str, list[str]] = {plan.name: [] for plan in plans}
+    for file, shard in sorted(last.items()):
+        done[shard].append(file)
+    return done
+
+
+def peak_extra_bytes(plans: Sequence[ShardPlan], finished: frozenset[str], freed_bytes: Mapping[str, int]) -> int:
+    """The most disk that the split will need beyond what is used now.
+
+    `freed_bytes` holds the size of each original that is deleted once its last shard is written; empty to keep them.
+    """
+    done, extra, peak = files_done_after(plans), 0, 0
+    for plan in plans:
+        if plan.name not in finished:
+            extra += plan.file_bytes
+            peak = max(peak, extra)
+        extra -= sum(freed_bytes.get(file, 0) for file in done[plan.name])
+    return peak
+
+
+def missing_weights(
+    expected: Iterable[str], stored: Iterable[str], shared: Mapping[str, str], ignored: Iterable[str]
+) -> list[str]:
+    """Weights of the model that the checkpoint neither stores nor shares, less those the model says may be missing."""
+    patterns = [re.compile(pattern) for pattern in ignored]
+    absent = set(expected) - set(stored) - set(shared)
+    return sorted(name for name in absent if not any(p.search(name) for p in patterns))

@@ -1,0 +1,264 @@
+"""A checkpoint into shards, once: plan on names, write a shard at a time, resume from what is whole, name them all last.
+
+While it runs, a journal beside the shards holds what the source looked like, so that an interrupted split that has
+already deleted some of its originals can go on. The manifest replaces it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rabbit_engine.architectures import (
+    Conversion,
+    Target,
+    build_skeleton,
+    corrected_head_dim,
+    find_layout,
+)
+from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, digest
+from rabbit_engine.errors import MismatchedWeightsError
+from rabbit_engine.hub import require_room
+from rabbit_engine.shards import (
+    ORIGIN_KEY,
+    Journal,
+    Manifest,
+    ShardRecord,
+    finished_shard,
+    read_entries,
+    remove_journal,
+    verify_shard,
+    without_scratch,
+    write_manifest,
+    write_shard,
+)
+from rabbit_engine.splitplan import (
+    ShardPlan,
+    Ties,
+    files_done_after,
+    missing_weights,
+    peak_extra_bytes,
+    plan_shards,
+    settle_ties,
+)
+from rabbit_engine.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
+
+logger = logging.getLogger(__name__)
+
+DeleteOriginal = Callable[[Path], None]
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar without tqdm's monitor thread: whoever starts a thread ends it."""
+
+    monitor_interval = 0
+
+
+@contextmanager
+def only_one_process(folder: Path) -> Iterator[None]:
+    """Hold the lock of a shards folder; it is freed when its process ends, however it ends."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is splitting into %s: waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(slots=True)
+class Split:
+    """One split of one checkpoint, from the plan to the manifest.
+
+    `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` says
+    are deleted. `delete` removes an original; None keeps them.
+    """
+
+    folder: Path
+    originals: Path
+    source: Mapping[str, Any]
+    tensors: TensorSource
+    skeleton: PreTrainedModel
+    conversion: Conversion
+    dtype: torch.dtype
+    journal: Journal | None = None
+    delete: DeleteOriginal | None = None
+    progress: bool = True
+    _verified: set[str] = field(default_factory=set)
+
+    def run(self) -> Manifest:
+        """Make what is missing. Raises NotEnoughDiskError, MismatchedWeightsError or a CheckpointError."""
+        targets = self.conversion.targets()
+        ties = self._settle_ties(targets)
+        plans = self._plan(targets, ties)
+        journal = self._open_journal(ties)
+        finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
+        self._require_room(plans, frozenset(finished))
+        records = self._write_all(plans, finished, journal)
+        manifest = self._finish(tuple(records.values()), ties)
+        self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
+        return manifest
+
+    def _settle_ties(self, targets: Mapping[str, Target | None]) -> Ties:
+        if self.journal is not None:
+            return Ties(self.journal.shared, frozenset(self.journal.dropped))
+        key_of = {target.name: key for key, target in targets.items() if target is not None}
+
+        def equal(first: str, second: str) -> bool:
+            return torch.equal(self.tensors.tensors[key_of[first]][...], self.tensors.tensors[key_of[second]][...])
+
+        ties = settle_ties(self.skeleton.all_tied_weights_keys, frozenset(key_of), equal)
+        self.tensors.release()
+        return ties
+
+    def _plan(self, targets: Mapping[str, Target | None], ties: Ties) -> tuple[ShardPlan, ...]:
+        layout = find_layout(self.skeleton)
+        wanted = {key: target for key, target in targets.items() if target is not None and target.name not in ties.dropped}
+        self._report_unused(targets)
+        shard_of_key = {key: layout.shard_of(target.name) for key, target in wanted.items()}
+        converted = {shard_of_key[key] for key, target in wanted.items() if target.converted}
+        stored = {target.name for target in wanted.values()}
+        unsure = {name for name in self.skeleton.state_dict() if layout.shard_of(name) in converted}
+        self._require_all(stored | unsure, ties)
+        sizes: dict[str, list[int]] = {}
+        for name, tensor in self.skeleton.state_dict().items():
+            sizes.setdefault(layout.shard_of(name), []).append(tensor.numel() * tensor.itemsize)
+        return plan_shards(
+            layout.shard_names(),
+            shard_of_key,
+            {key: self.tensors.tensors[key].path.name for key in wanted},
+            {shard: aligned_bytes(found) for shard, found in sizes.items()},
+        )
+
+    def _require_all(self, stored: set[str], ties: Ties) -> None:
+        ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
+        absent = missing_weights(self.skeleton.state_dict(), stored, ties.shared, ignored)
+        if absent:
+            rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            raise MismatchedWeightsError(
+                f"{self.originals} lacks weights of {type(self.skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
+                "is it a checkpoint of another class, or a download that stopped?"
+            )
+
+    def _report_unused(self, targets: Mapping[str, Target | None]) -> None:
+        unused = [key for key, target in targets.items() if target is None]
+        if unused:
+            logger.info("%d tensors of the checkpoint belong to no weight of the model, such as %s", len(unused), unused[0])
+
+    def _open_journal(self, ties: Ties) -> Journal:
+        if self.journal is not None:
+            return self.journal
+        without_scratch(self.folder)
+        journal = Journal(self.source, dict(ties.shared), sorted(ties.dropped), journal_rows(self.tensors.tensors), [])
+        journal.write(self.folder)
+        return journal
+
+    def _require_room(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
+        freed = {row["name"]: row["bytes"] for row in self.source["files"]} if self.delete else {}
+        require_room(self.folder, peak_extra_bytes(plans, finished, freed), f"splitting {self.originals.name}")
+
+    def _write_all(
+        self, plans: tuple[ShardPlan, ...], finished: Mapping[str, ShardRecord], journal: Journal
+    ) -> dict[str, ShardRecord]:
+        done_after = files_done_after(plans)
+        records: dict[str, ShardRecord] = {}
+        total = sum(plan.file_bytes for plan in plans)
+        with Bar(desc="Splitting", total=total, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+            for plan in plans:
+                bar.set_postfix_str(plan.name)
+                records[plan.name] = finished.get(plan.name) or self._write(plan)
+                bar.update(plan.file_bytes)
+                if plan is not plans[-1]:  # the last ones go when the manifest is there
+                    self._delete_originals(done_after[plan.name], plans, records, journal)
+        return records
+
+    def _write(self, plan: ShardPlan) -> ShardRecord:
+        weights = self.conversion.convert(plan.keys)
+        record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
+        self.tensors.release()
+        logger.debug("wrote %s", record.file)
+        return record
+
+    def _delete_originals(
+        self, names: list[str], plans: tuple[ShardPlan, ...], records: Mapping[str, ShardRecord], journal: Journal
+    ) -> None:
+        if self.delete is None:
+            return
+        for name in names:
+            if name not in journal.deleted:
+                self._verify([records[plan.name] for plan in plans if name in plan.files])
+                journal.deleted.append(name)
+                if len(records) < len(plans):
+                    journal.write(self.folder)  # ahead of the deletion: a killed split must know that it may be gone
+            self.delete(self.originals / name)
+
+    def _verify(self, records: list[ShardRecord]) -> None:
+        for record in records:
+            if record.name not in self._verified:
+                verify_shard(self.folder, record)
+                self._verified.add(record.name)
+
+    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties) -> Manifest:
+        source = {**self.source, "deleted": self.delete is not None}
+        manifest = Manifest(str(self.dtype).removeprefix("torch."), source, dict(ties.shared), records)
+        self._require_all(set(read_entries(self.folder, manifest)), ties)
+        self._remove_strangers(manifest)
+        write_manifest(self.folder, manifest)
+        remove_journal(self.folder)
+        return manifest
+
+    def _remove_strangers(self, manifest: Manifest) -> None:
+        """Shards of an earlier split of another layout."""
+        known = {record.file for record in manifest.shards}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in known:
+                path.unlink()
+
+    def _path(self, plan: ShardPlan) -> Path:
+        return self.folder / f"{plan.name}.safetensors"
+
+    def _origin(self, plan: ShardPlan) -> str:
+        return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype)})
+
+
+def journal_rows(tensors: Mapping[str, LazyTensor]) -> list[tuple[str, str, str, list[int]]]:
+    """Every tensor as a journal's row: enough to plan with when its file is gone."""
+    return [(key, t.path.name, DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]
+
+
+def journal_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
+    """The tensors of the originals that are gone: shapes to plan with; every shard made from them is whole."""
+    return {
+        key: SafetensorsTensor(TensorEntry(key, originals / file, 0, 0, TORCH_DTYPES[dtype], tuple(shape)))
+        for key, file, dtype, shape in journal.tensors
+        if file in journal.deleted
+    }
+
+
+def build_for(
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes."""
+    skeleton = build_skeleton(cls, config, dtype, attn_implementation)
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    head_dim = corrected_head_dim(skeleton.config, wanted, shapes)
+    if head_dim is None:
+        return skeleton
+    config.get_text_config().head_dim = head_dim
+    return build_skeleton(cls, config, dtype, attn_implementation)

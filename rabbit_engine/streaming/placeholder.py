@@ -1,0 +1,65 @@
+"""A weight that is away: true shape, dtype and device, no storage; any computation on it raises its name.
+
+Never a meta tensor: on a CPU `torch.nn.functional.linear` takes a meta weight and returns uninitialised memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from rabbit_engine.errors import CannotMergeError, WeightNotLoadedError
+from rabbit_engine.tensorfiles import TensorEntry
+
+_VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
+
+
+class Placeholder(torch.Tensor):
+    """Stands in for the weight `weight_name` while it is away."""
+
+    weight_name: str
+
+    @staticmethod
+    def __new__(cls, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Placeholder:
+        """No storage is made; `torch.Tensor._make_wrapper_subclass` is what torch itself offers for that."""
+        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+        self.weight_name = name
+        return self
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, away)"
+
+    def clone_of_nothing(self) -> Placeholder:
+        """Another stand-in for the same weight."""
+        return Placeholder(self.weight_name, self.shape, self.dtype, self.device)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Raise WeightNotLoadedError, or CannotMergeError for a write, except for what nn.Parameter needs."""
+        if func in _VIEWS_OF_NOTHING:
+            return args[0].clone_of_nothing()
+        away = sorted({leaf.weight_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Placeholder)})
+        operation = func.__name__ if hasattr(func, "__name__") else str(func)
+        if func._schema.is_mutable and isinstance(args[0], Placeholder):
+            raise CannotMergeError(
+                f"{', '.join(away)} cannot be changed ({operation}): a streamed weight is read anew every pass. "
+                "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
+            )
+        raise WeightNotLoadedError(
+            f"{', '.join(away)} used while away ({operation}): a streamed weight is there only while its module runs; "
+            "for the weight itself open its shard with safetensors"
+        )
+
+
+def placeholder_for(entry: TensorEntry, device: torch.device, is_parameter: bool) -> torch.Tensor:
+    """A stand-in for the weight that `entry` describes."""
+    away = Placeholder(entry.name, entry.shape, entry.dtype, device)
+    return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away

@@ -1,0 +1,210 @@
+"""Safetensors files, byte by byte: check a header, read a tensor, write an aligned file. Knows nothing of models.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header, then the data.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from rabbit_engine.errors import RabbitError
+
+ALIGNMENT = 4096
+"""Every tensor we write starts on a multiple of this: the page size, and what direct reads ask for."""
+
+PAD_PREFIX = "__pad__."
+CHECKSUM_KEY = "data_xxh3_128"
+COPY_BYTES = 16 * 2**20
+_HEADER_LIMIT = 100_000_000
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`."""
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors file's header: its tensors in file order, its metadata, and where its data starts and ends."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+    checksum: str
+
+
+def read_header(path: Path, error: type[RabbitError]) -> Header:
+    """Read and check a safetensors header: sizes, dtypes and offsets agree, and the file is exactly as long as they say.
+
+    Raises `error`, naming the file and by how much it differs.
+    """
+    with path.open("rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size > min(_HEADER_LIMIT, file_bytes - 8):
+            raise error(f"{path} is no whole safetensors file: {file_bytes} bytes, its header would need {8 + size}")
+        raw = file.read(size)
+    try:
+        table = json.loads(raw)
+        metadata = table.pop("__metadata__", None) or {}
+        tensors = tuple(
+            sorted((_entry(path, name, row, 8 + size) for name, row in table.items()), key=lambda t: (t.offset, t.nbytes))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise error(f"{path} has a damaged safetensors header: {cause}") from cause
+    _check_contiguous(path, tensors, 8 + size, file_bytes, error)
+    return Header(path, tensors, metadata, 8 + size, file_bytes, xxhash.xxh3_128_hexdigest(prefix + raw))
+
+
+def _entry(path: Path, name: str, row: Mapping[str, Any], data_start: int) -> TensorEntry:
+    begin, end = row["data_offsets"]
+    dtype, shape = TORCH_DTYPES[row["dtype"]], tuple(row["shape"])
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is {list(shape)} {row['dtype']} in {end - begin} bytes")
+    return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape)
+
+
+def _check_contiguous(path: Path, tensors: Sequence[TensorEntry], start: int, file_bytes: int, error: type[RabbitError]) -> None:
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            raise error(f"{path} has a damaged safetensors header: {tensor.name} starts at {tensor.offset}, expected {position}")
+        position += tensor.nbytes
+    if position != file_bytes:
+        verb = "cut off" if file_bytes < position else "too long"
+        raise error(f"{path} is {verb}: {file_bytes} bytes, its header says {position}")
+
+
+def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
+    """The tensor in memory of its own (no map of the file stays behind). Raises `error` when bytes are missing."""
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        read_into(file, as_bytes(flat), entry.path, error)
+    return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def as_bytes(flat: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor [n] on the CPU, writable in place."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError]) -> None:
+    """Fill `buffer` from the file's position. Raises `error` when the file ends first."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise error(f"{path} is cut off: {len(buffer) - done} bytes are missing; run `rabbit verify` on its folder")
+        done += count
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder."""
+    scratch = path.with_name(f".{path.name}.scratch")
+    try:
+        with scratch.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and commits a rename without it
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_aligned(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose header vouches for its data: `metadata` and the xxh3 of everything behind the header.
+
+    The header is padded with spaces and each tensor with a small named pad tensor (the format allows no holes), so
+    that every tensor starts on a 4,096-byte boundary: reads need no copy and kernels see aligned weights.
+    """
+    _, data_start = _render_header(tensors, {**metadata, CHECKSUM_KEY: "0" * 32})
+    digest = xxhash.xxh3_128()
+    with written_whole(path) as file:
+        file.seek(data_start)
+        for tensor in tensors.values():
+            _write_padded(file, digest, tensor)
+        header, _ = _render_header(tensors, {**metadata, CHECKSUM_KEY: digest.hexdigest()})
+        file.seek(0)
+        file.write(header)
+
+
+def _write_padded(file: BinaryIO, digest: Any, tensor: torch.Tensor) -> None:
+    raw = as_bytes(tensor.contiguous().reshape(-1).view(torch.uint8))
+    for start in range(0, len(raw), COPY_BYTES):
+        digest.update(raw[start : start + COPY_BYTES])
+        file.write(raw[start : start + COPY_BYTES])
+    padding = bytes(_padding(len(raw)))
+    digest.update(padding)
+    file.write(padding)
+
+
+def aligned_bytes(sizes: Sequence[int]) -> int:
+    """About how large an aligned file with tensors of these sizes is: each padded, and a header."""
+    header = 8 + 160 * (2 * len(sizes) + 4)
+    return header + _padding(header) + sum(size + _padding(size) for size in sizes)
+
+
+def _padding(size: int) -> int:
+    return -size % ALIGNMENT
+
+
+def _render_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for index, (name, tensor) in enumerate(tensors.items()):
+        position = _add_row(
+            table, name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), position, tensor.numel() * tensor.itemsize
+        )
+        if pad := _padding(position):
+            position = _add_row(table, f"{PAD_PREFIX}{index}", "U8", [pad], position, pad)
+    body = json.dumps(table, separators=(",", ":")).encode()
+    body += b" " * _padding(8 + len(body))
+    return len(body).to_bytes(8, "little") + body, 8 + len(body)
+
+
+def _add_row(table: dict[str, Any], name: str, dtype: str, shape: list[int], begin: int, nbytes: int) -> int:
+    table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + nbytes]}
+    return begin + nbytes

@@ -1,0 +1,124 @@
+"""What this machine has: devices, free memory, working kernels. Each answer comes from asking the machine, not a name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from rabbit_engine.errors import DeviceUnavailableError
+
+_AMPERE = (8, 0)
+
+
+def best_device() -> torch.device:
+    """`cuda:0` where there is CUDA, else `mps`, else `cpu`."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if torch.backends.mps.is_available():
+        return torch.device("mps", 0)
+    return torch.device("cpu")
+
+
+def find_device(requested: str | int | torch.device | None) -> torch.device:
+    """The device asked for, with its index; `None` takes the best there is.
+
+    Raises DeviceUnavailableError where the device is not there: never a silent CPU.
+    """
+    if requested is None:
+        return best_device()
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise DeviceUnavailableError(f'device={requested!r} is no device torch knows; try "cuda:0", "mps" or "cpu"') from error
+    problem = _device_problem(device)
+    if problem:
+        raise DeviceUnavailableError(
+            f"device={str(requested)!r} is not here: {problem}; use device=None for the best there is ({best_device()})"
+        )
+    return torch.device(device.type, device.index or 0) if device.type != "cpu" else device
+
+
+def _device_problem(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            return f"this torch ({torch.__version__}) sees {count} CUDA devices"
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            return "this torch has no MPS"
+    elif device.type != "cpu":
+        return f"{device.type!r} is not supported, only cuda, mps and cpu"
+    return None
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that can be claimed on `device` now; host memory also heeds the cgroup's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    limits = [limit for limit in (_cgroup_free_bytes(),) if limit is not None]
+    return min([free, *limits])
+
+
+def _cgroup_free_bytes() -> int | None:
+    """What the cgroup (v2) of this process still allows; page cache counts as free. None where nothing limits it."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        path = next(line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line)
+        folder = Path("/sys/fs/cgroup") / path.strip().lstrip("/")
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(stat.get("file", 0))
+    return None
+
+
+@functools.cache
+def is_flash_attention_available() -> tuple[bool, str]:
+    """`(True, "flash-attn 2.8.1 on NVIDIA H200")` or `(False, reason)`.
+
+    True only where the package is installed, the GPU is Ampere or newer, and a real kernel call succeeds.
+    """
+    if importlib.util.find_spec("flash_attn") is None:
+        return False, "the package flash-attn is not installed (pip install rabbit_engine[flash])"
+    if not torch.cuda.is_available():
+        return False, f"no CUDA device ({platform.system()}, torch {torch.__version__})"
+    name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    if capability < _AMPERE:
+        return False, f"{name} has compute capability {capability[0]}.{capability[1]}, flash-attn needs 8.0 (Ampere)"
+    problem = _flash_kernel_problem()
+    return (False, problem) if problem else (True, f"flash-attn runs on {name}")
+
+
+def _flash_kernel_problem() -> str | None:
+    """Run the kernel once on a [1, 8, 1, 64] bf16 input; the error's text if it does not run."""
+    try:
+        from flash_attn import flash_attn_func
+
+        states = torch.randn(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda")
+        if not torch.isfinite(flash_attn_func(states, states, states, causal=True)).all():
+            return "flash-attn is installed, but its kernel returned values that are not finite"
+    except (ImportError, OSError, RuntimeError) as error:  # wrong ABI, missing symbol, no kernel image
+        return f"flash-attn is installed, but its kernel does not run: {str(error).splitlines()[0]}"
+    return None
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for records and bug reports."""
+    import transformers
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": str(psutil.cpu_count()),
+        "ram": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "gpu": gpu,
+    }
