@@ -85,7 +85,7 @@ def prepare(
     folder = shards_folder(repo, split.saving_path, dtype, gguf_file)
     request = _Request(repo, source, config, cls, dtype, folder, gguf_file, split.delete_original, progress)
     manifest = _usable(request, repair) or _make(request, repair)
-    if split.delete_original and not manifest.source["deleted"]:
+    if split.delete_original and _originals(request, manifest):
         manifest = _delete_all(request, manifest)
     return Prepared(repo, config, cls, dtype, folder, manifest, gguf_file)
 
@@ -253,6 +253,12 @@ def _stored_shapes(
     return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}
 
 
+def _originals(request: _Request, manifest: Manifest) -> list[Path]:
+    """The originals that are there."""
+    paths = (request.repo.folder / row["name"] for row in manifest.source["files"])
+    return [path for path in paths if path.is_file()]
+
+
 def _delete_all(request: _Request, manifest: Manifest) -> Manifest:
     """The split was there already: verify all of it, say that the originals go, then delete them."""
     with only_one_process(request.folder):
@@ -260,6 +266,6 @@ def _delete_all(request: _Request, manifest: Manifest) -> Manifest:
             verify_shard(request.folder, record)
         manifest = replace(manifest, source={**manifest.source, "deleted": True})
         write_manifest(request.folder, manifest)
-    for row in manifest.source["files"]:
-        delete_original(request.repo.folder / row["name"], request.repo)
+    for path in _originals(request, manifest):
+        delete_original(path, request.repo)
     return manifest

@@ -1,0 +1,280 @@
+"""A split is whole or goes on: kills, full disks, flipped bits, cut files, read-only folders, two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+
+from rabbit_engine import errors
+from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.prepare import prepare
+from rabbit_engine.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read_manifest, verify_shard
+from rabbit_engine.splitter import Split
+from rabbit_engine.tensorfiles import read_tensor
+
+HARNESS = Path(__file__).with_name("killed_split.py")
+
+
+def split(folder: Path, saving_path: Path | None = None, **keywords: Any) -> Any:
+    repair = keywords.pop("repair", False)
+    return prepare(folder, SourceConfig(), SplitConfig(saving_path=saving_path, **keywords), progress=False, repair=repair)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below, but the lock."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def run_harness(*arguments: object) -> int:
+    done = subprocess.run([sys.executable, str(HARNESS), *map(str, arguments)], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("mode", ["events", "timer"])
+@pytest.mark.parametrize("family", ["llama_tied", "mixtral"])
+def test_split_killed_again_and_again_ends_with_identical_files(mode: str, family: str, checkpoint: Any, tmp_path: Path) -> None:
+    split(checkpoint(family), tmp_path / "at once")
+    kills = run_harness(checkpoint(family), tmp_path / "killed", mode)
+    assert kills > (40 if mode == "events" else 5)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
+
+
+def test_killed_while_deleting_originals_loses_nothing(own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any) -> None:
+    folder = own_checkpoint("llama", num_hidden_layers=5)
+    expected = plain(folder)(ids).logits
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    kills = run_harness(folder, tmp_path / "shards", "events", "delete")
+    assert kills > 40
+    assert list(folder.glob("*.safetensors")) == []
+    with torch.no_grad():
+        assert torch.equal(streamed(folder, layer_shards_saving_path=tmp_path / "shards")(ids).logits, expected)
+
+
+def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+    written: list[str] = []
+    native = Split._write
+
+    def write(self: Split, plan: Any) -> Any:
+        written.append(plan.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return native(self, plan)
+
+    monkeypatch.setattr(Split, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        split(folder)
+    split(folder)
+    assert written == [
+        "model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.1", "model.layers.2", "model.norm", "lm_head",
+    ]  # fmt: skip
+
+
+def test_two_processes_at_once_end_with_one_good_split(own_checkpoint: Any, tmp_path: Path) -> None:
+    folder = own_checkpoint("qwen3_moe")
+    code = "import sys; from rabbit_engine.cli import main; sys.argv = ['rabbit', 'split', sys.argv[1], '--saving-path', sys.argv[2]]; main()"
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "both")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.wait(200) for process in both] == [0, 0], [process.stderr.read() for process in both if process.stderr]
+    split(folder, tmp_path / "alone")
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+
+
+def test_weights_are_those_that_transformers_loads(checkpoint: Any, plain: Any, tmp_path: Path) -> None:
+    for family in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3", "phi3"):
+        prepared = split(checkpoint(family), tmp_path)
+        state = plain(checkpoint(family)).state_dict()
+        entries = read_entries(prepared.folder, prepared.manifest)
+        assert set(entries) | set(prepared.manifest.ties) == set(state)
+        assert all(torch.equal(read_tensor(entry, errors.DamagedShardError), state[name]) for name, entry in entries.items())
+
+
+def damaged(folder: Path, change: Callable[[Path], None]) -> Path:
+    """One shard, changed."""
+    path = split(folder).folder / "model.layers.1.safetensors"
+    change(path)
+    return path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path, position: int | None = None) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[random.Random(3).randrange(4096, len(raw)) if position is None else position] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("change", [cut, lambda p: p.unlink(), lambda p: flip(p, 40), lambda p: p.write_bytes(b""), lambda p: flip(p, 3)])
+def test_damaged_shard_is_an_error_that_names_it_and_split_mends_it(change: Any, own_checkpoint: Any, streamed: Any) -> None:
+    folder = own_checkpoint("llama")
+    before = contents(split(folder).folder)
+    damaged(folder, change)
+    with pytest.raises(errors.DamagedShardError, match=r"model\.layers\.1\.safetensors"):
+        streamed(folder)
+    split(folder, repair=True)
+    assert contents(split(folder).folder) == before
+
+
+def test_flipped_bit_in_the_data_is_found_by_verify(own_checkpoint: Any) -> None:
+    folder = own_checkpoint("llama")
+    path = damaged(folder, flip)
+    manifest = read_manifest(path.parent)
+    assert manifest is not None
+    found = []
+    for record in manifest.shards:
+        try:
+            verify_shard(path.parent, record)
+        except errors.DamagedShardError as error:
+            found.append(str(error))
+    assert len(found) == 1
+    assert str(path) in found[0]
+    path.unlink()
+    split(folder, repair=True)
+    for record in manifest.shards:
+        verify_shard(path.parent, record)
+
+
+def test_damaged_manifest_names_itself(own_checkpoint: Any) -> None:
+    folder = own_checkpoint("llama")
+    path = split(folder).folder / MANIFEST_NAME
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(errors.DamagedShardError, match=r"manifest\.json cannot be read"):
+        split(folder)
+    split(folder, repair=True)
+
+
+def test_changed_source_is_noticed(own_checkpoint: Any, streamed: Any, plain: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    first = streamed(folder)(ids).logits
+    model = families.build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    with torch.no_grad():
+        second = streamed(folder)(ids).logits
+        assert torch.equal(second, plain(folder)(ids).logits)
+    assert not torch.equal(first, second)
+
+
+def test_a_split_of_deleted_originals_is_never_overwritten(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    before = contents(split(folder, delete_original=True).folder)
+    streamed(folder)(ids)
+    families.save("llama_biased", folder)
+    with pytest.raises(errors.ShardError, match="only copy"):
+        split(folder)
+    assert contents(folder / "rabbit_shards" / "float32") == before
+
+
+def test_delete_original_after_the_fact_and_only_then(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+    prepared = split(folder)
+    originals = sorted(p.name for p in folder.glob("*.safetensors"))
+    flip(prepared.folder / "model.layers.2.safetensors")
+    with pytest.raises(errors.DamagedShardError):
+        split(folder, delete_original=True)
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == originals
+    (prepared.folder / "model.layers.2.safetensors").unlink()
+    split(folder, repair=True)
+    assert split(folder, delete_original=True).manifest.source["deleted"]
+    assert list(folder.glob("*.safetensors")) == []
+
+
+def test_full_disk_is_counted_before_the_first_byte(own_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 50_000, 50_000))
+    with pytest.raises(errors.NotEnoughDiskError, match=r"needs .* kB in .*50\.00 kB are free.*delete_original"):
+        split(folder, tmp_path / "shards")
+    assert [p for p in (tmp_path / "shards").rglob("*.safetensors")] == []
+
+
+def test_disk_that_fills_up_midway_leaves_no_half_shard(own_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+    synced: list[int] = []
+    native = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(handle)
+        if len(synced) == 7:
+            raise OSError(28, "No space left on device")
+        native(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        split(folder, tmp_path / "full")
+    monkeypatch.undo()
+    assert not [p for p in (tmp_path / "full").rglob("*") if "scratch" in p.name or p.name == MANIFEST_NAME]
+    split(folder, tmp_path / "full")
+    split(folder, tmp_path / "free")
+    assert contents(tmp_path / "full") == contents(tmp_path / "free")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write: /proc")
+def test_read_only_folder_says_what_to_do(checkpoint: Any) -> None:
+    with pytest.raises(errors.ShardsNotWritableError, match="layer_shards_saving_path"):
+        split(checkpoint("llama"), Path("/proc/rabbit"))
+
+
+def test_split_on_a_read_only_disk_still_streams(own_checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: Any) -> None:
+    folder = own_checkpoint("llama")
+    split(folder)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
+    streamed(folder)(ids)
+
+
+def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
+    """Peak memory beyond what the imports take, of a split of 240 MB in one file, with 12 MB a layer."""
+    keywords = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 18, "head_dim": 128, "vocab_size": 512}
+    families.build("llama", **keywords).save_pretrained(tmp_path, max_shard_size="10GB")
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    code = """
+import resource, sys, threading, time
+from pathlib import Path
+from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.prepare import prepare
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(), progress=False)
+before, peak, done = resident(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident()); time.sleep(0.0005)
+thread = threading.Thread(target=watch); thread.start()
+prepare(Path(sys.argv[1]), SourceConfig(), SplitConfig(), progress=False)
+done = True; thread.join(); print(peak - before)
+"""
+    families.save("llama", tmp_path / "warm")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "warm")], capture_output=True, text=True, check=True)
+    assert weights > 200e6
+    assert int(done.stdout) < 0.35 * weights
+
+
+def test_manifest_says_what_it_is_made_of(own_checkpoint: Any) -> None:
+    prepared = split(own_checkpoint("llama_tied"))
+    raw = json.loads((prepared.folder / MANIFEST_NAME).read_text())
+    assert raw["dtype"] == "float32"
+    assert raw["ties"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert [row["name"] for row in raw["source"]["files"]] == sorted(p.name for p in prepared.repo.folder.glob("*.safetensors"))
+    assert all((prepared.folder / row["file"]).stat().st_size == row["file_bytes"] for row in raw["shards"])
+    assert not (prepared.folder / JOURNAL_NAME).exists()

@@ -1,0 +1,333 @@
+"""Weights come and go: nothing stays behind, nothing away can be used, whatever ends a pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import signal
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rabbit_engine import AutoModel, errors
+from rabbit_engine.streaming import EmbeddingRows, Placeholder
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+def loaded(model: Any) -> list[str]:
+    """Streamed weights that are there now."""
+    return [name for name, p in model.named_parameters() if ".layers." in name and "lora" not in name and not isinstance(p, Placeholder)]
+
+
+def real_bytes(model: Any) -> int:
+    """Bytes of memory behind the model's parameters now, each counted once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not isinstance(p, Placeholder)}
+    return sum(storages.values())
+
+
+def test_peak_weight_memory_is_two_layers_and_the_residents(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    peak: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: peak.append(real_bytes(model)))
+    model.generate(ids, **GREEDY)
+    layer_bytes = sum(t.numel() * 4 for name, t in load_file(shard(model, 0)).items() if not name.startswith("__pad__"))
+    assert len(peak) == 3 * 8
+    assert max(peak) <= model.plan.resident_bytes + 2 * (layer_bytes + 9 * 4096)
+    assert model.plan.device_bytes < model.plan.weights_bytes
+    assert real_bytes(model) <= model.plan.resident_bytes + 4096
+
+
+def shard(model: Any, layer: int) -> Path:
+    return model._prepared.folder / f"model.layers.{layer}.safetensors"
+
+
+def test_shards_are_ordinary_aligned_safetensors_in_the_models_names(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    state = plain(checkpoint("mixtral")).state_dict()
+    model = streamed(checkpoint("mixtral"))
+    tensors = {n: t for n, t in load_file(shard(model, 1)).items() if not n.startswith("__pad__")}
+    assert set(tensors) == {name for name in state if name.startswith("model.layers.1.")}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
+    raw = shard(model, 1).read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    assert size % 4096 == 0
+    assert all(raw.find(t.numpy().tobytes()) % 4096 == 0 for t in tensors.values())
+
+
+def test_weight_used_while_away_raises_its_name(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    layer = model.model.layers[1]
+    with pytest.raises(errors.WeightNotLoadedError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight"):
+        torch.nn.functional.linear(torch.ones(1, 32), layer.self_attn.q_proj.weight)
+    with pytest.raises(errors.WeightNotLoadedError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        layer.mlp.up_proj(torch.ones(1, 32))
+    for use in (lambda w: w + 1, lambda w: w.sum().item(), lambda w: w.clone(), lambda w: w.tolist(), lambda w: w[0], lambda w: w.numpy()):
+        with pytest.raises((errors.WeightNotLoadedError, RuntimeError)):
+            use(layer.mlp.up_proj.weight)
+
+
+def test_placeholder_tells_the_truth_about_its_weight(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    model, whole = streamed(checkpoint("qwen3")), plain(checkpoint("qwen3"))
+    for (name, away), (_, there) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert (away.shape, away.dtype, away.device, away.requires_grad) == (there.shape, there.dtype, there.device, False), name
+        assert isinstance(away, torch.nn.Parameter)
+    assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, away" in repr(model.model.layers[0].input_layernorm.weight)
+    assert (model.device, model.dtype) == (whole.device, whole.dtype)
+
+
+def test_embedding_reads_only_rows_and_checks_ids(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, EmbeddingRows)
+    ids = torch.tensor([[5, 5, 95, 0]])
+    assert torch.equal(embedding(ids), plain(checkpoint("llama")).get_input_embeddings()(ids))
+    with pytest.raises(IndexError, match="96 rows"):
+        embedding(torch.tensor([[96]]))
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([[-1]]))
+    with pytest.raises(errors.WeightNotLoadedError, match="embed_tokens"):
+        embedding.weight.sum()
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["layer", "inside"])
+def test_after_an_exception_in_a_layer_nothing_stays(error: Any, place: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    module = model.model.layers[1] if place == "layer" else model.model.layers[1].mlp.down_proj
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        model.generate(ids, **GREEDY)
+    assert loaded(model) == []
+    assert model._assembly.streamer.held == ()
+    handle.remove()
+    assert torch.equal(model.generate(ids, **GREEDY), plain(checkpoint("llama")).generate(ids, **GREEDY))
+
+
+def test_ctrl_c_at_any_moment_leaves_nothing_loaded(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
+    interrupted = 0
+    for step in range(40):
+        signal.setitimer(signal.ITIMER_REAL, 0.0005 + step * 0.0006)
+        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            model.generate(ids, **GREEDY)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        assert loaded(model) == []
+        assert model._assembly.streamer.held == ()
+    assert interrupted > 5
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_a_read_that_fails_names_the_file_and_is_tried_again(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(own_checkpoint("llama"), prefetching=False)
+    expected = model.generate(ids, **GREEDY)
+    path = shard(model, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5000])
+    with pytest.raises(errors.DamagedShardError, match=r"model\.layers\.1\.safetensors is cut off"):
+        model.generate(ids, **GREEDY)
+    assert loaded(model) == []
+    path.write_bytes(whole)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_without_prefetching_only_what_is_asked_for_is_read(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"), prefetching=False)
+    model.generate(ids, **GREEDY)
+    assert (model.profile.passes, model.profile.units) == (8, 8 * 3)
+    assert model.profile.bytes_read <= 8 * model.plan.pass_bytes
+
+
+def test_two_threads_are_served_in_turn(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    prompts = [ids, ids.flip(1), ids[:, :7]]
+    whole = plain(checkpoint("llama"))
+    expected = [whole.generate(prompt, **GREEDY) for prompt in prompts]
+    got: dict[int, torch.Tensor] = {}
+    threads = [threading.Thread(target=lambda i=i, p=p: got.update({i: model.generate(p, **GREEDY)})) for i, p in enumerate(prompts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(got[i], expected[i]) for i in range(3))
+
+
+def test_an_early_exit_out_of_order_is_right(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model, whole = streamed(checkpoint("llama")), plain(checkpoint("llama"))
+    with torch.no_grad():
+        for part in (lambda m: m.model(ids).last_hidden_state, lambda m: m.model.layers[2].mlp.up_proj.weight.shape):
+            assert str(part(model)) == str(part(whole))
+        hidden = whole.get_input_embeddings()(ids)
+        cos_sin = whole.model.rotary_emb(hidden, torch.arange(12)[None])
+        for index in (2, 0, 2, 1):
+            got = model.model.layers[index](hidden, position_embeddings=cos_sin)
+            assert torch.equal(got, whole.model.layers[index](hidden, position_embeddings=cos_sin))
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_close_ends_threads_and_frees_weights(checkpoint: Any, ids: torch.Tensor) -> None:
+    before = set(threading.enumerate())
+    with AutoModel.from_pretrained(checkpoint("llama"), device="cpu") as model:
+        model.generate(ids, **GREEDY)
+        assert set(threading.enumerate()) - before
+        slots = [weakref.ref(buffer) for buffer in model._assembly.streamer._slots._buffers]
+    assert set(threading.enumerate()) == before
+    gc.collect()
+    assert all(slot() is None for slot in slots)
+    assert real_bytes(model) == 0
+    model.close()
+    with pytest.raises(errors.ModelClosedError):
+        model.generate(ids, **GREEDY)
+
+
+def test_a_forgotten_model_is_collected_with_its_thread(checkpoint: Any, ids: torch.Tensor) -> None:
+    before = set(threading.enumerate())
+    model = AutoModel.from_pretrained(checkpoint("llama"), device="cpu")
+    model.generate(ids, **GREEDY)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert set(threading.enumerate()) == before
+
+
+REFUSED = [
+    (lambda m: m.half(), errors.CannotMoveError),
+    (lambda m: m.to("meta"), errors.CannotMoveError),
+    (lambda m: m.to(torch.bfloat16), errors.CannotMoveError),
+    (lambda m: m.bfloat16(), errors.CannotMoveError),
+    (lambda m: m.double(), errors.CannotMoveError),
+    (lambda m: m.cuda(), errors.CannotMoveError),
+    (lambda m: m.to_empty(device="cpu"), errors.CannotMoveError),
+    (lambda m: m.type(torch.float16), errors.CannotMoveError),
+    (copy.deepcopy, errors.CannotCopyError),
+    (copy.copy, errors.CannotCopyError),
+    (pickle.dumps, errors.CannotPickleError),
+    (lambda m: m.save_pretrained("/nowhere"), errors.CannotSaveError),
+    (lambda m: m.push_to_hub("someone/something"), errors.CannotSaveError),
+    (lambda m: m.load_state_dict({}), errors.CannotLoadStateError),
+]
+
+
+@pytest.mark.parametrize(("operation", "error"), REFUSED)
+def test_refused_operations_say_so_and_break_nothing(operation: Any, error: Any, checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    expected = model.generate(ids, **GREEDY)
+    with pytest.raises(error):
+        operation(model)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.float(), lambda m: m.to(device="cpu", dtype=torch.float32)])
+def test_moving_to_where_it_is_is_allowed(move: Any, checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    assert move(model) is model
+
+
+def test_gradients_through_streamed_layers_are_refused(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    embeds = model.get_input_embeddings()(ids).requires_grad_()
+    with pytest.raises(errors.CannotTrainError, match=r"model\.layers\.0"):
+        model(inputs_embeds=embeds)
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+    assert not model(ids).logits.requires_grad
+
+
+@pytest.fixture
+def adapter(own_checkpoint: Any, tmp_path: Path) -> Path:
+    """A LoRA adapter with random weights for the tiny llama, saved by PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(own_checkpoint("llama"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
+def test_lora_inference_is_equal(way: str, adapter: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = adapter.parent / "llama"
+    outputs = []
+    for load in (plain, streamed):
+        model = load(folder)
+        without = model.generate(ids, **GREEDY)
+        if way == "load_adapter":
+            model.load_adapter(str(adapter))
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with torch.no_grad():
+            outputs.append((without, adapted(ids).logits, adapted.generate(input_ids=ids, **GREEDY)))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert not torch.equal(outputs[0][0], outputs[0][2])
+
+
+def test_merging_an_adapter_is_refused(adapter: Path, streamed: Any, ids: torch.Tensor) -> None:
+    adapted = PeftModel.from_pretrained(streamed(adapter.parent / "llama"), str(adapter)).eval()
+    before = adapted.generate(input_ids=ids, **GREEDY)
+    with pytest.raises(errors.CannotMergeError, match="also runs unmerged"):
+        adapted.merge_and_unload()
+    assert before is not None
+
+
+def test_training_an_adapter_is_refused(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = get_peft_model(streamed(checkpoint("llama")), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(errors.CannotTrainError):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_inputs_go_where_the_model_is(checkpoint: Any, streamed: Any) -> None:
+    from rabbit_engine.streaming import move
+
+    cache = object()
+    moved = move({"a": torch.ones(1), "b": (torch.ones(1), [torch.ones(1)]), "c": cache}, torch.device("meta"))
+    assert moved["a"].is_meta
+    assert moved["b"][0].is_meta
+    assert moved["b"][1][0].is_meta
+    assert moved["c"] is cache
+
+
+def test_state_dict_has_the_names_and_no_weights(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    state = streamed(checkpoint("llama")).state_dict()
+    assert list(state) == list(plain(checkpoint("llama")).state_dict())
+    with pytest.raises(errors.WeightNotLoadedError):
+        state["model.layers.0.mlp.up_proj.weight"].sum()
+
+
+def test_continuous_batching_over_a_streamed_model(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    from transformers import GenerationConfig
+
+    prompts = [ids[0].tolist(), ids[0, :5].tolist(), ids[0].flip(0).tolist()]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False)
+    results = []
+    for load in (plain, streamed):
+        model = load(checkpoint("llama"))
+        outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        results.append(sorted(tuple(output.generated_tokens) for output in outputs.values()))
+    assert results[0] == results[1]
+    assert len(results[1]) == 3
