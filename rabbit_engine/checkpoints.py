@@ -12,7 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 import xxhash
 
-from rabbit_engine.errors import CheckpointNotFoundError, DamagedCheckpointError, MissingFileError, UnsafePickleError
+from rabbit_engine.errors import (
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    MissingFileError,
+    UnsafePickleError,
+    first_line,
+)
 from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor
 
 Format = Literal["safetensors", "bin", "gguf"]
@@ -190,7 +196,7 @@ class PickleFile:
             raise _pickle_error(self.path, error) from error
         except (RuntimeError, EOFError, ValueError, KeyError) as error:
             raise DamagedCheckpointError(
-                f"{self.path} is no whole PyTorch file ({str(error).splitlines()[0]}): download it again"
+                f"{self.path} is no whole PyTorch file ({first_line(error)}): download it again"
             ) from error
         if not isinstance(loaded, dict):
             raise DamagedCheckpointError(f"{self.path} holds a {type(loaded).__name__}, not named tensors")
@@ -206,10 +212,10 @@ def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
     text = str(error)
     if "GLOBAL" in text or "Unsupported" in text or ("weights_only" in text.lower() and "class" in text.lower()):
         return UnsafePickleError(
-            f"{path} wants more than tensors and was not loaded ({text.splitlines()[0]}): "
+            f"{path} wants more than tensors and was not loaded ({first_line(error)}): "
             "use the repository's safetensors files, or convert it on a machine you can lose"
         )
-    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({text.splitlines()[0]}): download it again")
+    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({first_line(error)}): download it again")
 
 
 @dataclass(frozen=True, slots=True)

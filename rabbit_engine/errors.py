@@ -41,6 +41,11 @@ RabbitError
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class RabbitError(Exception):
     """Root of the tree: `except RabbitError` catches everything raised here on purpose."""
 

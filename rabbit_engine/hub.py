@@ -83,8 +83,8 @@ def _find_online(name: str, source: SourceConfig) -> Repo:
                 f"{name}: the Hub does not answer ({type(error).__name__}) and it is not in the cache; is the network up?"
             ) from error
     wanted = _SMALL_FILES + (["*.py"] if source.trust_remote_code else [])
-    folder = _download(name, info.sha, wanted, source)
-    return Repo(name, folder, tuple(sorted(s.rfilename for s in info.siblings or ())), info.sha)
+    folder = _download(name, source.revision, wanted, source)  # by its name: the cache then knows the branch offline
+    return Repo(name, folder, tuple(sorted(s.rfilename for s in info.siblings or ())), folder.name)
 
 
 def _find_cached(name: str, source: SourceConfig) -> Repo:
@@ -137,10 +137,10 @@ def require_room(folder: Path, needed_bytes: int, purpose: str) -> None:
         )
 
 
-def _download(name: str, commit: str | None, patterns: list[str], source: SourceConfig) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], source: SourceConfig) -> Path:
     folder = snapshot_download(
         name,
-        revision=commit,
+        revision=revision,
         cache_dir=source.cache_dir,
         token=source.token,
         local_files_only=_offline(source),

@@ -34,6 +34,7 @@ from rabbit_engine.errors import (
     CannotSaveError,
     MissingExtraError,
     TokenizerNotFoundError,
+    first_line,
 )
 from rabbit_engine.planner import Plan
 from rabbit_engine.prepare import Prepared, prepare
@@ -189,7 +190,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Any:
         raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TokenizerNotFoundError(
-            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({str(error).splitlines()[0]}): "
+            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
         ) from error
 

@@ -23,6 +23,7 @@ from rabbit_engine.errors import (
     CompressionUnavailableError,
     MissingExtraError,
     UnsupportedArchitectureError,
+    first_line,
 )
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -34,12 +35,14 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
     Raises CheckpointNotFoundError (no config.json), UnsupportedArchitectureError (no class for it, or it needs code
     that was not allowed), MissingExtraError (GGUF without the package) or CompressionUnavailableError (quantised).
     """
+    if gguf_file is None and not (folder / "config.json").is_file():
+        raise CheckpointNotFoundError(f"{folder} has no config.json: is it the folder of a model?")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     except ImportError as error:
         raise MissingExtraError(f"{folder / (gguf_file or '')}: pip install rabbit_engine[gguf] ({error})") from error
     except OSError as error:
-        raise CheckpointNotFoundError(f"{folder} has no config.json that can be read ({error})") from error
+        raise CheckpointNotFoundError(f"{folder} has no config that can be read ({first_line(error)})") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedArchitectureError(_unsupported(folder, error, trust_remote_code)) from error
     _refuse_quantized(folder, config)
@@ -47,7 +50,7 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
 
 
 def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    text = first_line(error)
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return f"{folder} brings its own modelling code: read it, then give trust_remote_code=True ({text})"
     return f"{folder} is not an architecture that the installed transformers builds: {text}"

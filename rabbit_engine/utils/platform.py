@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rabbit_engine.errors import DeviceUnavailableError
+from rabbit_engine.errors import DeviceUnavailableError, first_line
 
 _AMPERE = (8, 0)
 
@@ -104,7 +104,7 @@ def _flash_kernel_problem() -> str | None:
         if not torch.isfinite(flash_attn_func(states, states, states, causal=True)).all():
             return "flash-attn is installed, but its kernel returned values that are not finite"
     except (ImportError, OSError, RuntimeError) as error:  # wrong ABI, missing symbol, no kernel image
-        return f"flash-attn is installed, but its kernel does not run: {str(error).splitlines()[0]}"
+        return f"flash-attn is installed, but its kernel does not run: {first_line(error)}"
     return None
 
 

@@ -1,0 +1,119 @@
+"""Checkpoints from the Hub, through huggingface_hub's real client, over a hub of our own on loopback."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from fake_hub import COMMIT, FakeHub
+
+from rabbit_engine import errors
+
+REPO = "someone/tiny-llama"
+
+
+@pytest.fixture
+def hub(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    folder = tmp_path / "repo"
+    shutil.copytree(checkpoint("llama"), folder, ignore=shutil.ignore_patterns("rabbit_shards", ".*"))
+    (folder / "consolidated.00.safetensors").write_bytes(b"not wanted")
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    (folder / "README.md").write_text("not wanted")
+    with FakeHub(repos={REPO: folder}).running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield running
+
+
+def test_repo_streams_and_only_needed_files_travel(hub: FakeHub, tmp_path: Path, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    model = streamed(REPO, cache_dir=tmp_path / "cache")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(checkpoint("llama"))(ids).logits)
+    names = {name for name, _ in hub.served}
+    assert names.isdisjoint({"consolidated.00.safetensors", "pytorch_model.bin", "README.md"})
+    assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= names
+    assert model.name_or_path == REPO
+    assert model._prepared.folder == tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards" / COMMIT / "float32"
+
+
+def test_second_load_downloads_no_weights_and_works_offline(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
+    first = streamed(REPO, cache_dir=tmp_path / "cache")(ids).logits
+    hub.served.clear()
+    assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache")(ids).logits, first)
+    hub.repos.clear()
+    assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", local_files_only=True)(ids).logits, first)
+    assert hub.served == []
+
+
+def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
+    first = streamed(REPO, cache_dir=tmp_path / "cache", delete_original=True)(ids).logits
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "rabbit_shards" not in p.parts and p.stat().st_size > 20_000]
+    assert left == []
+    hub.served.clear()
+    for keywords in ({}, {"local_files_only": True}):
+        assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", **keywords)(ids).logits, first)
+    assert hub.served == []
+
+
+def test_interrupted_download_goes_on(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    hub.cut_after = 10_000
+    folder = streamed(REPO, cache_dir=tmp_path / "cache")._prepared.repo.folder
+    assert 10_000 in [size for _, size in hub.served]
+    for original in hub.repos[REPO].glob("model-*.safetensors"):
+        assert (folder / original.name).read_bytes() == original.read_bytes()
+
+
+def test_gated_repo(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    hub.gated.add(REPO)
+    with pytest.raises(errors.GatedCheckpointError, match="accept its licence"):
+        streamed(REPO, cache_dir=tmp_path / "cache")
+    with pytest.raises(errors.GatedCheckpointError, match="has no access"):
+        streamed(REPO, cache_dir=tmp_path / "cache", token="hf_bad")
+    streamed(REPO, cache_dir=tmp_path / "a", token="hf_good")
+    streamed(REPO, cache_dir=tmp_path / "b", hf_token="hf_good")
+
+
+def test_token_of_the_environment_counts(hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gated.add(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    streamed(REPO, cache_dir=tmp_path / "cache")
+    assert set(hub.tokens) == {"Bearer hf_good"}
+
+
+def test_missing_repo_revision_and_network(hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.CheckpointNotFoundError, match="someone/nothing is no folder here and no repo"):
+        streamed("someone/nothing", cache_dir=tmp_path)
+    with pytest.raises(errors.CheckpointNotFoundError, match="has no revision 'v9'"):
+        streamed(REPO, revision="v9", cache_dir=tmp_path)
+    with pytest.raises(errors.HubUnreachableError, match="not in the cache"):
+        streamed(REPO, local_files_only=True, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(errors.HubUnreachableError, match="does not answer"):
+        streamed(REPO, cache_dir=tmp_path)
+
+
+def test_disk_is_counted_before_the_download(hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(errors.NotEnoughDiskError, match=f"downloading {REPO}"):
+        streamed(REPO, cache_dir=tmp_path / "cache")
+    assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
+
+
+def test_another_commit_is_another_split(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fake_hub
+
+    streamed(REPO, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(fake_hub, "COMMIT", "f" * 40)
+    model = streamed(REPO, cache_dir=tmp_path / "cache")
+    assert model._prepared.folder.parent.name == "f" * 40
+
+
+@pytest.mark.network
+def test_real_hub(tmp_path: Path, streamed: Any) -> None:
+    model = streamed("hf-internal-testing/tiny-random-LlamaForCausalLM", cache_dir=tmp_path)
+    assert model.tokenizer.decode(model.generate(model.tokenizer("Hello", return_tensors="pt").input_ids, max_new_tokens=3)[0])
