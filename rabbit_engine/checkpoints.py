@@ -209,13 +209,19 @@ class PickleFile:
 
 
 def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
-    text = str(error)
-    if "GLOBAL" in text or "Unsupported" in text or ("weights_only" in text.lower() and "class" in text.lower()):
+    with path.open("rb") as file:
+        is_pickle = file.read(2).startswith((b"\x80", b"PK"))  # protocol 2 and newer, or torch's zip around one
+    if is_pickle and "Unsupported" in str(error):
         return UnsafePickleError(
-            f"{path} wants more than tensors and was not loaded ({first_line(error)}): "
+            f"{path} wants more than tensors and was not loaded ({_reason(error)}): "
             "use the repository's safetensors files, or convert it on a machine you can lose"
         )
-    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({first_line(error)}): download it again")
+    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({_reason(error)}): download it again")
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """torch explains itself at length; what matters is the line that says what it met."""
+    return next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), first_line(error))
 
 
 @dataclass(frozen=True, slots=True)
