@@ -106,3 +106,11 @@ def padded() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(input_ids)
     input_ids[1, :4], mask[1, :4] = 0, 0
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """SmolLM2 as transformers loads it, and streamed."""
+    whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
+    with AutoModel.from_pretrained(smollm, device="cpu", layer_shards_saving_path=tmp_path_factory.mktemp("shards")) as model:
+        yield whole, model

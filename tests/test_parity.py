@@ -210,17 +210,3 @@ def test_real_model_answers_as_transformers_does(smollm_models: Any) -> None:
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
     assert model.plan.device_bytes < 0.3 * model.plan.weights_bytes
-
-
-@pytest.fixture(scope="module")
-def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from rabbit_engine import AutoModel
-
-    whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
-    shards = tmp_path_factory.mktemp("shards")
-    model = AutoModel.from_pretrained(smollm, device="cpu", layer_shards_saving_path=shards)
-    model.tokenizer  # noqa: B018 - read the slow GGUF vocabulary once
-    yield whole, model
-    model.close()

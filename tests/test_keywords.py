@@ -1,0 +1,158 @@
+"""What callers may ask for: every keyword means something, is named in a warning, or is an error that names the nearest."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from rabbit_engine import AutoModel, config, errors
+from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.utils import platform
+
+RABBITLLM = {
+    "max_seq_len": 512,
+    "prefetching": True,
+    "prefetch_pin_memory": True,
+    "use_gds": True,
+    "kv_cache_dir": None,
+    "token": "hf_x",
+    "profiling_mode": False,
+    "delete_original": False,
+    "cache_layers": 30,
+    "offload_small_layers": False,
+    "persister": None,
+    "show_layer_progress": True,
+    "attn_implementation": "auto",
+    "compression": None,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_warned", set())
+
+
+def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids: torch.Tensor) -> None:
+    with pytest.warns(UserWarning) as caught, AutoModel.from_pretrained(checkpoint("qwen2"), **RABBITLLM) as model:
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=True)
+    assert torch.equal(tokens, plain(checkpoint("qwen2")).generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    said = [str(w.message) for w in caught if "no meaning here" in str(w.message)]
+    assert sorted(text.split()[0] for text in said) == ["cache_layers", "max_seq_len", "offload_small_layers", "prefetch_pin_memory", "use_gds"]
+    assert all("instead: " in text for text in said)
+
+
+def test_airllms_readme_example_runs(smollm_models: Any) -> None:
+    whole, model = smollm_models
+    input_text = ["What is the capital of United States?"]
+    input_tokens = model.tokenizer(
+        input_text, return_tensors="pt", return_attention_mask=False, truncation=True, max_length=128, padding=False
+    )
+    generation_output = model.generate(input_tokens["input_ids"], max_new_tokens=20, use_cache=True, return_dict_in_generate=True)
+    expected = whole.generate(input_tokens["input_ids"], max_new_tokens=20)
+    assert model.tokenizer.decode(generation_output.sequences[0]) == model.tokenizer.decode(expected[0])
+
+
+def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
+    with pytest.warns(UserWarning, match=r"max_seq_len has no meaning here; instead: .*truncate in the tokenizer"):
+        streamed(checkpoint("llama"), max_seq_len=512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        streamed(checkpoint("llama"), max_seq_len=512)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [("max_memry", "max_memory"), ("attn_implementaton", "attn_implementation"), ("layer_shard_path", "layer_shards_saving_path")],
+)
+def test_unknown_keyword_names_the_nearest(wrong: str, nearest: str, streamed: Any) -> None:
+    with pytest.raises(errors.UnknownKeywordError, match=f"no keyword '{wrong}'; did you mean '{nearest}'"):
+        streamed("anything", **{wrong: 1})
+    with pytest.raises(TypeError):
+        streamed("anything", zzz=1)
+
+
+def test_positional_arguments_are_refused() -> None:
+    with pytest.raises(TypeError):
+        AutoModel.from_pretrained("anything", "cuda:0")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="from_pretrained"):
+        AutoModel()
+
+
+@pytest.mark.parametrize("keywords", [{"compression": "4bit"}, {"compression": "8bit"}, {"quantization_config": {"bits": 4}}])
+def test_compression_is_refused_saying_so(keywords: Any, streamed: Any) -> None:
+    with pytest.raises(errors.CompressionUnavailableError, match="comes with a later version"):
+        streamed("anything", **keywords)
+
+
+def test_unknown_compression_is_another_error(streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="compression='3bit' is none of"):
+        streamed("anything", compression="3bit")
+
+
+def test_device_that_is_not_there_is_an_error(streamed: Any) -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(errors.DeviceUnavailableError, match="is not here"):
+        streamed("anything", device=missing)
+    with pytest.raises(errors.DeviceUnavailableError):
+        parse_device("xpu")
+    with pytest.raises(errors.DeviceUnavailableError, match="no device torch knows"):
+        parse_device("gpu")
+
+
+def test_device_map() -> None:
+    assert parse_device(None, "auto") == platform.best_device()
+    assert parse_device(None, {"": "cpu"}) == parse_device("cpu", "cpu") == torch.device("cpu")
+    with pytest.raises(errors.ConfigurationError, match="names 2 places"):
+        parse_device(None, {"a": "cpu", "b": "cuda:0"})
+    with pytest.raises(errors.ConfigurationError, match="disagree"):
+        parse_device("cpu", "cuda:0")
+
+
+def test_max_memory_in_transformers_form() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    assert parse_max_memory(None, cpu) == (None, None)
+    assert parse_max_memory({"cpu": "2GiB"}, cpu) == (2**31, 2**31)
+    assert parse_max_memory({1: "8GB", "cpu": 1000}, cuda) == (8 * 10**9, 1000)
+    assert parse_max_memory({0: "8GB"}, cuda) == (None, None)
+    with pytest.raises(errors.ConfigurationError, match="is no size"):
+        parse_max_memory({"cpu": "lots"}, cpu)
+    with pytest.raises(errors.ConfigurationError, match="is no mapping"):
+        parse_max_memory("8GiB", cpu)  # type: ignore[arg-type]
+
+
+def test_dtype() -> None:
+    assert parse_dtype("bfloat16") == parse_dtype("torch.bfloat16") == parse_dtype(torch.bfloat16) == torch.bfloat16
+    assert parse_dtype("auto") is None
+    for wrong in ("int8", "bf17", "nn"):
+        with pytest.raises(errors.ConfigurationError, match="no floating-point dtype"):
+            parse_dtype(wrong)
+
+
+def test_a_config_is_checked_when_made() -> None:
+    with pytest.raises(errors.ConfigurationError, match="'flash' is none of"):
+        StreamConfig(device=torch.device("cpu"), attn_implementation="flash")
+
+
+def test_budget_too_small_says_the_smallest_that_works(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    with pytest.raises(errors.BudgetError, match="give max_memory=") as caught:
+        streamed(checkpoint("llama"), max_memory={"cpu": "10kB"})
+    smallest = int(str(caught.value).split("max_memory={")[1].split(": ")[1].split("}")[0])
+    streamed(checkpoint("llama"), max_memory={"cpu": smallest})(ids)
+    with pytest.raises(errors.BudgetError):
+        streamed(checkpoint("llama"), max_memory={"cpu": smallest - 1})
+
+
+def test_progress_and_profile_tell(checkpoint: Any, streamed: Any, ids: torch.Tensor, capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="rabbit_engine")
+    model = streamed(checkpoint("llama"), show_layer_progress=True, profiling_mode=True)
+    model(ids)
+    assert "layers" in capsys.readouterr().err
+    assert "pass 1: " in caplog.text
+    assert "attention: sdpa" in caplog.text
+    assert "streamed   3 units" in caplog.text
+    assert "streamed   3 units" in str(model.plan)
+    assert (model.profile.passes, model.profile.units >= 3) == (1, True)

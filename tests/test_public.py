@@ -1,0 +1,65 @@
+"""The public face: what is exported, what an import does, and that the drawings tell the truth."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rabbit_engine
+from rabbit_engine import errors
+from rabbit_engine.units import format_bytes, format_rate, parse_bytes
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_all_is_what_is_there() -> None:
+    public = {name for name, value in vars(rabbit_engine).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public == set(rabbit_engine.__all__)
+
+
+def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:
+    code = "import threading; import rabbit_engine, torch; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_the_tree_of_errors_is_as_drawn() -> None:
+    drawn: dict[str, str] = {}
+    stack: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        match = re.match(r"^([│ ├└─]*)(\w+Error)\b", line)
+        if match:
+            depth = len(match[1])
+            stack = [item for item in stack if item[0] < depth]
+            drawn[match[2]] = stack[-1][1] if stack else "Exception"
+            stack.append((depth, match[2]))
+    classes = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls)}
+    assert drawn == {name: cls.__mro__[1].__name__ for name, cls in classes.items()}
+    assert all(cls.__doc__ for cls in classes.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (23_900_000_000, "23.90 GB"), (1.5e12, "1.50 TB")]
+)
+def test_sizes_as_text(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_rates_and_sizes() -> None:
+    assert format_rate(4.36e9, 2.5) == "1.74 GB/s"
+    assert format_rate(1, 0) == "-"
+    assert (parse_bytes("8GiB"), parse_bytes("8GB"), parse_bytes(5)) == (8 * 2**30, 8 * 10**9, 5)
+    with pytest.raises(ValueError, match="size"):
+        parse_bytes("lots")
+
+
+def test_the_readme_is_python_that_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
