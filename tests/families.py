@@ -72,6 +72,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "linear_value_head_dim": 8,
         },
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "num_hidden_layers": 6,
+            "vocab_size_per_layer_input": 96,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"head_dim": None}),
 }
 

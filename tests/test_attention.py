@@ -52,7 +52,9 @@ def test_asked_for_by_name_and_not_there_is_an_error(checkpoint: Any, streamed: 
         streamed(checkpoint("gpt_oss"), attn_implementation="sdpa")
 
 
-@pytest.mark.parametrize(("family", "requested", "active"), [("llama", "auto", "sdpa"), ("llama", "eager", "eager"), ("gpt_oss", "auto", "eager")])
+@pytest.mark.parametrize(
+    ("family", "requested", "active"), [("llama", "auto", "sdpa"), ("llama", "eager", "eager"), ("gpt_oss", "auto", "eager")]
+)
 def test_active_implementation_is_readable(family: str, requested: str, active: str, checkpoint: Any, streamed: Any) -> None:
     assert streamed(checkpoint(family), attn_implementation=requested).active_attention_implementation == active
 

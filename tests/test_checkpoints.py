@@ -49,7 +49,9 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", list(FORMATS))
 @pytest.mark.parametrize("delete_original", [False, True])
-def test_every_format_gives_the_same_logits(kind: str, delete_original: bool, tmp_path: Path, plain: Any, streamed: Any, ids: Any) -> None:
+def test_every_format_gives_the_same_logits(
+    kind: str, delete_original: bool, tmp_path: Path, plain: Any, streamed: Any, ids: Any
+) -> None:
     folder = FORMATS[kind](tmp_path)
     with torch.no_grad():
         expected = plain(folder)(ids).logits
@@ -107,7 +109,7 @@ def test_gguf_in_a_folder_of_its_own_or_named(smollm: Path, tmp_path: Path) -> N
     assert only_gguf(["a.gguf", "README.md"]) == "a.gguf"
     assert only_gguf(["a.gguf", "b.gguf"]) is None
     assert only_gguf(["a.gguf", "model.safetensors"]) is None
-    with pytest.raises(errors.CheckpointNotFoundError, match="gguf_file=, one of a.gguf, b.gguf"):
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"gguf_file=, one of a\.gguf, b\.gguf"):
         find_weight_files(["a.gguf", "b.gguf"], str, None, "here")
     with pytest.raises(errors.CheckpointNotFoundError, match=r"no c\.gguf"):
         find_weight_files(["a.gguf"], str, "c.gguf", "here")
@@ -118,7 +120,11 @@ def cut(path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
-    "cut off": (lambda d: cut(d / "model-00002-of-00003.safetensors"), errors.DamagedCheckpointError, "00002-of-00003.safetensors is cut off"),
+    "cut off": (
+        lambda d: cut(d / "model-00002-of-00003.safetensors"),
+        errors.DamagedCheckpointError,
+        r"00002-of-00003\.safetensors is cut off",
+    ),
     "empty": (
         lambda d: (d / "model-00002-of-00003.safetensors").write_bytes(b""),
         errors.DamagedCheckpointError,
@@ -170,8 +176,16 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         errors.CompressionUnavailableError,
         r"quantised already \(gptq\)",
     ),
-    "other shapes": (lambda d: edit_config(d, intermediate_size=64), errors.MismatchedWeightsError, r"gate_proj.weight is \[48, 32\]"),
-    "more layers": (lambda d: edit_config(d, num_hidden_layers=4), errors.MismatchedWeightsError, r"lacks weights.*model\.layers\.3"),
+    "other shapes": (
+        lambda d: edit_config(d, intermediate_size=64),
+        errors.MismatchedWeightsError,
+        r"gate_proj.weight is \[48, 32\]",
+    ),
+    "more layers": (
+        lambda d: edit_config(d, num_hidden_layers=4),
+        errors.MismatchedWeightsError,
+        r"lacks weights.*model\.layers\.3",
+    ),
 }
 
 
@@ -235,10 +249,18 @@ def test_checkpoint_without_a_tokenizer_runs(checkpoint: Any, streamed: Any, ids
     assert model.tokenizer == "my own"
 
 
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
 def test_remote_code_runs_only_when_allowed(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = own_checkpoint("llama")
-    code = "from transformers import LlamaConfig, LlamaForCausalLM\nclass MyConfig(LlamaConfig):\n    model_type = 'my_llama'\nclass MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
-    (folder / "modeling_my.py").write_text(code)
+    (folder / "modeling_my.py").write_text(REMOTE_CODE)
     before = streamed(folder)(ids).logits
     auto_map = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyModel"}
     edit_config(folder, model_type="my_llama", auto_map=auto_map)
@@ -249,8 +271,12 @@ def test_remote_code_runs_only_when_allowed(own_checkpoint: Any, streamed: Any, 
     assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize(("family", "wrong"), [("llama_wide_heads", 8), ("qwen3", 4), ("phi3", 14), ("mistral", 14), ("glm", 14), ("gemma2", 8)])
-def test_head_dim_of_the_checkpoint_is_right(family: str, wrong: int, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "wrong"), [("llama_wide_heads", 8), ("qwen3", 4), ("phi3", 14), ("mistral", 14), ("glm", 14), ("gemma2", 8)]
+)
+def test_head_dim_of_the_checkpoint_is_right(
+    family: str, wrong: int, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any
+) -> None:
     folder = own_checkpoint(family)
     with torch.no_grad():
         expected = plain(folder)(ids).logits

@@ -32,7 +32,9 @@ def test_run_streams_the_answer_to_stdout_alone(model: Path) -> None:
 
 
 def test_run_without_the_chat_template_goes_on_with_the_text(model: Path) -> None:
-    done = rabbit("run", model, "-", "--no-chat", "--max-new-tokens", 5, "--max-memory", "200MB", stdin="The capital of France is")
+    done = rabbit(
+        "run", model, "-", "--no-chat", "--max-new-tokens", 5, "--max-memory", "200MB", stdin="The capital of France is"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" Paris")
 

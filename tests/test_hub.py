@@ -26,11 +26,15 @@ def hub(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     (folder / "README.md").write_text("not wanted")
     with FakeHub(repos={REPO: folder}).running() as running:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         yield running
 
 
-def test_repo_streams_and_only_needed_files_travel(hub: FakeHub, tmp_path: Path, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+def test_repo_streams_and_only_needed_files_travel(
+    hub: FakeHub, tmp_path: Path, checkpoint: Any, plain: Any, streamed: Any, ids: Any
+) -> None:
     model = streamed(REPO, cache_dir=tmp_path / "cache")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(checkpoint("llama"))(ids).logits)
@@ -52,7 +56,9 @@ def test_second_load_downloads_no_weights_and_works_offline(hub: FakeHub, tmp_pa
 
 def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
     first = streamed(REPO, cache_dir=tmp_path / "cache", delete_original=True)(ids).logits
-    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "rabbit_shards" not in p.parts and p.stat().st_size > 20_000]
+    left = [
+        p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "rabbit_shards" not in p.parts and p.stat().st_size > 20_000
+    ]
     assert left == []
     hub.served.clear()
     for keywords in ({}, {"local_files_only": True}):
@@ -97,14 +103,18 @@ def test_missing_repo_revision_and_network(hub: FakeHub, tmp_path: Path, streame
         streamed(REPO, cache_dir=tmp_path)
 
 
-def test_disk_is_counted_before_the_download(hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_is_counted_before_the_download(
+    hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(errors.NotEnoughDiskError, match=f"downloading {REPO}"):
         streamed(REPO, cache_dir=tmp_path / "cache")
     assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
 
 
-def test_another_commit_is_another_split(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_commit_is_another_split(
+    hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fake_hub
 
     streamed(REPO, cache_dir=tmp_path / "cache")

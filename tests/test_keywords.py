@@ -37,11 +37,22 @@ def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids: torch.Tensor) -> None:
-    with pytest.warns(UserWarning) as caught, AutoModel.from_pretrained(checkpoint("qwen2"), **RABBITLLM) as model:
-        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=True)
+    with (
+        pytest.warns(UserWarning, match="no meaning here") as caught,
+        AutoModel.from_pretrained(checkpoint("qwen2"), **RABBITLLM) as model,
+    ):
+        tokens = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=True
+        )
     assert torch.equal(tokens, plain(checkpoint("qwen2")).generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
     said = [str(w.message) for w in caught if "no meaning here" in str(w.message)]
-    assert sorted(text.split()[0] for text in said) == ["cache_layers", "max_seq_len", "offload_small_layers", "prefetch_pin_memory", "use_gds"]
+    assert sorted(text.split()[0] for text in said) == [
+        "cache_layers",
+        "max_seq_len",
+        "offload_small_layers",
+        "prefetch_pin_memory",
+        "use_gds",
+    ]
     assert all("instead: " in text for text in said)
 
 
@@ -66,7 +77,11 @@ def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
-    [("max_memry", "max_memory"), ("attn_implementaton", "attn_implementation"), ("layer_shard_path", "layer_shards_saving_path")],
+    [
+        ("max_memry", "max_memory"),
+        ("attn_implementaton", "attn_implementation"),
+        ("layer_shard_path", "layer_shards_saving_path"),
+    ],
 )
 def test_unknown_keyword_names_the_nearest(wrong: str, nearest: str, streamed: Any) -> None:
     with pytest.raises(errors.UnknownKeywordError, match=f"no keyword '{wrong}'; did you mean '{nearest}'"):

@@ -34,7 +34,9 @@ def test_logits_are_bit_equal_in_bfloat16(family: str, tmp_path: Path, plain: An
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_another_dtype_casts_as_transformers_does(dtype: torch.dtype, checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_another_dtype_casts_as_transformers_does(
+    dtype: torch.dtype, checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
     folder = checkpoint("deepseek_v3")  # has a bias that transformers keeps in float32
     model, whole = streamed(folder, dtype=dtype, layer_shards_saving_path=tmp_path), plain(folder, dtype=dtype)
     with torch.no_grad():
@@ -133,7 +135,9 @@ def test_ties_are_kept(checkpoint: Any, streamed: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
-def test_a_budget_that_streams_the_head_changes_nothing(family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+def test_a_budget_that_streams_the_head_changes_nothing(
+    family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any
+) -> None:
     whole = plain(checkpoint(family))
     model = streamed(checkpoint(family), max_memory={"cpu": streamed(checkpoint(family)).plan.device_bytes - 1})
     assert "lm_head" in model.plan.streamed
@@ -159,7 +163,9 @@ def test_loss_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Te
         assert torch.equal(streamed(checkpoint("phi3"))(ids, labels=ids).loss, expected)
 
 
-@pytest.mark.parametrize("mode", [{"prefill_chunk_size": 5}, {"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2}])
+@pytest.mark.parametrize(
+    "mode", [{"prefill_chunk_size": 5}, {"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2}]
+)
 def test_other_modes(mode: dict[str, Any], checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     expected, got = (load(checkpoint("llama")).generate(ids, **GREEDY, **mode) for load in (plain, streamed))
     assert torch.equal(got, expected)
@@ -170,7 +176,9 @@ def test_hooks_see_what_they_would_see(checkpoint: Any, plain: Any, streamed: An
     for name, load in (("plain", plain), ("streamed", streamed)):
         model = load(checkpoint("llama"))
         for module in (model.model.layers[1], model.model.layers[2].mlp.up_proj, model.lm_head):
-            module.register_forward_hook(lambda _m, _a, out, name=name: seen[name].append(out if torch.is_tensor(out) else out[0]))
+            module.register_forward_hook(
+                lambda _m, _a, out, name=name: seen[name].append(out if torch.is_tensor(out) else out[0])
+            )
         with torch.no_grad():
             model(ids)
     assert len(seen["plain"]) == 3
@@ -183,7 +191,9 @@ def test_text_iterator_streamer_in_a_thread(smollm_models: Any) -> None:
     texts = []
     for each in (whole, model):
         streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=300)
-        thread = threading.Thread(target=each.generate, kwargs={**inputs, "max_new_tokens": 6, "do_sample": False, "streamer": streamer})
+        thread = threading.Thread(
+            target=each.generate, kwargs={**inputs, "max_new_tokens": 6, "do_sample": False, "streamer": streamer}
+        )
         thread.start()
         texts.append("".join(streamer))
         thread.join()

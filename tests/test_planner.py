@@ -26,7 +26,9 @@ UNITS = [*REST, *LAYERS, HEAD]
         ([UnitSize("norm", "resident", 7)], 7, ("norm",), 0, 7),
     ],
 )
-def test_what_stays(units: list[UnitSize], budget: int | None, resident: tuple[str, ...], streamed: int, device_bytes: int) -> None:
+def test_what_stays(
+    units: list[UnitSize], budget: int | None, resident: tuple[str, ...], streamed: int, device_bytes: int
+) -> None:
     plan = place(units, "cpu", budget, None)
     assert set(plan.resident) == set(resident)
     assert len(plan.streamed) == streamed
@@ -44,7 +46,9 @@ sizes = st.integers(0, 10**12)
 
 
 @given(st.lists(sizes, min_size=1, max_size=20), sizes, sizes, sizes, st.none() | st.integers(0, 10**14))
-def test_budgets_hold_and_every_unit_is_placed_once(layers: list[int], head: int, embed: int, rest: int, budget: int | None) -> None:
+def test_budgets_hold_and_every_unit_is_placed_once(
+    layers: list[int], head: int, embed: int, rest: int, budget: int | None
+) -> None:
     units = [UnitSize(f"l{i}", "layer", size) for i, size in enumerate(layers)]
     units += [UnitSize("head", "head", head), UnitSize("embed", "embedding", embed), UnitSize("rest", "resident", rest)]
     try:
@@ -70,7 +74,12 @@ SHARDS = plan_shards(
 
 
 def test_shards_are_planned_in_pass_order_and_empty_ones_left_out() -> None:
-    assert [(plan.name, plan.keys) for plan in SHARDS] == [("embed", ("e",)), ("l0", ("a", "b")), ("l1", ("c",)), ("head", ("h",))]
+    assert [(plan.name, plan.keys) for plan in SHARDS] == [
+        ("embed", ("e",)),
+        ("l0", ("a", "b")),
+        ("l1", ("c",)),
+        ("head", ("h",)),
+    ]
     assert files_done_after(SHARDS) == {"embed": [], "l0": ["f1"], "l1": [], "head": ["f2"]}
 
 

@@ -23,7 +23,8 @@ def test_all_is_what_is_there() -> None:
 
 
 def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:
-    code = "import threading; import rabbit_engine, torch; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"
+    code = "import threading; import rabbit_engine, torch"
+    code += "; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 

@@ -38,7 +38,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_harness(*arguments: object) -> int:
-    done = subprocess.run([sys.executable, str(HARNESS), *map(str, arguments)], capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HARNESS), *map(str, arguments)], capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -52,7 +54,9 @@ def test_split_killed_again_and_again_ends_with_identical_files(mode: str, famil
     assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
 
 
-def test_killed_while_deleting_originals_loses_nothing(own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any) -> None:
+def test_killed_while_deleting_originals_loses_nothing(
+    own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any
+) -> None:
     folder = own_checkpoint("llama", num_hidden_layers=5)
     expected = plain(folder)(ids).logits
     assert len(list(folder.glob("*.safetensors"))) > 3
@@ -85,8 +89,8 @@ def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: py
 
 def test_two_processes_at_once_end_with_one_good_split(own_checkpoint: Any, tmp_path: Path) -> None:
     folder = own_checkpoint("qwen3_moe")
-    code = "import sys; from rabbit_engine.cli import main; sys.argv = ['rabbit', 'split', sys.argv[1], '--saving-path', sys.argv[2]]; main()"
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "both")]
+    code = "from rabbit_engine.cli import main; main()"
+    command = [sys.executable, "-c", code, "split", str(folder), "--saving-path", str(tmp_path / "both")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.wait(200) for process in both] == [0, 0], [process.stderr.read() for process in both if process.stderr]
     split(folder, tmp_path / "alone")
@@ -119,7 +123,9 @@ def flip(path: Path, position: int | None = None) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("change", [cut, lambda p: p.unlink(), lambda p: flip(p, 40), lambda p: p.write_bytes(b""), lambda p: flip(p, 3)])
+@pytest.mark.parametrize(
+    "change", [cut, lambda p: p.unlink(), lambda p: flip(p, 40), lambda p: p.write_bytes(b""), lambda p: flip(p, 3)]
+)
 def test_damaged_shard_is_an_error_that_names_it_and_split_mends_it(change: Any, own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama")
     before = contents(split(folder).folder)
@@ -200,10 +206,12 @@ def test_full_disk_is_counted_before_the_first_byte(own_checkpoint: Any, tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 50_000, 50_000))
     with pytest.raises(errors.NotEnoughDiskError, match=r"needs .* kB in .*50\.00 kB are free.*delete_original"):
         split(folder, tmp_path / "shards")
-    assert [p for p in (tmp_path / "shards").rglob("*.safetensors")] == []
+    assert list((tmp_path / "shards").rglob("*.safetensors")) == []
 
 
-def test_disk_that_fills_up_midway_leaves_no_half_shard(own_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up_midway_leaves_no_half_shard(
+    own_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = own_checkpoint("llama")
     synced: list[int] = []
     native = os.fsync
@@ -265,7 +273,9 @@ prepare(Path(sys.argv[1]), SourceConfig(), SplitConfig(), progress=False)
 done = True; thread.join(); print(peak - before)
 """
     families.save("llama", tmp_path / "warm")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "warm")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "warm")], capture_output=True, text=True, check=True
+    )
     assert weights > 200e6
     assert int(done.stdout) < 0.35 * weights
 

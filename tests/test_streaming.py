@@ -25,12 +25,18 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 def loaded(model: Any) -> list[str]:
     """Streamed weights that are there now."""
-    return [name for name, p in model.named_parameters() if ".layers." in name and "lora" not in name and not isinstance(p, Placeholder)]
+    return [
+        name
+        for name, p in model.named_parameters()
+        if ".layers." in name and "lora" not in name and not isinstance(p, Placeholder)
+    ]
 
 
 def real_bytes(model: Any) -> int:
     """Bytes of memory behind the model's parameters now, each counted once."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not isinstance(p, Placeholder)}
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not isinstance(p, Placeholder)
+    }
     return sum(storages.values())
 
 
@@ -70,7 +76,14 @@ def test_weight_used_while_away_raises_its_name(checkpoint: Any, streamed: Any) 
         torch.nn.functional.linear(torch.ones(1, 32), layer.self_attn.q_proj.weight)
     with pytest.raises(errors.WeightNotLoadedError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         layer.mlp.up_proj(torch.ones(1, 32))
-    for use in (lambda w: w + 1, lambda w: w.sum().item(), lambda w: w.clone(), lambda w: w.tolist(), lambda w: w[0], lambda w: w.numpy()):
+    for use in (
+        lambda w: w + 1,
+        lambda w: w.sum().item(),
+        lambda w: w.clone(),
+        lambda w: w.tolist(),
+        lambda w: w[0],
+        lambda w: w.numpy(),
+    ):
         with pytest.raises((errors.WeightNotLoadedError, RuntimeError)):
             use(layer.mlp.up_proj.weight)
 
@@ -80,7 +93,9 @@ def test_placeholder_tells_the_truth_about_its_weight(checkpoint: Any, plain: An
     for (name, away), (_, there) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         assert (away.shape, away.dtype, away.device, away.requires_grad) == (there.shape, there.dtype, there.device, False), name
         assert isinstance(away, torch.nn.Parameter)
-    assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, away" in repr(model.model.layers[0].input_layernorm.weight)
+    assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, away" in repr(
+        model.model.layers[0].input_layernorm.weight
+    )
     assert (model.device, model.dtype) == (whole.device, whole.dtype)
 
 
@@ -94,6 +109,8 @@ def test_embedding_reads_only_rows_and_checks_ids(checkpoint: Any, plain: Any, s
         embedding(torch.tensor([[96]]))
     with pytest.raises(IndexError):
         embedding(torch.tensor([[-1]]))
+    with torch.no_grad():
+        assert torch.equal(embedding.weight[-1], embedding(torch.tensor(95)))
     with pytest.raises(errors.WeightNotLoadedError, match="embed_tokens"):
         embedding.weight.sum()
 
@@ -104,7 +121,9 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["layer", "inside"])
-def test_after_an_exception_in_a_layer_nothing_stays(error: Any, place: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+def test_after_an_exception_in_a_layer_nothing_stays(
+    error: Any, place: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any
+) -> None:
     model = streamed(checkpoint("llama"))
     module = model.model.layers[1] if place == "layer" else model.model.layers[1].mlp.down_proj
 
@@ -166,7 +185,9 @@ def test_two_threads_are_served_in_turn(checkpoint: Any, plain: Any, streamed: A
     whole = plain(checkpoint("llama"))
     expected = [whole.generate(prompt, **GREEDY) for prompt in prompts]
     got: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda i=i, p=p: got.update({i: model.generate(p, **GREEDY)})) for i, p in enumerate(prompts)]
+    threads = [
+        threading.Thread(target=lambda i=i, p=p: got.update({i: model.generate(p, **GREEDY)})) for i, p in enumerate(prompts)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -232,7 +253,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("operation", "error"), REFUSED)
-def test_refused_operations_say_so_and_break_nothing(operation: Any, error: Any, checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_refused_operations_say_so_and_break_nothing(
+    operation: Any, error: Any, checkpoint: Any, streamed: Any, ids: torch.Tensor
+) -> None:
     model = streamed(checkpoint("llama"))
     expected = model.generate(ids, **GREEDY)
     with pytest.raises(error):
@@ -240,7 +263,9 @@ def test_refused_operations_say_so_and_break_nothing(operation: Any, error: Any,
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.float(), lambda m: m.to(device="cpu", dtype=torch.float32)])
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.float(), lambda m: m.to(device="cpu", dtype=torch.float32)]
+)
 def test_moving_to_where_it_is_is_allowed(move: Any, checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     assert move(model) is model

@@ -35,13 +35,13 @@ class Layout:
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layers are the elements of the module list that holds most parameters; beside it stand its norm and the like.
+    """The layers are the elements of the largest list of blocks beside the embedding; beside it stands its norm.
 
     Raises UnsupportedArchitectureError for a model without a list of layers.
     """
-    name, layers = _largest_list(model)
-    parent = name.rpartition(".")[0]
     embedding, head = _name_of(model, _embedding(model)), _name_of(model, _head(model))
+    name, layers = _largest_list(model, (embedding or "").rpartition(".")[0])
+    parent = name.rpartition(".")[0]
     siblings = model.get_submodule(parent).named_children() if parent else model.named_children()
     others = [f"{parent}.{child}".lstrip(".") for child, module in siblings if _is_leaf_with_weights(module)]
     return Layout(
@@ -52,13 +52,16 @@ def find_layout(model: PreTrainedModel) -> Layout:
     )
 
 
-def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _largest_list(model: nn.Module, home: str) -> tuple[str, nn.ModuleList]:
+    """Of the lists of blocks: beside the embedding (in `home`) before below it, before anywhere else."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     blocks = [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
     if not blocks:
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no list of layers to stream")
-    return max(blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    beside = [item for item in blocks if item[0].rpartition(".")[0] == home]
+    below = [item for item in blocks if item[0].startswith(f"{home}.")]
+    return max(beside or below or blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _is_leaf_with_weights(module: nn.Module) -> bool:

@@ -52,4 +52,7 @@ class EmbeddingRows(Placeholder):
             needed, position = torch.unique(ids.cpu(), return_inverse=True)
             table = weight.read(needed).to(weight.device)
             return functional.embedding(position.to(weight.device), table)
+        if func is torch.ops.aten.select.int and args[1] == 0:  # Gemma 4 takes the row of its padding token by hand
+            weight, row = args[0], args[2] % args[0].shape[0]
+            return weight.read(torch.tensor([row]))[0].to(weight.device)
         return super().__torch_dispatch__(func, types, args, kwargs)
