@@ -19,7 +19,7 @@ def corrected_head_dim(
     projections are `[heads * head_dim, hidden]`, fused ones `[(heads + 2 * kv heads) * head_dim, hidden]`.
     """
     text = config.get_text_config()
-    if getattr(text, "per_layer_config", None):  # heads differ by layer: there is no one head_dim to correct
+    if getattr(text, "is_heterogeneous", False):  # heads differ by layer: there is no one head_dim to correct
         return None
     heads = getattr(text, "num_attention_heads", None)
     if not heads or not hasattr(text, "head_dim"):
