@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rabbit_engine import AutoModel
 from rabbit_engine.demo import wheel_file
 
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
