@@ -184,10 +184,14 @@ def _stream(model: PreTrainedModel, weights: Weights, plan: Plan, stream: Stream
     units = {module: weights.unit(module) for module in plan.streamed}
     slots = claim_slots(stream.device, plan.slots, plan.slot_bytes)
     streamer = Streamer(list(units.values()), slots, plan.slots, prefetching=stream.prefetching)
-    binding = Binding(streamer, stream.device, show_progress=stream.show_layer_progress)
-    for module, unit in units.items():
-        binding.bind(model.get_submodule(module), unit, weights.chairs(weights.owned[module]))
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            guard(part, binding, stream.device)
+    try:
+        binding = Binding(streamer, stream.device, show_progress=stream.show_layer_progress)
+        for module, unit in units.items():
+            binding.bind(model.get_submodule(module), unit, weights.chairs(weights.owned[module]))
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                guard(part, binding, stream.device)
+    except BaseException:
+        streamer.close()
+        raise
     return streamer, binding

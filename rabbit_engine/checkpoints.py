@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,10 @@ from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor
 Format = Literal["safetensors", "bin", "gguf"]
 
 _CANDIDATES: tuple[tuple[str, Format], ...] = (
-    ("model.safetensors.index.json", "safetensors"),
     ("model.safetensors", "safetensors"),
-    ("pytorch_model.bin.index.json", "bin"),
+    ("model.safetensors.index.json", "safetensors"),
     ("pytorch_model.bin", "bin"),
+    ("pytorch_model.bin.index.json", "bin"),
 )
 
 
@@ -79,7 +80,7 @@ def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], ggu
 
 def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where: str) -> WeightFiles:
     try:
-        files = set(json.loads(read_text(name))["weight_map"].values())
+        files = {str(file) for file in json.loads(read_text(name))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{where}/{name} cannot be read ({error}): download it again") from error
     if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
@@ -117,16 +118,16 @@ def check_present(folder: Path, files: WeightFiles) -> None:
 
 def fingerprint(folder: Path, files: WeightFiles, commit: str | None) -> dict[str, Any]:
     """What tells one source from another: names, sizes, the safetensors headers, and the commit or the times of change."""
-    rows = [file_row(folder / name, files.format, commit) for name in files.names]
+    rows = [file_row(folder, name, files.format, commit) for name in files.names]
     return {"format": files.format, "commit": commit, "files": rows}
 
 
-def file_row(path: Path, kind: Format, commit: str | None) -> dict[str, Any]:
-    """One file's part of a fingerprint."""
-    status = path.stat()
-    row: dict[str, Any] = {"name": path.name, "bytes": status.st_size}
+def file_row(folder: Path, name: str, kind: Format, commit: str | None) -> dict[str, Any]:
+    """One file's part of a fingerprint; `name` is relative to `folder`."""
+    status = (folder / name).stat()
+    row: dict[str, Any] = {"name": name, "bytes": status.st_size}
     if kind == "safetensors":
-        row["header_xxh3_128"] = read_header(path, DamagedCheckpointError).checksum
+        row["header_xxh3_128"] = read_header(folder / name, DamagedCheckpointError).checksum
     if commit is None:
         row["mtime_ns"] = status.st_mtime_ns
     return row
@@ -135,8 +136,8 @@ def file_row(path: Path, kind: Format, commit: str | None) -> dict[str, Any]:
 def changed_files(folder: Path, source: Mapping[str, Any]) -> list[str]:
     """Names of the files of `folder` that differ from the fingerprint `source`; files that are gone count as unchanged."""
     rows = {row["name"]: row for row in source["files"]}
-    present = [folder / name for name in rows if (folder / name).is_file()]
-    return [path.name for path in present if file_row(path, source["format"], source["commit"]) != rows[path.name]]
+    present = [name for name in rows if (folder / name).is_file()]
+    return [name for name in present if file_row(folder, name, source["format"], source["commit"]) != rows[name]]
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -169,6 +170,10 @@ class SafetensorsTensor:
         return read_tensor(self.entry, DamagedCheckpointError)
 
 
+_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error)
+"""What torch.load raises over bytes that are no pickle of its own."""
+
+
 @dataclass(slots=True)
 class PickleFile:
     """A `pytorch_model*.bin`, loaded weights-only and mapped where its format allows, kept until `release()`."""
@@ -194,7 +199,7 @@ class PickleFile:
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise _pickle_error(self.path, error) from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise DamagedCheckpointError(
                 f"{self.path} is no whole PyTorch file ({first_line(error)}): download it again"
             ) from error

@@ -91,9 +91,17 @@ def parse_device(device: str | int | torch.device | None, device_map: Any = None
                 f'device_map names {len(places)} places, layers run on one: give device="cuda:0" and max_memory={{0: "8GiB"}}'
             )
         device_map = places.pop()
-    if device is not None and torch.device(device) != torch.device(device_map):
+    if device is not None and not _same_device(device, device_map):
         raise ConfigurationError(f"device={device!r} and device_map={device_map!r} disagree; give one of them")
     return find_device(device_map)
+
+
+def _same_device(first: Any, second: Any) -> bool:
+    try:
+        devices = {(device.type, device.index or 0) for device in (torch.device(first), torch.device(second))}
+    except (RuntimeError, TypeError):
+        return False
+    return len(devices) == 1
 
 
 def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: torch.device) -> tuple[int | None, int | None]:
@@ -105,12 +113,22 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: t
     budgets: dict[int | str, int] = {}
     for place, size in max_memory.items():
         try:
-            budgets[place] = parse_bytes(size)
-        except ValueError as error:
+            budgets[_place(place)] = parse_bytes(size)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigurationError(f'max_memory[{place!r}]={size!r} is no size; write "8GiB", "8GB" or bytes') from error
     host = budgets.get("cpu")
     own = host if device.type == "cpu" else budgets.get(device.index or 0, budgets.get(device.type))
     return own, host
+
+
+def _place(place: int | str | torch.device) -> int | str:
+    """`0`, `"0"`, `"cuda:0"` and `torch.device("cuda:0")` are the first GPU; `"cpu"` and `"mps"` are themselves."""
+    name = str(place).removeprefix("cuda:").removesuffix(":0")
+    if name.isdigit():
+        return int(name)
+    if name not in ("cpu", "mps"):
+        raise ConfigurationError(f'max_memory[{place!r}] names no place; write {{0: "8GiB", "cpu": "24GiB"}}')
+    return name
 
 
 def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +13,24 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from rabbit_engine.config import SourceConfig
-from rabbit_engine.errors import CheckpointNotFoundError, GatedCheckpointError, HubUnreachableError, NotEnoughDiskError
+from rabbit_engine.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    GatedCheckpointError,
+    HubUnreachableError,
+    NotEnoughDiskError,
+    RabbitError,
+    first_line,
+)
 from rabbit_engine.units import format_bytes
 
 HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
@@ -55,15 +64,19 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Repo(
-            str(name),
-            path.resolve(),
-            tuple(sorted(p.relative_to(path).as_posix() for p in path.iterdir() if p.is_file())),
-        )
+        return Repo(str(name), path.resolve(), _local_names(path, source.gguf_file))
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise CheckpointNotFoundError(f"{name} is no folder here, and no repo id (organisation/name)")
     with _own_errors(str(name), source):
         return _find_cached(str(name), source) if _offline(source) else _find_online(str(name), source)
+
+
+def _local_names(folder: Path, gguf_file: str | None) -> tuple[str, ...]:
+    """The folder's own files; a GGUF file may be asked for below it."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    if gguf_file is not None and (folder / gguf_file).is_file():
+        names.add(gguf_file)
+    return tuple(sorted(names))
 
 
 def _offline(source: SourceConfig) -> bool:
@@ -73,9 +86,9 @@ def _offline(source: SourceConfig) -> bool:
 def _find_online(name: str, source: SourceConfig) -> Repo:
     try:
         info = HfApi().model_info(name, revision=source.revision, token=source.token, timeout=20)
-    except HfHubHTTPError:
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalTokenNotFoundError):
         raise
-    except (HTTPError, OSError) as error:  # no network: what is in the cache may do
+    except (HTTPError, OSError) as error:  # no network, or a hub that fails: what is in the cache may do
         try:
             return _find_cached(name, source)
         except LocalEntryNotFoundError:
@@ -153,28 +166,44 @@ def _download(name: str, revision: str | None, patterns: list[str], source: Sour
 @contextmanager
 def _own_errors(name: str, source: SourceConfig) -> Iterator[None]:
     """huggingface_hub's errors as ours: what happened, and what to do."""
-    revision = f" at revision {source.revision!r}" if source.revision else ""
     try:
         yield
-    except GatedRepoError as error:
-        raise GatedCheckpointError(
-            f'{name} is gated: accept its licence on its page, then give token="hf_..." or set HF_TOKEN'
-            f"{'' if source.token is None else ' (the token given has no access)'}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointNotFoundError(f"{name} has no revision {source.revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{name} is no folder here and no repo that this token can see; check the spelling, or give token= for a private one"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointNotFoundError(f"{name} is no folder here and no repo id ({error})") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubUnreachableError(
+    except RabbitError:
+        raise
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise _refusal(error, name, source) from error
+    except (HTTPError, OSError) as error:
+        raise _failure(error, name, source) from error
+
+
+def _refusal(error: Exception, name: str, source: SourceConfig) -> CheckpointError:
+    """The Hub says no."""
+    if isinstance(error, GatedRepoError):
+        given = "" if source.token is None else " (the token given has no access)"
+        return GatedCheckpointError(
+            f'{name} is gated: accept its licence on its page, then give token="hf_..." or set HF_TOKEN{given}'
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return GatedCheckpointError(f"{name}: token=True, and no token is saved: run `hf auth login`, or give token=")
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointNotFoundError(f"{name} has no revision {source.revision!r}")
+    if isinstance(error, HFValidationError):
+        return CheckpointNotFoundError(f"{name} is no folder here and no repo id ({first_line(error)})")
+    return CheckpointNotFoundError(
+        f"{name} is no folder here and no repo that this token can see; check the spelling, or give token= for a private one"
+    )
+
+
+def _failure(error: Exception, name: str, source: SourceConfig) -> RabbitError:
+    """The Hub, the network or the disk does not do what it should."""
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return NotEnoughDiskError(f"the disk became full while downloading {name}: free some and run it again, it goes on")
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(source):
+        revision = f" at revision {source.revision!r}" if source.revision else ""
+        return HubUnreachableError(
             f"{name}{revision} is not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE): allow them once"
-        ) from error
-    except HTTPError as error:
-        raise HubUnreachableError(f"{name}: the Hub does not answer as it should ({error}); try again") from error
+        )
+    return HubUnreachableError(f"{name}: the Hub does not answer as it should ({first_line(error)}); try again")
 
 
 def delete_original(path: Path, repo: Repo) -> None:

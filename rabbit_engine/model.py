@@ -188,7 +188,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerNotFoundError(
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
@@ -309,7 +309,8 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
             f"attn_implementation={choice.name!r} does not work for {prepared.cls.__name__}: {error}"
         ) from error
     _set_names(model, str(name), prepared, source)
-    model._assembly = assemble(model, entries, prepared.manifest.ties, stream)
+    with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
+        model._assembly = assemble(model, entries, prepared.manifest.ties, stream)
     weakref.finalize(model, model._assembly.streamer.close)
     if stream.profiling_mode:
         model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,6 +27,7 @@ from rabbit_engine.checkpoints import (
     WeightFiles,
     changed_files,
     check_present,
+    digest,
     find_weight_files,
     fingerprint,
     first_floating_dtype,
@@ -33,7 +35,7 @@ from rabbit_engine.checkpoints import (
     open_tensors,
 )
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.errors import CheckpointNotFoundError, DamagedShardError, ShardError
+from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, DamagedShardError, ShardError
 from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo
 from rabbit_engine.shards import (
     Journal,
@@ -75,14 +77,19 @@ def prepare(
     """
     name, source = _gguf_by_path(name, source)
     repo = find_repo(name, source)
-    gguf_file = source.gguf_file or only_gguf(repo.names)
+    root = shards_root(repo, split.saving_path)
+    gguf_file = source.gguf_file or (None if _deleted_dtype(root) else only_gguf(repo.names))
     if gguf_file is not None:
+        if split.delete_original:
+            raise ConfigurationError(
+                f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
+            )
         fetch_weights(repo, [gguf_file], source)
     config = find_config(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
     cls = find_class(config, repo.folder, trust_remote_code=source.trust_remote_code)
     config = config_for(cls, config)
-    dtype = split.dtype or _own_dtype(repo, config, gguf_file, source)
-    folder = shards_folder(repo, split.saving_path, dtype, gguf_file)
+    dtype = split.dtype or _own_dtype(repo, config, gguf_file, source, root)
+    folder = root / variant(dtype, gguf_file)
     request = _Request(repo, source, config, cls, dtype, folder, gguf_file, split.delete_original, progress)
     manifest = _usable(request, repair) or _make(request, repair)
     if split.delete_original and _originals(request, manifest):
@@ -111,23 +118,44 @@ def _gguf_by_path(name: str | Path, source: SourceConfig) -> tuple[str | Path, S
     return name, source
 
 
-def shards_folder(repo: Repo, saving_path: Path | None, dtype: torch.dtype, gguf_file: str | None = None) -> Path:
-    """Where the shards of `repo` in `dtype` lie: below `saving_path`, else beside the checkpoint (in the repo's cache)."""
-    variant = "-".join(filter(None, [Path(gguf_file).stem if gguf_file else None, str(dtype).removeprefix("torch.")]))
+def shards_root(repo: Repo, saving_path: Path | None) -> Path:
+    """Where the splits of `repo` lie: below `saving_path`, else beside the checkpoint (in the repo's cache).
+
+    Below `saving_path` each repo at a commit, and each folder on this machine, has a place of its own.
+    """
     if saving_path is not None:
-        name = repo.name.replace("/", "--") if repo.commit else repo.folder.name
-        return saving_path.expanduser().resolve() / name / variant
-    if repo.commit is not None:
-        return repo.folder.parent.parent / SHARDS_FOLDER / repo.commit / variant
-    return repo.folder / SHARDS_FOLDER / variant
+        place = digest({"folder": str(repo.folder)})[:8]
+        name = f"{repo.name.replace('/', '--')}-{repo.commit[:8]}" if repo.commit else f"{repo.folder.name}-{place}"
+        return saving_path.expanduser().resolve() / name
+    return repo.folder.parent.parent / SHARDS_FOLDER / repo.commit if repo.commit else repo.folder / SHARDS_FOLDER
 
 
-def _own_dtype(repo: Repo, config: PretrainedConfig, gguf_file: str | None, source: SourceConfig) -> torch.dtype:
+def variant(dtype: torch.dtype, gguf_file: str | None = None) -> str:
+    """The folder of one split among those of a checkpoint: its dtype, behind the name of a GGUF file."""
+    return "-".join(filter(None, [Path(gguf_file).stem if gguf_file else None, str(dtype).removeprefix("torch.")]))
+
+
+def _deleted_dtype(root: Path) -> torch.dtype | None:
+    """The dtype of a split below `root`, finished or not, whose originals are gone: it is what the model is now."""
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        try:
+            manifest, journal = read_manifest(folder), read_journal(folder)
+        except DamagedShardError:  # said, or mended, where this split is asked for
+            continue
+        if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
+            return getattr(torch, folder.name, None)
+    return None
+
+
+def _own_dtype(repo: Repo, config: PretrainedConfig, gguf_file: str | None, source: SourceConfig, root: Path) -> torch.dtype:
     """The checkpoint's own dtype as transformers finds it: the config's, else that of its first floating-point tensor."""
     if config.dtype is not None:
         return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
     if gguf_file is not None:
         return gguf_dtype(repo.folder / gguf_file)
+    deleted = _deleted_dtype(root)
+    if deleted is not None:
+        return deleted
     files = _weight_files(repo, None)
     fetch_weights(repo, files.names, source)
     check_present(repo.folder, files)
@@ -155,7 +183,7 @@ def _usable(request: _Request, repair: bool) -> Manifest | None:
 
 def _source_changed(request: _Request, manifest: Manifest) -> bool:
     changed = changed_files(request.repo.folder, manifest.source)
-    others = _other_names(request, manifest)
+    others = _other_names(request, manifest.source)
     if not changed and not others and manifest.source["commit"] == request.repo.commit:
         return False
     what = ", ".join(changed or others) or f"commit {request.repo.commit}"
@@ -168,13 +196,15 @@ def _source_changed(request: _Request, manifest: Manifest) -> bool:
     return True
 
 
-def _other_names(request: _Request, manifest: Manifest) -> list[str]:
-    """Weight files that are here now and were not part of the split."""
+def _other_names(request: _Request, source: Mapping[str, Any]) -> list[str]:
+    """Weight files that are here now and were not part of the split; what lies beside deleted originals is no news."""
+    if source.get("deleted"):
+        return []
     try:
         names = _weight_files(request.repo, request.gguf_file).names
     except CheckpointNotFoundError:  # all originals are gone: the split is what there is
         return []
-    known = {row["name"] for row in manifest.source["files"]}
+    known = {row["name"] for row in source["files"]}
     return [name for name in names if name not in known]
 
 
@@ -195,7 +225,11 @@ def _usable_journal(request: _Request) -> Journal | None:
     journal = read_journal(request.folder)
     if journal is None:
         return None
-    changed = changed_files(request.repo.folder, journal.source) or journal.source["commit"] != request.repo.commit
+    changed = (
+        changed_files(request.repo.folder, journal.source)
+        or (not journal.deleted and _other_names(request, journal.source))
+        or journal.source["commit"] != request.repo.commit
+    )
     if changed and journal.deleted:
         raise ShardError(
             f"{request.folder} is half a split of another source whose originals are deleted: "
@@ -254,8 +288,8 @@ def _stored_shapes(
 
 
 def _originals(request: _Request, manifest: Manifest) -> list[Path]:
-    """The originals that are there."""
-    paths = (request.repo.folder / row["name"] for row in manifest.source["files"])
+    """The originals that are there and that shards were made from."""
+    paths = (request.repo.folder / name for name in manifest.source["used"])
     return [path for path in paths if path.is_file()]
 
 

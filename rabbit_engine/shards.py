@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,13 +81,19 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         raw = json.loads(path.read_bytes())
         records = tuple(ShardRecord(**row) for row in raw.pop("shards"))
-        return Manifest(shards=records, **raw)
+        manifest = Manifest(shards=records, **raw)
+        _ = [row["name"] for row in manifest.source["files"]], manifest.source["commit"], manifest.source["deleted"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise DamagedShardError(
             f"{path} cannot be read: {cause}; run `rabbit split` to make it again (finished shards are kept)"
         ) from cause
+    if manifest.version != FORMAT_VERSION:
+        raise DamagedShardError(
+            f"{path} is of format {manifest.version}, this version reads {FORMAT_VERSION}: split into another folder"
+        )
+    return manifest
 
 
 def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
@@ -139,11 +146,10 @@ def find_splits(root: Path) -> list[Path]:
 
 def make_folder(folder: Path) -> None:
     """Create the folder for shards and prove that it can be written. Raises ShardsNotWritableError."""
-    probe = folder / ".writable.scratch"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ShardsNotWritableError(
             f"{folder} cannot be written ({error.strerror}): give layer_shards_saving_path=DIR (--saving-path DIR)"

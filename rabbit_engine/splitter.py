@@ -6,6 +6,7 @@ already deleted some of its originals can go on. The manifest replaces it.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from rabbit_engine.architectures import (
     find_layout,
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, digest
-from rabbit_engine.errors import MismatchedWeightsError
+from rabbit_engine.errors import MismatchedWeightsError, NotEnoughDiskError
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
     ORIGIN_KEY,
@@ -107,7 +108,8 @@ class Split:
         finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
         self._require_room(plans, frozenset(finished))
         records = self._write_all(plans, finished, journal)
-        manifest = self._finish(tuple(records.values()), ties)
+        used = sorted({file for plan in plans for file in plan.files})
+        manifest = self._finish(tuple(records.values()), ties, used)
         self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
         return manifest
 
@@ -138,7 +140,7 @@ class Split:
         return plan_shards(
             layout.shard_names(),
             shard_of_key,
-            {key: self.tensors.tensors[key].path.name for key in wanted},
+            {key: file_of(self.tensors.tensors[key], self.originals) for key in wanted},
             {shard: aligned_bytes(found) for shard, found in sizes.items()},
         )
 
@@ -161,12 +163,15 @@ class Split:
         if self.journal is not None:
             return self.journal
         without_scratch(self.folder)
-        journal = Journal(self.source, dict(ties.shared), sorted(ties.dropped), journal_rows(self.tensors.tensors), [])
+        journal = Journal(
+            self.source, dict(ties.shared), sorted(ties.dropped), journal_rows(self.tensors.tensors, self.originals), []
+        )
         journal.write(self.folder)
         return journal
 
     def _require_room(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
-        freed = {row["name"]: row["bytes"] for row in self.source["files"]} if self.delete else {}
+        gone = self.journal.deleted if self.journal else ()
+        freed = {row["name"]: row["bytes"] for row in self.source["files"] if row["name"] not in gone} if self.delete else {}
         require_room(self.folder, peak_extra_bytes(plans, finished, freed), f"splitting {self.originals.name}")
 
     def _write_all(
@@ -186,7 +191,14 @@ class Split:
 
     def _write(self, plan: ShardPlan) -> ShardRecord:
         weights = self.conversion.convert(plan.keys)
-        record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
+        try:
+            record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise NotEnoughDiskError(
+                f"No space left for {self._path(plan)}: free some and run it again, finished shards are kept"
+            ) from error
         self.tensors.release()
         logger.debug("wrote %s", record.file)
         return record
@@ -210,8 +222,8 @@ class Split:
                 verify_shard(self.folder, record)
                 self._verified.add(record.name)
 
-    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties) -> Manifest:
-        source = {**self.source, "deleted": self.delete is not None}
+    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties, used: list[str]) -> Manifest:
+        source = {**self.source, "used": used, "deleted": self.delete is not None}
         manifest = Manifest(str(self.dtype).removeprefix("torch."), source, dict(ties.shared), records)
         self._require_all(set(read_entries(self.folder, manifest)), ties)
         self._remove_strangers(manifest)
@@ -230,12 +242,18 @@ class Split:
         return self.folder / f"{plan.name}.safetensors"
 
     def _origin(self, plan: ShardPlan) -> str:
-        return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype)})
+        model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
+        return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model})
 
 
-def journal_rows(tensors: Mapping[str, LazyTensor]) -> list[tuple[str, str, str, list[int]]]:
+def file_of(tensor: LazyTensor, originals: Path) -> str:
+    """The original that a tensor lies in, by its name in the folder."""
+    return tensor.path.relative_to(originals).as_posix()
+
+
+def journal_rows(tensors: Mapping[str, LazyTensor], originals: Path) -> list[tuple[str, str, str, list[int]]]:
     """Every tensor as a journal's row: enough to plan with when its file is gone."""
-    return [(key, t.path.name, DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]
+    return [(key, file_of(t, originals), DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]
 
 
 def journal_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:

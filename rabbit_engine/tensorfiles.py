@@ -39,7 +39,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`."""
+    """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`.
+
+    `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know.
+    """
 
     name: str
     path: Path
@@ -47,6 +50,7 @@ class TensorEntry:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stamp: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ def read_header(path: Path, error: type[RabbitError]) -> Header:
     Raises `error`, naming the file and by how much it differs.
     """
     with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        file_bytes, stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
         prefix = file.read(8)
         size = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size > min(_HEADER_LIMIT, file_bytes - 8):
@@ -77,20 +82,20 @@ def read_header(path: Path, error: type[RabbitError]) -> Header:
         table = json.loads(raw)
         metadata = table.pop("__metadata__", None) or {}
         tensors = tuple(
-            sorted((_entry(path, name, row, 8 + size) for name, row in table.items()), key=lambda t: (t.offset, t.nbytes))
+            sorted((_entry(path, name, row, 8 + size, stamp) for name, row in table.items()), key=lambda t: (t.offset, t.nbytes))
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise error(f"{path} has a damaged safetensors header: {cause}") from cause
     _check_contiguous(path, tensors, 8 + size, file_bytes, error)
     return Header(path, tensors, metadata, 8 + size, file_bytes, xxhash.xxh3_128_hexdigest(prefix + raw))
 
 
-def _entry(path: Path, name: str, row: Mapping[str, Any], data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, row: Mapping[str, Any], data_start: int, stamp: tuple[int, int]) -> TensorEntry:
     begin, end = row["data_offsets"]
     dtype, shape = TORCH_DTYPES[row["dtype"]], tuple(row["shape"])
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} is {list(shape)} {row['dtype']} in {end - begin} bytes")
-    return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape)
+    return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape, stamp)
 
 
 def _check_contiguous(path: Path, tensors: Sequence[TensorEntry], start: int, file_bytes: int, error: type[RabbitError]) -> None:
@@ -106,11 +111,21 @@ def _check_contiguous(path: Path, tensors: Sequence[TensorEntry], start: int, fi
 
 def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
     """The tensor in memory of its own (no map of the file stays behind). Raises `error` when bytes are missing."""
-    flat = torch.empty(entry.nbytes, dtype=torch.uint8)
-    with entry.path.open("rb", buffering=0) as file:
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+    with open_unchanged(entry.path, entry.stamp, error) as file:
         file.seek(entry.offset)
         read_into(file, as_bytes(flat), entry.path, error)
     return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError]) -> io.FileIO:
+    """The file, unbuffered. Raises `error` where it is another one than when its header was read."""
+    file = io.FileIO(path, "rb")
+    status = os.fstat(file.fileno())
+    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
+        file.close()
+        raise error(f"{path} was replaced while in use: load the model again")
+    return file
 
 
 def as_bytes(flat: torch.Tensor) -> memoryview:

@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no weights": (
         lambda d: [p.unlink() for p in d.glob("model*")],
         errors.CheckpointNotFoundError,
-        "has none of model.safetensors.index.json",
+        r"has none of model\.safetensors, ",
     ),
     "unknown model": (
         lambda d: (d / "config.json").write_text('{"model_type": "no_such_model"}'),

@@ -133,6 +133,11 @@ def test_max_memory_in_transformers_form() -> None:
     assert parse_max_memory({"cpu": "2GiB"}, cpu) == (2**31, 2**31)
     assert parse_max_memory({1: "8GB", "cpu": 1000}, cuda) == (8 * 10**9, 1000)
     assert parse_max_memory({0: "8GB"}, cuda) == (None, None)
+    assert parse_max_memory({"0": "8GB"}, torch.device("cuda", 0)) == parse_max_memory({"cuda:0": "8GB"}, torch.device("cuda", 0))
+    assert parse_max_memory({torch.device("cuda", 1): "8GB"}, cuda) == (8 * 10**9, None)
+    for wrong in ({"gpu": "8GB"}, {"cpu": None}, {0: 1e9}):
+        with pytest.raises(errors.ConfigurationError, match="max_memory"):
+            parse_max_memory(wrong, cpu)  # type: ignore[arg-type]
     with pytest.raises(errors.ConfigurationError, match="is no size"):
         parse_max_memory({"cpu": "lots"}, cpu)
     with pytest.raises(errors.ConfigurationError, match="is no mapping"):

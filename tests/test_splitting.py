@@ -223,7 +223,7 @@ def test_disk_that_fills_up_midway_leaves_no_half_shard(
         native(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(errors.NotEnoughDiskError, match="No space left"):
         split(folder, tmp_path / "full")
     monkeypatch.undo()
     assert not [p for p in (tmp_path / "full").rglob("*") if "scratch" in p.name or p.name == MANIFEST_NAME]
@@ -278,6 +278,101 @@ done = True; thread.join(); print(peak - before)
     )
     assert weights > 200e6
     assert int(done.stdout) < 0.35 * weights
+
+
+def test_interrupted_split_of_another_checkpoint_is_not_gone_on_with(
+    own_checkpoint: Any, streamed: Any, plain: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own_checkpoint("llama")
+    native = Split._write
+
+    def write(self: Split, plan: Any) -> Any:
+        if plan.name == "model.layers.1":
+            raise KeyboardInterrupt
+        return native(self, plan)
+
+    monkeypatch.setattr(Split, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        split(folder)
+    monkeypatch.undo()
+    for path in folder.glob("model*"):
+        path.unlink()
+    model = families.build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+        model.save_pretrained(folder)
+        assert torch.equal(streamed(folder)(ids).logits, plain(folder)(ids).logits)
+
+
+def test_two_folders_of_one_name_share_a_saving_path(tmp_path: Path, streamed: Any, plain: Any, ids: torch.Tensor) -> None:
+    first, second = (families.save("llama", tmp_path / parent / "model") for parent in ("a", "b"))
+    model = families.build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+        model.save_pretrained(second, max_shard_size="60KB")
+        models = [streamed(folder, layer_shards_saving_path=tmp_path / "shards") for folder in (first, second)]
+        for _ in range(2):
+            for folder, loaded in zip((first, second), models, strict=True):
+                assert torch.equal(loaded(ids).logits, plain(folder)(ids).logits)
+
+
+def test_a_split_replaced_under_a_loaded_model_is_an_error(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    model = streamed(folder)
+    model(ids)
+    shutil.rmtree(split(folder).folder)
+    split(folder)
+    with pytest.raises(errors.DamagedShardError, match="was replaced while in use: load the model again"):
+        model(ids)
+
+
+def test_deleted_original_does_not_make_way_for_another(
+    own_checkpoint: Any, streamed: Any, smollm: Path, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama")
+    (folder / "other.gguf").symlink_to(smollm)
+    first = streamed(folder, delete_original=True)(ids).logits
+    (folder / "pytorch_model.bin").write_bytes(b"older")
+    assert torch.equal(streamed(folder)(ids).logits, first)
+    with pytest.raises(errors.ConfigurationError, match="also holds the config and the tokenizer"):
+        split(smollm, folder, delete_original=True)
+    assert smollm.is_file()
+
+
+def test_files_in_subfolders_keep_their_names(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    expected = streamed(folder)(ids).logits
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-0000", "parts/model-0000"))
+    (folder / "parts").mkdir()
+    for path in folder.glob("model-*.safetensors"):
+        path.rename(folder / "parts" / path.name)
+    before = contents(split(folder).folder)
+    assert contents(split(folder).folder) == before
+    assert torch.equal(streamed(folder, delete_original=True)(ids).logits, expected)
+    assert list((folder / "parts").iterdir()) == []
+
+
+def test_one_file_is_taken_before_an_index_as_transformers_does(own_checkpoint: Any, streamed: Any, plain: Any, ids: Any) -> None:
+    folder = own_checkpoint("llama")
+    model = families.build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+        index = (folder / "model.safetensors.index.json").read_text()
+        model.save_pretrained(folder)
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert torch.equal(streamed(folder)(ids).logits, plain(folder)(ids).logits)
+
+
+def test_config_without_a_dtype_still_finds_its_split_after_deletion(
+    own_checkpoint: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama")
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(raw))
+    first = streamed(folder, delete_original=True)(ids).logits
+    assert torch.equal(streamed(folder)(ids).logits, first)
 
 
 def test_manifest_says_what_it_is_made_of(own_checkpoint: Any) -> None:

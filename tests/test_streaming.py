@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import signal
 import threading
@@ -163,12 +164,15 @@ def test_a_read_that_fails_names_the_file_and_is_tried_again(own_checkpoint: Any
     model = streamed(own_checkpoint("llama"), prefetching=False)
     expected = model.generate(ids, **GREEDY)
     path = shard(model, 1)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-5000])
-    with pytest.raises(errors.DamagedShardError, match=r"model\.layers\.1\.safetensors is cut off"):
-        model.generate(ids, **GREEDY)
-    assert loaded(model) == []
-    path.write_bytes(whole)
+    times, whole = path.stat(), path.read_bytes()
+    for part, words in ((whole[:-5000], "is cut off"), (whole, "was replaced while in use")):
+        path.write_bytes(part)
+        if part != whole:
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(errors.DamagedShardError, match=rf"model\.layers\.1\.safetensors {words}"):
+            model.generate(ids, **GREEDY)
+        assert loaded(model) == []
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
@@ -193,6 +197,73 @@ def test_two_threads_are_served_in_turn(checkpoint: Any, plain: Any, streamed: A
     for thread in threads:
         thread.join(60)
     assert all(torch.equal(got[i], expected[i]) for i in range(3))
+
+
+def test_a_layer_called_beside_a_pass_is_right(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model, whole = streamed(checkpoint("llama")), plain(checkpoint("llama"))
+    with torch.no_grad():
+        hidden = whole.get_input_embeddings()(ids)
+        cos_sin = whole.model.rotary_emb(hidden, torch.arange(12)[None])
+        expected = whole(ids).logits
+        alone = whole.model.layers[1](hidden, position_embeddings=cos_sin)
+    wrong: list[str] = []
+
+    def work(layer: bool) -> None:
+        with torch.no_grad():
+            for _ in range(30):
+                got = model.model.layers[1](hidden, position_embeddings=cos_sin) if layer else model(ids).logits
+                if not torch.equal(got, alone if layer else expected):
+                    wrong.append(str(layer))
+
+    threads = [threading.Thread(target=work, args=(index > 0,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def test_a_forked_process_is_told_to_load_its_own(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    model(ids)
+    child = os.fork()
+    if child == 0:
+        try:
+            model(ids)
+            os._exit(1)
+        except errors.ModelClosedError:
+            os._exit(0)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_load_that_fails_late_leaves_no_thread(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rabbit_engine import assembly
+
+    def fail(*_: Any) -> None:
+        raise Boom
+
+    monkeypatch.setattr(assembly, "guard", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(Boom):
+        AutoModel.from_pretrained(checkpoint("llama"), device="cpu")
+    assert set(threading.enumerate()) == before
+
+
+def test_loading_in_inference_mode(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
+    with torch.inference_mode():
+        model = streamed(checkpoint("llama"))
+        assert not model._assembly.streamer._slots._buffers[0].is_inference()
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_a_placeholder_is_not_pickled(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
+    model = streamed(checkpoint("llama"))
+    with pytest.raises(errors.CannotPickleError, match=r"model\.layers\.0"):
+        torch.save({k: v for k, v in model.state_dict().items() if "layers.0" in k}, tmp_path / "state.pt")
 
 
 def test_an_early_exit_out_of_order_is_right(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,10 +41,11 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     except ImportError as error:
-        raise MissingExtraError(f"{folder / (gguf_file or '')}: pip install rabbit_engine[gguf] ({error})") from error
+        extra = "pip install rabbit_engine[gguf]" if gguf_file else "install what its code imports"
+        raise MissingExtraError(f"{folder / (gguf_file or '')}: {extra} ({first_line(error)})") from error
     except OSError as error:
         raise CheckpointNotFoundError(f"{folder} has no config that can be read ({first_line(error)})") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UnsupportedArchitectureError(_unsupported(folder, error, trust_remote_code)) from error
     _refuse_quantized(folder, config)
     return config  # type: ignore[no-any-return]

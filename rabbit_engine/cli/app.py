@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from rabbit_engine import __version__
 from rabbit_engine.cli.demo import demo
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         app()
     except RabbitError as error:
-        Console(stderr=True, soft_wrap=True).print("[bold red]error[/]:", str(error), markup=True, highlight=False)
+        Console(stderr=True, soft_wrap=True).print("[bold red]error[/]:", escape(str(error)), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -20,18 +20,20 @@ def verify(
 ) -> None:
     """Check every shard's size, header and data against its manifest; exit code 1 when one differs."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    damaged = 0
+    failed = False
     for folder in find_splits(_root(target)):
         manifest = read_manifest(folder)
         assert manifest is not None  # noqa: S101 - find_splits lists folders that hold one
+        damaged = 0
         for record in manifest.shards:
             try:
                 verify_shard(folder, record)
             except DamagedShardError as error:
                 damaged += 1
-                console.print(f"damaged: {error}")
+                console.print(f"damaged: {error}", markup=False)
+        failed = failed or damaged > 0
         print(f"{folder}: {len(manifest.shards) - damaged} of {len(manifest.shards)} shards are whole")
-    if damaged:
+    if failed:
         raise typer.Exit(1)
 
 

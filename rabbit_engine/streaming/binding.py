@@ -96,7 +96,7 @@ class Binding:
         self._device = device
         self._units: dict[str, BoundUnit] = {}
         self._lock = threading.RLock()
-        self._depth = 0
+        self._inside = False
         self._show_progress = show_progress
         self._bar: tqdm[Any] | None = None
         self.on_pass: Callable[[float], None] = lambda _: None
@@ -110,11 +110,12 @@ class Binding:
         @functools.wraps(native)
         def forward(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
-            try:
-                bound.bring(*self._streamer.acquire(unit.name))
-                return native(*args, **kwargs)
-            finally:
-                self._release(bound)
+            with self._lock:  # held already inside a root pass; for callers of a layer alone
+                try:
+                    bound.bring(*self._streamer.acquire(unit.name))
+                    return native(*args, **kwargs)
+                finally:
+                    self._release(bound)
 
         module.forward = forward
 
@@ -128,15 +129,15 @@ class Binding:
     def root_pass(self) -> Iterator[None]:
         """One forward of the root at a time; whatever ends it, nothing stays."""
         with self._lock:
-            self._depth += 1
-            start = time.perf_counter()
+            start, outermost = time.perf_counter(), not self._inside
             try:
-                if self._depth == 1:
+                if outermost:
+                    self._inside = True
                     self._begin()
                 yield
             finally:
-                self._depth -= 1
-                if self._depth == 0:
+                if outermost:
+                    self._inside = False
                     self._end(time.perf_counter() - start)
 
     def _begin(self) -> None:

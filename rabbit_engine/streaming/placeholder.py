@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rabbit_engine.errors import CannotMergeError, WeightNotLoadedError
+from rabbit_engine.errors import CannotMergeError, CannotPickleError, WeightNotLoadedError
 from rabbit_engine.tensorfiles import TensorEntry
 
 _VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
@@ -34,6 +34,9 @@ class Placeholder(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, away)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CannotPickleError(f"{self.weight_name} is away: there is nothing to pickle; copy its shard instead")
 
     def clone_of_nothing(self) -> Placeholder:
         """Another stand-in for the same weight."""

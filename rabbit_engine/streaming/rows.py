@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.placeholder import Placeholder
-from rabbit_engine.tensorfiles import TensorEntry, as_bytes, read_into
+from rabbit_engine.tensorfiles import TensorEntry, as_bytes, open_unchanged, read_into
 
 
 class EmbeddingRows(Placeholder):
@@ -35,8 +35,8 @@ class EmbeddingRows(Placeholder):
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
             span = f"{int(ids.min())} to {int(ids.max())}"
             raise IndexError(f"index out of range in self: {self.weight_name} has {rows} rows, the ids go from {span}")
-        table = torch.empty(len(ids), row_bytes, dtype=torch.uint8)
-        with self.entry.path.open("rb", buffering=0) as file:
+        table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
+        with open_unchanged(self.entry.path, self.entry.stamp, DamagedShardError) as file:
             for index, row in enumerate(ids.tolist()):
                 file.seek(self.entry.offset + row * row_bytes)
                 read_into(file, as_bytes(table[index]), self.entry.path, DamagedShardError)
@@ -54,5 +54,5 @@ class EmbeddingRows(Placeholder):
             return functional.embedding(position.to(weight.device), table)
         if func is torch.ops.aten.select.int and args[1] == 0:  # Gemma 4 takes the row of its padding token by hand
             weight, row = args[0], args[2] % args[0].shape[0]
-            return weight.read(torch.tensor([row]))[0].to(weight.device)
+            return weight.read(torch.tensor([row], device="cpu"))[0].to(weight.device)
         return super().__torch_dispatch__(func, types, args, kwargs)

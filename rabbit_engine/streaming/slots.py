@@ -8,7 +8,7 @@ import torch
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.unit import Unit
-from rabbit_engine.tensorfiles import as_bytes, read_into
+from rabbit_engine.tensorfiles import as_bytes, open_unchanged, read_into
 
 
 class Slots(Protocol):
@@ -37,7 +37,7 @@ def claim_slots(device: torch.device, count: int, nbytes: int) -> Slots:
 def read_unit(unit: Unit, buffer: memoryview) -> None:
     """Read a unit's extents into `buffer`. Raises DamagedShardError or OSError."""
     for extent in unit.extents:
-        with extent.path.open("rb", buffering=0) as file:
+        with open_unchanged(extent.path, extent.stamp, DamagedShardError) as file:
             file.seek(extent.offset)
             read_into(file, buffer[extent.slot_offset : extent.slot_offset + extent.nbytes], extent.path, DamagedShardError)
 
@@ -46,7 +46,7 @@ class HostSlots:
     """Read where the model computes: no copy."""
 
     def __init__(self, count: int, nbytes: int) -> None:
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)]
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(count)]
 
     def fill(self, index: int, unit: Unit) -> None:
         """Read into the slot."""
@@ -68,7 +68,7 @@ class StagedSlots:
     """Read into host memory, then copy and wait: for devices without streams of their own (MPS)."""
 
     def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
-        self._host = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)]
+        self._host = [torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(count)]
         self._device = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
 
     def fill(self, index: int, unit: Unit) -> None:
@@ -96,7 +96,7 @@ class CudaSlots:
 
     def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
         self._device = device
-        self._host = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+        self._host = [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(count)]
         self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
         self._stream = torch.cuda.Stream(device)
         self._copied = [torch.cuda.Event() for _ in range(count)]

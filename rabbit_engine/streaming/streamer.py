@@ -8,6 +8,7 @@ entry, is raised where the unit is asked for, and is tried again the next time.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -65,14 +66,17 @@ class Streamer:
         self._previous: str | None = None
         self._prefetching = prefetching
         self._closed = False
-        self._changed = threading.Condition()
+        self._mutex = threading.RLock()  # entered as C code: an interrupt cannot leave it half taken
+        self._changed = threading.Condition(self._mutex)
+        self._process = os.getpid()
         self._profile = Profile()
         self._thread = threading.Thread(target=self._read_on, name="rabbit-reader", daemon=True)
         self._thread.start()
 
     def acquire(self, name: str) -> tuple[int, torch.Tensor]:
         """Hold the unit: its slot's index and bytes. Waits for it to arrive; raises what its read raised."""
-        with self._changed:
+        self.require_open()
+        with self._mutex:
             self.require_open()
             if name in self._held:
                 self._held[name].count += 1
@@ -125,7 +129,7 @@ class Streamer:
 
     def release(self, name: str) -> bool:
         """Let go of the unit; True when this was its last holder and its slot is free again."""
-        with self._changed:
+        with self._mutex:
             held = self._held.get(name)
             if held is None:
                 return False
@@ -139,7 +143,7 @@ class Streamer:
 
     def release_all(self) -> None:
         """Let go of everything: a pass has ended, however it ended (a KeyboardInterrupt may strike between any two lines)."""
-        with self._changed:
+        with self._mutex:
             for name in list(self._held):
                 self._held[name].count = 1
                 self.release(name)
@@ -149,9 +153,9 @@ class Streamer:
 
     def close(self) -> None:
         """End the reader's thread and let go of the slots. Safe to call again."""
-        with self._changed:
-            if self._closed:
-                return
+        if os.getpid() != self._process:
+            return
+        with self._mutex:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
@@ -171,17 +175,19 @@ class Streamer:
 
     def profile(self) -> Profile:
         """A copy of the counts so far."""
-        with self._changed:
+        with self._mutex:
             return replace(self._profile)
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
-        with self._changed:
+        with self._mutex:
             self._profile.passes += 1
             self._profile.pass_s += seconds
 
     def require_open(self) -> None:
-        """Raise ModelClosedError after `close`."""
+        """Raise ModelClosedError after `close`, and in a process that was forked after loading: threads do not follow."""
+        if os.getpid() != self._process:
+            raise ModelClosedError("this process was forked after the model was loaded: load it in the process that uses it")
         if self._closed:
             raise ModelClosedError("the model is closed: load it again")
 
@@ -189,7 +195,7 @@ class Streamer:
 
     def _read_on(self) -> None:
         while True:
-            with self._changed:
+            with self._mutex:
                 entry = None if self._closed else self._next_work()
                 while entry is None:
                     if self._closed:
@@ -226,7 +232,7 @@ class Streamer:
             self._slots.fill(entry.slot, entry.unit)
         except Exception as error:  # noqa: BLE001 - raised where the unit is asked for
             entry.error = error
-        with self._changed:
+        with self._mutex:
             self._filling = -1
             self._profile.units += 1
             self._profile.read_s += time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,13 @@ from rabbit_engine.tensorfiles import ALIGNMENT, TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`nbytes` of `path` from `offset`, into a slot at `slot_offset`."""
+    """`nbytes` of `path` from `offset`, into a slot at `slot_offset`; `stamp` tells the file from one that replaced it."""
 
     path: Path
     offset: int
     nbytes: int
     slot_offset: int
+    stamp: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,11 @@ def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
         last = extents[-1] if extents else None
         gap = entry.offset - (last.offset + last.nbytes) if last and last.path == entry.path else None
         if last is not None and gap is not None and 0 <= gap < ALIGNMENT:
-            extents[-1] = Extent(last.path, last.offset, last.nbytes + gap + entry.nbytes, last.slot_offset)
+            extents[-1] = replace(last, nbytes=last.nbytes + gap + entry.nbytes)
             start = last.slot_offset + entry.offset - last.offset
         else:
             start = end + -end % ALIGNMENT
-            extents.append(Extent(entry.path, entry.offset, entry.nbytes, start))
+            extents.append(Extent(entry.path, entry.offset, entry.nbytes, start, entry.stamp))
         pieces.append(Piece(entry, start))
         end = start + entry.nbytes
     return Unit(name, tuple(pieces), tuple(extents), end + -end % ALIGNMENT)

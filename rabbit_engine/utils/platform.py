@@ -34,14 +34,14 @@ def find_device(requested: str | int | torch.device | None) -> torch.device:
         return best_device()
     try:
         device = torch.device(requested)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DeviceUnavailableError(f'device={requested!r} is no device torch knows; try "cuda:0", "mps" or "cpu"') from error
     problem = _device_problem(device)
     if problem:
         raise DeviceUnavailableError(
             f"device={str(requested)!r} is not here: {problem}; use device=None for the best there is ({best_device()})"
         )
-    return torch.device(device.type, device.index or 0) if device.type != "cpu" else device
+    return torch.device(device.type, device.index or 0) if device.type != "cpu" else torch.device("cpu")
 
 
 def _device_problem(device: torch.device) -> str | None:
