@@ -417,13 +417,18 @@ def test_state_dict_has_the_names_and_no_weights(checkpoint: Any, plain: Any, st
 
 def test_continuous_batching_over_a_streamed_model(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # its default fills the memory that is free
 
     prompts = [ids[0].tolist(), ids[0, :5].tolist(), ids[0].flip(0).tolist()]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False)
     results = []
     for load in (plain, streamed):
         model = load(checkpoint("llama"))
-        outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        outputs = model.generate_batch(
+            inputs=prompts, generation_config=config, continuous_batching_config=small, progress_bar=False
+        )
         results.append(sorted(tuple(output.generated_tokens) for output in outputs.values()))
     assert results[0] == results[1]
     assert len(results[1]) == 3
