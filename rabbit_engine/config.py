@@ -51,6 +51,10 @@ class SplitConfig:
     saving_path: Path | None = None
     delete_original: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.delete_original, bool):
+            raise ConfigurationError(f"delete_original={self.delete_original!r} deletes files: say True or False")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
@@ -111,12 +115,17 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: t
     if not isinstance(max_memory, Mapping):
         raise ConfigurationError(f'max_memory={max_memory!r} is no mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
     budgets: dict[int | str, int] = {}
-    for place, size in max_memory.items():
+    for name, size in max_memory.items():
+        place = _place(name)
         try:
-            budgets[_place(place)] = parse_bytes(size)
+            budgets[place] = parse_bytes(size)
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigurationError(f'max_memory[{place!r}]={size!r} is no size; write "8GiB", "8GB" or bytes') from error
     host = budgets.get("cpu")
+    if device.type == "cpu" and host is None:
+        warnings.warn(
+            f'max_memory={dict(max_memory)!r} bounds no CPU, and the model runs there; add "cpu"', UserWarning, stacklevel=3
+        )
     own = host if device.type == "cpu" else budgets.get(device.index or 0, budgets.get(device.type))
     return own, host
 
@@ -135,7 +144,7 @@ def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Warn once for each retired keyword; raise UnknownKeywordError for one nobody knows, naming the nearest."""
     for keyword, value in keywords.items():
         if keyword not in RETIRED_KEYWORDS:
-            nearest = difflib.get_close_matches(keyword, known, n=1, cutoff=0.4)
+            nearest = difflib.get_close_matches(keyword, known, n=1, cutoff=0.6)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
             raise UnknownKeywordError(f"from_pretrained has no keyword {keyword!r}; {hint}")
         if value is not None:

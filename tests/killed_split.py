@@ -24,13 +24,13 @@ from rabbit_engine.prepare import prepare
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.listdir"}
 
 
-def kill_at(event_number: int) -> None:
-    """SIGKILL this process at its `event_number`-th file operation."""
+def kill_at(event_number: int, folders: tuple[str, ...]) -> None:
+    """SIGKILL this process at its `event_number`-th file operation below `folders`."""
     seen = 0
 
-    def hook(event: str, _: object) -> None:
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event not in FILE_EVENTS:
+        if event not in FILE_EVENTS or not str(arguments[0]).startswith(folders):
             return
         seen += 1
         if seen == event_number:
@@ -45,7 +45,7 @@ def split_in_child(checkpoint: Path, saving_path: Path, delete: bool, event_numb
     if child:
         return child
     if event_number is not None:
-        kill_at(event_number)
+        kill_at(event_number, (str(checkpoint), str(saving_path)))
     status = 1
     try:
         prepare(checkpoint, SourceConfig(), SplitConfig(saving_path=saving_path, delete_original=delete), progress=False)

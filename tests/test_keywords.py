@@ -80,7 +80,7 @@ def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
     [
         ("max_memry", "max_memory"),
         ("attn_implementaton", "attn_implementation"),
-        ("layer_shard_path", "layer_shards_saving_path"),
+        ("layer_shards_path", "layer_shards_saving_path"),
     ],
 )
 def test_unknown_keyword_names_the_nearest(wrong: str, nearest: str, streamed: Any) -> None:
@@ -101,6 +101,15 @@ def test_positional_arguments_are_refused() -> None:
 def test_compression_is_refused_saying_so(keywords: Any, streamed: Any) -> None:
     with pytest.raises(errors.CompressionUnavailableError, match="comes with a later version"):
         streamed("anything", **keywords)
+
+
+def test_what_deletes_files_is_said_plainly(checkpoint: Any, streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="say True or False"):
+        streamed(checkpoint("llama"), delete_original="no")
+    with pytest.raises(errors.ConfigurationError, match=r"max_memory\['gpu'\] names no place"):
+        streamed(checkpoint("llama"), max_memory={"gpu": "1MB"})
+    with pytest.warns(UserWarning, match="bounds no CPU"):
+        streamed(checkpoint("llama"), max_memory={0: "1MB"})
 
 
 def test_unknown_compression_is_another_error(streamed: Any) -> None:

@@ -22,6 +22,10 @@ def test_all_is_what_is_there() -> None:
     assert public == set(rabbit_engine.__all__)
 
 
+def test_types_are_shipped() -> None:
+    assert (ROOT / "rabbit_engine" / "py.typed").is_file()
+
+
 def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:
     code = "import threading; import rabbit_engine, torch"
     code += "; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"

@@ -138,7 +138,8 @@ def test_an_error_lives_where_it_is_asked_for_and_is_tried_again(units: list[Uni
             with pytest.raises(FileNotFoundError):
                 streamer.acquire("gone")
             assert streamer.held == ()
-        (tmp_path / "gone").write_bytes(b"\1" * entry.nbytes)
+        (tmp_path / "whole").write_bytes(b"\1" * entry.nbytes)
+        (tmp_path / "whole").rename(tmp_path / "gone")  # at once: the reader may be looking
         use(streamer, units, 0)
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:  # an old error may be waiting; the next try is right
