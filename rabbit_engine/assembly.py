@@ -1,60 +1,45 @@
-"""A model without weights and the entries of its shards, put together: what is resident is read, the rest is set streaming."""
+"""A model without weights and the entries of its files, put together: what is resident is read, the rest is set streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rabbit_engine.architectures import Layout, find_layout
+from rabbit_engine.budget import budget_for, read_notes, speeds_for
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError
-from rabbit_engine.planner import Plan, UnitSize, place
-from rabbit_engine.splitplan import missing_weights
+from rabbit_engine.planner import Plan, place
+from rabbit_engine.sketch import Cut, Sketch, draw
 from rabbit_engine.streaming import (
     Binding,
     EmbeddingRows,
+    LinearBlocks,
+    Ring,
+    RowBlock,
     Seat,
     Streamer,
+    Trace,
     Unit,
-    claim_slots,
+    claim_ring,
+    fill_all,
     guard,
     make_unit,
+    pin,
     placeholder_for,
     seats_of,
+    unpin,
 )
-from rabbit_engine.tensorfiles import TensorEntry, read_tensor
-from rabbit_engine.utils.platform import free_memory_bytes
+from rabbit_engine.tensorfiles import TensorEntry
 
-_SHARE_OF_FREE = 0.9
-"""Of the memory that is free now, what weights may take where no budget is given; the rest is for activations and cache."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Each weight of the model: where it is stored (`entries`, ties resolved), where it sits, and whose it is."""
-
-    entries: Mapping[str, TensorEntry]
-    seats: Mapping[str, Seat]
-    owned: Mapping[str, Sequence[str]]
-
-    def unit(self, module: str) -> Unit:
-        """The weights of a module, as they are read."""
-        return make_unit(module, list(self.stored(self.owned[module]).values()))
-
-    def stored(self, names: Iterable[str]) -> dict[str, TensorEntry]:
-        """The entries behind `names`, each once."""
-        return {self.entries[name].name: self.entries[name] for name in names}
-
-    def chairs(self, names: Iterable[str]) -> dict[str, list[Seat]]:
-        """The seats among `names` that each entry fills: more than one where weights are tied."""
-        found: dict[str, list[Seat]] = {}
-        for name in names:
-            found.setdefault(self.entries[name].name, []).append(self.seats[name])
-        return found
+CUT = Cut()
 
 
 @dataclass(slots=True)
@@ -62,115 +47,185 @@ class Assembly:
     """The running parts of a streamed model."""
 
     plan: Plan
+    sketch: Sketch
     device: torch.device
     streamer: Streamer
     binding: Binding
-    residents: Mapping[str, tuple[TensorEntry, Sequence[Seat]]]
+    trace: Trace
+    _at_close: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
-        """End the thread, free slots and residents."""
+        """End the reading, free the ring and what stays in it."""
         self.streamer.close()
         self.binding.forget()
-        for entry, seats in self.residents.values():
-            for seat in seats:
-                seat.seat(placeholder_for(entry, self.device, seat.holds_parameter))
+        for free in self._at_close:
+            free()
+        self._at_close.clear()
+        weights = self.sketch.weights
+        for name, seat in weights.seats.items():
+            seat.seat(placeholder_for(weights.entries[name], self.device, seat.holds_parameter))
+
+
+def plan_for(sketch: Sketch, stream: StreamConfig) -> Plan:
+    """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is claimed."""
+    entries = list(sketch.weights.entries.values())
+    speeds = stream.speeds or speeds_for(entries, stream.device)
+    return place(sketch.sizes, str(stream.device), budget_for(sketch, stream), speeds, read_notes(sketch, stream.device))
 
 
 def assemble(
     model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str], stream: StreamConfig
 ) -> Assembly:
-    """Fill the skeleton `model`: residents on the device, the embedding by row, layers streamed.
+    """Fill the skeleton `model`: residents on the device, the embedding by row, everything else streamed.
 
-    Raises BudgetError before memory is claimed, MismatchedWeightsError where the shards are not this model's.
+    Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
     """
-    layout = find_layout(model)
-    weights = _locate(model, layout, entries, ties)
-    plan = place(_sizes(model, layout, weights), str(stream.device), _device_budget(stream), stream.host_budget_bytes)
-    streamed = {name for module in plan.streamed for name in weights.owned[module]}
-    by_row = _rows(layout, weights, plan)
-    residents = _read_residents(weights, set(weights.entries) - streamed - by_row, stream.device)
-    _initialize_rest(model, weights, stream.device)
-    for name in by_row:
-        weights.seats[name].seat(nn.Parameter(EmbeddingRows(weights.entries[name], stream.device), requires_grad=False))
-    streamer, binding = _stream(model, weights, plan, stream)
-    return Assembly(plan, stream.device, streamer, binding, residents)
+    sketch = draw(model, entries, ties, CUT)
+    plan = plan_for(sketch, stream)
+    trace = Trace(on=stream.profiling_mode, device=stream.device)
+    builder = _Builder(model, sketch, plan, stream, trace)
+    try:
+        builder.seat_residents()
+        _initialize_rest(model, sketch, stream.device)
+        return builder.set_streaming()
+    except BaseException:
+        builder.close()
+        raise
 
 
-def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> Weights:
-    state = model.state_dict()
-    _check_fit(model, state, entries, ties)
-    found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
-    for target, source in list(model.all_tied_weights_keys.items()):
-        if ties.get(target) != source and ties.get(source) != target:
-            model.all_tied_weights_keys.pop(target)  # stored with different values: not tied, as in transformers
-    owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
-    for name in found:
-        owned[layout.shard_of(name)].append(name)
-    return Weights(found, seats_of(model, list(found)), owned)
+class _Builder:
+    """Puts one model together; `close` undoes what was claimed so far."""
 
+    def __init__(self, model: PreTrainedModel, sketch: Sketch, plan: Plan, stream: StreamConfig, trace: Trace) -> None:
+        self._model, self._sketch, self._plan, self._stream, self._trace = model, sketch, plan, stream, trace
+        self._ring = claim_ring(stream.device, plan.device_bytes, trace)
+        self._residents = _one_behind_another(_resident_units(sketch, plan))
+        self._streamer: Streamer | None = None
+        self._host_memory: list[torch.Tensor] = []
 
-def _check_fit(
-    model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    entries: Mapping[str, TensorEntry],
-    ties: Mapping[str, str],
-) -> None:
-    wrong = [name for name in entries if name not in state or tuple(state[name].shape) != entries[name].shape]
-    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
-    if wrong:
-        folder = next((entry.path.parent for entry in entries.values()), "the split")
-        raise MismatchedWeightsError(
-            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
-            "it was split for another config or by another transformers; delete it and split again"
-        )
+    def close(self) -> None:
+        """End the streamer, or free the ring alone."""
+        if self._streamer is not None:
+            self._streamer.close()
+        else:
+            self._ring.close()
+        self._free_host()
 
+    def _free_host(self) -> None:
+        while self._host_memory:
+            unpin(self._host_memory.pop())
 
-def _sizes(model: PreTrainedModel, layout: Layout, weights: Weights) -> list[UnitSize]:
-    """Every stored weight once: an embedding that is tied to the head weighs nothing of its own."""
-    sizes = [UnitSize(name, "layer", weights.unit(name).nbytes) for name in layout.layers if weights.owned[name]]
-    head = weights.stored(weights.owned[layout.head]) if layout.head else {}
-    if layout.head and head:
-        sizes.append(UnitSize(layout.head, "head", weights.unit(layout.head).nbytes))
-    streamable = {*layout.layers, layout.head}
-    for module, names in weights.owned.items():
-        if names and module not in streamable:
-            own = sum(entry.nbytes for key, entry in weights.stored(names).items() if key not in head)
-            by_row = module == layout.embedding and isinstance(model.get_submodule(module), nn.Embedding) and len(names) == 1
-            sizes.append(UnitSize(module, "embedding" if by_row else "resident", own))
-    return sizes
+    def seat_residents(self) -> None:
+        """Read what stays to the beginning of the ring's memory, and seat it wherever it is shared."""
+        fill_all(self._ring, self._residents)
+        block_units = {block.unit for block in self._sketch.blocks}
+        for unit, start in self._residents:
+            if unit.name not in block_units:
+                memory = self._ring.view(start, unit.nbytes)
+                for piece in unit.pieces:
+                    self._seat_everywhere(piece.entry.name, piece.view(memory))
 
-
-def _device_budget(stream: StreamConfig) -> int:
-    if stream.device_budget_bytes is not None:
-        return stream.device_budget_bytes
-    return int(free_memory_bytes(stream.device) * _SHARE_OF_FREE)
-
-
-def _rows(layout: Layout, weights: Weights, plan: Plan) -> set[str]:
-    """The embedding's weight, unless it is tied to a head that is resident anyway."""
-    if layout.embedding not in plan.by_row:
-        return set()
-    head = weights.owned[layout.head] if layout.head in plan.resident else ()
-    resident = weights.stored(head)
-    return {name for name in weights.owned[layout.embedding] if weights.entries[name].name not in resident}
-
-
-def _read_residents(weights: Weights, names: set[str], device: torch.device) -> dict[str, tuple[TensorEntry, Sequence[Seat]]]:
-    """Read what stays, each stored weight once, and seat it wherever it is shared."""
-    ordered = [name for name in weights.entries if name in names]
-    chairs, stored = weights.chairs(ordered), weights.stored(ordered)
-    for key, entry in stored.items():
-        tensor = read_tensor(entry, DamagedShardError).to(device)
-        shared = nn.Parameter(tensor, requires_grad=False) if chairs[key][0].holds_parameter else tensor
+    def _seat_everywhere(self, entry_name: str, tensor: torch.Tensor) -> None:
+        chairs = self._sketch.weights.chairs(entry_name)
+        shared = nn.Parameter(tensor, requires_grad=False) if chairs[0].holds_parameter else tensor
         shared._is_hf_initialized = True  # type: ignore[attr-defined]
-        for seat in chairs[key]:
+        for seat in chairs:
             seat.seat(shared)
-    return {key: (entry, chairs[key]) for key, entry in stored.items()}
+
+    def set_streaming(self) -> Assembly:
+        """Claim host memory, start the streamer, and bind every streamed unit to its module."""
+        sketch, device = self._sketch, self._stream.device
+        moving = [sketch.units[name] for name in sketch.units if name in {*self._plan.streamed, *self._plan.host}]
+        streamer = Streamer(
+            moving,
+            self._ring,
+            self._plan.ring_bytes,
+            base=self._plan.resident_bytes,
+            host=self._fill_host(),
+            prefetching=self._stream.prefetching,
+            rates=(self._plan.speeds.disk, self._plan.speeds.link),
+        )
+        self._streamer = streamer
+        binding = Binding(streamer, device, self._trace, show_progress=self._stream.show_layer_progress)
+        for unit in moving:
+            module = sketch.modules.get(unit.name)
+            if module is not None:
+                seats = {piece.entry.name: sketch.weights.chairs(piece.entry.name, module) for piece in unit.pieces}
+                binding.bind(self._model.get_submodule(module), unit, seats)
+        self._seat_head(binding)
+        self._seat_embedding()
+        for part in self._model.modules():
+            if isinstance(part, PreTrainedModel):
+                guard(part, binding, device)
+        return Assembly(self._plan, sketch, device, streamer, binding, self._trace, [self._free_host])
+
+    def _fill_host(self) -> dict[str, torch.Tensor]:
+        """Read what stays in host memory, and pin it where the device copies from pinned memory."""
+        units = [self._sketch.units[name] for name in self._plan.host]
+        if not units:
+            return {}
+        ring = claim_ring(torch.device("cpu"), self._plan.host_bytes, self._trace)
+        fill_all(ring, _one_behind_another(units))
+        memory = ring.view(0, self._plan.host_bytes)
+        if self._stream.device.type == "cuda":
+            self._host_memory.append(pin(memory))
+        return {unit.name: memory[start : start + unit.nbytes] for unit, start in _one_behind_another(units)}
+
+    def _seat_head(self, binding: Binding) -> None:
+        """A head in blocks: those that stay are views, the others are borrowed as they arrive."""
+        sketch, device = self._sketch, self._stream.device
+        starts = {unit.name: start for unit, start in self._residents}
+        if sketch.head is None or sketch.head in starts:
+            return
+        blocks = []
+        for block in sketch.blocks:
+            unit = sketch.units[block.unit]
+            borrow = _resident(self._ring, unit, starts[unit.name]) if unit.name in starts else partial(binding.borrow, unit)
+            blocks.append(RowBlock(block.first, block.stop, borrow))
+        weight = LinearBlocks(sketch.weights.entries[sketch.head], device, blocks)
+        sketch.weights.seats[sketch.head].seat(nn.Parameter(weight, requires_grad=False))
+
+    def _seat_embedding(self) -> None:
+        """The embedding by row, unless it stays, or shares its memory with a head that does."""
+        sketch = self._sketch
+        if sketch.embedding is None or sketch.layout.embedding not in self._plan.by_row:
+            return
+        entry, seat = sketch.weights.entries[sketch.embedding], sketch.weights.seats[sketch.embedding]
+        if isinstance(seat.table[seat.attribute], nn.Parameter) and seat.table[seat.attribute].device.type != "meta":
+            return
+        seat.seat(nn.Parameter(EmbeddingRows(entry, self._stream.device), requires_grad=False))
 
 
-def _initialize_rest(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:
+    @contextmanager
+    def borrow() -> Iterator[torch.Tensor]:
+        yield unit.pieces[0].view(ring.view(start, unit.nbytes))
+
+    return borrow
+
+
+def _resident_units(sketch: Sketch, plan: Plan) -> list[Unit]:
+    """What stays. A head whose every block stays is not cut: its module runs as it is."""
+    found = [sketch.units[name] for name in plan.resident]
+    blocks = {block.unit for block in sketch.blocks}
+    if sketch.head is None or not blocks <= set(plan.resident):
+        return found
+    whole = make_unit(sketch.head, [sketch.weights.entries[sketch.head]])
+    return [unit for unit in found if unit.name not in blocks] + [whole]
+
+
+def _one_behind_another(units: Sequence[Unit]) -> list[tuple[Unit, int]]:
+    """Each unit and where it starts when they lie one behind another."""
+    starts, position = [], 0
+    for unit in units:
+        starts.append((unit, position))
+        position += unit.nbytes
+    return starts
+
+
+def _initialize_rest(model: PreTrainedModel, sketch: Sketch, device: torch.device) -> None:
     """What no checkpoint holds, made as transformers makes it: non-persistent buffers, weights that may be missing."""
-    rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(weights.entries))
+    rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(sketch.weights.entries))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in rest:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -180,18 +235,4 @@ def _initialize_rest(model: PreTrainedModel, weights: Weights, device: torch.dev
     model.initialize_weights()
 
 
-def _stream(model: PreTrainedModel, weights: Weights, plan: Plan, stream: StreamConfig) -> tuple[Streamer, Binding]:
-    units = {module: weights.unit(module) for module in plan.streamed}
-    slots = claim_slots(stream.device, plan.slots, plan.slot_bytes)
-    streamer = Streamer(list(units.values()), slots, plan.slots, prefetching=stream.prefetching)
-    try:
-        binding = Binding(streamer, stream.device, show_progress=stream.show_layer_progress)
-        for module, unit in units.items():
-            binding.bind(model.get_submodule(module), unit, weights.chairs(weights.owned[module]))
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                guard(part, binding, stream.device)
-    except BaseException:
-        streamer.close()
-        raise
-    return streamer, binding
+__all__ = ["Assembly", "Seat", "assemble", "plan_for"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +18,34 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rabbit_engine.directio import CHUNK_BYTES, PAGE, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.model import AutoModel
+from rabbit_engine.streaming import Span, busy_share
+from rabbit_engine.streaming.rings import READERS
+from rabbit_engine.streaming.unit import Extent
 from rabbit_engine.units import format_bytes
 from rabbit_engine.utils.platform import environment
 
 PROMPT_TOKENS = 16
-STEPS = 4
+STEPS = 3
 RESIDENT = "transformers, resident (the compute alone)"
+DISK = "disk alone: direct reads of the same bytes"
+RING = "ring alone: the same bytes through the ring, nothing computed"
+DECODE = "decoding"
 Lane = Callable[[], None]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One lane of a benchmark: seconds of every round, the bytes a round moves, and what all rounds had in common."""
+    """One lane of a benchmark: seconds and CPU seconds of every round, bytes a round moves, and what all rounds had in common."""
 
     lane: str
     rounds_s: tuple[float, ...]
     bytes_moved: int
     conditions: Mapping[str, Any]
+    cpu_s: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -44,13 +57,23 @@ class Record:
         """From the fastest round to the slowest."""
         return max(self.rounds_s) - min(self.rounds_s)
 
+    @property
+    def rate(self) -> float:
+        """Bytes a second of the middle round; 0 where nothing moves."""
+        return self.bytes_moved / self.median_s if self.median_s else 0.0
+
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """CPU seconds of the process a gigabyte moved, of the middle round; 0 where nothing moves or nobody counted."""
+        return statistics.median(self.cpu_s) / self.bytes_moved * 1e9 if self.cpu_s and self.bytes_moved else 0.0
+
     def as_json(self) -> str:
         """One line, every round in it."""
         return json.dumps({**asdict(self), "median_s": self.median_s})
 
 
 def make_checkpoint(folder: Path, layers: int, hidden_size: int) -> Path:
-    """A Llama of random bf16 weights, made a layer's worth of memory at a time by transformers; kept if it is there."""
+    """A Llama of random bf16 weights, saved by transformers; kept if it is there."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden_size,
@@ -72,7 +95,7 @@ def make_checkpoint(folder: Path, layers: int, hidden_size: int) -> Path:
 
 
 def evict(folder: Path) -> None:
-    """Drop the page cache of every file below `folder`: a round begins with the weights on disk."""
+    """Drop the page cache of every weight file below `folder`: a round begins with the weights on disk."""
     for path in folder.rglob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -82,28 +105,42 @@ def evict(folder: Path) -> None:
             os.close(handle)
 
 
-def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane) -> dict[str, tuple[float, ...]]:
-    """Run every lane `steps` times a round, `before` each; seconds a step by lane.
+def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane) -> dict[str, list[tuple[float, float]]]:
+    """Run every lane `steps` times a round; `(seconds, CPU seconds)` a step, by lane.
 
-    `before` is inside the clock: outside, a lane that reads ahead would read for nothing.
+    A lane is warmed by one step outside the clock, and ended by waiting inside it, so that what it reads ahead is its own.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in lanes}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
     for _ in range(rounds):
         for name, lane in lanes.items():
-            start = time.perf_counter()
+            before()
+            lane()
+            start, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 before()
                 lane()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    return {name: tuple(found) for name, found in seconds.items()}
+            seconds[name].append(((time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps))
+    return seconds
 
 
-def read_files(paths: Sequence[Path], buffer: memoryview) -> None:
-    """Read files one after another into a reused buffer: what this disk gives a plain reader."""
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
+def direct_reads(chunks: Sequence[Extent]) -> Lane:
+    """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
+    buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    for _ in range(READERS):
+        buffers.put(as_bytes(claim_memory(CHUNK_BYTES + 2 * PAGE)))
+    direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
+
+    def read(chunk: Extent) -> None:
+        buffer = buffers.get()
+        read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, DamagedShardError, direct=direct[chunk.path])
+        buffers.put(buffer)
+
+    def lane() -> None:
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(read, chunks):
                 pass
+
+    return lane
 
 
 def decode_step(model: Any) -> Lane:
@@ -118,6 +155,96 @@ def decode_step(model: Any) -> Lane:
         cache.crop(-1)
 
     return step
+
+
+def ring_step(model: Any) -> Lane:
+    """One pass's units through the ring: asked for and let go, nothing computed."""
+    streamer = model._assembly.streamer
+    names = [unit.name for unit in streamer.units]
+
+    def step() -> None:
+        with model._assembly.binding.root_pass():
+            for name in names:
+                streamer.acquire(name)
+                streamer.release(name)
+
+    return step
+
+
+def _settled(model: Any, lane: Lane) -> Lane:
+    """The lane, begun when the model reads nothing ahead any more."""
+
+    def run() -> None:
+        model._assembly.streamer.wait_until_idle()
+        lane()
+
+    return run
+
+
+def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[Record], list[Span], Any]:
+    """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
+
+    Bytes and seconds are a token's. The disk lane reads the same bytes, in the same order, and computes nothing.
+    """
+    with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
+        streamer, trace = model._assembly.streamer, model._assembly.trace
+        trace.on = False
+        chunks = [chunk for unit in streamer.units for chunk in unit.chunks()]
+        step = decode_step(model)
+        lanes: dict[str, Lane] = {DECODE: step}
+        if chunks:
+            lanes = {DISK: _settled(model, direct_reads(chunks)), RING: ring_step(model), DECODE: step}
+        found = interleaved(lanes, rounds, steps, lambda: None)
+        with _tracing(trace):
+            for _ in range(steps):
+                step()
+        moved = sum(chunk.read_bytes for chunk in chunks)
+        conditions = {
+            "model": str(name),
+            "plan": model.plan.reason,
+            "budget": model.plan.budget.device_bytes,
+            **_conditions(steps),
+        }
+        records = [_record(lane, values, moved, conditions) for lane, values in found.items()]
+        return records, trace.spans(), model.plan
+
+
+@contextmanager
+def _tracing(trace: Any) -> Iterator[None]:
+    trace.clear()
+    trace.on = True
+    try:
+        yield
+    finally:
+        trace.on = False
+
+
+def _conditions(steps: int) -> dict[str, Any]:
+    return {
+        "what": f"a decoded token behind {PROMPT_TOKENS}, {steps} a round",
+        "threads": torch.get_num_threads(),
+        **environment(),
+    }
+
+
+def _record(lane: str, values: Sequence[tuple[float, float]], moved: int, conditions: Mapping[str, Any]) -> Record:
+    return Record(lane, tuple(wall for wall, _ in values), moved, conditions, tuple(cpu for _, cpu in values))
+
+
+def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **keywords: Any) -> list[Record]:
+    """Bytes read and seconds a token as the budget grows: one record a budget, a round a token."""
+    records = []
+    for budget in budgets:
+        with AutoModel.from_pretrained(name, max_memory={"cpu": budget}, device="cpu", **keywords) as model:
+            step = decode_step(model)
+            step()
+            before = model.profile.bytes_read
+            found = interleaved({DECODE: step}, steps, 1, lambda: None)[DECODE]
+            model._assembly.streamer.wait_until_idle()
+            read = (model.profile.bytes_read - before) // (2 * steps)
+            conditions = {"budget": budget, "plan_pass_bytes": model.plan.pass_bytes, **_conditions(1)}
+            records.append(_record(f"{format_bytes(budget)} for weights", found, read, conditions))
+    return records
 
 
 def offloaded(folder: Path, layers: int, offload_folder: Path) -> Any:
@@ -136,38 +263,47 @@ def resident(folder: Path) -> Any:
 
 
 def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, rounds: int = 5) -> list[Record]:
-    """Seconds a decoded token from a cold page cache: streamed, transformers' disk offload, resident; and the disk alone."""
+    """Seconds a decoded token from a cold page cache, every layer streamed: ours, transformers' disk offload, resident; and
+    the disk alone."""
     make_checkpoint(folder, layers, hidden_size)
+    head = 2 * 32000 * hidden_size
+    budget: dict[int | str, int | str] = {
+        "cpu": head + 80 * 2**20
+    }  # about what the other keeps: the head, and room for two matrices
     with (
-        AutoModel.from_pretrained(folder, device="cpu") as streamed,
-        AutoModel.from_pretrained(folder, device="cpu", prefetching=False) as unhurried,
+        AutoModel.from_pretrained(folder, device="cpu", max_memory=budget) as streamed,
+        AutoModel.from_pretrained(folder, device="cpu", max_memory=budget, prefetching=False) as unhurried,
     ):
-        shards = sorted(streamed._prepared.folder.glob("model.layers.*.safetensors"))
-        moved = sum(path.stat().st_size for path in shards)
-        buffer = memoryview(bytearray(streamed.plan.slot_bytes))
+        chunks = [chunk for unit in streamed._assembly.streamer.units for chunk in unit.chunks()]
+        moved = streamed.plan.pass_bytes
         lanes = {
-            "disk alone: plain reads of the same shards": lambda: read_files(shards, buffer),
+            DISK: _settled(streamed, direct_reads(chunks)),
             "rabbit_engine": decode_step(streamed),
             "rabbit_engine, prefetching=False": decode_step(unhurried),
             "transformers disk offload": decode_step(offloaded(folder, layers, folder / "offload")),
             RESIDENT: decode_step(resident(folder)),
         }
-        seconds = interleaved(lanes, rounds, STEPS, lambda: evict(folder))
+        found = interleaved(lanes, rounds, STEPS, lambda: evict(folder))
     conditions = {
-        "model": f"Llama, {layers} layers, hidden {hidden_size}, bf16, {format_bytes(moved)} in layers",
-        "what": f"a decoded token behind {PROMPT_TOKENS}, {STEPS} a round",
+        "model": f"Llama, {layers} layers, hidden {hidden_size}, bf16, {format_bytes(moved)} streamed a pass",
         "page_cache": "dropped before every token, inside the clock",
-        "threads": torch.get_num_threads(),
-        **environment(),
+        **_conditions(STEPS),
     }
-    return [Record(name, found, 0 if name == RESIDENT else moved, conditions) for name, found in seconds.items()]
+    return [_record(name, values, 0 if name == RESIDENT else moved, conditions) for name, values in found.items()]
 
 
 def as_markdown(records: Sequence[Record]) -> str:
     """A table of medians, with the conditions under it."""
-    lines = ["| lane | s a token | slowest - fastest | GB/s |", "|---|---|---|---|"]
+    lines = ["| lane | s a token | slowest - fastest | GB a token | GB/s | CPU s a GB |", "|---|---|---|---|---|---|"]
     for record in records:
-        rate = f"{record.bytes_moved / record.median_s / 1e9:.2f}" if record.bytes_moved else "-"
-        lines.append(f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {rate} |")
+        moved = f"{record.bytes_moved / 1e9:.2f} | {record.rate / 1e9:.2f} | {record.cpu_s_per_gb:.2f}"
+        lines.append(
+            f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {moved if record.bytes_moved else '- | - | -'} |"
+        )
     conditions = "; ".join(f"{name}: {value}" for name, value in records[0].conditions.items())
     return "\n".join([*lines, "", f"Medians of {len(records[0].rounds_s)} interleaved rounds. {conditions}."])
+
+
+def shares(spans: Sequence[Span]) -> dict[str, float]:
+    """The share of a trace in which each lane was busy."""
+    return {lane: busy_share(spans, lane) for lane in ("disk", "copy", "compute", "wait")}

@@ -20,7 +20,7 @@ from rabbit_engine.errors import (
     UnsafePickleError,
     first_line,
 )
-from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor
+from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor, same_bytes
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -168,6 +168,13 @@ class SafetensorsTensor:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return read_tensor(self.entry, DamagedCheckpointError)
+
+
+def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
+    """Whether two stored tensors hold the same values; those of safetensors are compared a piece at a time."""
+    if isinstance(first, SafetensorsTensor) and isinstance(second, SafetensorsTensor):
+        return same_bytes(first.entry, second.entry, DamagedCheckpointError)
+    return torch.equal(first[...], second[...])
 
 
 _DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error)

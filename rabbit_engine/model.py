@@ -38,7 +38,6 @@ from rabbit_engine.errors import (
 )
 from rabbit_engine.planner import Plan
 from rabbit_engine.prepare import Prepared, prepare
-from rabbit_engine.shards import read_entries
 from rabbit_engine.splitter import build_for
 from rabbit_engine.streaming import Profile, Streamer, move
 from rabbit_engine.units import format_bytes, format_rate
@@ -219,9 +218,11 @@ class AutoModel:
         compression: str | None = None,
         layer_shards_saving_path: str | Path | None = None,
         delete_original: bool = False,
+        split: str = "auto",
         prefetching: bool = True,
         profiling_mode: bool = False,
         show_layer_progress: bool = False,
+        max_seq_len: int | None = None,
         token: str | bool | None = None,
         hf_token: str | bool | None = None,
         revision: str | None = None,
@@ -240,14 +241,20 @@ class AutoModel:
             pretrained_model_name_or_path: a repo id of the Hugging Face Hub, a folder, or a `.gguf` file.
             device: "cuda:0", "mps" or "cpu"; None takes the best there is.
             dtype: of the weights and of the computation; None keeps the checkpoint's own.
-            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take; None is what is free now, less a tenth.
+            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take; None is what is free now, less a margin for
+                the KV cache and activations of `max_seq_len` tokens and for the system.
             attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
             compression: comes with a later version; anything but None is refused.
             layer_shards_saving_path: where the shards go; None puts them beside the checkpoint.
             delete_original: delete each original weight file once every shard made from it is verified.
+            split: "auto" streams from the original files where these hold the weights as the model has them (safetensors,
+                the same dtype, at most renamed) and splits where not, or where a path for shards is given; "always"
+                splits, "never" refuses what would need a split.
             prefetching: read the next layer while this one runs.
             profiling_mode: log every pass at INFO: bytes, rates, seconds waited.
-            show_layer_progress: a progress bar over the layers of each pass.
+            show_layer_progress: a progress bar over the weights of each pass.
+            max_seq_len: tokens, prompt and answer together, to set memory aside for, in `max_memory` too; None sets it
+                aside for 1,024 where `max_memory` is None. Longer texts run as long as memory lasts.
             token: for gated and private repos (`hf_token` is its older spelling; HF_TOKEN is read too).
             revision: branch, tag or commit. cache_dir: of the Hub. local_files_only: download nothing.
             trust_remote_code: run modelling code that the repository brings.
@@ -271,7 +278,8 @@ class AutoModel:
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
         )
-        split = SplitConfig(
+        splitting = SplitConfig(
+            mode=split,
             dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
             saving_path=Path(layer_shards_saving_path) if layer_shards_saving_path else None,
             delete_original=delete_original,
@@ -284,16 +292,16 @@ class AutoModel:
             prefetching=prefetching,
             profiling_mode=profiling_mode,
             show_layer_progress=show_layer_progress,
+            max_seq_len=max_seq_len,
         )
-        return load(pretrained_model_name_or_path, source, split, stream)
+        return load(pretrained_model_name_or_path, source, splitting, stream)
 
 
 def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
     """Prepare the shards, build the class without weights, and set its weights streaming."""
     prepared = prepare(name, source, split)
-    entries = read_entries(prepared.folder, prepared.manifest)
     choice = choose_attention(stream.attn_implementation, prepared.cls, prepared.dtype, stream.device)
-    shapes = {name: entry.shape for name, entry in entries.items()}
+    shapes = {name: entry.shape for name, entry in prepared.entries.items()}
     try:
         model: Any = build_for(
             streamed_class(prepared.cls),  # type: ignore[arg-type]
@@ -310,8 +318,8 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
         ) from error
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
-        model._assembly = assemble(model, entries, prepared.manifest.ties, stream)
-    weakref.finalize(model, model._assembly.streamer.close)
+        model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
+    weakref.finalize(model, model._assembly.streamer.abandon)
     if stream.profiling_mode:
         model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)
     logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)

@@ -2,110 +2,303 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.units import format_bytes
+from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
-Role = Literal["layer", "embedding", "head", "resident"]
+Role = Literal["streamed", "embedding", "resident"]
 
-SLOTS = 2
-"""One unit runs while the next is read."""
+PAGE = 4096
+_GOLDEN = 0.6180339887498949
+_BUSY_BYTES = 64 * 2**20
+"""What keeps four reads of 8 MiB under way while four have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitSize:
-    """What a unit of weights is to the model, and how much it weighs.
+    """What a unit of weights is to the model, and how many bytes of memory it takes.
 
-    `layer`s are streamed; an `embedding` is read by row; a `head` is resident where there is room; a `resident` must be.
+    A `streamed` one passes through the ring unless there is room for it to stay; an `embedding` is read by row unless
+    there is room for everything; a `resident` must stay. `held_bytes` are those of a unit inside of which others are asked for.
     """
 
     name: str
     role: Role
     nbytes: int
+    read_bytes: int | None = None
+    encloses: bool = False
+
+    @property
+    def disk_bytes(self) -> int:
+        """What a read of it asks the disk for."""
+        return self.nbytes if self.read_bytes is None else self.read_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Bytes that weights may take on the device and in host memory; `None` is no bound. On a CPU both are one: `device_bytes`.
+
+    `host_staging_bytes` are the buffers that reads go through (on a CPU only those of misaligned weights),
+    `reserved_bytes` what was set aside for the cache and activations before this budget was made.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    host_staging_bytes: int = 0
+    reserved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """Bytes a second of each link: the disk, the copy to the device (0 on a CPU: there is none). `source` says how known."""
+
+    disk: float = 2e9
+    link: float = 0.0
+    source: str = "assumed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What stays on the device, what is streamed through the slots, what is read by row, and what that costs."""
+    """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
+    but for `pass_bytes`, `link_bytes` and `load_bytes`, which move."""
 
     device: str
     resident: tuple[str, ...]
+    host: tuple[str, ...]
     streamed: tuple[str, ...]
     by_row: tuple[str, ...]
     resident_bytes: int
-    slot_bytes: int
-    slots: int
+    host_bytes: int
+    staging_bytes: int
+    ring_bytes: int
     pass_bytes: int
+    link_bytes: int
+    load_bytes: int
     weights_bytes: int
-    budget_bytes: int | None
+    budget: Budget
+    speeds: Speeds
+    notes: tuple[str, ...] = ()
 
     @property
     def device_bytes(self) -> int:
         """The weight memory claimed on the device, once, at load."""
-        return self.resident_bytes + self.slots * self.slot_bytes
+        return self.resident_bytes + self.ring_bytes
+
+    @property
+    def disk_s(self) -> float:
+        """Seconds a pass that the disk needs at its own rate."""
+        return self.pass_bytes / self.speeds.disk
+
+    @property
+    def link_s(self) -> float:
+        """Seconds a pass that the copies to the device need; 0 on a CPU."""
+        return self.link_bytes / self.speeds.link if self.speeds.link else 0.0
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds that the slowest link needs for a pass: no token comes sooner."""
+        return max(self.disk_s, self.link_s)
+
+    @property
+    def bound(self) -> Literal["disk", "link", "compute"]:
+        """What a pass waits for."""
+        if not self.pass_bytes and not self.link_bytes:
+            return "compute"
+        return "disk" if self.disk_s >= self.link_s else "link"
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds until the first token: read what stays, then a pass."""
+        return self.load_bytes / self.speeds.disk + self.pass_s
+
+    @property
+    def reason(self) -> str:
+        """One line: what a pass costs, and why."""
+        if self.bound == "compute":
+            return "everything fits: no weight moves after loading, a token takes what its computation takes"
+        rate = format_rate(self.speeds.disk if self.bound == "disk" else self.speeds.link, 1)
+        link = "the disk" if self.bound == "disk" else f"the link to {self.device}"
+        moved = format_bytes(self.pass_bytes if self.bound == "disk" else self.link_bytes)
+        beside = "" if self.pass_bytes else ", no disk in the loop"
+        return (
+            f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "
+            f"at least {format_seconds(self.pass_s)} a token, the first after {format_seconds(self.first_token_s)}"
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as a table: what, and how much of it."""
+        budget = self.budget.device_bytes
+        given = "not bounded" if budget is None else format_bytes(budget)
+        reserved = f", {format_bytes(self.budget.reserved_bytes)} set aside before" if self.budget.reserved_bytes else ""
+        host = [("in host memory", f"{_units(self.host)}, {format_bytes(self.host_bytes)}")] if self.host else []
+        staging = [("staging", format_bytes(self.staging_bytes))] if self.staging_bytes else []
+        link = [("over the link", f"{format_bytes(self.link_bytes)} a pass")] if self.link_bytes else []
+        return [
+            ("weights", format_bytes(self.weights_bytes)),
+            ("budget", f"{given} on {self.device} for weights{reserved}"),
+            ("resident", f"{_units(self.resident)}, {format_bytes(self.resident_bytes)} on {self.device}"),
+            *host,
+            ("by row", ", ".join(self.by_row) or "nothing"),
+            ("streamed", f"{len(self.streamed)} units, {format_bytes(self.pass_bytes)} a pass from disk"),
+            *link,
+            ("ring", f"{format_bytes(self.ring_bytes)} on {self.device}"),
+            *staging,
+            *[("note", note) for note in self.notes],
+            ("a pass", self.reason),
+        ]
 
     def __str__(self) -> str:
-        budget = "no budget given" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
-        return "\n".join(
-            [
-                f"weights    {format_bytes(self.weights_bytes)}",
-                f"streamed   {len(self.streamed)} units, {format_bytes(self.pass_bytes)} a pass",
-                f"resident   {', '.join(self.resident) or 'nothing'}: {format_bytes(self.resident_bytes)}",
-                f"by row     {', '.join(self.by_row) or 'nothing'}",
-                f"slots      {self.slots} of {format_bytes(self.slot_bytes)}",
-                f"on {self.device:<8}{format_bytes(self.device_bytes)} for weights ({budget})",
-            ]
-        )
+        return "\n".join(f"{name:<15}{value}" for name, value in self.rows())
 
 
-def place(units: Sequence[UnitSize], device: str, device_budget_bytes: int | None, host_budget_bytes: int | None) -> Plan:
-    """Decide what is resident. `None` for a budget means that it is not bounded.
+def _units(names: Sequence[str]) -> str:
+    return f"{len(names)} unit" + ("" if len(names) == 1 else "s")
 
-    Raises BudgetError, with the smallest budget that works, where a budget is too small.
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A choice of who stays where."""
+
+    device: list[UnitSize]
+    host: list[UnitSize]
+    disk: list[UnitSize]
+    ring_bytes: int
+    embedding_stays: bool = field(default=False)
+
+
+def place(
+    units: Sequence[UnitSize], device: str, budget: Budget = Budget(), speeds: Speeds = Speeds(), notes: Iterable[str] = ()
+) -> Plan:
+    """Decide what is resident, in the order of a pass.
+
+    The ring is as small as hides the longest gap; every other byte of the budget is a resident, spread evenly over the
+    depth of the model, the device's memory first and the host's next. Who stays is chosen in one fixed order, so more
+    memory never means more bytes a pass. Raises BudgetError, with the smallest budget that works.
     """
-    with_head = _plan(units, ("head",), device, device_budget_bytes)
-    plans = [with_head, _plan(units, (), device, device_budget_bytes)]
-    fitting = [plan for plan in plans if device_budget_bytes is None or plan.device_bytes <= device_budget_bytes]
-    smallest = min(plans, key=lambda plan: plan.device_bytes)
-    if not fitting:
+    _check_host(device, budget)
+    staging = budget.host_staging_bytes if device == "cpu" else 0
+    placed = _place_all(units, budget, staging) or _place_some(units, device, budget, staging)
+    embeddings = [unit for unit in units if unit.role == "embedding"]
+    stays = [unit for unit in units if unit.role == "resident"] + placed.device + (embeddings if placed.embedding_stays else [])
+    chosen = {unit.name for unit in stays}
+    moving = [*placed.host, *placed.disk]
+    host = {unit.name for unit in placed.host}
+    disk = [unit.name for unit in placed.disk]
+    return Plan(
+        device=device,
+        resident=tuple(unit.name for unit in units if unit.name in chosen),
+        host=tuple(unit.name for unit in units if unit.name in host),
+        streamed=tuple(disk),
+        by_row=tuple(unit.name for unit in embeddings if not placed.embedding_stays),
+        resident_bytes=sum(unit.nbytes for unit in stays),
+        host_bytes=sum(unit.nbytes for unit in placed.host),
+        staging_bytes=budget.host_staging_bytes,
+        ring_bytes=placed.ring_bytes,
+        pass_bytes=sum(unit.disk_bytes for unit in placed.disk),
+        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving),
+        load_bytes=sum(unit.disk_bytes for unit in (*stays, *placed.host)),
+        weights_bytes=sum(unit.nbytes for unit in units),
+        budget=budget,
+        speeds=speeds,
+        notes=tuple(notes),
+    )
+
+
+def _check_host(device: str, budget: Budget) -> None:
+    if device != "cpu" and budget.host_bytes is not None and budget.host_staging_bytes > budget.host_bytes:
         raise BudgetError(
-            f"{device} needs {format_bytes(smallest.device_bytes)} for weights ({SLOTS} slots of "
-            f"{format_bytes(smallest.slot_bytes)} and {format_bytes(smallest.resident_bytes)} resident), the budget is "
-            f"{format_bytes(device_budget_bytes or 0)}: give max_memory={{{_place(device)}: {smallest.device_bytes}}} or more"
-        )
-    _check_host(fitting[0], device, host_budget_bytes)
-    return fitting[0]
-
-
-def _check_host(plan: Plan, device: str, host_budget_bytes: int | None) -> None:
-    staging = 0 if device == "cpu" else plan.slots * plan.slot_bytes
-    if host_budget_bytes is not None and staging > host_budget_bytes:
-        raise BudgetError(
-            f"reading through host memory needs {plan.slots} slots of {format_bytes(plan.slot_bytes)}, the budget for the CPU is "
-            f'{format_bytes(host_budget_bytes)}: give max_memory={{"cpu": {staging}}} or more'
+            f"reading through host memory needs {format_bytes(budget.host_staging_bytes)}, the budget for the CPU is "
+            f'{format_bytes(budget.host_bytes)}: give max_memory={{"cpu": {budget.host_staging_bytes}}} or more',
+            budget.host_staging_bytes,
         )
 
 
-def _place(device: str) -> str:
+def _place_all(units: Sequence[UnitSize], budget: Budget, staging: int) -> _Placed | None:
+    """Everything on the device, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
+    streamed = [unit for unit in units if unit.role == "streamed"]
+    without = staging + sum(unit.nbytes for unit in units if unit.role != "embedding")
+    if budget.device_bytes is not None and without > budget.device_bytes:
+        return None
+    whole = staging + sum(unit.nbytes for unit in units)
+    return _Placed(streamed, [], [], 0, budget.device_bytes is None or whole <= budget.device_bytes)
+
+
+def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging: int) -> _Placed:
+    assert budget.device_bytes is not None  # noqa: S101 - without a bound everything fits
+    streamed = [unit for unit in units if unit.role == "streamed"]
+    fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + staging
+    smallest, wanted = _ring_bytes(streamed)
+    room = budget.device_bytes - fixed
+    if room < smallest:
+        needed = fixed + min(smallest, sum(unit.nbytes for unit in streamed))  # or room for everything, where that is less
+        raise BudgetError(_too_small(device, needed, smallest, budget.device_bytes), needed)
+    ring = min(wanted, room)
+    order = _spread(streamed)
+    on_device = _fill(order, room - ring)
+    rest = [unit for unit in order if unit not in on_device]
+    room_in_host = _room_in_host(device, budget, rest)
+    in_host = _fill(rest, room_in_host)
+    return _Placed(
+        [unit for unit in streamed if unit in on_device],
+        [unit for unit in streamed if unit in in_host],
+        [unit for unit in streamed if unit not in on_device and unit not in in_host],
+        ring,
+    )
+
+
+def _room_in_host(device: str, budget: Budget, rest: Sequence[UnitSize]) -> int:
+    if device == "cpu":
+        return 0
+    if budget.host_bytes is None:
+        return sum(unit.nbytes for unit in rest)
+    return budget.host_bytes - budget.host_staging_bytes
+
+
+def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
+    """The smallest ring that works, and the one that keeps several reads under way.
+
+    Two of the largest units: one runs while the next arrives. More would hide the gap between two tokens, but a byte of
+    the ring hides it once a pass, as much as a byte that stays saves. It depends on all units that may be streamed, not on
+    those that will be: else more memory could mean a larger ring.
+    """
+    inside = [unit.nbytes for unit in streamed if not unit.encloses]
+    around = max((unit.nbytes for unit in streamed if unit.encloses), default=0)
+    smallest = (2 if len(inside) > 1 else 1) * max(inside, default=0) + around
+    total = sum(unit.nbytes for unit in streamed)
+    return smallest, max(smallest, min(_BUSY_BYTES, total // 8 // PAGE * PAGE))
+
+
+def _too_small(device: str, needed: int, ring: int, budget: int) -> str:
+    return (
+        f"{device} needs {format_bytes(needed)} for weights (a ring of {format_bytes(ring)} and what must stay), "
+        f"the budget is {format_bytes(budget)}: give max_memory={{{_place_name(device)}: {needed}}} or more"
+    )
+
+
+def _place_name(device: str) -> str:
     return '"cpu"' if device == "cpu" else device.partition(":")[2] or "0"
 
 
-def _plan(units: Sequence[UnitSize], resident_roles: tuple[Role, ...], device: str, budget: int | None) -> Plan:
-    stays = [unit for unit in units if unit.role == "resident" or unit.role in resident_roles]
-    by_row = [unit for unit in units if unit.role == "embedding"]
-    streamed = [unit for unit in units if unit not in stays and unit not in by_row]
-    return Plan(
-        device=device,
-        resident=tuple(unit.name for unit in stays),
-        streamed=tuple(unit.name for unit in streamed),
-        by_row=tuple(unit.name for unit in by_row),
-        resident_bytes=sum(unit.nbytes for unit in stays),
-        slot_bytes=max((unit.nbytes for unit in streamed), default=0),
-        slots=SLOTS if streamed else 0,
-        pass_bytes=sum(unit.nbytes for unit in streamed),
-        weights_bytes=sum(unit.nbytes for unit in units),
-        budget_bytes=budget,
-    )
+def _spread(units: Sequence[UnitSize]) -> list[UnitSize]:
+    """A fixed order of which every beginning is spread evenly over the depth: multiples of the golden ratio, modulo 1."""
+    keys = {unit.name: (index + 1) * _GOLDEN % 1.0 for index, unit in enumerate(units)}
+    return sorted(units, key=lambda unit: keys[unit.name])
+
+
+def _fill(order: Sequence[UnitSize], room: int) -> set[UnitSize]:
+    """Take each that still fits. In a fixed order, more room never takes fewer bytes: where two rooms first differ, the
+    larger takes one that the smaller could not."""
+    taken: set[UnitSize] = set()
+    for unit in order:
+        if unit.nbytes <= room:
+            taken.add(unit)
+            room -= unit.nbytes
+    return taken
+
+
+def at_speeds(plan: Plan, speeds: Speeds) -> Plan:
+    """The same plan with its seconds told at other speeds."""
+    return replace(plan, speeds=speeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,14 @@ from rabbit_engine.checkpoints import (
     open_tensors,
 )
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, DamagedShardError, ShardError
+from rabbit_engine.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DamagedShardError,
+    ShardError,
+)
 from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo
+from rabbit_engine.inplace import NotInPlaceError, original_entries, require_plain, stored_shapes
 from rabbit_engine.shards import (
     Journal,
     Manifest,
@@ -48,6 +54,7 @@ from rabbit_engine.shards import (
     write_manifest,
 )
 from rabbit_engine.splitter import Split, build_for, journal_tensors, only_one_process
+from rabbit_engine.tensorfiles import TensorEntry
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +63,19 @@ SHARDS_FOLDER = "rabbit_shards"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model ready to stream: its config and class, and the folder its shards lie in."""
+    """A model ready to stream: its config and class, and where its weights lie (`entries`, and `ties` for those they share).
+
+    `folder` holds the files they are read from: shards that `manifest` names, or the original files.
+    """
 
     repo: Repo
     config: PretrainedConfig
     cls: type[PreTrainedModel]
     dtype: torch.dtype
     folder: Path
-    manifest: Manifest
+    entries: Mapping[str, TensorEntry]
+    ties: Mapping[str, str]
+    manifest: Manifest | None = None
     gguf_file: str | None = None
 
 
@@ -75,6 +87,30 @@ def prepare(
     `repair` makes shards anew whose size or header is wrong, where an error would name them. Raises CheckpointError and
     ShardError.
     """
+    request = open_request(name, source, split, progress=progress)
+    return _stream_in_place(request, repair) or _stream_from_shards(request, repair)
+
+
+OpenTensors = Callable[[Repo, WeightFiles, SourceConfig], TensorSource]
+"""How to get at the headers of a checkpoint's weight files."""
+
+
+def _local_tensors(repo: Repo, files: WeightFiles, source: SourceConfig) -> TensorSource:
+    """Fetch the files that are not here yet, and open them."""
+    fetch_weights(repo, files.names, source)
+    check_present(repo.folder, files)
+    return open_tensors(repo.folder, files)
+
+
+def open_request(
+    name: str | Path,
+    source: SourceConfig,
+    split: SplitConfig,
+    *,
+    progress: bool = True,
+    open_headers: OpenTensors = _local_tensors,
+) -> Request:
+    """Find the repo, the class and the dtype of `name`. `open_headers` is asked where the config names no dtype."""
     name, source = _gguf_by_path(name, source)
     repo = find_repo(name, source)
     root = shards_root(repo, split.saving_path)
@@ -88,17 +124,52 @@ def prepare(
     config = find_config(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
     cls = find_class(config, repo.folder, trust_remote_code=source.trust_remote_code)
     config = config_for(cls, config)
-    dtype = split.dtype or _own_dtype(repo, config, gguf_file, source, root)
+    dtype = split.dtype or _own_dtype(repo, config, gguf_file, source, root, open_headers)
     folder = root / variant(dtype, gguf_file)
-    request = _Request(repo, source, config, cls, dtype, folder, gguf_file, split.delete_original, progress)
-    manifest = _usable(request, repair) or _make(request, repair)
-    if split.delete_original and _originals(request, manifest):
+    return Request(repo, source, config, cls, dtype, folder, gguf_file, split, progress)
+
+
+def _stream_from_shards(request: Request, repair: bool) -> Prepared:
+    """Find or make the split."""
+    manifest = usable(request, repair) or _make(request, repair)
+    if request.split.delete_original and _originals(request, manifest):
         manifest = _delete_all(request, manifest)
-    return Prepared(repo, config, cls, dtype, folder, manifest, gguf_file)
+    entries = read_entries(request.folder, manifest)
+    return _prepared(request, request.folder, entries, manifest.ties, manifest)
+
+
+def _prepared(
+    request: Request,
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+    manifest: Manifest | None = None,
+) -> Prepared:
+    return Prepared(request.repo, request.config, request.cls, request.dtype, folder, entries, ties, manifest, request.gguf_file)
+
+
+def _stream_in_place(request: Request, repair: bool) -> Prepared | None:
+    """The original files as they are, where that is wanted and can be. Raises ConfigurationError where it must be and cannot."""
+    mode = request.split.mode
+    if mode == "always" or request.split.delete_original or request.split.saving_path is not None:
+        return None
+    if mode == "auto" and (read_journal(request.folder) is not None or usable(request, repair) is not None):
+        return None
+    try:
+        entries, ties = _original_entries(request)
+    except NotInPlaceError as reason:
+        if mode == "never":
+            raise ConfigurationError(f'split="never", but {request.repo.name} must be split: {reason}') from reason
+        logger.info("%s is split first: %s", request.repo.name, reason)
+        return None
+    logger.info("%s is streamed from its original files", request.repo.name)
+    return _prepared(request, request.repo.folder, entries, ties)
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class Request:
+    """What was asked for, found: the model's repo, class and dtype, and the folder that its split lies in or would."""
+
     repo: Repo
     source: SourceConfig
     config: PretrainedConfig
@@ -106,7 +177,7 @@ class _Request:
     dtype: torch.dtype
     folder: Path
     gguf_file: str | None
-    delete_original: bool
+    split: SplitConfig
     progress: bool
 
 
@@ -147,7 +218,14 @@ def _deleted_dtype(root: Path) -> torch.dtype | None:
     return None
 
 
-def _own_dtype(repo: Repo, config: PretrainedConfig, gguf_file: str | None, source: SourceConfig, root: Path) -> torch.dtype:
+def _own_dtype(
+    repo: Repo,
+    config: PretrainedConfig,
+    gguf_file: str | None,
+    source: SourceConfig,
+    root: Path,
+    open_headers: OpenTensors,
+) -> torch.dtype:
     """The checkpoint's own dtype as transformers finds it: the config's, else that of its first floating-point tensor."""
     if config.dtype is not None:
         return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
@@ -156,17 +234,15 @@ def _own_dtype(repo: Repo, config: PretrainedConfig, gguf_file: str | None, sour
     deleted = _deleted_dtype(root)
     if deleted is not None:
         return deleted
-    files = _weight_files(repo, None)
-    fetch_weights(repo, files.names, source)
-    check_present(repo.folder, files)
-    return first_floating_dtype(open_tensors(repo.folder, files))
+    return first_floating_dtype(open_headers(repo, weight_files(repo, None), source))
 
 
-def _weight_files(repo: Repo, gguf_file: str | None) -> WeightFiles:
+def weight_files(repo: Repo, gguf_file: str | None) -> WeightFiles:
+    """The weight files of a repo."""
     return find_weight_files(repo.names, repo.read_text, gguf_file, str(repo.folder if repo.commit is None else repo.name))
 
 
-def _usable(request: _Request, repair: bool) -> Manifest | None:
+def usable(request: Request, repair: bool) -> Manifest | None:
     """The manifest of a whole split of this very source, or None. Raises DamagedShardError, unless it is to be repaired."""
     try:
         manifest = read_manifest(request.folder)
@@ -181,7 +257,7 @@ def _usable(request: _Request, repair: bool) -> Manifest | None:
     return manifest
 
 
-def _source_changed(request: _Request, manifest: Manifest) -> bool:
+def _source_changed(request: Request, manifest: Manifest) -> bool:
     changed = changed_files(request.repo.folder, manifest.source)
     others = _other_names(request, manifest.source)
     if not changed and not others and manifest.source["commit"] == request.repo.commit:
@@ -196,22 +272,22 @@ def _source_changed(request: _Request, manifest: Manifest) -> bool:
     return True
 
 
-def _other_names(request: _Request, source: Mapping[str, Any]) -> list[str]:
+def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
     """Weight files that are here now and were not part of the split; what lies beside deleted originals is no news."""
     if source.get("deleted"):
         return []
     try:
-        names = _weight_files(request.repo, request.gguf_file).names
+        names = weight_files(request.repo, request.gguf_file).names
     except CheckpointNotFoundError:  # all originals are gone: the split is what there is
         return []
     known = {row["name"] for row in source["files"]}
     return [name for name in names if name not in known]
 
 
-def _make(request: _Request, repair: bool) -> Manifest:
+def _make(request: Request, repair: bool) -> Manifest:
     make_folder(request.folder)
     with only_one_process(request.folder):
-        manifest = _usable(request, repair)  # another process may have made it meanwhile
+        manifest = usable(request, repair)  # another process may have made it meanwhile
         if manifest is not None:
             return manifest
         journal = _usable_journal(request)
@@ -220,7 +296,15 @@ def _make(request: _Request, repair: bool) -> Manifest:
         return split.run()
 
 
-def _usable_journal(request: _Request) -> Journal | None:
+def _original_entries(request: Request) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
+    """Where the model's weights lie in the original files, and the ties. Raises NotInPlaceError, MismatchedWeightsError."""
+    files = weight_files(request.repo, request.gguf_file)
+    require_plain(files)
+    tensors = _local_tensors(request.repo, files, request.source)
+    return original_entries(request.cls, request.config, request.dtype, tensors.tensors, request.repo.folder)
+
+
+def _usable_journal(request: Request) -> Journal | None:
     """The journal of an interrupted split of this very source."""
     journal = read_journal(request.folder)
     if journal is None:
@@ -238,8 +322,8 @@ def _usable_journal(request: _Request) -> Journal | None:
     return None if changed else journal
 
 
-def _present_files(request: _Request, journal: Journal | None) -> WeightFiles:
-    files = _weight_files(request.repo, request.gguf_file)
+def _present_files(request: Request, journal: Journal | None) -> WeightFiles:
+    files = weight_files(request.repo, request.gguf_file)
     deleted = journal.deleted if journal else []
     remaining = replace(files, names=tuple(name for name in files.names if name not in deleted))
     fetch_weights(request.repo, remaining.names, request.source)
@@ -247,7 +331,7 @@ def _present_files(request: _Request, journal: Journal | None) -> WeightFiles:
     return remaining
 
 
-def _open_split(request: _Request, files: WeightFiles, journal: Journal | None) -> Split:
+def _open_split(request: Request, files: WeightFiles, journal: Journal | None) -> Split:
     folder = request.repo.folder
     tensors, skeleton, conversion = _open(request, files, journal)
     return Split(
@@ -259,12 +343,12 @@ def _open_split(request: _Request, files: WeightFiles, journal: Journal | None) 
         conversion=conversion,
         dtype=request.dtype,
         journal=journal,
-        delete=(lambda path: delete_original(path, request.repo)) if request.delete_original else None,
+        delete=(lambda path: delete_original(path, request.repo)) if request.split.delete_original else None,
         progress=request.progress,
     )
 
 
-def _open(request: _Request, files: WeightFiles, journal: Journal | None) -> tuple[TensorSource, PreTrainedModel, Conversion]:
+def _open(request: Request, files: WeightFiles, journal: Journal | None) -> tuple[TensorSource, PreTrainedModel, Conversion]:
     cls, config, dtype = request.cls, request.config, request.dtype
     if files.format == "gguf":
         path = request.repo.folder / files.names[0]
@@ -275,25 +359,17 @@ def _open(request: _Request, files: WeightFiles, journal: Journal | None) -> tup
     tensors = open_tensors(request.repo.folder, files)
     if journal is not None:
         tensors = replace(tensors, tensors={**tensors.tensors, **journal_tensors(journal, request.repo.folder)})
-    skeleton = build_for(cls, config, dtype, _stored_shapes(cls, config, dtype, tensors.tensors))
+    skeleton = build_for(cls, config, dtype, stored_shapes(cls, config, dtype, tensors.tensors))
     return tensors, skeleton, open_conversion(skeleton, tensors.tensors, dtype)
 
 
-def _stored_shapes(
-    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
-) -> dict[str, tuple[int, ...]]:
-    """The model's weight names to stored shapes, for the weights that are stored as they are."""
-    targets = open_conversion(build_for(cls, config, dtype, {}), tensors, dtype).targets()
-    return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}
-
-
-def _originals(request: _Request, manifest: Manifest) -> list[Path]:
+def _originals(request: Request, manifest: Manifest) -> list[Path]:
     """The originals that are there and that shards were made from."""
     paths = (request.repo.folder / name for name in manifest.source["used"])
     return [path for path in paths if path.is_file()]
 
 
-def _delete_all(request: _Request, manifest: Manifest) -> Manifest:
+def _delete_all(request: Request, manifest: Manifest) -> Manifest:
     """The split was there already: verify all of it, say that the originals go, then delete them."""
     with only_one_process(request.folder):
         for record in manifest.shards:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from rabbit_engine.architectures import (
     corrected_head_dim,
     find_layout,
 )
-from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, digest
+from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
 from rabbit_engine.errors import MismatchedWeightsError, NotEnoughDiskError
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
@@ -119,7 +119,7 @@ class Split:
         key_of = {target.name: key for key, target in targets.items() if target is not None}
 
         def equal(first: str, second: str) -> bool:
-            return torch.equal(self.tensors.tensors[key_of[first]][...], self.tensors.tensors[key_of[second]][...])
+            return are_equal(self.tensors.tensors[key_of[first]], self.tensors.tensors[key_of[second]])
 
         ties = settle_ties(self.skeleton.all_tied_weights_keys, frozenset(key_of), equal)
         self.tensors.release()
@@ -145,14 +145,7 @@ class Split:
         )
 
     def _require_all(self, stored: set[str], ties: Ties) -> None:
-        ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
-        absent = missing_weights(self.skeleton.state_dict(), stored, ties.shared, ignored)
-        if absent:
-            rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            raise MismatchedWeightsError(
-                f"{self.originals} lacks weights of {type(self.skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
-                "is it a checkpoint of another class, or a download that stopped?"
-            )
+        require_weights(self.skeleton, stored, ties, self.originals)
 
     def _report_unused(self, targets: Mapping[str, Target | None]) -> None:
         unused = [key for key, target in targets.items() if target is None]
@@ -244,6 +237,18 @@ class Split:
     def _origin(self, plan: ShardPlan) -> str:
         model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
         return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model})
+
+
+def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties, originals: Path) -> None:
+    """Raise MismatchedWeightsError for weights that are neither stored nor shared."""
+    ignored = skeleton._keys_to_ignore_on_load_missing or ()
+    absent = missing_weights(skeleton.state_dict(), stored, ties.shared, ignored)
+    if absent:
+        rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise MismatchedWeightsError(
+            f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
+            "is it a checkpoint of another class, or a download that stopped?"
+        )
 
 
 def file_of(tensor: LazyTensor, originals: Path) -> str:

@@ -5,7 +5,6 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian head
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,10 +17,11 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
+from rabbit_engine.directio import PAGE, as_bytes, open_unchanged, read_into
 from rabbit_engine.errors import RabbitError
 
-ALIGNMENT = 4096
-"""Every tensor we write starts on a multiple of this: the page size, and what direct reads ask for."""
+ALIGNMENT = PAGE
+"""Every tensor we write starts on a multiple of this: what direct reads ask for."""
 
 PAD_PREFIX = "__pad__."
 CHECKSUM_KEY = "data_xxh3_128"
@@ -118,29 +118,21 @@ def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
     return flat.view(entry.dtype).reshape(entry.shape)
 
 
-def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError]) -> io.FileIO:
-    """The file, unbuffered. Raises `error` where it is another one than when its header was read."""
-    file = io.FileIO(path, "rb")
-    status = os.fstat(file.fileno())
-    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
-        file.close()
-        raise error(f"{path} was replaced while in use: load the model again")
-    return file
-
-
-def as_bytes(flat: torch.Tensor) -> memoryview:
-    """The memory of a uint8 tensor [n] on the CPU, writable in place."""
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
-def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError]) -> None:
-    """Fill `buffer` from the file's position. Raises `error` when the file ends first."""
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise error(f"{path} is cut off: {len(buffer) - done} bytes are missing; run `rabbit verify` on its folder")
-        done += count
+def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]) -> bool:
+    """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    pieces = [bytearray(COPY_BYTES), bytearray(COPY_BYTES)]
+    with open_unchanged(first.path, first.stamp, error) as one, open_unchanged(second.path, second.stamp, error) as other:
+        for position in range(0, first.nbytes, COPY_BYTES):
+            size = min(COPY_BYTES, first.nbytes - position)
+            views = [memoryview(piece)[:size] for piece in pieces]
+            for file, entry, view in zip((one, other), (first, second), views, strict=True):
+                file.seek(entry.offset + position)
+                read_into(file, view, entry.path, error)
+            if views[0] != views[1]:
+                return False
+    return True
 
 
 @contextmanager

@@ -18,6 +18,13 @@ def format_rate(count: float, seconds: float) -> str:
     return f"{format_bytes(count / seconds)}/s" if seconds > 0 else "-"
 
 
+def format_seconds(seconds: float) -> str:
+    """`format_seconds(4.83) -> "4.83 s"`; minutes and hours where there are many."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.3g} s"
+
+
 def parse_bytes(text: str | int) -> int:
     """`parse_bytes("8GiB") -> 8589934592`: accelerate's own grammar (`"8GiB"`, `"8GB"`, an int), as in `max_memory`.
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rabbit_engine import AutoModel
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.demo import wheel_file
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -68,12 +68,24 @@ def plain() -> Loader:
     return load
 
 
+def smallest(folder: Path, **keywords: Any) -> dict[int | str, int | str]:
+    """The smallest `max_memory` that works: everything that can be streamed is."""
+    place: int | str = 0 if str(keywords.get("device", "cpu")).startswith("cuda") else "cpu"
+    try:
+        AutoModel.from_pretrained(folder, **{"device": "cpu", **keywords}, max_memory={place: 1}).close()
+    except errors.BudgetError as error:
+        return {place: error.smallest_bytes}
+    raise AssertionError("one byte was enough")
+
+
 @pytest.fixture
 def streamed() -> Iterator[Loader]:
-    """A streamed load on the CPU; what it returns is closed at the end."""
+    """A streamed load on the CPU, in the smallest budget unless the test gives one; what it returns is closed at the end."""
     models: list[Any] = []
 
     def load(folder: Path, **keywords: Any) -> Any:
+        if "max_memory" not in keywords:
+            keywords["max_memory"] = smallest(folder, **keywords)
         models.append(AutoModel.from_pretrained(folder, **{"device": "cpu", **keywords}))
         return models[-1]
 
@@ -121,5 +133,7 @@ def padded() -> dict[str, torch.Tensor]:
 def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
     """SmolLM2 as transformers loads it, and streamed."""
     whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
-    with AutoModel.from_pretrained(smollm, device="cpu", layer_shards_saving_path=tmp_path_factory.mktemp("shards")) as model:
+    with AutoModel.from_pretrained(
+        smollm, device="cpu", max_memory={"cpu": "150MB"}, layer_shards_saving_path=tmp_path_factory.mktemp("shards")
+    ) as model:
         yield whole, model

@@ -48,7 +48,12 @@ def split_in_child(checkpoint: Path, saving_path: Path, delete: bool, event_numb
         kill_at(event_number, (str(checkpoint), str(saving_path)))
     status = 1
     try:
-        prepare(checkpoint, SourceConfig(), SplitConfig(saving_path=saving_path, delete_original=delete), progress=False)
+        prepare(
+            checkpoint,
+            SourceConfig(),
+            SplitConfig(mode="always", saving_path=saving_path, delete_original=delete),
+            progress=False,
+        )
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -43,7 +43,7 @@ def test_demo_answers_paris_and_says_what_it_took(smollm: Path) -> None:
     done = rabbit("demo", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"
-    for words in ("weights of the model", "held at once", "layers streamed", "bytes read", "seconds a token"):
+    for words in ("weights of the model", "held at once", "streamed", "bytes read", "seconds a token"):
         assert words in done.stderr
 
 
@@ -102,5 +102,5 @@ def test_options_as_text() -> None:
 
 def test_version_and_help() -> None:
     assert rabbit("--version").stdout.strip() == "0.1.0"
-    assert all(word in rabbit("--help").stdout for word in ("run", "demo", "split", "verify"))
+    assert all(word in rabbit("--help").stdout for word in ("run", "plan", "demo", "split", "verify"))
     assert shutil.which("rabbit", path=str(Path(sys.executable).parent))

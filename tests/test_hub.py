@@ -35,7 +35,7 @@ def hub(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_repo_streams_and_only_needed_files_travel(
     hub: FakeHub, tmp_path: Path, checkpoint: Any, plain: Any, streamed: Any, ids: Any
 ) -> None:
-    model = streamed(REPO, cache_dir=tmp_path / "cache")
+    model = streamed(REPO, cache_dir=tmp_path / "cache", split="always")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(checkpoint("llama"))(ids).logits)
     names = {name for name, _ in hub.served}
@@ -117,9 +117,9 @@ def test_another_commit_is_another_split(
 ) -> None:
     import fake_hub
 
-    streamed(REPO, cache_dir=tmp_path / "cache")
+    streamed(REPO, cache_dir=tmp_path / "cache", split="always")
     monkeypatch.setattr(fake_hub, "COMMIT", "f" * 40)
-    model = streamed(REPO, cache_dir=tmp_path / "cache")
+    model = streamed(REPO, cache_dir=tmp_path / "cache", split="always")
     assert model._prepared.folder.parent.name == "f" * 40
 
 

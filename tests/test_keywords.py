@@ -48,7 +48,6 @@ def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids
     said = [str(w.message) for w in caught if "no meaning here" in str(w.message)]
     assert sorted(text.split()[0] for text in said) == [
         "cache_layers",
-        "max_seq_len",
         "offload_small_layers",
         "prefetch_pin_memory",
         "use_gds",
@@ -68,11 +67,22 @@ def test_airllms_readme_example_runs(smollm_models: Any) -> None:
 
 
 def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
-    with pytest.warns(UserWarning, match=r"max_seq_len has no meaning here; instead: .*truncate in the tokenizer"):
-        streamed(checkpoint("llama"), max_seq_len=512)
+    with pytest.warns(UserWarning, match=r"cache_layers has no meaning here; instead: max_memory="):
+        streamed(checkpoint("llama"), cache_layers=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        streamed(checkpoint("llama"), max_seq_len=512)
+        streamed(checkpoint("llama"), cache_layers=4)
+
+
+def test_max_seq_len_claims_its_part_of_the_budget(checkpoint: Any, streamed: Any) -> None:
+    free = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}).plan
+    asked = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}, max_seq_len=1000).plan
+    per_token = 3 * 2 * 2 * 8 * 4  # layers, key and value, heads, width, float32
+    assert free.budget.device_bytes == 10**7
+    assert asked.budget.reserved_bytes >= 1000 * per_token
+    assert asked.budget.device_bytes == 10**7 - asked.budget.reserved_bytes
+    with pytest.raises(errors.ConfigurationError, match="max_seq_len='many' is no number"):
+        streamed(checkpoint("llama"), max_seq_len="many")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,6 @@ def test_progress_and_profile_tell(checkpoint: Any, streamed: Any, ids: torch.Te
     assert "layers" in capsys.readouterr().err
     assert "pass 1: " in caplog.text
     assert "attention: sdpa" in caplog.text
-    assert "streamed   3 units" in caplog.text
-    assert "streamed   3 units" in str(model.plan)
-    assert (model.profile.passes, model.profile.units >= 3) == (1, True)
+    assert "streamed       4 units" in caplog.text
+    assert "streamed       4 units" in str(model.plan)
+    assert (model.profile.passes, model.profile.loads) == (1, 4)

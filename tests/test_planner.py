@@ -7,62 +7,158 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planner import UnitSize, place
+from rabbit_engine.planner import Budget, Plan, Speeds, UnitSize, place
 from rabbit_engine.splitplan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
 
-LAYERS = [UnitSize(f"layers.{i}", "layer", 100) for i in range(4)]
-HEAD = UnitSize("lm_head", "head", 300)
-REST = [UnitSize("embed", "embedding", 300), UnitSize("norm", "resident", 1)]
-UNITS = [*REST, *LAYERS, HEAD]
+
+def layers(*sizes: int) -> list[UnitSize]:
+    return [UnitSize(f"l{index}", "streamed", size) for index, size in enumerate(sizes)]
+
+
+EMBED, NORM = UnitSize("embed", "embedding", 300), UnitSize("norm", "resident", 1)
+FOUR = [EMBED, NORM, *layers(100, 100, 100, 100)]
+UNEVEN = [NORM, *layers(100, 40, 40, 100, 40, 40)]
 
 
 @pytest.mark.parametrize(
-    ("units", "budget", "resident", "streamed", "device_bytes"),
+    ("units", "budget", "resident", "streamed", "by_row", "device_bytes"),
     [
-        (UNITS, None, ("norm", "lm_head"), 4, 1 + 300 + 200),
-        (UNITS, 600, ("norm", "lm_head"), 4, 501),
-        ([*REST, *LAYERS, UnitSize("lm_head", "head", 50)], 220, ("norm",), 5, 201),
-        ([*LAYERS], 200, (), 4, 200),
-        ([UnitSize("norm", "resident", 7)], 7, ("norm",), 0, 7),
+        pytest.param(FOUR, None, 6, 0, 0, 701, id="no bound: everything stays, the embedding too"),
+        pytest.param(FOUR, 701, 6, 0, 0, 701, id="just enough for everything"),
+        pytest.param(FOUR, 700, 5, 0, 1, 401, id="the embedding is the last to stay"),
+        pytest.param(FOUR, 400, 2, 3, 1, 301, id="a byte short of every layer: a ring of two, one stays"),
+        pytest.param(FOUR, 201, 1, 4, 1, 201, id="the smallest that works"),
+        pytest.param(UNEVEN, 241, 2, 5, 0, 241, id="a small one stays where a large one does not fit"),
+        pytest.param([NORM], 1, 1, 0, 0, 1, id="nothing to stream"),
+        pytest.param([NORM, *layers(70)], 71, 2, 0, 0, 71, id="one layer"),
     ],
 )
 def test_what_stays(
-    units: list[UnitSize], budget: int | None, resident: tuple[str, ...], streamed: int, device_bytes: int
+    units: list[UnitSize], budget: int | None, resident: int, streamed: int, by_row: int, device_bytes: int
 ) -> None:
-    plan = place(units, "cpu", budget, None)
-    assert set(plan.resident) == set(resident)
-    assert len(plan.streamed) == streamed
+    plan = place(units, "cpu", Budget(device_bytes=budget))
+    assert (len(plan.resident), len(plan.streamed), len(plan.by_row)) == (resident, streamed, by_row)
     assert plan.device_bytes == device_bytes
+    assert plan.link_bytes == 0
 
 
-def test_too_small_a_budget_names_the_smallest() -> None:
-    with pytest.raises(BudgetError, match=r"max_memory=\{0: 501\}"):
-        place(UNITS, "cuda:0", 500, None)
-    with pytest.raises(BudgetError, match=r'max_memory=\{"cpu": 200\}'):
-        place(UNITS, "cuda:0", 600, 199)
-
-
-sizes = st.integers(0, 10**12)
-
-
-@given(st.lists(sizes, min_size=1, max_size=20), sizes, sizes, sizes, st.none() | st.integers(0, 10**14))
-def test_budgets_hold_and_every_unit_is_placed_once(
-    layers: list[int], head: int, embed: int, rest: int, budget: int | None
+@pytest.mark.parametrize(
+    ("device", "host", "resident", "in_host", "from_disk"),
+    [
+        (401, 0, 5, 0, 0),
+        (301, 1000, 2, 3, 0),  # fits the host: no disk in the loop
+        (301, 200, 2, 2, 1),
+        (301, 99, 2, 0, 3),
+        (201, None, 1, 4, 0),
+    ],
+)
+def test_host_memory_is_the_second_tier_of_a_gpu(
+    device: int, host: int | None, resident: int, in_host: int, from_disk: int
 ) -> None:
-    units = [UnitSize(f"l{i}", "layer", size) for i, size in enumerate(layers)]
-    units += [UnitSize("head", "head", head), UnitSize("embed", "embedding", embed), UnitSize("rest", "resident", rest)]
+    plan = place(FOUR, "cuda:0", Budget(device_bytes=device, host_bytes=host), Speeds(disk=50, link=100, source="given"))
+    assert (len(plan.resident), len(plan.host), len(plan.streamed)) == (resident, in_host, from_disk)
+    assert plan.link_bytes == 100 * (in_host + from_disk)
+    assert plan.pass_s == max(100 * from_disk / 50, 100 * (in_host + from_disk) / 100)
+    assert plan.bound == ("disk" if from_disk * 2 >= in_host + from_disk > 0 else "link" if in_host else "compute")
+
+
+@pytest.mark.parametrize(
+    ("units", "smallest"),
+    [
+        (FOUR, 201),
+        ([NORM, *layers(70, 30, 90)], 181),
+        ([NORM, UnitSize("rest", "streamed", 50, encloses=True), *layers(70, 30, 30, 30)], 191),
+    ],
+)
+def test_too_small_a_budget_names_the_smallest(units: list[UnitSize], smallest: int) -> None:
+    with pytest.raises(BudgetError, match=rf"max_memory=\{{0: {smallest}\}}") as caught:
+        place(units, "cuda:0", Budget(device_bytes=smallest - 1))
+    assert caught.value.smallest_bytes == smallest
+    assert place(units, "cuda:0", Budget(device_bytes=smallest)).device_bytes <= smallest
+
+
+def test_staging_is_part_of_the_budget() -> None:
+    plan = place(FOUR, "cpu", Budget(device_bytes=301, host_staging_bytes=100))
+    assert (plan.device_bytes, plan.staging_bytes) == (201, 100)
+    with pytest.raises(BudgetError, match=r'max_memory=\{"cpu": 301\}'):
+        place(FOUR, "cpu", Budget(device_bytes=300, host_staging_bytes=100))
+    with pytest.raises(BudgetError, match=r'max_memory=\{"cpu": 100\}'):
+        place(FOUR, "cuda:0", Budget(device_bytes=300, host_bytes=99, host_staging_bytes=100))
+
+
+def test_residents_are_spread_evenly_over_the_depth() -> None:
+    units = layers(*[100] * 80)  # the ring is two of them: too small for four reads of 8 MiB anyway
+    for kept in (8, 20, 40, 60):
+        plan = place(units, "cpu", Budget(device_bytes=200 + 100 * kept))
+        places = [int(name[1:]) for name in plan.resident]
+        gaps = [after - before for before, after in zip(places, [*places[1:], places[0] + 80], strict=True)]
+        assert len(places) == kept
+        assert max(gaps) <= 2 * 80 / kept + 1
+
+
+def test_the_reason_tells_what_bounds_a_pass() -> None:
+    speeds = Speeds(disk=5e9, link=13e9, source="given")
+    layer = 1_711_308_800
+    llama_70b = [UnitSize(f"l{i}.{j}", "streamed", layer // 4) for i in range(80) for j in range(4)]
+    llama_70b.append(UnitSize("embed", "embedding", 2_101_346_304))
+    disk = place(llama_70b, "cuda:0", Budget(device_bytes=2 * 2**30, host_bytes=24 * 10**9), speeds)
+    assert disk.device_bytes < 2 * 2**30
+    assert disk.reason.endswith("GB/s (given): at least 22.3 s a token, the first after 27.4 s")
+    link = place(llama_70b, "cuda:0", Budget(device_bytes=2 * 2**30, host_bytes=150 * 10**9), speeds)
+    assert "over the link to cuda:0 at 13.00 GB/s (given), no disk in the loop" in link.reason
+    assert place(llama_70b, "cuda:0").reason.startswith("everything fits")
+    assert "streamed       0 units, 0 B a pass from disk" in str(link)
+
+
+sizes = st.integers(1, 10**12)
+models = st.builds(
+    lambda streamed, embed, rest: [*layers(*streamed), UnitSize("embed", "embedding", embed), UnitSize("rest", "resident", rest)],
+    st.lists(sizes, min_size=1, max_size=40),
+    sizes,
+    sizes,
+)
+
+
+def placed(units: list[UnitSize], device: str, budget: Budget) -> Plan | int:
+    """The plan, or the smallest budget that works."""
     try:
-        plan = place(units, "cpu", budget, None)
+        return place(units, device, budget)
     except BudgetError as error:
-        smallest = int(str(error).split(": ")[-1].split("}")[0])
-        assert budget is not None
-        assert smallest > budget
-        assert place(units, "cpu", smallest, None).device_bytes <= smallest
+        return error.smallest_bytes
+
+
+@given(models, st.sampled_from(["cpu", "cuda:0"]), st.integers(0, 10**14), st.integers(0, 10**14))
+def test_budgets_hold_and_every_unit_is_placed_once(
+    units: list[UnitSize], device: str, device_bytes: int, host_bytes: int
+) -> None:
+    budget = Budget(device_bytes=device_bytes, host_bytes=host_bytes)
+    plan = placed(units, device, budget)
+    if isinstance(plan, int):
+        assert plan > device_bytes
+        assert isinstance(placed(units, device, Budget(device_bytes=plan, host_bytes=host_bytes)), Plan)
+        assert isinstance(placed(units, device, Budget(device_bytes=plan - 1, host_bytes=host_bytes)), int)
         return
-    assert budget is None or plan.device_bytes <= budget
-    assert sorted([*plan.resident, *plan.streamed, *plan.by_row]) == sorted(unit.name for unit in units)
+    assert plan.device_bytes <= device_bytes
+    assert plan.host_bytes <= host_bytes
+    everything = [*plan.resident, *plan.host, *plan.streamed, *plan.by_row]
+    assert sorted(everything) == sorted(unit.name for unit in units)
     assert plan.weights_bytes == sum(unit.nbytes for unit in units)
+    moving = [unit.nbytes for unit in units if unit.name in (*plan.host, *plan.streamed)]
+    assert plan.ring_bytes >= 2 * max(moving, default=0)
     assert str(plan)
+
+
+@given(models, st.integers(0, 10**14), st.integers(0, 10**14), st.integers(0, 10**13), st.integers(0, 10**13))
+def test_more_memory_never_means_more_bytes(units: list[UnitSize], device: int, host: int, more: int, more_host: int) -> None:
+    less = placed(units, "cuda:0", Budget(device_bytes=device, host_bytes=host))
+    if isinstance(less, int):
+        return
+    on_device = place(units, "cuda:0", Budget(device_bytes=device + more, host_bytes=host))
+    assert on_device.link_bytes <= less.link_bytes
+    in_host = place(units, "cuda:0", Budget(device_bytes=device, host_bytes=host + more_host))
+    assert in_host.pass_bytes <= less.pass_bytes
+    cpu = place(units, "cpu", Budget(device_bytes=device))
+    assert place(units, "cpu", Budget(device_bytes=device + more)).pass_bytes <= cpu.pass_bytes
 
 
 SHARDS = plan_shards(

@@ -23,12 +23,21 @@ from rabbit_engine.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read
 from rabbit_engine.splitter import Split
 from rabbit_engine.tensorfiles import read_tensor
 
+
+@pytest.fixture
+def streamed(streamed: Any) -> Any:
+    """Streamed from shards, where the original files would do."""
+    return lambda folder, **keywords: streamed(folder, **{"split": "always", **keywords})
+
+
 HARNESS = Path(__file__).with_name("killed_split.py")
 
 
 def split(folder: Path, saving_path: Path | None = None, **keywords: Any) -> Any:
     repair = keywords.pop("repair", False)
-    return prepare(folder, SourceConfig(), SplitConfig(saving_path=saving_path, **keywords), progress=False, repair=repair)
+    return prepare(
+        folder, SourceConfig(), SplitConfig(mode="always", saving_path=saving_path, **keywords), progress=False, repair=repair
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -262,14 +271,14 @@ from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.prepare import prepare
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(), progress=False)
+prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(mode="always"), progress=False)
 before, peak, done = resident(), 0, False
 def watch():
     global peak
     while not done:
         peak = max(peak, resident()); time.sleep(0.0005)
 thread = threading.Thread(target=watch); thread.start()
-prepare(Path(sys.argv[1]), SourceConfig(), SplitConfig(), progress=False)
+prepare(Path(sys.argv[1]), SourceConfig(), SplitConfig(mode="always"), progress=False)
 done = True; thread.join(); print(peak - before)
 """
     families.save("llama", tmp_path / "warm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Conversion:
         if self._mapping is None:
             self._mapping = get_model_conversion_mapping(self.skeleton, None, self.quantizer)
         return self._mapping
+
+    def differs(self, name: str, tensor: Any) -> str | None:
+        """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
+        weight = self.skeleton.get_parameter_or_buffer(name)
+        plan = self.skeleton._get_dtype_plan(self.dtype)
+        dtype = next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), weight.dtype)
+        if tensor.dtype != dtype:
+            return f"{tensor.dtype} is stored, {dtype} is wanted"
+        if tuple(tensor.shape) != tuple(weight.shape):
+            return f"{list(tensor.shape)} is stored, {list(weight.shape)} is wanted"
+        return None
 
     def convert(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.

@@ -11,7 +11,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from rabbit_engine import __version__
+from rabbit_engine.cli.bench import bench
 from rabbit_engine.cli.demo import demo
+from rabbit_engine.cli.plan import plan
 from rabbit_engine.cli.run import run
 from rabbit_engine.cli.split import split
 from rabbit_engine.cli.verify import verify
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, demo, split, verify):
+for command in (run, plan, bench, demo, split, verify):
     app.command()(command)
 
 

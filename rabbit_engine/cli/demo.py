@@ -35,9 +35,9 @@ def _table(answer: demo_model.Answer) -> Table:
     table = Table(title=f"{demo_model.MODEL} from {answer.source}", title_justify="left", show_header=False)
     rows = {
         "weights of the model": format_bytes(plan.weights_bytes),
-        "weights held at once, at most": f"{format_bytes(plan.device_bytes)} on {plan.device}: {plan.slots} layers of "
-        f"{format_bytes(plan.slot_bytes)} and {format_bytes(plan.resident_bytes)} resident ({', '.join(plan.resident)})",
-        "layers streamed": f"{profile.units} in {profile.passes} passes",
+        "weights held at once, at most": f"{format_bytes(plan.device_bytes)} on {plan.device}: a ring of "
+        f"{format_bytes(plan.ring_bytes)} and {format_bytes(plan.resident_bytes)} that stay",
+        "streamed": f"{profile.loads} units in {profile.passes} passes",
         "bytes read": f"{format_bytes(profile.bytes_read)} at {format_rate(profile.bytes_read, profile.read_s)}",
         "waited for the disk": f"{profile.wait_s:.2f} s of {answer.seconds:.2f} s",
         "seconds a token": f"{answer.seconds / answer.tokens:.3f} ({answer.tokens} tokens)",

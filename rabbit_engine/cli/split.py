@@ -26,8 +26,9 @@ def split(
     prepared = prepare(
         model,
         SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
-        SplitConfig(dtype=parse_dtype(dtype), saving_path=saving_path, delete_original=delete_original),
+        SplitConfig(mode="always", dtype=parse_dtype(dtype), saving_path=saving_path, delete_original=delete_original),
         repair=True,
     )
+    assert prepared.manifest is not None  # noqa: S101 - a split was asked for
     total = sum(record.file_bytes for record in prepared.manifest.shards)
     print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {prepared.manifest.dtype}, in {prepared.folder}")

@@ -1,24 +1,40 @@
-"""Weights on their way: disk -> host slot -> device slot -> parameter, and away again."""
+"""Weights on their way: disk -> host memory -> ring -> parameter, and away again."""
 
 from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
+from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
 from rabbit_engine.streaming.placeholder import Placeholder, placeholder_for
+from rabbit_engine.streaming.profile import Profile, UnitProfile
+from rabbit_engine.streaming.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
 from rabbit_engine.streaming.rows import EmbeddingRows
-from rabbit_engine.streaming.slots import claim_slots
-from rabbit_engine.streaming.streamer import Profile, Streamer
-from rabbit_engine.streaming.unit import Unit, make_unit
+from rabbit_engine.streaming.streamer import Streamer
+from rabbit_engine.streaming.trace import Span, Trace, busy_share, write_chrome_trace
+from rabbit_engine.streaming.unit import Unit, make_unit, row_blocks
 
 __all__ = [
+    "STAGING_BYTES",
     "Binding",
     "EmbeddingRows",
+    "LinearBlocks",
     "Placeholder",
     "Profile",
+    "Ring",
+    "RowBlock",
     "Seat",
+    "Span",
     "Streamer",
+    "Trace",
     "Unit",
-    "claim_slots",
+    "UnitProfile",
+    "busy_share",
+    "claim_ring",
+    "fill_all",
     "guard",
     "make_unit",
     "move",
+    "pin",
     "placeholder_for",
+    "row_blocks",
     "seats_of",
+    "unpin",
+    "write_chrome_trace",
 ]

@@ -20,7 +20,10 @@ from tqdm import tqdm
 from rabbit_engine.errors import CannotTrainError
 from rabbit_engine.streaming.placeholder import placeholder_for
 from rabbit_engine.streaming.streamer import Streamer
+from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Unit
+
+_PLACES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +66,17 @@ class BoundUnit:
         self._views: dict[int, list[torch.Tensor]] = {}
         self.take_away()
 
-    def bring(self, slot_index: int, slot: torch.Tensor) -> None:
-        """Seat views of the slot. They are made once a slot: rebinding costs 0.1 microseconds, a new Parameter 8."""
-        if slot_index not in self._views:
-            self._views[slot_index] = [self._view(i, slot) for i in range(len(self._seats))]
-        self._seat(self._views[slot_index])
+    def bring(self, place: int, memory: torch.Tensor) -> None:
+        """Seat views of the ring. They are kept for the places where a unit often lies: rebinding costs 0.1
+        microseconds, a new Parameter 8."""
+        if place not in self._views:
+            if len(self._views) == _PLACES:
+                self._views.clear()
+            self._views[place] = [self._view(index, memory) for index in range(len(self._seats))]
+        self._seat(self._views[place])
 
-    def _view(self, index: int, slot: torch.Tensor) -> torch.Tensor:
-        view = self.unit.pieces[index].view(slot)
+    def _view(self, index: int, memory: torch.Tensor) -> torch.Tensor:
+        view = self.unit.pieces[index].view(memory)
         return nn.Parameter(view, requires_grad=False) if self._are_parameters[index] else view
 
     def take_away(self) -> None:
@@ -83,7 +89,7 @@ class BoundUnit:
                 seat.seat(tensor)
 
     def forget(self) -> None:
-        """Drop the views, so that the slots' memory can go."""
+        """Drop the views, so that the ring's memory can go."""
         self.take_away()
         self._views.clear()
 
@@ -91,9 +97,11 @@ class BoundUnit:
 class Binding:
     """All bound units of a model, and the one lock under which its forwards run."""
 
-    def __init__(self, streamer: Streamer, device: torch.device, *, show_progress: bool = False) -> None:
+    def __init__(self, streamer: Streamer, device: torch.device, trace: Trace, *, show_progress: bool = False) -> None:
         self._streamer = streamer
         self._device = device
+        self._trace = trace
+        self._bytes = {unit.name: unit.nbytes for unit in streamer.units}
         self._units: dict[str, BoundUnit] = {}
         self._lock = threading.RLock()
         self._inside = False
@@ -112,18 +120,44 @@ class Binding:
             refuse_gradients(unit.name, module, args, kwargs)
             with self._lock:  # held already inside a root pass; for callers of a layer alone
                 try:
-                    bound.bring(*self._streamer.acquire(unit.name))
-                    return native(*args, **kwargs)
+                    bound.bring(*self._acquire(unit.name))
+                    with self._computing(unit.name):
+                        return native(*args, **kwargs)
                 finally:
-                    self._release(bound)
+                    if self._release(unit.name):
+                        bound.take_away()
 
         module.forward = forward
 
-    def _release(self, bound: BoundUnit) -> None:
-        if self._streamer.release(bound.unit.name):
-            bound.take_away()
-            if self._bar is not None:
-                self._bar.update()
+    @contextmanager
+    def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
+        """The only weight of a unit that belongs to no module of its own, while the block runs."""
+        with self._lock:
+            try:
+                _, memory = self._acquire(unit.name)
+                with self._computing(unit.name):
+                    yield unit.pieces[0].view(memory)
+            finally:
+                self._release(unit.name)
+
+    def _acquire(self, name: str) -> tuple[int, torch.Tensor]:
+        with self._trace.span("wait", name):
+            return self._streamer.acquire(name)
+
+    def _release(self, name: str) -> bool:
+        gone = self._streamer.release(name)
+        if gone and self._bar is not None:
+            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.update(self._bytes[name])
+        return gone
+
+    @contextmanager
+    def _computing(self, name: str) -> Iterator[None]:
+        """Count what the unit's module takes: on a GPU the launching alone, whose own time is in the trace."""
+        start = time.perf_counter()
+        with self._trace.device_span("compute", name, self._device):
+            yield
+        self._streamer.count_compute(name, time.perf_counter() - start)
 
     @contextmanager
     def root_pass(self) -> Iterator[None]:
@@ -144,7 +178,8 @@ class Binding:
         self._streamer.require_open()
         self._take_all_away()
         if self._show_progress:
-            self._bar = _Bar(desc="layers", total=len(self._units), leave=False, unit="unit")
+            total = sum(self._bytes.values())
+            self._bar = _Bar(desc="layers", total=total, leave=False, unit="B", unit_scale=True, unit_divisor=1000)
 
     def _end(self, seconds: float) -> None:
         self._take_all_away()
@@ -160,7 +195,7 @@ class Binding:
         self._streamer.release_all()
 
     def forget(self) -> None:
-        """Drop every view of the slots."""
+        """Drop every view of the ring."""
         with self._lock:
             for bound in self._units.values():
                 bound.forget()

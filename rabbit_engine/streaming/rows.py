@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from rabbit_engine.directio import as_bytes, open_unchanged, read_into
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.placeholder import Placeholder
-from rabbit_engine.tensorfiles import TensorEntry, as_bytes, open_unchanged, read_into
+from rabbit_engine.tensorfiles import TensorEntry
 
 
 class EmbeddingRows(Placeholder):

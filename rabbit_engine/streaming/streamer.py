@@ -1,9 +1,9 @@
-"""The reader's thread and the queue between it and the model.
+"""The queue between the readers and the model.
 
-One entry a unit on its way: `wanted -> reading -> ready -> held -> gone`. The reader fills the oldest wanted entry that
-a slot is free for; when nothing is wanted it wants the successor of the newest entry, in the order it has learned, also
-across the end of a pass. A unit asked for out of order drops what lies ahead of it: correct first. An error lives in its
-entry, is raised where the unit is asked for, and is tried again the next time.
+One entry a unit on its way: `waiting` (for room in the ring) -> `reading` -> `ready` -> held -> gone. The readers fill the
+oldest entry first; when all of it is under way they go on to the successor of the newest one, in the order that was
+learned, also across the end of a pass. A unit asked for out of order drops what lies ahead of it: correct first. An error
+lives in its entry, is raised where the unit is asked for, and is tried again the next time.
 """
 
 from __future__ import annotations
@@ -12,84 +12,96 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 
 from rabbit_engine.errors import ModelClosedError, StreamingError
-from rabbit_engine.streaming.slots import Slots
-from rabbit_engine.streaming.unit import Unit
-
-
-@dataclass(slots=True)
-class Profile:
-    """What happened since the model was loaded. Seconds are of the reader (`read_s`) and of the model (`wait_s`, `pass_s`)."""
-
-    passes: int = 0
-    units: int = 0
-    bytes_read: int = 0
-    read_s: float = 0.0
-    wait_s: float = 0.0
-    pass_s: float = 0.0
+from rabbit_engine.streaming.arena import Arena
+from rabbit_engine.streaming.profile import Profile, UnitProfile
+from rabbit_engine.streaming.reader import Job, Reader, shared_reader
+from rabbit_engine.streaming.rings import Mark, Ring
+from rabbit_engine.streaming.unit import Extent, Unit
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     unit: Unit
-    state: Literal["wanted", "reading", "ready", "dropped"] = "wanted"
-    slot: int = -1
+    state: Literal["waiting", "reading", "ready", "failed", "dropped"] = "waiting"
+    place: int = -1
+    after: Mark = None
+    issued: int = 0
+    under_way: int = 0
+    wanted: bool = False
+    arrived: Mark = None
     error: BaseException | None = None
 
 
 @dataclass(slots=True)
 class _Held:
-    slot: int
+    place: int
+    arrived: Mark
     count: int = 1
     thread: int = field(default_factory=threading.get_ident)
 
 
 class Streamer:
-    """Brings units into slots, ahead of the model. `acquire` and `release` pair up; `close` ends the thread."""
+    """Brings units into a ring, ahead of the model. `acquire` and `release` pair up; `close` ends it.
 
-    def __init__(self, units: Sequence[Unit], slots: Slots, count: int, *, prefetching: bool = True) -> None:
-        self._slots = slots
-        self._count = count
-        self._free = deque(range(count))
-        self._filling = -1
+    `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
+    (pinned) host memory and are copied from there, the others are read from their files. `rates` are the disk's and the
+    link's own bytes a second, for the profile.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        ring: Ring,
+        nbytes: int,
+        *,
+        base: int = 0,
+        host: Mapping[str, torch.Tensor] | None = None,
+        prefetching: bool = True,
+        rates: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        self._ring = ring
+        self._arena = Arena(nbytes)
+        self._base = base
+        self._host = dict(host or {})
         self._queue: deque[_Entry] = deque()
+        self._dropped: list[_Entry] = []
         self._held: dict[str, _Held] = {}
         self._units = {unit.name: unit for unit in units}
+        self._chunks = {unit.name: () if unit.name in self._host else unit.chunks() for unit in units}
         names = [unit.name for unit in units]
         self._successor = dict(zip(names, names[1:] + names[:1], strict=True))
         self._previous: str | None = None
         self._prefetching = prefetching
         self._closed = False
-        self._mutex = threading.RLock()  # entered as C code: an interrupt cannot leave it half taken
-        self._changed = threading.Condition(self._mutex)
         self._process = os.getpid()
-        self._profile = Profile()
-        self._thread = threading.Thread(target=self._read_on, name="rabbit-reader", daemon=True)
-        self._thread.start()
+        self._last_use: Mark = None
+        counts = {unit.name: UnitProfile(unit.name) for unit in units}
+        self._profile = Profile(counts, disk_rate=rates[0], link_rate=rates[1])
+        self._reader: Reader = shared_reader()
+        self._lock, self._changed = self._reader.lock, self._reader.changed
+        if units:
+            self._reader.join(self)
 
     def acquire(self, name: str) -> tuple[int, torch.Tensor]:
-        """Hold the unit: its slot's index and bytes. Waits for it to arrive; raises what its read raised."""
+        """Hold the unit: where it lies in the ring, and its bytes. Waits for it; raises what its read raised."""
         self.require_open()
-        with self._mutex:
+        with self._lock:
             self.require_open()
-            if name in self._held:
-                self._held[name].count += 1
-                return self._held[name].slot, self._slots.wait(self._held[name].slot)
-            entry = self._next_entry(name)
-            self._wait_for(entry)
-            if entry.error is None:
-                self._held[name] = _Held(entry.slot)
-            self._queue.popleft()
-            self._changed.notify_all()
-            if entry.error is not None:
-                raise entry.error
-            return entry.slot, self._slots.wait(entry.slot)
+            held = self._held.get(name)
+            if held is not None:
+                held.count += 1
+            else:
+                held = self._hold(self._next_entry(name))
+            self._ring.wait(held.arrived)
+            return held.place, self._ring.view(self._base + held.place, self._units[name].nbytes)
 
     def _next_entry(self, name: str) -> _Entry:
         """The entry of `name`, at the head of the queue: what lies ahead of it is dropped, what is missing is wanted."""
@@ -98,70 +110,112 @@ class Streamer:
         self._previous = name
         while self._queue and self._queue[0].unit.name != name:
             self._drop(self._queue.popleft())
+        if self._queue and self._queue[0].state == "failed":  # a prefetch: now that it matters it is tried again
+            self._queue.popleft()
+            self._drop_all()
         if not self._queue:
-            self._require_slot(name)
+            self._require_room(name)
             self._queue.append(_Entry(self._units[name]))
+        self._queue[0].wanted = True
         self._changed.notify_all()
         return self._queue[0]
 
-    def _require_slot(self, name: str) -> None:
-        mine = [held for held in self._held.values() if held.thread == threading.get_ident()]
-        if len(mine) == self._count:
-            raise StreamingError(
-                f"{name} is asked for inside {' and '.join(self._held)}: more units at once than there are slots"
-            )
-
-    def _wait_for(self, entry: _Entry) -> None:
+    def _hold(self, entry: _Entry) -> _Held:
         start = time.perf_counter()
-        while entry.state in ("wanted", "reading"):
+        while entry.state in ("waiting", "reading"):
             self._changed.wait()
             self.require_open()
-        self._profile.wait_s += time.perf_counter() - start
+        self._profile.count_wait(entry.unit.name, time.perf_counter() - start)
+        held = _Held(entry.place, entry.arrived)
+        if entry.error is None:
+            self._held[entry.unit.name] = held
+        self._queue.popleft()
+        self._changed.notify_all()
+        if entry.error is not None:
+            raise entry.error
+        return held
+
+    def _require_room(self, name: str) -> None:
+        mine = [held.place for held in self._held.values() if held.thread == threading.get_ident()]
+        if not self._arena.fits_beside(mine, self._units[name].nbytes):
+            raise StreamingError(f"{name} is asked for inside {' and '.join(self._held)}: more at once than the ring can hold")
+
+    def _drop_all(self) -> None:
+        while self._queue:
+            self._drop(self._queue.popleft())
 
     def _drop(self, entry: _Entry) -> None:
-        if entry.state == "ready" and entry.slot >= 0:
-            self._give_back(entry.slot)
         entry.state = "dropped"
+        if entry.under_way:
+            self._dropped.append(entry)
+        else:
+            self._give_back(entry)
 
-    def _give_back(self, slot: int) -> None:
-        self._free.append(slot)
-        self._changed.notify_all()
+    def _give_back(self, entry: _Entry) -> None:
+        if entry.place >= 0:
+            self._arena.give(entry.place)
+            entry.place = -1
 
     def release(self, name: str) -> bool:
-        """Let go of the unit; True when this was its last holder and its slot is free again."""
-        with self._mutex:
+        """Let go of the unit; True when this was its last holder and its room is free again."""
+        with self._lock:
             held = self._held.get(name)
             if held is None:
                 return False
             held.count -= 1
             if held.count > 0:
                 return False
+            self._last_use = self._ring.last_use()
             del self._held[name]
-            self._slots.free(held.slot)
-            self._give_back(held.slot)
+            self._arena.give(held.place)
+            self._changed.notify_all()
             return True
 
     def release_all(self) -> None:
         """Let go of everything: a pass has ended, however it ended (a KeyboardInterrupt may strike between any two lines)."""
-        with self._mutex:
-            for name in list(self._held):
-                self._held[name].count = 1
-                self.release(name)
-            taken = {self._filling, *(entry.slot for entry in self._queue)}
-            self._free = deque(slot for slot in range(self._count) if slot not in taken)
+        with self._lock:
+            if self._held:
+                self._last_use = self._ring.last_use()
+            self._held.clear()
+            self._dropped = [entry for entry in self._dropped if entry.under_way]
+            self._arena.keep_only({entry.place for entry in (*self._queue, *self._dropped)})
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """`close`, for a finalizer: the garbage collector may strike in a reader's thread or amid bookkeeping."""
+        if os.getpid() == self._process and not self._closed:
+            if self._reader.is_busy_here():
+                threading.Thread(target=self.close, name="rabbit-closer").start()
+            else:
+                self.close()
+
     def close(self) -> None:
-        """End the reader's thread and let go of the slots. Safe to call again."""
+        """End the reading and let go of the ring. Safe to call again."""
         if os.getpid() != self._process:
             return
-        with self._mutex:
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+            while any(entry.under_way for entry in (*self._queue, *self._dropped)):
+                self._changed.wait()
+        if self._units:
+            self._reader.leave(self)
         self._queue.clear()
-        self._slots.close()
+        self._host.clear()
+        self._ring.close()
+
+    def wait_until_idle(self) -> None:
+        """Return when nothing is being read ahead any more: the ring is full, or nothing is to come."""
+        with self._lock:
+            while any(entry.under_way for entry in (*self._queue, *self._dropped)):
+                self._changed.wait()
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What it brings, in the order of a pass."""
+        return tuple(self._units.values())
 
     @property
     def closed(self) -> bool:
@@ -175,12 +229,16 @@ class Streamer:
 
     def profile(self) -> Profile:
         """A copy of the counts so far."""
-        with self._mutex:
-            return replace(self._profile)
+        with self._lock:
+            return self._profile.copy()
+
+    def count_compute(self, name: str, seconds: float) -> None:
+        """The module of unit `name` ran for so long."""
+        self._profile.units[name].compute_s += seconds
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
-        with self._mutex:
+        with self._lock:
             self._profile.passes += 1
             self._profile.pass_s += seconds
 
@@ -191,30 +249,33 @@ class Streamer:
         if self._closed:
             raise ModelClosedError("the model is closed: load it again")
 
-    # What follows runs in the reader's thread.
+    # What follows runs in the readers' threads; the lock is held, but for what a job does.
 
-    def _read_on(self) -> None:
-        while True:
-            with self._mutex:
-                entry = None if self._closed else self._next_work()
-                while entry is None:
-                    if self._closed:
-                        return
-                    self._changed.wait()
-                    entry = None if self._closed else self._next_work()
-            self._fill(entry)
-
-    def _next_work(self) -> _Entry | None:
-        """The entry to read now, a slot taken for it; None while there is nothing to do. The lock is held."""
-        if not self._free:
+    def next_job(self, *, wanted: bool) -> Job | None:
+        """The oldest unfinished entry's next chunk, else the first of an entry that is foreseen; None while there is no room."""
+        if self._closed:
             return None
-        entry = next((entry for entry in self._queue if entry.state == "wanted"), None)
-        if entry is None and self._prefetching:
-            entry = self._foresee()
-        if entry is not None:
-            entry.state, entry.slot = "reading", self._free.popleft()
-            self._filling = entry.slot
-        return entry
+        for entry in self._queue:
+            if wanted and not entry.wanted:
+                return None
+            if entry.state == "waiting" and not self._find_room(entry):
+                return None
+            if entry.state == "reading" and entry.issued < self._parts(entry):
+                return self._issue(entry)
+        if wanted or not self._prefetching:
+            return None
+        entry_ahead = self._foresee()
+        return self._issue(entry_ahead) if entry_ahead is not None and self._find_room(entry_ahead) else None
+
+    def _find_room(self, entry: _Entry) -> bool:
+        place = self._arena.take(entry.unit.nbytes)
+        if place is None:
+            return False
+        entry.place, entry.after, entry.state = place, self._last_use, "reading"
+        return True
+
+    def _parts(self, entry: _Entry) -> int:
+        return max(1, len(self._chunks[entry.unit.name]))
 
     def _foresee(self) -> _Entry | None:
         tail = self._queue[-1].unit.name if self._queue else self._previous
@@ -223,23 +284,56 @@ class Streamer:
         name = self._successor[tail]
         if name in self._held or any(entry.unit.name == name for entry in self._queue):
             return None
-        self._queue.append(_Entry(self._units[name]))
-        return self._queue[-1]
+        entry = _Entry(self._units[name])
+        self._queue.append(entry)
+        return entry
 
-    def _fill(self, entry: _Entry) -> None:
-        start = time.perf_counter()
+    def _issue(self, entry: _Entry) -> Job:
+        index, chunks = entry.issued, self._chunks[entry.unit.name]
+        entry.issued += 1
+        entry.under_way += 1
+        self._profile.begin_read(time.perf_counter())
+        return partial(self._work, entry, chunks[index] if chunks else None)
+
+    def _work(self, entry: _Entry, chunk: Extent | None, lane: int) -> Callable[[], None]:
+        """Read one chunk, or copy a unit that waits in host memory. Without the lock."""
+        start, error = time.perf_counter(), None
+        place, name = self._base + entry.place, entry.unit.name
         try:
-            self._slots.fill(entry.slot, entry.unit)
-        except Exception as error:  # noqa: BLE001 - raised where the unit is asked for
-            entry.error = error
-        with self._mutex:
-            self._filling = -1
-            self._profile.units += 1
-            self._profile.read_s += time.perf_counter() - start
-            self._profile.bytes_read += 0 if entry.error else sum(extent.nbytes for extent in entry.unit.extents)
-            if entry.error is not None or entry.state == "dropped":
-                self._give_back(entry.slot)
-                entry.slot = -1
-            if entry.state == "reading":
-                entry.state = "ready"
-            self._changed.notify_all()
+            if chunk is not None:
+                self._ring.fill(chunk, place, entry.after, name, lane)
+            else:
+                self._ring.copy(self._host[name], place, entry.after, name)
+        except Exception as caught:  # noqa: BLE001 - raised where the unit is asked for
+            error = caught
+        return partial(self._done, entry, chunk, error, time.perf_counter() - start)
+
+    def _done(self, entry: _Entry, chunk: Extent | None, error: Exception | None, seconds: float) -> None:
+        entry.under_way -= 1
+        self._profile.end_read(time.perf_counter())
+        if chunk is not None and error is None:
+            self._profile.count_read(entry.unit.name, chunk.read_bytes, seconds)
+        elif error is None:
+            self._profile.count_copy(entry.unit.name, entry.unit.nbytes, seconds)
+        entry.error = entry.error or error
+        if entry.error is not None:
+            entry.issued = self._parts(entry)
+        if entry.under_way or entry.issued < self._parts(entry):
+            if entry.state == "dropped" and not entry.under_way:
+                self._bury(entry)
+            return
+        self._finish(entry)
+
+    def _finish(self, entry: _Entry) -> None:
+        if entry.state == "dropped":
+            self._bury(entry)
+        elif entry.error is not None:
+            self._give_back(entry)
+            entry.state = "failed"
+        else:
+            entry.arrived, entry.state = self._ring.seal(), "ready"
+
+    def _bury(self, entry: _Entry) -> None:
+        """A dropped entry's last read is over."""
+        self._dropped = [other for other in self._dropped if other is not entry]
+        self._give_back(entry)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -63,18 +64,52 @@ def free_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     limits = [limit for limit in (_cgroup_free_bytes(),) if limit is not None]
-    return min([free, *limits])
+    return max(0, min([free, *limits]))
+
+
+def pinned_limit_bytes() -> int:
+    """How much host memory should be page-locked at most: half of it on Windows and WSL, whose drivers refuse more, else
+    nine tenths: what is pinned cannot be swapped out for anybody."""
+    half = platform.system() == "Windows" or "microsoft" in platform.release().lower()
+    return int(psutil.virtual_memory().total * (0.5 if half else 0.9))
+
+
+_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and use, in the second version of cgroups and in the first."""
 
 
 def _cgroup_free_bytes() -> int | None:
-    """What the cgroup (v2) of this process still allows; page cache counts as free. None where nothing limits it."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        path = next(line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line)
-        folder = Path("/sys/fs/cgroup") / path.strip().lstrip("/")
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
+    """What this process's cgroups still allow, the tightest of them and of those above; None where nothing limits it.
+
+    Page cache that nobody has mapped counts as free: the kernel drops it first.
+    """
+    free = [
+        found for folder in _cgroup_folders() for names in _CGROUP_FILES if (found := _cgroup_room(folder, *names)) is not None
+    ]
+    return min(free, default=None)
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            mount = root / "memory" if controllers else root
+            own = mount / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
+
+
+def _cgroup_room(folder: Path, limit_name: str, use_name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: not limited
+        limit, used = (int((folder / name).read_text()) for name in (limit_name, use_name))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return limit - used + int(stat.get("file", 0))
+        prefix = "total_" if "total_cache" in stat else ""
+        file = int(stat.get(f"{prefix}cache", stat.get("file", 0)))
+        mapped = int(stat.get(f"{prefix}mapped_file", stat.get("file_mapped", 0)))
+        shared = int(stat.get(f"{prefix}shmem", 0))
+        return limit - used + max(0, file - mapped - shared)
     return None
 
 

@@ -1,0 +1,146 @@
+"""How much memory weights may take, and how fast the links are: asked of the machine, or given by the caller."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from rabbit_engine.config import StreamConfig
+from rabbit_engine.directio import CHUNK_BYTES, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.errors import DamagedShardError
+from rabbit_engine.planner import Budget, Speeds
+from rabbit_engine.probe import Probe
+from rabbit_engine.sketch import Sketch
+from rabbit_engine.streaming import STAGING_BYTES
+from rabbit_engine.streaming.rings import READERS
+from rabbit_engine.streaming.unit import Extent
+from rabbit_engine.tensorfiles import TensorEntry
+from rabbit_engine.units import format_bytes
+from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
+
+DEFAULT_TOKENS = 1024
+"""The length whose cache is set aside where nobody asked for one."""
+
+_SYSTEM_BYTES = 64 * 2**20
+_SYSTEM_SHARE = 1 / 32
+"""Left to the process and the system: allocators, kernels' buffers, what grows."""
+
+_SAMPLE_CHUNKS = 24
+_ASSUMED_LINK = 12e9
+
+
+def reserved_bytes(probe: Probe, tokens: int) -> int:
+    """What a context of `tokens` takes beside the weights: its KV cache, and the largest activation of its prompt twice."""
+    return tokens * (probe.cache_token_bytes + 2 * probe.activation_token_bytes)
+
+
+def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
+    """The budget that was given, or what is free now less a margin for the cache, activations and the system.
+
+    A given one is for weights alone, as in transformers, unless `max_seq_len` asks for room in it.
+    """
+    reserved = reserved_bytes(sketch.probe, stream.max_seq_len or DEFAULT_TOKENS)
+    given = stream.device_budget_bytes
+    if given is not None:
+        reserved = reserved if stream.max_seq_len else 0
+        device = max(0, given - reserved)
+    else:
+        free = free_memory_bytes(stream.device)
+        device = max(0, free - reserved - _SYSTEM_BYTES - int(free * _SYSTEM_SHARE))
+    if stream.device.type == "cpu":
+        return Budget(
+            device_bytes=device,
+            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(sketch)), default=0),
+            reserved_bytes=reserved,
+        )
+    buffers = 2 * READERS if stream.device.type == "cuda" else READERS
+    return Budget(
+        device_bytes=device,
+        host_bytes=_host_bytes(stream),
+        host_staging_bytes=buffers * STAGING_BYTES,
+        reserved_bytes=reserved,
+    )
+
+
+def _host_bytes(stream: StreamConfig) -> int:
+    cpu = torch.device("cpu")
+    free = free_memory_bytes(cpu)
+    own = stream.host_budget_bytes
+    host = own if own is not None else max(0, free - _SYSTEM_BYTES - int(free * 2 * _SYSTEM_SHARE))
+    return min(host, pinned_limit_bytes()) if stream.device.type == "cuda" else host
+
+
+def _misaligned(sketch: Sketch) -> list[Extent]:
+    """The reads of a pass that are copied once more on the CPU, because their file starts them off a 16-byte boundary."""
+    units = [unit for name, unit in sketch.units.items() if name not in _rows(sketch)]
+    return [chunk for unit in units for chunk in unit.chunks() if not chunk.in_pages]
+
+
+def _rows(sketch: Sketch) -> set[str]:
+    return {size.name for size in sketch.sizes if size.role == "embedding"}
+
+
+def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
+    """What the reader of a plan should know of the files: how they are read, what must be realigned."""
+    paths = {entry.path for entry in sketch.weights.entries.values()}
+    reasons = {buffered_reason(path) for path in paths if path.is_file()}
+    notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
+    moved = sum(chunk.nbytes for chunk in _misaligned(sketch)) if device.type == "cpu" else 0
+    if moved:
+        notes.append(f"{format_bytes(moved)} start off a 16-byte boundary in their files and are moved while they are read")
+    return notes
+
+
+def speeds_for(entries: Sequence[TensorEntry], device: torch.device) -> Speeds:
+    """The links' rates, measured in a fraction of a second where there is enough to read, else assumed."""
+    link = 0.0 if device.type == "cpu" else measure_link(device)
+    disk = measure_disk(entries)
+    return Speeds(link=link) if disk is None else Speeds(disk=disk, link=link, source="measured")
+
+
+def measure_disk(entries: Sequence[TensorEntry]) -> float | None:
+    """Bytes a second of direct reads, as many at once as the readers have, from the largest file; None for small ones."""
+    sizes: Counter[Path] = Counter()
+    for entry in {entry.name: entry for entry in entries}.values():  # tied weights share theirs
+        if entry.path.is_file():
+            sizes[entry.path] += entry.nbytes
+    if not sizes:
+        return None
+    path, nbytes = sizes.most_common(1)[0]
+    count = min(_SAMPLE_CHUNKS, nbytes // CHUNK_BYTES)
+    if count < READERS:
+        return None
+    direct = buffered_reason(path) is None
+    buffers = [as_bytes(claim_memory(CHUNK_BYTES)) for _ in range(READERS)]
+    step = aligned_down(nbytes // count)
+
+    def read(lane: int) -> None:
+        for index in range(lane, count, READERS):
+            read_pages(path, None, index * step, CHUNK_BYTES, buffers[lane], DamagedShardError, direct=direct)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="rabbit-loader") as pool:
+        for done in [pool.submit(read, lane) for lane in range(READERS)]:
+            done.result()
+    return count * CHUNK_BYTES / (time.perf_counter() - start)
+
+
+def measure_link(device: torch.device) -> float:
+    """Bytes a second of a pinned copy to a CUDA device: the best of three of 64 MiB; an assumption for other devices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _ASSUMED_LINK
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(2**26, dtype=torch.uint8, device=device)
+    best = 0.0
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(device)
+        best = max(best, host.nbytes / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,134 @@
+"""Reads past the page cache, into memory that was claimed once. Knows files and bytes, no tensors' names.
+
+A model that is read anew every pass never finds its pages in the cache (a cyclic scan evicts what it needs next), and
+filling the cache costs a copy and the memory of everybody else. So files are read with O_DIRECT where the system has it,
+with F_NOCACHE on macOS, else buffered with the kernel told to drop the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from rabbit_engine.errors import RabbitError
+
+PAGE = 4096
+"""What direct reads are aligned to: file offsets, memory and lengths. The largest logical block of today's disks."""
+
+CHUNK_BYTES = 8 * 2**20
+"""One read. Several are under way at once, so that the disk always has the next one."""
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_O_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def aligned_down(count: int) -> int:
+    """The page boundary at or before `count`."""
+    return count - count % PAGE
+
+
+def aligned_up(count: int) -> int:
+    """The page boundary at or after `count`."""
+    return count + -count % PAGE
+
+
+def claim_memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] on the CPU, page-aligned, zeroed, given back to the system when the last view of it dies."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, aligned_up(nbytes))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+
+
+def as_bytes(flat: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor [n] on the CPU, writable in place."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def buffered_reason(path: Path) -> str | None:
+    """Why reads of `path` go through the page cache, or None where they go past it."""
+    if sys.platform == "darwin":
+        return None
+    return _buffered_reason(path.parent, path.stat().st_dev)
+
+
+@functools.lru_cache(maxsize=64)
+def _buffered_reason(folder: Path, device: int) -> str | None:
+    """Asked of the file system by trying, once a folder."""
+    del device
+    if not _O_DIRECT:
+        return f"{sys.platform} has no O_DIRECT"
+    probe = next((path for path in folder.iterdir() if path.is_file() and path.stat().st_size >= PAGE), None)
+    if probe is None:
+        return None
+    memory = claim_memory(PAGE)
+    try:
+        with io.FileIO(os.open(probe, os.O_RDONLY | _O_DIRECT), "rb") as file:
+            file.readinto(as_bytes(memory))
+    except OSError as error:
+        return f"the file system refuses direct reads ({errno.errorcode.get(error.errno or 0, error)})"
+    return None
+
+
+def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError], *, direct: bool = False) -> io.FileIO:
+    """The file, unbuffered. Raises `error` where it is another one than when its header was read."""
+    flags = os.O_RDONLY | _O_BINARY | (_O_DIRECT if direct else 0)
+    file = io.FileIO(os.open(path, flags), "rb")
+    status = os.fstat(file.fileno())
+    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
+        file.close()
+        raise error(f"{path} was replaced while in use: load the model again")
+    if direct and sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
+    return file
+
+
+def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError], needed: int | None = None) -> None:
+    """Fill `buffer` from the file's position, or at least its first `needed` bytes where the file ends there.
+
+    Raises `error` when the file ends first.
+    """
+    needed = len(buffer) if needed is None else needed
+    done = 0
+    while done < needed:
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise error(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
+        done += count
+
+
+def read_pages(
+    path: Path,
+    stamp: tuple[int, int] | None,
+    offset: int,
+    nbytes: int,
+    memory: memoryview,
+    error: type[RabbitError],
+    *,
+    direct: bool,
+) -> None:
+    """Read `nbytes` at `offset` of `path`, and what else lies in their pages, into `memory`.
+
+    `memory[0]` becomes the byte at `aligned_down(offset)`; it must be page-aligned and hold whole pages. With
+    `direct=False` the read is buffered and its pages are dropped from the cache afterwards.
+    """
+    start, end = aligned_down(offset), offset + nbytes
+    last = aligned_up(end) if direct else end
+    with open_unchanged(path, stamp, error, direct=direct) as file:
+        file.seek(start)
+        read_into(file, memory[: last - start], path, error, end - start)
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)

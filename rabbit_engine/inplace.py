@@ -1,0 +1,72 @@
+"""Whether a checkpoint's own files hold the weights as the model has them, and where in them each one lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rabbit_engine.architectures import open_conversion
+from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
+from rabbit_engine.errors import DamagedCheckpointError
+from rabbit_engine.splitplan import settle_ties
+from rabbit_engine.splitter import build_for, require_weights
+from rabbit_engine.tensorfiles import TensorEntry, same_bytes
+
+Equal = Callable[[TensorEntry, TensorEntry], bool]
+
+
+class NotInPlaceError(Exception):
+    """Why a checkpoint cannot be streamed from its own files."""
+
+
+def require_plain(files: WeightFiles) -> None:
+    """Raise NotInPlaceError for files that are no safetensors."""
+    if files.format != "safetensors":
+        raise NotInPlaceError(f"{files.names[0]} is no safetensors file and is converted")
+
+
+def _equal_in_files(first: TensorEntry, second: TensorEntry) -> bool:
+    return same_bytes(first, second, DamagedCheckpointError)
+
+
+def original_entries(
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    tensors: Mapping[str, LazyTensor],
+    folder: Path,
+    equal: Equal = _equal_in_files,
+) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
+    """Where the model's weights lie in its original files, and the ties among them.
+
+    `equal` tells whether two stored tensors that may be tied are. Raises NotInPlaceError with the first weight that would
+    have to be converted, cast or reshaped, and MismatchedWeightsError where weights are missing.
+    """
+    skeleton = build_for(cls, config, dtype, stored_shapes(cls, config, dtype, tensors))
+    conversion = open_conversion(skeleton, tensors, dtype)
+    entries: dict[str, TensorEntry] = {}
+    for key, target in conversion.targets().items():
+        tensor = tensors[key]
+        if target is None or not isinstance(tensor, SafetensorsTensor):
+            continue
+        problem = "it is converted" if target.converted else conversion.differs(target.name, tensor)
+        if problem or target.name in entries:
+            raise NotInPlaceError(f"{key}: {problem or 'two tensors of this name'}")
+        entries[target.name] = replace(tensor.entry, name=target.name)
+    tied = skeleton.all_tied_weights_keys
+    ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
+    kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
+    require_weights(skeleton, kept, ties, folder)
+    return kept, ties.shared
+
+
+def stored_shapes(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The model's weight names to stored shapes, for the weights that are stored as they are."""
+    targets = open_conversion(build_for(cls, config, dtype, {}), tensors, dtype).targets()
+    return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}

@@ -1,0 +1,142 @@
+"""One pass of a model without weights, on the meta device: which modules run, which weights are used, what a token costs.
+
+Nothing is computed, so 80 layers take a second. What the config says of these things is wrong for several families (the
+cache of latent and linear attention); what runs is not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 16
+_MOST_TOKENS = 1024
+"""A state that does not grow is spread over this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a pass showed.
+
+    `alone` are the modules whose forward ran and whose weights nobody used outside of it; `cache_token_bytes` is what the
+    KV cache grows by with each token, `activation_token_bytes` the largest single result of a pass a token of the prompt.
+    """
+
+    alone: frozenset[str] = frozenset()
+    cache_token_bytes: int = 0
+    activation_token_bytes: int = 0
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation: whose weights it takes, and how large its result is."""
+
+    def __init__(self, owners: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owners = owners
+        self.running: list[str] = []
+        self.ran: set[str] = set()
+        self.reached: set[str] = set()
+        self.largest_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it as it is, and take notes."""
+        del types
+        for leaf in tree_leaves((args, kwargs)):
+            owner = self._owners.get(id(leaf))
+            if owner is not None and owner not in self.running:
+                self.reached.add(owner)
+        result = func(*args, **(kwargs or {}))
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        for leaf in () if is_view else tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.largest_bytes = max(self.largest_bytes, leaf.numel() * leaf.element_size())
+        return result
+
+
+def run_probe(model: PreTrainedModel) -> Probe:
+    """Prefill and decode on the meta device. A model that cannot be run so gives an empty Probe, and says it in the log."""
+    leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
+    watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
+    try:
+        with torch.no_grad(), _default_attention(model), _watched(leaves, watch), torch.device("meta"):
+            cache_token_bytes, activation = _run(model, watch)
+    except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
+        logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
+        return Probe()
+    return Probe(frozenset(watch.ran - watch.reached), cache_token_bytes, activation)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+
+
+def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, int]:
+    """A prompt, then a token behind it: families choose other kernels for the second."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    prompt = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=True, **last_only)
+    activation = -(-watch.largest_bytes // _TOKENS)
+    cache = getattr(prompt, "past_key_values", None)
+    if cache is None:
+        return 0, activation
+    held = _cache_bytes(cache)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    return max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS)), activation
+
+
+def _cache_bytes(cache: Any) -> int:
+    layers = getattr(cache, "layers", None) or []
+    held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@contextmanager
+def _default_attention(model: PreTrainedModel) -> Iterator[None]:
+    """sdpa runs on the meta device, flash attention does not."""
+    chosen = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    names = {key: config._attn_implementation for key, config in chosen.items()}
+    try:
+        for config in chosen.values():
+            if config._attn_implementation not in ("eager", "sdpa"):
+                config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for key, config in chosen.items():
+            config._attn_implementation = names[key]
+
+
+@contextmanager
+def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
+    """Note which leaves' forwards run."""
+    with ExitStack() as stack:
+        for name, module in leaves.items():
+            stack.callback(module.register_forward_pre_hook(_enter(name, watch)).remove)
+            stack.callback(module.register_forward_hook(_leave(watch)).remove)
+        stack.enter_context(watch)
+        yield
+
+
+def _enter(name: str, watch: _Watch) -> Any:
+    def enter(*_: Any) -> None:
+        watch.running.append(name)
+        watch.ran.add(name)
+
+    return enter
+
+
+def _leave(watch: _Watch) -> Any:
+    def leave(*_: Any) -> None:
+        watch.running.pop()
+
+    return leave

@@ -1,0 +1,255 @@
+"""A model without weights cut into units: what moves together, what must stay, what is read by row. Nothing is read.
+
+A large weight of a module whose forward runs alone is a unit of its own, so that the ring need only hold two of these and
+not two layers. What is small in a layer stays; where nothing is large the layer moves whole. A head is cut by rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rabbit_engine.architectures import Layout, find_layout
+from rabbit_engine.errors import MismatchedWeightsError
+from rabbit_engine.planner import UnitSize
+from rabbit_engine.probe import Probe, run_probe
+from rabbit_engine.splitplan import missing_weights
+from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
+from rabbit_engine.tensorfiles import TensorEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How finely. A module's weights below `least_bytes` travel with their layer; a head's blocks have `most_bytes` at most;
+    what is left of a layer stays resident up to a `rest_share` of it."""
+
+    least_bytes: int = 2**20
+    most_bytes: int = 128 * 2**20
+    rest_share: float = 1 / 32
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Each weight of the model: where it is stored (`entries`, ties resolved), where it sits, and whose it is."""
+
+    entries: Mapping[str, TensorEntry]
+    seats: Mapping[str, Seat]
+    owned: Mapping[str, Sequence[str]]
+
+    def stored(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """The entries behind `names`, each once."""
+        return {self.entries[name].name: self.entries[name] for name in names}
+
+    def unit(self, unit_name: str, names: Iterable[str]) -> Unit:
+        """The weights `names`, as they are read."""
+        return make_unit(unit_name, list(self.stored(names).values()))
+
+    def chairs(self, entry_name: str, module: str = "") -> list[Seat]:
+        """Every seat in `module` that an entry fills: more than one where weights are tied."""
+        inside = f"{module}." if module else ""
+        return [self.seats[name] for name, entry in self.entries.items() if entry.name == entry_name and name.startswith(inside)]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `first` to `stop` of the head, which are the unit `unit`."""
+
+    first: int
+    stop: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A model's units in the order of a pass, with their sizes and the modules they belong to.
+
+    `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row.
+    """
+
+    layout: Layout
+    weights: Weights
+    probe: Probe
+    units: Mapping[str, Unit]
+    sizes: tuple[UnitSize, ...]
+    modules: Mapping[str, str]
+    head: str | None
+    blocks: tuple[Block, ...]
+    embedding: str | None
+
+
+def draw(
+    model: PreTrainedModel,
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+    cut: Cut = Cut(),
+) -> Sketch:
+    """Cut `model` (on the meta device) into units of its stored `entries`.
+
+    Raises MismatchedWeightsError where they are not this model's.
+    """
+    layout = find_layout(model)
+    weights = _locate(model, layout, entries, ties)
+    drawing = _Drawing(model, layout, weights, run_probe(model), cut)
+    drawing.add_layers()
+    drawing.add_head()
+    drawing.add_others()
+    return drawing.finish()
+
+
+def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and ties of a model whose files nobody has: its own shapes and dtypes, in no file."""
+    from pathlib import Path
+
+    ties = {target: source for target, source in model.all_tied_weights_keys.items() if target != source}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    nowhere = Path("/")
+    entries, offset = {}, 0
+    for name, tensor in state.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        entries[name] = TensorEntry(name, nowhere, offset, nbytes, tensor.dtype, tuple(tensor.shape))
+        offset += nbytes + -nbytes % 4096
+    return entries, ties
+
+
+def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> Weights:
+    state = model.state_dict()
+    _check_fit(model, state, entries, ties)
+    found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if ties.get(target) != source and ties.get(source) != target:
+            model.all_tied_weights_keys.pop(target)  # stored with different values: not tied, as in transformers
+    owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
+    for name in found:
+        owned[layout.shard_of(name)].append(name)
+    return Weights(found, seats_of(model, list(found)), owned)
+
+
+def _check_fit(
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+) -> None:
+    wrong = [name for name in entries if name not in state or tuple(state[name].shape) != entries[name].shape]
+    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
+    if wrong:
+        folder = next((entry.path.parent for entry in entries.values()), "the split")
+        raise MismatchedWeightsError(
+            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
+            "it was split for another config or by another transformers; delete it and split again"
+        )
+
+
+class _Drawing:
+    """A sketch in the making."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
+        self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
+        self._users = Counter(entry.name for entry in weights.entries.values())
+        self._units: dict[str, Unit] = {}
+        self._sizes: list[UnitSize] = []
+        self._modules: dict[str, str] = {}
+        self._blocks: list[Block] = []
+
+    def _add(self, name: str, unit: Unit, *, streamed: bool, module: str | None = None, encloses: bool = False) -> None:
+        role = "streamed" if streamed else "resident"
+        self._units[name] = unit
+        self._sizes.append(UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses))  # type: ignore[arg-type]
+        if module is not None:
+            self._modules[name] = module
+
+    def add_layers(self) -> None:
+        """Every layer: its large modules, and the rest."""
+        for layer in self._layout.layers:
+            names = self._weights.owned[layer]
+            if names:
+                self._add_layer(layer, names)
+
+    def _add_layer(self, layer: str, names: Sequence[str]) -> None:
+        leaves = self._large_leaves(layer, names)
+        inside = {name for found in leaves.values() for name in found}
+        rest = self._weights.unit(layer, [name for name in names if name not in inside])
+        total = sum(self._weights.entries[name].nbytes for name in names)
+        if rest.pieces:
+            stays = bool(leaves) and rest.weight_bytes <= total * self._cut.rest_share
+            self._add(layer, rest, streamed=not stays, module=layer, encloses=bool(leaves))
+        for leaf, found in leaves.items():
+            self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf)
+
+    def _large_leaves(self, layer: str, names: Sequence[str]) -> dict[str, list[str]]:
+        """The layer's modules that run alone, are large, and share nothing: module -> its weights."""
+        leaves: dict[str, list[str]] = {}
+        for name in names:
+            leaves.setdefault(name.rpartition(".")[0], []).append(name)
+        return {leaf: found for leaf, found in leaves.items() if leaf != layer and self._is_unit(leaf, found)}
+
+    def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
+        entries = [self._weights.entries[name] for name in names]
+        return (
+            leaf in self._probe.alone
+            and sum(entry.nbytes for entry in entries) >= self._cut.least_bytes
+            and all(self._users[entry.name] == 1 for entry in entries)
+        )
+
+    def add_head(self) -> None:
+        """The head, cut by rows into blocks that are no larger than a layer's largest unit where it is a plain matrix."""
+        head = self._layout.head
+        names = self._weights.owned[head] if head else []
+        if head is None or not names:
+            return
+        weight, rest = f"{head}.weight", [name for name in names if name != f"{head}.weight"]
+        largest = max((size.nbytes for size in self._sizes if size.role == "streamed"), default=self._cut.most_bytes)
+        most = min(self._cut.most_bytes, max(largest, self._cut.least_bytes))
+        plain = isinstance(self._model.get_submodule(head), nn.Linear) and weight in names
+        blocks = row_blocks(self._weights.entries[weight], most) if plain else []
+        if len(blocks) < 2:
+            self._add(head, self._weights.unit(head, names), streamed=True, module=head)
+            return
+        for first, stop, entry in blocks:
+            name = f"{head}[{first}:{stop}]"
+            self._add(name, make_unit(name, [entry]), streamed=True)
+            self._blocks.append(Block(first, stop, name))
+        if rest:
+            self._add(f"{head} (rest)", self._weights.unit(head, rest), streamed=False)
+
+    def add_others(self) -> None:
+        """What belongs to no layer and no head: the embedding by row, everything else resident."""
+        head = self._weights.stored(self._weights.owned[self._layout.head]) if self._layout.head else {}
+        for module, names in self._weights.owned.items():
+            if not names or module in (*self._layout.layers, self._layout.head):
+                continue
+            own = [name for name in names if self._weights.entries[name].name not in head]
+            unit = self._weights.unit(module, own)
+            if module == self._layout.embedding and self._embedding():
+                self._units[module] = unit
+                self._sizes.insert(0, UnitSize(module, "embedding", unit.nbytes, unit.read_bytes))
+            else:
+                self._add(module, unit, streamed=False)
+
+    def _embedding(self) -> str | None:
+        """The weight of a plain embedding, which rows can be read of."""
+        module = self._layout.embedding
+        if module is None or not isinstance(self._model.get_submodule(module), nn.Embedding):
+            return None
+        names = self._weights.owned[module]
+        return names[0] if len(names) == 1 else None
+
+    def finish(self) -> Sketch:
+        """What was drawn."""
+        head = f"{self._layout.head}.weight" if self._blocks else None
+        return Sketch(
+            self._layout,
+            self._weights,
+            self._probe,
+            self._units,
+            tuple(self._sizes),
+            self._modules,
+            head,
+            tuple(self._blocks),
+            self._embedding(),
+        )

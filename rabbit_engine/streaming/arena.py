@@ -1,0 +1,47 @@
+"""A ring's bytes handed out and taken back: where in it each unit lies. Pure bookkeeping, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class Arena:
+    """`nbytes` of which parts are taken. The search for room goes on behind the last part taken, as around a ring."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._taken: dict[int, int] = {}
+        self._next = 0
+
+    def take(self, nbytes: int) -> int | None:
+        """The start of `nbytes` that nobody has, now taken; None where no hole is that large."""
+        holes = [(start, end) for start, end in self._holes() if end - start >= nbytes]
+        if not holes:
+            return None
+        behind = [max(start, self._next) for start, end in holes if end - max(start, self._next) >= nbytes]
+        place = min(behind) if behind else holes[0][0]
+        self._taken[place] = nbytes
+        self._next = place + nbytes
+        return place
+
+    def give(self, place: int) -> None:
+        """Take back what starts at `place`."""
+        del self._taken[place]
+
+    def keep_only(self, places: Collection[int]) -> None:
+        """Take back all that does not start at one of `places`."""
+        self._taken = {place: nbytes for place, nbytes in self._taken.items() if place in places}
+
+    def fits_beside(self, places: Collection[int], nbytes: int) -> bool:
+        """Whether `nbytes` would fit if only what starts at `places` were taken."""
+        return any(end - start >= nbytes for start, end in self._holes(places))
+
+    def _holes(self, places: Collection[int] | None = None) -> list[tuple[int, int]]:
+        holes, position = [], 0
+        for start in sorted(self._taken if places is None else places):
+            if start > position:
+                holes.append((position, start))
+            position = start + self._taken[start]
+        if position < self.nbytes:
+            holes.append((position, self.nbytes))
+        return holes

@@ -1,0 +1,94 @@
+"""What happened since a model was loaded, by unit and in all: bytes over each link, and where the seconds went."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from rabbit_engine.units import format_bytes, format_rate, format_seconds
+
+
+@dataclass(slots=True)
+class UnitProfile:
+    """One unit's counts. Seconds are sums over its reads (which overlap), its copies, waits and runs."""
+
+    name: str
+    loads: int = 0
+    bytes_read: int = 0
+    bytes_copied: int = 0
+    read_s: float = 0.0
+    copy_s: float = 0.0
+    wait_s: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Profile:
+    """Counts since the model was loaded.
+
+    `read_s` are the seconds in which at least one read was under way, `wait_s` those in which the model waited for a
+    unit, `pass_s` those of whole passes. `disk_rate` and `link_rate` are the links' own bytes a second, as measured or
+    given when the model was loaded; 0 where nobody knows.
+    """
+
+    units: dict[str, UnitProfile] = field(default_factory=dict)
+    passes: int = 0
+    loads: int = 0
+    bytes_read: int = 0
+    bytes_copied: int = 0
+    read_s: float = 0.0
+    wait_s: float = 0.0
+    pass_s: float = 0.0
+    disk_rate: float = 0.0
+    link_rate: float = 0.0
+    _under_way: int = field(default=0, repr=False)
+    _since: float = field(default=0.0, repr=False)
+
+    def begin_read(self, now: float) -> None:
+        """A chunk's read begins."""
+        if self._under_way == 0:
+            self._since = now
+        self._under_way += 1
+
+    def end_read(self, now: float) -> None:
+        """It is over: seconds that reads share count once."""
+        self._under_way -= 1
+        if self._under_way == 0:
+            self.read_s += now - self._since
+
+    def count_read(self, name: str, nbytes: int, seconds: float) -> None:
+        """A chunk has arrived."""
+        unit = self.units[name]
+        unit.bytes_read += nbytes
+        unit.read_s += seconds
+        self.bytes_read += nbytes
+
+    def count_copy(self, name: str, nbytes: int, seconds: float) -> None:
+        """A copy from host memory was launched."""
+        unit = self.units[name]
+        unit.bytes_copied += nbytes
+        unit.copy_s += seconds
+        self.bytes_copied += nbytes
+
+    def count_wait(self, name: str, seconds: float) -> None:
+        """The model asked for a unit, and had it after this long."""
+        unit = self.units[name]
+        unit.loads += 1
+        unit.wait_s += seconds
+        self.loads += 1
+        self.wait_s += seconds
+
+    def copy(self) -> Profile:
+        """As it is now."""
+        return copy.deepcopy(self)
+
+    def __str__(self) -> str:
+        own = f" (the disk's own: {format_rate(self.disk_rate, 1)})" if self.disk_rate else ""
+        lines = [
+            f"passes     {self.passes}, {format_seconds(self.pass_s / self.passes) if self.passes else '-'} each",
+            f"read       {format_bytes(self.bytes_read)} at {format_rate(self.bytes_read, self.read_s)}{own}",
+            f"waited     {format_seconds(self.wait_s)} of {format_seconds(self.pass_s)}",
+        ]
+        if self.bytes_copied:
+            lines.insert(2, f"copied     {format_bytes(self.bytes_copied)} from host memory")
+        return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""What was busy when: spans of the lanes disk, copy, wait and compute, recorded while `on`, in seconds of one clock."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MOST_SPANS = 200_000
+"""Older ones are forgotten: about 30 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One thing that one lane did, from `start_s` to `end_s` since the trace began; `nbytes` it moved."""
+
+    lane: str
+    name: str
+    start_s: float
+    end_s: float
+    nbytes: int = 0
+
+
+class Trace:
+    """Spans of all lanes. Off, it costs a test of a flag."""
+
+    def __init__(self, *, on: bool = False, device: torch.device | None = None) -> None:
+        self.on = on
+        self._origin = time.perf_counter()
+        self._device_origin: torch.cuda.Event | None = None
+        self._spans: deque[tuple[str, str, Any, Any, int]] = deque(maxlen=MOST_SPANS)
+        self._lock = threading.Lock()
+        if on and device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._device_origin = self.device_mark(torch.cuda.current_stream(device))
+            torch.cuda.synchronize(device)
+            self._origin = time.perf_counter()
+
+    @contextmanager
+    def span(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
+        """Record what the block takes on this thread's clock."""
+        if not self.on:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(lane, name, start, time.perf_counter(), nbytes)
+
+    @contextmanager
+    def device_span(self, lane: str, name: str, device: torch.device) -> Iterator[None]:
+        """Record what the block takes on the device: between two events of its current stream where it has streams."""
+        if not self.on or device.type != "cuda":
+            with self.span(lane, name):
+                yield
+            return
+        begin = self.device_mark(torch.cuda.current_stream(device))
+        yield
+        self.add(lane, name, begin, self.device_mark(torch.cuda.current_stream(device)))
+
+    def add(self, lane: str, name: str, start: Any, end: Any, nbytes: int = 0) -> None:
+        """A span between two readings of `time.perf_counter`, or two of `device_mark`."""
+        if self.on:
+            with self._lock:
+                self._spans.append((lane, name, start, end, nbytes))
+
+    def device_mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """A CUDA event that keeps time, recorded in `stream`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        with self._lock:
+            self._spans.clear()
+
+    def spans(self) -> list[Span]:
+        """What was recorded, in the order of its beginning. Waits for the device where spans lie on it."""
+        with self._lock:
+            found = list(self._spans)
+        return sorted(
+            (Span(lane, name, self._seconds(start), self._seconds(end), nbytes) for lane, name, start, end, nbytes in found),
+            key=lambda span: span.start_s,
+        )
+
+    def _seconds(self, mark: Any) -> float:
+        if isinstance(mark, float):
+            return mark - self._origin
+        mark.synchronize()
+        return float(self._device_origin.elapsed_time(mark)) / 1000  # type: ignore[union-attr]
+
+
+def busy_seconds(spans: Iterable[Span], start_s: float, end_s: float) -> float:
+    """Seconds between `start_s` and `end_s` in which at least one of `spans` was under way."""
+    busy, position = 0.0, start_s
+    for span in sorted(spans, key=lambda span: span.start_s):
+        begin, end = max(span.start_s, position), min(span.end_s, end_s)
+        if end > begin:
+            busy += end - begin
+            position = end
+    return busy
+
+
+def busy_share(spans: Sequence[Span], lane: str) -> float:
+    """The share of a trace's time in which a lane (`"disk"` counts all its readers) was busy; 0 for an empty trace."""
+    own = [span for span in spans if span.lane.split()[0] == lane]
+    if not own:
+        return 0.0
+    start, end = min(span.start_s for span in spans), max(span.end_s for span in spans)
+    return busy_seconds(own, start, end) / (end - start) if end > start else 0.0
+
+
+def write_chrome_trace(spans: Sequence[Span], path: Path) -> None:
+    """Write spans in the Trace Event Format that Perfetto and chrome://tracing read: one row a lane, microseconds."""
+    lanes = sorted({span.lane for span in spans})
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": index, "args": {"name": lane}} for index, lane in enumerate(lanes)
+    ]
+    events = [
+        {
+            "name": span.name,
+            "cat": span.lane.split()[0],
+            "ph": "X",
+            "pid": 1,
+            "tid": lanes.index(span.lane),
+            "ts": span.start_s * 1e6,
+            "dur": (span.end_s - span.start_s) * 1e6,
+            "args": {"bytes": span.nbytes},
+        }
+        for span in spans
+    ]
+    path.write_text(json.dumps({"traceEvents": [*names, *events], "displayTimeUnit": "ms"}))

@@ -1,0 +1,209 @@
+"""Seconds a decoded token of rabbit_engine and its peers, each in a memory group smaller than the model, from a cold page cache.
+
+    python scripts/benchmark_peers.py --model DIR --memory 3GB --rabbit-python PYTHON [--gguf FILE --llama-python PYTHON] ...
+
+Needs root and Linux (cgroup v1 or v2), and beside the model the room for one copy of it a splitting peer. A peer's Python is
+that of a virtual environment that holds it; a peer without one is left out. The last lines are the records as JSON.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from peers.lanes import Lane, Limits, Run, best_settings, prepare_lane, run_lane
+from peers.memory_group import find_controller
+from peers.report import as_markdown
+from peers.timing import PROMPT_IDS
+
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIXTHS = range(1, 6)
+
+
+def parse_bytes(text: str) -> int:
+    """`parse_bytes("1.5GB") -> 1500000000`. Raises BadParameter for text that is no size."""
+    match = re.fullmatch(r"([\d.]+) ?([kKMG]?i?B|)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise typer.BadParameter(f'{text!r} is no size; write "3GB", "3GiB" or bytes')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def budgets_of(memory_bytes: int, budgets: str | None) -> list[int]:
+    """Sizes to try for weights in memory: those said, else the sixths of the whole."""
+    if budgets:
+        return [parse_bytes(part) for part in budgets.split(",")]
+    return [memory_bytes * part // 6 for part in _SIXTHS]
+
+
+def rabbit_lanes(python: str | None, model: Path, shards: Path, budgets: Sequence[int]) -> Iterator[Lane]:
+    """rabbit_engine as it decides itself, and with each budget; transformers' offload runs in the same Python."""
+    if python is None:
+        return
+    bounded = tuple(("--max-memory", str(size)) for size in budgets)
+    yield Lane(
+        name="rabbit_engine",
+        module="rabbit",
+        python=python,
+        model=model,
+        always=("--shards", str(shards / "rabbit_engine")),
+        settings=((), *bounded),
+        prepares=True,
+    )
+    yield Lane(
+        name="transformers disk offload",
+        module="transformers_offload",
+        python=python,
+        model=model,
+        settings=tuple(("--resident-bytes", str(size)) for size in budgets),
+    )
+
+
+def airllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
+    """AirLLM as it comes."""
+    if python:
+        always = ("--shards", str(shards / "airllm"))
+        yield Lane(name="AirLLM", module="airllm_4", python=python, model=model, always=always, prepares=True)
+
+
+def rabbitllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
+    """RabbitLLM as it comes, and with what a plain Llama needs of it."""
+    if python:
+        yield Lane(
+            name="RabbitLLM",
+            module="rabbitllm_1",
+            python=python,
+            model=model,
+            always=("--shards", str(shards / "rabbitllm")),
+            settings=((), ("--supply-rotary",)),
+            prepares=True,
+        )
+
+
+def llama_lane(python: str | None, gguf: Path | None) -> Iterator[Lane]:
+    """llama.cpp with its file mapped."""
+    if python and gguf:
+        yield Lane(name="llama.cpp", module="llama_cpp", python=python, model=gguf.resolve())
+
+
+def say(text: str) -> None:
+    """Progress, apart from the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def noted(run: Run) -> Run:
+    """The run itself, once it has been told."""
+    say(f"{run.phase}: {' '.join((run.lane, *run.settings))}: {run.outcome} {run.error or ''} in {run.wall_s:.0f} s")
+    return run
+
+
+def settle(lane: Lane, arguments: Sequence[str], limits: Limits) -> tuple[list[Run], tuple[str, ...] | None]:
+    """Prepare the lane and try its settings: all runs it took, and the settings to use (None: nothing survived)."""
+    runs = [noted(prepare_lane(lane, 10 * limits.timeout_s))] if lane.prepares else []
+    if runs and runs[0].outcome != "ok":
+        return runs, None
+    if len(lane.settings) == 1:
+        return runs, lane.settings[0]
+    trials = [noted(run_lane(lane, settings, "trial", arguments, limits)) for settings in lane.settings]
+    return runs + trials, best_settings(trials)
+
+
+def measure(lanes: Sequence[Lane], rounds: int, arguments: Sequence[str], limits: Limits) -> list[Run]:
+    """Every lane is settled first; then rounds of all lanes, one after another."""
+    settled = {lane.name: settle(lane, arguments, limits) for lane in lanes}
+    runs = list(chain.from_iterable(found for found, _ in settled.values()))
+    for number in range(1, rounds + 1):
+        for lane in lanes:
+            settings = settled[lane.name][1]
+            if settings is not None:
+                runs.append(noted(run_lane(lane, settings, f"round {number}", arguments, limits)))
+    return runs
+
+
+def conditions(limits: Limits, tokens: int, rounds: int, prompt_tokens: int) -> str:
+    """What all rounds had in common."""
+    return (
+        f"Medians of {rounds} interleaved rounds, {tokens} tokens behind the first each, after a prompt of {prompt_tokens}. "
+        f"Every run is a fresh process limited to {limits.memory_bytes / 1e9:.2f} GB by {find_controller().version}, "
+        "page cache counted and cold at the start (below a virtual disk the host's own cache may be warm). "
+        f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU used."
+    )
+
+
+def versions(runs: Sequence[Run]) -> str:
+    """Every lane that told its version."""
+    found = {run.lane: run.figures["version"] for run in runs if "version" in run.figures}
+    return "Versions: " + "; ".join(f"{lane} {version}" for lane, version in found.items()) + "."
+
+
+def left_out(pythons: dict[str, str | None], gguf: Path | None) -> str:
+    """Which peers were not measured, and why."""
+    missing = [f"{name} (no Python given)" for name, python in pythons.items() if python is None]
+    if pythons["llama.cpp"] and gguf is None:
+        missing.append("llama.cpp (no --gguf given)")
+    return f"Left out: {', '.join(missing)}." if missing else "No peer was left out."
+
+
+def find_python(name: str) -> str:
+    """Its absolute path, links kept: a virtual environment is found by its link. Raises BadParameter where it is not."""
+    found = shutil.which(name)
+    if found is None:
+        raise typer.BadParameter(f"{name!r} is no program that can be run")
+    return str(Path(found).absolute())
+
+
+Python = Annotated[
+    str | None,
+    typer.Option(parser=find_python, metavar="PYTHON", help="The Python of a virtual environment that holds this peer."),
+]
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="A Llama's folder, in safetensors.", exists=True, file_okay=False)],
+    memory: Annotated[str, typer.Option(help="What each lane may take, page cache included.")] = "3GB",
+    gguf: Annotated[Path | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed after the first one.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Sizes tried for rabbit_engine's max_memory and transformers', as 1GB,2GB; the sixths of --memory."),
+    ] = None,
+    prompt_ids: Annotated[str, typer.Option(help="The prompt's token ids.")] = ",".join(map(str, PROMPT_IDS)),
+    shards: Annotated[Path | None, typer.Option(help="Where peers write their splits; beside the model if not given.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="When a run is given up.")] = 900.0,
+    rabbit_python: Python = None,
+    airllm_python: Python = None,
+    rabbitllm_python: Python = None,
+    llama_python: Python = None,
+) -> None:
+    """Measure every peer whose Python is given; print tables and records."""
+    model = model.resolve()
+    shards = (shards or model.with_name(f"{model.name}-shards")).resolve()
+    limit = parse_bytes(memory)
+    limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=tuple(filter(None, (model, shards, gguf))))
+    pythons = {"rabbit_engine": rabbit_python, "AirLLM": airllm_python, "RabbitLLM": rabbitllm_python, "llama.cpp": llama_python}
+    lanes = [
+        *rabbit_lanes(rabbit_python, model, shards, budgets_of(limit, budgets)),
+        *airllm_lane(airllm_python, model, shards),
+        *rabbitllm_lane(rabbitllm_python, model, shards),
+        *llama_lane(llama_python, gguf),
+    ]
+    missing = left_out(pythons, gguf)
+    say(missing)
+    runs = measure(lanes, rounds, ("--tokens", str(tokens), "--prompt-ids", prompt_ids), limits)
+    print(as_markdown([lane.name for lane in lanes], runs))
+    print("", conditions(limits, tokens, rounds, len(prompt_ids.split(","))), versions(runs), missing, "", sep="\n")
+    for run in runs:
+        print(run.as_json())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,28 @@
+"""AirLLM on the CPU: `python -m peers.airllm_4 MODEL_DIR --shards DIR`. The first load splits the model into DIR."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from airllm import AutoModel  # type: ignore[import-not-found]
+
+from peers.timing import decode_by_generate, parser, run
+
+
+def main() -> None:
+    """As its README shows it, with device="cpu"."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--shards", type=Path, required=True, help="Where the split goes.")
+    options = arguments.parse_args()
+    options.shards.mkdir(parents=True, exist_ok=True)
+
+    def load() -> Any:
+        return AutoModel.from_pretrained(str(options.model), device="cpu", layer_shards_saving_path=str(options.shards))
+
+    run(options, "airllm", version("airllm"), load, decode_by_generate)
+
+
+if __name__ == "__main__":
+    main()

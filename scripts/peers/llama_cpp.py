@@ -1,0 +1,37 @@
+"""llama.cpp on the CPU, its file mapped: `python -m peers.llama_cpp MODEL.gguf`; write_gguf.py makes that file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import llama_cpp  # type: ignore[import-not-found, unused-ignore]
+
+from peers.timing import Clock, decode_by_iterator, parser, run
+
+
+def decode(model: Any, prompt_ids: list[int], count: int) -> Clock:
+    """`count` greedy tokens; the prompt is evaluated before the first."""
+    return decode_by_iterator(model.generate(prompt_ids, temp=0.0, repeat_penalty=1.0), count)
+
+
+def main() -> None:
+    """One thread a core, as torch takes; the context just holds the prompt and the tokens."""
+    options = parser(__doc__, "a GGUF file").parse_args()
+    threads = len(os.sched_getaffinity(0))
+
+    def load() -> Any:
+        return llama_cpp.Llama(
+            str(options.model),
+            n_ctx=len(options.prompt_ids) + options.tokens + 1,
+            n_threads=threads,
+            n_threads_batch=threads,
+            use_mmap=True,
+            verbose=False,
+        )
+
+    run(options, "llama.cpp", f"llama-cpp-python {llama_cpp.__version__}", load, decode)
+
+
+if __name__ == "__main__":
+    main()

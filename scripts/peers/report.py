@@ -1,0 +1,69 @@
+"""Runs as text: the table of medians with every round, the trials, the failures, and whose tokens were equal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from peers.lanes import Run
+
+HEADER = """\
+| lane | s a token | every round | first token, s | load, s | read a token, GB | peak RSS, GB |
+|---|---|---|---|---|---|---|"""
+
+
+def as_markdown(lanes: Sequence[str], runs: Sequence[Run]) -> str:
+    """All of it; `lanes` gives the order."""
+    rounds = {lane: [run for run in runs if run.lane == lane and run.phase.startswith("round")] for lane in lanes}
+    sections = [
+        "\n".join([HEADER, *(_row(lane, found) for lane, found in rounds.items())]),
+        "Peak RSS counts the pages of mapped files, which the kernel may take back.",
+        _tokens([run for found in rounds.values() for run in found if run.outcome == "ok"]),
+        "\n".join(_trial(run) for run in runs if not run.phase.startswith("round")),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _row(lane: str, found: Sequence[Run]) -> str:
+    survivors = [run for run in found if run.outcome == "ok"]
+    every = ", ".join(f"{run.token_s:.2f}" if run.outcome == "ok" else run.outcome for run in found)
+    if not survivors:
+        return f"| {lane} | - | {every or 'did not run'} | - | - | - | - |"
+
+    def median(figure: Callable[[Run], float]) -> str:
+        return f"{statistics.median(map(figure, survivors)):.2f}"
+
+    name = " ".join((lane, *survivors[0].settings))
+    cells = (
+        name,
+        median(lambda run: run.token_s),
+        every,
+        median(lambda run: run.figures["first_token_s"]),
+        median(lambda run: run.figures["load_s"]),
+        median(lambda run: run.read_bytes_a_token / 1e9),
+        median(lambda run: run.figures["peak_rss_bytes"] / 1e9),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _tokens(survivors: Sequence[Run]) -> str:
+    """Whose tokens were the same: one line for each different answer, nothing where there is none."""
+    answers: dict[tuple[int, ...], list[str]] = {}
+    for run in survivors:
+        lanes = answers.setdefault(tuple(run.figures["tokens"]), [])
+        if run.lane not in lanes:
+            lanes.append(run.lane)
+    if not answers:
+        return ""
+    if len(answers) == 1:
+        return f"Tokens were equal in all lanes and rounds: {list(*answers)}."
+    return "\n".join(["Tokens differed:", *(f"- {', '.join(lanes)}: {list(tokens)}" for tokens, lanes in answers.items())])
+
+
+def _trial(run: Run) -> str:
+    """What a preparation or a trial came to."""
+    name = " ".join((run.phase, run.lane, *run.settings))
+    if run.outcome != "ok":
+        return f"- {name}: {run.outcome}: {run.error}"
+    seconds = f"{run.wall_s:.0f} s" if run.phase == "prepare" else f"{run.token_s:.2f} s a token"
+    return f"- {name}: {seconds}"

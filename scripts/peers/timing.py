@@ -1,0 +1,125 @@
+"""What every runner shares: its arguments, a clock that is a transformers streamer, and the one JSON line.
+
+Only the standard library is imported here: each peer's Python must be able to run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+PROMPT_IDS = tuple(range(2, 18))
+
+
+def parser(described: str | None, model: str = "the model's folder") -> argparse.ArgumentParser:
+    """MODEL, --tokens, --prompt-ids and --prepare; a runner adds what its peer can be told."""
+    arguments = argparse.ArgumentParser(description=described)
+    arguments.add_argument("model", type=Path, help=model)
+    arguments.add_argument("--tokens", type=int, default=3, help="Tokens decoded and timed after the first one.")
+    arguments.add_argument("--prompt-ids", type=parse_ids, default=list(PROMPT_IDS), help="As 1,5,9.")
+    arguments.add_argument("--prepare", action="store_true", help="Only load: makes a peer write the files that it needs once.")
+    return arguments
+
+
+def parse_ids(text: str) -> list[int]:
+    """`parse_ids("1,5,9") -> [1, 5, 9]`."""
+    return [int(part) for part in text.split(",")]
+
+
+def read_bytes() -> int:
+    """Bytes this process has had the disk read so far, by calls and by faults alike; what the page cache gave is not in it."""
+    return _number_after("/proc/self/io", "read_bytes:")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had at once, pages of mapped files included."""
+    return 1024 * _number_after("/proc/self/status", "VmHWM:")
+
+
+def _number_after(path: str, name: str) -> int:
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+class Clock:
+    """Notes the time and the bytes read at every token. A streamer of `generate()`: the first `put` is the prompt."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._times_s: list[float] = []
+        self._read: list[int] = []
+
+    def start(self) -> None:
+        """Generation begins now."""
+        self._times_s.append(time.perf_counter())
+        self._read.append(read_bytes())
+
+    def note(self, token: int) -> None:
+        """`token` is there."""
+        self.tokens.append(token)
+        self._times_s.append(time.perf_counter())
+        self._read.append(read_bytes())
+
+    def put(self, ids: Any) -> None:
+        """The prompt `[1, prompt_tokens]` starts the clock, each token `[1]` after it is noted."""
+        if self._times_s:
+            self.note(int(ids.item()))
+        else:
+            self.start()
+
+    def end(self) -> None:
+        """Nothing is kept open."""
+
+    def figures(self) -> dict[str, Any]:
+        """The first token apart, seconds of each later one, and the bytes read for the first and for all later ones."""
+        steps = [after - before for before, after in zip(self._times_s, self._times_s[1:], strict=False)]
+        return {
+            "first_token_s": steps[0],
+            "token_s": steps[1:],
+            "tokens": self.tokens,
+            "first_token_read_bytes": self._read[1] - self._read[0],
+            "read_bytes": self._read[-1] - self._read[1],
+        }
+
+
+def run(
+    options: argparse.Namespace,
+    peer: str,
+    version: str,
+    load: Callable[[], Any],
+    decode: Callable[[Any, list[int], int], Clock],
+) -> None:
+    """Load, decode `tokens + 1` tokens, print the record. Importing the peer is not part of `load_s`."""
+    start = time.perf_counter()
+    model = load()
+    record: dict[str, Any] = {"peer": peer, "version": version, "load_s": time.perf_counter() - start}
+    if not options.prepare:
+        record |= decode(model, options.prompt_ids, options.tokens + 1).figures()
+    print(json.dumps({**record, "peak_rss_bytes": peak_rss_bytes()}), flush=True)
+
+
+def decode_by_generate(model: Any, prompt_ids: list[int], count: int) -> Clock:
+    """`count` greedy tokens by one `generate()` of transformers' kind, with its KV cache."""
+    import torch
+
+    clock = Clock()
+    ids = torch.tensor([prompt_ids])
+    mask = torch.ones_like(ids)
+    lengths = {"max_new_tokens": count, "min_new_tokens": count}
+    model.generate(ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True, **lengths)
+    return clock
+
+
+def decode_by_iterator(tokens: Iterable[int], count: int) -> Clock:
+    """`count` tokens of a peer that yields them one by one."""
+    clock = Clock()
+    clock.start()
+    for token in tokens:
+        clock.note(token)
+        if len(clock.tokens) == count:
+            break
+    return clock

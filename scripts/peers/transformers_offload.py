@@ -1,0 +1,41 @@
+"""transformers' disk offload on the CPU: `python -m peers.transformers_offload MODEL_DIR [--resident-bytes N]`.
+
+accelerate places modules in memory until N is full, less the largest layer, and leaves the rest in the checkpoint's own files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM
+
+from peers.timing import decode_by_generate, parser, run
+
+
+def main() -> None:
+    """Raises SystemExit where the offload wrote a copy of weights: what is measured here is the offload in place."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--resident-bytes", type=int, default=1_000_000_000, help="max_memory of the CPU.")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as offload_folder:
+
+        def load() -> Any:
+            model = AutoModelForCausalLM.from_pretrained(
+                options.model,
+                dtype="auto",
+                device_map="auto",
+                max_memory={"cpu": options.resident_bytes},
+                offload_folder=offload_folder,
+            )
+            if copies := list(Path(offload_folder).glob("*.dat")):
+                raise SystemExit(f"the offload copied {len(copies)} tensors instead of reading the checkpoint")
+            return model
+
+        run(options, "transformers", transformers.__version__, load, decode_by_generate)
+
+
+if __name__ == "__main__":
+    main()
