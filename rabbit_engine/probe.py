@@ -30,11 +30,12 @@ _MOST_TOKENS = 1024
 class Probe:
     """What a pass showed.
 
-    `alone` are the modules whose forward ran and whose weights nobody used outside of it; `cache_token_bytes` is what the
+    `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
+    `cache_token_bytes` is what the
     KV cache grows by with each token, `activation_token_bytes` the largest single result of a pass a token of the prompt.
     """
 
-    alone: frozenset[str] = frozenset()
+    alone: tuple[str, ...] = ()
     cache_token_bytes: int = 0
     activation_token_bytes: int = 0
 
@@ -46,7 +47,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._owners = owners
         self.running: list[str] = []
-        self.ran: set[str] = set()
+        self.ran: dict[str, None] = {}  # in the order of the first run
         self.reached: set[str] = set()
         self.largest_bytes = 0
 
@@ -75,7 +76,7 @@ def run_probe(model: PreTrainedModel) -> Probe:
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe()
-    return Probe(frozenset(watch.ran - watch.reached), cache_token_bytes, activation)
+    return Probe(tuple(name for name in watch.ran if name not in watch.reached), cache_token_bytes, activation)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -130,7 +131,7 @@ def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
 def _enter(name: str, watch: _Watch) -> Any:
     def enter(*_: Any) -> None:
         watch.running.append(name)
-        watch.ran.add(name)
+        watch.ran.setdefault(name)
 
     return enter
 

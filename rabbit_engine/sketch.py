@@ -150,6 +150,7 @@ class _Drawing:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
         self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
+        self._run_order = {name: index for index, name in enumerate(probe.alone)}
         self._users = Counter(entry.name for entry in weights.entries.values())
         self._units: dict[str, Unit] = {}
         self._sizes: list[UnitSize] = []
@@ -182,16 +183,17 @@ class _Drawing:
             self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf)
 
     def _large_leaves(self, layer: str, names: Sequence[str]) -> dict[str, list[str]]:
-        """The layer's modules that run alone, are large, and share nothing: module -> its weights."""
+        """The layer's modules that run alone, are large, and share nothing, in the order they run: module -> its weights."""
         leaves: dict[str, list[str]] = {}
         for name in names:
             leaves.setdefault(name.rpartition(".")[0], []).append(name)
-        return {leaf: found for leaf, found in leaves.items() if leaf != layer and self._is_unit(leaf, found)}
+        large = [leaf for leaf, found in leaves.items() if leaf != layer and self._is_unit(leaf, found)]
+        return {leaf: leaves[leaf] for leaf in sorted(large, key=self._run_order.__getitem__)}
 
     def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
         entries = [self._weights.entries[name] for name in names]
         return (
-            leaf in self._probe.alone
+            leaf in self._run_order
             and sum(entry.nbytes for entry in entries) >= self._cut.least_bytes
             and all(self._users[entry.name] == 1 for entry in entries)
         )

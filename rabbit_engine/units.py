@@ -26,10 +26,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """`parse_bytes("8GiB") -> 8589934592`: accelerate's own grammar (`"8GiB"`, `"8GB"`, an int), as in `max_memory`.
+    """`parse_bytes("8GiB") -> 8589934592`: accelerate's own grammar (`"8GiB"`, `"8GB"`, an int), as in `max_memory`; plain
+    digits are bytes.
 
     Raises ValueError for text that is not a size.
     """
     from accelerate.utils import convert_file_size_to_int
 
+    if isinstance(text, str) and text.isdecimal():
+        return int(text)
     return int(convert_file_size_to_int(text))

@@ -25,6 +25,7 @@ class FakeHub:
     served: list[tuple[str, int]] = field(default_factory=list)
     tokens: list[str | None] = field(default_factory=list)
     cut_after: int | None = None
+    head_only: bool = False
     url: str = ""
 
     @contextmanager
@@ -85,14 +86,18 @@ class FakeHub:
         if not path.is_file():
             return self.refuse(request, 404, "EntryNotFound")
         data = path.read_bytes()
-        start = int(request.headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        part = data[start:]
-        request.send_response(206 if start else 200)
+        asked = request.headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")
+        start, last = int(asked[0]), int(asked[1] or len(data) - 1)
+        if self.head_only and name.endswith(".safetensors"):
+            last = min(last, 8 + int.from_bytes(data[:8], "little") - 1)
+        part = data[start : last + 1]
+        partial = len(part) < len(data)
+        request.send_response(206 if partial else 200)
         request.send_header("ETag", f'"{self.etag(path)}"')
         request.send_header("X-Repo-Commit", COMMIT)
         request.send_header("Content-Length", str(len(part)))
-        if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if partial:
+            request.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
         request.end_headers()
         if not body:
             return None

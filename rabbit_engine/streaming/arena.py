@@ -32,6 +32,10 @@ class Arena:
         """Take back all that does not start at one of `places`."""
         self._taken = {place: nbytes for place, nbytes in self._taken.items() if place in places}
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether `take` would find room."""
+        return any(end - start >= nbytes for start, end in self._holes())
+
     def fits_beside(self, places: Collection[int], nbytes: int) -> bool:
         """Whether `nbytes` would fit if only what starts at `places` were taken."""
         return any(end - start >= nbytes for start, end in self._holes(places))

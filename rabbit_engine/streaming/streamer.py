@@ -209,7 +209,7 @@ class Streamer:
     def wait_until_idle(self) -> None:
         """Return when nothing is being read ahead any more: the ring is full, or nothing is to come."""
         with self._lock:
-            while any(entry.under_way for entry in (*self._queue, *self._dropped)):
+            while any(entry.under_way for entry in (*self._queue, *self._dropped)) or self._has_work():
                 self._changed.wait()
 
     @property
@@ -264,8 +264,21 @@ class Streamer:
                 return self._issue(entry)
         if wanted or not self._prefetching:
             return None
-        entry_ahead = self._foresee()
-        return self._issue(entry_ahead) if entry_ahead is not None and self._find_room(entry_ahead) else None
+        name = self._foreseen()
+        if name is None:
+            return None
+        self._queue.append(_Entry(self._units[name]))
+        return self._issue(self._queue[-1]) if self._find_room(self._queue[-1]) else None
+
+    def _has_work(self) -> bool:
+        """Whether `next_job` would find one."""
+        for entry in self._queue:
+            if entry.state == "waiting":
+                return self._arena.fits(entry.unit.nbytes)
+            if entry.state == "reading" and entry.issued < self._parts(entry):
+                return True
+        ahead = self._foreseen() if self._prefetching and not self._closed else None
+        return ahead is not None and self._arena.fits(self._units[ahead].nbytes)
 
     def _find_room(self, entry: _Entry) -> bool:
         place = self._arena.take(entry.unit.nbytes)
@@ -277,16 +290,13 @@ class Streamer:
     def _parts(self, entry: _Entry) -> int:
         return max(1, len(self._chunks[entry.unit.name]))
 
-    def _foresee(self) -> _Entry | None:
+    def _foreseen(self) -> str | None:
+        """The successor of the newest entry, unless it is here or on its way already."""
         tail = self._queue[-1].unit.name if self._queue else self._previous
         if tail is None or (self._queue and self._queue[-1].error is not None):
             return None
         name = self._successor[tail]
-        if name in self._held or any(entry.unit.name == name for entry in self._queue):
-            return None
-        entry = _Entry(self._units[name])
-        self._queue.append(entry)
-        return entry
+        return None if name in self._held or any(entry.unit.name == name for entry in self._queue) else name
 
     def _issue(self, entry: _Entry) -> Job:
         index, chunks = entry.issued, self._chunks[entry.unit.name]

@@ -1,0 +1,186 @@
+"""What the user is told: the plan before anything is fetched, the profile, the trace, the picture, the machine's limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from fake_hub import FakeHub
+
+from rabbit_engine import errors
+from rabbit_engine.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
+from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
+from rabbit_engine.forecast import forecast
+from rabbit_engine.planner import Speeds
+from rabbit_engine.plotting import plot_trace
+from rabbit_engine.streaming import Span, Trace, busy_share, write_chrome_trace
+from rabbit_engine.utils import platform
+
+REPO = "someone/tiny-llama"
+CPU = torch.device("cpu")
+SPEEDS = Speeds(disk=1e9, source="given")
+
+
+def stream(budget: int | None, device: torch.device = CPU, host: int | None = None) -> StreamConfig:
+    return StreamConfig(device=device, device_budget_bytes=budget, host_budget_bytes=host, speeds=SPEEDS)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral", "gemma3"])
+@pytest.mark.parametrize("split", ["auto", "always"])
+def test_a_forecast_is_what_loading_decides(family: str, split: str, own_checkpoint: Any, streamed: Any) -> None:
+    folder = own_checkpoint(family)
+    first = forecast(folder, SourceConfig(), SplitConfig(mode=split), stream(None))
+    assert not (folder / "rabbit_shards").exists()
+    assert ("split first" in str(first)) == (family == "mixtral" or split == "always")
+    model = streamed(folder, split=split)
+    again = forecast(folder, SourceConfig(), SplitConfig(mode=split), stream(model.plan.budget.device_bytes))
+    assert (again.resident, again.streamed, again.pass_bytes) == (model.plan.resident, model.plan.streamed, model.plan.pass_bytes)
+    assert model.plan.weights_bytes == first.weights_bytes
+
+
+@pytest.fixture
+def hub(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    with FakeHub(repos={REPO: checkpoint("llama")}).running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield running
+
+
+def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp_path: Path) -> None:
+    local = forecast(checkpoint("llama"), SourceConfig(), SplitConfig(), stream(None))
+    hub.head_only = True
+    remote = forecast(REPO, SourceConfig(cache_dir=tmp_path), SplitConfig(), stream(100_000))
+    assert remote.weights_bytes == pytest.approx(local.weights_bytes, rel=0.05)  # but for what aligns the units
+    assert remote.streamed
+    assert "streamed from the original files, after a download of" in str(remote)
+    weights = [size for name, size in hub.served if name.endswith(".safetensors")]
+    assert weights
+    assert sum(weights) < remote.weights_bytes
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(errors.HubUnreachableError):
+        forecast(REPO, SourceConfig(cache_dir=tmp_path, local_files_only=True), SplitConfig(), stream(250_000))
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any) -> None:
+    done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=90kB,cpu=70MB", "--disk-rate", "5GB")
+    assert done.returncode == 0, done.stderr
+    assert "in host memory" in done.stdout
+    assert "over the link" in done.stdout
+    done = rabbit("plan", checkpoint("llama"), "--max-memory", "1kB")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert 'give max_memory={"cpu":' in done.stderr
+
+
+def rabbit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from rabbit_engine.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_profile_counts_by_unit(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"), profiling_mode=True)
+    for _ in range(3):
+        model(ids)
+    model._assembly.streamer.wait_until_idle()
+    profile = model.profile
+    assert profile.passes == 3
+    for name in model.plan.streamed:
+        unit = profile.units[name]
+        assert unit.loads == 3
+        assert unit.bytes_read >= 3 * 4096
+        assert unit.read_s > 0 < unit.compute_s
+    assert sum(unit.bytes_read for unit in profile.units.values()) == profile.bytes_read
+    assert profile.read_s <= sum(unit.read_s for unit in profile.units.values())
+    assert "passes     3, " in str(profile)
+    lanes = {span.lane.split()[0] for span in model._assembly.trace.spans()}
+    assert lanes >= {"disk", "compute", "wait"}
+
+
+def test_busy_share_counts_overlapping_spans_once() -> None:
+    spans = [Span("disk 0", "a", 0, 2), Span("disk 1", "b", 1, 3), Span("disk 0", "c", 5, 6), Span("compute", "d", 6, 10)]
+    assert busy_share(spans, "disk") == pytest.approx(0.4)
+    assert busy_share(spans, "compute") == pytest.approx(0.4)
+    assert busy_share(spans, "copy") == busy_share([], "disk") == 0
+
+
+def test_a_trace_is_in_the_trace_event_format(tmp_path: Path) -> None:
+    trace = Trace(on=True)
+    with trace.span("disk 0", "layer", 4096):
+        pass
+    trace.add("compute", "layer", 1.0, 2.5)
+    write_chrome_trace(trace.spans(), tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"disk 0", "compute"}
+    spans = {event["name"]: event for event in events if event["ph"] == "X" and event["cat"] == "compute"}
+    assert spans["layer"]["dur"] == pytest.approx(1.5e6)
+    plot_trace(trace.spans(), tmp_path / "t.png", "title")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trace_that_is_off_records_nothing() -> None:
+    trace = Trace()
+    with trace.span("disk 0", "layer"):
+        pass
+    trace.add("disk 0", "layer", 0.0, 1.0)
+    assert trace.spans() == []
+
+
+def test_bench_measures_the_link_and_residency(checkpoint: Any, streamed: Any) -> None:
+    needed = int(streamed(checkpoint("qwen3")).plan.budget.device_bytes)
+    records, spans, plan = link(checkpoint("qwen3"), rounds=2, steps=1, device="cpu", max_memory={"cpu": needed})
+    assert [record.lane for record in records] == [DISK, RING, DECODE]
+    assert all(record.bytes_moved == plan.pass_bytes > 0 and len(record.rounds_s) == 2 for record in records)
+    assert set(shares(spans)) == {"disk", "copy", "compute", "wait"}
+    assert as_markdown(records).count("\n| ") == 4 - 1
+    grown = residency(checkpoint("qwen3"), [needed, needed + 40_000, 10**9], steps=2)
+    read = [record.bytes_moved for record in grown]
+    assert read == [record.conditions["plan_pass_bytes"] for record in grown]
+    assert read[0] > read[1] > read[2] == 0
+
+
+def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
+    needed = streamed(checkpoint("llama")).plan.budget.device_bytes
+    done = rabbit(
+        "bench", checkpoint("llama"), "--rounds", 1, "--tokens", 2, "--device", "cpu", "--max-memory", f"cpu={needed}",
+        "--trace", tmp_path / "t.json", "--plot", tmp_path / "t.png", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of the disk's own rate in this run" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["lane"] == DECODE
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        pytest.param(
+            {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\nfile 400\nfile_mapped 100\nshmem 50\n"},
+            1000 - 700 + 400 - 100 - 50,
+            id="v2",
+        ),
+        pytest.param(
+            {
+                "memory.limit_in_bytes": "1000",
+                "memory.usage_in_bytes": "900",
+                "memory.stat": "cache 1\ntotal_cache 500\ntotal_mapped_file 200\ntotal_shmem 0\n",
+            },
+            1000 - 900 + 500 - 200,
+            id="v1",
+        ),
+        pytest.param({"memory.max": "max", "memory.current": "700", "memory.stat": "file 4\n"}, None, id="no limit"),
+        pytest.param({}, None, id="no cgroup"),
+    ],
+)
+def test_what_a_memory_cgroup_still_allows(files: dict[str, str], room: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = [platform._cgroup_room(tmp_path, *names) for names in platform._CGROUP_FILES]
+    assert [value for value in found if value is not None] == ([] if room is None else [room])
