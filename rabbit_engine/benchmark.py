@@ -153,6 +153,8 @@ def decode_step(model: Any) -> Lane:
         with torch.no_grad():
             model(ids[:, -1:], past_key_values=cache, use_cache=True)
         cache.crop(-1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
     return step
 

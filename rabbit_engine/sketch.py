@@ -30,7 +30,7 @@ class Cut:
 
     least_bytes: int = 2**20
     most_bytes: int = 128 * 2**20
-    rest_share: float = 1 / 32
+    rest_share: float = 1 / 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +194,16 @@ class _Drawing:
         entries = [self._weights.entries[name] for name in names]
         return (
             leaf in self._run_order
+            and not self._beside_own_weights(leaf)
             and sum(entry.nbytes for entry in entries) >= self._cut.least_bytes
             and all(self._users[entry.name] == 1 for entry in entries)
         )
+
+    def _beside_own_weights(self, leaf: str) -> bool:
+        """Whether the module above has weights of its own: on a GPU such a one (a state space, a linear attention) may hand
+        its children's weights to one fused kernel, which no pass on the meta device shows."""
+        above = self._model.get_submodule(leaf.rpartition(".")[0])
+        return any(True for _ in above.parameters(recurse=False))
 
     def add_head(self) -> None:
         """The head, cut by rows into blocks that are no larger than a layer's largest unit where it is a plain matrix."""

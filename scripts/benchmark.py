@@ -1,8 +1,9 @@
-"""Seconds a decoded token: streamed, transformers' disk offload and resident, beside the disk's own rate.
+"""Seconds a decoded token: streamed, transformers' disk offload and resident, beside the disk's own rate; then residency.
 
     python scripts/benchmark.py [--folder DIR] [--layers N] [--hidden-size N] [--rounds N]
 
-Needs room for twice the model in DIR; the last lines are the records as JSON.
+Needs room for twice the model in DIR; the last lines are the records as JSON. `rabbit bench MODEL` measures the link for
+any model, `scripts/benchmark_peers.py` other engines, `scripts/benchmark_cuda.py` a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rabbit_engine.benchmark import as_markdown, decode_on_cpu
+from rabbit_engine.benchmark import as_markdown, decode_on_cpu, residency
 
 
 def main(
@@ -24,11 +25,16 @@ def main(
     hidden_size: int = 2048,
     rounds: int = 5,
 ) -> None:
-    """Make a random Llama, time every lane, print a table and the records."""
+    """Make a random Llama, time every lane, print a table and the records; then the same as the budget grows."""
     with tempfile.TemporaryDirectory() as scratch:
-        records = decode_on_cpu(folder or Path(scratch) / "model", layers, hidden_size, rounds)
-    print(as_markdown(records))
-    for record in records:
+        target = folder or Path(scratch) / "model"
+        records = decode_on_cpu(target, layers, hidden_size, rounds)
+        weights = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        grown = residency(target, [weights * share // 8 for share in (1, 2, 4, 6, 7, 9)], rounds)
+    for table in (records, grown):
+        print(as_markdown(table))
+        print()
+    for record in (*records, *grown):
         print(record.as_json())
 
 

