@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -52,15 +52,11 @@ class Assembly:
     streamer: Streamer
     binding: Binding
     trace: Trace
-    _at_close: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
         """End the reading, free the ring and what stays in it."""
         self.streamer.close()
         self.binding.forget()
-        for free in self._at_close:
-            free()
-        self._at_close.clear()
         weights = self.sketch.weights
         for name, seat in weights.seats.items():
             seat.seat(placeholder_for(weights.entries[name], self.device, seat.holds_parameter))
@@ -109,11 +105,7 @@ class _Builder:
             self._streamer.close()
         else:
             self._ring.close()
-        self._free_host()
-
-    def _free_host(self) -> None:
-        while self._host_memory:
-            unpin(self._host_memory.pop())
+            _unpin_all(self._host_memory)
 
     def seat_residents(self) -> None:
         """Read what stays to the beginning of the ring's memory, and seat it wherever it is shared."""
@@ -144,6 +136,7 @@ class _Builder:
             host=self._fill_host(),
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
+            at_close=[partial(_unpin_all, self._host_memory)],
         )
         self._streamer = streamer
         binding = Binding(streamer, device, self._trace, show_progress=self._stream.show_layer_progress)
@@ -157,7 +150,7 @@ class _Builder:
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
-        return Assembly(self._plan, sketch, device, streamer, binding, self._trace, [self._free_host])
+        return Assembly(self._plan, sketch, device, streamer, binding, self._trace)
 
     def _fill_host(self) -> dict[str, torch.Tensor]:
         """Read what stays in host memory, and pin it where the device copies from pinned memory."""
@@ -194,6 +187,11 @@ class _Builder:
         if isinstance(seat.table[seat.attribute], nn.Parameter) and seat.table[seat.attribute].device.type != "meta":
             return
         seat.seat(nn.Parameter(EmbeddingRows(entry, self._stream.device), requires_grad=False))
+
+
+def _unpin_all(memory: list[torch.Tensor]) -> None:
+    while memory:
+        unpin(memory.pop())
 
 
 def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:

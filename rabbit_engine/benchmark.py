@@ -148,15 +148,26 @@ def decode_step(model: Any) -> Lane:
     ids = torch.arange(2, 2 + PROMPT_TOKENS, device=model.device)[None]
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
+    can_go_back = _can_go_back(cache)
 
     def step() -> None:
         with torch.no_grad():
             model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+        if can_go_back:
+            cache.crop(-1)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
 
     return step
+
+
+def _can_go_back(cache: Any) -> bool:
+    """Whether the last token can be taken out again; a state or a full window cannot: then the cache grows by a token a step."""
+    try:
+        cache.crop(-1)
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def ring_step(model: Any) -> Lane:

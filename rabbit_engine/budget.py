@@ -35,8 +35,8 @@ _ASSUMED_LINK = 12e9
 
 
 def reserved_bytes(probe: Probe, tokens: int) -> int:
-    """What a context of `tokens` takes beside the weights: its KV cache, and the largest activation of its prompt twice."""
-    return tokens * (probe.cache_token_bytes + 2 * probe.activation_token_bytes)
+    """What a context of `tokens` takes beside the weights: its KV cache, and the activations of a prompt of that length."""
+    return tokens * (probe.cache_token_bytes + probe.activation_token_bytes) + tokens**2 * probe.activation_square_bytes
 
 
 def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
@@ -50,13 +50,14 @@ def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
         reserved = reserved if stream.max_seq_len else 0
         device = max(0, given - reserved)
     else:
-        free = free_memory_bytes(stream.device)
+        free = free_memory_bytes(stream.device)  # what is asked of a device that is not here is refused before
         device = max(0, free - reserved - _SYSTEM_BYTES - int(free * _SYSTEM_SHARE))
     if stream.device.type == "cpu":
         return Budget(
             device_bytes=device,
             host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(sketch)), default=0),
             reserved_bytes=reserved,
+            given_bytes=given,
         )
     buffers = 2 * READERS if stream.device.type == "cuda" else READERS
     return Budget(
@@ -64,6 +65,7 @@ def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
         host_bytes=_host_bytes(stream),
         host_staging_bytes=buffers * STAGING_BYTES,
         reserved_bytes=reserved,
+        given_bytes=given,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,18 @@ def parse_device(device: str | int | torch.device | None, device_map: Any = None
     if device is not None and not _same_device(device, device_map):
         raise ConfigurationError(f"device={device!r} and device_map={device_map!r} disagree; give one of them")
     return find_device(device_map)
+
+
+def parse_planned_device(device: str | None, has_budget: Callable[[torch.device], bool]) -> torch.device:
+    """A device to plan for: one that is here, or one that is not and has a budget of its own."""
+    if device is None:
+        return find_device(None)
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        return find_device(device)  # which says what is wrong
+    wanted = torch.device("cpu") if wanted.type == "cpu" else torch.device(wanted.type, wanted.index or 0)
+    return wanted if wanted.type in ("cuda", "mps") and has_budget(wanted) else find_device(wanted)
 
 
 def _same_device(first: Any, second: Any) -> bool:

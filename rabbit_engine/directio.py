@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import mmap
 import os
@@ -70,21 +69,23 @@ def buffered_reason(path: Path) -> str | None:
     """Why reads of `path` go through the page cache, or None where they go past it."""
     if sys.platform == "darwin":
         return None
-    return _buffered_reason(path.parent, path.stat().st_dev)
+    device = path.stat().st_dev
+    if device not in _reasons:
+        _reasons[device] = _ask(path)
+    return _reasons[device]
 
 
-@functools.lru_cache(maxsize=64)
-def _buffered_reason(folder: Path, device: int) -> str | None:
-    """Asked of the file system by trying, once a folder."""
-    del device
+_reasons: dict[int, str | None] = {}
+"""By device of the file system; asked once each."""
+
+
+def _ask(path: Path) -> str | None:
+    """Whether the file system reads directly, by trying."""
     if not _O_DIRECT:
         return f"{sys.platform} has no O_DIRECT"
-    probe = next((path for path in folder.iterdir() if path.is_file() and path.stat().st_size >= PAGE), None)
-    if probe is None:
-        return None
     memory = claim_memory(PAGE)
     try:
-        with io.FileIO(os.open(probe, os.O_RDONLY | _O_DIRECT), "rb") as file:
+        with io.FileIO(os.open(path, os.O_RDONLY | _O_DIRECT), "rb") as file:
             file.readinto(as_bytes(memory))
     except OSError as error:
         return f"the file system refuses direct reads ({errno.errorcode.get(error.errno or 0, error)})"

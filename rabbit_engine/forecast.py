@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rabbit_engine.assembly import CUT, plan_for
-from rabbit_engine.checkpoints import SafetensorsTensor, TensorSource, WeightFiles, open_tensors
+from rabbit_engine.checkpoints import SafetensorsTensor, TensorSource, WeightFiles, check_present, open_tensors
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.hub import Repo, read_remote_headers
@@ -39,6 +39,8 @@ def _headers(repo: Repo, files: WeightFiles, source: SourceConfig) -> TensorSour
     """The headers of safetensors files, here or on the Hub; of local pickles what they hold."""
     if all((repo.folder / name).is_file() for name in files.names):
         return open_tensors(repo.folder, files)
+    if repo.commit is None:
+        check_present(repo.folder, files)
     if files.format != "safetensors":
         raise ConfigurationError(f"{repo.name} holds pickles and its config names no dtype: say dtype=")
     entries = read_remote_headers(repo, files.names, source)

@@ -42,13 +42,15 @@ class Budget:
     """Bytes that weights may take on the device and in host memory; `None` is no bound. On a CPU both are one: `device_bytes`.
 
     `host_staging_bytes` are the buffers that reads go through (on a CPU only those of misaligned weights),
-    `reserved_bytes` what was set aside for the cache and activations before this budget was made.
+    `reserved_bytes` what was set aside for the cache and activations before this budget was made, out of `given_bytes`
+    where the caller gave those.
     """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     host_staging_bytes: int = 0
     reserved_bytes: int = 0
+    given_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,10 +236,10 @@ def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging:
     room = budget.device_bytes - fixed
     if room < smallest:
         needed = fixed + min(smallest, sum(unit.nbytes for unit in streamed))  # or room for everything, where that is less
-        raise BudgetError(_too_small(device, needed, smallest, budget.device_bytes), needed)
+        raise _too_small(device, needed, smallest, budget)
     ring = min(wanted, room)
     order = _spread(streamed)
-    on_device = _fill(order, room - ring)
+    on_device = _fill(order, room - ring) if device == "cpu" else _beginning(order, room - ring)
     rest = [unit for unit in order if unit not in on_device]
     room_in_host = _room_in_host(device, budget, rest)
     in_host = _fill(rest, room_in_host)
@@ -275,10 +277,14 @@ def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
     return smallest, wanted - wanted % PAGE if wanted > smallest + PAGE else smallest
 
 
-def _too_small(device: str, needed: int, ring: int, budget: int) -> str:
-    return (
-        f"{device} needs {format_bytes(needed)} for weights (a ring of {format_bytes(ring)} and what must stay), "
-        f"the budget is {format_bytes(budget)}: give max_memory={{{_place_name(device)}: {needed}}} or more"
+def _too_small(device: str, weights: int, ring: int, budget: Budget) -> BudgetError:
+    given = budget.device_bytes if budget.given_bytes is None else budget.given_bytes
+    beside = 0 if budget.given_bytes is None else budget.reserved_bytes
+    for_tokens = f" and {format_bytes(beside)} for the tokens of max_seq_len" if beside else ""
+    return BudgetError(
+        f"{device} needs {format_bytes(weights)} for weights (a ring of {format_bytes(ring)} and what must stay){for_tokens}, "
+        f"the budget is {format_bytes(given or 0)}: give max_memory={{{_place_name(device)}: {weights + beside}}} or more",
+        weights + beside,
     )
 
 
@@ -290,6 +296,17 @@ def _spread(units: Sequence[UnitSize]) -> list[UnitSize]:
     """A fixed order of which every beginning is spread evenly over the depth: multiples of the golden ratio, modulo 1."""
     keys = {unit.name: (index + 1) * _GOLDEN % 1.0 for index, unit in enumerate(units)}
     return sorted(units, key=lambda unit: keys[unit.name])
+
+
+def _beginning(order: Sequence[UnitSize], room: int) -> set[UnitSize]:
+    """Take from the beginning as long as it fits. More room takes the same and more, so the host's share cannot suffer."""
+    taken: set[UnitSize] = set()
+    for unit in order:
+        room -= unit.nbytes
+        if room < 0:
+            break
+        taken.add(unit)
+    return taken
 
 
 def _fill(order: Sequence[UnitSize], room: int) -> set[UnitSize]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 16
+_PROMPTS = (16, 64)
+_CACHES = ("past_key_values", "cache_params")
 _MOST_TOKENS = 1024
 """A state that does not grow is spread over this many tokens."""
 
@@ -32,12 +35,14 @@ class Probe:
 
     `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
     `cache_token_bytes` is what the
-    KV cache grows by with each token, `activation_token_bytes` the largest single result of a pass a token of the prompt.
+    KV cache grows by with each token. The results that live at once in a pass over a prompt of n tokens take
+    `activation_token_bytes` n + `activation_square_bytes` n^2.
     """
 
     alone: tuple[str, ...] = ()
     cache_token_bytes: int = 0
     activation_token_bytes: int = 0
+    activation_square_bytes: int = 0
 
 
 class _Watch(TorchDispatchMode):
@@ -49,7 +54,8 @@ class _Watch(TorchDispatchMode):
         self.running: list[str] = []
         self.ran: dict[str, None] = {}  # in the order of the first run
         self.reached: set[str] = set()
-        self.largest_bytes = 0
+        self._live_bytes = 0
+        self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it as it is, and take notes."""
@@ -62,8 +68,19 @@ class _Watch(TorchDispatchMode):
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         for leaf in () if is_view else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.largest_bytes = max(self.largest_bytes, leaf.numel() * leaf.element_size())
+                self._count(leaf.numel() * leaf.element_size())
+                weakref.finalize(leaf, self._count, -leaf.numel() * leaf.element_size())
         return result
+
+    def _count(self, nbytes: int) -> None:
+        self._live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def forget_peak(self) -> int:
+        """The most bytes that lived at once since the last call, beyond those that live now."""
+        peak = self.peak_bytes - self._live_bytes
+        self.peak_bytes = self._live_bytes
+        return peak
 
 
 def run_probe(model: PreTrainedModel) -> Probe:
@@ -72,28 +89,38 @@ def run_probe(model: PreTrainedModel) -> Probe:
     watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
     try:
         with torch.no_grad(), _default_attention(model), _watched(leaves, watch), torch.device("meta"):
-            cache_token_bytes, activation = _run(model, watch)
+            costs = _run(model, watch, model.config._attn_implementation == "eager")
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe()
-    return Probe(tuple(name for name in watch.ran if name not in watch.reached), cache_token_bytes, activation)
+    return Probe(tuple(name for name in watch.ran if name not in watch.reached), *costs)
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
-def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, int]:
-    """A prompt, then a token behind it: families choose other kernels for the second."""
+def _run(model: PreTrainedModel, watch: _Watch, materializes_scores: bool) -> tuple[int, int, int]:
+    """Two prompts, then a token behind the second: families choose other kernels for one token.
+
+    Bytes of the cache a token, and of activations a token and a token squared.
+    """
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    prompt = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=True, **last_only)
-    activation = -(-watch.largest_bytes // _TOKENS)
-    cache = getattr(prompt, "past_key_values", None)
-    if cache is None:
-        return 0, activation
+    peaks = []
+    for tokens in _PROMPTS:
+        watch.forget_peak()
+        prompt = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_only)
+        peaks.append(watch.forget_peak() / tokens)
+    square = max(0.0, (peaks[1] - peaks[0]) / (_PROMPTS[1] - _PROMPTS[0]))
+    linear = max(0.0, peaks[0] - square * _PROMPTS[0])
+    if not materializes_scores:  # the meta device has no fused kernel and shows what none would hold
+        square = 0.0
+    name = next((name for name in _CACHES if getattr(prompt, name, None) is not None), None)
+    cache = getattr(prompt, name) if name else None
     held = _cache_bytes(cache)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-    return max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS)), activation
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **({name: cache} if name else {}))
+    grown = max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
+    return grown, math.ceil(linear), math.ceil(square)
 
 
 def _cache_bytes(cache: Any) -> int:

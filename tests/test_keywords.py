@@ -81,6 +81,9 @@ def test_max_seq_len_claims_its_part_of_the_budget(checkpoint: Any, streamed: An
     assert free.budget.device_bytes == 10**7
     assert asked.budget.reserved_bytes >= 1000 * per_token
     assert asked.budget.device_bytes == 10**7 - asked.budget.reserved_bytes
+    with pytest.raises(errors.BudgetError, match="for the tokens of max_seq_len") as caught:
+        streamed(checkpoint("llama"), max_memory={"cpu": 1}, max_seq_len=1000)
+    streamed(checkpoint("llama"), max_memory={"cpu": caught.value.smallest_bytes}, max_seq_len=1000)
     with pytest.raises(errors.ConfigurationError, match="max_seq_len='many' is no number"):
         streamed(checkpoint("llama"), max_seq_len="many")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabbit_engine.errors import BudgetError
@@ -148,6 +148,7 @@ def test_budgets_hold_and_every_unit_is_placed_once(
     assert str(plan)
 
 
+@settings(max_examples=400)
 @given(models, st.integers(0, 10**14), st.integers(0, 10**14), st.integers(0, 10**13), st.integers(0, 10**13))
 def test_more_memory_never_means_more_bytes(units: list[UnitSize], device: int, host: int, more: int, more_host: int) -> None:
     less = placed(units, "cuda:0", Budget(device_bytes=device, host_bytes=host))
@@ -155,6 +156,7 @@ def test_more_memory_never_means_more_bytes(units: list[UnitSize], device: int, 
         return
     on_device = place(units, "cuda:0", Budget(device_bytes=device + more, host_bytes=host))
     assert on_device.link_bytes <= less.link_bytes
+    assert on_device.pass_bytes <= less.pass_bytes
     in_host = place(units, "cuda:0", Budget(device_bytes=device, host_bytes=host + more_host))
     assert in_host.pass_bytes <= less.pass_bytes
     cpu = place(units, "cpu", Budget(device_bytes=device))

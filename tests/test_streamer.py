@@ -208,6 +208,88 @@ def test_a_slow_reader_is_waited_for(units: list[Unit], ring: CountingRing) -> N
         streamer.close()
 
 
+@pytest.mark.parametrize("strike", ["before", "after"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_interrupt_while_a_unit_is_dropped_hands_no_byte_out_twice(
+    strike: str, which: int, units: list[Unit], ring: CountingRing
+) -> None:
+    """The entry whose read is under way when Ctrl-C strikes keeps its place until the read has ended."""
+    ring.delay = 0.05
+    streamer = stream(units, ring)
+    native, calls = streamer._drop_first, itertools.count()
+
+    def interrupted() -> None:
+        mine = next(calls) == which
+        if strike == "after" or not mine:
+            native()
+        if mine:
+            raise KeyboardInterrupt
+
+    try:
+        use(streamer, units, 0)
+        wait_until(lambda: bool(streamer._under_way))  # u1 is there, u2 is being read
+        streamer._drop_first = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            streamer.acquire("u3")
+        streamer._drop_first = native  # type: ignore[method-assign]
+        with streamer._lock:
+            streamer.release_all()
+            assert {entry.place for entry in streamer._under_way.values()} <= set(streamer._arena._taken)
+        for index in (3, 4, 0, 2, 1):
+            use(streamer, units, index)
+    finally:
+        streamer.close()
+
+
+def test_a_unit_asked_for_inside_another_is_an_error_also_when_it_was_foreseen(units: list[Unit]) -> None:
+    streamer = stream(units, ring_of(units, 1))
+    try:
+        streamer.acquire("u0")
+        wait_until(lambda: not streamer._under_way)
+        with pytest.raises(StreamingError, match="u1 is asked for inside u0"):
+            streamer.acquire("u1")
+        streamer.release_all()
+        use(streamer, units, 1)
+    finally:
+        streamer.close()
+
+
+def test_an_interrupted_close_can_be_repeated(units: list[Unit], ring: CountingRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring.delay = 0.05
+    freed: list[int] = []
+    streamer = stream(units, ring, at_close=[lambda: freed.append(1)])
+    use(streamer, units, 0)
+    native = streamer._reader.leave
+
+    def interrupted(source: Any) -> None:
+        monkeypatch.setattr(streamer._reader, "leave", native)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streamer._reader, "leave", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        streamer.close()
+    streamer.close()
+    streamer.close()
+    assert freed == [1]
+    assert ring.view(0, 1).numel() == 0
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_behind(units: list[Unit], monkeypatch: pytest.MonkeyPatch) -> None:
+    native = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    reader = shared_reader()
+    before = len(reader._sources)
+    if not reader._threads:
+        with pytest.raises(RuntimeError, match="new thread"):
+            stream(units, ring_of(units))
+        assert len(reader._sources) == before
+    monkeypatch.setattr(threading.Thread, "start", native)
+    streamer = stream(units, ring_of(units))
+    use(streamer, units, 0)
+    assert len([t for t in reader._threads if t.is_alive()]) == READERS
+    streamer.close()
+
+
 def test_short_reads_are_read_on(units: list[Unit], monkeypatch: pytest.MonkeyPatch, streamer: Streamer) -> None:
     native = directio.read_into
     asked: list[int] = []

@@ -238,6 +238,34 @@ def test_a_forked_process_is_told_to_load_its_own(checkpoint: Any, streamed: Any
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_process_forked_amid_a_pass_is_told_too(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"))
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            model(ids)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                try:
+                    model(ids)
+                    os._exit(1)
+                except errors.ModelClosedError:
+                    os._exit(0)
+                finally:
+                    os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        worker.join(60)
+
+
 def test_a_load_that_fails_late_leaves_no_thread(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rabbit_engine import assembly
 

@@ -70,13 +70,30 @@ def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp
 
 
 def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any) -> None:
-    done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=90kB,cpu=70MB", "--disk-rate", "5GB")
+    done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=90kB,cpu=110MB", "--disk-rate", "5GB")
     assert done.returncode == 0, done.stderr
     assert "in host memory" in done.stdout
     assert "over the link" in done.stdout
     done = rabbit("plan", checkpoint("llama"), "--max-memory", "1kB")
     assert (done.returncode, done.stdout) == (1, "")
     assert 'give max_memory={"cpu":' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "foo", "--max-memory", "1GiB"), "device='foo' is no device torch knows"),
+        (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "device='cuda:7' is not here"),
+        (("--device", "xpu", "--max-memory", "1GiB"), "error: device='xpu"),
+        (("--disk-rate", "0"), "nothing would ever arrive"),
+        (("--disk-rate", "abc"), "is no rate"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(arguments: tuple[str, ...], words: str, checkpoint: Any) -> None:
+    done = rabbit("plan", checkpoint("llama"), *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def rabbit(*arguments: object) -> subprocess.CompletedProcess[str]:

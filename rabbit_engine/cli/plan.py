@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from rabbit_engine.cli.run import parse_memory
-from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_dtype, parse_max_memory, parse_planned_device
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.forecast import forecast
 from rabbit_engine.planner import Speeds
 from rabbit_engine.units import parse_bytes
@@ -38,10 +38,10 @@ def plan(
 
     With --max-memory the device need not be here: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """
-    target = torch.device(device) if device and max_memory else parse_device(device)  # also one that is not here
-    device_budget, host_budget = parse_max_memory(parse_memory(max_memory), target)
-    given = {"disk": disk_rate, "link": link_rate}
-    rates = {name: float(parse_bytes(text)) for name, text in given.items() if text is not None}
+    memory = parse_memory(max_memory)
+    target = parse_planned_device(device, lambda wanted: parse_max_memory(memory, wanted)[0] is not None)
+    device_budget, host_budget = parse_max_memory(memory, target)
+    rates = _rates({"disk": disk_rate, "link": link_rate})
     found = forecast(
         model,
         SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
@@ -58,3 +58,16 @@ def plan(
     for name, value in found.rows():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _rates(given: dict[str, str | None]) -> dict[str, float]:
+    """Bytes a second by link, of those that were given."""
+    rates = {}
+    for link, text in given.items():
+        try:
+            rates[link] = float(parse_bytes(text)) if text is not None else 1.0
+        except ValueError as error:
+            raise ConfigurationError(f'--{link}-rate {text} is no rate; write "5GB" for 5 GB a second') from error
+        if rates[link] <= 0:
+            raise ConfigurationError(f"--{link}-rate {text}: nothing would ever arrive")
+    return {link: rate for link, rate in rates.items() if given[link] is not None}

@@ -118,6 +118,7 @@ class Binding:
         @functools.wraps(native)
         def forward(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
+            self._streamer.require_open()  # a forked process inherits locks that nobody there will free
             with self._lock:  # held already inside a root pass; for callers of a layer alone
                 try:
                     bound.bring(*self._acquire(unit.name))
@@ -132,6 +133,7 @@ class Binding:
     @contextmanager
     def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
         """The only weight of a unit that belongs to no module of its own, while the block runs."""
+        self._streamer.require_open()
         with self._lock:
             try:
                 _, memory = self._acquire(unit.name)
@@ -162,6 +164,7 @@ class Binding:
     @contextmanager
     def root_pass(self) -> Iterator[None]:
         """One forward of the root at a time; whatever ends it, nothing stays."""
+        self._streamer.require_open()
         with self._lock:
             start, outermost = time.perf_counter(), not self._inside
             try:

@@ -1,7 +1,7 @@
 """A matrix that is cut by rows: its linear layer computes a block of outputs from each block of rows as that arrives.
 
 Each output is the same sum over the same products; where a kernel orders the sum by the shape of the whole matrix, results
-of float32 differ from the uncut ones by rounding (docs/architecture.md has the bound that was measured).
+differ from the uncut ones by rounding (docs/architecture.md has the bound that was measured).
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ class LinearBlocks(Placeholder):
         """`states` [..., inputs] times the transposed matrix: [..., outputs]."""
         if torch.is_grad_enabled() and states.requires_grad:
             raise CannotTrainError(f"{self.weight_name} would record gradients: streamed weights run forwards only")
-        result = states.new_empty(*states.shape[:-1], self.shape[0])
+        result: torch.Tensor | None = None
         for block in self.blocks:
             part = None if bias is None else bias[block.first : block.stop]
             with block.borrow() as rows:
-                result[..., block.first : block.stop] = functional.linear(states, rows, part)
+                outputs = functional.linear(states, rows, part)
+            if result is None:  # in the dtype of the outputs, which autocast may have chosen
+                result = outputs.new_empty(*states.shape[:-1], self.shape[0])
+            result[..., block.first : block.stop] = outputs
+        assert result is not None  # noqa: S101 - a matrix has rows
         return result
 
     @classmethod

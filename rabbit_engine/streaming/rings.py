@@ -21,8 +21,8 @@ from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Extent, Unit
 
-READERS = 4
-"""Reads under way at once: what it took to reach the rate of the disks that were measured."""
+READERS = 6
+"""Reads under way at once: four fill the disks that were measured, and two may be copying to their place."""
 
 STAGING_BYTES = CHUNK_BYTES + 2 * PAGE
 

@@ -53,7 +53,7 @@ class Streamer:
 
     `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
     (pinned) host memory and are copied from there, the others are read from their files. `rates` are the disk's and the
-    link's own bytes a second, for the profile.
+    link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
     """
 
     def __init__(
@@ -66,13 +66,14 @@ class Streamer:
         host: Mapping[str, torch.Tensor] | None = None,
         prefetching: bool = True,
         rates: tuple[float, float] = (0.0, 0.0),
+        at_close: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._ring = ring
         self._arena = Arena(nbytes)
         self._base = base
         self._host = dict(host or {})
         self._queue: deque[_Entry] = deque()
-        self._dropped: list[_Entry] = []
+        self._under_way: dict[int, _Entry] = {}  # changed by readers alone: an interrupt of the model's thread loses none
         self._held: dict[str, _Held] = {}
         self._units = {unit.name: unit for unit in units}
         self._chunks = {unit.name: () if unit.name in self._host else unit.chunks() for unit in units}
@@ -80,7 +81,8 @@ class Streamer:
         self._successor = dict(zip(names, names[1:] + names[:1], strict=True))
         self._previous: str | None = None
         self._prefetching = prefetching
-        self._closed = False
+        self._closed = self._freed = False
+        self._at_close = tuple(at_close)
         self._process = os.getpid()
         self._last_use: Mark = None
         counts = {unit.name: UnitProfile(unit.name) for unit in units}
@@ -109,12 +111,13 @@ class Streamer:
             self._successor[self._previous] = name
         self._previous = name
         while self._queue and self._queue[0].unit.name != name:
-            self._drop(self._queue.popleft())
+            self._drop_first()
         if self._queue and self._queue[0].state == "failed":  # a prefetch: now that it matters it is tried again
-            self._queue.popleft()
-            self._drop_all()
-        if not self._queue:
+            while self._queue:
+                self._drop_first()
+        if not self._queue or self._queue[0].state == "waiting":
             self._require_room(name)
+        if not self._queue:
             self._queue.append(_Entry(self._units[name]))
         self._queue[0].wanted = True
         self._changed.notify_all()
@@ -140,24 +143,23 @@ class Streamer:
         if not self._arena.fits_beside(mine, self._units[name].nbytes):
             raise StreamingError(f"{name} is asked for inside {' and '.join(self._held)}: more at once than the ring can hold")
 
-    def _drop_all(self) -> None:
-        while self._queue:
-            self._drop(self._queue.popleft())
-
-    def _drop(self, entry: _Entry) -> None:
+    def _drop_first(self) -> None:
+        """Let the head of the queue go; bytes that are being read to its place keep it until they have arrived."""
+        entry = self._queue[0]
         entry.state = "dropped"
-        if entry.under_way:
-            self._dropped.append(entry)
-        else:
+        if not entry.under_way:
             self._give_back(entry)
+        self._queue.popleft()
 
     def _give_back(self, entry: _Entry) -> None:
-        if entry.place >= 0:
-            self._arena.give(entry.place)
-            entry.place = -1
+        place, entry.place = entry.place, -1
+        if place >= 0:
+            self._arena.give(place)
 
     def release(self, name: str) -> bool:
         """Let go of the unit; True when this was its last holder and its room is free again."""
+        if os.getpid() != self._process:
+            return False
         with self._lock:
             held = self._held.get(name)
             if held is None:
@@ -173,43 +175,44 @@ class Streamer:
 
     def release_all(self) -> None:
         """Let go of everything: a pass has ended, however it ended (a KeyboardInterrupt may strike between any two lines)."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if self._held:
                 self._last_use = self._ring.last_use()
             self._held.clear()
-            self._dropped = [entry for entry in self._dropped if entry.under_way]
-            self._arena.keep_only({entry.place for entry in (*self._queue, *self._dropped)})
+            self._arena.keep_only({entry.place for entry in (*self._queue, *self._under_way.values())})
             self._changed.notify_all()
 
     def abandon(self) -> None:
         """`close`, for a finalizer: the garbage collector may strike in a reader's thread or amid bookkeeping."""
-        if os.getpid() == self._process and not self._closed:
+        if os.getpid() == self._process and not self._freed:
             if self._reader.is_busy_here():
                 threading.Thread(target=self.close, name="rabbit-closer").start()
             else:
                 self.close()
 
     def close(self) -> None:
-        """End the reading and let go of the ring. Safe to call again."""
-        if os.getpid() != self._process:
+        """End the reading and let go of the ring. Safe to call again, also after an interrupt."""
+        if os.getpid() != self._process or self._freed:
             return
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             self._changed.notify_all()
-            while any(entry.under_way for entry in (*self._queue, *self._dropped)):
+            while self._under_way:
                 self._changed.wait()
-        if self._units:
-            self._reader.leave(self)
+        self._reader.leave(self)
         self._queue.clear()
         self._host.clear()
         self._ring.close()
+        for free in self._at_close:
+            free()
+        self._freed = True
 
     def wait_until_idle(self) -> None:
         """Return when nothing is being read ahead any more: the ring is full, or nothing is to come."""
         with self._lock:
-            while any(entry.under_way for entry in (*self._queue, *self._dropped)) or self._has_work():
+            while self._under_way or self._has_work():
                 self._changed.wait()
 
     @property
@@ -229,6 +232,8 @@ class Streamer:
 
     def profile(self) -> Profile:
         """A copy of the counts so far."""
+        if os.getpid() != self._process:
+            return self._profile.copy()
         with self._lock:
             return self._profile.copy()
 
@@ -238,6 +243,8 @@ class Streamer:
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._profile.passes += 1
             self._profile.pass_s += seconds
@@ -302,6 +309,7 @@ class Streamer:
         index, chunks = entry.issued, self._chunks[entry.unit.name]
         entry.issued += 1
         entry.under_way += 1
+        self._under_way[id(entry)] = entry
         self._profile.begin_read(time.perf_counter())
         return partial(self._work, entry, chunks[index] if chunks else None)
 
@@ -320,6 +328,8 @@ class Streamer:
 
     def _done(self, entry: _Entry, chunk: Extent | None, error: Exception | None, seconds: float) -> None:
         entry.under_way -= 1
+        if not entry.under_way:
+            del self._under_way[id(entry)]
         self._profile.end_read(time.perf_counter())
         if chunk is not None and error is None:
             self._profile.count_read(entry.unit.name, chunk.read_bytes, seconds)
@@ -330,20 +340,15 @@ class Streamer:
             entry.issued = self._parts(entry)
         if entry.under_way or entry.issued < self._parts(entry):
             if entry.state == "dropped" and not entry.under_way:
-                self._bury(entry)
+                self._give_back(entry)
             return
         self._finish(entry)
 
     def _finish(self, entry: _Entry) -> None:
         if entry.state == "dropped":
-            self._bury(entry)
+            self._give_back(entry)
         elif entry.error is not None:
             self._give_back(entry)
             entry.state = "failed"
         else:
             entry.arrived, entry.state = self._ring.seal(), "ready"
-
-    def _bury(self, entry: _Entry) -> None:
-        """A dropped entry's last read is over."""
-        self._dropped = [other for other in self._dropped if other is not entry]
-        self._give_back(entry)
