@@ -43,20 +43,11 @@ def budgets_of(memory_bytes: int, budgets: str | None) -> list[int]:
     return [memory_bytes * part // 6 for part in _SIXTHS]
 
 
-def rabbit_lanes(python: str | None, model: Path, shards: Path, budgets: Sequence[int]) -> Iterator[Lane]:
-    """rabbit_engine as it decides itself, and with each budget; transformers' offload runs in the same Python."""
+def rabbit_lanes(python: str | None, model: Path, budgets: Sequence[int]) -> Iterator[Lane]:
+    """rabbit_engine as it decides itself; transformers' offload, in the same Python, with each budget."""
     if python is None:
         return
-    bounded = tuple(("--max-memory", str(size)) for size in budgets)
-    yield Lane(
-        name="rabbit_engine",
-        module="rabbit",
-        python=python,
-        model=model,
-        always=("--shards", str(shards / "rabbit_engine")),
-        settings=((), *bounded),
-        prepares=True,
-    )
+    yield Lane(name="rabbit_engine", module="rabbit", python=python, model=model)
     yield Lane(
         name="transformers disk offload",
         module="transformers_offload",
@@ -191,7 +182,7 @@ def main(
     limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=tuple(filter(None, (model, shards, gguf))))
     pythons = {"rabbit_engine": rabbit_python, "AirLLM": airllm_python, "RabbitLLM": rabbitllm_python, "llama.cpp": llama_python}
     lanes = [
-        *rabbit_lanes(rabbit_python, model, shards, budgets_of(limit, budgets)),
+        *rabbit_lanes(rabbit_python, model, budgets_of(limit, budgets)),
         *airllm_lane(airllm_python, model, shards),
         *rabbitllm_lane(rabbitllm_python, model, shards),
         *llama_lane(llama_python, gguf),

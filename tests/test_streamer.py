@@ -208,7 +208,7 @@ def test_a_slow_reader_is_waited_for(units: list[Unit], ring: CountingRing) -> N
         streamer.close()
 
 
-@pytest.mark.parametrize("strike", ["before", "after"])
+@pytest.mark.parametrize("strike", ["before", "amid", "after"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_interrupt_while_a_unit_is_dropped_hands_no_byte_out_twice(
     strike: str, which: int, units: list[Unit], ring: CountingRing
@@ -220,7 +220,9 @@ def test_an_interrupt_while_a_unit_is_dropped_hands_no_byte_out_twice(
 
     def interrupted() -> None:
         mine = next(calls) == which
-        if strike == "after" or not mine:
+        if strike == "amid" and mine:
+            streamer._queue[0].state = "dropped"
+        elif strike == "after" or not mine:
             native()
         if mine:
             raise KeyboardInterrupt
@@ -235,7 +237,7 @@ def test_an_interrupt_while_a_unit_is_dropped_hands_no_byte_out_twice(
         with streamer._lock:
             streamer.release_all()
             assert {entry.place for entry in streamer._under_way.values()} <= set(streamer._arena._taken)
-        for index in (3, 4, 0, 2, 1):
+        for index in (which + 1, 3, 4, 0, 2, 1):
             use(streamer, units, index)
     finally:
         streamer.close()

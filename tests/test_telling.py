@@ -163,6 +163,12 @@ def test_bench_measures_the_link_and_residency(checkpoint: Any, streamed: Any) -
     assert read[0] > read[1] > read[2] == 0
 
 
+def test_bench_of_a_model_whose_cache_cannot_go_back(checkpoint: Any, streamed: Any) -> None:
+    needed = int(streamed(checkpoint("qwen3_next")).plan.budget.device_bytes)
+    records, _, _ = link(checkpoint("qwen3_next"), rounds=1, steps=2, device="cpu", max_memory={"cpu": needed})
+    assert [record.lane for record in records] == [DISK, RING, DECODE]
+
+
 def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
     needed = streamed(checkpoint("llama")).plan.budget.device_bytes
     done = rabbit(

@@ -110,8 +110,8 @@ class Streamer:
         if self._previous is not None:
             self._successor[self._previous] = name
         self._previous = name
-        while self._queue and self._queue[0].unit.name != name:
-            self._drop_first()
+        while self._queue and (self._queue[0].unit.name != name or self._queue[0].state == "dropped"):
+            self._drop_first()  # one that is dropped already: an interrupt struck before it was gone
         if self._queue and self._queue[0].state == "failed":  # a prefetch: now that it matters it is tried again
             while self._queue:
                 self._drop_first()

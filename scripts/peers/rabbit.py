@@ -1,4 +1,4 @@
-"""rabbit_engine on the CPU: `python -m peers.rabbit MODEL_DIR [--max-memory BYTES] [--shards DIR]`."""
+"""rabbit_engine on the CPU: `python -m peers.rabbit MODEL_DIR [--max-memory BYTES]`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ def main() -> None:
     """Without --max-memory the engine takes what it finds free."""
     arguments = parser(__doc__)
     arguments.add_argument("--max-memory", type=int, help="Bytes for weights.")
-    arguments.add_argument("--shards", help="Where the split goes; beside the model if not given.")
     options = arguments.parse_args()
     max_memory: dict[int | str, int | str] | None = {"cpu": options.max_memory} if options.max_memory else None
 
     def load() -> Any:
-        return AutoModel.from_pretrained(
-            options.model, device="cpu", max_memory=max_memory, layer_shards_saving_path=options.shards
-        )
+        return AutoModel.from_pretrained(options.model, device="cpu", max_memory=max_memory)
 
     run(options, "rabbit_engine", rabbit_engine.__version__, load, decode_by_generate)
 
