@@ -30,6 +30,9 @@ _SYSTEM_BYTES = 64 * 2**20
 _SYSTEM_SHARE = 1 / 32
 """Left to the process and the system: allocators, kernels' buffers, what grows."""
 
+_HOST_SHARE = 1 / 8
+"""Of host memory beside a device: it is pinned, and what is pinned cannot be swapped out for anybody."""
+
 _SAMPLE_CHUNKS = 24
 _ASSUMED_LINK = 12e9
 
@@ -73,7 +76,7 @@ def _host_bytes(stream: StreamConfig) -> int:
     cpu = torch.device("cpu")
     free = free_memory_bytes(cpu)
     own = stream.host_budget_bytes
-    host = own if own is not None else max(0, free - _SYSTEM_BYTES - int(free * 2 * _SYSTEM_SHARE))
+    host = own if own is not None else max(0, free - _SYSTEM_BYTES - int(free * _HOST_SHARE))
     return min(host, pinned_limit_bytes()) if stream.device.type == "cuda" else host
 
 

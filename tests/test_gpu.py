@@ -8,6 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from conftest import smallest
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -39,6 +40,19 @@ def test_many_passes_over_wide_layers_never_see_a_slot_too_early(tmp_path: Path,
         expected = whole(ids.cuda()).logits
         for _ in range(20):
             assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("host", ["120MB", "1GB"])
+def test_from_disk_and_from_host_memory(host: str, tmp_path: Path, plain: Any, streamed: Any, ids: Any) -> None:
+    """With 120 MB nearly all of the host's share are staging buffers: the weights come from disk."""
+    keywords = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "head_dim": 512}
+    folder = families.save("llama", tmp_path, dtype=torch.bfloat16, **keywords)
+    whole, budget = plain(folder).to("cuda"), smallest(folder, device="cuda")
+    model = streamed(folder, device="cuda", max_memory={**budget, "cpu": host}, profiling_mode=True)
+    assert (model.plan.pass_bytes > 0) == (host == "120MB")
+    for _ in range(3):
+        assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids.cuda(), **GREEDY))
+    assert {span.lane.split()[0] for span in model._assembly.trace.spans()} >= {"copy", "compute"}
 
 
 def test_memory_stays_within_the_plan(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
