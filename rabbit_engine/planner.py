@@ -239,16 +239,27 @@ def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging:
         raise _too_small(device, needed, smallest, budget)
     ring = min(wanted, room)
     order = _spread(streamed)
-    on_device = _fill(order, room - ring) if device == "cpu" else _beginning(order, room - ring)
-    rest = [unit for unit in order if unit not in on_device]
-    room_in_host = _room_in_host(device, budget, rest)
-    in_host = _fill(rest, room_in_host)
+    on_device, in_host = _tiers(order, room - ring, device, budget)
     return _Placed(
         [unit for unit in streamed if unit in on_device],
         [unit for unit in streamed if unit in in_host],
         [unit for unit in streamed if unit not in on_device and unit not in in_host],
         ring,
     )
+
+
+def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) -> tuple[set[UnitSize], set[UnitSize]]:
+    """Who stays on the device and who in host memory.
+
+    The device takes the beginning of the order, the host what fits of the rest. Room left on the device, less than its next
+    unit, goes to units of the host (on a CPU to any): so neither link ever carries more because either has more room.
+    """
+    on_device = _beginning(order, room)
+    rest = [unit for unit in order if unit not in on_device]
+    in_host = _fill(rest, _room_in_host(device, budget, rest))
+    left = room - sum(unit.nbytes for unit in on_device)
+    promoted = _fill(rest if device == "cpu" else [unit for unit in rest if unit in in_host], left)
+    return on_device | promoted, in_host - promoted
 
 
 def _room_in_host(device: str, budget: Budget, rest: Sequence[UnitSize]) -> int:
