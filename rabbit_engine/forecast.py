@@ -24,8 +24,8 @@ from rabbit_engine.units import format_bytes
 def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
     """What `AutoModel.from_pretrained` would decide on this machine now, and from which files it would stream.
 
-    Reads the config and headers only, those of a Hub repo by range. Raises what loading would raise up to the first byte
-    of a weight.
+    Reads the config and headers only, those of a Hub repo by range; but a repo that is one GGUF file is fetched, as its
+    config is inside. Raises what loading would raise up to the first byte of a weight.
     """
     request = open_request(name, source, split, open_headers=_headers)
     shapes, found, note = _entries(request)

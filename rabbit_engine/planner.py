@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rabbit_engine.errors import BudgetError
@@ -125,9 +125,10 @@ class Plan:
         link = "the disk" if self.bound == "disk" else f"the link to {self.device}"
         moved = format_bytes(self.pass_bytes if self.bound == "disk" else self.link_bytes)
         beside = "" if self.pass_bytes else ", no disk in the loop"
+        certain = "at least" if self.speeds.source == "given" else "about"  # a short sample may err either way
         return (
             f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "
-            f"at least {format_seconds(self.pass_s)} a token, the first after {format_seconds(self.first_token_s)}"
+            f"{certain} {format_seconds(self.pass_s)} a token, the first after {format_seconds(self.first_token_s)}"
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -168,7 +169,7 @@ class _Placed:
     host: list[UnitSize]
     disk: list[UnitSize]
     ring_bytes: int
-    embedding_stays: bool = field(default=False)
+    embedding_stays: bool = False
 
 
 def place(
@@ -329,8 +330,3 @@ def _fill(order: Sequence[UnitSize], room: int) -> set[UnitSize]:
             taken.add(unit)
             room -= unit.nbytes
     return taken
-
-
-def at_speeds(plan: Plan, speeds: Speeds) -> Plan:
-    """The same plan with its seconds told at other speeds."""
-    return replace(plan, speeds=speeds)

@@ -19,8 +19,9 @@ from safetensors.torch import save
 from rabbit_engine import directio
 from rabbit_engine.errors import DamagedShardError, ModelClosedError, StreamingError
 from rabbit_engine.streaming import Streamer, Trace, Unit, fill_all, make_unit, row_blocks
+from rabbit_engine.streaming import streamer as streamer_module
 from rabbit_engine.streaming.arena import Arena
-from rabbit_engine.streaming.reader import shared_reader
+from rabbit_engine.streaming.reader import Reader, shared_reader
 from rabbit_engine.streaming.rings import READERS, PlainRing
 from rabbit_engine.streaming.unit import Extent
 from rabbit_engine.tensorfiles import read_header, read_tensor, write_aligned
@@ -276,19 +277,26 @@ def test_an_interrupted_close_can_be_repeated(units: list[Unit], ring: CountingR
     assert ring.view(0, 1).numel() == 0
 
 
-def test_a_thread_that_cannot_start_leaves_nothing_behind(units: list[Unit], monkeypatch: pytest.MonkeyPatch) -> None:
-    native = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
-    reader = shared_reader()
-    before = len(reader._sources)
-    if not reader._threads:
-        with pytest.raises(RuntimeError, match="new thread"):
-            stream(units, ring_of(units))
-        assert len(reader._sources) == before
+@pytest.mark.parametrize("started", [0, 1, 3])
+def test_threads_that_cannot_start_leave_nothing_behind(started: int, units: list[Unit], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader of this test's own, as another test's model may keep the shared one running."""
+    reader, native, starts = Reader(), threading.Thread.start, itertools.count()
+    monkeypatch.setattr(streamer_module, "shared_reader", lambda: reader)
+
+    def start(thread: threading.Thread) -> None:
+        if next(starts) == started:
+            raise RuntimeError("can't start new thread")
+        native(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        stream(units, ring_of(units))
+    assert reader._sources == []
     monkeypatch.setattr(threading.Thread, "start", native)
     streamer = stream(units, ring_of(units))
-    use(streamer, units, 0)
-    assert len([t for t in reader._threads if t.is_alive()]) == READERS
+    for index in range(UNITS):
+        use(streamer, units, index)
+    assert sum(thread.is_alive() for thread in reader._threads.values()) == READERS
     streamer.close()
 
 

@@ -28,35 +28,34 @@ class Reader:
         self.lock = threading.RLock()  # entered as C code: an interrupt cannot leave it half taken
         self.changed = threading.Condition(self.lock)
         self._sources: list[Source] = []
-        self._threads: list[threading.Thread] = []
-        self._lanes: dict[int, int] = {}
+        self._threads: dict[int, threading.Thread] = {}
 
     def join(self, source: Source) -> None:
         """Read for `source` from now on."""
-        with self.lock:
-            try:
+        try:
+            with self.lock:
                 self._sources.append(source)
                 self._start_threads()
-            except BaseException:
-                self.leave(source)
-                raise
-            self.changed.notify_all()
+                self.changed.notify_all()
+        except BaseException:
+            self.leave(source)  # without the lock: it waits for threads that need it to end
+            raise
 
     def _start_threads(self) -> None:
         """One thread a lane; one that could not be started before, or was interrupted in its start, is started anew."""
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        while len(self._threads) < READERS:
-            thread = threading.Thread(target=self._read_on, name="rabbit-reader", daemon=True)
-            self._threads.append(thread)  # first: it ends itself where it is not among them
-            thread.start()
+        for lane in range(READERS):
+            if lane not in self._threads or not self._threads[lane].is_alive():
+                thread = threading.Thread(target=self._read_on, args=(lane,), name="rabbit-reader", daemon=True)
+                self._threads[lane] = thread  # first: it ends itself where it is not among them
+                thread.start()
 
     def leave(self, source: Source) -> None:
         """Read for `source` no more; after the last one the threads end. Returns when they have."""
         with self.lock:
             self._sources = [other for other in self._sources if other is not source]
-            ending = [] if self._sources else self._threads
+            ending = [] if self._sources else list(self._threads.values())
             if not self._sources:
-                self._threads = []
+                self._threads = {}
             self.changed.notify_all()
         for thread in ending:
             if thread is not threading.current_thread() and thread.is_alive():
@@ -64,16 +63,14 @@ class Reader:
 
     def is_busy_here(self) -> bool:
         """Whether this thread is a reader, or is in the midst of bookkeeping."""
-        return threading.current_thread() in self._threads or self.changed._is_owned()  # type: ignore[attr-defined]
+        return threading.current_thread() in self._threads.values() or self.changed._is_owned()  # type: ignore[attr-defined]
 
-    def _read_on(self) -> None:
-        with self.lock:
-            lane = self._lane()
+    def _read_on(self, lane: int) -> None:
         while True:
             with self.lock:
                 job = self._next_job()
                 while job is None:
-                    if threading.current_thread() not in self._threads:
+                    if threading.current_thread() not in self._threads.values():
                         return
                     self.changed.wait()
                     job = self._next_job()
@@ -81,14 +78,6 @@ class Reader:
             with self.lock:
                 finish()
                 self.changed.notify_all()
-
-    def _lane(self) -> int:
-        """The lowest number that no other thread has."""
-        mine = threading.get_ident()
-        taken = {lane for ident, lane in self._lanes.items() if any(t.ident == ident and t.is_alive() for t in self._threads)}
-        self._lanes = {ident: lane for ident, lane in self._lanes.items() if lane in taken}
-        self._lanes[mine] = next(lane for lane in range(READERS + 1) if lane not in taken)
-        return self._lanes[mine]
 
     def _next_job(self) -> Job | None:
         for wanted in (True, False):
