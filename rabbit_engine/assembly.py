@@ -134,6 +134,7 @@ class _Builder:
             self._plan.ring_bytes,
             base=self._plan.resident_bytes,
             host=self._fill_host(),
+            rare={size.name for size in sketch.sizes if size.rare},
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
             at_close=[partial(_unpin_all, self._host_memory)],

@@ -27,6 +27,7 @@ RabbitError
 └── StreamingError (RuntimeError)            while a model is loaded
     ├── WeightNotLoadedError                 a weight was used while it was away
     ├── ModelClosedError                     the model was used after close()
+    ├── TextTooLongError                     a position past those that a converted model computes right
     └── UnsupportedOperationError            something a streamed model cannot do
         ├── CannotMoveError                  to(), cuda(), half(), to_empty() ...
         ├── CannotCopyError                  copy and deepcopy
@@ -152,6 +153,10 @@ class WeightNotLoadedError(StreamingError):
 
 class ModelClosedError(StreamingError):
     """The model was used after `close()` or the end of its `with` block."""
+
+
+class TextTooLongError(StreamingError):
+    """A text longer than the positions that a converted model computes as its family's own code does."""
 
 
 class UnsupportedOperationError(StreamingError):

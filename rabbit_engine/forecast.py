@@ -29,7 +29,7 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     """
     request = open_request(name, source, split, open_headers=_headers)
     shapes, found, note = _entries(request)
-    model = build_for(request.cls, request.config, request.dtype, shapes)
+    model = build_for(request.architecture, request.dtype, shapes)
     entries, ties = found or unread_entries(model)
     plan = plan_for(draw(model, entries, ties, CUT), stream)
     return replace(plan, notes=(*plan.notes, note))
@@ -63,9 +63,9 @@ def _entries(request: Request) -> tuple[Mapping[str, tuple[int, ...]], _Found | 
     except NotInPlaceError as reason:
         return {}, None, _split_note(request, str(reason))
     tensors = _headers(request.repo, files, request.source).tensors
-    shapes = stored_shapes(request.cls, request.config, request.dtype, tensors)
+    shapes = stored_shapes(request.architecture, request.dtype, tensors)
     try:
-        found = original_entries(request.cls, request.config, request.dtype, tensors, request.repo.folder, equal=_taken_as_equal)
+        found = original_entries(request.architecture, request.dtype, tensors, request.repo.folder, equal=_taken_as_equal)
     except NotInPlaceError as reason:
         return shapes, None, _split_note(request, str(reason))
     if request.split.mode == "always" or request.split.saving_path is not None:

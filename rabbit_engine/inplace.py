@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
-from rabbit_engine.architectures import open_conversion
+from rabbit_engine.architectures import Architecture, open_conversion
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
 from rabbit_engine.errors import DamagedCheckpointError
 from rabbit_engine.splitplan import settle_ties
@@ -34,8 +33,7 @@ def _equal_in_files(first: TensorEntry, second: TensorEntry) -> bool:
 
 
 def original_entries(
-    cls: type[PreTrainedModel],
-    config: PretrainedConfig,
+    architecture: Architecture,
     dtype: torch.dtype,
     tensors: Mapping[str, LazyTensor],
     folder: Path,
@@ -46,8 +44,8 @@ def original_entries(
     `equal` tells whether two stored tensors that may be tied are. Raises NotInPlaceError with the first weight that would
     have to be converted, cast or reshaped, and MismatchedWeightsError where weights are missing.
     """
-    skeleton = build_for(cls, config, dtype, stored_shapes(cls, config, dtype, tensors))
-    conversion = open_conversion(skeleton, tensors, dtype)
+    skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))
+    conversion = open_conversion(skeleton, tensors, dtype, architecture.transforms)
     entries: dict[str, TensorEntry] = {}
     for key, target in conversion.targets().items():
         tensor = tensors[key]
@@ -65,8 +63,8 @@ def original_entries(
 
 
 def stored_shapes(
-    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
+    architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, tuple[int, ...]]:
     """The model's weight names to stored shapes, for the weights that are stored as they are."""
-    targets = open_conversion(build_for(cls, config, dtype, {}), tensors, dtype).targets()
+    targets = open_conversion(build_for(architecture, dtype, {}), tensors, dtype, architecture.transforms).targets()
     return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}

@@ -7,12 +7,14 @@ import inspect
 import logging
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
+from rabbit_engine.architectures import EndOfPositions, refuse_past
 from rabbit_engine.assembly import Assembly, assemble
 from rabbit_engine.attention import choose_attention
 from rabbit_engine.config import (
@@ -95,8 +97,14 @@ class StreamingMixin:
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with its tensors moved to the model's device."""
+        """transformers' `generate`, with its tensors moved to the model's device.
+
+        A converted model that computes a number of positions right ends its answer there.
+        """
         device = self._assembly.device
+        if self._prepared.architecture.positions is not None:
+            end = EndOfPositions(self._prepared.architecture.positions)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), end])
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
     def get_compiled_call(self, *_: Any, **__: Any) -> Any:
@@ -300,25 +308,21 @@ class AutoModel:
 def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
     """Prepare the shards, build the class without weights, and set its weights streaming."""
     prepared = prepare(name, source, split)
-    choice = choose_attention(stream.attn_implementation, prepared.cls, prepared.dtype, stream.device)
+    choice = choose_attention(stream.attn_implementation, prepared.architecture.cls, prepared.dtype, stream.device)
     shapes = {name: entry.shape for name, entry in prepared.entries.items()}
     try:
-        model: Any = build_for(
-            streamed_class(prepared.cls),  # type: ignore[arg-type]
-            prepared.config,
-            prepared.dtype,
-            shapes,
-            choice.name,
-        )
+        streamed = replace(prepared.architecture, cls=streamed_class(prepared.architecture.cls))  # type: ignore[arg-type]
+        model: Any = build_for(streamed, prepared.dtype, shapes, choice.name)
     except (ValueError, ImportError) as error:
         if choice.name is None:
             raise
         raise AttentionUnavailableError(
-            f"attn_implementation={choice.name!r} does not work for {prepared.cls.__name__}: {error}"
+            f"attn_implementation={choice.name!r} does not work for {prepared.architecture.cls.__name__}: {error}"
         ) from error
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
+    refuse_past(model, prepared.architecture)
     weakref.finalize(model, model._assembly.streamer.abandon)
     if stream.profiling_mode:
         model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)

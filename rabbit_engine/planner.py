@@ -22,7 +22,8 @@ class UnitSize:
     """What a unit of weights is to the model, and how many bytes of memory it takes.
 
     A `streamed` one passes through the ring unless there is room for it to stay; an `embedding` is read by row unless
-    there is room for everything; a `resident` must stay. `held_bytes` are those of a unit inside of which others are asked for.
+    there is room for everything; a `resident` must stay. One that `encloses` is held while units inside of it are asked
+    for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay.
     """
 
     name: str
@@ -30,6 +31,7 @@ class UnitSize:
     nbytes: int
     read_bytes: int | None = None
     encloses: bool = False
+    rare: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -65,7 +67,8 @@ class Speeds:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
-    but for `pass_bytes`, `link_bytes` and `load_bytes`, which move."""
+    but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move; `rare_bytes` come from disk on top of a
+    pass's where an image runs."""
 
     device: str
     resident: tuple[str, ...]
@@ -83,6 +86,7 @@ class Plan:
     budget: Budget
     speeds: Speeds
     notes: tuple[str, ...] = ()
+    rare_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -147,6 +151,7 @@ class Plan:
             ("by row", ", ".join(self.by_row) or "nothing"),
             ("streamed", f"{len(self.streamed)} units, {format_bytes(self.pass_bytes)} a pass from disk"),
             *link,
+            *([("for images", f"{format_bytes(self.rare_bytes)} more from disk")] if self.rare_bytes else []),
             ("ring", f"{format_bytes(self.ring_bytes)} on {self.device}"),
             *staging,
             *[("note", note) for note in self.notes],
@@ -200,13 +205,14 @@ def place(
         host_bytes=sum(unit.nbytes for unit in placed.host),
         staging_bytes=budget.host_staging_bytes,
         ring_bytes=placed.ring_bytes,
-        pass_bytes=sum(unit.disk_bytes for unit in placed.disk),
-        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving),
+        pass_bytes=sum(unit.disk_bytes for unit in placed.disk if not unit.rare),
+        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving if not unit.rare),
         load_bytes=sum(unit.disk_bytes for unit in (*stays, *placed.host)),
         weights_bytes=sum(unit.nbytes for unit in units),
         budget=budget,
         speeds=speeds,
         notes=tuple(notes),
+        rare_bytes=sum(unit.disk_bytes for unit in placed.disk if unit.rare),
     )
 
 
@@ -239,7 +245,7 @@ def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging:
         needed = fixed + min(smallest, sum(unit.nbytes for unit in streamed))  # or room for everything, where that is less
         raise _too_small(device, needed, smallest, budget)
     ring = min(wanted, room)
-    order = _spread(streamed)
+    order = [unit for rare in (False, True) for unit in _spread([unit for unit in streamed if unit.rare is rare])]
     on_device, in_host = _tiers(order, room - ring, device, budget)
     return _Placed(
         [unit for unit in streamed if unit in on_device],

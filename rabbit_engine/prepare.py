@@ -12,10 +12,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures import (
+    Architecture,
     Conversion,
-    config_for,
-    find_class,
-    find_config,
+    find_architecture,
     gguf_dtype,
     open_conversion,
     open_gguf_conversion,
@@ -69,8 +68,7 @@ class Prepared:
     """
 
     repo: Repo
-    config: PretrainedConfig
-    cls: type[PreTrainedModel]
+    architecture: Architecture
     dtype: torch.dtype
     folder: Path
     entries: Mapping[str, TensorEntry]
@@ -121,12 +119,10 @@ def open_request(
                 f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
             )
         fetch_weights(repo, [gguf_file], source)
-    config = find_config(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
-    cls = find_class(config, repo.folder, trust_remote_code=source.trust_remote_code)
-    config = config_for(cls, config)
-    dtype = split.dtype or _own_dtype(repo, config, gguf_file, source, root, open_headers)
+    architecture = find_architecture(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
+    dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, open_headers)
     folder = root / variant(dtype, gguf_file)
-    return Request(repo, source, config, cls, dtype, folder, gguf_file, split, progress)
+    return Request(repo, source, architecture, dtype, folder, gguf_file, split, progress)
 
 
 def _stream_from_shards(request: Request, repair: bool) -> Prepared:
@@ -145,7 +141,7 @@ def _prepared(
     ties: Mapping[str, str],
     manifest: Manifest | None = None,
 ) -> Prepared:
-    return Prepared(request.repo, request.config, request.cls, request.dtype, folder, entries, ties, manifest, request.gguf_file)
+    return Prepared(request.repo, request.architecture, request.dtype, folder, entries, ties, manifest, request.gguf_file)
 
 
 def _stream_in_place(request: Request, repair: bool) -> Prepared | None:
@@ -172,8 +168,7 @@ class Request:
 
     repo: Repo
     source: SourceConfig
-    config: PretrainedConfig
-    cls: type[PreTrainedModel]
+    architecture: Architecture
     dtype: torch.dtype
     folder: Path
     gguf_file: str | None
@@ -301,7 +296,7 @@ def _original_entries(request: Request) -> tuple[dict[str, TensorEntry], Mapping
     files = weight_files(request.repo, request.gguf_file)
     require_plain(files)
     tensors = _local_tensors(request.repo, files, request.source)
-    return original_entries(request.cls, request.config, request.dtype, tensors.tensors, request.repo.folder)
+    return original_entries(request.architecture, request.dtype, tensors.tensors, request.repo.folder)
 
 
 def _usable_journal(request: Request) -> Journal | None:
@@ -349,18 +344,18 @@ def _open_split(request: Request, files: WeightFiles, journal: Journal | None) -
 
 
 def _open(request: Request, files: WeightFiles, journal: Journal | None) -> tuple[TensorSource, PreTrainedModel, Conversion]:
-    cls, config, dtype = request.cls, request.config, request.dtype
+    architecture, dtype = request.architecture, request.dtype
     if files.format == "gguf":
         path = request.repo.folder / files.names[0]
-        skeleton = build_for(cls, config, dtype, {})
+        skeleton = build_for(architecture, dtype, {})
         conversion = open_gguf_conversion(skeleton, path, dtype)
         named: dict[str, LazyTensor] = {key: GgufTensor(tensor, path) for key, tensor in conversion.tensors.items()}
         return TensorSource(named), skeleton, conversion
     tensors = open_tensors(request.repo.folder, files)
     if journal is not None:
         tensors = replace(tensors, tensors={**tensors.tensors, **journal_tensors(journal, request.repo.folder)})
-    skeleton = build_for(cls, config, dtype, stored_shapes(cls, config, dtype, tensors.tensors))
-    return tensors, skeleton, open_conversion(skeleton, tensors.tensors, dtype)
+    skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors.tensors))
+    return tensors, skeleton, open_conversion(skeleton, tensors.tensors, dtype, architecture.transforms)
 
 
 def _originals(request: Request, manifest: Manifest) -> list[Path]:

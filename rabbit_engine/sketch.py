@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
 from rabbit_engine.errors import MismatchedWeightsError
-from rabbit_engine.planner import UnitSize
+from rabbit_engine.planner import Role, UnitSize
 from rabbit_engine.probe import Probe, run_probe
 from rabbit_engine.splitplan import missing_weights
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
@@ -95,6 +95,7 @@ def draw(
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
     drawing = _Drawing(model, layout, weights, run_probe(model), cut)
+    drawing.add_towers()
     drawing.add_layers()
     drawing.add_head()
     drawing.add_others()
@@ -157,12 +158,28 @@ class _Drawing:
         self._modules: dict[str, str] = {}
         self._blocks: list[Block] = []
 
-    def _add(self, name: str, unit: Unit, *, streamed: bool, module: str | None = None, encloses: bool = False) -> None:
-        role = "streamed" if streamed else "resident"
+    def _add(
+        self,
+        name: str,
+        unit: Unit,
+        *,
+        streamed: bool,
+        module: str | None = None,
+        encloses: bool = False,
+        rare: bool = False,
+    ) -> None:
+        role: Role = "streamed" if streamed else "resident"
         self._units[name] = unit
-        self._sizes.append(UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses))  # type: ignore[arg-type]
+        self._sizes.append(UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare))
         if module is not None:
             self._modules[name] = module
+
+    def add_towers(self) -> None:
+        """The blocks that only an image runs, each whole: no text shows how they run inside."""
+        for block in self._layout.towers:
+            names = self._weights.owned[block]
+            if names:
+                self._add(block, self._weights.unit(block, names), streamed=True, module=block, rare=True)
 
     def add_layers(self) -> None:
         """Every layer: its large modules, and the rest."""
@@ -230,7 +247,7 @@ class _Drawing:
         """What belongs to no layer and no head: the embedding by row, everything else resident."""
         head = self._weights.stored(self._weights.owned[self._layout.head]) if self._layout.head else {}
         for module, names in self._weights.owned.items():
-            if not names or module in (*self._layout.layers, self._layout.head):
+            if not names or module in (*self._layout.towers, *self._layout.layers, self._layout.head):
                 continue
             own = [name for name in names if self._weights.entries[name].name not in head]
             unit = self._weights.unit(module, own)

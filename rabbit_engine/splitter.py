@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import (
+    Architecture,
     Conversion,
     Target,
     build_skeleton,
@@ -271,13 +272,13 @@ def journal_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
 
 
 def build_for(
-    cls: type[PreTrainedModel],
-    config: PretrainedConfig,
+    architecture: Architecture,
     dtype: torch.dtype,
     shapes: Mapping[str, tuple[int, ...]],
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes."""
+    cls, config = architecture.cls, architecture.config
     skeleton = build_skeleton(cls, config, dtype, attn_implementation)
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     head_dim = corrected_head_dim(skeleton.config, wanted, shapes)

@@ -1,22 +1,30 @@
 """What a checkpoint's config says its model is: the class, its modules' layout, and how its weights become the model's."""
 
-from rabbit_engine.architectures.classes import build_skeleton, config_for, find_class, find_config
+from rabbit_engine.architectures.architecture import Architecture, Family
+from rabbit_engine.architectures.classes import build_skeleton, find_architecture
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
+from rabbit_engine.architectures.positions import EndOfPositions, refuse_past
+from rabbit_engine.architectures.registry import CONVERTED, KNOWN, Known
 
 __all__ = [
+    "CONVERTED",
+    "KNOWN",
     "RESIDENT",
+    "Architecture",
     "Conversion",
+    "EndOfPositions",
+    "Family",
+    "Known",
     "Layout",
     "Target",
     "build_skeleton",
-    "config_for",
     "corrected_head_dim",
-    "find_class",
-    "find_config",
+    "find_architecture",
     "find_layout",
     "gguf_dtype",
     "open_conversion",
     "open_gguf_conversion",
+    "refuse_past",
 ]

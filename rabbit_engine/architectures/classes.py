@@ -1,8 +1,11 @@
-"""From a folder's config to the real transformers class, built without weights."""
+"""From a folder's config to the class of its model, built without weights."""
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from transformers import initialization as init
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
 
+from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
+from rabbit_engine.architectures.registry import find_family
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     CompressionUnavailableError,
@@ -27,15 +32,49 @@ from rabbit_engine.errors import (
     first_line,
 )
 
+logger = logging.getLogger(__name__)
+
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
 
-def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The checkpoint's config, as transformers reads it.
+def find_architecture(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Architecture:
+    """What the checkpoint in `folder` is: a family that is converted, else a class of transformers, else one of its own code.
 
-    Raises CheckpointNotFoundError (no config.json), UnsupportedArchitectureError (no class for it, or it needs code
-    that was not allowed), MissingExtraError (GGUF without the package) or CompressionUnavailableError (quantised).
+    Raises CheckpointNotFoundError (no config.json), UnsupportedArchitectureError (no class for it, or it needs code that was
+    not allowed), MissingExtraError (GGUF without the package) or CompressionUnavailableError (quantised).
     """
+    raw = {} if gguf_file is not None else _read_raw(folder)
+    family = find_family(raw)
+    if family is not None:
+        return _converted(family, raw, folder)
+    config = find_config(folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    cls = find_class(config, folder, trust_remote_code=trust_remote_code)
+    return Architecture(cls=cls, config=config_for(cls, config))
+
+
+def _read_raw(folder: Path) -> RawConfig:
+    """config.json as it is written; empty where there is none or it cannot be read, which `find_config` says."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
+    _refuse_quantized(folder, raw.get("quantization_config"))
+    try:
+        architecture = replace(family.convert(raw, folder), family=family.name)
+    except KeyError as error:
+        raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name}'s and lacks {error}") from error
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise UnsupportedArchitectureError(f"{folder}/config.json is no {family.name}'s: {first_line(error)}") from error
+    logger.info("%s is a %s: converted to %s, none of its own code runs", folder, family.name, architecture.cls.__name__)
+    return architecture
+
+
+def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's config, as transformers reads it; raises what `find_architecture` does."""
     if gguf_file is None and not (folder / "config.json").is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: is it the folder of a model?")
     try:
@@ -47,7 +86,7 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
         raise CheckpointNotFoundError(f"{folder} has no config that can be read ({first_line(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UnsupportedArchitectureError(_unsupported(folder, error, trust_remote_code)) from error
-    _refuse_quantized(folder, config)
+    _refuse_quantized(folder, getattr(config, "quantization_config", None))
     return config  # type: ignore[no-any-return]
 
 
@@ -58,8 +97,7 @@ def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str
     return f"{folder} is not an architecture that the installed transformers builds: {text}"
 
 
-def _refuse_quantized(folder: Path, config: PretrainedConfig) -> None:
-    method = getattr(config, "quantization_config", None)
+def _refuse_quantized(folder: Path, method: Any) -> None:
     if method:
         kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
         raise CompressionUnavailableError(
@@ -68,8 +106,12 @@ def _refuse_quantized(folder: Path, config: PretrainedConfig) -> None:
 
 
 def find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that `AutoModelForCausalLM` would build, else the image-text one. Raises UnsupportedArchitectureError."""
-    for auto in _AUTO_CLASSES:
+    """The class that the checkpoint was saved from where it sees images, else what `AutoModelForCausalLM` would build.
+
+    Raises UnsupportedArchitectureError.
+    """
+    autos = _AUTO_CLASSES[::-1] if _sees_images(config) else _AUTO_CLASSES
+    for auto in autos:
         reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
         if reference is not None and trust_remote_code:
             return _remote_class(reference, folder)
@@ -79,6 +121,14 @@ def find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: boo
     raise UnsupportedArchitectureError(
         f"{folder} is a {config.model_type!r} model ({config.architectures}): transformers has no class that generates{hint}"
     )
+
+
+def _sees_images(config: PretrainedConfig) -> bool:
+    """Whether the config names the class that transformers has for its images and text."""
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        return False
+    cls = _get_model_class(config, AutoModelForImageTextToText._model_mapping)
+    return cls.__name__ in (config.architectures or ())
 
 
 def _remote_class(reference: str, folder: Path) -> type[PreTrainedModel]:

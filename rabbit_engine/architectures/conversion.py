@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
@@ -47,6 +48,7 @@ class Conversion:
     tensors: Mapping[str, Any]
     dtype: torch.dtype
     quantizer: Any = None
+    transforms: Sequence[WeightTransform] = ()
     _mapping: list[Any] | None = None
 
     def targets(self) -> dict[str, Target | None]:
@@ -65,7 +67,8 @@ class Conversion:
 
     def _transforms(self) -> list[Any]:
         if self._mapping is None:
-            self._mapping = get_model_conversion_mapping(self.skeleton, None, self.quantizer)
+            own = copy.deepcopy(list(self.transforms))
+            self._mapping = own + get_model_conversion_mapping(self.skeleton, None, self.quantizer)
         return self._mapping
 
     def differs(self, name: str, tensor: Any) -> str | None:
@@ -104,9 +107,14 @@ class Conversion:
             _restore(self.skeleton, before)
 
 
-def open_conversion(skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> Conversion:
-    """The conversion of a safetensors or pickle checkpoint's `tensors` (anything that is read by `tensor[...]`)."""
-    return Conversion(skeleton, tensors, dtype)
+def open_conversion(
+    skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[WeightTransform] = ()
+) -> Conversion:
+    """The conversion of a safetensors or pickle checkpoint's `tensors` (anything that is read by `tensor[...]`).
+
+    `transforms` stand before transformers' own.
+    """
+    return Conversion(skeleton, tensors, dtype, transforms=transforms)
 
 
 def gguf_dtype(path: Path) -> torch.dtype:

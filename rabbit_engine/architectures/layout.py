@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from rabbit_engine.architectures.registry import find_known
 from rabbit_engine.errors import UnsupportedArchitectureError
+
+logger = logging.getLogger(__name__)
 
 RESIDENT = "resident"
 """The shard of the weights that belong to no streamed module."""
@@ -15,18 +19,22 @@ RESIDENT = "resident"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Module names: the decoder layers in order, the embedding and head (None where the model has none), other leaves."""
+    """Module names: the decoder layers in order, the embedding and head (None where the model has none), other leaves.
+
+    `towers` are the blocks that only an image runs, before the layers.
+    """
 
     layers: tuple[str, ...]
     embedding: str | None
     head: str | None
     others: tuple[str, ...]
+    towers: tuple[str, ...] = ()
 
     def shard_names(self) -> tuple[str, ...]:
         """Every shard in the order of a pass; `resident` last."""
         first = () if self.embedding is None else (self.embedding,)
         last = () if self.head is None else (self.head,)
-        return (*first, *self.layers, *self.others, *last, RESIDENT)
+        return (*first, *self.towers, *self.layers, *self.others, *last, RESIDENT)
 
     def shard_of(self, weight: str) -> str:
         """The shard that `weight` (a name of the model's state dict) goes into."""
@@ -35,12 +43,13 @@ class Layout:
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layers are the elements of the largest list of blocks beside the embedding; beside it stands its norm.
+    """The layers of a class that the registry knows; of any other, the largest list of blocks beside the embedding.
 
+    Beside the layers stands their norm.
     Raises UnsupportedArchitectureError for a model without a list of layers.
     """
     embedding, head = _name_of(model, _embedding(model)), _name_of(model, _head(model))
-    name, layers = _largest_list(model, (embedding or "").rpartition(".")[0])
+    name, layers = _known_list(model) or _search(model, embedding)
     parent = name.rpartition(".")[0]
     siblings = model.get_submodule(parent).named_children() if parent else model.named_children()
     others = [f"{parent}.{child}".lstrip(".") for child, module in siblings if _is_leaf_with_weights(module)]
@@ -49,7 +58,32 @@ def find_layout(model: PreTrainedModel) -> Layout:
         embedding=embedding,
         head=head,
         others=tuple(other for other in others if other not in (embedding, head)),
+        towers=_towers(model),
     )
+
+
+def _known_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    known = find_known(type(model).__name__)
+    found = _list_at(model, known.layers) if known else None
+    return (known.layers, found) if known and found is not None else None
+
+
+def _list_at(model: nn.Module, name: str) -> nn.ModuleList | None:
+    found = dict(model.named_modules()).get(name)
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """The blocks of a known class's towers; of other classes they stay resident."""
+    known = find_known(type(model).__name__)
+    lists = {name: _list_at(model, name) for name in known.towers} if known else {}
+    return tuple(f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks or ())))
+
+
+def _search(model: PreTrainedModel, embedding: str | None) -> tuple[str, nn.ModuleList]:
+    name, layers = _largest_list(model, (embedding or "").rpartition(".")[0])
+    logger.info("%s is not in the registry; in its module tree %d layers were found: %s", type(model).__name__, len(layers), name)
+    return name, layers
 
 
 def _largest_list(model: nn.Module, home: str) -> tuple[str, nn.ModuleList]:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -52,7 +52,8 @@ class Streamer:
     """Brings units into a ring, ahead of the model. `acquire` and `release` pair up; `close` ends it.
 
     `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
-    (pinned) host memory and are copied from there, the others are read from their files. `rates` are the disk's and the
+    (pinned) host memory and are copied from there, the others are read from their files. Units in `rare` are not foreseen at
+    the end of a pass. `rates` are the disk's and the
     link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
     """
 
@@ -64,6 +65,7 @@ class Streamer:
         *,
         base: int = 0,
         host: Mapping[str, torch.Tensor] | None = None,
+        rare: Collection[str] = (),
         prefetching: bool = True,
         rates: tuple[float, float] = (0.0, 0.0),
         at_close: Sequence[Callable[[], None]] = (),
@@ -78,7 +80,8 @@ class Streamer:
         self._units = {unit.name: unit for unit in units}
         self._chunks = {unit.name: () if unit.name in self._host else unit.chunks() for unit in units}
         names = [unit.name for unit in units]
-        self._successor = dict(zip(names, names[1:] + names[:1], strict=True))
+        first = next((name for name in names if name not in rare), names[0] if names else "")
+        self._successor = dict(zip(names, [*names[1:], first], strict=True)) if names else {}
         self._previous: str | None = None
         self._prefetching = prefetching
         self._closed = self._freed = False

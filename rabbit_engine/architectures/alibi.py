@@ -1,0 +1,115 @@
+"""A Llama whose attention knows positions by ALiBi: a penalty on the score that grows with distance, at each head's own slope.
+
+Source: Press, Smith, Lewis, "Train Short, Test Long", section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+
+class AlibiLlamaConfig(LlamaConfig):
+    """LlamaConfig; its rotary parameters mean nothing here."""
+
+    model_type = "alibi_llama"
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 i / n) for i from 1 to n; between powers of two, those of the lower power and every other of the higher."""
+    lower = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / lower) for i in range(1, lower + 1)]
+    return slopes + [2 ** (-4 * i / lower) for i in range(1, 2 * (heads - lower) + 1, 2)]
+
+
+@functools.lru_cache(maxsize=16)
+def _slopes_on(heads: int, device: torch.device) -> torch.Tensor:
+    """fp32 [heads, 1, 1]."""
+    return torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device)[:, None, None]
+
+
+def alibi_mask(
+    mask: torch.Tensor | None, heads: int, seen: int, queries: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Scores to add, [1 or batch, heads, queries, keys], where `seen` keys came before the queries.
+
+    `mask` is what transformers made for sdpa (bool, True may be seen) or eager (0 or the dtype's lowest), or None for
+    plain causal attention.
+    """
+    keys = seen + queries if mask is None else mask.shape[-1]
+    query_at = torch.arange(seen, seen + queries, device=device)[:, None]
+    key_at = torch.arange(keys, device=device)[None, :]
+    bias = (_slopes_on(heads, device) * (key_at - query_at)).to(dtype)[None]
+    visible = key_at <= query_at if mask is None else mask if mask.dtype == torch.bool else mask == 0
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class AlibiAttention(LlamaAttention):
+    """Llama's attention with ALiBi's scores in its mask."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Llama's."""
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(self.layer_idx))
+        mask = alibi_mask(
+            attention_mask,
+            self.config.num_attention_heads,
+            seen,
+            hidden_states.shape[1],
+            hidden_states.dtype,
+            hidden_states.device,
+        )
+        return super().forward(hidden_states, position_embeddings, mask, past_key_values, **kwargs)
+
+
+class NoRotation(nn.Module):
+    """A rotary embedding by the angle zero: queries and keys stay bit for bit what they are."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [batch, queries, head_dim], of `x`'s dtype."""
+        ones = x.new_ones(*position_ids.shape, self.head_dim)
+        return ones, torch.zeros_like(ones)
+
+
+class AlibiLlamaModel(LlamaModel):
+    """LlamaModel without rotation, its attention ALiBi's."""
+
+    config_class = AlibiLlamaConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: AlibiLlamaConfig) -> None:
+        super().__init__(config)
+        self.rotary_emb: nn.Module = NoRotation(int(config.head_dim or 0))  # type: ignore[assignment]
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = AlibiAttention(config, index)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+
+class AlibiLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM over AlibiLlamaModel."""
+
+    config_class = AlibiLlamaConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: AlibiLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = AlibiLlamaModel(config)
+        self.post_init()  # type: ignore[no-untyped-call]

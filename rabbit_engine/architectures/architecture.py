@@ -1,0 +1,52 @@
+"""What a checkpoint's config says its model is, and the families that are turned into another class to be it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+
+RawConfig = Mapping[str, Any]
+"""A config.json as it is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The class to build, the config to build it from, and how the checkpoint's weights become its own.
+
+    `family` is the converted family's name, None for a class that reads its checkpoints itself. `transforms` stand before
+    those of transformers, and are read in its way: all renamings in turn, then at most one converter. `positions` is how
+    many a converted model computes as the family's own code does, with the reason; None is all of them.
+    """
+
+    cls: type[PreTrainedModel]
+    config: PretrainedConfig
+    family: str | None = None
+    transforms: tuple[WeightTransform, ...] = ()
+    positions: int | None = None
+    positions_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family without a class in transformers: how to know its checkpoints, what they become, and who has its tokenizer.
+
+    `convert(raw, folder)` raises UnsupportedArchitectureError for what the class it becomes cannot keep. `tokenizer` is the
+    name that `rabbit_engine.tokenization` knows it by; None where transformers loads its tokenizer.
+    """
+
+    name: str
+    model_type: str
+    classes: tuple[str, ...]
+    becomes: str
+    convert: Callable[[RawConfig, Path], Architecture]
+    tokenizer: str | None = None
+
+    def owns(self, raw: RawConfig) -> bool:
+        """Whether a config.json is of this family; one that names no class is judged by its type alone."""
+        named = set(raw.get("architectures") or self.classes)
+        return raw.get("model_type") == self.model_type and not named.isdisjoint(self.classes)

@@ -1,0 +1,85 @@
+"""Baichuan and Baichuan2 as Llamas: the 7B with rotary positions, the 13B with ALiBi.
+
+Source of the formats: the modelling code that the families' repositories bring. All say `model_type: baichuan`; only the 7B
+configs have `max_position_embeddings`. Baichuan2 normalises the rows of its head when it first runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import WeightConverter
+
+from rabbit_engine.architectures.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
+from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
+from rabbit_engine.architectures.fused import NormalizeRows, SplitQKV
+from rabbit_engine.architectures.rawconfig import QKV, common
+
+logger = logging.getLogger(__name__)
+
+_NORMALISED = {64000: False, 125696: True}
+"""The released vocabularies: Baichuan's and Baichuan2's."""
+
+
+def _normalises_head(raw: RawConfig, folder: Path) -> bool:
+    """Whether the head's rows are normalised: the modelling file beside the config says, else the vocabulary, else its class.
+
+    Reads the file as text; nothing of it runs.
+    """
+    code = folder / "modeling_baichuan.py"
+    if code.is_file():
+        return "NormHead" in code.read_text(encoding="utf-8", errors="replace")
+    if raw["vocab_size"] in _NORMALISED:
+        return _NORMALISED[raw["vocab_size"]]
+    first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw) and "tokenizer_class" not in raw)
+    logger.warning(
+        "a Baichuan model of %d tokens is neither version's: taken for %s, whose head is %snormalised; "
+        "put its modeling_baichuan.py beside the config to say otherwise",
+        raw["vocab_size"],
+        "Baichuan" if first else "Baichuan2",
+        "not " if first else "",
+    )
+    return not first
+
+
+def _has_alibi(raw: RawConfig) -> bool:
+    return "max_position_embeddings" not in raw
+
+
+def _convert(raw: RawConfig, folder: Path) -> Architecture:
+    heads = raw["num_attention_heads"]
+    shared = {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "intermediate_size": raw["intermediate_size"],
+        "num_hidden_layers": raw["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": raw["hidden_size"] // heads,
+        "hidden_act": raw.get("hidden_act", "silu"),
+        "max_position_embeddings": raw.get("max_position_embeddings") or raw.get("model_max_length", 4096),
+        "initializer_range": raw.get("initializer_range", 0.02),
+        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "use_cache": raw.get("use_cache", True),
+        **common(raw),
+    }
+    head = (WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()]),) if _normalises_head(raw, folder) else ()
+    transforms = (*head, WeightConverter("self_attn.W_pack", list(QKV), [SplitQKV()]))
+    if _has_alibi(raw):
+        return Architecture(cls=AlibiLlamaForCausalLM, config=AlibiLlamaConfig(**shared), transforms=transforms)
+    rope = {"rope_type": "default", "rope_theta": float(raw.get("rope_theta", 10000))}
+    return Architecture(cls=LlamaForCausalLM, config=LlamaConfig(**shared, rope_parameters=rope), transforms=transforms)
+
+
+FAMILIES = (
+    Family(
+        name="Baichuan",
+        model_type="baichuan",
+        classes=("BaiChuanForCausalLM", "BaichuanForCausalLM"),
+        becomes="LlamaForCausalLM or AlibiLlamaForCausalLM",
+        convert=_convert,
+        tokenizer="baichuan",
+    ),
+)

@@ -1,0 +1,50 @@
+"""Reading a config.json of a family that is converted: what may be there, what must not be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rabbit_engine.architectures.architecture import RawConfig
+from rabbit_engine.errors import CompressionUnavailableError, UnsupportedArchitectureError
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""What a fused projection becomes."""
+
+
+def refuse(raw: RawConfig, what: str, why: str) -> UnsupportedArchitectureError:
+    """The error for a config that the converted class would compute differently."""
+    return UnsupportedArchitectureError(
+        f"{what} in the config of this {raw.get('model_type')!r} model: {why}, so its text would be wrong"
+    )
+
+
+def require(raw: RawConfig, key: str, value: Any, why: str) -> None:
+    """Raise UnsupportedArchitectureError where `key` is there and is not `value`."""
+    if raw.get(key, value) != value:
+        raise refuse(raw, f"{key}={raw[key]!r}", why)
+
+
+def require_plain_weights(raw: RawConfig) -> None:
+    """Raise CompressionUnavailableError for the families' own spelling of quantised weights."""
+    bits = raw.get("quantization_bit") or 0
+    if bits:
+        raise CompressionUnavailableError(
+            f"quantization_bit={bits}: the weights are quantised in the family's own format; use the unquantised repository"
+        )
+
+
+def common(raw: RawConfig) -> dict[str, Any]:
+    """What every config has in the same words: special tokens, ties, dtype, and where it came from."""
+    kept = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings") if key in raw}
+    dtype = raw.get("torch_dtype") or raw.get("dtype")
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    return {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        **kept,
+        **({"dtype": dtype} if known else {}),
+    }
