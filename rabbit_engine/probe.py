@@ -88,7 +88,7 @@ def run_probe(model: PreTrainedModel) -> Probe:
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
     try:
-        with torch.no_grad(), _default_attention(model), _watched(leaves, watch), torch.device("meta"):
+        with torch.no_grad(), _unchanged(model), _default_attention(model), _watched(leaves, watch), torch.device("meta"):
             costs = _run(model, watch, model.config._attn_implementation == "eager")
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
@@ -127,6 +127,27 @@ def _cache_bytes(cache: Any) -> int:
     layers = getattr(cache, "layers", None) or []
     held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@contextmanager
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """What forwards keep in their modules (a rotary embedding its frequencies) is put back: it would be without values.
+
+    Rotary embeddings that look at positions, which have no values here, stand still meanwhile.
+    """
+    before = {module: (dict(vars(module)), dict(module._buffers)) for module in model.modules()}
+    try:
+        for module in before:
+            kind = getattr(module, "rope_type", None)
+            if kind is not None:
+                vars(module)["rope_type"] = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+        yield
+    finally:
+        for module, (attributes, buffers) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextmanager

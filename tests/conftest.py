@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import json
+import platform
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,24 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 Loader = Callable[..., Any]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--record FILE`: write what test_matrix saw, for COMPATIBILITY.md."""
+    parser.addoption("--record", type=Path, default=None, help="write the families' table to this JSON file")
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """`record(models, cls, proof=..., **columns)` adds a row to the file of `--record`, written when all tests have run."""
+    rows: list[dict[str, str]] = []
+    yield lambda models, cls, **columns: rows.append({"models": models, "class": cls, **columns})
+    path: Path | None = request.config.getoption("--record")
+    if path is not None:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        versions["python"] = platform.python_version()
+        text = json.dumps({"date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions, "rows": rows}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -35,14 +35,13 @@ def _slopes_on(heads: int, device: torch.device) -> torch.Tensor:
 
 
 def alibi_mask(
-    mask: torch.Tensor | None, heads: int, seen: int, queries: int, dtype: torch.dtype, device: torch.device
+    mask: torch.Tensor | None, heads: int, seen: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Scores to add, [1 or batch, heads, queries, keys], where `seen` keys came before the queries.
+    """Scores to add, [1 or batch, heads, queries, keys], where `seen` of the keys came before the queries.
 
     `mask` is what transformers made for sdpa (bool, True may be seen) or eager (0 or the dtype's lowest), or None for
     plain causal attention.
     """
-    keys = seen + queries if mask is None else mask.shape[-1]
     query_at = torch.arange(seen, seen + queries, device=device)[:, None]
     key_at = torch.arange(keys, device=device)[None, :]
     bias = (_slopes_on(heads, device) * (key_at - query_at)).to(dtype)[None]
@@ -62,12 +61,17 @@ class AlibiAttention(LlamaAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Llama's."""
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(self.layer_idx))
+        queries = hidden_states.shape[1]
+        seen, keys = 0, queries
+        if past_key_values is not None:
+            seen = int(past_key_values.get_seq_length(self.layer_idx))
+            keys = int(past_key_values.get_mask_sizes(queries, self.layer_idx)[0])
         mask = alibi_mask(
             attention_mask,
             self.config.num_attention_heads,
             seen,
-            hidden_states.shape[1],
+            queries,
+            keys,
             hidden_states.dtype,
             hidden_states.device,
         )

@@ -47,6 +47,6 @@ class Family:
     tokenizer: str | None = None
 
     def owns(self, raw: RawConfig) -> bool:
-        """Whether a config.json is of this family; one that names no class is judged by its type alone."""
-        named = set(raw.get("architectures") or self.classes)
-        return raw.get("model_type") == self.model_type and not named.isdisjoint(self.classes)
+        """Whether a config.json is of this family, by the class it names; by its type where it names none."""
+        named = raw.get("architectures")
+        return not set(named).isdisjoint(self.classes) if named else raw.get("model_type") == self.model_type

@@ -33,7 +33,7 @@ def _normalises_head(raw: RawConfig, folder: Path) -> bool:
         return "NormHead" in code.read_text(encoding="utf-8", errors="replace")
     if raw["vocab_size"] in _NORMALISED:
         return _NORMALISED[raw["vocab_size"]]
-    first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw) and "tokenizer_class" not in raw)
+    first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw) and _words_of_13b(raw))
     logger.warning(
         "a Baichuan model of %d tokens is neither version's: taken for %s, whose head is %snormalised; "
         "put its modeling_baichuan.py beside the config to say otherwise",
@@ -42,6 +42,11 @@ def _normalises_head(raw: RawConfig, folder: Path) -> bool:
         "not " if first else "",
     )
     return not first
+
+
+def _words_of_13b(raw: RawConfig) -> bool:
+    """Baichuan-13B's config writes one key as a list and lacks one that Baichuan2-13B's has."""
+    return isinstance(raw.get("gradient_checkpointing"), list) or "tokenizer_class" not in raw
 
 
 def _has_alibi(raw: RawConfig) -> bool:

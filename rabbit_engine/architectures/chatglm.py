@@ -67,7 +67,8 @@ def _rope(raw: RawConfig, folder: Path) -> dict[str, Any]:
 
 def _is_chatglm2(raw: RawConfig, folder: Path) -> bool:
     """By its name: nothing else in its config differs from ChatGLM3's."""
-    return any("chatglm2" in str(name).lower() for name in (raw.get("_name_or_path", ""), *folder.parts[-3:]))
+    repo = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    return any("chatglm2" in str(name).lower() for name in (raw.get("_name_or_path", ""), repo.name))
 
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:

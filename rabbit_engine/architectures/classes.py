@@ -28,6 +28,7 @@ from rabbit_engine.errors import (
     CheckpointNotFoundError,
     CompressionUnavailableError,
     MissingExtraError,
+    RabbitError,
     UnsupportedArchitectureError,
     first_line,
 )
@@ -65,6 +66,8 @@ def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     _refuse_quantized(folder, raw.get("quantization_config"))
     try:
         architecture = replace(family.convert(raw, folder), family=family.name)
+    except RabbitError:
+        raise
     except KeyError as error:
         raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name}'s and lacks {error}") from error
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:

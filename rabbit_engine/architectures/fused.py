@@ -21,6 +21,7 @@ class _FromOne(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> Any:
         """Called by transformers' loading, with the model's `config` among the keywords."""
+        del source_patterns
         (found,) = input_dict.values()
         stored = found[0] if isinstance(found, list) else found
         parts = self.parts(stored, kwargs["config"])

@@ -43,10 +43,16 @@ def _rope(raw: RawConfig, kind: str, theta: float, factor: float) -> dict[str, A
 
 
 def _convert_1(raw: RawConfig, _: Path) -> Architecture:
-    rotary = raw.get("rotary") or {"base": raw.get("rope_theta", 10000), "type": "origin"}
-    rope = _rope(raw, rotary.get("type", "origin"), float(rotary["base"]), float(rotary.get("scaling_factor", 1.0)))
+    rotary = raw.get("rotary") or {"base": raw.get("rope_theta", 10000), "type": "dynamic"}
+    theta, kind = float(rotary["base"]), rotary.get("type", "dynamic")
+    rope = _rope(raw, "origin" if kind == "dynamic" else kind, theta, float(rotary.get("scaling_factor", 1.0)))
     config = LlamaConfig(**_sizes(raw), **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
-    return Architecture(cls=LlamaForCausalLM, config=config)
+    return Architecture(
+        cls=LlamaForCausalLM,
+        config=config,
+        positions=config.max_position_embeddings if kind == "dynamic" else None,
+        positions_reason="past them the family's own code turns every cached key anew as the text grows",
+    )
 
 
 def _scaled(raw: RawConfig, theta: float) -> dict[str, Any]:

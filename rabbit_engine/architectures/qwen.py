@@ -1,7 +1,7 @@
 """QWen v1 (`QWenLMHeadModel`) as Qwen2, up to the length it was trained at.
 
 Source of the format: the modelling code that the family's repositories bring. Of its two feed-forward inputs, `w2` is
-the gate; `intermediate_size` counts both.
+the gate; `intermediate_size` counts both. The first release's configs use GPT-2's words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.fused import SplitQKV
-from rabbit_engine.architectures.rawconfig import QKV, common, require
+from rabbit_engine.architectures.rawconfig import QKV, common, require, word
 
 _TRANSFORMS = (
     WeightRenaming(r"^transformer\.wte\.", "model.embed_tokens."),
@@ -30,16 +30,15 @@ _TRANSFORMS = (
 
 def _convert(raw: RawConfig, _: Path) -> Architecture:
     require(raw, "rotary_pct", 1.0, "a rotary embedding of a part of each head is not converted")
-    require(raw, "scale_attn_weights", True, "unscaled attention is not converted")
-    heads = raw["num_attention_heads"]
+    heads = word(raw, "num_attention_heads", "n_head")
     shared = {
         "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "intermediate_size": raw["intermediate_size"] // 2,
-        "num_hidden_layers": raw["num_hidden_layers"],
+        "hidden_size": word(raw, "hidden_size", "n_embd"),
+        "intermediate_size": word(raw, "intermediate_size", "ffn_hidden_size") // 2,
+        "num_hidden_layers": word(raw, "num_hidden_layers", "n_layer"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "head_dim": raw.get("kv_channels", 128),
+        "head_dim": raw.get("kv_channels") or word(raw, "hidden_size", "n_embd") // heads,
         "max_position_embeddings": raw.get("max_position_embeddings", 8192),
         "initializer_range": raw.get("initializer_range", 0.02),
         "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-6),

@@ -26,6 +26,11 @@ def require(raw: RawConfig, key: str, value: Any, why: str) -> None:
         raise refuse(raw, f"{key}={raw[key]!r}", why)
 
 
+def word(raw: RawConfig, key: str, older: str) -> Any:
+    """The value of `key`, or of the `older` name for it. Raises KeyError."""
+    return raw[key] if key in raw else raw[older]
+
+
 def require_plain_weights(raw: RawConfig) -> None:
     """Raise CompressionUnavailableError for the families' own spelling of quantised weights."""
     bits = raw.get("quantization_bit") or 0

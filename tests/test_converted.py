@@ -1,0 +1,230 @@
+"""Families without a class in transformers, converted: their authors' own code is the oracle (tests/data/oracles)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matrix
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_matrix import STEPS, cache_is_filled, tokens_are_equal
+
+from rabbit_engine import AutoModel, errors
+from rabbit_engine.architectures import build_skeleton
+from rabbit_engine.architectures.alibi import alibi_slopes
+from rabbit_engine.shards import read_entries, verify_shard
+from rabbit_engine.tensorfiles import read_tensor
+
+BOUND = 1e-4
+
+
+def resident(model: Any) -> Any:
+    """The class that `model` was converted to, whole in memory, with the weights of its shards: the streamed one's oracle."""
+    prepared = model._prepared
+    whole = build_skeleton(prepared.architecture.cls, prepared.architecture.config, prepared.dtype).to_empty(device="cpu")
+    entries = read_entries(prepared.folder, prepared.manifest)
+    whole.load_state_dict({name: read_tensor(entry, AssertionError) for name, entry in entries.items()})
+    whole.base_model.rotary_emb.__init__(*_rotary_arguments(whole))
+    return whole
+
+
+def _rotary_arguments(whole: Any) -> tuple[Any, ...]:
+    rotary = whole.base_model.rotary_emb
+    return (rotary.head_dim,) if hasattr(rotary, "head_dim") else (whole.config,)
+
+
+def largest_difference(model: Any, expected: dict[str, torch.Tensor]) -> float:
+    with torch.no_grad():
+        found = (model(expected["input_ids"]).logits - expected["logits"]).abs().max().item()
+    assert found <= BOUND
+    return float(found)
+
+
+def greedy_is_the_authors(model: Any, expected: dict[str, torch.Tensor]) -> None:
+    steps = expected["greedy"].shape[1] - expected["input_ids"].shape[1]
+    got = model.generate(expected["input_ids"], max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(got, expected["greedy"])
+
+
+def padding_changes_nothing(model: Any, expected: dict[str, torch.Tensor]) -> None:
+    """Against the authors' padded logits where their code pads rightly, and against each prompt alone."""
+    if "padded_logits" in expected:
+        mask = expected["padded_attention_mask"]
+        with torch.no_grad():
+            got = model(expected["padded_input_ids"], attention_mask=mask).logits
+        assert (got - expected["padded_logits"])[mask.bool()].abs().max() <= BOUND
+    ids, short = expected["input_ids"][:, :8], expected["input_ids"][:, 2:8]
+    padded = torch.cat([ids, torch.cat([torch.zeros_like(ids[:, :2]), short], dim=1)])
+    mask = torch.ones_like(padded)
+    mask[1, :2] = 0
+    keywords = {**STEPS, "max_new_tokens": 4, "min_new_tokens": 4}
+    together = model.generate(padded, attention_mask=mask, **keywords)
+    assert torch.equal(together[0, 8:], model.generate(ids, **keywords)[0, 8:])
+    assert torch.equal(together[1, 8:], model.generate(short, **keywords)[0, 6:])
+
+
+@pytest.mark.parametrize("row", matrix.CONVERTED, ids=lambda row: row.models)
+def test_converted_family_computes_what_its_authors_code_does(
+    row: matrix.ConvertedRow, tmp_path: Path, streamed: Any, checkpoint: Any, record: Callable[..., None]
+) -> None:
+    differences = []
+    for folder in row.folders:
+        expected = load_file(matrix.ORACLES / folder / "expected.safetensors")
+        model = streamed(matrix.ORACLES / folder, layer_shards_saving_path=tmp_path, dtype="float32")
+        assert row.cls in json.loads((matrix.ORACLES / folder / "config.json").read_text())["architectures"]
+        assert model.plan.streamed
+        for shard in model._prepared.manifest.shards:
+            verify_shard(model._prepared.folder, shard)
+        differences.append(largest_difference(model, expected))
+        greedy_is_the_authors(model, expected)
+        padding_changes_nothing(model, expected)
+        prompt = {"input_ids": expected["input_ids"][:, :8]}
+        whole = resident(model)
+        cache_is_filled(model, whole, prompt)
+        tokens_are_equal(model, whole, prompt, num_beams=3)
+        tokens_are_equal(model, whole, prompt, prompt_lookup_num_tokens=3)
+    record(
+        row.models,
+        row.cls,
+        proof=f"authors' code, {len(row.folders)} variant{'s' if len(row.folders) > 1 else ''}",
+        split="verified",
+        logits=f"within {max(differences):.0e}",
+        cache="equal",
+        batch="equal",
+        beam="equal",
+        assisted="equal",
+        tokenizer="converted",
+    )
+
+
+@pytest.mark.parametrize("folder", ["qwen", "baichuan2_13b", "chatglm3"])
+def test_bfloat16_is_the_converted_class_bit_for_bit(folder: str, tmp_path: Path, streamed: Any) -> None:
+    model = streamed(matrix.ORACLES / folder, layer_shards_saving_path=tmp_path, dtype="bfloat16")
+    ids = load_file(matrix.ORACLES / folder / "expected.safetensors")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, resident(model)(ids).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_alibi_is_right_with_either_attention_and_cache(attention: str, cache: str | None, tmp_path: Path, streamed: Any) -> None:
+    folder = matrix.ORACLES / "baichuan2_13b"
+    expected = load_file(folder / "expected.safetensors")
+    model = streamed(folder, layer_shards_saving_path=tmp_path, attn_implementation=attention)
+    largest_difference(model, expected)
+    steps = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(expected["input_ids"], cache_implementation=cache, **steps), expected["greedy"])
+
+
+def test_alibi_slopes_are_the_papers() -> None:
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12)[:8] == alibi_slopes(8)
+    assert alibi_slopes(12)[8:] == [2.0 ** -(i / 2) for i in (1, 3, 5, 7)]
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of an oracle's folder with other words in its config; None takes a key away."""
+
+    def copy(folder: str, name: str = "model", **changes: Any) -> Path:
+        target = shutil.copytree(matrix.ORACLES / folder, tmp_path / name)
+        raw = json.loads((target / "config.json").read_text()) | changes
+        (target / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+        return target
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "words"),
+    [
+        ("chatglm3", {"position_encoding_2d": True}, "two dimensions"),
+        ("chatglm3", {"add_bias_linear": True}, "add_bias_linear=True"),
+        ("chatglm3", {"rmsnorm": False}, "rmsnorm=False"),
+        ("chatglm3", {"post_layer_norm": False}, "post_layer_norm"),
+        ("chatglm3", {"apply_residual_connection_post_layernorm": True}, "residuals"),
+        ("chatglm3", {"pre_seq_len": 8}, "prefixes"),
+        ("chatglm3", {"vision_config": {}}, "GLM-4V"),
+        ("chatglm3", {"ffn_hidden_size": None}, "lacks 'ffn_hidden_size'"),
+        ("qwen", {"rotary_pct": 0.5}, "rotary_pct=0.5"),
+        ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+    ],
+)
+def test_what_a_conversion_cannot_keep_is_refused(folder: str, changes: dict[str, Any], words: str, changed: Any) -> None:
+    with pytest.raises(errors.UnsupportedArchitectureError, match=words):
+        AutoModel.from_pretrained(changed(folder, **changes), device="cpu")
+
+
+def test_quantised_chatglm_is_refused(changed: Any) -> None:
+    with pytest.raises(errors.CompressionUnavailableError, match="quantization_bit=4"):
+        AutoModel.from_pretrained(changed("chatglm3", quantization_bit=4), device="cpu")
+
+
+def test_qwen_past_its_length_is_refused_and_its_answers_end_there(changed: Any, streamed: Any, caplog: Any) -> None:
+    model = streamed(changed("qwen", seq_length=16))
+    ids = load_file(matrix.ORACLES / "qwen" / "expected.safetensors")["input_ids"]
+    with caplog.at_level(logging.WARNING, logger="rabbit_engine"):
+        answer = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert answer.shape[1] == 16
+    assert "right up to 16 tokens only" in caplog.text
+    with pytest.raises(errors.TextTooLongError, match=r"a text of 24 tokens.*use_dynamic_ntk, use_logn_attn"):
+        model(torch.cat([ids, ids], dim=1))
+    assert model(ids).logits.shape == (1, 12, 128)
+
+
+def test_internlm_past_its_length_is_refused(changed: Any, streamed: Any) -> None:
+    ids = load_file(matrix.ORACLES / "internlm1_7b" / "expected.safetensors")["input_ids"]
+    limited = streamed(changed("internlm1_7b", "a", rotary={"base": 10000, "type": "dynamic"}, max_position_embeddings=8))
+    plain = streamed(changed("internlm1_7b", "b", rotary={"base": 10000, "type": "origin"}, max_position_embeddings=8))
+    with pytest.raises(errors.TextTooLongError, match="turns every cached key anew"):
+        limited(ids)
+    assert plain(ids).logits.shape == (1, 12, plain.config.vocab_size)
+
+
+def test_the_first_qwen_releases_words_are_read(changed: Any, streamed: Any) -> None:
+    older = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+    raw = json.loads((matrix.ORACLES / "qwen" / "config.json").read_text())
+    changes = {new: None for new in older} | {old: raw[new] for new, old in older.items()}
+    changes |= {"intermediate_size": None, "ffn_hidden_size": raw["intermediate_size"]}
+    largest_difference(streamed(changed("qwen", **changes)), load_file(matrix.ORACLES / "qwen" / "expected.safetensors"))
+
+
+def test_the_class_tells_the_family_where_its_type_is_an_older_ones(changed: Any, streamed: Any) -> None:
+    model = streamed(changed("internlm2", model_type="internlm"))
+    largest_difference(model, load_file(matrix.ORACLES / "internlm2" / "expected.safetensors"))
+
+
+def test_chatglm2_divides_positions_where_chatglm3_multiplies_the_base(changed: Any, streamed: Any) -> None:
+    second = streamed(changed("chatglm3", "a", rope_ratio=4, _name_or_path="THUDM/chatglm2-6b-32k"))
+    third = streamed(changed("chatglm3", "b", rope_ratio=4))
+    plain = streamed(matrix.ORACLES / "chatglm3")
+    assert torch.allclose(second.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq / 4)
+    assert third.config.rope_parameters["rope_theta"] == 40000.0
+
+
+@pytest.mark.parametrize(("code", "normalised"), [("class NormHead(nn.Module):", True), ("self.lm_head = nn.Linear(", False)])
+def test_the_modelling_file_says_whether_baichuans_head_is_normalised(
+    code: str, normalised: bool, changed: Any, streamed: Any
+) -> None:
+    folder = changed("baichuan2_7b")
+    (folder / "modeling_baichuan.py").write_text(code + "\n    raise SystemExit  # never run\n")
+    head = streamed(folder).lm_head.weight
+    rows = read_rows(head, streamed(folder, max_memory=None))
+    assert torch.allclose(rows.norm(dim=1), torch.ones(128)) is normalised
+
+
+def read_rows(_: Any, whole: Any) -> torch.Tensor:
+    return whole.lm_head.weight.detach().float()  # type: ignore[no-any-return]
+
+
+def test_none_of_the_familys_code_runs_even_where_it_is_trusted(changed: Any, streamed: Any) -> None:
+    folder = changed("qwen")
+    for name in ("modeling_qwen.py", "configuration_qwen.py"):
+        (folder / name).write_text("raise SystemExit('remote code ran')\n")
+    assert type(streamed(folder, trust_remote_code=True)).__name__ == "Qwen2ForCausalLM"

@@ -1,0 +1,164 @@
+"""Every row of COMPATIBILITY.md's table, run. `--record FILE` writes what was seen, which the table is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import matrix
+import pytest
+import torch
+from families import IMAGE_TEXT
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from rabbit_engine.architectures import KNOWN
+from rabbit_engine.shards import read_entries, verify_shard
+from rabbit_engine.tensorfiles import read_tensor
+
+STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+Record = Callable[..., None]
+
+
+def oracle(folder: Path, image: bool = False) -> Any:
+    """transformers' own load, its weights in memory of their own (see conftest's `plain`)."""
+    auto = AutoModelForImageTextToText if image else AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def split_is_whole(model: Any, plain: Any) -> str:
+    """Every shard verifies and holds transformers' own weights."""
+    prepared = model._prepared
+    for shard in prepared.manifest.shards:
+        verify_shard(prepared.folder, shard)
+    state = plain.state_dict()
+    for name, entry in read_entries(prepared.folder, prepared.manifest).items():
+        assert torch.equal(read_tensor(entry, AssertionError), state[name]), name
+    return "equal"
+
+
+def logits_are_equal(model: Any, plain: Any, inputs: dict[str, torch.Tensor]) -> str:
+    with torch.no_grad():
+        got, expected = model(**inputs).logits, plain(**inputs).logits
+    assert torch.equal(got, expected), (got - expected).abs().max()
+    return "equal"
+
+
+def tokens_are_equal(model: Any, plain: Any, inputs: dict[str, torch.Tensor], **mode: Any) -> str:
+    got, expected = (each.generate(**inputs, **{**STEPS, **mode}) for each in (model, plain))
+    assert torch.equal(got, expected), mode
+    return "equal"
+
+
+def cache_is_filled(model: Any, plain: Any, inputs: dict[str, torch.Tensor]) -> str:
+    """Greedy tokens are equal, and after the prompt each pass takes one token."""
+    lengths: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    try:
+        result = tokens_are_equal(model, plain, inputs)
+    finally:
+        hook.remove()
+    assert set(lengths[1:]) == {1}, lengths
+    return result
+
+
+def beam_over_images(model: Any, plain: Any, inputs: dict[str, torch.Tensor]) -> str:
+    try:
+        plain.generate(**inputs, **STEPS, num_beams=3)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error).split(",")[0]):
+            model.generate(**inputs, **STEPS, num_beams=3)
+        return "not in transformers"
+    return tokens_are_equal(model, plain, inputs, num_beams=3)
+
+
+def is_assisted(model: Any, plain: Any, inputs: dict[str, torch.Tensor], assistant: Any, stateful: bool) -> str:
+    if stateful:
+        with pytest.raises(ValueError, match=r"stateful|not supported"):
+            plain.generate(**inputs, **STEPS, assistant_model=assistant)
+        return "not in transformers"
+    return tokens_are_equal(model, plain, inputs, assistant_model=assistant)
+
+
+@pytest.mark.parametrize("row", matrix.NATIVE, ids=lambda row: row.models)
+def test_family_is_equal_to_transformers(
+    row: matrix.Row, tmp_path: Path, checkpoint: Any, streamed: Any, ids: Any, padded: Any, record: Record
+) -> None:
+    folder = checkpoint(row.family)
+    plain = oracle(folder)
+    model = streamed(folder, layer_shards_saving_path=tmp_path)
+    assert model._prepared.architecture.cls.__name__ == row.cls == type(plain).__name__
+    assert len(model.plan.streamed) > 2, model.plan
+    prompt = {"input_ids": ids}
+    record(
+        row.models,
+        row.cls,
+        proof="transformers",
+        split=split_is_whole(model, plain),
+        logits=logits_are_equal(model, plain, prompt),
+        cache=cache_is_filled(model, plain, prompt),
+        batch=tokens_are_equal(model, plain, padded),
+        beam=tokens_are_equal(model, plain, prompt, num_beams=3),
+        assisted=is_assisted(model, plain, prompt, oracle(checkpoint("llama")), row.family in families.STATEFUL),
+        tokenizer="transformers",
+    )
+
+
+@pytest.mark.parametrize("row", matrix.IMAGE_TEXT, ids=lambda row: row.models)
+def test_image_text_family_is_equal_to_transformers(
+    row: matrix.Row, tmp_path: Path, checkpoint: Any, streamed: Any, padded: Any, record: Record
+) -> None:
+    folder = checkpoint(row.family)
+    plain = oracle(folder, image=True)
+    model = streamed(folder, layer_shards_saving_path=tmp_path)
+    assert type(model).__name__ == row.cls
+    tower = [name for name in model.plan.streamed if "vis" in name]
+    assert len(tower) >= 2, "the vision tower's blocks are streamed in the smallest budget"
+    prompt = families.picture(row.family)
+    result = {
+        "split": split_is_whole(model, plain),
+        "logits": logits_are_equal(model, plain, prompt),
+        "cache": tokens_are_equal(model, plain, prompt),
+        "batch": tokens_are_equal(model, plain, padded),
+        "beam": beam_over_images(model, plain, prompt),
+    }
+    text = {"input_ids": prompt["input_ids"][:, :5]}
+    reads = [unit.loads for name, unit in model.profile.units.items() if name in tower]
+    logits_are_equal(model, plain, text)
+    assert [unit.loads for name, unit in model.profile.units.items() if name in tower] == reads, "text reads no tower"
+    record(row.models, row.cls, proof="transformers", **result, assisted="not run", tokenizer="transformers")
+
+
+def test_image_text_models_stay_equal_as_the_budget_grows(checkpoint: Any, streamed: Any) -> None:
+    folder = checkpoint("qwen2_5_vl")
+    plain, prompt = oracle(folder, image=True), families.picture("qwen2_5_vl")
+    smallest = streamed(folder).plan
+    seen = set()
+    for budget in range(smallest.budget.device_bytes, smallest.budget.device_bytes + smallest.weights_bytes, 24576):
+        model = streamed(folder, max_memory={"cpu": budget})
+        seen.add(model.plan.rare_bytes)
+        assert not model.plan.rare_bytes or model.plan.rare_bytes == smallest.rare_bytes or not model.plan.pass_bytes
+        logits_are_equal(model, plain, prompt)
+    assert {0, smallest.rare_bytes} <= seen
+
+
+def test_text_layers_alone_where_the_checkpoint_is_of_text(checkpoint: Any, streamed: Any) -> None:
+    assert type(streamed(checkpoint("gemma3"))).__name__ == "Gemma3ForCausalLM"
+
+
+def test_every_class_of_the_table_is_in_the_registry() -> None:
+    known = {entry.cls for entry in KNOWN}
+    assert {row.cls for row in (*matrix.NATIVE, *matrix.IMAGE_TEXT)} <= known
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.MORE, *IMAGE_TEXT])
+def test_the_registry_and_the_search_find_the_same_layers(family: str) -> None:
+    from rabbit_engine.architectures.layout import _known_list, _search, find_layout
+
+    model = families.build(family)
+    name, layers = _search(model, find_layout(model).embedding)
+    assert _known_list(model) == (name, layers)
