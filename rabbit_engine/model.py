@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
-from rabbit_engine.architectures import EndOfPositions, refuse_past
+from rabbit_engine.architectures import EndOfPositions, explain_failures, keeps_tuples, refuse_past
 from rabbit_engine.assembly import Assembly, assemble
 from rabbit_engine.attention import choose_attention
 from rabbit_engine.config import (
@@ -204,8 +204,12 @@ def load_tokenizer(source: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both."""
-    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__})
+    """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both.
+
+    A class of a repository that keeps its cache in tuples makes it itself: `generate` gives it none.
+    """
+    makes_its_cache = {"_supports_default_dynamic_cache": classmethod(lambda _: False)} if keeps_tuples(cls) else {}
+    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__, **makes_its_cache})
 
 
 class AutoModel:
@@ -323,6 +327,7 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
     refuse_past(model, prepared.architecture)
+    explain_failures(model)
     weakref.finalize(model, model._assembly.streamer.abandon)
     if stream.profiling_mode:
         model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)

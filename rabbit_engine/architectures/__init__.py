@@ -7,6 +7,7 @@ from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.positions import EndOfPositions, refuse_past
 from rabbit_engine.architectures.registry import CONVERTED, KNOWN, Known
+from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
 
 __all__ = [
     "CONVERTED",
@@ -21,9 +22,11 @@ __all__ = [
     "Target",
     "build_skeleton",
     "corrected_head_dim",
+    "explain_failures",
     "find_architecture",
     "find_layout",
     "gguf_dtype",
+    "keeps_tuples",
     "open_conversion",
     "open_gguf_conversion",
     "refuse_past",

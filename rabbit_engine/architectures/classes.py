@@ -24,6 +24,7 @@ from transformers.models.auto.auto_factory import _get_model_class, add_generati
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.registry import find_family
+from rabbit_engine.architectures.remote import MISFITS, is_remote, misfit, written_for
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     CompressionUnavailableError,
@@ -83,8 +84,7 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     except ImportError as error:
-        extra = "pip install rabbit_engine[gguf]" if gguf_file else "install what its code imports"
-        raise MissingExtraError(f"{folder / (gguf_file or '')}: {extra} ({first_line(error)})") from error
+        raise _import_failed(folder, gguf_file, error) from error
     except OSError as error:
         raise CheckpointNotFoundError(f"{folder} has no config that can be read ({first_line(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
@@ -93,8 +93,19 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
     return config  # type: ignore[no-any-return]
 
 
+def _import_failed(folder: Path, gguf_file: str | None, error: ImportError) -> Exception:
+    """A package that is not there, by the name that transformers gives; any other failed import is of code that is too old."""
+    if gguf_file is not None:
+        return MissingExtraError(f"{folder / gguf_file}: pip install rabbit_engine[gguf] ({first_line(error)})")
+    if "not found in your environment" in str(error) or isinstance(error, ModuleNotFoundError):
+        return MissingExtraError(f"{folder}: install what its code imports ({first_line(error)})")
+    return misfit(_read_raw(folder).get("transformers_version"), "while it was imported", error)
+
+
 def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str:
     text = first_line(error)
+    if trust_remote_code and _read_raw(folder).get("auto_map"):
+        return str(misfit(_read_raw(folder).get("transformers_version"), "while its config was read", error))
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return f"{folder} brings its own modelling code: read it, then give trust_remote_code=True ({text})"
     return f"{folder} is not an architecture that the installed transformers builds: {text}"
@@ -117,7 +128,7 @@ def find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: boo
     for auto in autos:
         reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
         if reference is not None and trust_remote_code:
-            return _remote_class(reference, folder)
+            return _remote_class(reference, folder, config)
         if type(config) in auto._model_mapping:
             return _get_model_class(config, auto._model_mapping)  # type: ignore[no-any-return]
     hint = "" if not getattr(config, "auto_map", None) else "; it brings its own code: read it, then give trust_remote_code=True"
@@ -134,9 +145,14 @@ def _sees_images(config: PretrainedConfig) -> bool:
     return cls.__name__ in (config.architectures or ())
 
 
-def _remote_class(reference: str, folder: Path) -> type[PreTrainedModel]:
+def _remote_class(reference: str, folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
     repo, _, name = reference.rpartition("--")
-    found: Any = get_class_from_dynamic_module(name, repo or str(folder))
+    try:
+        found: Any = get_class_from_dynamic_module(name, repo or str(folder))
+    except ImportError as error:
+        raise _import_failed(folder, None, error) from error
+    except (AttributeError, NameError, TypeError) as error:
+        raise misfit(written_for(config), "while it was imported", error) from error
     found.register_for_auto_class(auto_class=AutoModelForCausalLM)
     return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
 
@@ -150,8 +166,13 @@ def build_skeleton(
     """
     config = config_for(cls, copy.deepcopy(config))
     keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"), init.meta_device_safe_creation_ops():
-        return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+    try:
+        with torch.device("meta"), init.meta_device_safe_creation_ops():
+            return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+    except MISFITS as error:
+        if not is_remote(cls) or attn_implementation is not None:
+            raise
+        raise misfit(written_for(config), "while its model was built", error) from error
 
 
 def config_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:

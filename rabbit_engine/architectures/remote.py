@@ -1,0 +1,84 @@
+"""Models whose code the checkpoint brings (`trust_remote_code=True`): which cache it takes, and what an error of it means."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rabbit_engine.errors import RabbitError, UnsupportedArchitectureError, first_line
+
+_MODULES = "transformers_modules"
+"""Where transformers puts the code of repositories."""
+
+MISFITS = (AttributeError, AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What code raises that meets another transformers than the one it was written for."""
+
+
+def is_remote(cls: type) -> bool:
+    """Whether a class comes from a repository's own code."""
+    return cls.__module__.startswith(_MODULES)
+
+
+def keeps_tuples(cls: type[PreTrainedModel]) -> bool:
+    """Whether a class of a repository keeps its keys and values in tuples, as all did before transformers had cache objects.
+
+    Such a class neither says that it takes a cache object nor mentions one in its code.
+    """
+    if not is_remote(cls) or getattr(cls, "_supports_cache_class", False):
+        return False
+    return re.search(r"\b(\w+)?Cache\b", Path(inspect.getfile(cls)).read_text(encoding="utf-8", errors="replace")) is None
+
+
+def misfit(written: str | None, where: str, error: BaseException) -> UnsupportedArchitectureError:
+    """The error for a repository's code, `written` for a version of transformers, that fails on the installed one.
+
+    `where` is what it was doing.
+    """
+    return UnsupportedArchitectureError(
+        f"the checkpoint's own code failed {where}: {type(error).__name__}: {first_line(error)}. It was written for transformers "
+        f"{written or 'of another version'}, {transformers.__version__} is installed: ask for a version of the model that "
+        "transformers has a class for"
+    )
+
+
+def written_for(config: PretrainedConfig) -> str | None:
+    """The version of transformers that a config was saved by."""
+    return getattr(config, "transformers_version", None)
+
+
+def explain_failures(model: PreTrainedModel) -> None:
+    """Have a repository's model say what it means where its own code fails, in a forward or in preparing one."""
+    if is_remote(type(model)):
+        for name in ("forward", "prepare_inputs_for_generation"):
+            setattr(model, name, _explained(getattr(model, name), written_for(model.config)))
+
+
+def _explained(method: Callable[..., Any], written: str | None) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except RabbitError:
+            raise
+        except MISFITS as error:
+            if not _is_of_the_repository(error):
+                raise
+            raise misfit(written, f"in {method.__name__}", error) from error
+
+    return call
+
+
+def _is_of_the_repository(error: BaseException) -> bool:
+    """Whether the repository's code stands anywhere between the call and the error."""
+    trace, found = error.__traceback__, False
+    while trace is not None:
+        found = found or str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_MODULES)
+        trace = trace.tb_next
+    return found
