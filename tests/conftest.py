@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """`record(models, cls, proof=..., **columns)` adds a row to the file of `--record`, written when all tests have run."""
+    """`record(models, cls, runs_as=..., oracle=..., **columns)` adds a row to the file of `--record`."""
     rows: list[dict[str, str]] = []
     yield lambda models, cls, **columns: rows.append({"models": models, "class": cls, **columns})
     path: Path | None = request.config.getoption("--record")

@@ -13,7 +13,7 @@ import matrix
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_matrix import STEPS, cache_is_filled, tokens_are_equal
+from test_matrix import STEPS, cache_is_filled, logits_are_equal, split_is_whole, tokens_are_equal
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
@@ -92,7 +92,8 @@ def test_converted_family_computes_what_its_authors_code_does(
     record(
         row.models,
         row.cls,
-        proof=f"authors' code, {len(row.folders)} variant{'s' if len(row.folders) > 1 else ''}",
+        runs_as=model._prepared.architecture.cls.__name__,
+        oracle=f"the authors' code, {len(row.folders)} variant{'s' if len(row.folders) > 1 else ''}",
         split="verified",
         logits=f"within {max(differences):.0e}",
         cache="equal",
@@ -101,6 +102,46 @@ def test_converted_family_computes_what_its_authors_code_does(
         assisted="equal",
         tokenizer="converted",
     )
+
+
+@pytest.mark.parametrize(("biases", "family"), [({}, "llama"), ({"qkv_bias": True, "bias": True}, "llama_biased")])
+def test_internlm3_is_read_as_its_description_says(
+    biases: dict[str, bool],
+    family: str,
+    tmp_path: Path,
+    own_checkpoint: Any,
+    plain: Any,
+    streamed: Any,
+    ids: Any,
+    padded: Any,
+    record: Callable[..., None],
+) -> None:
+    """No code of its authors was to be had; its names and arithmetic are Llama's, by their description."""
+    folder = own_checkpoint(family)
+    whole = plain(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if key not in ("attention_bias", "mlp_bias")} | biases
+    words = {"model_type": "internlm3", "architectures": ["InternLM3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(raw | words))
+    model = streamed(folder, layer_shards_saving_path=tmp_path / "shards")
+    prompt = {"input_ids": ids}
+    columns = {
+        "split": split_is_whole(model, whole),
+        "logits": logits_are_equal(model, whole, prompt),
+        "cache": cache_is_filled(model, whole, prompt),
+        "batch": tokens_are_equal(model, whole, padded),
+        "beam": tokens_are_equal(model, whole, prompt, num_beams=3),
+        "assisted": tokens_are_equal(model, whole, prompt, prompt_lookup_num_tokens=3),
+    }
+    if not biases:
+        record(
+            "InternLM3",
+            "InternLM3ForCausalLM",
+            runs_as="LlamaForCausalLM",
+            oracle="the published description",
+            **columns,
+            tokenizer="not run",
+        )
 
 
 @pytest.mark.parametrize("folder", ["qwen", "baichuan2_13b", "chatglm3"])
@@ -190,7 +231,7 @@ def test_internlm_past_its_length_is_refused(changed: Any, streamed: Any) -> Non
 def test_the_first_qwen_releases_words_are_read(changed: Any, streamed: Any) -> None:
     older = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
     raw = json.loads((matrix.ORACLES / "qwen" / "config.json").read_text())
-    changes = {new: None for new in older} | {old: raw[new] for new, old in older.items()}
+    changes = dict.fromkeys(older) | {old: raw[new] for new, old in older.items()}
     changes |= {"intermediate_size": None, "ffn_hidden_size": raw["intermediate_size"]}
     largest_difference(streamed(changed("qwen", **changes)), load_file(matrix.ORACLES / "qwen" / "expected.safetensors"))
 

@@ -97,7 +97,8 @@ def test_family_is_equal_to_transformers(
     record(
         row.models,
         row.cls,
-        proof="transformers",
+        runs_as=row.cls,
+        oracle="transformers",
         split=split_is_whole(model, plain),
         logits=logits_are_equal(model, plain, prompt),
         cache=cache_is_filled(model, plain, prompt),
@@ -130,7 +131,7 @@ def test_image_text_family_is_equal_to_transformers(
     reads = [unit.loads for name, unit in model.profile.units.items() if name in tower]
     logits_are_equal(model, plain, text)
     assert [unit.loads for name, unit in model.profile.units.items() if name in tower] == reads, "text reads no tower"
-    record(row.models, row.cls, proof="transformers", **result, assisted="not run", tokenizer="transformers")
+    record(row.models, row.cls, runs_as=row.cls, oracle="transformers", **result, assisted="not run", tokenizer="transformers")
 
 
 def test_image_text_models_stay_equal_as_the_budget_grows(checkpoint: Any, streamed: Any) -> None:

@@ -1,16 +1,16 @@
 """What a checkpoint's config says its model is: the class, its modules' layout, and how its weights become the model's."""
 
-from rabbit_engine.architectures.architecture import Architecture, Family
+from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.classes import build_skeleton, find_architecture
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.positions import EndOfPositions, refuse_past
-from rabbit_engine.architectures.registry import CONVERTED, KNOWN, Known
+from rabbit_engine.architectures.record import Proof, Record, read_record
+from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
 
 __all__ = [
-    "CONVERTED",
     "KNOWN",
     "RESIDENT",
     "Architecture",
@@ -19,8 +19,12 @@ __all__ = [
     "Family",
     "Known",
     "Layout",
+    "Proof",
+    "RawConfig",
+    "Record",
     "Target",
     "build_skeleton",
+    "converted_families",
     "corrected_head_dim",
     "explain_failures",
     "find_architecture",
@@ -29,5 +33,7 @@ __all__ = [
     "keeps_tuples",
     "open_conversion",
     "open_gguf_conversion",
+    "read_record",
     "refuse_past",
+    "register_family",
 ]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from rabbit_engine.architectures import baichuan, chatglm, internlm, qwen
 from rabbit_engine.architectures.architecture import Family, RawConfig
 
-CONVERTED: tuple[Family, ...] = (*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIES, *baichuan.FAMILIES)
-"""Families whose checkpoints become another class's; none of their own code runs."""
+_CONVERTED: list[Family] = [*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIES, *baichuan.FAMILIES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +93,19 @@ def find_known(class_name: str) -> Known | None:
     return _BY_CLASS.get(class_name)
 
 
+def converted_families() -> tuple[Family, ...]:
+    """Families whose checkpoints become another class's; none of their own code runs. Those registered last come first."""
+    return tuple(_CONVERTED)
+
+
+def register_family(family: Family) -> None:
+    """Convert the checkpoints of `family` from now on, before any other family that would own them.
+
+    A family of the same name is replaced. docs/adding-a-model.md shows one being written.
+    """
+    _CONVERTED[:] = [family, *(other for other in _CONVERTED if other.name != family.name)]
+
+
 def find_family(raw: RawConfig) -> Family | None:
     """The family that converts a config.json, or None where transformers has a class for it."""
-    return next((family for family in CONVERTED if family.owns(raw)), None)
+    return next((family for family in _CONVERTED if family.owns(raw)), None)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rabbit_engine import __version__
 from rabbit_engine.cli.bench import bench
 from rabbit_engine.cli.demo import demo
+from rabbit_engine.cli.models import models
 from rabbit_engine.cli.plan import plan
 from rabbit_engine.cli.run import run
 from rabbit_engine.cli.split import split
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, plan, bench, demo, split, verify):
+for command in (run, plan, models, bench, demo, split, verify):
     app.command()(command)
 
 

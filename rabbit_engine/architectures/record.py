@@ -1,0 +1,43 @@
+"""What the test suite saw of each family when it was last run for the record: `make matrix` writes it, nobody by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+COLUMNS = ("split", "logits", "cache", "batch", "beam", "assisted", "tokenizer")
+_FILE = Path(__file__).with_name("proven.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One row: the models, the class their checkpoints name, what it ran as, who was asked for the truth, and the columns."""
+
+    models: str
+    cls: str
+    runs_as: str
+    oracle: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All rows of one run, its date (ISO), and the versions of Python, torch and transformers it ran on."""
+
+    date: str
+    versions: Mapping[str, str]
+    rows: tuple[Proof, ...]
+
+
+@cache
+def read_record() -> Record:
+    """The record that this version came with."""
+    raw = json.loads(_FILE.read_text(encoding="utf-8"))
+    rows = tuple(
+        Proof(row["models"], row["class"], row["runs_as"], row["oracle"], {name: row[name] for name in COLUMNS})
+        for row in raw["rows"]
+    )
+    return Record(raw["date"], raw["versions"], rows)

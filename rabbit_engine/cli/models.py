@@ -1,0 +1,42 @@
+"""`rabbit models [WORDS]`: which models run, as what, and how that is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rabbit_engine.architectures import Proof, converted_families, read_record
+
+
+def models(
+    words: Annotated[str, typer.Argument(help="Only rows with these words.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List the models that were proved, the class each runs as, and against what; any other causal model may run too.
+
+    A family that is not listed takes the generic path: its layers are looked for in the module tree of transformers' class.
+    """
+    record = read_record()
+    rows = [row for row in record.rows if words.lower() in f"{row.models} {row.cls} {row.runs_as}".lower()]
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    Console().print(_table(rows, f"{record.date}, transformers {record.versions['transformers']}"))
+    proved = {row.cls for row in record.rows}
+    for family in converted_families():
+        if not proved.intersection(family.classes):
+            Console().print(f"registered, not proved here: {family.name} as {family.becomes}")
+
+
+def _table(rows: list[Proof], when: str) -> Table:
+    table = Table(title="Proved models", caption=f"run on {when}", title_justify="left", caption_justify="left")
+    for name in ("models", "class of the checkpoint", "runs as", "equal to"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row.models, row.cls, "the same" if row.runs_as == row.cls else row.runs_as, row.oracle)
+    return table
