@@ -42,6 +42,7 @@ from rabbit_engine.planner import Plan
 from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
 from rabbit_engine.streaming import Profile, Streamer, move
+from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.units import format_bytes, format_rate
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class StreamingMixin:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_source)
+            self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
         return self._tokenizer
 
     @tokenizer.setter
@@ -189,8 +190,15 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.device(device.type, device.index or 0)
 
 
-def load_tokenizer(source: Mapping[str, Any]) -> Any:
-    """`AutoTokenizer` on the checkpoint's folder. Raises TokenizerNotFoundError or MissingExtraError."""
+def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
+    """The tokenizer of the checkpoint's folder: built from the files of a family that is converted, else `AutoTokenizer`.
+
+    A tokenizer.json beside them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
+    MissingExtraError.
+    """
+    folder = Path(source["pretrained_model_name_or_path"])
+    if converted is not None and not (folder / "tokenizer.json").is_file():
+        return build_tokenizer(converted, folder)
     try:
         return AutoTokenizer.from_pretrained(**source)
     except ImportError as error:

@@ -10,7 +10,7 @@ def main() -> None:
     found = {d.metadata["Name"].lower(): d.version.partition("+")[0] for d in distributions()}
     print("# Made by `make lock`: exact versions, no addresses. pip finds the build of torch that fits the machine.")
     for name in sorted(found):
-        if name not in OURS and not name.startswith(("nvidia-", "triton")):
+        if name not in OURS and not name.startswith(("nvidia-", "triton", "cuda-")):
             print(f"{name}=={found[name]}")
 
 

@@ -18,14 +18,16 @@ RawConfig = Mapping[str, Any]
 class Architecture:
     """The class to build, the config to build it from, and how the checkpoint's weights become its own.
 
-    `family` is the converted family's name, None for a class that reads its checkpoints itself. `transforms` stand before
-    those of transformers, and are read in its way: all renamings in turn, then at most one converter. `positions` is how
-    many a converted model computes as the family's own code does, with the reason; None is all of them.
+    `family` is the converted family's name and `tokenizer` its tokenizer's, None for a class that reads its checkpoints itself.
+    `transforms` stand before those of transformers, and are read in its way: all renamings in turn, then at most one
+    converter. `positions` is how many a converted model computes as the family's own code does, with the reason; None is
+    all of them.
     """
 
     cls: type[PreTrainedModel]
     config: PretrainedConfig
     family: str | None = None
+    tokenizer: str | None = None
     transforms: tuple[WeightTransform, ...] = ()
     positions: int | None = None
     positions_reason: str = ""

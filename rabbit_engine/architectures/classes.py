@@ -66,7 +66,7 @@ def _read_raw(folder: Path) -> RawConfig:
 def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     _refuse_quantized(folder, raw.get("quantization_config"))
     try:
-        architecture = replace(family.convert(raw, folder), family=family.name)
+        architecture = replace(family.convert(raw, folder), family=family.name, tokenizer=family.tokenizer)
     except RabbitError:
         raise
     except KeyError as error:

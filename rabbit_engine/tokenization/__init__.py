@@ -1,0 +1,9 @@
+"""Tokenizers of the families that have none in transformers, from their original files: no code of a checkpoint runs.
+
+`build_tokenizer` is all there is to call. ChatGLM2 and 3, InternLM, InternLM2 and Baichuan bring a sentencepiece model,
+GLM-4 and QWen a tiktoken file.
+"""
+
+from rabbit_engine.tokenization.build import build_tokenizer
+
+__all__ = ["build_tokenizer"]
