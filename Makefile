@@ -15,6 +15,15 @@ matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the rec
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
+test-lowest: .venv-lowest/.installed  ## the same tests on the oldest versions that are supported
+	.venv-lowest/bin/python -m pytest -n 2
+
+.venv-lowest/.installed: requirements-lowest.lock pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -r requirements-lowest.lock
+	.venv-lowest/bin/python -m pip install --quiet --no-deps $(SMOLLM) -e .
+	@touch $@
+
 check: $(STAMP)  ## style, types, the direction of imports, generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +62,4 @@ lock:  ## resolve the newest versions afresh and write requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock build dist *.egg-info
+	rm -rf .venv .venv-lock .venv-lowest .conformance build dist *.egg-info

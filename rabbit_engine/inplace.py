@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rabbit_engine.architectures import Architecture, open_conversion
+from rabbit_engine.architectures import Architecture, Target, open_conversion
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
 from rabbit_engine.errors import DamagedCheckpointError
 from rabbit_engine.splitplan import settle_ties
@@ -51,15 +51,31 @@ def original_entries(
         tensor = tensors[key]
         if target is None or not isinstance(tensor, SafetensorsTensor):
             continue
-        problem = "it is converted" if target.converted else conversion.differs(target.name, tensor)
-        if problem or target.name in entries:
-            raise NotInPlaceError(f"{key}: {problem or 'two tensors of this name'}")
-        entries[target.name] = replace(tensor.entry, name=target.name)
+        if target.converted and not target.slices:
+            raise NotInPlaceError(f"{key}: it is converted")
+        for entry in _parts(tensor.entry, target):
+            problem = conversion.differs(entry.name, entry)
+            if problem or entry.name in entries:
+                raise NotInPlaceError(f"{key}: {problem or 'two tensors of this name'}")
+            entries[entry.name] = entry
     tied = skeleton.all_tied_weights_keys
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
     require_weights(skeleton, kept, ties, folder)
     return kept, ties.shared
+
+
+def _parts(entry: TensorEntry, target: Target) -> list[TensorEntry]:
+    """The stored tensor under the weight's name, or the rows of it that are several weights."""
+    if not target.slices:
+        return [replace(entry, name=target.name)]
+    parts, first = [], 0
+    for name, rows in target.slices:
+        row_bytes = entry.nbytes // entry.shape[0]
+        shape = (rows, *entry.shape[1:])
+        parts.append(replace(entry, name=name, shape=shape, offset=entry.offset + first * row_bytes, nbytes=rows * row_bytes))
+        first += rows
+    return parts
 
 
 def stored_shapes(

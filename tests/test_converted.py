@@ -154,6 +154,22 @@ def test_bfloat16_is_the_converted_class_bit_for_bit(folder: str, tmp_path: Path
         assert torch.equal(model(ids).logits, resident(model)(ids).logits)
 
 
+@pytest.mark.parametrize("folder", ["chatglm3", "glm4_9b", "qwen", "qwen_bias", "baichuan1_13b", "internlm1_7b"])
+def test_rows_of_a_fused_projection_are_streamed_from_where_they_lie(folder: str, streamed: Any) -> None:
+    expected = load_file(matrix.ORACLES / folder / "expected.safetensors")
+    model = streamed(matrix.ORACLES / folder, split="never")
+    assert model.plan.streamed
+    assert model._prepared.manifest is None
+    largest_difference(model, expected)
+    greedy_is_the_authors(model, expected)
+
+
+def test_what_is_more_than_rows_is_split(changed: Any) -> None:
+    for folder in ("internlm2", "baichuan2_7b", "baichuan2_13b"):
+        with pytest.raises(errors.ConfigurationError, match="must be split"):
+            AutoModel.from_pretrained(changed(folder, folder), device="cpu", split="never")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_alibi_is_right_with_either_attention_and_cache(attention: str, cache: str | None, tmp_path: Path, streamed: Any) -> None:

@@ -26,15 +26,20 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
+from rabbit_engine.architectures.fused import SplitQKV
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A weight of the model; `converted` when it is made from several tensors, or is the first of several made from one."""
+    """A weight of the model; `converted` when it is made from several tensors, or is the first of several made from one.
+
+    `slices` are those several with the rows of the one that each is, where they are rows of it and nothing more.
+    """
 
     name: str
     converted: bool
+    slices: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,8 +67,19 @@ class Conversion:
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
-            found[key] = Target(name, pattern is not None) if name in state else None
+            found[key] = Target(name, pattern is not None, self._slices(name, pattern)) if name in state else None
         return found
+
+    def _slices(self, name: str, pattern: str | None) -> tuple[tuple[str, int], ...]:
+        """`pattern` is the source pattern of the converter that made `name`, its first target."""
+        converters = [t for t in self._transforms() if isinstance(t, WeightConverter) and pattern in t.source_patterns]
+        if pattern is None or not converters or len(converters[0].operations) != 1:
+            return ()
+        first, operation = converters[0].target_patterns[0], converters[0].operations[0]
+        if not isinstance(operation, SplitQKV):
+            return ()
+        names = [name.replace(first, target) for target in converters[0].target_patterns]
+        return tuple(zip(names, operation.rows(self.skeleton.config), strict=True))
 
     def _transforms(self) -> list[Any]:
         if self._mapping is None:

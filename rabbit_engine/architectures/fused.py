@@ -36,10 +36,14 @@ class _FromOne(ConversionOps):
 class SplitQKV(_FromOne):
     """A fused projection, queries above keys above values, into the three: `[(heads + 2 * kv heads) * head_dim, ...]`."""
 
+    def rows(self, config: PretrainedConfig) -> tuple[int, int, int]:
+        """How many rows of the stored tensor each of the three is, in their order: they can be read where they lie."""
+        heads, kv_heads, width = _heads(config)
+        return heads * width, kv_heads * width, kv_heads * width
+
     def parts(self, stored: torch.Tensor, config: PretrainedConfig) -> Sequence[torch.Tensor]:
         """Queries, keys, values."""
-        heads, kv_heads, width = _heads(config)
-        return torch.split(stored, [heads * width, kv_heads * width, kv_heads * width])
+        return torch.split(stored, list(self.rows(config)))
 
 
 class SplitGroupedQKV(_FromOne):
