@@ -131,11 +131,12 @@ def _cache_bytes(cache: Any) -> int:
 
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """What forwards keep in their modules (a rotary embedding its frequencies) is put back: it would be without values.
+    """What forwards keep in their modules is put back: a rotary embedding's frequencies, which would be without values, and
+    the hooks by which transformers captures outputs.
 
     Rotary embeddings that look at positions, which have no values here, stand still meanwhile.
     """
-    before = {module: (dict(vars(module)), dict(module._buffers)) for module in model.modules()}
+    before = {module: (dict(vars(module)), _tables(module)) for module in model.modules()}
     try:
         for module in before:
             kind = getattr(module, "rope_type", None)
@@ -143,11 +144,17 @@ def _unchanged(model: PreTrainedModel) -> Iterator[None]:
                 vars(module)["rope_type"] = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
         yield
     finally:
-        for module, (attributes, buffers) in before.items():
+        for module, (attributes, tables) in before.items():
             vars(module).clear()
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for name, entries in tables.items():  # the same objects: handles of hooks refer to them
+                attributes[name].clear()
+                attributes[name].update(entries)
+
+
+def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """A copy of each dict that a module keeps: its buffers, its hooks."""
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
 
 
 @contextmanager

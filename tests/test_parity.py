@@ -101,6 +101,17 @@ def test_dict_in_generate_is_equal(checkpoint: Any, plain: Any, streamed: Any, i
     assert all(torch.equal(a, b) for a, b in zip(got.hidden_states[0], expected.hidden_states[0], strict=True))
 
 
+@pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
+def test_what_the_config_asks_for_comes_once(
+    what: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama", **{what: True, "attn_implementation": "eager"})
+    expected, got = (load(folder, attn_implementation="eager")(ids) for load in (plain, streamed))
+    name = what.removeprefix("output_")
+    assert len(got[name]) == len(expected[name])
+    assert all(torch.equal(a, b) for a, b in zip(got[name], expected[name], strict=True))
+
+
 def test_attentions_are_equal_when_eager(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     expected, got = (load(checkpoint("llama"), attn_implementation="eager") for load in (plain, streamed))
     with torch.no_grad():

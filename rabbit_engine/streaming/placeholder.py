@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from rabbit_engine.errors import CannotMergeError, CannotPickleError, WeightNotLoadedError
 from rabbit_engine.tensorfiles import TensorEntry
 
+_WHERE = "a streamed weight is there only while its module runs; for the weight itself open its shard with safetensors"
 _VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
 
 
@@ -38,6 +39,14 @@ class Placeholder(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CannotPickleError(f"{self.weight_name} is away: there is nothing to pickle; copy its shard instead")
 
+    def data_ptr(self) -> int:
+        """Raises WeightNotLoadedError."""
+        raise WeightNotLoadedError(f"{self.weight_name} is away and has no memory: {_WHERE}")
+
+    def untyped_storage(self) -> Any:
+        """Raises WeightNotLoadedError."""
+        self.data_ptr()
+
     def clone_of_nothing(self) -> Placeholder:
         """Another stand-in for the same weight."""
         return Placeholder(self.weight_name, self.shape, self.dtype, self.device)
@@ -56,10 +65,7 @@ class Placeholder(torch.Tensor):
                 f"{', '.join(away)} cannot be changed ({operation}): a streamed weight is read anew every pass. "
                 "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
             )
-        raise WeightNotLoadedError(
-            f"{', '.join(away)} used while away ({operation}): a streamed weight is there only while its module runs; "
-            "for the weight itself open its shard with safetensors"
-        )
+        raise WeightNotLoadedError(f"{', '.join(away)} used while away ({operation}): {_WHERE}")
 
 
 def placeholder_for(entry: TensorEntry, device: torch.device, is_parameter: bool) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""Which of transformers' tests are left out, by name, and why; and which failures are refusals that the library documents.
+
+Whatever is not named here runs. A pattern is matched against the test's name as the shell matches file names.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+TRAINING = "training and gradients: a streamed model runs forwards only"
+INITIALISATION = "initialisation of new weights: a streamed model has those of its checkpoint"
+LOADING = "how transformers loads incomplete, mismatched or renamed checkpoints and what it reports of that"
+SAVING = "saving and pickling: the weights are on disk already"
+RESIZING = "resizing embeddings: streamed weights do not change"
+AT_REST = "reads weights outside a forward, where a streamed weight is a placeholder"
+DEVICES = "accelerate's device maps and offload, device contexts: the library's own placement instead"
+FACTS = "parallelism plans and other facts of the class, whatever becomes of its weights"
+COMPILE = "compile and export: streamed weights are not there when a compiler looks"
+FLASH = "flash and flex attention, kernels: need an accelerator"
+OTHER_MODELS = "of encoder-decoders, vision, audio and composite models: a causal language model has no such part"
+LAYER = "builds the rotary embedding by itself, no model"
+TESTER = "about the sizes of the tester's own configs"
+
+OUT_OF_SCOPE: tuple[tuple[str, str], ...] = (
+    ("test_training*", TRAINING),
+    ("test_*gradient_checkpointing*", TRAINING),
+    ("test_enable_input_require_grads*", TRAINING),
+    ("test_retain_grad_*", TRAINING),
+    ("test_can_init_all_missing_weights", INITIALISATION),
+    ("test_init_weights_*", INITIALISATION),
+    ("test_all_tensors_are_parameter_or_buffer", INITIALISATION),
+    ("test_can_be_initialized_on_meta", INITIALISATION),
+    ("test_from_pretrained_no_checkpoint", LOADING),
+    ("test_correct_missing_keys", LOADING),
+    ("test_base_model_prefix_loads_base_weights", LOADING),
+    ("test_can_use_safetensors", LOADING),
+    ("test_load_save_without_tied_weights", LOADING),
+    ("test_model_weights_reload_no_missing_tied_weights", LOADING),
+    ("test_*mismatched_shapes", LOADING),
+    ("test_reverse_loading_mapping", LOADING),
+    ("test_can_load_from_already_mapped_keys", LOADING),
+    ("test_torch_save_load", SAVING),
+    ("test_resize_*", RESIZING),
+    ("test_tied_weights_keys", AT_REST),
+    ("test_bc_torch_dtype", AT_REST),
+    ("test_*_offload*", DEVICES),
+    ("test_can_load_with_*", DEVICES),
+    ("test_cannot_load_with_meta_device_context_manager", DEVICES),
+    ("test_model_parallelism", FACTS),
+    ("test_tp_plan_matches_params", FACTS),
+    ("test_tied_head_has_a_tp_plan_entry", FACTS),
+    ("test_model_main_input_name", FACTS),
+    ("test_generation_tester_mixin_inheritance", FACTS),
+    ("test_format_of_can_record_outputs", FACTS),
+    ("test_*compile*", COMPILE),
+    ("test_*export*", COMPILE),
+    ("test_flash_attn_*", FLASH),
+    ("test_flex_attention_*", FLASH),
+    ("test_sdpa_can_dispatch_on_flash", FLASH),
+    ("test_kernels_*", FLASH),
+    ("test_get_*_features_*", OTHER_MODELS),
+    ("test_encoder_decoder_*", OTHER_MODELS),
+    ("test_attn_implementation_composite_models", OTHER_MODELS),
+    ("test_can_set_attention_dynamically_composite_model", OTHER_MODELS),
+    ("test_sdpa_can_dispatch_composite_models", OTHER_MODELS),
+    ("test_internal_model_config_and_subconfig_are_same", OTHER_MODELS),
+    ("test_problem_types", OTHER_MODELS),
+    ("test_vision_*", OTHER_MODELS),
+    ("test_model_rope_scaling_frequencies", LAYER),
+    ("test_num_layers_is_small", TESTER),
+    ("test_model_is_small", TESTER),
+)
+
+KNOWN_FAILURES: tuple[tuple[str, str], ...] = (
+    (
+        "gemma4::test_inputs_embeds",
+        "WeightNotLoadedError: Gemma4's forward looks its embeddings up in the whole embedding matrix, which is read by row",
+    ),
+)
+"""`family::test` patterns, each with the documented refusal that it meets. They run, and must fail."""
+
+
+def first_reason(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
+    """The reason beside the first pattern that fits the name."""
+    return next((reason for pattern, reason in table if fnmatchcase(name, pattern)), None)
+
+
+def reason_left_out(test: str) -> str | None:
+    """Why the test is out of scope; None where it runs."""
+    return first_reason(test, OUT_OF_SCOPE)
+
+
+def reason_known(family: str, test: str) -> str | None:
+    """The refusal that the test is known to meet; None where it has to pass."""
+    return first_reason(f"{family}::{test}", KNOWN_FAILURES)
