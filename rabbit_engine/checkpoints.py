@@ -20,7 +20,7 @@ from rabbit_engine.errors import (
     UnsafePickleError,
     first_line,
 )
-from rabbit_engine.tensorfiles import TensorEntry, read_header, read_tensor, same_bytes
+from rabbit_engine.tensorfiles import DTYPE_NAMES, TensorEntry, read_header, read_tensor, same_bytes
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -145,8 +145,18 @@ def digest(value: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
+class _Named:
+    """What transformers' quantisers ask of a tensor that is not read yet."""
+
+    __slots__ = ()
+
+    def get_dtype(self: LazyTensor) -> str:
+        """Its dtype in safetensors' words, such as "BF16"."""
+        return DTYPE_NAMES[self.dtype]
+
+
 @dataclass(frozen=True, slots=True)
-class SafetensorsTensor:
+class SafetensorsTensor(_Named):
     """One tensor of a safetensors file."""
 
     entry: TensorEntry
@@ -237,7 +247,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PickleTensor:
+class PickleTensor(_Named):
     """One tensor of a pickle."""
 
     file: PickleFile

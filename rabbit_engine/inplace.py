@@ -45,7 +45,7 @@ def original_entries(
     have to be converted, cast or reshaped, and MismatchedWeightsError where weights are missing.
     """
     skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))
-    conversion = open_conversion(skeleton, tensors, dtype, architecture.transforms)
+    conversion = open_conversion(architecture, skeleton, tensors, dtype)
     entries: dict[str, TensorEntry] = {}
     for key, target in conversion.targets().items():
         tensor = tensors[key]
@@ -82,5 +82,5 @@ def stored_shapes(
     architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, tuple[int, ...]]:
     """The model's weight names to stored shapes, for the weights that are stored as they are."""
-    targets = open_conversion(build_for(architecture, dtype, {}), tensors, dtype, architecture.transforms).targets()
+    targets = open_conversion(architecture, build_for(architecture, dtype, {}), tensors, dtype).targets()
     return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}

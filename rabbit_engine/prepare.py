@@ -355,7 +355,7 @@ def _open(request: Request, files: WeightFiles, journal: Journal | None) -> tupl
     if journal is not None:
         tensors = replace(tensors, tensors={**tensors.tensors, **journal_tensors(journal, request.repo.folder)})
     skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors.tensors))
-    return tensors, skeleton, open_conversion(skeleton, tensors.tensors, dtype, architecture.transforms)
+    return tensors, skeleton, open_conversion(architecture, skeleton, tensors.tensors, dtype)
 
 
 def _originals(request: Request, manifest: Manifest) -> list[Path]:

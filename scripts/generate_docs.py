@@ -6,16 +6,20 @@ python scripts/generate_docs.py [--check]     `--check` only compares.
 from __future__ import annotations
 
 import html
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rabbit_engine.architectures import Record, read_record
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "rabbit"]
-BEGIN, END = "<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->"
+CONFORMANCE = ROOT / "docs" / "conformance.json"
+FAMILIES = ("<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->")
+MIXIN = ("<!-- conformance: `make conformance` runs it, `make docs` writes it -->", "<!-- end of conformance -->")
 
 
 def cli_page() -> str:
@@ -27,9 +31,21 @@ def cli_page() -> str:
 
 
 def compatibility_page() -> str:
-    """COMPATIBILITY.md with its table written anew."""
-    before, _, rest = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{families_table(read_record())}\n{END}{rest.partition(END)[2]}"
+    """COMPATIBILITY.md with its tables written anew."""
+    page = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8")
+    page = between(page, FAMILIES, families_table(read_record()))
+    return between(page, MIXIN, conformance_table(json.loads(CONFORMANCE.read_text(encoding="utf-8"))))
+
+
+def between(page: str, marks: tuple[str, str], text: str) -> str:
+    """The page with `text` between two marks."""
+    before, _, rest = page.partition(marks[0])
+    return f"{before}{marks[0]}\n\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+
+
+def as_table(lines: list[list[str]]) -> str:
+    """Markdown; the first line is its head."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
 def families_table(record: Record) -> str:
@@ -40,8 +56,23 @@ def families_table(record: Record) -> str:
         [row.models, row.cls, "the same" if row.runs_as == row.cls else row.runs_as, *row.columns.values(), row.oracle]
         for row in record.rows
     ]
-    lines = [names, ["---"] * len(names), *rows]
-    return f"Run on {record.date} with {versions}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"Run on {record.date} with {versions}.\n\n" + as_table([names, *rows])
+
+
+def conformance_table(record: dict[str, Any]) -> str:
+    """What became of each family's tests, and why tests were left out or skipped."""
+    outcomes = [name for name in next(iter(record["families"].values())) if name != "seconds"]
+    rows = [[family, *(str(counts[name]) for name in outcomes)] for family, counts in record["families"].items()]
+    head = ["family", *(name.replace("_", " ") for name in outcomes)]
+    explained = (
+        "*fails whole too*: also where transformers loads the model whole; *known*: a documented refusal; *skipped*: by the test"
+    )
+    lines = [f"- left out, {len(tests)} tests: {reason}" for reason, tests in record["left_out"].items()]
+    lines += [f"- skipped in {sum(tests.values())} runs: {reason}" for reason, tests in record["skipped"].items()]
+    for kind in ("known", "fails_whole_too", "failed"):
+        lines += [f"- {kind.replace('_', ' ')}: {one['family']}, `{one['test']}`: {one['reason']}" for one in record[kind]]
+    when = f"Run on {record['date']} with transformers {record['versions']['transformers']}. {explained}."
+    return f"{when}\n\n{as_table([head, *rows])}\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ NATIVE = (
     Row("GLM-4-9B (hf)", "GlmForCausalLM", "glm"),
     Row("GLM-4-0414", "Glm4ForCausalLM", "glm4"),
     Row("GLM-4.5", "Glm4MoeForCausalLM", "glm4_moe"),
-    Row("GPT-OSS (bf16)", "GptOssForCausalLM", "gpt_oss"),
+    Row("GPT-OSS", "GptOssForCausalLM", "gpt_oss"),
     Row("GPT-2", "GPT2LMHeadModel", "gpt2"),
     Row("OPT", "OPTForCausalLM", "opt"),
     Row("BLOOM", "BloomForCausalLM", "bloom"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from rabbit_engine.errors import (
 
 logger = logging.getLogger(__name__)
 
+_DEQUANTIZED = ("fp8", "mxfp4")
+"""Formats that transformers dequantises without a GPU, a weight at a time: DeepSeek-V3's and GPT-OSS's."""
+
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
 
@@ -50,8 +54,9 @@ def find_architecture(folder: Path, *, gguf_file: str | None = None, trust_remot
     if family is not None:
         return _converted(family, raw, folder)
     config = find_config(folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    quantization = _take_quantization(folder, config)
     cls = find_class(config, folder, trust_remote_code=trust_remote_code)
-    return Architecture(cls=cls, config=config_for(cls, config))
+    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization)
 
 
 def _read_raw(folder: Path) -> RawConfig:
@@ -89,7 +94,6 @@ def find_config(folder: Path, *, gguf_file: str | None = None, trust_remote_code
         raise CheckpointNotFoundError(f"{folder} has no config that can be read ({first_line(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UnsupportedArchitectureError(_unsupported(folder, error, trust_remote_code)) from error
-    _refuse_quantized(folder, getattr(config, "quantization_config", None))
     return config  # type: ignore[no-any-return]
 
 
@@ -111,11 +115,25 @@ def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str
     return f"{folder} is not an architecture that the installed transformers builds: {text}"
 
 
+def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """How the stored weights are quantised, taken out of the config: what runs are plain weights."""
+    method = getattr(config, "quantization_config", None)
+    if not method:
+        return None
+    found: dict[str, Any] = method if isinstance(method, dict) else method.to_dict()
+    if found.get("quant_method") not in _DEQUANTIZED:
+        _refuse_quantized(folder, found)
+    del config.quantization_config
+    logger.info("%s is quantised (%s): its weights are dequantised when it is split", folder, found["quant_method"])
+    return found
+
+
 def _refuse_quantized(folder: Path, method: Any) -> None:
     if method:
         kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
         raise CompressionUnavailableError(
-            f"{folder} is quantised already ({kind}); this version streams plain weights: use the unquantised repository"
+            f"{folder} is quantised already ({kind}); this version streams plain weights and undoes {', '.join(_DEQUANTIZED)} "
+            "only: use the unquantised repository"
         )
 
 

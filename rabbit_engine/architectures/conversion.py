@@ -22,10 +22,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
+from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.fused import SplitQKV
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError
 
@@ -124,13 +126,16 @@ class Conversion:
 
 
 def open_conversion(
-    skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[WeightTransform] = ()
+    architecture: Architecture, skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype
 ) -> Conversion:
     """The conversion of a safetensors or pickle checkpoint's `tensors` (anything that is read by `tensor[...]`).
 
-    `transforms` stand before transformers' own.
+    The architecture's transforms stand before transformers' own; quantised weights are dequantised by transformers.
     """
-    return Conversion(skeleton, tensors, dtype, transforms=transforms)
+    quantizer = None
+    if architecture.quantization is not None:
+        quantizer = AutoHfQuantizer.from_config({**architecture.quantization, "dequantize": True}, pre_quantized=True)
+    return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms)
 
 
 def gguf_dtype(path: Path) -> torch.dtype:
