@@ -11,7 +11,7 @@ import matrix
 import pytest
 import torch
 from families import IMAGE_TEXT
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, HeliumConfig, HeliumForCausalLM
 
 from rabbit_engine.architectures import KNOWN
 from rabbit_engine.shards import read_entries, verify_shard
@@ -145,6 +145,34 @@ def test_image_text_models_stay_equal_as_the_budget_grows(checkpoint: Any, strea
         assert not model.plan.rare_bytes or model.plan.rare_bytes == smallest.rare_bytes or not model.plan.pass_bytes
         logits_are_equal(model, plain, prompt)
     assert {0, smallest.rare_bytes} <= seen
+
+
+def read_of(model: Any, words: str) -> int:
+    return sum(unit.bytes_read for name, unit in model.profile.units.items() if words in name)
+
+
+def test_the_plan_says_what_an_image_costs(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("gemma3_image"))
+    tower = sum(unit.nbytes for name, unit in model._assembly.sketch.units.items() if "vision_tower" in name and "layers" in name)
+    assert model.plan.rare_bytes == tower
+    assert dict(model.plan.rows())["for images"].endswith("more from disk")
+    model(input_ids=families.picture("gemma3_image")["input_ids"][:, :5])
+    assert read_of(model, "vision_tower") == 0
+    model(**families.picture("gemma3_image"))
+    assert read_of(model, "vision_tower") == tower
+
+
+def test_a_class_that_is_not_in_the_registry_is_searched_and_the_log_says_so(
+    tmp_path: Path, streamed: Any, ids: Any, caplog: Any
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    config = HeliumConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    HeliumForCausalLM(config).save_pretrained(tmp_path)
+    with caplog.at_level("INFO", logger="rabbit_engine"):
+        model = streamed(tmp_path)
+    assert "HeliumForCausalLM is not in the registry; in its module tree 3 layers were found: model.layers" in caplog.text
+    logits_are_equal(model, oracle(tmp_path), {"input_ids": ids})
 
 
 def test_text_layers_alone_where_the_checkpoint_is_of_text(checkpoint: Any, streamed: Any) -> None:
