@@ -52,8 +52,8 @@ class Streamer:
     """Brings units into a ring, ahead of the model. `acquire` and `release` pair up; `close` ends it.
 
     `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
-    (pinned) host memory and are copied from there, the others are read from their files. Units in `rare` are not foreseen at
-    the end of a pass. `rates` are the disk's and the
+    (pinned) host memory and are copied from there, the others are read from their files. Units in `rare` are foreseen only
+    behind one another. `rates` are the disk's and the
     link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
     """
 
@@ -82,6 +82,7 @@ class Streamer:
         names = [unit.name for unit in units]
         first = next((name for name in names if name not in rare), names[0] if names else "")
         self._successor = dict(zip(names, [*names[1:], first], strict=True)) if names else {}
+        self._rare = frozenset(rare)
         self._previous: str | None = None
         self._prefetching = prefetching
         self._closed = self._freed = False
@@ -110,7 +111,7 @@ class Streamer:
 
     def _next_entry(self, name: str) -> _Entry:
         """The entry of `name`, at the head of the queue: what lies ahead of it is dropped, what is missing is wanted."""
-        if self._previous is not None:
+        if self._previous is not None and (name not in self._rare or self._previous in self._rare):
             self._successor[self._previous] = name
         self._previous = name
         while self._queue and (self._queue[0].unit.name != name or self._queue[0].state == "dropped"):
