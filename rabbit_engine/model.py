@@ -360,6 +360,15 @@ def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) 
             cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
             subfolder="", trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
+        _end_at(model.generation_config, prepared.architecture.chat_ends)
+
+
+def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:
+    """Let an answer end at `tokens` too."""
+    eos = generation_config.eos_token_id
+    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokens:
+        generation_config.eos_token_id = list(dict.fromkeys([*known, *tokens]))
 
 
 def _log_pass(streamer: Streamer, seconds: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import matrix
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_matrix import STEPS, cache_is_filled, logits_are_equal, split_is_whole, tokens_are_equal
 
@@ -276,6 +276,33 @@ def test_the_modelling_file_says_whether_baichuans_head_is_normalised(
     head = streamed(folder).lm_head.weight
     rows = read_rows(head, streamed(folder, max_memory=None))
     assert torch.allclose(rows.norm(dim=1), torch.ones(128)) is normalised
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "files", "ends"),
+    [
+        ("qwen", {"vocab_size": 151936}, {"chat_format": "chatml", "eos_token_id": 151643}, [151643, 151644, 151645]),
+        ("qwen", {"vocab_size": 151936}, {"chat_format": "raw", "eos_token_id": 151643}, 151643),
+        ("qwen", {}, {"chat_format": "chatml", "eos_token_id": 5}, 5),
+        ("chatglm3", {"padded_vocab_size": 65024}, None, [2, 64795, 64797]),
+        ("internlm1_7b", {"vocab_size": 103168}, None, [2, 103028]),
+    ],
+)
+def test_an_answer_ends_where_the_familys_own_chat_ends(
+    folder: str, changes: dict[str, Any], files: dict[str, Any] | None, ends: Any, changed: Any, streamed: Any
+) -> None:
+    path = changed(folder, **changes)
+    if files is not None:
+        (path / "generation_config.json").write_text(json.dumps(files))
+    words = {"lm_head.weight", "transformer.wte.weight", "transformer.embedding.word_embeddings.weight"}
+    words |= {"transformer.output_layer.weight", "model.embed_tokens.weight"}
+    for file in path.glob("model*.safetensors") if changes else ():
+        rows = next(iter(changes.values()))
+        state = {
+            name: torch.zeros(rows, tensor.shape[1]) if name in words else tensor for name, tensor in load_file(file).items()
+        }
+        save_file(state, file)
+    assert streamed(path).generation_config.eos_token_id == ends
 
 
 def test_text_goes_in_and_comes_out(changed: Any, streamed: Any) -> None:

@@ -20,8 +20,9 @@ class Architecture:
 
     `family` is the converted family's name and `tokenizer` its tokenizer's, None for a class that reads its checkpoints itself.
     `transforms` stand before those of transformers, and are read in its way: all renamings in turn, then at most one
-    converter. `quantization` is how the stored weights are quantised, which splitting undoes. `positions` is how many a
-    converted model computes as the family's own code does, with the reason; None is all of them.
+    converter. `quantization` is how the stored weights are quantised, which splitting undoes. `chat_ends` are tokens
+    that end an answer beside eos: those at which the family's own `chat` stops. `positions` is how many a converted model
+    computes as the family's own code does, with the reason; None is all of them.
     """
 
     cls: type[PreTrainedModel]
@@ -30,6 +31,7 @@ class Architecture:
     tokenizer: str | None = None
     transforms: tuple[WeightTransform, ...] = ()
     quantization: Mapping[str, Any] | None = None
+    chat_ends: tuple[int, ...] = ()
     positions: int | None = None
     positions_reason: str = ""
 

@@ -20,6 +20,9 @@ from rabbit_engine.errors import UnsupportedArchitectureError
 
 logger = logging.getLogger(__name__)
 
+_VOCABULARY, _USER_AND_OBSERVATION = 65024, (64795, 64797)
+"""Of ChatGLM3's released tokenizer, whose vocabulary ChatGLM2 shares; GLM-4's generation_config.json names its own."""
+
 _TRANSFORMS = (
     WeightRenaming(r"^transformer\.embedding\.word_embeddings\.", "model.embed_tokens."),
     WeightRenaming(r"^transformer\.encoder\.final_layernorm\.", "model.norm."),
@@ -92,7 +95,8 @@ def _convert(raw: RawConfig, folder: Path) -> Architecture:
     )
     split = SplitQKV() if grouped else SplitGroupedQKV()
     transforms = (*_TRANSFORMS, WeightConverter("self_attention.query_key_value", list(QKV), [split]))
-    return Architecture(cls=GlmForCausalLM, config=config, transforms=transforms)
+    ends = _USER_AND_OBSERVATION if config.vocab_size == _VOCABULARY else ()
+    return Architecture(cls=GlmForCausalLM, config=config, transforms=transforms, chat_ends=ends)
 
 
 FAMILIES = (

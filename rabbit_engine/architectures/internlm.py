@@ -15,6 +15,9 @@ from rabbit_engine.architectures.architecture import Architecture, Family, RawCo
 from rabbit_engine.architectures.fused import SplitGroupedQKV
 from rabbit_engine.architectures.rawconfig import QKV, common, refuse
 
+_VOCABULARY, _END_OF_ANSWER = 103168, 103028
+"""Of InternLM's released tokenizer; the token is written <eoa>."""
+
 
 def _sizes(raw: RawConfig) -> dict[str, Any]:
     heads = raw["num_attention_heads"]
@@ -50,6 +53,7 @@ def _convert_1(raw: RawConfig, _: Path) -> Architecture:
     return Architecture(
         cls=LlamaForCausalLM,
         config=config,
+        chat_ends=(_END_OF_ANSWER,) if config.vocab_size == _VOCABULARY else (),
         positions=config.max_position_embeddings if kind == "dynamic" else None,
         positions_reason="past them the family's own code turns every cached key anew as the text grows",
     )

@@ -6,6 +6,7 @@ the gate; `intermediate_size` counts both. The first release's configs use GPT-2
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -28,7 +29,19 @@ _TRANSFORMS = (
 )
 
 
-def _convert(raw: RawConfig, _: Path) -> Architecture:
+_IM_START_AND_END = (151644, 151645)
+
+
+def _chats(folder: Path) -> bool:
+    """Whether the checkpoint is a chat model, by its generation_config.json."""
+    try:
+        raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("chat_format") == "chatml"
+
+
+def _convert(raw: RawConfig, folder: Path) -> Architecture:
     require(raw, "rotary_pct", 1.0, "a rotary embedding of a part of each head is not converted")
     heads = word(raw, "num_attention_heads", "n_head")
     shared = {
@@ -52,6 +65,7 @@ def _convert(raw: RawConfig, _: Path) -> Architecture:
         cls=Qwen2ForCausalLM if plain else LlamaForCausalLM,
         config=Qwen2Config(**shared) if plain else LlamaConfig(**shared, attention_bias=True, mlp_bias=True),
         transforms=(*_TRANSFORMS, WeightConverter("attn.c_attn", list(QKV), [SplitQKV()])),
+        chat_ends=_IM_START_AND_END if _chats(folder) and raw["vocab_size"] > max(_IM_START_AND_END) else (),
         positions=int(raw.get("seq_length", 8192)) if stretched else None,
         positions_reason=f"the family's own code stretches its attention past them ({', '.join(stretched)})",
     )
