@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import matrix
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub
+from safetensors.torch import load_file
 
 from rabbit_engine import errors
 
@@ -127,3 +130,20 @@ def test_another_commit_is_another_split(
 def test_real_hub(tmp_path: Path, streamed: Any) -> None:
     model = streamed("hf-internal-testing/tiny-random-LlamaForCausalLM", cache_dir=tmp_path)
     assert model.tokenizer.decode(model.generate(model.tokenizer("Hello", return_tensors="pt").input_ids, max_new_tokens=3)[0])
+
+
+def test_a_converted_family_comes_without_its_code_and_is_known_by_its_name(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    folder = shutil.copytree(matrix.ORACLES / "chatglm2_32k", tmp_path / "chatglm")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["_name_or_path"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    for name in ("modeling_chatglm.py", "tokenization_chatglm.py", "tokenizer.model"):
+        (folder / name).write_text(f"raise SystemExit  # {name}")
+    hub.repos["someone/chatglm2-6b-32k"] = folder
+    model = streamed("someone/chatglm2-6b-32k", cache_dir=tmp_path / "cache")
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
+    names = {name for name, _ in hub.served}
+    assert {"tokenizer.model", "tokenization_chatglm.py"} <= names, "read as text"
+    assert "modeling_chatglm.py" not in names
