@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unittest
+from fnmatch import fnmatchcase
 from typing import Any
 
 import families
@@ -14,20 +15,26 @@ from tests.generation import test_utils as generation
 from conformance.streamed import backbone_type, streamed_type
 from tests import test_modeling_common as common
 
+WHOLE_TEXT = ("test_*_dict_outputs_use_cache", "test_*_static_cache", "test_assisted_*", "test_prompt_lookup_*")
+"""Tests that count on caches and attentions as long as the text in every layer: a sliding window is wider than it there."""
+
 
 class ModelTester:
     """What the mixins ask of a family: a config, inputs, and a few sizes."""
 
     batch_size, seq_length, is_training = 7, 7, False
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, test: str) -> None:
         self.config = families.build(family).config
+        if any(fnmatchcase(test, pattern) for pattern in WHOLE_TEXT) and getattr(self.config, "sliding_window", None):
+            self.config.sliding_window = 64
         for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
             setattr(self, name, getattr(self.config, name))
 
     def get_config(self) -> Any:
-        """A config of the test's own, with the size of a head that some tests read."""
-        config = type(self.config)(**self.config.to_dict())
+        """A config of the test's own: the fields that its class has, and the size of a head that some tests read."""
+        fields = type(self.config)().to_dict()
+        config = type(self.config)(**{name: value for name, value in self.config.to_dict().items() if name in fields})
         if getattr(config, "head_dim", self) is None:
             config.head_dim = config.hidden_size // config.num_attention_heads
         return config
@@ -38,6 +45,18 @@ class ModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.tril(torch.ones_like(input_ids))}
 
 
+class LinearAttention:
+    """The shapes of a cache's states, which each family with gated delta nets gives its own tests."""
+
+    def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, int, int]:
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        return batch_size, 2 * keys + values, config.linear_conv_kernel_dim
+
+    def _get_recurrent_state_shape(self, batch_size: int, config: Any) -> tuple[int, int, int, int]:
+        return batch_size, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+
+
 def family_class(family: str) -> type:
     """The family's test class: its language model in every test, its base model in those of the rotary embedding."""
     config_name, model_name, _ = families.FAMILIES[family]
@@ -45,9 +64,10 @@ def family_class(family: str) -> type:
     base = backbone_type(transformers.MODEL_MAPPING[getattr(transformers, config_name)], causal)
     body = {
         "all_model_classes": property(lambda self: (base if "_rope_" in self._testMethodName else causal,)),
-        "setUp": lambda self: setattr(self, "model_tester", ModelTester(family)),
+        "setUp": lambda self: setattr(self, "model_tester", ModelTester(family, self._testMethodName)),
     }
-    return type(family, (common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase), body)
+    own = (LinearAttention,) if hasattr(families.build(family).config, "linear_num_key_heads") else ()
+    return type(family, (*own, common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase), body)
 
 
 globals().update({family: family_class(family) for family in os.environ["CONFORMANCE_FAMILIES"].split()})

@@ -188,7 +188,7 @@ def listed(results: list[Result], outcome: str) -> list[dict[str, str]]:
 
 def without_variant(test: str) -> str:
     """`test_x_03_fp16` is a variant of `test_x`."""
-    return re.sub(r"(?<!flash_attn)_\d+(_\w+)?$", "", test)
+    return re.sub(r"(?<!flash_attn)(?<!flash_attention)_\d+(_\w+)?$", "", test)
 
 
 def parse_arguments() -> argparse.Namespace:
