@@ -305,5 +305,9 @@ def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
 
 
 def first_floating_dtype(source: TensorSource) -> torch.dtype:
-    """The dtype of the first floating-point tensor, as transformers derives a checkpoint's dtype; float32 if none is."""
-    return next((t.dtype for t in source.tensors.values() if t.dtype.is_floating_point), torch.float32)
+    """The dtype of the first floating-point tensor, as transformers derives a checkpoint's dtype; float32 if none is.
+
+    Quantised weights and their scales tell nothing of it.
+    """
+    plain = (t.dtype for name, t in source.tensors.items() if not name.endswith(("_scale_inv", "_scales")))
+    return next((dtype for dtype in plain if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)

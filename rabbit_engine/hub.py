@@ -38,7 +38,7 @@ from rabbit_engine.units import format_bytes
 HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 """That of the HTTP library which this huggingface_hub is built on."""
 
-_READ_AS_TEXT = ["modeling_baichuan.py", "tokenization_chatglm.py"]
+_READ_AS_TEXT = ["modeling_baichuan.py", "modeling_chatglm.py", "tokenization_chatglm.py"]
 """Code that tells one version of its family from another; it is never run."""
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *_READ_AS_TEXT]

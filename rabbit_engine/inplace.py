@@ -10,7 +10,7 @@ import torch
 
 from rabbit_engine.architectures import Architecture, Target, open_conversion
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
-from rabbit_engine.errors import DamagedCheckpointError
+from rabbit_engine.errors import DamagedCheckpointError, MismatchedWeightsError
 from rabbit_engine.splitplan import settle_ties
 from rabbit_engine.splitter import build_for, require_weights
 from rabbit_engine.tensorfiles import TensorEntry, same_bytes
@@ -69,6 +69,9 @@ def _parts(entry: TensorEntry, target: Target) -> list[TensorEntry]:
     """The stored tensor under the weight's name, or the rows of it that are several weights."""
     if not target.slices:
         return [replace(entry, name=target.name)]
+    if sum(rows for _, rows in target.slices) != entry.shape[0]:
+        wanted = ", ".join(f"{name} {rows}" for name, rows in target.slices)
+        raise MismatchedWeightsError(f"{entry.name} has {entry.shape[0]} rows, the config says {wanted}")
     parts, first = [], 0
     for name, rows in target.slices:
         row_bytes = entry.nbytes // entry.shape[0]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
-from rabbit_engine.architectures import EndOfPositions, explain_failures, keeps_tuples, refuse_past
+from rabbit_engine.architectures import capped_length, explain_failures, keeps_tuples, refuse_past
 from rabbit_engine.assembly import Assembly, assemble
 from rabbit_engine.attention import choose_attention
 from rabbit_engine.config import (
@@ -35,6 +35,7 @@ from rabbit_engine.errors import (
     CannotPickleError,
     CannotSaveError,
     MissingExtraError,
+    RabbitError,
     TokenizerNotFoundError,
     first_line,
 )
@@ -103,9 +104,11 @@ class StreamingMixin:
         A converted model that computes a number of positions right ends its answer there.
         """
         device = self._assembly.device
-        if self._prepared.architecture.positions is not None:
-            end = EndOfPositions(self._prepared.architecture.positions)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), end])
+        positions = self._prepared.architecture.positions
+        prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
+        if positions is not None and prompt is not None:
+            config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+            kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
     def get_compiled_call(self, *_: Any, **__: Any) -> Any:
@@ -197,13 +200,17 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
     MissingExtraError.
     """
     folder = Path(source["pretrained_model_name_or_path"])
-    if converted is not None and not (folder / "tokenizer.json").is_file():
-        return build_tokenizer(converted, folder)
     try:
-        return AutoTokenizer.from_pretrained(**source)
+        if converted is None:
+            return AutoTokenizer.from_pretrained(**source)
+        if (folder / "tokenizer.json").is_file():
+            return AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False})
+        return build_tokenizer(converted, folder)
+    except RabbitError:
+        raise
     except ImportError as error:
         raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise TokenizerNotFoundError(
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"

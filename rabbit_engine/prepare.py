@@ -255,9 +255,10 @@ def usable(request: Request, repair: bool) -> Manifest | None:
 def _source_changed(request: Request, manifest: Manifest) -> bool:
     changed = changed_files(request.repo.folder, manifest.source)
     others = _other_names(request, manifest.source)
-    if not changed and not others and manifest.source["commit"] == request.repo.commit:
+    converted_so = manifest.source.get("conversion") == _conversion(request)
+    if not changed and not others and converted_so and manifest.source["commit"] == request.repo.commit:
         return False
-    what = ", ".join(changed or others) or f"commit {request.repo.commit}"
+    what = ", ".join(changed or others) or (f"commit {request.repo.commit}" if converted_so else "how it is converted")
     if manifest.source["deleted"]:
         raise ShardError(
             f"{request.folder} was made from another source ({what} differs) whose originals were deleted: "
@@ -308,6 +309,7 @@ def _usable_journal(request: Request) -> Journal | None:
         changed_files(request.repo.folder, journal.source)
         or (not journal.deleted and _other_names(request, journal.source))
         or journal.source["commit"] != request.repo.commit
+        or journal.source.get("conversion") != _conversion(request)
     )
     if changed and journal.deleted:
         raise ShardError(
@@ -332,7 +334,7 @@ def _open_split(request: Request, files: WeightFiles, journal: Journal | None) -
     return Split(
         folder=request.folder,
         originals=folder,
-        source=journal.source if journal else fingerprint(folder, files, request.repo.commit),
+        source=journal.source if journal else _fingerprint(request, files),
         tensors=tensors,
         skeleton=skeleton,
         conversion=conversion,
@@ -341,6 +343,18 @@ def _open_split(request: Request, files: WeightFiles, journal: Journal | None) -
         delete=(lambda path: delete_original(path, request.repo)) if request.split.delete_original else None,
         progress=request.progress,
     )
+
+
+def _fingerprint(request: Request, files: WeightFiles) -> dict[str, Any]:
+    """The source's fingerprint, with the conversion that makes shards of it where there is one."""
+    found = fingerprint(request.repo.folder, files, request.repo.commit)
+    conversion = _conversion(request)
+    return found if conversion is None else {**found, "conversion": conversion}
+
+
+def _conversion(request: Request) -> str | None:
+    conversion = request.architecture.conversion()
+    return None if conversion is None else digest({"conversion": conversion})
 
 
 def _open(request: Request, files: WeightFiles, journal: Journal | None) -> tuple[TensorSource, PreTrainedModel, Conversion]:

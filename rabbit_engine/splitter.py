@@ -28,7 +28,7 @@ from rabbit_engine.architectures import (
     find_layout,
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
-from rabbit_engine.errors import MismatchedWeightsError, NotEnoughDiskError
+from rabbit_engine.errors import MismatchedWeightsError, NotEnoughDiskError, UnsupportedArchitectureError, first_line
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
     ORIGIN_KEY,
@@ -279,7 +279,12 @@ def build_for(
 ) -> PreTrainedModel:
     """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes."""
     cls, config = architecture.cls, architecture.config
-    skeleton = build_skeleton(cls, config, dtype, attn_implementation)
+    try:
+        skeleton = build_skeleton(cls, config, dtype, attn_implementation)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError) as error:
+        if architecture.family is None:
+            raise
+        raise UnsupportedArchitectureError(f"no {architecture.family} has this config: {first_line(error)}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     head_dim = corrected_head_dim(skeleton.config, wanted, shapes)
     if head_dim is None:

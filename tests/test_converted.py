@@ -231,7 +231,15 @@ def test_qwen_past_its_length_is_refused_and_its_answers_end_there(changed: Any,
     with caplog.at_level(logging.WARNING, logger="rabbit_engine"):
         answer = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert answer.shape[1] == 16
-    assert "right up to 16 tokens only" in caplog.text
+    assert "the answer ends at 16 tokens" in caplog.text
+    looked_up = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, prompt_lookup_num_tokens=6)
+    assert torch.equal(looked_up, answer)
+    assert torch.equal(model.generate(ids, max_length=99, do_sample=False, eos_token_id=None), answer)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, max_new_tokens=40, do_sample=False, eos_token_id=None), answer[:, 12:]
+    )
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape[1] == 14
     with pytest.raises(errors.TextTooLongError, match=r"a text of 24 tokens.*use_dynamic_ntk, use_logn_attn"):
         model(torch.cat([ids, ids], dim=1))
     assert model(ids).logits.shape == (1, 12, 128)
@@ -257,6 +265,76 @@ def test_the_first_qwen_releases_words_are_read(changed: Any, streamed: Any) -> 
 def test_the_class_tells_the_family_where_its_type_is_an_older_ones(changed: Any, streamed: Any) -> None:
     model = streamed(changed("internlm2", model_type="internlm"))
     largest_difference(model, load_file(matrix.ORACLES / "internlm2" / "expected.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        ("glm4_9b", {"multi_query_group_num": 1}),
+        ("chatglm3", {"multi_query_group_num": 1}),
+        ("chatglm3", {"multi_query_group_num": 4}),
+        ("chatglm3", {"add_qkv_bias": False}),
+        ("qwen_bias", {"no_bias": True}),
+        ("internlm1_7b", {"bias": False}),
+        ("baichuan1_7b", {"num_hidden_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize("split", ["auto", "always"])
+def test_a_config_that_does_not_fit_the_weights_is_an_error(
+    split: str, folder: str, changes: dict[str, Any], changed: Any
+) -> None:
+    with pytest.raises((errors.MismatchedWeightsError, errors.DamagedCheckpointError)):
+        AutoModel.from_pretrained(changed(folder, **changes), device="cpu", split=split)
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        ("qwen", {"architectures": -1, "num_attention_heads": 0}),
+        ("qwen", {"num_attention_heads": 0}),
+        ("qwen", {"hidden_size": "big"}),
+        ("qwen", {"visual": {}}),
+        ("internlm2", {"rope_scaling": "dynamic"}),
+        ("internlm2", {"hidden_act": "no_such"}),
+        ("internlm2", {"pad_token_id": 10**6}),
+        ("baichuan2_7b", {"vocab_size": "many"}),
+        ("chatglm3", {"multi_query_group_num": 0}),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_an_error_of_ours(folder: str, changes: dict[str, Any], changed: Any) -> None:
+    with pytest.raises(errors.CheckpointError):
+        AutoModel.from_pretrained(changed(folder, **changes), device="cpu")
+
+
+def test_shards_are_made_anew_when_their_conversion_changes(changed: Any, streamed: Any) -> None:
+    folder = changed("baichuan2_7b")
+    (folder / "modeling_baichuan.py").write_text("class BaichuanForCausalLM: pass")
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        assert (streamed(folder)(expected["input_ids"]).logits - expected["logits"]).abs().max() > 1
+    (folder / "modeling_baichuan.py").write_text("class NormHead: pass")
+    largest_difference(streamed(folder), expected)
+
+
+def test_the_modelling_file_says_what_rope_ratio_does_and_which_baichuan_has_alibi(
+    changed: Any, streamed: Any, caplog: Any
+) -> None:
+    folder = changed("chatglm2_32k", _name_or_path="/data/my-finetune")
+    expected = load_file(folder / "expected.safetensors")
+    with caplog.at_level(logging.WARNING, logger="rabbit_engine"):
+        streamed(folder)
+    assert "ChatGLM2-32k divides positions by it" in caplog.text
+    (folder / "modeling_chatglm.py").write_text("seq_idx = torch.arange(seq_len) / self.rope_ratio")
+    largest_difference(streamed(folder), expected)
+    thirteen = changed("baichuan1_13b", "b", max_position_embeddings=4096)
+    (thirteen / "modeling_baichuan.py").write_text("def _gen_alibi_mask(): pass")
+    largest_difference(streamed(thirteen), load_file(thirteen / "expected.safetensors"))
+
+
+def test_continuous_batching_of_alibi_is_refused(streamed: Any, tmp_path: Path) -> None:
+    model = streamed(matrix.ORACLES / "baichuan1_13b", layer_shards_saving_path=tmp_path)
+    with pytest.raises(errors.UnsupportedOperationError, match="ALiBi"):
+        model.generate_batch(inputs=[[5, 6, 7], [8, 9]])
 
 
 def test_chatglm2_divides_positions_where_chatglm3_multiplies_the_base(changed: Any, streamed: Any) -> None:

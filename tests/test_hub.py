@@ -139,11 +139,12 @@ def test_a_converted_family_comes_without_its_code_and_is_known_by_its_name(hub:
     (folder / "config.json").write_text(json.dumps(raw))
     for name in ("modeling_chatglm.py", "tokenization_chatglm.py", "tokenizer.model"):
         (folder / name).write_text(f"raise SystemExit  # {name}")
+    (folder / "quantization.py").write_text("raise SystemExit")
     hub.repos["someone/chatglm2-6b-32k"] = folder
     model = streamed("someone/chatglm2-6b-32k", cache_dir=tmp_path / "cache")
     expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():
         assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
     names = {name for name, _ in hub.served}
-    assert {"tokenizer.model", "tokenization_chatglm.py"} <= names, "read as text"
-    assert "modeling_chatglm.py" not in names
+    assert {"tokenizer.model", "tokenization_chatglm.py", "modeling_chatglm.py"} <= names, "read as text"
+    assert "quantization.py" not in names

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+from rabbit_engine import AutoModel, errors
+
 BLOCK = 8
 MXFP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -68,6 +70,42 @@ def test_fp8_is_what_transformers_dequantises(family: str, tmp_path: Path, strea
     config = FineGrainedFP8Config(dequantize=True, weight_block_size=(BLOCK, BLOCK))
     whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16).eval()
     compare(streamed(folder), whole, families.build(family, torch.bfloat16), ids)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fp8_in_another_dtype_is_all_of_that_dtype(dtype: str, tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
+    model = streamed(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    with torch.no_grad():
+        reference = streamed(folder)(ids).logits.float()
+        assert torch.nn.functional.cosine_similarity(model(ids).logits.float().flatten(), reference.flatten(), dim=0) > 0.999
+
+
+def test_fp8_said_in_the_text_config_is_seen(tmp_path: Path, streamed: Any) -> None:
+    folder = rewrite(families.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
+    inputs = families.picture("qwen2_5_vl")
+    raw = json.loads((folder / "config.json").read_text())
+    with torch.no_grad():
+        expected = streamed(folder)(**inputs).logits
+        raw["text_config"]["quantization_config"] = raw.pop("quantization_config")
+        (folder / "config.json").write_text(json.dumps(raw))
+        assert torch.equal(streamed(folder)(**inputs).logits, expected)
+
+
+def test_fp8_that_nobody_explains_is_refused(tmp_path: Path) -> None:
+    folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(errors.CompressionUnavailableError, match="does not say how it is scaled"):
+        AutoModel.from_pretrained(folder, device="cpu")
+
+
+def test_a_quantization_config_that_cannot_be_read_is_an_error_of_ours(tmp_path: Path) -> None:
+    folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8 | {"weight_block_size": "big"})
+    with pytest.raises(errors.CompressionUnavailableError, match="cannot be read"):
+        AutoModel.from_pretrained(folder, device="cpu")
 
 
 def test_mxfp4_is_what_transformers_dequantises(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:

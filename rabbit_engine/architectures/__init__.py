@@ -5,7 +5,7 @@ from rabbit_engine.architectures.classes import build_skeleton, find_architectur
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
-from rabbit_engine.architectures.positions import EndOfPositions, refuse_past
+from rabbit_engine.architectures.positions import capped_length, refuse_past
 from rabbit_engine.architectures.record import Proof, Record, read_record
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
@@ -15,7 +15,6 @@ __all__ = [
     "RESIDENT",
     "Architecture",
     "Conversion",
-    "EndOfPositions",
     "Family",
     "Known",
     "Layout",
@@ -24,6 +23,7 @@ __all__ = [
     "Record",
     "Target",
     "build_skeleton",
+    "capped_length",
     "converted_families",
     "corrected_head_dim",
     "explain_failures",

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from rabbit_engine.errors import UnsupportedOperationError
+
 
 class AlibiLlamaConfig(LlamaConfig):
     """LlamaConfig; its rotary parameters mean nothing here."""
@@ -39,14 +41,16 @@ def alibi_mask(
 ) -> torch.Tensor:
     """Scores to add, [1 or batch, heads, queries, keys], where `seen` of the keys came before the queries.
 
-    `mask` is what transformers made for sdpa (bool, True may be seen) or eager (0 or the dtype's lowest), or None for
-    plain causal attention.
+    `mask` is what transformers made for sdpa (bool, True may be seen) or eager (scores to add), or None for plain causal
+    attention.
     """
     query_at = torch.arange(seen, seen + queries, device=device)[:, None]
     key_at = torch.arange(keys, device=device)[None, :]
     bias = (_slopes_on(heads, device) * (key_at - query_at)).to(dtype)[None]
-    visible = key_at <= query_at if mask is None else mask if mask.dtype == torch.bool else mask == 0
-    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+    lowest = torch.finfo(dtype).min
+    if mask is not None and mask.dtype != torch.bool:
+        return (bias + mask).clamp(min=lowest)
+    return bias.masked_fill(~(key_at <= query_at if mask is None else mask), lowest)
 
 
 class AlibiAttention(LlamaAttention):
@@ -107,7 +111,7 @@ class AlibiLlamaModel(LlamaModel):
 
 
 class AlibiLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM over AlibiLlamaModel."""
+    """LlamaForCausalLM over AlibiLlamaModel. Continuous batching is refused: its packed prompts know no distances."""
 
     config_class = AlibiLlamaConfig
     _supports_flash_attn = False
@@ -117,3 +121,12 @@ class AlibiLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = AlibiLlamaModel(config)
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Raises UnsupportedOperationError."""
+        raise UnsupportedOperationError(
+            "continuous batching packs prompts one behind another, where ALiBi's distances are lost: "
+            "use generate() on a padded batch"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching

@@ -35,6 +35,19 @@ class Architecture:
     positions: int | None = None
     positions_reason: str = ""
 
+    def conversion(self) -> list[Any] | None:
+        """What is done to the stored weights beyond what the class itself does, as plain values: shards are made by it.
+
+        None where that is nothing.
+        """
+        if not self.transforms and self.quantization is None:
+            return None
+        steps = [
+            [list(step.source_patterns), list(step.target_patterns), [repr(op) for op in getattr(step, "operations", ())]]
+            for step in self.transforms
+        ]
+        return [self.cls.__name__, steps, self.quantization]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -54,4 +67,6 @@ class Family:
     def owns(self, raw: RawConfig) -> bool:
         """Whether a config.json is of this family, by the class it names; by its type where it names none."""
         named = raw.get("architectures")
-        return not set(named).isdisjoint(self.classes) if named else raw.get("model_type") == self.model_type
+        if isinstance(named, list) and named:
+            return any(name in self.classes for name in named)
+        return raw.get("model_type") == self.model_type

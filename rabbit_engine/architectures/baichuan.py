@@ -24,18 +24,15 @@ _NORMALISED = {64000: False, 125696: True}
 
 
 def _normalises_head(raw: RawConfig, folder: Path) -> bool:
-    """Whether the head's rows are normalised: the modelling file beside the config says, else the vocabulary, else its class.
-
-    Reads the file as text; nothing of it runs.
-    """
-    code = folder / "modeling_baichuan.py"
-    if code.is_file():
-        return "NormHead" in code.read_text(encoding="utf-8", errors="replace")
+    """Whether the head's rows are normalised: the modelling file beside the config says, else the vocabulary, else its class."""
+    code = _code(folder)
+    if code:
+        return "NormHead" in code
     if raw["vocab_size"] in _NORMALISED:
         return _NORMALISED[raw["vocab_size"]]
-    first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw) and _words_of_13b(raw))
+    first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw, folder) and _words_of_13b(raw))
     logger.warning(
-        "a Baichuan model of %d tokens is neither version's: taken for %s, whose head is %snormalised; "
+        "a Baichuan model of %s tokens is neither version's: taken for %s, whose head is %snormalised; "
         "put its modeling_baichuan.py beside the config to say otherwise",
         raw["vocab_size"],
         "Baichuan" if first else "Baichuan2",
@@ -49,8 +46,16 @@ def _words_of_13b(raw: RawConfig) -> bool:
     return isinstance(raw.get("gradient_checkpointing"), list) or "tokenizer_class" not in raw
 
 
-def _has_alibi(raw: RawConfig) -> bool:
-    return "max_position_embeddings" not in raw
+def _has_alibi(raw: RawConfig, folder: Path) -> bool:
+    """The 13B models: by the code beside the config, else by the key that their configs lack."""
+    code = _code(folder)
+    return "alibi" in code if code else "max_position_embeddings" not in raw
+
+
+def _code(folder: Path) -> str:
+    """The modelling file beside the config as text, empty where there is none; nothing of it runs."""
+    path = folder / "modeling_baichuan.py"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:
@@ -72,7 +77,7 @@ def _convert(raw: RawConfig, folder: Path) -> Architecture:
     }
     head = (WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()]),) if _normalises_head(raw, folder) else ()
     transforms = (*head, WeightConverter("self_attn.W_pack", list(QKV), [SplitQKV()]))
-    if _has_alibi(raw):
+    if _has_alibi(raw, folder):
         return Architecture(cls=AlibiLlamaForCausalLM, config=AlibiLlamaConfig(**shared), transforms=transforms)
     rope = {"rope_type": "default", "rope_theta": float(raw.get("rope_theta", 10000))}
     return Architecture(cls=LlamaForCausalLM, config=LlamaConfig(**shared, rope_parameters=rope), transforms=transforms)

@@ -7,6 +7,7 @@ head, its pairs interleaved, in both.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _VOCABULARY, _USER_AND_OBSERVATION = 65024, (64795, 64797)
 """Of ChatGLM3's released tokenizer, whose vocabulary ChatGLM2 shares; GLM-4's generation_config.json names its own."""
+
+_MULTIPLY = ("chatglm3", "glm-4", "glm4", "codegeex4", "longwriter")
 
 _TRANSFORMS = (
     WeightRenaming(r"^transformer\.embedding\.word_embeddings\.", "model.embed_tokens."),
@@ -60,18 +63,26 @@ def _rope(raw: RawConfig, folder: Path) -> dict[str, Any]:
     shared = {"partial_rotary_factor": 0.5}
     if ratio == 1:
         return {"rope_type": "default", "rope_theta": theta, **shared}
-    if _is_chatglm2(raw, folder):
+    if _divides_positions(raw, folder, ratio):
         return {"rope_type": "linear", "rope_theta": theta, "factor": ratio, **shared}
-    logger.info(
-        "rope_ratio=%s multiplies the rotary base, as in ChatGLM3 and GLM-4 (ChatGLM2-32k, known by its name, differs)", ratio
-    )
     return {"rope_type": "default", "rope_theta": theta * ratio, **shared}
 
 
-def _is_chatglm2(raw: RawConfig, folder: Path) -> bool:
-    """By its name: nothing else in its config differs from ChatGLM3's."""
+def _divides_positions(raw: RawConfig, folder: Path, ratio: float) -> bool:
+    """By the code beside the config (read, never run), else by its name: nothing in the config differs from ChatGLM3's."""
+    file = folder / "modeling_chatglm.py"
+    code = re.sub(r"\s", "", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
+    if "/self.rope_ratio" in code or "*self.rope_ratio" in code:
+        return "/self.rope_ratio" in code
     repo = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    return any("chatglm2" in str(name).lower() for name in (raw.get("_name_or_path", ""), repo.name))
+    names = f"{raw.get('_name_or_path', '')} {repo.name}".lower()
+    if "chatglm2" not in names and not any(name in names for name in _MULTIPLY):
+        logger.warning(
+            "rope_ratio=%s is taken to multiply the rotary base, as in ChatGLM3 and GLM-4; ChatGLM2-32k divides positions by it: "
+            "if this is one, put its modeling_chatglm.py beside the config",
+            ratio,
+        )
+    return "chatglm2" in names
 
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:

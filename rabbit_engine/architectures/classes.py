@@ -76,7 +76,7 @@ def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
         raise
     except KeyError as error:
         raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name}'s and lacks {error}") from error
-    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UnsupportedArchitectureError(f"{folder}/config.json is no {family.name}'s: {first_line(error)}") from error
     logger.info("%s is a %s: converted to %s, none of its own code runs", folder, family.name, architecture.cls.__name__)
     return architecture
@@ -117,13 +117,16 @@ def _unsupported(folder: Path, error: Exception, trust_remote_code: bool) -> str
 
 def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, Any] | None:
     """How the stored weights are quantised, taken out of the config: what runs are plain weights."""
-    method = getattr(config, "quantization_config", None)
-    if not method:
+    holders = [part for part in (config, config.get_text_config(decoder=True)) if getattr(part, "quantization_config", None)]
+    if not holders:
         return None
+    method = holders[0].quantization_config
     found: dict[str, Any] = method if isinstance(method, dict) else method.to_dict()
     if found.get("quant_method") not in _DEQUANTIZED:
         _refuse_quantized(folder, found)
-    del config.quantization_config
+    for part in holders:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     logger.info("%s is quantised (%s): its weights are dequantised when it is split", folder, found["quant_method"])
     return found
 
@@ -164,13 +167,15 @@ def _sees_images(config: PretrainedConfig) -> bool:
 
 
 def _remote_class(reference: str, folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
-    repo, _, name = reference.rpartition("--")
+    repo, _, name = str(reference).rpartition("--")
     try:
         found: Any = get_class_from_dynamic_module(name, repo or str(folder))
     except ImportError as error:
         raise _import_failed(folder, None, error) from error
-    except (AttributeError, NameError, TypeError) as error:
+    except (AttributeError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise misfit(written_for(config), "while it was imported", error) from error
+    if not issubclass(found, PreTrainedModel):
+        raise UnsupportedArchitectureError(f"{folder}: {name} is no model of transformers")
     found.register_for_auto_class(auto_class=AutoModelForCausalLM)
     return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
 

@@ -29,7 +29,12 @@ from transformers.utils.quantization_config import GgufConfig
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.fused import SplitQKV
-from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError
+from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, MissingExtraError, first_line
+
+_COMPUTED = ("inv_freq", "masked_bias", "future_mask")
+"""Ends of the names of tensors that models compute by themselves and some checkpoints store."""
+
+_NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Conversion:
     dtype: torch.dtype
     quantizer: Any = None
     transforms: Sequence[WeightTransform] = ()
+    family: str | None = None
     _mapping: list[Any] | None = None
 
     def targets(self) -> dict[str, Target | None]:
@@ -70,7 +76,28 @@ class Conversion:
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             found[key] = Target(name, pattern is not None, self._slices(name, pattern)) if name in state else None
+        self._require_used(found)
+        self._require_scales(found)
         return found
+
+    def _require_used(self, found: Mapping[str, Target | None]) -> None:
+        """A converted family's weights all have a place: one without is a switch of its config that was read wrong."""
+        unused = [key for key, target in found.items() if target is None and not key.endswith(_COMPUTED)]
+        if self.family is not None and unused:
+            raise MismatchedWeightsError(
+                f"{len(unused)} weights of this {self.family} model have no place in {type(self.skeleton).__name__}, such as "
+                f"{unused[0]}: its config does not fit its weights, or it is a variant that is not converted"
+            )
+
+    def _require_scales(self, found: Mapping[str, Target | None]) -> None:
+        """Eight-bit floats mean nothing without the scales that a quantization_config would tell of."""
+        if self.quantizer is None:
+            for key, target in found.items():
+                if target is not None and getattr(self.tensors[key], "dtype", None) in _NEED_SCALES:
+                    raise CompressionUnavailableError(
+                        f"{key} is stored in {self.tensors[key].dtype} and the config does not say how it is scaled: "
+                        "use the unquantised repository"
+                    )
 
     def _slices(self, name: str, pattern: str | None) -> tuple[tuple[str, int], ...]:
         """`pattern` is the source pattern of the converter that made `name`, its first target."""
@@ -92,13 +119,18 @@ class Conversion:
     def differs(self, name: str, tensor: Any) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
         weight = self.skeleton.get_parameter_or_buffer(name)
-        plan = self.skeleton._get_dtype_plan(self.dtype)
-        dtype = next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), weight.dtype)
+        dtype = self._dtype_of(name)
         if tensor.dtype != dtype:
             return f"{tensor.dtype} is stored, {dtype} is wanted"
         if tuple(tensor.shape) != tuple(weight.shape):
             return f"{list(tensor.shape)} is stored, {list(weight.shape)} is wanted"
         return None
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Some weights of some classes stay float32 whatever the model's dtype is."""
+        plan = self.skeleton._get_dtype_plan(self.dtype)
+        own: torch.dtype = self.skeleton.get_parameter_or_buffer(name).dtype
+        return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), own)
 
     def convert(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.
@@ -106,6 +138,7 @@ class Conversion:
         Raises MismatchedWeightsError; a file that cannot be read raises its own error.
         """
         before = dict(self.skeleton.state_dict(keep_vars=True))
+        wanted = {name: self._dtype_of(name) for name in before}
         load_config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.skeleton._get_dtype_plan(self.dtype),
@@ -118,9 +151,10 @@ class Conversion:
                     self.skeleton, {key: self.tensors[key] for key in keys}, load_config
                 )
             _raise_mismatches(info)
-            return {
+            made = {
                 name: self.skeleton.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys
             }
+            return {name: tensor.to(wanted[name]) for name, tensor in made.items()}  # dequantising leaves some as stored
         finally:
             _restore(self.skeleton, before)
 
@@ -134,8 +168,15 @@ def open_conversion(
     """
     quantizer = None
     if architecture.quantization is not None:
-        quantizer = AutoHfQuantizer.from_config({**architecture.quantization, "dequantize": True}, pre_quantized=True)
-    return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms)
+        quantizer = _open_quantizer(architecture.quantization)
+    return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms, architecture.family)
+
+
+def _open_quantizer(quantization: Mapping[str, Any]) -> Any:
+    try:
+        return AutoHfQuantizer.from_config({**quantization, "dequantize": True}, pre_quantized=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CompressionUnavailableError(f"its quantization_config cannot be read: {first_line(error)}") from error
 
 
 def gguf_dtype(path: Path) -> torch.dtype:

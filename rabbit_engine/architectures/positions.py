@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.errors import TextTooLongError
@@ -15,19 +15,24 @@ from rabbit_engine.errors import TextTooLongError
 logger = logging.getLogger(__name__)
 
 
-class EndOfPositions(StoppingCriteria):
-    """Ends an answer whose next token would stand past the last position that is computed right."""
+def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], config: GenerationConfig) -> dict[str, int]:
+    """The keywords that end an answer behind a prompt at `positions`; empty where it ends before that anyway.
 
-    def __init__(self, positions: int) -> None:
-        self.positions = positions
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """bool [batch]: all of it, once `input_ids` [batch, tokens] is that long."""
-        del scores
-        full = input_ids.shape[1] >= self.positions
-        if full:
-            logger.warning("the answer ends here: this model's text is right up to %d tokens only", self.positions)
-        return torch.full((input_ids.shape[0],), full, dtype=torch.bool, device=input_ids.device)
+    Padding counts as a part of the prompt: of a padded batch the short prompts end with the longest. `given` are the
+    caller's keywords, `config` what holds where they say nothing.
+    """
+    left = max(1, positions - prompt_tokens)  # a prompt that fills them all has its next token computed right
+    new = given.get("max_new_tokens", config.max_new_tokens)
+    if new is None:
+        length = given.get("max_length", config.max_length)
+        wanted = None if length is None else length - prompt_tokens
+    else:
+        wanted = new
+    if wanted is not None and wanted <= left:
+        return {}
+    if wanted is not None:
+        logger.warning("the answer ends at %d tokens: this model's text is right up to there only", positions)
+    return {"max_new_tokens": left} if new is not None else {"max_length": prompt_tokens + left}
 
 
 def refuse_past(model: PreTrainedModel, architecture: Architecture) -> None:

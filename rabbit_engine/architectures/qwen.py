@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.fused import SplitQKV
-from rabbit_engine.architectures.rawconfig import QKV, common, require, word
+from rabbit_engine.architectures.rawconfig import QKV, common, refuse, require, word
 
 _TRANSFORMS = (
     WeightRenaming(r"^transformer\.wte\.", "model.embed_tokens."),
@@ -43,6 +43,9 @@ def _chats(folder: Path) -> bool:
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:
     require(raw, "rotary_pct", 1.0, "a rotary embedding of a part of each head is not converted")
+    require(raw, "scale_attn_weights", True, "unscaled attention is not converted")
+    if "visual" in raw:
+        raise refuse(raw, "a vision tower", "QWen-VL is not converted")
     heads = word(raw, "num_attention_heads", "n_head")
     shared = {
         "vocab_size": raw["vocab_size"],

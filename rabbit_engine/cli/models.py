@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rabbit_engine.architectures import Proof, converted_families, read_record
+from rabbit_engine.architectures import KNOWN, Proof, converted_families, read_record
 
 
 def models(
@@ -22,7 +22,8 @@ def models(
     A family that is not listed takes the generic path: its layers are looked for in the module tree of transformers' class.
     """
     record = read_record()
-    rows = [row for row in record.rows if words.lower() in f"{row.models} {row.cls} {row.runs_as}".lower()]
+    known = {entry.cls: entry.models for entry in KNOWN}
+    rows = [row for row in record.rows if words.lower() in f"{row.models} {row.cls} {row.runs_as} {known.get(row.cls)}".lower()]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
