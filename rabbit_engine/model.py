@@ -111,6 +111,21 @@ class StreamingMixin:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `load_adapter`.
+
+        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on.
+        """
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        family, lost = self._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
+        if family is not None and lost:
+            self.delete_adapter(adapter_name or "default")  # type: ignore[attr-defined]
+            raise CannotLoadStateError(
+                f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(self).__name__} has under "
+                f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
+            )
+        return info
+
     def get_compiled_call(self, *_: Any, **__: Any) -> Any:
         """Streamed weights are not there when a compiler looks: the call as it is."""
         return self.__call__  # type: ignore[operator]

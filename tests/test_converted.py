@@ -13,6 +13,7 @@ from typing import Any
 import matrix
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_matrix import STEPS, cache_is_filled, logits_are_equal, split_is_whole, tokens_are_equal
@@ -381,6 +382,28 @@ def test_an_answer_ends_where_the_familys_own_chat_ends(
         }
         save_file(state, file)
     assert streamed(path).generation_config.eos_token_id == ends
+
+
+def test_an_adapter_of_the_familys_own_class_is_refused(tmp_path: Path, streamed: Any) -> None:
+    """Its names are half Llama's: peft would apply those, and drop the others with a warning."""
+    model = streamed(matrix.ORACLES / "baichuan2_7b", layer_shards_saving_path=tmp_path / "shards")
+    torch.manual_seed(0)
+    whole = resident(model)
+    adapter = get_peft_model(whole, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "fits")
+    adapter.save_pretrained(tmp_path / "original")
+    path = tmp_path / "original" / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "W_pack"): tensor for name, tensor in load_file(path).items()}, path)
+    config = tmp_path / "original" / "adapter_config.json"
+    config.write_text(config.read_text().replace("q_proj", "W_pack"))
+    with pytest.raises(errors.CannotLoadStateError, match="W_pack"):
+        model.load_adapter(str(tmp_path / "original"))
+    largest_difference(model, load_file(matrix.ORACLES / "baichuan2_7b" / "expected.safetensors"))
+    again = streamed(matrix.ORACLES / "baichuan2_7b", layer_shards_saving_path=tmp_path / "shards")
+    again.load_adapter(str(tmp_path / "fits"))
+    ids = load_file(matrix.ORACLES / "baichuan2_7b" / "expected.safetensors")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, adapter(ids).logits)
 
 
 def test_text_goes_in_and_comes_out(changed: Any, streamed: Any) -> None:
