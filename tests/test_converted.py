@@ -255,6 +255,11 @@ def test_internlm_past_its_length_is_refused(changed: Any, streamed: Any) -> Non
     assert plain(ids).logits.shape == (1, 12, plain.config.vocab_size)
 
 
+def test_internlms_unread_key_value_heads_change_nothing(changed: Any, streamed: Any) -> None:
+    expected = load_file(matrix.ORACLES / "internlm1_20b" / "expected.safetensors")
+    largest_difference(streamed(changed("internlm1_20b", num_key_value_heads=1)), expected)
+
+
 def test_the_first_qwen_releases_words_are_read(changed: Any, streamed: Any) -> None:
     older = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
     raw = json.loads((matrix.ORACLES / "qwen" / "config.json").read_text())

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter
 from rabbit_engine.architectures.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.fused import NormalizeRows, SplitQKV
-from rabbit_engine.architectures.rawconfig import QKV, common
+from rabbit_engine.architectures.rawconfig import QKV, common, llama_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -59,22 +59,8 @@ def _code(folder: Path) -> str:
 
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:
-    heads = raw["num_attention_heads"]
-    shared = {
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "intermediate_size": raw["intermediate_size"],
-        "num_hidden_layers": raw["num_hidden_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": raw["hidden_size"] // heads,
-        "hidden_act": raw.get("hidden_act", "silu"),
-        "max_position_embeddings": raw.get("max_position_embeddings") or raw.get("model_max_length", 4096),
-        "initializer_range": raw.get("initializer_range", 0.02),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "use_cache": raw.get("use_cache", True),
-        **common(raw),
-    }
+    longest = raw.get("max_position_embeddings") or raw.get("model_max_length", 4096)
+    shared = {**llama_sizes(raw), "max_position_embeddings": longest, **common(raw)}
     head = (WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()]),) if _normalises_head(raw, folder) else ()
     transforms = (*head, WeightConverter("self_attn.W_pack", list(QKV), [SplitQKV()]))
     if _has_alibi(raw, folder):

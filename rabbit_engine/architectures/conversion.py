@@ -101,8 +101,10 @@ class Conversion:
 
     def _slices(self, name: str, pattern: str | None) -> tuple[tuple[str, int], ...]:
         """`pattern` is the source pattern of the converter that made `name`, its first target."""
+        if pattern is None:
+            return ()
         converters = [t for t in self._transforms() if isinstance(t, WeightConverter) and pattern in t.source_patterns]
-        if pattern is None or not converters or len(converters[0].operations) != 1:
+        if not converters or len(converters[0].operations) != 1:
             return ()
         first, operation = converters[0].target_patterns[0], converters[0].operations[0]
         if not isinstance(operation, SplitQKV):
@@ -119,18 +121,12 @@ class Conversion:
     def differs(self, name: str, tensor: Any) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
         weight = self.skeleton.get_parameter_or_buffer(name)
-        dtype = self._dtype_of(name)
+        dtype = _planned(self.skeleton._get_dtype_plan(self.dtype), name, weight.dtype)
         if tensor.dtype != dtype:
             return f"{tensor.dtype} is stored, {dtype} is wanted"
         if tuple(tensor.shape) != tuple(weight.shape):
             return f"{list(tensor.shape)} is stored, {list(weight.shape)} is wanted"
         return None
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """Some weights of some classes stay float32 whatever the model's dtype is."""
-        plan = self.skeleton._get_dtype_plan(self.dtype)
-        own: torch.dtype = self.skeleton.get_parameter_or_buffer(name).dtype
-        return next((dtype for pattern, dtype in plan.items() if re.search(pattern, name)), own)
 
     def convert(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.
@@ -138,10 +134,10 @@ class Conversion:
         Raises MismatchedWeightsError; a file that cannot be read raises its own error.
         """
         before = dict(self.skeleton.state_dict(keep_vars=True))
-        wanted = {name: self._dtype_of(name) for name in before}
+        plan = self.skeleton._get_dtype_plan(self.dtype)
         load_config = LoadStateDictConfig(
             dtype=self.dtype,
-            dtype_plan=self.skeleton._get_dtype_plan(self.dtype),
+            dtype_plan=plan,
             hf_quantizer=self.quantizer,
             weight_mapping=copy.deepcopy(self._transforms()),
         )
@@ -154,9 +150,15 @@ class Conversion:
             made = {
                 name: self.skeleton.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys
             }
-            return {name: tensor.to(wanted[name]) for name, tensor in made.items()}  # dequantising leaves some as stored
+            # dequantising leaves some as they are stored
+            return {name: tensor.to(_planned(plan, name, before[name].dtype)) for name, tensor in made.items()}
         finally:
             _restore(self.skeleton, before)
+
+
+def _planned(plan: Mapping[str, torch.dtype], name: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, unless the class's plan has another for this weight: some stay float32 whatever the model's is."""
+    return next((kept for pattern, kept in plan.items() if re.search(pattern, name)), dtype)
 
 
 def open_conversion(

@@ -13,28 +13,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.fused import SplitGroupedQKV
-from rabbit_engine.architectures.rawconfig import QKV, common, refuse
+from rabbit_engine.architectures.rawconfig import QKV, common, llama_sizes, refuse
 
 _VOCABULARY, _END_OF_ANSWER = 103168, 103028
 """Of InternLM's released tokenizer; the token is written <eoa>."""
-
-
-def _sizes(raw: RawConfig) -> dict[str, Any]:
-    heads = raw["num_attention_heads"]
-    return {
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "intermediate_size": raw["intermediate_size"],
-        "num_hidden_layers": raw["num_hidden_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "hidden_act": raw.get("hidden_act", "silu"),
-        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
-        "initializer_range": raw.get("initializer_range", 0.02),
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "use_cache": raw.get("use_cache", True),
-    }
 
 
 def _rope(raw: RawConfig, kind: str, theta: float, factor: float) -> dict[str, Any]:
@@ -49,7 +31,8 @@ def _convert_1(raw: RawConfig, _: Path) -> Architecture:
     rotary = raw.get("rotary") or {"base": raw.get("rope_theta", 10000), "type": "dynamic"}
     theta, kind = float(rotary["base"]), rotary.get("type", "dynamic")
     rope = _rope(raw, "origin" if kind == "dynamic" else kind, theta, float(rotary.get("scaling_factor", 1.0)))
-    config = LlamaConfig(**_sizes(raw), **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
+    sizes = {**llama_sizes(raw), "num_key_value_heads": raw["num_attention_heads"]}  # its code reads no other
+    config = LlamaConfig(**sizes, **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
     return Architecture(
         cls=LlamaForCausalLM,
         config=config,
@@ -66,7 +49,7 @@ def _scaled(raw: RawConfig, theta: float) -> dict[str, Any]:
 
 def _convert_2(raw: RawConfig, _: Path) -> Architecture:
     rope = _scaled(raw, float(raw.get("rope_theta", 10000)))
-    config = LlamaConfig(**_sizes(raw), **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
+    config = LlamaConfig(**llama_sizes(raw), **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
     transforms = (
         WeightRenaming(r"^model\.tok_embeddings\.", "model.embed_tokens."),
         WeightRenaming(r"^output\.", "lm_head."),
@@ -83,7 +66,7 @@ def _convert_2(raw: RawConfig, _: Path) -> Architecture:
 
 def _convert_3(raw: RawConfig, _: Path) -> Architecture:
     qkv_bias, bias = bool(raw.get("qkv_bias", False)), bool(raw.get("bias", False))
-    shared = {**_sizes(raw), **common(raw), "rope_parameters": _scaled(raw, float(raw.get("rope_theta", 10000)))}
+    shared = {**llama_sizes(raw), **common(raw), "rope_parameters": _scaled(raw, float(raw.get("rope_theta", 10000)))}
     if qkv_bias and not bias:
         return Architecture(cls=Qwen2ForCausalLM, config=Qwen2Config(**shared))
     if bias and not qkv_bias:

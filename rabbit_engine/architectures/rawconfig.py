@@ -53,3 +53,22 @@ def common(raw: RawConfig) -> dict[str, Any]:
         **kept,
         **({"dtype": dtype} if known else {}),
     }
+
+
+def llama_sizes(raw: RawConfig) -> dict[str, Any]:
+    """What a config in Llama's words says of sizes, as keywords of LlamaConfig. Raises KeyError."""
+    heads = raw["num_attention_heads"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "intermediate_size": raw["intermediate_size"],
+        "num_hidden_layers": raw["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "hidden_act": raw.get("hidden_act", "silu"),
+        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+        "initializer_range": raw.get("initializer_range", 0.02),
+        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "use_cache": raw.get("use_cache", True),
+    }
