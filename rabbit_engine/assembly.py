@@ -19,8 +19,11 @@ from rabbit_engine.sketch import Cut, Sketch, draw
 from rabbit_engine.streaming import (
     Binding,
     EmbeddingRows,
+    ExpertCache,
+    ExpertLayer,
     LinearBlocks,
     Ring,
+    RoutedExperts,
     RowBlock,
     Seat,
     Streamer,
@@ -32,6 +35,7 @@ from rabbit_engine.streaming import (
     make_unit,
     pin,
     placeholder_for,
+    route,
     seats_of,
     unpin,
 )
@@ -128,6 +132,7 @@ class _Builder:
         """Claim host memory, start the streamer, and bind every streamed unit to its module."""
         sketch, device = self._sketch, self._stream.device
         moving = [sketch.units[name] for name in sketch.units if name in {*self._plan.streamed, *self._plan.host}]
+        experts = self._claim_experts()
         streamer = Streamer(
             moving,
             self._ring,
@@ -135,9 +140,10 @@ class _Builder:
             base=self._plan.resident_bytes,
             host=self._fill_host(),
             rare={size.name for size in sketch.sizes if size.rare},
+            experts=experts,
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
-            at_close=[partial(_unpin_all, self._host_memory)],
+            at_close=[partial(_unpin_all, self._host_memory), *([experts.free] if experts is not None else [])],
         )
         self._streamer = streamer
         binding = Binding(streamer, device, self._trace, show_progress=self._stream.show_layer_progress)
@@ -148,22 +154,53 @@ class _Builder:
                 binding.bind(self._model.get_submodule(module), unit, seats)
         self._seat_head(binding)
         self._seat_embedding()
+        if experts is not None:
+            self._route_experts(experts, binding)
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
         return Assembly(self._plan, sketch, device, streamer, binding, self._trace)
+
+    def _claim_experts(self) -> ExpertCache | None:
+        """The slots for experts that are read as they are routed to, behind the ring, and those in host memory."""
+        plan, host = self._plan.experts, None
+        if not plan.layers:
+            return None
+        if plan.host_bytes:
+            host = claim_ring(torch.device("cpu"), plan.host_bytes, self._trace)
+            self._pin(host.view(0, plan.host_bytes))
+        layers = [
+            ExpertLayer(layer.name, self._sketch.experts[layer.name], layer.on_device, layer.in_host) for layer in plan.layers
+        ]
+        base = self._plan.resident_bytes + self._plan.ring_bytes
+        slots = plan.device_bytes // plan.slot_bytes
+        return ExpertCache(layers, self._ring, slots, plan.slot_bytes, base=base, host=host, trace=self._trace)
+
+    def _route_experts(self, cache: ExpertCache, binding: Binding) -> None:
+        weights = self._sketch.weights
+        for layer in self._plan.experts.layers:
+            for name in weights.names_in(layer.name):
+                seat = weights.seats[name]
+                seat.seat(placeholder_for(weights.entries[name], self._stream.device, seat.holds_parameter))
+            experts = RoutedExperts(layer.name, self._sketch.experts[layer.name], cache, binding)
+            route(self._model.get_submodule(layer.name), experts)
 
     def _fill_host(self) -> dict[str, torch.Tensor]:
         """Read what stays in host memory, and pin it where the device copies from pinned memory."""
         units = [self._sketch.units[name] for name in self._plan.host]
         if not units:
             return {}
-        ring = claim_ring(torch.device("cpu"), self._plan.host_bytes, self._trace)
+        nbytes = sum(unit.nbytes for unit in units)
+        ring = claim_ring(torch.device("cpu"), nbytes, self._trace)
         fill_all(ring, _one_behind_another(units))
-        memory = ring.view(0, self._plan.host_bytes)
+        memory = self._pin(ring.view(0, nbytes))
+        return {unit.name: memory[start : start + unit.nbytes] for unit, start in _one_behind_another(units)}
+
+    def _pin(self, memory: torch.Tensor) -> torch.Tensor:
+        """Page-lock memory that the device copies from, where that is a thing."""
         if self._stream.device.type == "cuda":
             self._host_memory.append(pin(memory))
-        return {unit.name: memory[start : start + unit.nbytes] for unit, start in _one_behind_another(units)}
+        return memory
 
     def _seat_head(self, binding: Binding) -> None:
         """A head in blocks: those that stay are views, the others are borrowed as they arrive."""

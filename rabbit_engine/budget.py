@@ -81,9 +81,10 @@ def _host_bytes(stream: StreamConfig) -> int:
 
 
 def _misaligned(sketch: Sketch) -> list[Extent]:
-    """The reads of a pass that are copied once more on the CPU, because their file starts them off a 16-byte boundary."""
+    """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need."""
     units = [unit for name, unit in sketch.units.items() if name not in _rows(sketch)]
-    return [chunk for unit in units for chunk in unit.chunks() if not chunk.in_pages]
+    experts = [unit for units in sketch.experts.values() for unit in units]
+    return [chunk for unit in (*units, *experts) for chunk in unit.chunks() if not chunk.in_pages]
 
 
 def _rows(sketch: Sketch) -> set[str]:
@@ -92,7 +93,7 @@ def _rows(sketch: Sketch) -> set[str]:
 
 def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
     """What the reader of a plan should know of the files: how they are read, what must be realigned."""
-    paths = {entry.path for entry in sketch.weights.entries.values()}
+    paths = {place.path for entry in sketch.weights.entries.values() for place in entry.places}
     reasons = {buffered_reason(path) for path in paths if path.is_file()}
     notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
     moved = sum(chunk.nbytes for chunk in _misaligned(sketch)) if device.type == "cpu" else 0
@@ -112,9 +113,9 @@ def measure_disk(entries: Sequence[TensorEntry]) -> float | None:
     """Bytes a second of direct reads, as many at once as the readers have, from the largest file, the better
     of two samples; None for small ones."""
     sizes: Counter[Path] = Counter()
-    for entry in {entry.name: entry for entry in entries}.values():  # tied weights share theirs
-        if entry.path.is_file():
-            sizes[entry.path] += entry.nbytes
+    for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share theirs
+        if place.path.is_file():
+            sizes[place.path] += place.nbytes
     if not sizes:
         return None
     path, nbytes = sizes.most_common(1)[0]

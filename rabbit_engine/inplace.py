@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
 from rabbit_engine.errors import DamagedCheckpointError, MismatchedWeightsError
 from rabbit_engine.splitplan import settle_ties
 from rabbit_engine.splitter import build_for, require_weights
-from rabbit_engine.tensorfiles import TensorEntry, same_bytes
+from rabbit_engine.tensorfiles import TensorEntry, gathered, same_bytes
 
 Equal = Callable[[TensorEntry, TensorEntry], bool]
 
@@ -47,17 +47,11 @@ def original_entries(
     skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))
     conversion = open_conversion(architecture, skeleton, tensors, dtype)
     entries: dict[str, TensorEntry] = {}
-    for key, target in conversion.targets().items():
-        tensor = tensors[key]
-        if target is None or not isinstance(tensor, SafetensorsTensor):
-            continue
-        if target.converted and not target.slices:
-            raise NotInPlaceError(f"{key}: it is converted")
-        for entry in _parts(tensor.entry, target):
-            problem = conversion.differs(entry.name, entry)
-            if problem or entry.name in entries:
-                raise NotInPlaceError(f"{key}: {problem or 'two tensors of this name'}")
-            entries[entry.name] = entry
+    for entry in _stored_entries(conversion.targets(), tensors):
+        problem = conversion.differs(entry.name, entry)
+        if problem or entry.name in entries:
+            raise NotInPlaceError(f"{entry.name}: {problem or 'two tensors of this name'}")
+        entries[entry.name] = entry
     tied = skeleton.all_tied_weights_keys
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
@@ -65,7 +59,36 @@ def original_entries(
     return kept, ties.shared
 
 
-def _parts(entry: TensorEntry, target: Target) -> list[TensorEntry]:
+def _stored_entries(targets: Mapping[str, Target | None], tensors: Mapping[str, LazyTensor]) -> list[TensorEntry]:
+    """Where each weight lies. Raises NotInPlaceError for one that is nowhere as it is."""
+    found: list[TensorEntry] = []
+    stacks: dict[str, tuple[list[TensorEntry], ...]] = {}
+    for key, target in targets.items():
+        tensor = tensors[key]
+        if target is None or not isinstance(tensor, SafetensorsTensor):
+            continue
+        if target.stack is not None:
+            which, count = target.stack
+            stacks.setdefault(target.name, tuple([] for _ in range(count)))[which].append(tensor.entry)
+        elif target.converted and not target.slices:
+            raise NotInPlaceError(f"{key}: it is converted")
+        else:
+            found += _slices(tensor.entry, target)
+    return found + [_stacked(name, lists) for name, lists in stacks.items()]
+
+
+def _stacked(name: str, lists: Sequence[Sequence[TensorEntry]]) -> TensorEntry:
+    """A stack of the tensors of one list, or of groups of one of each list laid row under row."""
+    alike = {(entry.dtype, entry.shape[1:]) for entries in lists for entry in entries}
+    rows = [{entry.shape[0] for entry in entries} for entries in lists]
+    if len({len(entries) for entries in lists}) > 1 or len(alike) > 1 or any(len(counts) != 1 for counts in rows):
+        raise NotInPlaceError(f"{name}: its parts differ in number, dtype or shape")
+    parts = [entry for group in zip(*lists, strict=True) for entry in group]
+    dtype, beside = alike.pop()
+    return gathered(name, dtype, (len(lists[0]), sum(count.pop() for count in rows), *beside), parts)
+
+
+def _slices(entry: TensorEntry, target: Target) -> list[TensorEntry]:
     """The stored tensor under the weight's name, or the rows of it that are several weights."""
     if not target.slices:
         return [replace(entry, name=target.name)]
@@ -74,9 +97,7 @@ def _parts(entry: TensorEntry, target: Target) -> list[TensorEntry]:
         raise MismatchedWeightsError(f"{entry.name} has {entry.shape[0]} rows, the config says {wanted}")
     parts, first = [], 0
     for name, rows in target.slices:
-        row_bytes = entry.nbytes // entry.shape[0]
-        shape = (rows, *entry.shape[1:])
-        parts.append(replace(entry, name=name, shape=shape, offset=entry.offset + first * row_bytes, nbytes=rows * row_bytes))
+        parts.append(replace(entry.rows(first, first + rows), name=name))
         first += rows
     return parts
 

@@ -9,7 +9,7 @@ from typing import Literal
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
-Role = Literal["streamed", "embedding", "resident"]
+Role = Literal["streamed", "embedding", "resident", "experts"]
 
 PAGE = 4096
 _GOLDEN = 0.6180339887498949
@@ -18,12 +18,24 @@ _BUSY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """A layer's experts: `count` of them, of which a token uses `used`. One takes `nbytes` of memory, and its read asks the
+    disk for `read_bytes`."""
+
+    count: int
+    used: int
+    nbytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class UnitSize:
     """What a unit of weights is to the model, and how many bytes of memory it takes.
 
     A `streamed` one passes through the ring unless there is room for it to stay; an `embedding` is read by row unless
     there is room for everything; a `resident` must stay. One that `encloses` is held while units inside of it are asked
-    for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay.
+    for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay. The `experts` of a
+    layer are read as they are routed to, with `routing`, unless there is room for everything.
     """
 
     name: str
@@ -32,6 +44,7 @@ class UnitSize:
     read_bytes: int | None = None
     encloses: bool = False
     rare: bool = False
+    routing: Routing | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -64,11 +77,85 @@ class Speeds:
     source: str = "assumed"
 
 
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """The experts of layer `name` that are read as they are routed to, and how many of them may be cached where."""
+
+    name: str
+    routing: Routing
+    on_device: int = 0
+    in_host: int = 0
+
+    @property
+    def uncached(self) -> int:
+        """How many of a token's experts come from disk, at best."""
+        return max(0, self.routing.used - self.on_device - self.in_host)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """Slots of `slot_bytes`, each for one expert: `passing` ones for experts on their way, and the layers' caches."""
+
+    layers: tuple[LayerExperts, ...] = ()
+    slot_bytes: int = 0
+    passing: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the slots on the device."""
+        return self.slot_bytes * (self.passing + sum(layer.on_device for layer in self.layers))
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the slots in host memory."""
+        return self.slot_bytes * sum(layer.in_host for layer in self.layers)
+
+    @property
+    def most_bytes(self) -> int:
+        """What a token's experts ask the disk for when none is cached."""
+        return sum(layer.routing.used * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def least_bytes(self) -> int:
+        """The same when as many of them as can be are cached."""
+        return sum(layer.uncached * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def all_bytes(self) -> int:
+        """What reading every expert once asks the disk for: the most that a prompt, however long, needs."""
+        return sum(layer.routing.count * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def link_bytes(self) -> int:
+        """What a token's experts move to the device when none is cached there."""
+        return sum(layer.routing.used * layer.routing.nbytes for layer in self.layers)
+
+    @property
+    def least_link_bytes(self) -> int:
+        """The same when as many of them as can be are cached there."""
+        return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
+
+    @property
+    def text(self) -> str:
+        """How many are cached, of how many, and how many a token uses."""
+        device, host = (sum(getattr(layer, name) for layer in self.layers) for name in ("on_device", "in_host"))
+        count, used = (sum(getattr(layer.routing, name) for layer in self.layers) for name in ("count", "used"))
+        beside = f", {host} in host memory" if host else ""
+        return (
+            f"{used} of {count} a token, each of up to {format_bytes(self.slot_bytes)}; {device} cached on the device{beside} "
+            f"({format_bytes(self.device_bytes + self.host_bytes)} with {self.passing} on their way)"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
     but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move; `rare_bytes` come from disk on top of a
-    pass's where an image runs."""
+    pass's where an image runs.
+
+    Where experts are read as they are routed to, `pass_bytes` and `link_bytes` are a token's with none of its experts
+    cached, and `least_pass_bytes` with as many as can be.
+    """
 
     device: str
     resident: tuple[str, ...]
@@ -87,11 +174,17 @@ class Plan:
     speeds: Speeds
     notes: tuple[str, ...] = ()
     rare_bytes: int = 0
+    experts: ExpertsPlan = ExpertsPlan()
 
     @property
     def device_bytes(self) -> int:
         """The weight memory claimed on the device, once, at load."""
-        return self.resident_bytes + self.ring_bytes
+        return self.resident_bytes + self.ring_bytes + self.experts.device_bytes
+
+    @property
+    def least_pass_bytes(self) -> int:
+        """Bytes from disk a token at best; `pass_bytes` where no experts are cached."""
+        return self.pass_bytes - self.experts.most_bytes + self.experts.least_bytes
 
     @property
     def disk_s(self) -> float:
@@ -116,9 +209,20 @@ class Plan:
         return "disk" if self.disk_s >= self.link_s else "link"
 
     @property
+    def least_pass_s(self) -> float:
+        """Seconds a pass at best, with as many of its experts cached as can be."""
+        link_bytes = max(0, self.link_bytes - self.experts.link_bytes + self.experts.least_link_bytes)
+        return max(self.least_pass_bytes / self.speeds.disk, link_bytes / self.speeds.link if self.speeds.link else 0.0)
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes from disk for a prompt at most: each expert once."""
+        return self.pass_bytes - self.experts.most_bytes + self.experts.all_bytes
+
+    @property
     def first_token_s(self) -> float:
-        """Seconds until the first token: read what stays, then a pass."""
-        return self.load_bytes / self.speeds.disk + self.pass_s
+        """Seconds until the first token: read what stays, then a pass, of a prompt that needs every expert."""
+        return (self.load_bytes + self.prompt_bytes - self.pass_bytes) / self.speeds.disk + self.pass_s
 
     @property
     def reason(self) -> str:
@@ -130,9 +234,13 @@ class Plan:
         moved = format_bytes(self.pass_bytes if self.bound == "disk" else self.link_bytes)
         beside = "" if self.pass_bytes else ", no disk in the loop"
         certain = "at least" if self.speeds.source == "given" else "about"  # a short sample may err either way
+        seconds = format_seconds(self.pass_s)
+        if self.experts.layers:
+            moved = f"{format_bytes(self.least_pass_bytes)} (every expert cached that can be) to {moved} (none)"
+            seconds = f"{format_seconds(self.least_pass_s)} to {seconds}"
         return (
             f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "
-            f"{certain} {format_seconds(self.pass_s)} a token, the first after {format_seconds(self.first_token_s)}"
+            f"{certain} {seconds} a token, the first after {format_seconds(self.first_token_s)}"
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -143,18 +251,23 @@ class Plan:
         host = [("in host memory", f"{_units(self.host)}, {format_bytes(self.host_bytes)}")] if self.host else []
         staging = [("staging", format_bytes(self.staging_bytes))] if self.staging_bytes else []
         link = [("over the link", f"{format_bytes(self.link_bytes)} a pass")] if self.link_bytes else []
+        dense = self.pass_bytes - self.experts.most_bytes
+        experts = [("experts", self.experts.text)] if self.experts.layers else []
+        prompt = [("a prompt", f"{format_bytes(self.prompt_bytes)} at most: each expert once")] if experts else []
         return [
             ("weights", format_bytes(self.weights_bytes)),
             ("budget", f"{given} on {self.device} for weights{reserved}"),
             ("resident", f"{_units(self.resident)}, {format_bytes(self.resident_bytes)} on {self.device}"),
             *host,
             ("by row", ", ".join(self.by_row) or "nothing"),
-            ("streamed", f"{len(self.streamed)} units, {format_bytes(self.pass_bytes)} a pass from disk"),
+            ("streamed", f"{len(self.streamed)} units, {format_bytes(dense)} a pass from disk"),
+            *experts,
             *link,
             *([("for images", f"{format_bytes(self.rare_bytes)} more from disk")] if self.rare_bytes else []),
             ("ring", f"{format_bytes(self.ring_bytes)} on {self.device}"),
             *staging,
             *[("note", note) for note in self.notes],
+            *prompt,
             ("a pass", self.reason),
         ]
 
@@ -175,6 +288,7 @@ class _Placed:
     disk: list[UnitSize]
     ring_bytes: int
     embedding_stays: bool = False
+    experts: ExpertsPlan = ExpertsPlan()
 
 
 def place(
@@ -184,12 +298,14 @@ def place(
 
     The ring is as small as hides the longest gap; every other byte of the budget is a resident, spread evenly over the
     depth of the model, the device's memory first and the host's next. Who stays is chosen in one fixed order, so more
-    memory never means more bytes a pass. Raises BudgetError, with the smallest budget that works.
+    memory never means more bytes a pass. What every pass needs stays before any expert does: a byte of it saves a byte
+    a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
+    that works.
     """
     _check_host(device, budget)
     staging = budget.host_staging_bytes if device == "cpu" else 0
     placed = _place_all(units, budget, staging) or _place_some(units, device, budget, staging)
-    embeddings = [unit for unit in units if unit.role == "embedding"]
+    embeddings, experts = [unit for unit in units if unit.role == "embedding"], placed.experts
     stays = [unit for unit in units if unit.role == "resident"] + placed.device + (embeddings if placed.embedding_stays else [])
     chosen = {unit.name for unit in stays}
     moving = [*placed.host, *placed.disk]
@@ -202,17 +318,18 @@ def place(
         streamed=tuple(disk),
         by_row=tuple(unit.name for unit in embeddings if not placed.embedding_stays),
         resident_bytes=sum(unit.nbytes for unit in stays),
-        host_bytes=sum(unit.nbytes for unit in placed.host),
+        host_bytes=sum(unit.nbytes for unit in placed.host) + experts.host_bytes,
         staging_bytes=budget.host_staging_bytes,
         ring_bytes=placed.ring_bytes,
-        pass_bytes=sum(unit.disk_bytes for unit in placed.disk if not unit.rare),
-        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving if not unit.rare),
+        pass_bytes=sum(unit.disk_bytes for unit in placed.disk if not unit.rare) + experts.most_bytes,
+        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving if not unit.rare) + experts.link_bytes,
         load_bytes=sum(unit.disk_bytes for unit in (*stays, *placed.host)),
         weights_bytes=sum(unit.nbytes for unit in units),
         budget=budget,
         speeds=speeds,
         notes=tuple(notes),
         rare_bytes=sum(unit.disk_bytes for unit in placed.disk if unit.rare),
+        experts=experts,
     )
 
 
@@ -227,7 +344,7 @@ def _check_host(device: str, budget: Budget) -> None:
 
 def _place_all(units: Sequence[UnitSize], budget: Budget, staging: int) -> _Placed | None:
     """Everything on the device, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
-    streamed = [unit for unit in units if unit.role == "streamed"]
+    streamed = [unit for unit in units if unit.role in ("streamed", "experts")]
     without = staging + sum(unit.nbytes for unit in units if unit.role != "embedding")
     if budget.device_bytes is not None and without > budget.device_bytes:
         return None
@@ -238,21 +355,69 @@ def _place_all(units: Sequence[UnitSize], budget: Budget, staging: int) -> _Plac
 def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging: int) -> _Placed:
     assert budget.device_bytes is not None  # noqa: S101 - without a bound everything fits
     streamed = [unit for unit in units if unit.role == "streamed"]
+    layers = [unit for unit in units if unit.role == "experts"]
     fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + staging
-    smallest, wanted = _ring_bytes(streamed)
+    (smallest, wanted), (fewest, slots, slot_bytes) = _ring_bytes(streamed), _slots(layers)
+    all_streamed = sum(unit.nbytes for unit in streamed)
+    smallest = min(smallest, all_streamed) if layers else smallest  # beside experts a ring is of no use to units that all stay
     room = budget.device_bytes - fixed
-    if room < smallest:
-        needed = fixed + min(smallest, sum(unit.nbytes for unit in streamed))  # or room for everything, where that is less
-        raise _too_small(device, needed, smallest, budget)
-    ring = min(wanted, room)
+    if room < smallest + fewest * slot_bytes:
+        everything = all_streamed + sum(unit.nbytes for unit in layers)  # takes no ring, and may be less
+        needed = fixed + min(smallest + fewest * slot_bytes, everything)
+        raise _too_small(device, needed, smallest + fewest * slot_bytes, budget)
+    stays = bool(layers) and room >= all_streamed + fewest * slot_bytes
+    ring = 0 if stays else min(wanted, room - fewest * slot_bytes)
+    left = room - (all_streamed if stays else ring)
+    passing = min(slots, left // slot_bytes) if layers else 0
     order = [unit for rare in (False, True) for unit in _spread([unit for unit in streamed if unit.rare is rare])]
-    on_device, in_host = _tiers(order, room - ring, device, budget)
+    free = left - passing * slot_bytes + (all_streamed if stays else 0)
+    on_device, in_host = _tiers(order, free, device, budget)
+    free -= sum(unit.nbytes for unit in on_device)
+    free_host = _room_in_host(device, budget, layers, sum(unit.nbytes for unit in in_host))
     return _Placed(
         [unit for unit in streamed if unit in on_device],
         [unit for unit in streamed if unit in in_host],
         [unit for unit in streamed if unit not in on_device and unit not in in_host],
         ring,
+        experts=_share_slots(layers, slot_bytes, passing, free, free_host),
     )
+
+
+def _slots(layers: Sequence[UnitSize]) -> tuple[int, int, int]:
+    """How many experts must be on their way at least, how many keep the readers busy, and the bytes of a slot for one."""
+    routings = [unit.routing for unit in layers if unit.routing is not None]
+    if not routings:
+        return 0, 0, 0
+    slot_bytes = max(routing.nbytes for routing in routings)
+    most = max(routing.count for routing in routings)
+    busy = min(_BUSY_BYTES, sum(routing.nbytes * routing.count for routing in routings) // 8)
+    fewest = min(2, most)  # one runs while the next arrives
+    return fewest, min(most, max(fewest, 1 + -(-busy // slot_bytes))), slot_bytes
+
+
+def _share_slots(layers: Sequence[UnitSize], slot_bytes: int, passing: int, device_room: int, host_room: int) -> ExpertsPlan:
+    """As many cached experts in every layer, one more or less: first on the device, then in host memory."""
+    routings = [(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None]
+    if not routings:
+        return ExpertsPlan()
+    counts = [routing.count for _, routing in routings]
+    on_device = _even(counts, max(0, device_room) // slot_bytes)
+    in_host = _even([count - taken for count, taken in zip(counts, on_device, strict=True)], max(0, host_room) // slot_bytes)
+    shares = zip(routings, on_device, in_host, strict=True)
+    found = {name: LayerExperts(name, routing, device, host) for (name, routing), device, host in shares}
+    return ExpertsPlan(tuple(found[unit.name] for unit in layers), slot_bytes, passing)
+
+
+def _even(most: Sequence[int], total: int) -> list[int]:
+    """`total` shared as evenly as can be, each share at most its `most`; what is left over goes to the first ones."""
+    shares = [0] * len(most)
+    while total > 0 and (open_ := [index for index, share in enumerate(shares) if share < most[index]]):
+        step = max(1, total // len(open_))
+        for index in open_[:total]:
+            taken = min(step, most[index] - shares[index], total)
+            shares[index] += taken
+            total -= taken
+    return shares
 
 
 def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) -> tuple[set[UnitSize], set[UnitSize]]:
@@ -269,12 +434,13 @@ def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) ->
     return on_device | promoted, in_host - promoted
 
 
-def _room_in_host(device: str, budget: Budget, rest: Sequence[UnitSize]) -> int:
+def _room_in_host(device: str, budget: Budget, rest: Sequence[UnitSize], taken: int = 0) -> int:
+    """Bytes of host memory for `rest`, beside what is `taken`."""
     if device == "cpu":
         return 0
     if budget.host_bytes is None:
-        return sum(unit.nbytes for unit in rest)
-    return budget.host_bytes - budget.host_staging_bytes
+        return 2 * sum(unit.nbytes for unit in rest)  # slots are of one size: as large as the largest expert
+    return budget.host_bytes - budget.host_staging_bytes - taken
 
 
 def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Probe:
 
     `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
     `cache_token_bytes` is what the
-    KV cache grows by with each token. The results that live at once in a pass over a prompt of n tokens take
+    KV cache grows by with each token; `routed` tells how many of its experts each experts module takes for a token. The results that live at once in a pass over a prompt of n tokens take
     `activation_token_bytes` n + `activation_square_bytes` n^2.
     """
 
@@ -43,6 +44,7 @@ class Probe:
     cache_token_bytes: int = 0
     activation_token_bytes: int = 0
     activation_square_bytes: int = 0
+    routed: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Watch(TorchDispatchMode):
@@ -54,6 +56,7 @@ class _Watch(TorchDispatchMode):
         self.running: list[str] = []
         self.ran: dict[str, None] = {}  # in the order of the first run
         self.reached: set[str] = set()
+        self.routed: dict[str, int] = {}
         self._live_bytes = 0
         self.peak_bytes = 0
 
@@ -88,16 +91,22 @@ def run_probe(model: PreTrainedModel) -> Probe:
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
     try:
-        with torch.no_grad(), _unchanged(model), _default_attention(model), _watched(leaves, watch), torch.device("meta"):
+        with torch.no_grad(), _unchanged(model), _chosen_kernels(model), _watched(leaves, watch), torch.device("meta"):
             costs = _run(model, watch, model.config._attn_implementation == "eager")
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe()
-    return Probe(tuple(name for name in watch.ran if name not in watch.reached), *costs)
+    return Probe(tuple(name for name in watch.ran if name not in watch.reached), *costs, watch.routed)
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Whether transformers' `ALL_EXPERTS_FUNCTIONS` may compute this module's experts: its decorator leaves these attributes."""
+    return all(hasattr(module, name) for name in ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_experts"))
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+    alone = has_experts_interface(module) or not any(True for _ in module.children())
+    return alone and any(True for _ in module.parameters(recurse=False))
 
 
 def _run(model: PreTrainedModel, watch: _Watch, materializes_scores: bool) -> tuple[int, int, int]:
@@ -157,19 +166,42 @@ def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
     return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
 
 
+def _experts_without_values(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """A function of the experts interface that makes results of the right shapes: grouped kernels refuse the meta device."""
+    tokens, used = top_k_index.shape
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    rows = hidden_states.repeat_interleave(used, dim=0)
+    inner = rows.new_empty(len(rows), up.shape[-1 if module.is_transposed else 1])
+    result = rows.new_empty(rows.shape) * top_k_weights.reshape(-1, 1)
+    del inner
+    return result.view(tokens, used, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+_EXPERTS = "rabbit_engine_probe"
+ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_without_values)
+
+
 @contextmanager
-def _default_attention(model: PreTrainedModel) -> Iterator[None]:
-    """sdpa runs on the meta device, flash attention does not."""
-    chosen = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    names = {key: config._attn_implementation for key, config in chosen.items()}
+def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
+    """sdpa runs on the meta device, flash attention does not; nor do all kernels for experts."""
+    models = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    routed = {id(module.config): module.config for module in model.modules() if has_experts_interface(module)}
+    attention = [(config, config._attn_implementation) for config in models.values()]
+    experts = [(config, config._experts_implementation_internal) for config in routed.values()]
     try:
-        for config in chosen.values():
-            if config._attn_implementation not in ("eager", "sdpa"):
+        for config, name in attention:
+            if name not in ("eager", "sdpa"):
                 config._attn_implementation = "sdpa"
+        for config, _ in experts:
+            config._experts_implementation_internal = _EXPERTS
         yield
     finally:
-        for key, config in chosen.items():
-            config._attn_implementation = names[key]
+        for config, name in attention:
+            config._attn_implementation = name
+        for config, name in experts:
+            config._experts_implementation_internal = name
 
 
 @contextmanager
@@ -178,6 +210,8 @@ def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in leaves.items():
             stack.callback(module.register_forward_pre_hook(_enter(name, watch)).remove)
+            if has_experts_interface(module):
+                stack.callback(module.register_forward_pre_hook(_note_routing(name, watch)).remove)
             stack.callback(module.register_forward_hook(_leave(watch)).remove)
         stack.enter_context(watch)
         yield
@@ -189,6 +223,15 @@ def _enter(name: str, watch: _Watch) -> Any:
         watch.ran.setdefault(name)
 
     return enter
+
+
+def _note_routing(name: str, watch: _Watch) -> Any:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        if len(args) > 1:
+            watch.routed[name] = args[1].shape[-1]  # the interface's second argument: indices [tokens, experts a token]
+
+    return note
 
 
 def _leave(watch: _Watch) -> Any:

@@ -1,7 +1,8 @@
 """A model without weights cut into units: what moves together, what must stay, what is read by row. Nothing is read.
 
 A large weight of a module whose forward runs alone is a unit of its own, so that the ring need only hold two of these and
-not two layers. What is small in a layer stays; where nothing is large the layer moves whole. A head is cut by rows.
+not two layers. What is small in a layer stays; where nothing is large the layer moves whole. A head is cut by rows, and
+experts are units of their own, read as they are routed to, where their class has transformers' experts interface.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +18,8 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
 from rabbit_engine.errors import MismatchedWeightsError
-from rabbit_engine.planner import Role, UnitSize
-from rabbit_engine.probe import Probe, run_probe
+from rabbit_engine.planner import Role, Routing, UnitSize
+from rabbit_engine.probe import Probe, has_experts_interface, run_probe
 from rabbit_engine.splitplan import missing_weights
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
 from rabbit_engine.tensorfiles import TensorEntry
@@ -45,6 +47,10 @@ class Weights:
         """The entries behind `names`, each once."""
         return {self.entries[name].name: self.entries[name] for name in names}
 
+    def names_in(self, module: str) -> list[str]:
+        """The module's own weights."""
+        return [name for name in self.entries if name.rpartition(".")[0] == module]
+
     def unit(self, unit_name: str, names: Iterable[str]) -> Unit:
         """The weights `names`, as they are read."""
         return make_unit(unit_name, list(self.stored(names).values()))
@@ -68,7 +74,9 @@ class Block:
 class Sketch:
     """A model's units in the order of a pass, with their sizes and the modules they belong to.
 
-    `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row.
+    `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
+    the experts of each module whose experts can be read one by one, in their order; `whole_experts` the modules where they
+    cannot.
     """
 
     layout: Layout
@@ -80,6 +88,8 @@ class Sketch:
     head: str | None
     blocks: tuple[Block, ...]
     embedding: str | None
+    experts: Mapping[str, tuple[Unit, ...]]
+    whole_experts: tuple[str, ...]
 
 
 def draw(
@@ -157,6 +167,8 @@ class _Drawing:
         self._sizes: list[UnitSize] = []
         self._modules: dict[str, str] = {}
         self._blocks: list[Block] = []
+        self._experts: dict[str, tuple[Unit, ...]] = {}
+        self._whole_experts: list[str] = []
 
     def _add(
         self,
@@ -189,23 +201,54 @@ class _Drawing:
                 self._add_layer(layer, names)
 
     def _add_layer(self, layer: str, names: Sequence[str]) -> None:
-        leaves = self._large_leaves(layer, names)
+        owners: dict[str, list[str]] = {}
+        for name in names:
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+        experts = {owner: found for owner, found in owners.items() if self._are_experts(owner, found)}
+        dense = [name for name in names if name.rpartition(".")[0] not in experts]
+        leaves = self._large_leaves(layer, {owner: found for owner, found in owners.items() if owner not in experts})
         inside = {name for found in leaves.values() for name in found}
-        rest = self._weights.unit(layer, [name for name in names if name not in inside])
-        total = sum(self._weights.entries[name].nbytes for name in names)
+        rest = self._weights.unit(layer, [name for name in dense if name not in inside])
+        total = sum(self._weights.entries[name].nbytes for name in dense)
         if rest.pieces:
             stays = bool(leaves) and rest.weight_bytes <= total * self._cut.rest_share
             self._add(layer, rest, streamed=not stays, module=layer, encloses=bool(leaves))
         for leaf, found in leaves.items():
             self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf)
+        for owner, found in experts.items():
+            self._add_experts(owner, found)
 
-    def _large_leaves(self, layer: str, names: Sequence[str]) -> dict[str, list[str]]:
+    def _large_leaves(self, layer: str, owners: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The layer's modules that run alone, are large, and share nothing, in the order they run: module -> its weights."""
-        leaves: dict[str, list[str]] = {}
-        for name in names:
-            leaves.setdefault(name.rpartition(".")[0], []).append(name)
-        large = [leaf for leaf, found in leaves.items() if leaf != layer and self._is_unit(leaf, found)]
-        return {leaf: leaves[leaf] for leaf in sorted(large, key=self._run_order.__getitem__)}
+        large = [leaf for leaf, found in owners.items() if leaf != layer and self._is_unit(leaf, found)]
+        return {leaf: owners[leaf] for leaf in sorted(large, key=self._run_order.__getitem__)}
+
+    def _are_experts(self, owner: str, names: Sequence[str]) -> bool:
+        """Whether the weights `names` of module `owner` are stacks of experts that can be read one by one."""
+        module: Any = self._model.get_submodule(owner)
+        if not has_experts_interface(module):
+            if "experts" in owner.split(".") and sum(self._weights.entries[name].nbytes for name in names) >= self._cut.least_bytes:
+                self._whole_experts.append(owner)
+            return False
+        entries = [self._weights.entries[name] for name in names]
+        stacked = all(entry.shape[:1] == (module.num_experts,) and self._users[entry.name] == 1 for entry in entries)
+        reached = bool(self._run_order) and owner not in self._run_order
+        return stacked and module.num_experts > 1 and not reached
+
+    def _add_experts(self, owner: str, names: Sequence[str]) -> None:
+        """The experts of a module, each as a unit, and the module as one for where everything stays."""
+        module: Any = self._model.get_submodule(owner)
+        whole = self._weights.unit(owner, names)
+        entries = [self._weights.entries[name] for name in names]
+        experts = tuple(
+            make_unit(f"{owner}[{index}]", [entry.rows(index, index + 1) for entry in entries])
+            for index in range(module.num_experts)
+        )
+        largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
+        used = min(self._probe.routed.get(owner, module.num_experts), module.num_experts)
+        routing = Routing(module.num_experts, used, largest, most_read)
+        self._units[owner], self._experts[owner] = whole, experts
+        self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing))
 
     def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
         entries = [self._weights.entries[name] for name in names]
@@ -278,4 +321,6 @@ class _Drawing:
             head,
             tuple(self._blocks),
             self._embedding(),
+            self._experts,
+            tuple(self._whole_experts),
         )

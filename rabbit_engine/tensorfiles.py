@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,7 +41,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class TensorEntry:
     """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`.
 
-    `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know.
+    `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know. Where a
+    tensor is stored in several `parts`, its bytes are theirs, one behind another, and `path` and `offset` are the first one's.
     """
 
     name: str
@@ -51,6 +52,31 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stamp: tuple[int, int] | None = None
+    parts: tuple[TensorEntry, ...] = ()
+
+    @property
+    def places(self) -> tuple[TensorEntry, ...]:
+        """Where its bytes lie, in their order: its parts, or itself."""
+        return self.parts or (self,)
+
+    def rows(self, first: int, stop: int) -> TensorEntry:
+        """Rows `first` to `stop` (along dimension 0), as a tensor of their own."""
+        row_bytes = self.nbytes // self.shape[0]
+        begin, end, position, found = first * row_bytes, stop * row_bytes, 0, []
+        for place in self.places:
+            low, high = max(begin - position, 0), min(end - position, place.nbytes)
+            if low < high:
+                found.append(replace(place, offset=place.offset + low, nbytes=high - low))
+            position += place.nbytes
+        name, shape = f"{self.name}[{first}:{stop}]", (stop - first, *self.shape[1:])
+        return gathered(name, self.dtype, shape, found)
+
+
+def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequence[TensorEntry]) -> TensorEntry:
+    """The tensor whose bytes are those of `places`, one behind another."""
+    nbytes = sum(place.nbytes for place in places)
+    first, parts = places[0], tuple(places) if len(places) > 1 else ()
+    return TensorEntry(name, first.path, first.offset, nbytes, dtype, shape, first.stamp, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +138,12 @@ def _check_contiguous(path: Path, tensors: Sequence[TensorEntry], start: int, fi
 def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
     """The tensor in memory of its own (no map of the file stays behind). Raises `error` when bytes are missing."""
     flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
-    with open_unchanged(entry.path, entry.stamp, error) as file:
-        file.seek(entry.offset)
-        read_into(file, as_bytes(flat), entry.path, error)
+    position = 0
+    for place in entry.places:
+        with open_unchanged(place.path, place.stamp, error) as file:
+            file.seek(place.offset)
+            read_into(file, as_bytes(flat[position : position + place.nbytes]), place.path, error)
+        position += place.nbytes
     return flat.view(entry.dtype).reshape(entry.shape)
 
 
@@ -122,6 +151,8 @@ def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]
     """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
+    if first.parts or second.parts:
+        return torch.equal(read_tensor(first, error).view(torch.uint8), read_tensor(second, error).view(torch.uint8))
     pieces = [bytearray(COPY_BYTES), bytearray(COPY_BYTES)]
     with open_unchanged(first.path, first.stamp, error) as one, open_unchanged(second.path, second.stamp, error) as other:
         for position in range(0, first.nbytes, COPY_BYTES):

@@ -56,7 +56,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK, **MLA, "moe_intermediate_size": 16, "head_dim": None, "num_key_value_heads": 4},
     ),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 12, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"num_local_experts": 12, "num_experts_per_tok": 2, "sliding_window": 8, "intermediate_size": 64},
+    ),
     # beyond the asked-for: other module trees, other embeddings
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
     "opt": ("OPTConfig", "OPTForCausalLM", {"word_embed_proj_dim": 32, "ffn_dim": 48}),

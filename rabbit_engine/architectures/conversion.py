@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -34,6 +36,8 @@ from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsE
 _COMPUTED = ("inv_freq", "masked_bias", "future_mask")
 """Ends of the names of tensors that models compute by themselves and some checkpoints store."""
 
+_STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
 _NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
@@ -41,12 +45,15 @@ _NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 class Target:
     """A weight of the model; `converted` when it is made from several tensors, or is the first of several made from one.
 
-    `slices` are those several with the rows of the one that each is, where they are rows of it and nothing more.
+    `slices` are those several with the rows of the one that each is, where they are rows of it and nothing more. `stack`
+    is (which, of how many) where the weight is a stack of tensors as they are stored, or of groups of them laid row under
+    row: experts.
     """
 
     name: str
     converted: bool
     slices: tuple[tuple[str, int], ...] = ()
+    stack: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -75,7 +82,7 @@ class Conversion:
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
-            found[key] = Target(name, pattern is not None, self._slices(name, pattern)) if name in state else None
+            found[key] = self._target(name, pattern) if name in state else None
         self._require_used(found)
         self._require_scales(found)
         return found
@@ -99,18 +106,18 @@ class Conversion:
                         "use the unquantised repository"
                     )
 
-    def _slices(self, name: str, pattern: str | None) -> tuple[tuple[str, int], ...]:
-        """`pattern` is the source pattern of the converter that made `name`, its first target."""
-        if pattern is None:
-            return ()
+    def _target(self, name: str, pattern: str | None) -> Target:
+        """`pattern` is the source pattern of the converter that made `name`, its first target; None where none did."""
         converters = [t for t in self._transforms() if isinstance(t, WeightConverter) and pattern in t.source_patterns]
-        if not converters or len(converters[0].operations) != 1:
-            return ()
-        first, operation = converters[0].target_patterns[0], converters[0].operations[0]
-        if not isinstance(operation, SplitQKV):
-            return ()
-        names = [name.replace(first, target) for target in converters[0].target_patterns]
-        return tuple(zip(names, operation.rows(self.skeleton.config), strict=True))
+        if pattern is None or not converters:
+            return Target(name, pattern is not None)
+        converter, operations = converters[0], [(type(step), getattr(step, "dim", None)) for step in converters[0].operations]
+        if operations in _STACKS:
+            return Target(name, True, stack=(converter.source_patterns.index(pattern), len(converter.source_patterns)))
+        if len(operations) != 1 or not isinstance(converter.operations[0], SplitQKV):
+            return Target(name, True)
+        names = [name.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
+        return Target(name, True, tuple(zip(names, converter.operations[0].rows(self.skeleton.config), strict=True)))
 
     def _transforms(self) -> list[Any]:
         if self._mapping is None:

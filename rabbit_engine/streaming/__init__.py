@@ -2,9 +2,11 @@
 
 from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
 from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
+from rabbit_engine.streaming.experts import ExpertCache, ExpertLayer
 from rabbit_engine.streaming.placeholder import Placeholder, placeholder_for
-from rabbit_engine.streaming.profile import Profile, UnitProfile
+from rabbit_engine.streaming.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
+from rabbit_engine.streaming.routed import RoutedExperts, route
 from rabbit_engine.streaming.rows import EmbeddingRows
 from rabbit_engine.streaming.streamer import Streamer
 from rabbit_engine.streaming.trace import Span, Trace, busy_share, write_chrome_trace
@@ -14,10 +16,14 @@ __all__ = [
     "STAGING_BYTES",
     "Binding",
     "EmbeddingRows",
+    "ExpertCache",
+    "ExpertLayer",
+    "ExpertsProfile",
     "LinearBlocks",
     "Placeholder",
     "Profile",
     "Ring",
+    "RoutedExperts",
     "RowBlock",
     "Seat",
     "Span",
@@ -33,6 +39,7 @@ __all__ = [
     "move",
     "pin",
     "placeholder_for",
+    "route",
     "row_blocks",
     "seats_of",
     "unpin",

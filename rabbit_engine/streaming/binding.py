@@ -122,7 +122,7 @@ class Binding:
             with self._lock:  # held already inside a root pass; for callers of a layer alone
                 try:
                     bound.bring(*self._acquire(unit.name))
-                    with self._computing(unit.name):
+                    with self.computing(unit.name):
                         return native(*args, **kwargs)
                 finally:
                     if self._release(unit.name):
@@ -137,7 +137,7 @@ class Binding:
         with self._lock:
             try:
                 _, memory = self._acquire(unit.name)
-                with self._computing(unit.name):
+                with self.computing(unit.name):
                     yield unit.pieces[0].view(memory)
             finally:
                 self._release(unit.name)
@@ -154,7 +154,14 @@ class Binding:
         return gone
 
     @contextmanager
-    def _computing(self, name: str) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """One thread at a time; a root pass holds the lock already, callers of a module alone do not."""
+        self._streamer.require_open()
+        with self._lock:
+            yield
+
+    @contextmanager
+    def computing(self, name: str) -> Iterator[None]:
         """Count what the unit's module takes: on a GPU the launching alone, whose own time is in the trace."""
         start = time.perf_counter()
         with self._trace.device_span("compute", name, self._device):

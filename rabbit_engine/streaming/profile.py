@@ -24,6 +24,29 @@ class UnitProfile:
 
 
 @dataclass(slots=True)
+class ExpertsProfile:
+    """The experts of one layer, of which there are `count`: in its `runs` so many were `used`, of these so many were `read`
+    from disk; the others were cached, on the device or in host memory."""
+
+    name: str
+    count: int
+    runs: int = 0
+    used: int = 0
+    read: int = 0
+    bytes_read: int = 0
+    bytes_copied: int = 0
+    read_s: float = 0.0
+    copy_s: float = 0.0
+    wait_s: float = 0.0
+    compute_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the used ones that no disk was asked for; 0 before the first."""
+        return 1 - self.read / self.used if self.used else 0.0
+
+
+@dataclass(slots=True)
 class Profile:
     """Counts since the model was loaded.
 
@@ -33,6 +56,7 @@ class Profile:
     """
 
     units: dict[str, UnitProfile] = field(default_factory=dict)
+    experts: dict[str, ExpertsProfile] = field(default_factory=dict)
     passes: int = 0
     loads: int = 0
     bytes_read: int = 0
@@ -83,6 +107,38 @@ class Profile:
         self.loads += 1
         self.wait_s += seconds
 
+    def count_experts(self, name: str, used: int, read: int) -> None:
+        """A layer is routed to `used` of its experts, `read` of them have to be read."""
+        layer = self.experts[name]
+        layer.runs += 1
+        layer.used += used
+        layer.read += read
+
+    def count_expert_read(self, name: str, nbytes: int, seconds: float) -> None:
+        """A chunk of an expert of layer `name` has arrived."""
+        layer = self.experts[name]
+        layer.bytes_read += nbytes
+        layer.read_s += seconds
+        self.bytes_read += nbytes
+
+    def count_expert_copy(self, name: str, nbytes: int, seconds: float) -> None:
+        """A copy of an expert from host memory was launched."""
+        layer = self.experts[name]
+        layer.bytes_copied += nbytes
+        layer.copy_s += seconds
+        self.bytes_copied += nbytes
+
+    def count_expert_wait(self, name: str, seconds: float) -> None:
+        """The model waited so long for the next expert."""
+        self.experts[name].wait_s += seconds
+        self.wait_s += seconds
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of all used experts that no disk was asked for; 0 where there are none."""
+        used = sum(layer.used for layer in self.experts.values())
+        return 1 - sum(layer.read for layer in self.experts.values()) / used if used else 0.0
+
     def copy(self) -> Profile:
         """As it is now."""
         return copy.deepcopy(self)
@@ -94,6 +150,13 @@ class Profile:
             f"read       {format_bytes(self.bytes_read)} at {format_rate(self.bytes_read, self.read_s)}{own}",
             f"waited     {format_seconds(self.wait_s)} of {format_seconds(self.pass_s)}",
         ]
+        used, runs = (sum(getattr(layer, name) for layer in self.experts.values()) for name in ("used", "runs"))
+        if used:
+            rates = [layer.hit_rate for layer in self.experts.values()]
+            lines.append(
+                f"experts    {used / runs:.1f} a layer and pass, {self.hit_rate:.0%} of them cached "
+                f"({min(rates):.0%} to {max(rates):.0%} by layer), {format_bytes(sum(layer.bytes_read for layer in self.experts.values()))} read"
+            )
         if self.bytes_copied:
             lines.insert(2, f"copied     {format_bytes(self.bytes_copied)} from host memory")
         return "\n".join(lines)

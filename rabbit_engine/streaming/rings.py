@@ -45,6 +45,9 @@ class Ring(Protocol):
     def wait(self, mark: Mark) -> None:
         """What is launched after this call sees what lies before `mark`."""
 
+    def finish(self, mark: Mark) -> None:
+        """Return when what lies before `mark` is done."""
+
     def last_use(self) -> Mark:
         """The mark behind everything that was launched so far."""
 
@@ -108,6 +111,9 @@ class PlainRing:
 
     def wait(self, mark: Mark) -> None:
         """They are there."""
+
+    def finish(self, mark: Mark) -> None:
+        """It is done."""
 
     def last_use(self) -> Mark:
         """Let what was launched finish: MPS has one queue for everything."""
@@ -183,6 +189,11 @@ class CudaRing:
     def wait(self, mark: Mark) -> None:
         """The current stream waits for the copies."""
         torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def finish(self, mark: Mark) -> None:
+        """This thread waits for the event."""
+        if mark is not None:
+            mark.synchronize()
 
     def last_use(self) -> Mark:
         """An event behind what the current stream was given so far."""

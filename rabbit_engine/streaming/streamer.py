@@ -21,6 +21,7 @@ import torch
 
 from rabbit_engine.errors import ModelClosedError, StreamingError
 from rabbit_engine.streaming.arena import Arena
+from rabbit_engine.streaming.experts import ExpertCache
 from rabbit_engine.streaming.profile import Profile, UnitProfile
 from rabbit_engine.streaming.reader import Job, Reader, shared_reader
 from rabbit_engine.streaming.rings import Mark, Ring
@@ -53,7 +54,7 @@ class Streamer:
 
     `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
     (pinned) host memory and are copied from there, the others are read from their files. Units in `rare` are foreseen only
-    behind one another. `rates` are the disk's and the
+    behind one another. `experts` are brought before anything that is foreseen, and share this one's counts. `rates` are the disk's and the
     link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
     """
 
@@ -66,6 +67,7 @@ class Streamer:
         base: int = 0,
         host: Mapping[str, torch.Tensor] | None = None,
         rare: Collection[str] = (),
+        experts: ExpertCache | None = None,
         prefetching: bool = True,
         rates: tuple[float, float] = (0.0, 0.0),
         at_close: Sequence[Callable[[], None]] = (),
@@ -90,10 +92,12 @@ class Streamer:
         self._process = os.getpid()
         self._last_use: Mark = None
         counts = {unit.name: UnitProfile(unit.name) for unit in units}
-        self._profile = Profile(counts, disk_rate=rates[0], link_rate=rates[1])
+        self._profile = experts.profile if experts is not None else Profile()
+        self._profile.units, self._profile.disk_rate, self._profile.link_rate = counts, *rates
+        self._experts = experts
         self._reader: Reader = shared_reader()
         self._lock, self._changed = self._reader.lock, self._reader.changed
-        if units:
+        if units or experts is not None:
             self._reader.join(self)
 
     def acquire(self, name: str) -> tuple[int, torch.Tensor]:
@@ -186,6 +190,8 @@ class Streamer:
                 self._last_use = self._ring.last_use()
             self._held.clear()
             self._arena.keep_only({entry.place for entry in (*self._queue, *self._under_way.values())})
+            if self._experts is not None:
+                self._experts.recover()
             self._changed.notify_all()
 
     def abandon(self) -> None:
@@ -202,8 +208,10 @@ class Streamer:
             return
         with self._lock:
             self._closed = True
+            if self._experts is not None:
+                self._experts.close()
             self._changed.notify_all()
-            while self._under_way:
+            while self._under_way or (self._experts is not None and self._experts.busy):
                 self._changed.wait()
         self._reader.leave(self)
         self._queue.clear()
@@ -216,7 +224,7 @@ class Streamer:
     def wait_until_idle(self) -> None:
         """Return when nothing is being read ahead any more: the ring is full, or nothing is to come."""
         with self._lock:
-            while self._under_way or self._has_work():
+            while self._under_way or self._has_work() or (self._experts is not None and self._experts.busy):
                 self._changed.wait()
 
     @property
@@ -242,8 +250,9 @@ class Streamer:
             return self._profile.copy()
 
     def count_compute(self, name: str, seconds: float) -> None:
-        """The module of unit `name` ran for so long."""
-        self._profile.units[name].compute_s += seconds
+        """The module of unit `name`, or an expert of it, ran for so long."""
+        counts = self._profile.units.get(name) or self._profile.experts[name.rpartition("[")[0]]
+        counts.compute_s += seconds
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
@@ -266,6 +275,9 @@ class Streamer:
         """The oldest unfinished entry's next chunk, else the first of an entry that is foreseen; None while there is no room."""
         if self._closed:
             return None
+        job = self._experts.next_job() if self._experts is not None else None
+        if job is not None:
+            return job
         for entry in self._queue:
             if wanted and not entry.wanted:
                 return None

@@ -18,18 +18,22 @@ KERNEL_ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`nbytes` of `path` from `offset`, into memory at `place`; `stamp` tells the file from one that replaced it."""
+    """`nbytes` of `path` from `offset`, into memory at `place`; `stamp` tells the file from one that replaced it.
+
+    One that is `beside` another shares a page of memory with it.
+    """
 
     path: Path
     offset: int
     nbytes: int
     place: int
     stamp: tuple[int, int] | None = None
+    beside: bool = False
 
     @property
     def in_pages(self) -> bool:
         """Whether whole pages of the file can be read to where they go; else they go through a staging buffer."""
-        return self.place % PAGE == self.offset % PAGE
+        return self.place % PAGE == self.offset % PAGE and not self.beside
 
     @property
     def read_bytes(self) -> int:
@@ -86,22 +90,30 @@ def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
     """Lay the weights out so that each starts on a 16-byte boundary, and neighbours on disk become one read.
 
     An extent lies in memory as it lies in its file's pages where that aligns its weights, so that it is read without a copy.
+    The parts of a weight that is stored in several places come to lie one behind another.
     """
     pieces: list[Piece] = []
     extents: list[Extent] = []
     end = 0
     for entry in sorted(entries, key=lambda e: (str(e.path), e.offset)):
-        last = extents[-1] if extents else None
-        grown = _grown(last, entry) if last is not None else None
-        if last is not None and grown is not None:
+        first, *others = entry.places
+        grown = _grown(extents[-1], first) if extents else None
+        if grown is not None:
             extents[-1] = grown
-            place = grown.place + entry.offset - grown.offset
+            place = grown.place + first.offset - grown.offset
         else:
-            place = aligned_up(end) + (0 if entry.offset % KERNEL_ALIGNMENT else entry.offset % PAGE)
-            extents.append(Extent(entry.path, entry.offset, entry.nbytes, place, entry.stamp))
+            place = aligned_up(end) + (0 if first.offset % KERNEL_ALIGNMENT else first.offset % PAGE)
+            extents.append(_extent(first, place))
         pieces.append(Piece(entry, place))
-        end = place + entry.nbytes
+        end = place + first.nbytes
+        for part in others:
+            _append(extents, part, end)
+            end += part.nbytes
     return Unit(name, tuple(pieces), tuple(extents), aligned_up(end))
+
+
+def _extent(entry: TensorEntry, place: int) -> Extent:
+    return Extent(entry.path, entry.offset, entry.nbytes, place, entry.stamp)
 
 
 def _grown(last: Extent, entry: TensorEntry) -> Extent | None:
@@ -113,6 +125,31 @@ def _grown(last: Extent, entry: TensorEntry) -> Extent | None:
     return replace(last, nbytes=entry.offset + entry.nbytes - last.offset)
 
 
+def _append(extents: list[Extent], part: TensorEntry, place: int) -> None:
+    """Add `part`, which must lie at `place`: to the last extent where it follows that in its file, else as one of its own.
+
+    What it and the last extent have in one page of memory is split off from each: a read of whole pages would spoil the other.
+    """
+    last, following = extents[-1], _extent(part, place)
+    if last.path == part.path and part.offset - last.offset == place - last.place == last.nbytes:
+        extents[-1] = replace(last, nbytes=last.nbytes + part.nbytes)
+        return
+    shared = place % PAGE
+    if shared and last.in_pages:
+        extents[-1:] = _halves(last, last.nbytes - shared, beside=1)
+    extents += _halves(following, PAGE - shared, beside=0) if shared and following.in_pages else [following]
+
+
+def _halves(extent: Extent, nbytes: int, *, beside: int) -> list[Extent]:
+    """The extent cut behind `nbytes`, its half number `beside` (0 or 1) marked so; one half where there is nothing to cut."""
+    if nbytes <= 0 or nbytes >= extent.nbytes:
+        return [replace(extent, beside=True)]
+    rest = replace(extent, offset=extent.offset + nbytes, nbytes=extent.nbytes - nbytes, place=extent.place + nbytes)
+    halves = [replace(extent, nbytes=nbytes), rest]
+    halves[beside] = replace(halves[beside], beside=True)
+    return halves
+
+
 def row_blocks(entry: TensorEntry, most_bytes: int) -> list[tuple[int, int, TensorEntry]]:
     """A matrix cut by rows: `(first row, row behind the last, the rows as a weight of their own)`, each at most `most_bytes`.
 
@@ -122,17 +159,4 @@ def row_blocks(entry: TensorEntry, most_bytes: int) -> list[tuple[int, int, Tens
     row_bytes = entry.nbytes // rows
     count = -(-rows // max(1, most_bytes // row_bytes))
     bounds = [rows * index // count for index in range(count + 1)]
-    return [
-        (
-            first,
-            stop,
-            replace(
-                entry,
-                name=f"{entry.name}[{first}:{stop}]",
-                offset=entry.offset + first * row_bytes,
-                nbytes=(stop - first) * row_bytes,
-                shape=(stop - first, *entry.shape[1:]),
-            ),
-        )
-        for first, stop in pairwise(bounds)
-    ]
+    return [(first, stop, entry.rows(first, stop)) for first, stop in pairwise(bounds)]

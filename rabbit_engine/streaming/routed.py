@@ -1,0 +1,101 @@
+"""What a sparse layer computes, one expert at a time as it arrives: a function of transformers' experts interface.
+
+The interface (`transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`) lets `config._experts_implementation` choose who
+computes `experts(hidden_states, top_k_index, top_k_weights)`. Only a module whose experts are streamed has a config that
+chooses this one: others keep the implementation that transformers chose, which `generate` may change.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from rabbit_engine.streaming.binding import Binding, refuse_gradients
+from rabbit_engine.streaming.experts import ExpertCache
+from rabbit_engine.streaming.unit import Unit
+
+IMPLEMENTATION = "rabbit_engine"
+"""The name in the interface."""
+
+
+class RoutedExperts:
+    """The experts `units` of a module, whose weights are brought as they are routed to."""
+
+    def __init__(self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding) -> None:
+        self._name, self._units, self._cache, self._binding = name, units, cache, binding
+
+    def run(self, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, experts a token]: [tokens, hidden].
+
+        Each expert's results go to places of their own and are summed at the end, in the order of `top_k_index`: the bits do
+        not depend on which expert came first. The rows of an expert have the order they have in transformers' `grouped_mm`
+        (`torch.sort` of the indices, which is not stable), as kernels round by the place of a row.
+        """
+        refuse_gradients(self._name, module, (hidden_states, top_k_weights), {})
+        tokens, used = top_k_index.shape
+        experts, order = torch.sort(top_k_index.reshape(-1))
+        counts = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
+        starts = list(itertools.accumulate(counts, initial=0))
+        results: torch.Tensor | None = None
+        with self._binding.alone(), self._cache.lend(self._name, _nonzero(counts), tokens) as arrivals:
+            for index, memory in arrivals:
+                with self._binding.computing(self._units[index].name):
+                    pairs = order[starts[index] : starts[index + 1]]
+                    result = run_expert(module, self._weights(index, memory), hidden_states[pairs // used])
+                    if results is None:  # an index past the last expert is nobody's, and adds nothing
+                        results = result.new_zeros(len(order), result.shape[-1])
+                    results[pairs] = result
+        if results is None:
+            return torch.zeros_like(hidden_states)
+        weighted = results * top_k_weights.reshape(-1, 1)
+        return weighted.view(tokens, used, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _weights(self, index: int, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """An expert's weights under the names of the module's stacks of them."""
+        pieces = self._units[index].pieces
+        return {piece.entry.name.rpartition("[")[0].rpartition(".")[2]: piece.view(memory)[0] for piece in pieces}
+
+
+def _nonzero(counts: Sequence[int]) -> dict[int, int]:
+    return {index: count for index, count in enumerate(counts) if count}
+
+
+def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm."""
+    up = _project(module, weights, "gate_up_proj" if module.has_gate else "up_proj", states)
+    inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    result = _project(module, weights, "down_proj", inner)
+    return module.post_expert_norm(result) if getattr(module, "has_post_expert_norm", False) else result
+
+
+def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
+    matrix = weights[name]
+    states = states.to(matrix.dtype)
+    result = states @ matrix if module.is_transposed else functional.linear(states, matrix)
+    return result + weights[f"{name}_bias"] if module.has_bias else result
+
+
+def run_routed(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The function of the interface: the module's own stream of experts."""
+    experts: RoutedExperts = module.routed_experts
+    return experts.run(module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_routed)
+
+
+def route(module: nn.Module, experts: RoutedExperts) -> None:
+    """Let `experts` compute what `module` is asked for."""
+    chosen: Any = module
+    chosen.routed_experts = experts
+    chosen.config = copy.deepcopy(chosen.config)
+    chosen.config._experts_implementation = IMPLEMENTATION
