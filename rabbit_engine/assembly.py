@@ -170,7 +170,8 @@ class _Builder:
             host = claim_ring(torch.device("cpu"), plan.host_bytes, self._trace)
             self._pin(host.view(0, plan.host_bytes))
         layers = [
-            ExpertLayer(layer.name, self._sketch.experts[layer.name], layer.on_device, layer.in_host) for layer in plan.layers
+            ExpertLayer(layer.name, self._sketch.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
+            for layer in plan.layers
         ]
         base = self._plan.resident_bytes + self._plan.ring_bytes
         slots = plan.device_bytes // plan.slot_bytes

@@ -7,25 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rabbit_engine.errors import BudgetError
+from rabbit_engine.expertsplan import BUSY_BYTES, NO_EXPERTS, ExpertsPlan, Routing, slots_for
 from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 Role = Literal["streamed", "embedding", "resident", "experts"]
 
 PAGE = 4096
 _GOLDEN = 0.6180339887498949
-_BUSY_BYTES = 64 * 2**20
-"""What keeps four reads of 8 MiB under way while four have arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """A layer's experts: `count` of them, of which a token uses `used`. One takes `nbytes` of memory, and its read asks the
-    disk for `read_bytes`."""
-
-    count: int
-    used: int
-    nbytes: int
-    read_bytes: int
+_ENDLESS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,76 +66,6 @@ class Speeds:
     source: str = "assumed"
 
 
-@dataclass(frozen=True, slots=True)
-class LayerExperts:
-    """The experts of layer `name` that are read as they are routed to, and how many of them may be cached where."""
-
-    name: str
-    routing: Routing
-    on_device: int = 0
-    in_host: int = 0
-
-    @property
-    def uncached(self) -> int:
-        """How many of a token's experts come from disk, at best."""
-        return max(0, self.routing.used - self.on_device - self.in_host)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsPlan:
-    """Slots of `slot_bytes`, each for one expert: `passing` ones for experts on their way, and the layers' caches."""
-
-    layers: tuple[LayerExperts, ...] = ()
-    slot_bytes: int = 0
-    passing: int = 0
-
-    @property
-    def device_bytes(self) -> int:
-        """Memory of the slots on the device."""
-        return self.slot_bytes * (self.passing + sum(layer.on_device for layer in self.layers))
-
-    @property
-    def host_bytes(self) -> int:
-        """Memory of the slots in host memory."""
-        return self.slot_bytes * sum(layer.in_host for layer in self.layers)
-
-    @property
-    def most_bytes(self) -> int:
-        """What a token's experts ask the disk for when none is cached."""
-        return sum(layer.routing.used * layer.routing.read_bytes for layer in self.layers)
-
-    @property
-    def least_bytes(self) -> int:
-        """The same when as many of them as can be are cached."""
-        return sum(layer.uncached * layer.routing.read_bytes for layer in self.layers)
-
-    @property
-    def all_bytes(self) -> int:
-        """What reading every expert once asks the disk for: the most that a prompt, however long, needs."""
-        return sum(layer.routing.count * layer.routing.read_bytes for layer in self.layers)
-
-    @property
-    def link_bytes(self) -> int:
-        """What a token's experts move to the device when none is cached there."""
-        return sum(layer.routing.used * layer.routing.nbytes for layer in self.layers)
-
-    @property
-    def least_link_bytes(self) -> int:
-        """The same when as many of them as can be are cached there."""
-        return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
-
-    @property
-    def text(self) -> str:
-        """How many are cached, of how many, and how many a token uses."""
-        device, host = (sum(getattr(layer, name) for layer in self.layers) for name in ("on_device", "in_host"))
-        count, used = (sum(getattr(layer.routing, name) for layer in self.layers) for name in ("count", "used"))
-        beside = f", {host} in host memory" if host else ""
-        return (
-            f"{used} of {count} a token, each of up to {format_bytes(self.slot_bytes)}; {device} cached on the device{beside} "
-            f"({format_bytes(self.device_bytes + self.host_bytes)} with {self.passing} on their way)"
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
@@ -174,7 +93,7 @@ class Plan:
     speeds: Speeds
     notes: tuple[str, ...] = ()
     rare_bytes: int = 0
-    experts: ExpertsPlan = ExpertsPlan()
+    experts: ExpertsPlan = NO_EXPERTS
 
     @property
     def device_bytes(self) -> int:
@@ -288,7 +207,7 @@ class _Placed:
     disk: list[UnitSize]
     ring_bytes: int
     embedding_stays: bool = False
-    experts: ExpertsPlan = ExpertsPlan()
+    experts: ExpertsPlan = NO_EXPERTS
 
 
 def place(
@@ -354,70 +273,31 @@ def _place_all(units: Sequence[UnitSize], budget: Budget, staging: int) -> _Plac
 
 def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging: int) -> _Placed:
     assert budget.device_bytes is not None  # noqa: S101 - without a bound everything fits
-    streamed = [unit for unit in units if unit.role == "streamed"]
-    layers = [unit for unit in units if unit.role == "experts"]
+    dense, layers = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts"))
+    slots = slots_for([(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None])
     fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + staging
-    (smallest, wanted), (fewest, slots, slot_bytes) = _ring_bytes(streamed), _slots(layers)
-    all_streamed = sum(unit.nbytes for unit in streamed)
-    smallest = min(smallest, all_streamed) if layers else smallest  # beside experts a ring is of no use to units that all stay
+    dense_bytes = sum(unit.nbytes for unit in dense)
+    smallest, wanted = _ring_bytes(dense)
+    least = slots.least_bytes + (min(smallest, dense_bytes) if layers else smallest)  # all may stay beside moving experts
     room = budget.device_bytes - fixed
-    if room < smallest + fewest * slot_bytes:
-        everything = all_streamed + sum(unit.nbytes for unit in layers)  # takes no ring, and may be less
-        needed = fixed + min(smallest + fewest * slot_bytes, everything)
-        raise _too_small(device, needed, smallest + fewest * slot_bytes, budget)
-    stays = bool(layers) and room >= all_streamed + fewest * slot_bytes
-    ring = 0 if stays else min(wanted, room - fewest * slot_bytes)
-    left = room - (all_streamed if stays else ring)
-    passing = min(slots, left // slot_bytes) if layers else 0
-    order = [unit for rare in (False, True) for unit in _spread([unit for unit in streamed if unit.rare is rare])]
-    free = left - passing * slot_bytes + (all_streamed if stays else 0)
+    if room < least:
+        everything = dense_bytes + sum(unit.nbytes for unit in layers)  # takes no ring, and may be less
+        raise _too_small(device, fixed + min(least, everything), least, budget)
+    all_stay = bool(layers) and room >= dense_bytes + slots.least_bytes
+    ring = 0 if all_stay else min(wanted, room - slots.least_bytes)
+    passing = slots.passing(room - (dense_bytes if all_stay else ring))
+    free = room - ring - passing * slots.nbytes
+    order = [unit for rare in (False, True) for unit in _spread([unit for unit in dense if unit.rare is rare])]
     on_device, in_host = _tiers(order, free, device, budget)
     free -= sum(unit.nbytes for unit in on_device)
-    free_host = _room_in_host(device, budget, layers, sum(unit.nbytes for unit in in_host))
+    free_host = _room_in_host(device, budget) - sum(unit.nbytes for unit in in_host)
     return _Placed(
-        [unit for unit in streamed if unit in on_device],
-        [unit for unit in streamed if unit in in_host],
-        [unit for unit in streamed if unit not in on_device and unit not in in_host],
+        [unit for unit in dense if unit in on_device],
+        [unit for unit in dense if unit in in_host],
+        [unit for unit in dense if unit not in on_device and unit not in in_host],
         ring,
-        experts=_share_slots(layers, slot_bytes, passing, free, free_host),
+        experts=slots.shared([unit.name for unit in layers], passing, free, free_host),
     )
-
-
-def _slots(layers: Sequence[UnitSize]) -> tuple[int, int, int]:
-    """How many experts must be on their way at least, how many keep the readers busy, and the bytes of a slot for one."""
-    routings = [unit.routing for unit in layers if unit.routing is not None]
-    if not routings:
-        return 0, 0, 0
-    slot_bytes = max(routing.nbytes for routing in routings)
-    most = max(routing.count for routing in routings)
-    busy = min(_BUSY_BYTES, sum(routing.nbytes * routing.count for routing in routings) // 8)
-    fewest = min(2, most)  # one runs while the next arrives
-    return fewest, min(most, max(fewest, 1 + -(-busy // slot_bytes))), slot_bytes
-
-
-def _share_slots(layers: Sequence[UnitSize], slot_bytes: int, passing: int, device_room: int, host_room: int) -> ExpertsPlan:
-    """As many cached experts in every layer, one more or less: first on the device, then in host memory."""
-    routings = [(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None]
-    if not routings:
-        return ExpertsPlan()
-    counts = [routing.count for _, routing in routings]
-    on_device = _even(counts, max(0, device_room) // slot_bytes)
-    in_host = _even([count - taken for count, taken in zip(counts, on_device, strict=True)], max(0, host_room) // slot_bytes)
-    shares = zip(routings, on_device, in_host, strict=True)
-    found = {name: LayerExperts(name, routing, device, host) for (name, routing), device, host in shares}
-    return ExpertsPlan(tuple(found[unit.name] for unit in layers), slot_bytes, passing)
-
-
-def _even(most: Sequence[int], total: int) -> list[int]:
-    """`total` shared as evenly as can be, each share at most its `most`; what is left over goes to the first ones."""
-    shares = [0] * len(most)
-    while total > 0 and (open_ := [index for index, share in enumerate(shares) if share < most[index]]):
-        step = max(1, total // len(open_))
-        for index in open_[:total]:
-            taken = min(step, most[index] - shares[index], total)
-            shares[index] += taken
-            total -= taken
-    return shares
 
 
 def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) -> tuple[set[UnitSize], set[UnitSize]]:
@@ -428,19 +308,18 @@ def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) ->
     """
     on_device = _beginning(order, room)
     rest = [unit for unit in order if unit not in on_device]
-    in_host = _fill(rest, _room_in_host(device, budget, rest))
+    in_host = _fill(rest, _room_in_host(device, budget))
     left = room - sum(unit.nbytes for unit in on_device)
     promoted = _fill(rest if device == "cpu" else [unit for unit in rest if unit in in_host], left)
     return on_device | promoted, in_host - promoted
 
 
-def _room_in_host(device: str, budget: Budget, rest: Sequence[UnitSize], taken: int = 0) -> int:
-    """Bytes of host memory for `rest`, beside what is `taken`."""
+def _room_in_host(device: str, budget: Budget) -> int:
     if device == "cpu":
         return 0
     if budget.host_bytes is None:
-        return 2 * sum(unit.nbytes for unit in rest)  # slots are of one size: as large as the largest expert
-    return budget.host_bytes - budget.host_staging_bytes - taken
+        return _ENDLESS
+    return budget.host_bytes - budget.host_staging_bytes
 
 
 def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
@@ -456,7 +335,7 @@ def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
     largest = max(inside, default=0)
     smallest = (2 if len(inside) > 1 else 1) * largest + around
     total = sum(unit.nbytes for unit in streamed)
-    busy = min(_BUSY_BYTES, total // 8)
+    busy = min(BUSY_BYTES, total // 8)
     wanted = max(smallest + (largest // 4 if len(set(inside)) > 1 else 0), busy)
     return smallest, wanted - wanted % PAGE if wanted > smallest + PAGE else smallest
 

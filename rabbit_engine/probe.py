@@ -35,8 +35,8 @@ class Probe:
     """What a pass showed.
 
     `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
-    `cache_token_bytes` is what the
-    KV cache grows by with each token; `routed` tells how many of its experts each experts module takes for a token. The results that live at once in a pass over a prompt of n tokens take
+    `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
+    module takes for a token. The results that live at once in a pass over a prompt of n tokens take
     `activation_token_bytes` n + `activation_square_bytes` n^2.
     """
 
@@ -187,7 +187,8 @@ ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_without_values)
 def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
     """sdpa runs on the meta device, flash attention does not; nor do all kernels for experts."""
     models = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    routed = {id(module.config): module.config for module in model.modules() if has_experts_interface(module)}
+    modules: list[Any] = [module for module in model.modules() if has_experts_interface(module)]
+    routed = {id(module.config): module.config for module in modules}
     attention = [(config, config._attn_implementation) for config in models.values()]
     experts = [(config, config._experts_implementation_internal) for config in routed.values()]
     try:
@@ -200,8 +201,8 @@ def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in attention:
             config._attn_implementation = name
-        for config, name in experts:
-            config._experts_implementation_internal = name
+        for config, implementation in experts:
+            config._experts_implementation_internal = implementation
 
 
 @contextmanager

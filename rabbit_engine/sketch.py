@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
 from rabbit_engine.errors import MismatchedWeightsError
-from rabbit_engine.planner import Role, Routing, UnitSize
+from rabbit_engine.expertsplan import Routing
+from rabbit_engine.planner import Role, UnitSize
 from rabbit_engine.probe import Probe, has_experts_interface, run_probe
 from rabbit_engine.splitplan import missing_weights
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
@@ -75,7 +76,7 @@ class Sketch:
     """A model's units in the order of a pass, with their sizes and the modules they belong to.
 
     `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
-    the experts of each module whose experts can be read one by one, in their order; `whole_experts` the modules where they
+    the experts of each module whose experts can be read one by one, in their order; `whole_experts` the classes where they
     cannot.
     """
 
@@ -168,7 +169,7 @@ class _Drawing:
         self._modules: dict[str, str] = {}
         self._blocks: list[Block] = []
         self._experts: dict[str, tuple[Unit, ...]] = {}
-        self._whole_experts: list[str] = []
+        self._whole_experts: dict[str, None] = {}
 
     def _add(
         self,
@@ -227,8 +228,8 @@ class _Drawing:
         """Whether the weights `names` of module `owner` are stacks of experts that can be read one by one."""
         module: Any = self._model.get_submodule(owner)
         if not has_experts_interface(module):
-            if "experts" in owner.split(".") and sum(self._weights.entries[name].nbytes for name in names) >= self._cut.least_bytes:
-                self._whole_experts.append(owner)
+            if "experts" in owner.split("."):
+                self._whole_experts.setdefault(type(module).__name__)
             return False
         entries = [self._weights.entries[name] for name in names]
         stacked = all(entry.shape[:1] == (module.num_experts,) and self._users[entry.name] == 1 for entry in entries)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabbit_engine.errors import BudgetError
+from rabbit_engine.expertsplan import Routing
 from rabbit_engine.planner import Budget, Plan, Speeds, UnitSize, place
 from rabbit_engine.splitplan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
 
@@ -161,6 +162,93 @@ def test_more_memory_never_means_more_bytes(units: list[UnitSize], device: int, 
     assert in_host.pass_bytes <= less.pass_bytes
     cpu = place(units, "cpu", Budget(device_bytes=device))
     assert place(units, "cpu", Budget(device_bytes=device + more)).pass_bytes <= cpu.pass_bytes
+
+
+def experts(layers: int, count: int, used: int, nbytes: int) -> list[UnitSize]:
+    return [
+        UnitSize(f"e{index}", "experts", count * nbytes, routing=Routing(count, used, nbytes, nbytes)) for index in range(layers)
+    ]
+
+
+SPARSE = [NORM, *layers(100, 100, 100, 100), *experts(4, 8, 2, 10)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "ring", "streamed", "passing", "cached", "least", "most"),
+    [
+        pytest.param(721, 0, 0, 0, 0, 0, 0, id="everything stays, experts too, and nothing is routed by us"),
+        pytest.param(720, 0, 0, 5, 26, 0, 80, id="a byte short: all but six are cached, or on their way"),
+        pytest.param(451, 0, 0, 5, 0, 80, 80, id="dense weights first: all of them, and no expert"),
+        pytest.param(461, 0, 0, 5, 1, 70, 80, id="then an expert"),
+        pytest.param(421, 0, 0, 2, 0, 80, 80, id="without a ring, dense weights all stay sooner"),
+        pytest.param(420, 200, 3, 5, 6, 320, 380, id="a ring, one layer, and experts in the rest"),
+        pytest.param(221, 200, 4, 2, 0, 480, 480, id="the smallest that works"),
+    ],
+)
+def test_what_experts_get(budget: int, ring: int, streamed: int, passing: int, cached: int, least: int, most: int) -> None:
+    plan = place(SPARSE, "cpu", Budget(device_bytes=budget))
+    assert (plan.ring_bytes, len(plan.streamed)) == (ring, streamed)
+    shares = [layer.on_device for layer in plan.experts.layers]
+    assert (plan.experts.passing, sum(shares)) == (passing, cached)
+    assert max(shares, default=0) - min(shares, default=0) <= 1
+    assert (plan.least_pass_bytes, plan.pass_bytes) == (least, most)
+    assert plan.device_bytes <= budget
+    assert plan.prompt_bytes == (plan.pass_bytes - 80 + 320 if plan.experts.layers else 0)
+
+
+def test_host_memory_holds_experts_behind_the_device() -> None:
+    def plan(host: int) -> Plan:
+        return place(SPARSE, "cuda:0", Budget(device_bytes=471, host_bytes=host), Speeds(disk=1, link=10, source="given"))
+
+    tight, ample = plan(100), plan(1000)
+    assert sorted(layer.on_device for layer in tight.experts.layers) == [0, 0, 1, 1]
+    assert sum(layer.in_host for layer in tight.experts.layers) == 10
+    assert sum(layer.in_host + layer.on_device for layer in ample.experts.layers) == 32
+    assert (tight.least_pass_bytes, ample.least_pass_bytes, ample.pass_bytes) == (0, 0, 80)
+    assert (ample.link_bytes, ample.experts.least_link_bytes) == (80, 60)
+    assert ample.least_pass_s == 6
+    assert ample.host_bytes == 300
+    assert "2 cached on the device, 30 in host memory" in str(ample)
+    assert "0 B (every expert cached that can be) to 80 B (none) a pass" in ample.reason
+    with pytest.raises(BudgetError, match="221"):
+        place(SPARSE, "cuda:0", Budget(device_bytes=220))
+
+
+sparse_models = st.builds(
+    lambda dense, count, used, nbytes, rest: [
+        *layers(*dense),
+        *experts(len(dense), count, min(used, count), nbytes),
+        UnitSize("rest", "resident", rest),
+    ],
+    st.lists(st.integers(1, 10**9), min_size=1, max_size=20),
+    st.integers(2, 64),
+    st.integers(1, 8),
+    st.integers(1, 10**8),
+    st.integers(1, 10**9),
+)
+
+
+@settings(max_examples=300)
+@given(sparse_models, st.sampled_from(["cpu", "cuda:0"]), st.integers(0, 10**11), st.integers(0, 10**11), st.integers(0, 10**10))
+def test_budgets_hold_for_sparse_models(units: list[UnitSize], device: str, budget: int, host: int, more: int) -> None:
+    plan = placed(units, device, Budget(device_bytes=budget, host_bytes=host))
+    if isinstance(plan, int):
+        assert plan > budget
+        assert isinstance(placed(units, device, Budget(device_bytes=plan, host_bytes=host)), Plan)
+        assert isinstance(placed(units, device, Budget(device_bytes=plan - 1, host_bytes=host)), int)
+        return
+    assert plan.device_bytes <= budget
+    assert plan.host_bytes <= host
+    assert plan.least_pass_bytes <= plan.pass_bytes <= plan.prompt_bytes
+    for layer in plan.experts.layers:
+        assert layer.on_device + layer.in_host <= layer.routing.count
+    for share in ("on_device", "in_host"):
+        shares = [getattr(layer, share) for layer in plan.experts.layers]
+        full = any(layer.on_device + layer.in_host == layer.routing.count for layer in plan.experts.layers)
+        assert full or max(shares, default=0) - min(shares, default=0) <= 1
+    larger = place(units, device, Budget(device_bytes=budget + more, host_bytes=host))
+    assert larger.pass_bytes <= plan.pass_bytes
+    assert larger.link_bytes <= plan.link_bytes
 
 
 SHARDS = plan_shards(

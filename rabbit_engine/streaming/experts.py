@@ -1,8 +1,9 @@
 """The experts of sparse layers: those that a pass is routed to are brought, the most used ones stay.
 
 All memory is in slots of one size, each for one expert. An expert on its way takes a free slot and gives it back when it
-was used, unless its layer keeps it. A layer keeps as many as its share allows; a new one takes the place of the least used
-one if it was used more. Uses fade with the tokens that the layer has seen since, so that what was hot long ago goes.
+was used, unless its layer keeps it. A layer keeps as many as its share allows, and every new one: it takes the place of the
+least used one that is not needed now. Uses fade with the tokens that the layer has seen since (docs/benchmarks.md has the
+policies that were tried).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from rabbit_engine.streaming.rings import Mark, Ring
 from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Extent, Unit
 
-HALF_LIFE_TOKENS = 128
-"""A use counts half after its layer has seen this many more tokens (docs/benchmarks.md has what was tried)."""
+HALF_LIFE_TOKENS = 32
+"""A use counts half after its layer has seen this many more tokens."""
 
-_MOST_WEIGHT = 1e200
+_MOST_AGE = 600.0
+"""Halvings, before scores are rescaled: floats hold about a thousand."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,27 +59,28 @@ class _Expert:
 
 @dataclass(slots=True)
 class ExpertLayer:
-    """One layer's experts, and how many of them it may keep on the device and in host memory."""
+    """One layer's experts, of which a token uses `used`, and how many of them it may keep on the device and in host memory."""
 
     name: str
     units: Sequence[Unit]
+    used: int
     on_device: int
     in_host: int = 0
     experts: list[_Expert] = field(init=False)
-    weight: float = field(default=1.0, init=False)
+    age: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.experts = [_Expert(unit, index) for index, unit in enumerate(self.units)]
 
-    def count(self, tokens: Mapping[int, int], steps: int) -> None:
-        """Each expert in `tokens` was used by so many of `steps` tokens: later uses weigh more, as if earlier ones faded."""
-        for index, number in tokens.items():
-            self.experts[index].score += number * self.weight
-        self.weight *= 2 ** min(steps / HALF_LIFE_TOKENS, 100.0)
-        if self.weight > _MOST_WEIGHT:
+    def count(self, uses: Mapping[int, float], tokens: int) -> None:
+        """Add the uses of a pass of so many tokens, as they weigh at its end: what is older fades, as newer ones weigh more."""
+        self.age += tokens / HALF_LIFE_TOKENS
+        if self.age > _MOST_AGE:
             for expert in self.experts:
-                expert.score /= self.weight
-            self.weight = 1.0
+                expert.score *= 2.0**-self.age
+            self.age = 0.0
+        for index, weight in uses.items():
+            self.experts[index].score += weight * 2.0**self.age
 
     def kept(self) -> list[_Expert]:
         """The experts that stay."""
@@ -118,8 +121,8 @@ class ExpertCache:
         self._lock, self._changed = reader.lock, reader.changed
 
     @contextmanager
-    def lend(self, name: str, tokens: Mapping[int, int], steps: int) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
-        """Bring the experts that `tokens` names, each with how many of the pass's `steps` tokens are routed to it.
+    def lend(self, name: str, uses: Mapping[int, float], tokens: int) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
+        """Bring the experts that `uses` names, each with how often a pass of so many tokens uses it (see `decayed_uses`).
 
         Within the block iterate over (expert, uint8 [its unit's nbytes]), in the order in which they are there; each is
         there until the next one is asked for. Raises what its read raised, with the expert's name.
@@ -127,19 +130,19 @@ class ExpertCache:
         layer = self._layers[name]
         self._lent = True
         try:
-            experts = [layer.experts[index] for index in sorted(tokens)]
-            self._ask(layer, experts)
-            layer.count(tokens, steps)
+            experts = [layer.experts[index] for index in sorted(uses)]
+            self._ask(layer, experts, uses, tokens)
             yield self._arrivals(layer, experts)
             self._lent = False
         finally:
             self.recover()
 
-    def _ask(self, layer: ExpertLayer, experts: Sequence[_Expert]) -> None:
+    def _ask(self, layer: ExpertLayer, experts: Sequence[_Expert], uses: Mapping[int, float], tokens: int) -> None:
         with self._lock:
             while any(expert.state == "dropped" for expert in experts):  # its last read has not ended
                 self._changed.wait()
             self._require_open()
+            layer.count(uses, tokens)
             missing = [expert for expert in experts if expert.state != "here"]
             self.profile.count_experts(layer.name, len(experts), sum(not expert.in_host for expert in missing))
             self._admit(layer, missing, experts)
@@ -150,24 +153,29 @@ class ExpertCache:
             self._changed.notify_all()
 
     def _admit(self, layer: ExpertLayer, missing: Sequence[_Expert], needed: Sequence[_Expert]) -> None:
-        """Let the most used of the missing stay, where there is room or one that is used less and not needed now."""
+        """Let the missing stay, the most used first: where there is room, or for one that is not needed now, or was used less.
+
+        A layer that keeps no more than a token uses would forget everything at each token: there only a more used one stays.
+        """
         if not missing:
             return
-        kept = layer.kept()
-        victims = sorted({*kept} - {*needed}, key=lambda expert: -expert.score)  # the least used one last
+        kept, now = layer.kept(), {*needed}
+        idle = sorted({*kept} - now, key=lambda expert: -expert.score)  # the least used one last
+        in_use = sorted((e for e in kept if e in now and e.state == "here"), key=lambda expert: -expert.score)
+        is_small = layer.on_device + layer.in_host <= layer.used
         on_device = sum(expert.host < 0 for expert in kept)
         in_host = len(kept) - on_device
-        for expert in sorted(missing, key=lambda expert: -expert.score):
-            if expert.kept:
-                continue
+        for expert in sorted((e for e in missing if not e.kept), key=lambda expert: -expert.score):
             if on_device < layer.on_device:
                 on_device += 1
             elif in_host < layer.in_host:
                 in_host += 1
                 expert.host = self._free_host.popleft()
-            elif victims and victims[-1].score < expert.score:
-                expert.host = victims[-1].host
-                self._evict(victims.pop())
+            elif idle and (not is_small or idle[-1].score < expert.score):
+                expert.host = idle[-1].host
+                self._evict(idle.pop())
+            elif in_use and in_use[-1].score < expert.score:
+                in_use.pop().kept = False  # it goes when it was used
             else:
                 return
             expert.kept = True

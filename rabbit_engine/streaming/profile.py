@@ -150,13 +150,20 @@ class Profile:
             f"read       {format_bytes(self.bytes_read)} at {format_rate(self.bytes_read, self.read_s)}{own}",
             f"waited     {format_seconds(self.wait_s)} of {format_seconds(self.pass_s)}",
         ]
-        used, runs = (sum(getattr(layer, name) for layer in self.experts.values()) for name in ("used", "runs"))
-        if used:
-            rates = [layer.hit_rate for layer in self.experts.values()]
-            lines.append(
-                f"experts    {used / runs:.1f} a layer and pass, {self.hit_rate:.0%} of them cached "
-                f"({min(rates):.0%} to {max(rates):.0%} by layer), {format_bytes(sum(layer.bytes_read for layer in self.experts.values()))} read"
-            )
+        if self.experts:
+            lines.append(f"experts    {self._experts_text()}")
         if self.bytes_copied:
             lines.insert(2, f"copied     {format_bytes(self.bytes_copied)} from host memory")
         return "\n".join(lines)
+
+    def _experts_text(self) -> str:
+        layers = [layer for layer in self.experts.values() if layer.runs]
+        if not layers:
+            return "none used yet"
+        used, runs = sum(layer.used for layer in layers), sum(layer.runs for layer in layers)
+        rates = [layer.hit_rate for layer in layers]
+        read = format_bytes(sum(layer.bytes_read for layer in layers))
+        return (
+            f"{used / runs:.1f} a layer and pass, {self.hit_rate:.0%} of them cached "
+            f"({min(rates):.0%} to {max(rates):.0%} by layer), {read} read"
+        )

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rabbit_engine.streaming.binding import Binding, refuse_gradients
-from rabbit_engine.streaming.experts import ExpertCache
+from rabbit_engine.streaming.experts import HALF_LIFE_TOKENS, ExpertCache
 from rabbit_engine.streaming.unit import Unit
 
 IMPLEMENTATION = "rabbit_engine"
@@ -31,7 +31,9 @@ class RoutedExperts:
     def __init__(self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding) -> None:
         self._name, self._units, self._cache, self._binding = name, units, cache, binding
 
-    def run(self, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, experts a token]: [tokens, hidden].
 
         Each expert's results go to places of their own and are summed at the end, in the order of `top_k_index`: the bits do
@@ -44,7 +46,8 @@ class RoutedExperts:
         counts = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
         starts = list(itertools.accumulate(counts, initial=0))
         results: torch.Tensor | None = None
-        with self._binding.alone(), self._cache.lend(self._name, _nonzero(counts), tokens) as arrivals:
+        uses = decayed_uses(top_k_index, counts)
+        with self._binding.alone(), self._cache.lend(self._name, uses, tokens) as arrivals:
             for index, memory in arrivals:
                 with self._binding.computing(self._units[index].name):
                     pairs = order[starts[index] : starts[index + 1]]
@@ -63,8 +66,15 @@ class RoutedExperts:
         return {piece.entry.name.rpartition("[")[0].rpartition(".")[2]: piece.view(memory)[0] for piece in pieces}
 
 
-def _nonzero(counts: Sequence[int]) -> dict[int, int]:
-    return {index: count for index, count in enumerate(counts) if count}
+def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int]) -> dict[int, float]:
+    """How often each expert is used, `counts` times in all, by the tokens of a pass: as it weighs when the last one is over."""
+    tokens, used = top_k_index.shape
+    uses: Sequence[float] = counts
+    if tokens > 1:
+        ages = torch.arange(tokens - 1, -1, -1, device=top_k_index.device) / HALF_LIFE_TOKENS
+        weights = torch.exp2(-ages).repeat_interleave(used)
+        uses = torch.bincount(top_k_index.reshape(-1), weights, minlength=len(counts)).tolist()
+    return {index: uses[index] for index, count in enumerate(counts) if count}
 
 
 def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
@@ -82,9 +92,7 @@ def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states
     return result + weights[f"{name}_bias"] if module.has_bias else result
 
 
-def run_routed(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The function of the interface: the module's own stream of experts."""
     experts: RoutedExperts = module.routed_experts
     return experts.run(module, hidden_states, top_k_index, top_k_weights)

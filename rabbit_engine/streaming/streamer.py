@@ -54,8 +54,8 @@ class Streamer:
 
     `base` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
     (pinned) host memory and are copied from there, the others are read from their files. Units in `rare` are foreseen only
-    behind one another. `experts` are brought before anything that is foreseen, and share this one's counts. `rates` are the disk's and the
-    link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
+    behind one another. `experts` are brought before anything that is foreseen, and share this one's counts. `rates` are the
+    disk's and the link's own bytes a second, for the profile; `at_close` is called once the ring is gone.
     """
 
     def __init__(

@@ -1,0 +1,463 @@
+"""Experts on demand: transformers' answer, from the routed experts alone, with any number of them cached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from rabbit_engine import errors
+from rabbit_engine.expertsplan import ExpertsPlan
+from rabbit_engine.streaming import ExpertCache, ExpertLayer, Streamer, Trace, make_unit, routed
+from rabbit_engine.streaming.reader import shared_reader
+from rabbit_engine.streaming.rings import PlainRing
+from rabbit_engine.streaming.unit import Extent
+from rabbit_engine.tensorfiles import read_header, write_aligned
+
+SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+SPARSE += ["phimoe", "glm4_moe", "jamba"]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+EAGER_BOUND = 2e-5
+"""float32 logits against `experts_implementation="eager"`, which sums in another order; the largest seen was 4e-6."""
+MIDDLE = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "hidden_size": 64}
+
+
+def middle_budget(streamed: Any, folder: Path, share: float, **keywords: Any) -> dict[int | str, int | str]:
+    """A budget in which about `share` of all experts are cached, found by halving."""
+    plan = streamed(folder, **keywords).plan
+    low, high = int(plan.budget.device_bytes) - 1, plan.weights_bytes + plan.staging_bytes
+    while high - low > 1:
+        middle = (low + high) // 2
+        experts = streamed(folder, max_memory={"cpu": middle}, **keywords).plan.experts
+        enough = not experts.layers or sum(layer.on_device for layer in experts.layers) >= share * counts(experts)
+        low, high = (low, middle) if enough else (middle, high)
+    return {"cpu": high}
+
+
+def counts(experts: ExpertsPlan) -> int:
+    return sum(layer.routing.count for layer in experts.layers)
+
+
+def routing_of(model: Any) -> tuple[list[tuple[str, torch.Tensor]], Callable[[], None]]:
+    """What every experts module is asked for from now on: (its name, the indices)."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def note(name: str) -> Any:
+        return lambda _, args: seen.append((name, args[1].clone()))
+
+    names = [layer.name for layer in model.plan.experts.layers]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    return seen, lambda: [hook.remove() for hook in hooks] and None
+
+
+@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize("split", ["never", "always"])
+def test_streamed_experts_give_transformers_answer(
+    family: str, split: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any, padded: Any
+) -> None:
+    folder = own_checkpoint(family)
+    whole, eager, model = plain(folder), plain(folder, experts_implementation="eager"), streamed(folder, split=split)
+    assert model.plan.experts.layers
+    with torch.no_grad():
+        for inputs in ({"input_ids": ids}, padded, {"input_ids": ids.repeat(1, 9)}):
+            logits = model(**inputs).logits
+            exact = family != "jamba" or inputs is not padded  # its state space rounds otherwise over padding, wherever it is
+            torch.testing.assert_close(logits, whole(**inputs).logits, rtol=0, atol=0 if exact else EAGER_BOUND)
+            torch.testing.assert_close(logits, eager(**inputs).logits, rtol=0, atol=EAGER_BOUND)
+    for other in (whole, eager):
+        assert torch.equal(model.generate(ids, **GREEDY), other.generate(ids, **GREEDY))
+        assert torch.equal(model.generate(**padded, **GREEDY), other.generate(**padded, **GREEDY))
+
+
+def test_a_width_that_no_vector_divides_is_within_the_bound(own_checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    """GPT-OSS's activation runs over all rows as one: what is left over of them at the end is rounded by other code."""
+    folder = own_checkpoint("gpt_oss", intermediate_size=48)
+    whole, model = plain(folder), streamed(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=EAGER_BOUND)
+    assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_bfloat16_is_equal_too(family: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    folder = own_checkpoint(family, dtype=torch.bfloat16)
+    whole, model = plain(folder), streamed(folder)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_a_cache_of_any_size_gives_the_same_bits(
+    family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any, padded: Any
+) -> None:
+    folder = checkpoint(family)
+    whole = plain(folder)
+    modes: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"assistant_model": plain(folder)}]
+    with torch.no_grad():
+        logits = whole(ids).logits
+    expected = [whole.generate(ids, **GREEDY, **mode) for mode in modes]
+    batch = whole.generate(**padded, **GREEDY)
+    first = streamed(folder).plan
+    slot = first.experts.slot_bytes
+    low, high = int(first.budget.device_bytes), first.weights_bytes + first.staging_bytes
+    shares = set()
+    for budget in [*range(low, high, max(slot, (high - low) // 6)), high]:
+        model = streamed(folder, max_memory={"cpu": budget})
+        experts = model.plan.experts
+        shares.add(sum(layer.on_device for layer in experts.layers) / counts(experts) if experts.layers else 1.0)
+        for mode, tokens in zip(modes, expected, strict=True):
+            assert torch.equal(model.generate(ids, **GREEDY, **mode), tokens)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(model.generate(**padded, **GREEDY), batch)
+        assert model.profile.bytes_read > 0 or not model.plan.pass_bytes
+    assert min(shares) == 0
+    assert max(shares) == 1.0
+    assert len(shares) > 3
+
+
+def test_sampled_text_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    whole, model = plain(checkpoint("mixtral")), streamed(checkpoint("mixtral"))
+    found = []
+    for each in (whole, model):
+        torch.manual_seed(11)
+        found.append(each.generate(ids, max_new_tokens=12, do_sample=True, top_k=20, pad_token_id=0))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("split", ["never", "always"])
+def test_the_bytes_read_are_those_of_the_routed_experts(
+    split: str, own_checkpoint: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    """64 experts, 4 routed, none cached: counted by what the layers were asked for."""
+    model = streamed(own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[]), split=split)
+    assert all(layer.on_device == 0 and layer.routing.used == 4 for layer in model.plan.experts.layers)
+    seen, _ = routing_of(model)
+    model.generate(ids, **GREEDY)
+    units = model._assembly.sketch.experts
+    asked = [(name, index) for name, indices in seen for index in indices.unique().tolist()]
+    profile = model.profile
+    assert sum(layer.bytes_read for layer in profile.experts.values()) == sum(units[n][i].read_bytes for n, i in asked)
+    assert sum(layer.used for layer in profile.experts.values()) == len(asked)
+    assert profile.hit_rate == 0
+    decoded = [indices for _, indices in seen if len(indices) == 1]
+    assert len(decoded) == 7 * 3
+    assert all(indices.unique().numel() == 4 for indices in decoded)
+    whole = sum(unit.nbytes for name in units for unit in units[name])
+    token = sum(units[n][i].read_bytes for n, indices in seen[-3:] for i in indices.unique().tolist())
+    assert token <= model.plan.experts.most_bytes < whole / 10
+
+
+def test_a_prompt_reads_each_expert_it_needs_once(own_checkpoint: Any, streamed: Any) -> None:
+    folder = own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[])
+    prompt = torch.randint(3, 96, (2, 120), generator=torch.Generator().manual_seed(1))
+    model = streamed(folder)
+    seen, _ = routing_of(model)
+    with torch.no_grad():
+        model(prompt)
+    for name, indices in seen:
+        assert model.profile.experts[name].read == indices.unique().numel()
+        assert model.profile.experts[name].runs == 1
+    assert model.profile.bytes_read <= model.plan.prompt_bytes + model.plan.ring_bytes
+
+
+def test_a_cache_of_half_hits_more_than_half_on_skewed_routing(own_checkpoint: Any, streamed: Any) -> None:
+    """Two of four tokens of the text are the same word: the experts it is routed to are hot."""
+    folder = own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[])
+    model = streamed(folder, max_memory=middle_budget(streamed, folder, 0.5))
+    share = sum(layer.on_device for layer in model.plan.experts.layers) / counts(model.plan.experts)
+    assert 0.5 <= share < 0.7
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(3, 96, (300,), generator=generator)
+    text[torch.rand(300, generator=generator) < 0.5] = 7
+    cache = model(text[None, :40], use_cache=True).past_key_values
+    before = {name: (layer.used, layer.read) for name, layer in model.profile.experts.items()}
+    for token in text[40:]:
+        model(token[None, None], past_key_values=cache)
+    used = sum(layer.used - before[name][0] for name, layer in model.profile.experts.items())
+    read = sum(layer.read - before[name][1] for name, layer in model.profile.experts.items())
+    assert 1 - read / used > share + 0.1
+    assert "experts" in str(model.profile)
+
+
+def test_everything_cached_reads_nothing_more(own_checkpoint: Any, streamed: Any) -> None:
+    folder = own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[])
+    model = streamed(folder, max_memory=middle_budget(streamed, folder, 0.95))
+    prompt = torch.randint(3, 96, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for _ in range(3):
+            model(prompt[:, :4])
+        model._assembly.streamer.wait_until_idle()
+        read = sum(layer.read for layer in model.profile.experts.values())
+        model(prompt[:, :4])
+    assert sum(layer.read for layer in model.profile.experts.values()) == read
+    assert model.plan.least_pass_bytes == model.plan.pass_bytes - model.plan.experts.most_bytes
+
+
+def test_the_plan_gives_a_range_and_holds(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[])
+    plan = streamed(folder).plan
+    rows = dict(plan.rows())
+    assert rows["experts"].startswith("12 of 192 a token")
+    assert "each expert once" in rows["a prompt"]
+    assert plan.pass_bytes == plan.least_pass_bytes
+    model = streamed(folder, max_memory=middle_budget(streamed, folder, 0.03))
+    plan = model.plan
+    assert plan.least_pass_bytes < plan.pass_bytes < plan.prompt_bytes
+    assert " (every expert cached that can be) to " in dict(plan.rows())["a pass"]
+    cache = model(ids).past_key_values
+    for token in range(5, 15):
+        model._assembly.streamer.wait_until_idle()
+        before = model.profile.bytes_read
+        model(torch.tensor([[token]]), past_key_values=cache)
+        model._assembly.streamer.wait_until_idle()
+        assert plan.least_pass_bytes <= model.profile.bytes_read - before <= plan.pass_bytes
+    assert model._assembly.binding is not None
+    assert plan.device_bytes + plan.staging_bytes <= int(plan.budget.device_bytes)
+
+
+def test_a_class_without_the_interface_is_streamed_whole_and_the_plan_says_so(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama4"))
+    assert not model.plan.experts.layers
+    assert any("Llama4TextExperts" in note and "whole" in note for note in model.plan.notes), model.plan.notes
+
+
+def failing(model: Any, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> Counter[str]:
+    """Reads of `name` fail once."""
+    ring, tries = model._assembly.streamer._ring, Counter[str]()
+    native = ring.fill
+
+    def fill(chunk: Extent, start: int, after: Any, unit: str, lane: int) -> None:
+        tries[unit] += 1
+        if unit == name and tries[unit] == 1:
+            raise error
+        native(chunk, start, after, unit, lane)
+
+    monkeypatch.setattr(ring, "fill", fill)
+    return tries
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(5, "Input/output error"), errors.StreamingError),
+        (errors.DamagedShardError("x is cut off"), errors.DamagedShardError),
+    ],
+)
+def test_a_read_that_fails_names_the_expert_and_the_next_call_is_right(
+    share: float,
+    error: Exception,
+    kind: type[Exception],
+    own_checkpoint: Any,
+    plain: Any,
+    streamed: Any,
+    ids: Any,
+    monkeypatch: Any,
+) -> None:
+    folder = own_checkpoint("mixtral")
+    budget, name = middle_budget(streamed, folder, share), "model.layers.1.mlp.experts"
+    first, model = streamed(folder), streamed(folder, max_memory=budget)
+    seen, _ = routing_of(first)
+    with torch.no_grad():
+        expected = plain(folder)(ids).logits
+        first(ids)
+    victim = next(index for module, indices in seen if module == name for index in indices.unique().tolist())
+    failing(model, monkeypatch, f"{name}[{victim}]", error)
+    with torch.no_grad():
+        with pytest.raises(kind, match=rf"{name}\[{victim}\] could not be read: .*{str(error).rpartition(' ')[2]}"):
+            model(ids)
+        for _ in range(3):
+            assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model.generate(ids, **GREEDY), plain(folder).generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_an_interrupt_amid_the_experts_leaves_nothing_behind(
+    share: float, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any, monkeypatch: Any
+) -> None:
+    folder = own_checkpoint("mixtral")
+    model, whole = streamed(folder, max_memory=middle_budget(streamed, folder, share)), plain(folder)
+    expected = whole.generate(ids, **GREEDY)
+    native, calls = routed.run_expert, Counter[str]()
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        calls["all"] += 1
+        if calls["all"] % 7 == 3 and calls["all"] < 60:
+            raise KeyboardInterrupt
+        return native(*args)
+
+    monkeypatch.setattr(routed, "run_expert", interrupted)
+    interrupts = 0
+    while True:
+        try:
+            assert torch.equal(model.generate(ids, **GREEDY), expected)
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts >= 8
+    cache = model._assembly.streamer._experts
+    kept = sum(len(layer.kept()) for layer in cache._layers.values())
+    assert len(cache._free) == cache._slots - kept
+
+
+def test_a_closed_model_says_so(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("mixtral"))
+    experts = model.model.layers[0].mlp.experts
+    model.close()
+    with pytest.raises(errors.ModelClosedError):
+        experts(torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))
+
+
+def test_a_layers_experts_alone_are_right(checkpoint: Any, plain: Any, streamed: Any) -> None:
+    """Called outside of a pass, and with an index past the last expert: it is nobody's."""
+    module, whole = (load(checkpoint("mixtral")).model.layers[1].mlp.experts for load in (streamed, plain))
+    generator = torch.Generator().manual_seed(3)
+    states, weights = torch.randn(5, 32, generator=generator), torch.rand(5, 2, generator=generator)
+    indices = torch.tensor([[0, 3], [3, 7], [11, 0], [5, 4], [4, 3]])
+    with torch.no_grad():
+        assert torch.equal(module(states, indices, weights), whole(states, indices, weights))
+        indices[2, 1] = indices[4, 0] = 12
+        whole._is_expert_parallel = True
+        assert torch.equal(module(states, indices, weights), whole(states, indices, weights))
+        nobody = torch.full_like(indices, 12)
+        assert torch.equal(module(states, nobody, weights), torch.zeros(5, 32))
+        assert module(states[:0], indices[:0], weights[:0]).shape == (0, 32)
+
+
+def test_gradients_through_experts_are_refused(checkpoint: Any, streamed: Any) -> None:
+    module = streamed(checkpoint("mixtral")).model.layers[1].mlp.experts
+    states = torch.randn(1, 32, requires_grad=True)
+    with pytest.raises(errors.CannotTrainError, match=r"mlp\.experts"):
+        module(states, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))
+
+
+def test_other_models_keep_transformers_experts(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    """Only a module whose experts are streamed is told to use our function; the model's own choice stays."""
+    model = streamed(checkpoint("mixtral"))
+    assert routed.IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS
+    assert model.config._experts_implementation == plain(checkpoint("mixtral")).config._experts_implementation
+    assert model.model.layers[0].mlp.experts.config._experts_implementation == routed.IMPLEMENTATION
+    expected = model(ids).logits
+    model.set_experts_implementation("eager")
+    assert torch.equal(model(ids).logits, expected)
+    whole = AutoModelForCausalLM.from_config(model.config)
+    whole(ids)
+
+
+def test_a_streamed_weight_names_itself(checkpoint: Any, streamed: Any) -> None:
+    weight = streamed(checkpoint("mixtral")).model.layers[0].mlp.experts.gate_up_proj
+    with pytest.raises(errors.WeightNotLoadedError, match=r"layers\.0\.mlp\.experts\.gate_up_proj"):
+        weight.sum()
+
+
+# The cache alone: two tiers on one device, as a GPU has them.
+
+COUNT = 12
+
+
+@pytest.fixture
+def layer_units(tmp_path: Path) -> list[Any]:
+    path = tmp_path / "experts.safetensors"
+    write_aligned(
+        path, {"l.up": torch.arange(COUNT * 3000.0).view(COUNT, 3000), "l.bias": torch.arange(COUNT * 5.0).view(COUNT, 5)}, {}
+    )
+    entries = [t for t in read_header(path, errors.DamagedShardError).tensors if not t.name.startswith("__pad__")]
+    return [make_unit(f"l[{index}]", [entry.rows(index, index + 1) for entry in entries]) for index in range(COUNT)]
+
+
+@pytest.fixture
+def make_cache(layer_units: list[Any]) -> Iterator[Callable[..., tuple[ExpertCache, Streamer]]]:
+    streamers: list[Streamer] = []
+
+    def make(on_device: int, in_host: int, used: int = 2, passing: int = 2) -> tuple[ExpertCache, Streamer]:
+        slot = max(unit.nbytes for unit in layer_units)
+        cpu = torch.device("cpu")
+        ring = PlainRing(cpu, slot * (passing + on_device), Trace())
+        host = PlainRing(cpu, slot * in_host, Trace()) if in_host else None
+        cache = ExpertCache([ExpertLayer("l", layer_units, used, on_device, in_host)], ring, passing + on_device, slot, host=host)
+        streamers.append(Streamer([], ring, 0, experts=cache, at_close=[cache.free]))
+        return cache, streamers[-1]
+
+    yield make
+    for streamer in streamers:
+        streamer.close()
+    assert shared_reader()._sources == []
+
+
+def bring(cache: ExpertCache, units: list[Any], *indices: int) -> None:
+    with cache.lend("l", dict.fromkeys(indices, 1.0), 1) as arrivals:
+        found = []
+        for index, memory in arrivals:
+            found.append(index)
+            for piece in units[index].pieces:
+                width = piece.entry.shape[1]
+                assert torch.equal(piece.view(memory)[0], torch.arange(index * width, (index + 1) * width, dtype=torch.float32))
+    assert sorted(found) == sorted(indices)
+
+
+@pytest.mark.parametrize("tiers", [(0, 0), (3, 0), (0, 3), (2, 3), (12, 0), (5, 7)])
+def test_any_two_tiers_bring_the_right_bytes(tiers: tuple[int, int], make_cache: Any, layer_units: Any) -> None:
+    cache, streamer = make_cache(*tiers)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(60):
+        bring(cache, layer_units, *torch.randperm(COUNT, generator=generator)[:3].tolist())
+    bring(cache, layer_units, *range(COUNT))
+    profile = streamer.profile().experts["l"]
+    kept = cache._layers["l"].kept()
+    assert len(kept) == sum(tiers)
+    assert sum(expert.host >= 0 for expert in kept) == tiers[1]
+    assert (profile.hit_rate > 0) == (sum(tiers) > 0)
+    assert (profile.bytes_copied > 0) == (tiers[1] > 0)
+    assert profile.read <= profile.used
+    if sum(tiers) == COUNT:
+        assert profile.read == COUNT
+
+
+def test_the_least_used_goes_and_uses_fade(make_cache: Any, layer_units: Any) -> None:
+    cache, _ = make_cache(4, 0)
+    kept = lambda: {expert.index for expert in cache._layers["l"].kept()}  # noqa: E731
+    for _ in range(10):
+        bring(cache, layer_units, 0, 1)
+    bring(cache, layer_units, 2, 3)
+    bring(cache, layer_units, 4)
+    assert {0, 1, 4} <= kept()
+    for _ in range(100):
+        bring(cache, layer_units, 5, 6)
+    bring(cache, layer_units, 7, 8)
+    assert kept() == {5, 6, 7, 8}
+
+
+def test_a_layer_that_keeps_less_than_a_token_uses_keeps_the_most_used(make_cache: Any, layer_units: Any) -> None:
+    cache, streamer = make_cache(2, 0, used=3)
+    for turn in range(12):
+        bring(cache, layer_units, 0, 1, 2 + turn % 10)
+    assert {expert.index for expert in cache._layers["l"].kept()} == {0, 1}
+    assert streamer.profile().experts["l"].read <= 2 + 12 + 2
+
+
+def test_a_prompt_warms_the_cache_with_what_it_used_most(make_cache: Any, layer_units: Any) -> None:
+    cache, _ = make_cache(3, 0)
+    bring(cache, layer_units, 0, 1, 2)
+    with cache.lend("l", {index: float(index) for index in range(COUNT)}, 40) as arrivals:
+        assert len(list(arrivals)) == COUNT
+    assert {expert.index for expert in cache._layers["l"].kept()} == {9, 10, 11}
+
+
+def test_scores_survive_any_number_of_tokens(layer_units: Any) -> None:
+    layer = ExpertLayer("l", layer_units, 2, 4)
+    for tokens in (1, 10**6, 3, 10**9, 1):
+        layer.count({0: 1.0, 1: 0.5}, tokens)
+    layer.count({2: 1.0}, 1)
+    scores = [expert.score for expert in layer.experts[:4]]
+    assert scores[0] == pytest.approx(2 * scores[2], rel=0.05)
+    assert scores[0] == pytest.approx(2 * scores[1])
+    assert scores[3] == 0
+    assert all(score < float("inf") for score in scores)
