@@ -23,7 +23,7 @@ from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.streaming import Span, busy_share
 from rabbit_engine.streaming.rings import READERS
-from rabbit_engine.streaming.unit import Extent
+from rabbit_engine.streaming.unit import Extent, Unit
 from rabbit_engine.units import format_bytes
 from rabbit_engine.utils.platform import environment
 
@@ -197,16 +197,18 @@ def _settled(model: Any, lane: Lane) -> Lane:
 def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[Record], list[Span], Any]:
     """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
 
-    Bytes and seconds are a token's. The disk lane reads the same bytes, in the same order, and computes nothing.
+    Bytes and seconds are a token's, the same one each time: its experts stay cached where there is room. The disk lane reads
+    the same bytes, in the same order, and computes nothing.
     """
     with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
         streamer, trace = model._assembly.streamer, model._assembly.trace
         trace.on = False
-        chunks = [chunk for unit in streamer.units for chunk in unit.chunks()]
+        chunks = [chunk for unit in (*streamer.units, *_uncached(model)) for chunk in unit.chunks()]
         step = decode_step(model)
         lanes: dict[str, Lane] = {DECODE: step}
         if chunks:
-            lanes = {DISK: _settled(model, direct_reads(chunks)), RING: ring_step(model), DECODE: step}
+            ring = {} if model.plan.experts.layers else {RING: ring_step(model)}  # experts do not pass through it
+            lanes = {DISK: _settled(model, direct_reads(chunks)), **ring, DECODE: step}
         found = interleaved(lanes, rounds, steps, lambda: None)
         with _tracing(trace):
             for _ in range(steps):
@@ -220,6 +222,12 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
         }
         records = [_record(lane, values, moved, conditions) for lane, values in found.items()]
         return records, trace.spans(), model.plan
+
+
+def _uncached(model: Any) -> list[Unit]:
+    """As many experts of each layer as the same token, again and again, reads each time."""
+    experts = model._assembly.sketch.experts
+    return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
     if stream.device.type == "cpu":
         return Budget(
             device_bytes=device,
-            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(sketch)), default=0),
+            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(sketch, loading=True)), default=0),
             reserved_bytes=reserved,
             given_bytes=given,
         )
@@ -80,11 +80,13 @@ def _host_bytes(stream: StreamConfig) -> int:
     return min(host, pinned_limit_bytes()) if stream.device.type == "cuda" else host
 
 
-def _misaligned(sketch: Sketch) -> list[Extent]:
-    """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need."""
-    units = [unit for name, unit in sketch.units.items() if name not in _rows(sketch)]
+def _misaligned(sketch: Sketch, *, loading: bool = False) -> list[Extent]:
+    """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need;
+    or also those of `loading`, when the experts of a layer may be read as one."""
+    apart = _rows(sketch) if loading else _rows(sketch) | set(sketch.experts)
+    units = [unit for name, unit in sketch.units.items() if name not in apart]
     experts = [unit for units in sketch.experts.values() for unit in units]
-    return [chunk for unit in (*units, *experts) for chunk in unit.chunks() if not chunk.in_pages]
+    return [chunk for unit in (*units, *experts) for chunk in unit.staged_chunks()]
 
 
 def _rows(sketch: Sketch) -> set[str]:

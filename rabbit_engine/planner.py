@@ -106,6 +106,11 @@ class Plan:
         return self.pass_bytes - self.experts.most_bytes + self.experts.least_bytes
 
     @property
+    def least_link_bytes(self) -> int:
+        """Bytes to the device a token at best."""
+        return max(0, self.link_bytes - self.experts.link_bytes + self.experts.least_link_bytes)
+
+    @property
     def disk_s(self) -> float:
         """Seconds a pass that the disk needs at its own rate."""
         return self.pass_bytes / self.speeds.disk
@@ -130,8 +135,8 @@ class Plan:
     @property
     def least_pass_s(self) -> float:
         """Seconds a pass at best, with as many of its experts cached as can be."""
-        link_bytes = max(0, self.link_bytes - self.experts.link_bytes + self.experts.least_link_bytes)
-        return max(self.least_pass_bytes / self.speeds.disk, link_bytes / self.speeds.link if self.speeds.link else 0.0)
+        link_s = self.least_link_bytes / self.speeds.link if self.speeds.link else 0.0
+        return max(self.least_pass_bytes / self.speeds.disk, link_s)
 
     @property
     def prompt_bytes(self) -> int:
@@ -154,8 +159,9 @@ class Plan:
         beside = "" if self.pass_bytes else ", no disk in the loop"
         certain = "at least" if self.speeds.source == "given" else "about"  # a short sample may err either way
         seconds = format_seconds(self.pass_s)
-        if self.experts.layers:
-            moved = f"{format_bytes(self.least_pass_bytes)} (every expert cached that can be) to {moved} (none)"
+        if self.least_pass_s < self.pass_s:
+            least = self.least_pass_bytes if self.bound == "disk" else self.least_link_bytes
+            moved = f"{format_bytes(least)} (every expert cached that can be) to {moved} (none)"
             seconds = f"{format_seconds(self.least_pass_s)} to {seconds}"
         return (
             f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "

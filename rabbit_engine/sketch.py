@@ -29,11 +29,13 @@ from rabbit_engine.tensorfiles import TensorEntry
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """How finely. A module's weights below `least_bytes` travel with their layer; a head's blocks have `most_bytes` at most;
-    what is left of a layer stays resident up to a `rest_share` of it."""
+    what is left of a layer stays resident up to a `rest_share` of it. Experts are cut one by one, or with `by_expert=False`
+    not at all."""
 
     least_bytes: int = 2**20
     most_bytes: int = 128 * 2**20
     rest_share: float = 1 / 12
+    by_expert: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ class _Drawing:
         entries = [self._weights.entries[name] for name in names]
         stacked = all(entry.shape[:1] == (module.num_experts,) and self._users[entry.name] == 1 for entry in entries)
         reached = bool(self._run_order) and owner not in self._run_order
-        return stacked and module.num_experts > 1 and not reached
+        return self._cut.by_expert and stacked and module.num_experts > 1 and not reached
 
     def _add_experts(self, owner: str, names: Sequence[str]) -> None:
         """The experts of a module, each as a unit, and the module as one for where everything stays."""

@@ -77,6 +77,10 @@ class Unit:
         """The extents cut into reads of at most CHUNK_BYTES, at page boundaries of the file."""
         return tuple(chunk for extent in self.extents for chunk in _cut(extent))
 
+    def staged_chunks(self) -> tuple[Extent, ...]:
+        """Those of them that go through a staging buffer, also on a CPU."""
+        return tuple(chunk for extent in self.extents if not extent.in_pages for chunk in _cut(extent))
+
 
 def _cut(extent: Extent) -> Iterator[Extent]:
     position, end = extent.offset, extent.offset + extent.nbytes
