@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rabbit_engine.budget import budget_for, read_notes, speeds_for
+from rabbit_engine.budget import budget_for, read_notes, speeds_for, whole_experts_notes
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.planner import Plan, place
 from rabbit_engine.sketch import Cut, Sketch, draw
@@ -70,7 +70,9 @@ def plan_for(sketch: Sketch, stream: StreamConfig) -> Plan:
     """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is claimed."""
     entries = list(sketch.weights.entries.values())
     speeds = stream.speeds or speeds_for(entries, stream.device)
-    return place(sketch.sizes, str(stream.device), budget_for(sketch, stream), speeds, read_notes(sketch, stream.device))
+    plan = place(sketch.sizes, str(stream.device), budget_for(sketch, stream), speeds, read_notes(sketch, stream.device))
+    moves = plan.bound != "compute"
+    return replace(plan, notes=(*plan.notes, *whole_experts_notes(sketch))) if moves else plan
 
 
 def assemble(
@@ -137,7 +139,7 @@ class _Builder:
             moving,
             self._ring,
             self._plan.ring_bytes,
-            base=self._plan.resident_bytes,
+            base=self._plan.resident_bytes + self._plan.experts.device_bytes,
             host=self._fill_host(),
             rare={size.name for size in sketch.sizes if size.rare},
             experts=experts,
@@ -162,7 +164,8 @@ class _Builder:
         return Assembly(self._plan, sketch, device, streamer, binding, self._trace)
 
     def _claim_experts(self) -> ExpertCache | None:
-        """The slots for experts that are read as they are routed to, behind the ring, and those in host memory."""
+        """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which
+        may be of any size: reads go to whole pages."""
         plan, host = self._plan.experts, None
         if not plan.layers:
             return None
@@ -173,8 +176,7 @@ class _Builder:
             ExpertLayer(layer.name, self._sketch.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
             for layer in plan.layers
         ]
-        base = self._plan.resident_bytes + self._plan.ring_bytes
-        slots = plan.device_bytes // plan.slot_bytes
+        slots, base = plan.device_bytes // plan.slot_bytes, self._plan.resident_bytes
         return ExpertCache(layers, self._ring, slots, plan.slot_bytes, base=base, host=host, trace=self._trace)
 
     def _route_experts(self, cache: ExpertCache, binding: Binding) -> None:

@@ -97,8 +97,7 @@ def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
     """What the reader of a plan should know of the files: how they are read, what must be realigned."""
     paths = {place.path for entry in sketch.weights.entries.values() for place in entry.places}
     reasons = {buffered_reason(path) for path in paths if path.is_file()}
-    notes = whole_experts_notes(sketch)
-    notes += [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
+    notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
     moved = sum(chunk.nbytes for chunk in _misaligned(sketch)) if device.type == "cpu" else 0
     if moved:
         notes.append(f"{format_bytes(moved)} start off a 16-byte boundary in their files and are moved while they are read")
@@ -106,11 +105,8 @@ def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
 
 
 def whole_experts_notes(sketch: Sketch) -> list[str]:
-    """Which classes of experts are read whole, all of a layer's for every token."""
-    return [
-        f"the experts of {name} are streamed whole, not as they are routed to: transformers gives this class no experts interface"
-        for name in sketch.whole_experts
-    ]
+    """Which classes of experts move whole, all of a layer's for every token, and why."""
+    return [f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in sketch.whole_experts.items()]
 
 
 def speeds_for(entries: Sequence[TensorEntry], device: torch.device) -> Speeds:

@@ -35,6 +35,7 @@ class Probe:
     """What a pass showed.
 
     `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
+    `outside` are those whose weights somebody did.
     `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
     module takes for a token. The results that live at once in a pass over a prompt of n tokens take
     `activation_token_bytes` n + `activation_square_bytes` n^2.
@@ -44,6 +45,7 @@ class Probe:
     cache_token_bytes: int = 0
     activation_token_bytes: int = 0
     activation_square_bytes: int = 0
+    outside: frozenset[str] = frozenset()
     routed: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -96,7 +98,8 @@ def run_probe(model: PreTrainedModel) -> Probe:
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe()
-    return Probe(tuple(name for name in watch.ran if name not in watch.reached), *costs, watch.routed)
+    alone = tuple(name for name in watch.ran if name not in watch.reached)
+    return Probe(alone, *costs, frozenset(watch.reached), watch.routed)
 
 
 def has_experts_interface(module: nn.Module) -> bool:

@@ -25,6 +25,8 @@ from rabbit_engine.splitplan import missing_weights
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
 from rabbit_engine.tensorfiles import TensorEntry
 
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -79,7 +81,7 @@ class Sketch:
 
     `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
     the experts of each module whose experts can be read one by one, in their order; `whole_experts` the classes where they
-    cannot.
+    cannot, and why.
     """
 
     layout: Layout
@@ -92,7 +94,7 @@ class Sketch:
     blocks: tuple[Block, ...]
     embedding: str | None
     experts: Mapping[str, tuple[Unit, ...]]
-    whole_experts: tuple[str, ...]
+    whole_experts: Mapping[str, str]
 
 
 def draw(
@@ -171,7 +173,7 @@ class _Drawing:
         self._modules: dict[str, str] = {}
         self._blocks: list[Block] = []
         self._experts: dict[str, tuple[Unit, ...]] = {}
-        self._whole_experts: dict[str, None] = {}
+        self._whole_experts: dict[str, str] = {}
 
     def _add(
         self,
@@ -229,14 +231,26 @@ class _Drawing:
     def _are_experts(self, owner: str, names: Sequence[str]) -> bool:
         """Whether the weights `names` of module `owner` are stacks of experts that can be read one by one."""
         module: Any = self._model.get_submodule(owner)
-        if not has_experts_interface(module):
-            if "experts" in owner.split("."):
-                self._whole_experts.setdefault(type(module).__name__)
+        has_interface = has_experts_interface(module)
+        if not has_interface and "Expert" not in type(module).__name__:
             return False
+        problem = (
+            self._not_by_expert(owner, module, names) if has_interface else "transformers gives this class no experts interface"
+        )
+        if problem:
+            self._whole_experts[type(module).__name__] = problem
+        return problem is None
+
+    def _not_by_expert(self, owner: str, module: Any, names: Sequence[str]) -> str | None:
+        """Why a module with the interface cannot have its experts read one by one, or None."""
         entries = [self._weights.entries[name] for name in names]
-        stacked = all(entry.shape[:1] == (module.num_experts,) and self._users[entry.name] == 1 for entry in entries)
-        reached = bool(self._run_order) and owner not in self._run_order
-        return self._cut.by_expert and stacked and module.num_experts > 1 and not reached
+        if not self._cut.by_expert:
+            return "as asked"
+        if owner in self._probe.outside:
+            return "its weights are used outside of it"
+        if any(entry.shape[:1] != (module.num_experts,) or self._users[entry.name] > 1 for entry in entries):
+            return "its weights are no stacks of experts of its own"
+        return None
 
     def _add_experts(self, owner: str, names: Sequence[str]) -> None:
         """The experts of a module, each as a unit, and the module as one for where everything stays."""
@@ -248,7 +262,7 @@ class _Drawing:
             for index in range(module.num_experts)
         )
         largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
-        used = min(self._probe.routed.get(owner, module.num_experts), module.num_experts)
+        used = min(self._probe.routed.get(owner) or _said_to_use(module), module.num_experts)
         routing = Routing(module.num_experts, used, largest, most_read)
         self._units[owner], self._experts[owner] = whole, experts
         self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing))
@@ -325,5 +339,10 @@ class _Drawing:
             tuple(self._blocks),
             self._embedding(),
             self._experts,
-            tuple(self._whole_experts),
+            self._whole_experts,
         )
+
+
+def _said_to_use(module: Any) -> int:
+    """How many experts a token uses by the config, where no pass showed it; all of them where that does not tell either."""
+    return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)

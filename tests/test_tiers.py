@@ -58,6 +58,19 @@ def test_any_budget_and_any_cut_is_right(
     assert passes[0] > 0 or family == "gemma4"  # its smallest budget holds everything
 
 
+@pytest.mark.parametrize("beyond", [1, 4, 1000, 4095])
+def test_a_budget_of_any_number_of_bytes_is_right(
+    beyond: int, cut: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    """A ring may end anywhere in a page; what lies at its end may not."""
+    folder = checkpoint("llama_biased")
+    budget = int(smallest(folder)["cpu"]) + beyond
+    model = streamed(folder, max_memory={"cpu": budget})
+    assert model.plan.device_bytes + model.plan.staging_bytes <= budget
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(folder)(ids).logits, rtol=0, atol=ROW_BLOCK_BOUND)
+
+
 def test_a_fine_cut_streams_modules_and_blocks(
     checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

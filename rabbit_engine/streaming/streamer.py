@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from rabbit_engine.directio import aligned_down
 from rabbit_engine.errors import ModelClosedError, StreamingError
 from rabbit_engine.streaming.arena import Arena
 from rabbit_engine.streaming.experts import ExpertCache
@@ -73,7 +74,7 @@ class Streamer:
         at_close: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._ring = ring
-        self._arena = Arena(nbytes)
+        self._arena = Arena(aligned_down(nbytes))  # units lie at its ends too, and reads go to whole pages
         self._base = base
         self._host = dict(host or {})
         self._queue: deque[_Entry] = deque()
