@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def pass_s(self) -> float:
-        """Seconds that the slowest link needs for a pass: no token comes sooner."""
+        """Seconds that the slowest link needs for a pass, with no expert cached."""
         return max(self.disk_s, self.link_s)
 
     @property

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """`record(models, cls, runs_as=..., oracle=..., **columns)` adds a row to the file of `--record`."""
     rows: list[dict[str, str]] = []
-    yield lambda models, cls, **columns: rows.append({"models": models, "class": cls, **columns})
+    yield lambda models, cls, **columns: rows.append({"models": models, "class": cls, "experts": "none", **columns})
     path: Path | None = request.config.getoption("--record")
     if path is not None:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

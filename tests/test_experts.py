@@ -135,6 +135,20 @@ def test_a_budget_of_any_number_of_bytes_is_right(beyond: int, own_checkpoint: A
         assert torch.equal(model(ids).logits, plain(folder)(ids).logits)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_autocast_and_inference_mode_are_equal(family: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint(family)), streamed(checkpoint(family))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_two_sparse_models_at_once(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    """A streamed target and a streamed assistant share the readers."""
+    model, assistant = streamed(checkpoint("mixtral")), streamed(checkpoint("qwen3_moe"))
+    expected = plain(checkpoint("mixtral")).generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), expected)
+
+
 def test_sampled_text_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     whole, model = plain(checkpoint("mixtral")), streamed(checkpoint("mixtral"))
     found = []

@@ -14,6 +14,7 @@ from families import IMAGE_TEXT
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, HeliumConfig, HeliumForCausalLM
 
 from rabbit_engine.architectures import KNOWN
+from rabbit_engine.probe import has_experts_interface
 from rabbit_engine.shards import read_entries, verify_shard
 from rabbit_engine.tensorfiles import read_tensor
 
@@ -84,6 +85,16 @@ def is_assisted(model: Any, plain: Any, inputs: dict[str, torch.Tensor], assista
     return tokens_are_equal(model, plain, inputs, assistant_model=assistant)
 
 
+def experts_of(model: Any) -> str:
+    """Whether the experts are read as they are routed to; that of a class with the interface they are is asserted."""
+    routed = [name for name, module in model.named_modules() if has_experts_interface(module)]
+    assert routed == [layer.name for layer in model.plan.experts.layers]
+    if routed:
+        assert all(layer.bytes_read > 0 for layer in model.profile.experts.values())
+        return "on demand"
+    return "whole" if any("Experts move whole" in note for note in model.plan.notes) else "none"
+
+
 @pytest.mark.parametrize("row", matrix.NATIVE, ids=lambda row: row.models)
 def test_family_is_equal_to_transformers(
     row: matrix.Row, tmp_path: Path, checkpoint: Any, streamed: Any, ids: Any, padded: Any, record: Record
@@ -105,6 +116,7 @@ def test_family_is_equal_to_transformers(
         batch=tokens_are_equal(model, plain, padded),
         beam=tokens_are_equal(model, plain, prompt, num_beams=3),
         assisted=is_assisted(model, plain, prompt, oracle(checkpoint("llama")), row.family in families.STATEFUL),
+        experts=experts_of(model),
         tokenizer="transformers",
     )
 
@@ -126,6 +138,7 @@ def test_image_text_family_is_equal_to_transformers(
         "cache": tokens_are_equal(model, plain, prompt),
         "batch": tokens_are_equal(model, plain, padded),
         "beam": beam_over_images(model, plain, prompt),
+        "experts": experts_of(model),
     }
     text = {"input_ids": prompt["input_ids"][:, :5]}
     reads = [unit.loads for name, unit in model.profile.units.items() if name in tower]

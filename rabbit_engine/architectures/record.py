@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-COLUMNS = ("split", "logits", "cache", "batch", "beam", "assisted", "tokenizer")
+COLUMNS = ("split", "logits", "cache", "batch", "beam", "assisted", "experts", "tokenizer")
 _FILE = Path(__file__).with_name("proven.json")
 
 

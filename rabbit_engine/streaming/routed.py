@@ -86,9 +86,11 @@ def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.T
 
 
 def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the weights, also under autocast, as transformers' grouped kernels do."""
     matrix = weights[name]
     states = states.to(matrix.dtype)
-    result = states @ matrix if module.is_transposed else functional.linear(states, matrix)
+    with torch.autocast(states.device.type, enabled=False):
+        result = states @ matrix if module.is_transposed else functional.linear(states, matrix)
     return result + weights[f"{name}_bias"] if module.has_bias else result
 
 

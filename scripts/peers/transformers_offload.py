@@ -30,8 +30,8 @@ def main() -> None:
                 max_memory={"cpu": options.resident_bytes},
                 offload_folder=offload_folder,
             )
-            if copies := list(Path(offload_folder).glob("*.dat")):
-                raise SystemExit(f"the offload copied {len(copies)} tensors instead of reading the checkpoint")
+            if copies := [path for path in Path(offload_folder).rglob("*") if path.suffix in (".dat", ".safetensors")]:
+                raise SystemExit(f"the offload wrote {len(copies)} files of weights instead of reading the checkpoint")
             return model
 
         run(options, "transformers", transformers.__version__, load, decode_by_generate)
