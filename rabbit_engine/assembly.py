@@ -21,6 +21,7 @@ from rabbit_engine.streaming import (
     EmbeddingRows,
     ExpertCache,
     ExpertLayer,
+    ExpertsAway,
     LinearBlocks,
     Ring,
     RoutedExperts,
@@ -184,7 +185,7 @@ class _Builder:
         for layer in self._plan.experts.layers:
             for name in weights.names_in(layer.name):
                 seat = weights.seats[name]
-                seat.seat(placeholder_for(weights.entries[name], self._stream.device, seat.holds_parameter))
+                seat.seat(placeholder_for(weights.entries[name], self._stream.device, seat.holds_parameter, ExpertsAway))
             experts = RoutedExperts(layer.name, self._sketch.experts[layer.name], cache, binding)
             route(self._model.get_submodule(layer.name), experts)
 

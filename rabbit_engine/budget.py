@@ -63,6 +63,7 @@ def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
             given_bytes=given,
         )
     buffers = 2 * READERS if stream.device.type == "cuda" else READERS
+    buffers += READERS if sketch.experts else 0  # on their way into host memory
     return Budget(
         device_bytes=device,
         host_bytes=_host_bytes(stream),
@@ -100,7 +101,8 @@ def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
     notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
     moved = sum(chunk.nbytes for chunk in _misaligned(sketch)) if device.type == "cpu" else 0
     if moved:
-        notes.append(f"{format_bytes(moved)} start off a 16-byte boundary in their files and are moved while they are read")
+        why = "off a 16-byte boundary in their files, or joined from parts"
+        notes.append(f"{format_bytes(moved)} are moved once more while they are read: {why}")
     return notes
 
 

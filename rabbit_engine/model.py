@@ -42,7 +42,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.planner import Plan
 from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
-from rabbit_engine.streaming import Profile, Streamer, move
+from rabbit_engine.streaming import ExpertsAway, Profile, Streamer, adapts_routed, move
 from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.units import format_bytes, format_rate
 
@@ -114,9 +114,13 @@ class StreamingMixin:
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `load_adapter`.
 
-        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on.
+        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, and for
+        an adapter of experts' own weights while these are read one by one.
         """
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if adapts_routed(self):  # type: ignore[arg-type]
+            self.delete_adapter(adapter_name or "default")  # type: ignore[attr-defined]
+            raise CannotLoadStateError(f"the adapter changes experts: {ExpertsAway.advice}")
         family, lost = self._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
         if family is not None and lost:
             self.delete_adapter(adapter_name or "default")  # type: ignore[attr-defined]

@@ -139,6 +139,14 @@ class Plan:
         return max(self.least_pass_bytes / self.speeds.disk, link_s)
 
     @property
+    def least_bound(self) -> Literal["disk", "link", "compute"]:
+        """What a pass waits for at best."""
+        if not self.least_pass_bytes and not self.least_link_bytes:
+            return "compute"
+        on_disk = self.least_pass_bytes / self.speeds.disk >= self.least_pass_s
+        return "disk" if on_disk else "link"
+
+    @property
     def prompt_bytes(self) -> int:
         """Bytes from disk for a prompt at most: each expert once."""
         return self.pass_bytes - self.experts.most_bytes + self.experts.all_bytes
@@ -162,7 +170,8 @@ class Plan:
         if self.least_pass_s < self.pass_s:
             least = self.least_pass_bytes if self.bound == "disk" else self.least_link_bytes
             moved = f"{format_bytes(least)} (every expert cached that can be) to {moved} (none)"
-            seconds = f"{format_seconds(self.least_pass_s)} to {seconds}"
+            other = self.least_bound != self.bound and self.least_bound != "compute"
+            seconds = f"{format_seconds(self.least_pass_s)}{f' (bound by the {self.least_bound})' if other else ''} to {seconds}"
         return (
             f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "
             f"{certain} {seconds} a token, the first after {format_seconds(self.first_token_s)}"
@@ -173,7 +182,8 @@ class Plan:
         budget = self.budget.device_bytes
         given = "not bounded" if budget is None else format_bytes(budget)
         reserved = f", {format_bytes(self.budget.reserved_bytes)} set aside before" if self.budget.reserved_bytes else ""
-        host = [("in host memory", f"{_units(self.host)}, {format_bytes(self.host_bytes)}")] if self.host else []
+        in_host = format_bytes(self.host_bytes - self.experts.host_bytes)
+        host = [("in host memory", f"{_units(self.host)}, {in_host}")] if self.host else []
         staging = [("staging", format_bytes(self.staging_bytes))] if self.staging_bytes else []
         link = [("over the link", f"{format_bytes(self.link_bytes)} a pass")] if self.link_bytes else []
         dense = self.pass_bytes - self.experts.most_bytes
@@ -291,11 +301,12 @@ def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging:
         raise _too_small(device, fixed + min(least, everything), least, budget)
     all_stay = bool(layers) and room >= dense_bytes + slots.least_bytes
     ring = 0 if all_stay else min(wanted, room - slots.least_bytes)
-    passing = slots.passing(room - (dense_bytes if all_stay else ring))
-    free = room - ring - passing * slots.nbytes
+    free = room - ring - slots.least_bytes
     order = [unit for rare in (False, True) for unit in _spread([unit for unit in dense if unit.rare is rare])]
     on_device, in_host = _tiers(order, free, device, budget)
     free -= sum(unit.nbytes for unit in on_device)
+    passing = slots.passing(slots.least_bytes + free)
+    free -= (passing - slots.fewest) * slots.nbytes
     free_host = _room_in_host(device, budget) - sum(unit.nbytes for unit in in_host)
     return _Placed(
         [unit for unit in dense if unit in on_device],

@@ -23,7 +23,7 @@ from rabbit_engine.planner import Role, UnitSize
 from rabbit_engine.probe import Probe, has_experts_interface, run_probe
 from rabbit_engine.splitplan import missing_weights
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
-from rabbit_engine.tensorfiles import TensorEntry
+from rabbit_engine.tensorfiles import TensorEntry, each_row
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
@@ -256,11 +256,8 @@ class _Drawing:
         """The experts of a module, each as a unit, and the module as one for where everything stays."""
         module: Any = self._model.get_submodule(owner)
         whole = self._weights.unit(owner, names)
-        entries = [self._weights.entries[name] for name in names]
-        experts = tuple(
-            make_unit(f"{owner}[{index}]", [entry.rows(index, index + 1) for entry in entries])
-            for index in range(module.num_experts)
-        )
+        rows = zip(*(each_row(self._weights.entries[name]) for name in names), strict=True)
+        experts = tuple(make_unit(f"{owner}[{index}]", entries) for index, entries in enumerate(rows))
         largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
         used = min(self._probe.routed.get(owner) or _said_to_use(module), module.num_experts)
         routing = Routing(module.num_experts, used, largest, most_read)

@@ -72,6 +72,17 @@ class TensorEntry:
         return gathered(name, self.dtype, shape, found)
 
 
+def each_row(entry: TensorEntry) -> list[TensorEntry]:
+    """Every row of a tensor (along dimension 0) as one of its own; a row may be whole parts of it."""
+    count = entry.shape[0]
+    step = len(entry.parts) // count
+    groups = [entry.parts[step * index : step * (index + 1)] for index in range(count)]
+    if not step or any(sum(part.nbytes for part in group) * count != entry.nbytes for group in groups):
+        return [entry.rows(index, index + 1) for index in range(count)]
+    shape = (1, *entry.shape[1:])
+    return [gathered(f"{entry.name}[{index}:{index + 1}]", entry.dtype, shape, group) for index, group in enumerate(groups)]
+
+
 def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequence[TensorEntry]) -> TensorEntry:
     """The tensor whose bytes are those of `places`, one behind another."""
     nbytes = sum(place.nbytes for place in places)

@@ -52,7 +52,7 @@ def ours(routing: Routing, places: int) -> Iterator[bool]:
     for step in [routing[:PROMPT], *([token] for token in routing[PROMPT:])]:
         indices = torch.tensor(step)
         counts = torch.bincount(indices.reshape(-1), minlength=COUNT).tolist()
-        with cache.lend("l", decayed_uses(indices, counts), len(step)) as arrivals:
+        with cache.lend("l", decayed_uses(indices, counts, len(step)), len(step)) as arrivals:
             for _ in arrivals:
                 pass
         now = cache.profile.experts["l"].read

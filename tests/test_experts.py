@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rabbit_engine import errors
 from rabbit_engine.expertsplan import ExpertsPlan
+from rabbit_engine.planner import place
 from rabbit_engine.streaming import ExpertCache, ExpertLayer, Streamer, Trace, make_unit, routed
 from rabbit_engine.streaming.reader import shared_reader
 from rabbit_engine.streaming.rings import PlainRing
@@ -30,13 +35,14 @@ transformers' own as well."""
 MIDDLE = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "hidden_size": 64}
 
 
-def middle_budget(streamed: Any, folder: Path, share: float, **keywords: Any) -> dict[int | str, int | str]:
-    """A budget in which about `share` of all experts are cached, found by halving."""
-    plan = streamed(folder, **keywords).plan
+def middle_budget(streamed: Any, folder: Path, share: float) -> dict[int | str, int | str]:
+    """The smallest budget in which `share` of all experts are cached, found by halving."""
+    model = streamed(folder)
+    plan, sizes = model.plan, model._assembly.sketch.sizes
     low, high = int(plan.budget.device_bytes) - 1, plan.weights_bytes + plan.staging_bytes
     while high - low > 1:
         middle = (low + high) // 2
-        experts = streamed(folder, max_memory={"cpu": middle}, **keywords).plan.experts
+        experts = place(sizes, "cpu", replace(plan.budget, device_bytes=middle)).experts
         enough = not experts.layers or sum(layer.on_device for layer in experts.layers) >= share * counts(experts)
         low, high = (low, middle) if enough else (middle, high)
     return {"cpu": high}
@@ -475,6 +481,101 @@ def test_a_prompt_warms_the_cache_with_what_it_used_most(make_cache: Any, layer_
     with cache.lend("l", {index: float(index) for index in range(COUNT)}, 40) as arrivals:
         assert len(list(arrivals)) == COUNT
     assert {expert.index for expert in cache._layers["l"].kept()} == {9, 10, 11}
+
+
+class SlowRing(PlainRing):
+    """Reads of the units in `slow` take until they are let through."""
+
+    slow: set[str]
+
+    def fill(self, chunk: Extent, start: int, after: Any, name: str, lane: int) -> None:
+        if name in self.slow:
+            self.entered.set()
+            assert self.gate.wait(20)
+        super().fill(chunk, start, after, name, lane)
+
+    def let_through(self) -> None:
+        self.slow = set()
+        self.gate.set()
+
+
+def test_a_read_that_nobody_waits_for_spoils_no_other_expert(layer_units: Any) -> None:
+    """An interrupt leaves a read under way to a slot that the layer keeps; the next pass may not give that slot away."""
+    slot = max(unit.nbytes for unit in layer_units)
+    ring = SlowRing(torch.device("cpu"), slot * 4, Trace())
+    ring.slow, ring.gate, ring.entered = {"l[1]"}, threading.Event(), threading.Event()
+    cache = ExpertCache([ExpertLayer("l", layer_units, 1, 2)], ring, 4, slot)
+    streamer = Streamer([], ring, 0, experts=cache)
+    with suppress(KeyboardInterrupt), cache.lend("l", {0: 1.0, 1: 1.0}, 1):
+        assert ring.entered.wait(20)
+        raise KeyboardInterrupt
+    timer = threading.Timer(0.3, ring.let_through)
+    timer.start()
+    for _ in range(3):
+        for indices in ((2, 3), (4, 5), (0, 1), (2, 1)):
+            bring(cache, layer_units, *indices)
+    timer.join()
+    streamer.close()
+
+
+def test_a_model_closed_amid_a_pass_says_so(own_checkpoint: Any, streamed: Any, ids: Any, monkeypatch: Any) -> None:
+    folder = own_checkpoint("mixtral")
+    model = streamed(folder, max_memory=middle_budget(streamed, folder, 0.4))
+    native, calls = routed.run_expert, Counter[str]()
+
+    def closing(*args: Any) -> torch.Tensor:
+        calls["all"] += 1
+        if calls["all"] == 3:
+            threading.Thread(target=model.close).start()
+            while not model._assembly.streamer._freed:
+                time.sleep(0.01)
+        return native(*args)
+
+    monkeypatch.setattr(routed, "run_expert", closing)
+    with torch.no_grad(), pytest.raises(errors.ModelClosedError):
+        model(ids)
+
+
+def test_each_sequence_of_a_batch_counts_alike() -> None:
+    sequence = torch.arange(6).view(6, 1) % 3
+    alone = routed.decayed_uses(sequence, [2, 2, 2], 6)
+    batch = torch.cat([sequence, sequence + 3])
+    both = routed.decayed_uses(batch, [2] * 6, 6)
+    assert [both[index] for index in range(6)] == pytest.approx([alone[index % 3] for index in range(6)])
+    assert both[2] > both[0]
+
+
+def test_a_batch_is_as_long_as_one_of_its_sequences(own_checkpoint: Any, streamed: Any, padded: Any) -> None:
+    model = streamed(own_checkpoint("mixtral"))
+    with torch.no_grad():
+        model(**padded)
+    ages = {layer.age for layer in model._assembly.streamer._experts._layers.values()}
+    assert ages == {padded["input_ids"].shape[1] / routed.HALF_LIFE_TOKENS}
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_adapter_of_experts_needs_them_in_memory(
+    resident: bool, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = own_checkpoint("mixtral")
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(plain(folder), config)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    model = streamed(folder, **({"max_memory": None} if resident else {}))
+    with torch.no_grad():
+        before = model(ids).logits
+        if resident:
+            model.load_adapter(str(tmp_path / "adapter"))
+            torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=0, atol=1e-6)
+            return
+        with pytest.raises(errors.CannotLoadStateError, match="adapter of the experts' own weights needs all of them in memory"):
+            model.load_adapter(str(tmp_path / "adapter"))
+        assert torch.equal(model(ids).logits, before)
+        with pytest.raises(errors.CannotMergeError, match="its experts are read one by one"):
+            get_peft_model(model, config)(ids)
 
 
 def test_scores_survive_any_number_of_tokens(layer_units: Any) -> None:

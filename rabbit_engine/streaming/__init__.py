@@ -3,10 +3,10 @@
 from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
 from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
 from rabbit_engine.streaming.experts import ExpertCache, ExpertLayer
-from rabbit_engine.streaming.placeholder import Placeholder, placeholder_for
+from rabbit_engine.streaming.placeholder import ExpertsAway, Placeholder, placeholder_for
 from rabbit_engine.streaming.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
-from rabbit_engine.streaming.routed import RoutedExperts, route
+from rabbit_engine.streaming.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.rows import EmbeddingRows
 from rabbit_engine.streaming.streamer import Streamer
 from rabbit_engine.streaming.trace import Span, Trace, busy_share, write_chrome_trace
@@ -18,6 +18,7 @@ __all__ = [
     "EmbeddingRows",
     "ExpertCache",
     "ExpertLayer",
+    "ExpertsAway",
     "ExpertsProfile",
     "LinearBlocks",
     "Placeholder",
@@ -31,6 +32,7 @@ __all__ = [
     "Trace",
     "Unit",
     "UnitProfile",
+    "adapts_routed",
     "busy_share",
     "claim_ring",
     "fill_all",

@@ -105,6 +105,7 @@ class Binding:
         self._units: dict[str, BoundUnit] = {}
         self._lock = threading.RLock()
         self._inside = False
+        self._sequences = 1
         self._show_progress = show_progress
         self._bar: tqdm[Any] | None = None
         self.on_pass: Callable[[float], None] = lambda _: None
@@ -168,20 +169,24 @@ class Binding:
             yield
         self._streamer.count_compute(name, time.perf_counter() - start)
 
+    def length_of(self, tokens: int) -> int:
+        """How long each sequence of this pass is, of so many tokens in all."""
+        return tokens // self._sequences if tokens % self._sequences == 0 else tokens
+
     @contextmanager
-    def root_pass(self) -> Iterator[None]:
-        """One forward of the root at a time; whatever ends it, nothing stays."""
+    def root_pass(self, sequences: int = 1) -> Iterator[None]:
+        """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
         self._streamer.require_open()
         with self._lock:
             start, outermost = time.perf_counter(), not self._inside
             try:
                 if outermost:
-                    self._inside = True
+                    self._inside, self._sequences = True, sequences
                     self._begin()
                 yield
             finally:
                 if outermost:
-                    self._inside = False
+                    self._inside, self._sequences = False, 1
                     self._end(time.perf_counter() - start)
 
     def _begin(self) -> None:
@@ -221,10 +226,16 @@ def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
 
     @functools.wraps(native)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with binding.root_pass():
+        with binding.root_pass(_sequences_in(args, kwargs)):
             return native(*move(args, device), **move(kwargs, device))
 
     module.forward = forward
+
+
+def _sequences_in(args: Any, kwargs: Any) -> int:
+    """How many sequences a forward is given: the first dimension of its ids or embeddings."""
+    inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((max(1, len(given)) for given in inputs if isinstance(given, torch.Tensor) and given.dim() > 1), 1)
 
 
 def move(values: Any, device: torch.device) -> Any:

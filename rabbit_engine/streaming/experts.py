@@ -46,6 +46,8 @@ class _Expert:
     score: float = 0.0
     after: Mark = None
     arrived: Mark = None
+    last_use: Mark = None
+    is_read: bool = False
     chunks: tuple[Extent, ...] = ()
     issued: int = 0
     under_way: int = 0
@@ -122,7 +124,8 @@ class ExpertCache:
 
     @contextmanager
     def lend(self, name: str, uses: Mapping[int, float], tokens: int) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
-        """Bring the experts that `uses` names, each with how often a pass of so many tokens uses it (see `decayed_uses`).
+        """Bring the experts that `uses` names, each with how often a pass uses it that is so many tokens long (see
+        `decayed_uses`).
 
         Within the block iterate over (expert, uint8 [its unit's nbytes]), in the order in which they are there; each is
         there until the next one is asked for. Raises what its read raised, with the expert's name.
@@ -139,13 +142,15 @@ class ExpertCache:
 
     def _ask(self, layer: ExpertLayer, experts: Sequence[_Expert], uses: Mapping[int, float], tokens: int) -> None:
         with self._lock:
-            while any(expert.state == "dropped" for expert in experts):  # its last read has not ended
+            while any(expert.state == "dropped" for expert in layer.experts):  # a read that nobody waits for still writes
                 self._changed.wait()
             self._require_open()
             layer.count(uses, tokens)
+            self.profile.experts[layer.name].runs += 1
             missing = [expert for expert in experts if expert.state != "here"]
-            self.profile.count_experts(layer.name, len(experts), sum(not expert.in_host for expert in missing))
             self._admit(layer, missing, experts)
+            for expert in experts:
+                expert.is_read = expert.state != "here" and not expert.in_host
             for expert in missing:
                 expert.state, expert.issued, expert.error = "waiting", 0, None
                 expert.chunks = () if expert.in_host else expert.unit.chunks()
@@ -187,9 +192,9 @@ class ExpertCache:
         self._leave(expert)
 
     def _leave(self, expert: _Expert) -> None:
-        """Its slot on the device is free, once what was launched so far is done."""
+        """Its slot on the device is free, once its last use is over."""
         if expert.slot >= 0:
-            self._after[expert.slot] = self._ring.last_use()
+            self._after[expert.slot] = expert.last_use
             self._free.append(expert.slot)
         expert.slot, expert.state = -1, "away"
 
@@ -197,10 +202,16 @@ class ExpertCache:
         wanted = list(experts)
         while wanted:
             for expert in self._next_ready(layer, wanted):
-                self._ring.wait(expert.arrived)
-                yield expert.index, self._ring.view(self._base + expert.slot * self._slot_bytes, expert.unit.nbytes)
+                yield expert.index, self._hand_out(layer, expert)
                 self._let_go(expert)
                 wanted.remove(expert)
+
+    def _hand_out(self, layer: ExpertLayer, expert: _Expert) -> torch.Tensor:
+        with self._lock:
+            self._require_open()  # the ring's memory goes once the lock is free
+            self._ring.wait(expert.arrived)
+            self.profile.count_expert(layer.name, is_read=expert.is_read)
+            return self._ring.view(self._base + expert.slot * self._slot_bytes, expert.unit.nbytes)
 
     def _next_ready(self, layer: ExpertLayer, wanted: Sequence[_Expert]) -> list[_Expert]:
         """Those that are here; waits for one where none is."""
@@ -217,6 +228,7 @@ class ExpertCache:
 
     def _let_go(self, expert: _Expert) -> None:
         """It was used: it stays on the device, or makes room."""
+        expert.last_use = self._ring.last_use()
         if expert.kept and expert.host < 0:
             return
         with self._lock:
@@ -314,6 +326,7 @@ class ExpertCache:
     def _recover(self) -> None:
         self._queue.clear()
         experts = [expert for layer in self._layers.values() for expert in layer.experts]
+        last_use = self._ring.last_use()
         for expert in experts:
             if expert.under_way:
                 expert.state = "dropped"
@@ -321,12 +334,12 @@ class ExpertCache:
             elif expert.state == "here" and expert.kept and expert.host < 0:
                 continue
             else:
+                if expert.slot >= 0:
+                    self._after[expert.slot] = last_use
                 expert.kept, expert.state, expert.slot = expert.in_host, "away", -1
                 expert.host = expert.host if expert.in_host else -1
-        last_use = self._ring.last_use()
         taken, taken_host = {expert.slot for expert in experts}, {expert.host for expert in experts}
         self._free = deque(slot for slot in range(self._slots) if slot not in taken)
-        self._after = [last_use] * self._slots
         self._free_host = deque(slot for slot in range(self._host_slots) if slot not in taken_host)
         self._changed.notify_all()
 
@@ -334,11 +347,6 @@ class ExpertCache:
     def busy(self) -> bool:
         """Whether a read is under way."""
         return self._under_way > 0
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `next_job` would find one."""
-        return any(expert.state == "reading" or (expert.state == "waiting" and self._free) for expert in self._queue)
 
     def close(self) -> None:
         """Nothing is read any more. Who waits is told."""

@@ -22,6 +22,10 @@ class Placeholder(torch.Tensor):
     """Stands in for the weight `weight_name` while it is away."""
 
     weight_name: str
+    advice = (
+        "a streamed weight is read anew every pass. "
+        "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
+    )
 
     @staticmethod
     def __new__(cls, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Placeholder:
@@ -49,7 +53,7 @@ class Placeholder(torch.Tensor):
 
     def clone_of_nothing(self) -> Placeholder:
         """Another stand-in for the same weight."""
-        return Placeholder(self.weight_name, self.shape, self.dtype, self.device)
+        return type(self)(self.weight_name, self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -61,14 +65,22 @@ class Placeholder(torch.Tensor):
         away = sorted({leaf.weight_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Placeholder)})
         operation = func.__name__ if hasattr(func, "__name__") else str(func)
         if func._schema.is_mutable and isinstance(args[0], Placeholder):
-            raise CannotMergeError(
-                f"{', '.join(away)} cannot be changed ({operation}): a streamed weight is read anew every pass. "
-                "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
-            )
+            raise CannotMergeError(f"{', '.join(away)} cannot be changed ({operation}): {args[0].advice}")
         raise WeightNotLoadedError(f"{', '.join(away)} used while away ({operation}): {_WHERE}")
 
 
-def placeholder_for(entry: TensorEntry, device: torch.device, is_parameter: bool) -> torch.Tensor:
+class ExpertsAway(Placeholder):
+    """Stands in for a stack of experts that are read one by one."""
+
+    advice = (
+        "its experts are read one by one. An adapter of the experts' own weights needs all of them in memory: "
+        "give max_memory room for the whole model, or use one that adapts other modules"
+    )
+
+
+def placeholder_for(
+    entry: TensorEntry, device: torch.device, is_parameter: bool, kind: type[Placeholder] = Placeholder
+) -> torch.Tensor:
     """A stand-in for the weight that `entry` describes."""
-    away = Placeholder(entry.name, entry.shape, entry.dtype, device)
+    away = kind(entry.name, entry.shape, entry.dtype, device)
     return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away

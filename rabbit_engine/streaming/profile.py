@@ -107,12 +107,11 @@ class Profile:
         self.loads += 1
         self.wait_s += seconds
 
-    def count_experts(self, name: str, used: int, read: int) -> None:
-        """A layer is routed to `used` of its experts, `read` of them have to be read."""
+    def count_expert(self, name: str, *, is_read: bool) -> None:
+        """A layer uses one of its experts, which was read for it or was cached."""
         layer = self.experts[name]
-        layer.runs += 1
-        layer.used += used
-        layer.read += read
+        layer.used += 1
+        layer.read += is_read
 
     def count_expert_read(self, name: str, nbytes: int, seconds: float) -> None:
         """A chunk of an expert of layer `name` has arrived."""

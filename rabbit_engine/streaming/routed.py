@@ -42,12 +42,14 @@ class RoutedExperts:
         """
         refuse_gradients(self._name, module, (hidden_states, top_k_weights), {})
         tokens, used = top_k_index.shape
-        experts, order = torch.sort(top_k_index.reshape(-1))
-        counts = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
+        order = torch.sort(top_k_index.reshape(-1)).indices
+        chosen = top_k_index.cpu()  # the only wait for a device
+        counts = torch.bincount(chosen.reshape(-1), minlength=module.num_experts)[: module.num_experts].tolist()
         starts = list(itertools.accumulate(counts, initial=0))
         results: torch.Tensor | None = None
-        uses = decayed_uses(top_k_index, counts)
-        with self._binding.alone(), self._cache.lend(self._name, uses, tokens) as arrivals:
+        length = self._binding.length_of(tokens)
+        uses = decayed_uses(chosen, counts, length)
+        with self._binding.alone(), self._cache.lend(self._name, uses, length) as arrivals:
             for index, memory in arrivals:
                 with self._binding.computing(self._units[index].name):
                     pairs = order[starts[index] : starts[index + 1]]
@@ -66,12 +68,15 @@ class RoutedExperts:
         return {piece.entry.name.rpartition("[")[0].rpartition(".")[2]: piece.view(memory)[0] for piece in pieces}
 
 
-def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int]) -> dict[int, float]:
-    """How often each expert is used, `counts` times in all, by the tokens of a pass: as it weighs when the last one is over."""
+def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:
+    """How often each expert is used, `counts` times in all, as it weighs when the pass is over.
+
+    `top_k_index` [sequences * length, experts a token] is on the CPU.
+    """
     tokens, used = top_k_index.shape
     uses: Sequence[float] = counts
-    if tokens > 1:
-        ages = torch.arange(tokens - 1, -1, -1, device=top_k_index.device) / HALF_LIFE_TOKENS
+    if length > 1:
+        ages = (length - 1 - torch.arange(tokens, device="cpu") % length) / HALF_LIFE_TOKENS
         weights = torch.exp2(-ages).repeat_interleave(used)
         uses = torch.bincount(top_k_index.reshape(-1), weights, minlength=len(counts)).tolist()
     return {index: uses[index] for index, count in enumerate(counts) if count}
@@ -101,6 +106,12 @@ def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tens
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_routed)
+
+
+def adapts_routed(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT is set on a stack of experts that are streamed: it would change all of them at once."""
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    return any(hasattr(inside, "routed_experts") for wrapper in wrappers for inside in wrapper.modules())
 
 
 def route(module: nn.Module, experts: RoutedExperts) -> None:
