@@ -291,9 +291,9 @@ class ExpertCache:
         self.profile.end_read(time.perf_counter())
         layer = expert.unit.name.rpartition("[")[0]
         if error is None and chunk is not None:
-            self.profile.count_expert_read(layer, chunk.read_bytes, seconds)
+            self.profile.count_read(layer, chunk.read_bytes, seconds)
         elif error is None:
-            self.profile.count_expert_copy(layer, expert.unit.nbytes, seconds)
+            self.profile.count_copy(layer, expert.unit.nbytes, seconds)
         expert.error = expert.error or error
         if expert.error is not None:
             expert.issued = expert.parts

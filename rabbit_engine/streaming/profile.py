@@ -85,16 +85,20 @@ class Profile:
             self.read_s += now - self._since
         self._since = now
 
+    def of(self, name: str) -> UnitProfile | ExpertsProfile:
+        """The counts of a unit, or of the experts of a layer."""
+        return self.units.get(name) or self.experts[name]
+
     def count_read(self, name: str, nbytes: int, seconds: float) -> None:
         """A chunk has arrived."""
-        unit = self.units[name]
+        unit = self.of(name)
         unit.bytes_read += nbytes
         unit.read_s += seconds
         self.bytes_read += nbytes
 
     def count_copy(self, name: str, nbytes: int, seconds: float) -> None:
         """A copy from host memory was launched."""
-        unit = self.units[name]
+        unit = self.of(name)
         unit.bytes_copied += nbytes
         unit.copy_s += seconds
         self.bytes_copied += nbytes
@@ -112,20 +116,6 @@ class Profile:
         layer = self.experts[name]
         layer.used += 1
         layer.read += is_read
-
-    def count_expert_read(self, name: str, nbytes: int, seconds: float) -> None:
-        """A chunk of an expert of layer `name` has arrived."""
-        layer = self.experts[name]
-        layer.bytes_read += nbytes
-        layer.read_s += seconds
-        self.bytes_read += nbytes
-
-    def count_expert_copy(self, name: str, nbytes: int, seconds: float) -> None:
-        """A copy of an expert from host memory was launched."""
-        layer = self.experts[name]
-        layer.bytes_copied += nbytes
-        layer.copy_s += seconds
-        self.bytes_copied += nbytes
 
     def count_expert_wait(self, name: str, seconds: float) -> None:
         """The model waited so long for the next expert."""

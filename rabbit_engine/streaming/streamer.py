@@ -252,8 +252,8 @@ class Streamer:
 
     def count_compute(self, name: str, seconds: float) -> None:
         """The module of unit `name`, or an expert of it, ran for so long."""
-        counts = self._profile.units.get(name) or self._profile.experts[name.rpartition("[")[0]]
-        counts.compute_s += seconds
+        units = self._profile.units
+        self._profile.of(name if name in units else name.rpartition("[")[0]).compute_s += seconds
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
