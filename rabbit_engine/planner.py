@@ -298,7 +298,8 @@ def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging:
     room = budget.device_bytes - fixed
     if room < least:
         everything = dense_bytes + sum(unit.nbytes for unit in layers)  # takes no ring, and may be less
-        raise _too_small(device, fixed + min(least, everything), least, budget)
+        room_for = f"a ring{' and slots for experts' if layers else ''} of {format_bytes(least)}"
+        raise _too_small(device, fixed + min(least, everything), room_for, budget)
     all_stay = bool(layers) and room >= dense_bytes + slots.least_bytes
     ring = 0 if all_stay else min(wanted, room - slots.least_bytes)
     free = room - ring - slots.least_bytes
@@ -357,12 +358,12 @@ def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
     return smallest, wanted - wanted % PAGE if wanted > smallest + PAGE else smallest
 
 
-def _too_small(device: str, weights: int, ring: int, budget: Budget) -> BudgetError:
+def _too_small(device: str, weights: int, room_for: str, budget: Budget) -> BudgetError:
     given = budget.device_bytes if budget.given_bytes is None else budget.given_bytes
     beside = 0 if budget.given_bytes is None else budget.reserved_bytes
     for_tokens = f" and {format_bytes(beside)} for the tokens of max_seq_len" if beside else ""
     return BudgetError(
-        f"{device} needs {format_bytes(weights)} for weights (a ring of {format_bytes(ring)} and what must stay){for_tokens}, "
+        f"{device} needs {format_bytes(weights)} for weights ({room_for} and what must stay){for_tokens}, "
         f"the budget is {format_bytes(given or 0)}: give max_memory={{{_place_name(device)}: {weights + beside}}} or more",
         weights + beside,
     )

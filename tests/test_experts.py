@@ -233,6 +233,11 @@ def test_everything_cached_reads_nothing_more(own_checkpoint: Any, streamed: Any
     assert model.plan.least_pass_bytes == model.plan.pass_bytes - model.plan.experts.most_bytes
 
 
+def test_too_small_a_budget_speaks_of_experts(checkpoint: Any, streamed: Any) -> None:
+    with pytest.raises(errors.BudgetError, match=r"\(a ring and slots for experts of .* and what must stay\)"):
+        streamed(checkpoint("mixtral"), max_memory={"cpu": 1})
+
+
 def test_the_plan_gives_a_range_and_holds(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[])
     plan = streamed(folder).plan
@@ -380,8 +385,9 @@ def test_other_models_keep_transformers_experts(checkpoint: Any, plain: Any, str
     expected = model(ids).logits
     model.set_experts_implementation("eager")
     assert torch.equal(model(ids).logits, expected)
-    whole = AutoModelForCausalLM.from_config(model.config)
-    whole(ids)
+    AutoModelForCausalLM.from_config(model.config)(ids)
+    with pytest.raises(errors.StreamingError, match=r"load this one with rabbit_engine\.AutoModel"):
+        plain(checkpoint("mixtral"), experts_implementation=routed.IMPLEMENTATION)(ids)
 
 
 def test_a_streamed_weight_names_itself(checkpoint: Any, streamed: Any) -> None:

@@ -118,7 +118,8 @@ class ExpertCache:
         self._under_way = 0
         self._lent = self._closed = False
         self._trace = trace or Trace()
-        self.profile = Profile(experts={layer.name: ExpertsProfile(layer.name, len(layer.units)) for layer in layers})
+        counts = {layer.name: ExpertsProfile(layer.name, count=len(layer.units)) for layer in layers}
+        self.profile = Profile(experts=counts)
         reader = shared_reader()
         self._lock, self._changed = reader.lock, reader.changed
 

@@ -9,12 +9,10 @@ from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 
 @dataclass(slots=True)
-class UnitProfile:
-    """One unit's counts. Seconds are sums over its reads (which overlap), its copies, waits and runs; where a layer's rest
-    is a unit, its runs hold those of the modules in it."""
+class Moved:
+    """What was moved under one name. Seconds are sums over its reads (which overlap), its copies, waits and runs."""
 
     name: str
-    loads: int = 0
     bytes_read: int = 0
     bytes_copied: int = 0
     read_s: float = 0.0
@@ -24,21 +22,21 @@ class UnitProfile:
 
 
 @dataclass(slots=True)
-class ExpertsProfile:
+class UnitProfile(Moved):
+    """One unit's counts. Where a layer's rest is a unit, its runs hold those of the modules in it."""
+
+    loads: int = 0
+
+
+@dataclass(slots=True)
+class ExpertsProfile(Moved):
     """The experts of one layer, of which there are `count`: in its `runs` so many were `used`, of these so many were `read`
     from disk; the others were cached, on the device or in host memory."""
 
-    name: str
-    count: int
+    count: int = 0
     runs: int = 0
     used: int = 0
     read: int = 0
-    bytes_read: int = 0
-    bytes_copied: int = 0
-    read_s: float = 0.0
-    copy_s: float = 0.0
-    wait_s: float = 0.0
-    compute_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -85,7 +83,7 @@ class Profile:
             self.read_s += now - self._since
         self._since = now
 
-    def of(self, name: str) -> UnitProfile | ExpertsProfile:
+    def of(self, name: str) -> Moved:
         """The counts of a unit, or of the experts of a layer."""
         return self.units.get(name) or self.experts[name]
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rabbit_engine.errors import StreamingError
 from rabbit_engine.streaming.binding import Binding, refuse_gradients
 from rabbit_engine.streaming.experts import HALF_LIFE_TOKENS, ExpertCache
 from rabbit_engine.streaming.unit import Unit
@@ -101,7 +102,12 @@ def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states
 
 def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The function of the interface: the module's own stream of experts."""
-    experts: RoutedExperts = module.routed_experts
+    experts: RoutedExperts | None = getattr(module, "routed_experts", None)
+    if experts is None:
+        raise StreamingError(
+            f'experts_implementation="{IMPLEMENTATION}" is for models that stream: load this one with rabbit_engine.AutoModel, '
+            "or choose another implementation"
+        )
     return experts.run(module, hidden_states, top_k_index, top_k_weights)
 
 
