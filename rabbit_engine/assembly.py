@@ -149,7 +149,8 @@ class _Builder:
             at_close=[partial(_unpin_all, self._host_memory), *([experts.free] if experts is not None else [])],
         )
         self._streamer = streamer
-        binding = Binding(streamer, device, self._trace, show_progress=self._stream.show_layer_progress)
+        layers, show_progress = sketch.layout.layers, self._stream.show_layer_progress
+        binding = Binding(streamer, device, self._trace, layers=layers, show_progress=show_progress)
         for unit in moving:
             module = sketch.modules.get(unit.name)
             if module is not None:

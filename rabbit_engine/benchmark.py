@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
-import queue
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rabbit_engine.directio import CHUNK_BYTES, PAGE, as_bytes, buffered_reason, claim_memory, read_pages
-from rabbit_engine.errors import DamagedShardError
+from rabbit_engine.budget import direct_reads
 from rabbit_engine.model import AutoModel
 from rabbit_engine.streaming import Span, busy_share
-from rabbit_engine.streaming.rings import READERS
-from rabbit_engine.streaming.unit import Extent, Unit
+from rabbit_engine.streaming.unit import Unit
 from rabbit_engine.units import format_bytes
 from rabbit_engine.utils.platform import environment
 
@@ -123,31 +119,23 @@ def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane
     return seconds
 
 
-def direct_reads(chunks: Sequence[Extent]) -> Lane:
-    """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
-    buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    for _ in range(READERS):
-        buffers.put(as_bytes(claim_memory(CHUNK_BYTES + 2 * PAGE)))
-    direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
-
-    def read(chunk: Extent) -> None:
-        buffer = buffers.get()
-        read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, DamagedShardError, direct=direct[chunk.path])
-        buffers.put(buffer)
-
-    def lane() -> None:
-        with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(read, chunks):
-                pass
-
-    return lane
+def made_up_prompt(model: Any, tokens: int) -> torch.Tensor:
+    """int64 [1, tokens] on the model's device: its vocabulary in order, again and again, but for the first two."""
+    words: int = model.config.get_text_config().vocab_size
+    return 2 + torch.arange(tokens, device=model.device)[None] % (words - 2)
 
 
-def decode_step(model: Any) -> Lane:
-    """One decoded token behind a prompt that is in the cache already."""
-    ids = torch.arange(2, 2 + PROMPT_TOKENS, device=model.device)[None]
+def prefill(model: Any, ids: torch.Tensor) -> Any:
+    """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
+    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        return model(ids, use_cache=True, **last).past_key_values
+
+
+def decode_step(model: Any, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
+    """One decoded token behind a prompt that is in the cache already."""
+    ids = made_up_prompt(model, prompt_tokens)
+    cache = prefill(model, ids)
     can_go_back = _can_go_back(cache)
 
     def step() -> None:

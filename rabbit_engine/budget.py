@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.directio import CHUNK_BYTES, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.planner import Budget, Speeds
 from rabbit_engine.probe import Probe
@@ -131,22 +132,36 @@ def measure_disk(entries: Sequence[TensorEntry]) -> float | None:
     count = min(_SAMPLE_CHUNKS, nbytes // CHUNK_BYTES)
     if count < READERS:
         return None
-    direct = buffered_reason(path) is None
-    buffers = [as_bytes(claim_memory(CHUNK_BYTES).fill_(1)) for _ in range(READERS)]  # touched: faults are not the disk's
     step = aligned_down(nbytes // count)
-
-    def read(lane: int) -> None:
-        for index in range(lane, count, READERS):
-            read_pages(path, None, index * step, CHUNK_BYTES, buffers[lane], DamagedShardError, direct=direct)
-
+    read = direct_reads([Extent(path, index * step, CHUNK_BYTES, 0) for index in range(count)])
     best = 0.0
-    with ThreadPoolExecutor(READERS, thread_name_prefix="rabbit-loader") as pool:
-        for _ in range(2):  # the first starts the threads, and wakes a disk that sleeps
-            start = time.perf_counter()
-            for done in [pool.submit(read, lane) for lane in range(READERS)]:
-                done.result()
-            best = max(best, count * CHUNK_BYTES / (time.perf_counter() - start))
+    for _ in range(2):  # the first wakes a disk that sleeps
+        start = time.perf_counter()
+        read()
+        best = max(best, count * CHUNK_BYTES / (time.perf_counter() - start))
     return best
+
+
+def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
+    """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
+    buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    for _ in range(READERS):
+        buffers.put(as_bytes(claim_memory(CHUNK_BYTES + 2 * PAGE).fill_(1)))  # touched: faults are not the disk's
+    direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
+
+    def read(chunk: Extent) -> None:
+        buffer = buffers.get()
+        try:
+            read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, DamagedShardError, direct=direct[chunk.path])
+        finally:
+            buffers.put(buffer)
+
+    def read_all() -> None:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="rabbit-loader") as pool:
+            for _ in pool.map(read, chunks):
+                pass
+
+    return read_all
 
 
 def measure_link(device: torch.device) -> float:

@@ -7,7 +7,8 @@ RabbitError
 │   ├── CompressionUnavailableError          compression and quantised checkpoints: not in this version
 │   ├── DeviceUnavailableError               the device asked for is not on this machine
 │   ├── AttentionUnavailableError            the attention implementation asked for does not work here
-│   └── BudgetError                          the memory budget is below the smallest that can work
+│   ├── BudgetError                          the memory budget is below the smallest that can work
+│   └── PromptTooLongError                   more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)          an optional package is not installed
 ├── CheckpointError                          the source of the weights
 │   ├── CheckpointNotFoundError              no such repo, revision or folder, or nothing to load in it
@@ -27,6 +28,8 @@ RabbitError
 └── StreamingError (RuntimeError)            while a model is loaded
     ├── WeightNotLoadedError                 a weight was used while it was away
     ├── ModelClosedError                     the model was used after close()
+    ├── QueueFullError                       a session has as many requests waiting as it takes
+    ├── SessionClosedError                   a session was used after close()
     ├── TextTooLongError                     a position past those that a converted model computes right
     └── UnsupportedOperationError            something a streamed model cannot do
         ├── CannotMoveError                  to(), cuda(), half(), to_empty() ...
@@ -77,6 +80,10 @@ class BudgetError(ConfigurationError):
     def __init__(self, message: str, smallest_bytes: int = 0) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class PromptTooLongError(ConfigurationError):
+    """A prompt and its answer are longer than the model's positions, or than the memory for its cache allows."""
 
 
 class MissingExtraError(RabbitError, ImportError):
@@ -153,6 +160,18 @@ class WeightNotLoadedError(StreamingError):
 
 class ModelClosedError(StreamingError):
     """The model was used after `close()` or the end of its `with` block."""
+
+
+class QueueFullError(StreamingError):
+    """A session has as many requests waiting as it takes; one is likely to be done in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class SessionClosedError(StreamingError):
+    """A session was used after `close()`, or closed before the answer was there."""
 
 
 class TextTooLongError(StreamingError):

@@ -42,7 +42,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.planner import Plan
 from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
-from rabbit_engine.streaming import ExpertsAway, Profile, Streamer, adapts_routed, move
+from rabbit_engine.streaming import ExpertsAway, PassProgress, Profile, Streamer, adapts_routed, move
 from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.units import format_bytes, format_rate
 
@@ -70,6 +70,11 @@ class StreamingMixin:
     def profile(self) -> Profile:
         """Passes, units, bytes and seconds since the model was loaded."""
         return self._assembly.streamer.profile()
+
+    @property
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now, for another thread to show; None between passes."""
+        return self._assembly.binding.progress()
 
     @property
     def active_attention_implementation(self) -> str:

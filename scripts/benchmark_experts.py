@@ -21,7 +21,8 @@ import typer
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rabbit_engine import AutoModel, assembly
-from rabbit_engine.benchmark import Record, as_markdown, direct_reads, interleaved
+from rabbit_engine.benchmark import Record, as_markdown, interleaved
+from rabbit_engine.budget import direct_reads
 from rabbit_engine.demo import wheel_file
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.sketch import Cut

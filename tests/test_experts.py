@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections import Counter
@@ -13,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import smallest
 from transformers import AutoModelForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from rabbit_engine import errors
 from rabbit_engine.expertsplan import ExpertsPlan
 from rabbit_engine.planner import place
-from rabbit_engine.streaming import ExpertCache, ExpertLayer, Streamer, Trace, make_unit, routed
+from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExperts, Streamer, Trace, make_unit, route, routed
 from rabbit_engine.streaming.reader import shared_reader
 from rabbit_engine.streaming.rings import PlainRing
 from rabbit_engine.streaming.unit import Extent
@@ -29,6 +31,7 @@ from rabbit_engine.tensorfiles import read_header, write_aligned
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 SPARSE += ["phimoe", "glm4_moe", "jamba"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+FLAGS = inspect.signature(use_experts_implementation).parameters
 EAGER_BOUND = 2e-5
 """float32 logits against `experts_implementation="eager"`, which sums in another order; the largest seen was 1.7e-5, in
 transformers' own as well."""
@@ -260,10 +263,23 @@ def test_the_plan_gives_a_range_and_holds(own_checkpoint: Any, streamed: Any, id
     assert plan.device_bytes + plan.staging_bytes <= int(plan.budget.device_bytes)
 
 
-def test_a_class_without_the_interface_is_streamed_whole_and_the_plan_says_so(checkpoint: Any, streamed: Any) -> None:
+def test_a_class_without_the_interface_moves_whole_and_the_plan_says_so(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama4"))
     assert not model.plan.experts.layers
     assert any("Llama4TextExperts" in note and "whole" in note for note in model.plan.notes), model.plan.notes
+
+
+def test_jetmoe_moves_whole_too(tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "kv_channels": 8}
+    config = transformers.JetMoeConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    transformers.JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    model = streamed(tmp_path)
+    experts = [note for note in model.plan.notes if "whole" in note]
+    assert len(experts) == 1
+    assert "JetMoeParallelExperts" in experts[0]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(tmp_path)(ids).logits)
 
 
 def failing(model: Any, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> Counter[str]:
@@ -394,6 +410,67 @@ def test_a_streamed_weight_names_itself(checkpoint: Any, streamed: Any) -> None:
     weight = streamed(checkpoint("mixtral")).model.layers[0].mlp.experts.gate_up_proj
     with pytest.raises(errors.WeightNotLoadedError, match=r"layers\.0\.mlp\.experts\.gate_up_proj"):
         weight.sum()
+
+
+def experts_module(flags: dict[str, bool], count: int = 6, hidden: int = 32, width: int = 64) -> Any:
+    """A module as the interface's decorator makes it, of random float32 weights; its implementation is transformers' default."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = config.num_local_experts, torch.nn.functional.silu
+            rows = 2 * width if flags.get("has_gate", True) else width
+            first = "gate_up_proj" if flags.get("has_gate", True) else "up_proj"
+            for name, shape in ((first, (rows, hidden)), ("down_proj", (hidden, width))):
+                kept = shape[::-1] if flags.get("is_transposed") else shape
+                setattr(self, name, torch.nn.Parameter(0.2 * torch.randn(count, *kept), requires_grad=False))
+                if flags.get("has_bias"):
+                    setattr(self, f"{name}_bias", torch.nn.Parameter(torch.randn(count, shape[0]), requires_grad=False))
+            self.post_expert_norm = torch.nn.LayerNorm(hidden)
+
+        def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            raise AssertionError("the interface computes")
+
+    config = transformers.MixtralConfig(num_local_experts=count)
+    config._experts_implementation = "grouped_mm"
+    module: Any = use_experts_implementation(Experts, **flags)(config)
+    return module
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"has_gate": False},
+        {"has_bias": True},
+        {"is_transposed": True},
+        {"is_transposed": True, "has_bias": True, "is_concatenated": False},
+        {"has_gate": False, "is_transposed": True, "has_bias": True},
+        *([{"has_post_expert_norm": True}] if "has_post_expert_norm" in FLAGS else []),  # not in the oldest transformers
+    ],
+    ids=str,
+)
+def test_every_flag_of_the_interface_is_honoured(flags: dict[str, bool], tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    module = experts_module(flags)
+    path, stacks = tmp_path / "experts.safetensors", dict(module.named_parameters(recurse=False))
+    write_aligned(path, {f"layer.{name}": stack.data for name, stack in stacks.items()}, {})
+    entries = [t for t in read_header(path, errors.DamagedShardError).tensors if not t.name.startswith("__pad__")]
+    units = [make_unit(f"layer[{index}]", [entry.rows(index, index + 1) for entry in entries]) for index in range(6)]
+    slot, cpu = max(unit.nbytes for unit in units), torch.device("cpu")
+    ring = PlainRing(cpu, 4 * slot, Trace())
+    cache = ExpertCache([ExpertLayer("layer", units, 2, 2)], ring, 4, slot)
+    streamer = Streamer([], ring, 0, experts=cache)
+    states, weights = torch.randn(20, 32), torch.rand(20, 2)
+    indices = torch.rand(20, 6).topk(2).indices
+    with torch.no_grad():
+        expected = module(states, indices, weights)
+        for name in stacks:
+            delattr(module, name)
+        route(module, RoutedExperts("layer", units, cache, Binding(streamer, cpu, Trace())))
+        for _ in range(2):
+            assert torch.equal(module(states, indices, weights), expected)
+    streamer.close()
 
 
 # The cache alone: two tiers on one device, as a GPU has them.

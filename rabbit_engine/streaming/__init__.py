@@ -2,9 +2,11 @@
 
 from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
 from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
+from rabbit_engine.streaming.convoy import Convoy, Dice, Rider, rider_on, share_products
 from rabbit_engine.streaming.experts import ExpertCache, ExpertLayer
 from rabbit_engine.streaming.placeholder import ExpertsAway, Placeholder, placeholder_for
 from rabbit_engine.streaming.profile import ExpertsProfile, Profile, UnitProfile
+from rabbit_engine.streaming.progress import PassProgress
 from rabbit_engine.streaming.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
 from rabbit_engine.streaming.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.rows import EmbeddingRows
@@ -15,14 +17,18 @@ from rabbit_engine.streaming.unit import Unit, make_unit, row_blocks
 __all__ = [
     "STAGING_BYTES",
     "Binding",
+    "Convoy",
+    "Dice",
     "EmbeddingRows",
     "ExpertCache",
     "ExpertLayer",
     "ExpertsAway",
     "ExpertsProfile",
     "LinearBlocks",
+    "PassProgress",
     "Placeholder",
     "Profile",
+    "Rider",
     "Ring",
     "RoutedExperts",
     "RowBlock",
@@ -41,9 +47,11 @@ __all__ = [
     "move",
     "pin",
     "placeholder_for",
+    "rider_on",
     "route",
     "row_blocks",
     "seats_of",
+    "share_products",
     "unpin",
     "write_chrome_trace",
 ]

@@ -9,16 +9,19 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import nn
 from tqdm import tqdm
 
 from rabbit_engine.errors import CannotTrainError
+from rabbit_engine.streaming.convoy import rider_on
 from rabbit_engine.streaming.placeholder import placeholder_for
+from rabbit_engine.streaming.progress import PassProgress
 from rabbit_engine.streaming.streamer import Streamer
 from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Unit
@@ -95,19 +98,34 @@ class BoundUnit:
 
 
 class Binding:
-    """All bound units of a model, and the one lock under which its forwards run."""
+    """All bound units of a model, and the one lock under which its forwards run.
 
-    def __init__(self, streamer: Streamer, device: torch.device, trace: Trace, *, show_progress: bool = False) -> None:
+    A pass is a thread's own, or that of a convoy, whose riders are as many flows in one thread.
+    """
+
+    def __init__(
+        self,
+        streamer: Streamer,
+        device: torch.device,
+        trace: Trace,
+        *,
+        layers: Sequence[str] = (),
+        show_progress: bool = False,
+    ) -> None:
         self._streamer = streamer
         self._device = device
         self._trace = trace
         self._bytes = {unit.name: unit.nbytes for unit in streamer.units}
         self._units: dict[str, BoundUnit] = {}
         self._lock = threading.RLock()
-        self._inside = False
-        self._sequences = 1
+        self._sequences: dict[Any, int] = {}
+        """How many sequences the pass of each flow has; a flow is a greenlet, every thread's own is one."""
+
         self._show_progress = show_progress
         self._bar: tqdm[Any] | None = None
+        self._layers = layers
+        self._layer_of = {name: _layer_of(name, layers) for name in self._bytes}
+        self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
         self.on_pass: Callable[[float], None] = lambda _: None
 
     def bind(self, module: nn.Module, unit: Unit, seats: Mapping[str, Sequence[Seat]]) -> None:
@@ -144,6 +162,10 @@ class Binding:
                 self._release(unit.name)
 
     def _acquire(self, name: str) -> tuple[int, torch.Tensor]:
+        rider = rider_on(self)
+        if rider is not None:
+            rider.await_unit(name)
+        self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
             return self._streamer.acquire(name)
 
@@ -153,6 +175,17 @@ class Binding:
             self._bar.set_postfix_str(name, refresh=False)
             self._bar.update(self._bytes[name])
         return gone
+
+    def hold(self, name: str) -> None:
+        """Bring a unit for all riders of a convoy."""
+        self._layer = max(self._layer, self._layer_of[name])
+        with self._trace.span("wait", name):
+            self._streamer.acquire(name)
+
+    def let_go(self, name: str) -> None:
+        """They have all gone on from it."""
+        if self._release(name) and name in self._units:
+            self._units[name].take_away()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -169,34 +202,65 @@ class Binding:
             yield
         self._streamer.count_compute(name, time.perf_counter() - start)
 
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now; None between passes. Any thread may ask."""
+        began = self._began_s
+        if not began:
+            return None
+        read = self._streamer.profile().bytes_read - self._read_before
+        elapsed = time.perf_counter() - began
+        return PassProgress(self._layer, len(self._layers), max(0, read), elapsed, self._last_pass_s)
+
     def length_of(self, tokens: int) -> int:
         """How long each sequence of this pass is, of so many tokens in all."""
-        return tokens // self._sequences if tokens % self._sequences == 0 else tokens
+        sequences = self._sequences.get(getcurrent(), 1)
+        return tokens // sequences if tokens % sequences == 0 else tokens
 
     @contextmanager
     def root_pass(self, sequences: int = 1) -> Iterator[None]:
         """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
         self._streamer.require_open()
-        with self._lock:
-            start, outermost = time.perf_counter(), not self._inside
+        flow, rider = getcurrent(), rider_on(self)
+        if flow in self._sequences:  # a part of the model, within the model's own
+            yield
+            return
+        if rider is not None:
+            rider.await_pass()
+        with nullcontext() if rider is not None else self._pass():
             try:
-                if outermost:
-                    self._inside, self._sequences = True, sequences
-                    self._begin()
+                self._sequences[flow] = sequences
                 yield
             finally:
-                if outermost:
-                    self._inside, self._sequences = False, 1
-                    self._end(time.perf_counter() - start)
+                self._sequences.pop(flow, None)
+                if rider is not None:
+                    rider.begin_own_time()
+
+    def convoy_pass(self) -> AbstractContextManager[None]:
+        """The pass of all riders of a convoy."""
+        return self._pass()
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        self._streamer.require_open()
+        with self._lock:
+            start = time.perf_counter()
+            try:
+                self._begin()
+                yield
+            finally:
+                self._end(time.perf_counter() - start)
 
     def _begin(self) -> None:
         self._streamer.require_open()
         self._take_all_away()
+        self._layer, self._read_before = 0, self._streamer.profile().bytes_read
+        self._began_s = time.perf_counter()
         if self._show_progress:
             total = sum(self._bytes.values())
             self._bar = _Bar(desc="layers", total=total, leave=False, unit="B", unit_scale=True, unit_divisor=1000)
 
     def _end(self, seconds: float) -> None:
+        self._began_s, self._last_pass_s = 0.0, seconds
         self._take_all_away()
         if self._bar is not None:
             self._bar.close()
@@ -214,6 +278,11 @@ class Binding:
         with self._lock:
             for bound in self._units.values():
                 bound.forget()
+
+
+def _layer_of(unit: str, layers: Sequence[str]) -> int:
+    """Which layer, from 1, the unit is a part of; 0 for what belongs to none."""
+    return next((index for index, layer in enumerate(layers, 1) if f"{unit}.".startswith(f"{layer}.")), 0)
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -16,6 +17,10 @@ import torch
 
 MOST_SPANS = 200_000
 """Older ones are forgotten: about 30 MB."""
+
+
+MOST_RECENT = 4_000
+"""So many are looked at when the newest are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +43,40 @@ class Trace:
         self._device_origin: torch.cuda.Event | None = None
         self._spans: deque[tuple[str, str, Any, Any, int]] = deque(maxlen=MOST_SPANS)
         self._lock = threading.Lock()
-        if on and device is not None and device.type == "cuda":
+        if on:
+            self.start(device)
+
+    def start(self, device: torch.device | None = None) -> None:
+        """Record from now on. On a CUDA device its clock is set beside ours once."""
+        if device is not None and device.type == "cuda" and self._device_origin is None:
             torch.cuda.synchronize(device)
             self._device_origin = self.device_mark(torch.cuda.current_stream(device))
             torch.cuda.synchronize(device)
             self._origin = time.perf_counter()
+            self.clear()
+        self.on = True
+
+    def stop(self) -> None:
+        """Record no more, and forget what was recorded."""
+        self.on = False
+        self.clear()
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the trace began."""
+        return time.perf_counter() - self._origin
+
+    def recent(self, seconds: float) -> list[Span]:
+        """What was recorded in the last `seconds`, the newest first."""
+        since, found = self.now_s - seconds, []
+        with self._lock:
+            newest = list(itertools.islice(reversed(self._spans), MOST_RECENT))
+        for lane, name, start, end, nbytes in newest:
+            span = Span(lane, name, self._seconds(start), self._seconds(end), nbytes)
+            if span.end_s < since:
+                break
+            found.append(span)
+        return found
 
     @contextmanager
     def span(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:

@@ -1,0 +1,94 @@
+"""`rabbit doctor`: what this machine has, what to do about it, and what would run here at what pace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rabbit_engine import __version__
+from rabbit_engine.diskrate import ROUNDS, SAMPLE_BYTES
+from rabbit_engine.doctor import Diagnosis, Finding, examine, find_folder
+from rabbit_engine.pace import Pace
+from rabbit_engine.units import format_bytes, format_rate, format_seconds
+
+_QUICK_BYTES, _QUICK_ROUNDS = SAMPLE_BYTES // 4, 3
+_NOTES = (
+    "From: the least memory, with a text of 1024 tokens. A range: with every expert cached that can be, to none. "
+    "4-bit: what a checkpoint of 4.5 bits a weight would take to move; this version does not run such."
+)
+_COLOURS = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where weights would lie; the default is the Hugging Face cache.", show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read 256 MiB three times, not 1 GiB five times.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check versions, devices and memory, measure the disk and the link, and say what to do and what would run at what pace.
+
+    Reads a large file that lies in the folder, else writes a scratch file of 1 GiB there, which is deleted. Exit code 1 where
+    models cannot run.
+    """
+    place = find_folder(folder)
+    with Console(stderr=True).status(f"reading from the disk of {place} ..."):
+        found = examine(place, *((_QUICK_BYTES, _QUICK_ROUNDS) if quick else (SAMPLE_BYTES, ROUNDS)))
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _print(found)
+    if not found.can_run:
+        raise typer.Exit(1)
+
+
+def _print(found: Diagnosis) -> None:
+    console = Console(highlight=False)
+    console.print(_findings_table(found.findings))
+    if not found.paces:
+        return
+    console.print()
+    console.print(_paces_table(found))
+    console.print(_NOTES)
+    large = [pace.model for pace in found.paces if pace.weights_bytes > found.disk_free_bytes]
+    if large:
+        console.print(f"Larger than the {format_bytes(found.disk_free_bytes)} that are free in the folder: {', '.join(large)}.")
+
+
+def _findings_table(findings: tuple[Finding, ...]) -> Table:
+    table = Table(title=f"rabbit {__version__}", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        words = Text(finding.value)
+        if finding.advice:
+            words.append(f"\n-> {finding.advice}", style="bold")
+        table.add_row(Text(finding.status, style=_COLOURS[finding.status]), finding.name, words)
+    return table
+
+
+def _paces_table(found: Diagnosis) -> Table:
+    rate = f"{format_rate(found.speeds.disk, 1)} ({found.speeds.source})"
+    title = f"bf16 on {found.device}, in what memory is free now, from a disk of {rate}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("model", "weights", "from", "a token, about", "bound", "4-bit would"):
+        table.add_column(name)
+    for pace in found.paces:
+        table.add_row(*_pace_row(pace))
+    return table
+
+
+def _pace_row(pace: Pace) -> tuple[str, ...]:
+    bounds = pace.token_s or ()
+    token = " - ".join(dict.fromkeys(map(format_seconds, bounds)))
+    four_bit = "-" if pace.four_bit_token_s is None else format_seconds(pace.four_bit_token_s) if pace.four_bit_token_s else "fit"
+    sizes = [f"{count / 1e9:.3g} GB" for count in (pace.weights_bytes, pace.smallest_bytes, pace.four_bit_bytes)]
+    return pace.model, sizes[0], sizes[1], token or "-", pace.bound, f"{four_bit} ({sizes[2]})"

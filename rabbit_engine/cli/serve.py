@@ -1,0 +1,112 @@
+"""`rabbit serve MODEL`: an OpenAI-compatible service on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from rabbit_engine.cli.run import parse_memory
+from rabbit_engine.errors import ConfigurationError, MissingExtraError
+from rabbit_engine.model import AutoModel
+from rabbit_engine.sessions import Session
+
+DEFAULT_TOKENS = 4096
+"""Memory is set aside for so many tokens where nobody bounds it."""
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A repo id, a folder, or a .gguf file.")],
+    host: Annotated[str, typer.Option(help="Where to listen; other than this machine's own addresses want a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers under way at a time; memory may allow fewer.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")] = 64,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of all texts under way, to set memory aside for: 4096, but with --max-memory none."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer for which nobody says a number.")] = 1024,
+    overflow: Annotated[str, typer.Option(help="refuse prompts that are too long, or truncate them.")] = "refuse",
+    share_products: Annotated[
+        bool, typer.Option(help="Compute the texts of a pass together: faster on a CPU, but no longer bit for bit the same.")
+    ] = False,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may use the service.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="What weights may take: 8GiB, or 0=8GiB,cpu=24GiB.")] = None,
+    attn: Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.")] = "auto",
+    saving_path: Annotated[Path | None, typer.Option(help="Where the shards go; the default is beside the checkpoint.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repository brings.")] = False,
+) -> None:
+    """Serve MODEL to any OpenAI client, streamed from disk; every pass over the weights serves all that are waiting."""
+    try:
+        from rabbit_engine.server import listen
+    except ImportError as error:
+        raise MissingExtraError("rabbit serve needs the extra serve: pip install rabbit_engine[serve]") from error
+
+    key = read_key(api_key_file)
+    listen.check_exposure(host, key)
+    listen.check_port(host, port)
+    with (
+        AutoModel.from_pretrained(
+            model,
+            device=device,
+            dtype=dtype,
+            max_memory=parse_memory(max_memory),
+            max_seq_len=max_seq_len if max_seq_len or max_memory else DEFAULT_TOKENS,
+            attn_implementation=attn,
+            layer_shards_saving_path=saving_path,
+            gguf_file=gguf_file,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        ) as streamed,
+        Session(
+            streamed,
+            max_requests=max_requests,
+            max_queue=max_queue,
+            max_new_tokens=max_new_tokens,
+            overflow=parse_overflow(overflow),
+            exact=not share_products,
+        ) as session,
+    ):
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(str(streamed.plan), highlight=False)
+        listen.run(
+            session,
+            name or model,
+            host=host,
+            port=port,
+            api_key=key,
+            origins=allow_origin or [],
+            on_ready=lambda url: console.print(f"{name or model}: {url} (a page to chat with), {url}v1", highlight=False),
+        )
+
+
+def parse_overflow(text: str) -> Literal["refuse", "truncate"]:
+    """One of the two words. Raises ConfigurationError."""
+    if text == "refuse":
+        return "refuse"
+    if text == "truncate":
+        return "truncate"
+    raise ConfigurationError(f"--overflow {text}: it is refuse or truncate")
+
+
+def read_key(path: Path | None) -> str | None:
+    """The first line of a file. Raises ConfigurationError where there is none."""
+    if path is None:
+        return None
+    try:
+        key = path.read_text("utf-8").split("\n", 1)[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from error
+    if not key:
+        raise ConfigurationError(f"--api-key-file {path} begins with an empty line: put the key there")
+    return key

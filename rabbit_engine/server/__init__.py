@@ -1,0 +1,1 @@
+"""An OpenAI-compatible service over a session. Needs the extra `serve`."""

@@ -1,0 +1,201 @@
+"""Requests into a session and its events into answers, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rabbit_engine.server import wire as words
+from rabbit_engine.server.errors import RequestError, as_request_error
+from rabbit_engine.server.metrics import Metrics
+from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
+from rabbit_engine.server.wire import Wire
+from rabbit_engine.sessions import Embedder, Events, Piece, Reply, Request, Session, encode_text
+
+SILENCE_S = 10.0
+"""A stream says that it is alive after so many seconds without a token."""
+
+
+class Answering:
+    """One model's answers."""
+
+    def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics) -> None:
+        self._session, self._name, self._embedder, self._metrics = session, name, embedder, metrics
+
+    async def chat_requests(self, asked: ChatRequest) -> list[Request]:
+        """The prompt, as often as answers are asked for. Raises for what cannot be."""
+        asked.refuse_unsupported()
+        options = {**asked.template(), **asked.options()}
+        request = await asyncio.to_thread(self._session.request, asked.conversation(), **options)
+        return _copies([request], asked.choices)
+
+    async def text_requests(self, asked: CompletionRequest) -> list[Request]:
+        """The same for texts."""
+        asked.refuse_unsupported()
+        options = asked.options()
+        found = [await asyncio.to_thread(self._session.request_text, prompt, **options) for prompt in asked.prompts]
+        return _copies(found, asked.choices)
+
+    def events(self, requests: Sequence[Request]) -> Events:
+        """Ask for them now. Raises QueueFullError."""
+        return self._session.events(requests)
+
+    async def chat(self, asked: ChatRequest, events: Events, count: int) -> dict[str, Any]:
+        """A whole chat answer."""
+        wire, replies = Wire("chat.completion", self._name, self._session.model.tokenizer), await self._replies(events, count)
+        choices = []
+        for index, reply in enumerate(replies):
+            text, calls = parse_calls(reply.text, asked.tool_names) if asked.tool_names else (reply.text, [])
+            choices.append(words.chat_choice(wire, index, reply, text, calls))
+        return wire.body(choices, replies)
+
+    async def text(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> dict[str, Any]:
+        """A whole completion."""
+        wire = Wire("text_completion", self._name, self._session.model.tokenizer)
+        replies = await self._replies(events, len(requests))
+        choices = [self._text_choice(wire, asked, requests[index], index, reply) for index, reply in enumerate(replies)]
+        return {**wire.body(choices, replies), "usage": words.usage_of_prompts(replies, asked.choices)}
+
+    def _text_choice(self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply) -> dict[str, Any]:
+        logprobs = None if reply.logprobs is None else wire.legacy_logprobs(reply.logprobs)
+        text = self._echo(asked, request) + reply.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": words.reason(reply)}
+
+    def _echo(self, asked: CompletionRequest, request: Request) -> str:
+        return str(self._session.model.tokenizer.decode(request.prompt.ids, skip_special_tokens=True)) if asked.echo else ""
+
+    async def _replies(self, events: Events, count: int) -> list[Reply]:
+        found: dict[int, Reply] = {}
+        async with aclosing(events) as heard:
+            async for index, event in heard:
+                if isinstance(event, Reply):
+                    found[index] = event
+                    self._metrics.count_reply(event)
+        return [found[index] for index in range(count)]
+
+    async def chat_stream(self, asked: ChatRequest, events: Events, count: int) -> AsyncIterator[str]:
+        """A chat answer as it comes."""
+        wire = Wire("chat.completion", self._name, self._session.model.tokenizer)
+        for index in range(count):
+            yield words.chat_delta(wire, index, {"role": "assistant", "content": ""})
+        held = dict.fromkeys(range(count), "")
+        replies: list[Reply] = []
+        async for chunk in self._alive(events):
+            if isinstance(chunk, str):
+                yield chunk
+                continue
+            index, event = chunk
+            if isinstance(event, Reply):
+                replies.append(event)
+                text, calls = parse_calls(held[index], asked.tool_names) if held[index] else ("", [])
+                for delta in _last_deltas(text, calls):
+                    yield words.chat_delta(wire, index, delta)
+                yield words.chat_delta(wire, index, {}, ended="tool_calls" if calls else words.reason(event))
+            elif asked.tool_names and may_be_call(held[index] + event.text):
+                held[index] += event.text
+            elif held[index] or event.text or event.logprob is not None:
+                text, held[index] = held[index] + event.text, ""
+                yield words.chat_delta(wire, index, {"content": text}, event)
+        if asked.wants_usage:
+            yield wire.chunk(counts=words.usage(replies))
+        yield words.LAST_CHUNK
+
+    async def text_stream(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> AsyncIterator[str]:
+        """A completion as it comes."""
+        wire = Wire("text_completion", self._name, self._session.model.tokenizer)
+        replies: list[Reply] = []
+        lengths = dict.fromkeys(range(len(requests)), 0)
+        for index, request in enumerate(requests):
+            if echo := self._echo(asked, request):
+                yield wire.chunk({"index": index, "text": echo, "logprobs": None, "finish_reason": None})
+        async for chunk in self._alive(events):
+            if isinstance(chunk, str):
+                yield chunk
+                continue
+            index, event = chunk
+            if isinstance(event, Reply):
+                replies.append(event)
+                yield wire.chunk({"index": index, "text": "", "logprobs": None, "finish_reason": words.reason(event)})
+            elif event.text or event.logprob is not None:
+                logprobs = None if event.logprob is None else wire.legacy_logprobs([event.logprob], lengths[index])
+                lengths[index] += len(event.text)
+                yield wire.chunk({"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": None})
+        if asked.wants_usage:
+            yield wire.chunk(counts=words.usage_of_prompts(replies, asked.choices))
+        yield words.LAST_CHUNK
+
+    async def _alive(self, events: Events) -> AsyncIterator[str | tuple[int, Piece | Reply]]:
+        """The events, a comment after every silence, and an error as the last event a client hears."""
+        pending: asyncio.Task[tuple[int, Piece | Reply]] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(events))
+                done, _ = await asyncio.wait([pending], timeout=SILENCE_S)
+                if not done:
+                    yield words.KEEP_ALIVE
+                    continue
+                index, event = pending.result()
+                pending = None
+                if isinstance(event, Reply):
+                    self._metrics.count_reply(event)
+                yield index, event
+        except StopAsyncIteration:
+            return
+        except Exception as error:  # noqa: BLE001 - the status is sent already
+            yield words.event(as_request_error(error).body())
+        finally:
+            if pending is not None and not pending.done():
+                pending.cancel()
+                with suppress(asyncio.CancelledError, StopAsyncIteration):
+                    await pending
+            await events.aclose()
+
+    async def embed(self, asked: EmbeddingRequest) -> dict[str, Any]:
+        """Vectors of texts. Raises where the model is none that embeds."""
+        embedder, model = self._embedder, self._session.model
+        if embedder is None:
+            raise RequestError(400, f"{self._name} does not embed: it has no files of sentence-transformers", param="model")
+        prompts = [encode_text(model.tokenizer, text) for text in asked.inputs]
+        for ids in prompts:
+            self._session.refuse_longer(ids)
+        futures = [self._session.call(lambda ids=ids: embedder.embed(model, ids), len(ids)) for ids in prompts]  # type: ignore[misc]
+        vectors = [await asyncio.wrap_future(future) for future in futures]
+        encoding = asked.encoding_format or "float"
+        data = [
+            {"object": "embedding", "index": index, "embedding": words.vector(_cut(found, asked.dimensions), encoding)}
+            for index, found in enumerate(vectors)
+        ]
+        tokens = sum(map(len, prompts))
+        return {"object": "list", "data": data, "model": self._name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def _copies(requests: Sequence[Request], count: int) -> list[Request]:
+    """Each so many times; the copies of a seeded one draw otherwise."""
+    return [_reseeded(request, index) for request in requests for index in range(count)]
+
+
+def _reseeded(request: Request, index: int) -> Request:
+    seed = request.options.seed
+    return request if seed is None else replace(request, options=replace(request.options, seed=seed + index))
+
+
+def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, Any]]:
+    if text:
+        yield {"content": text}
+    for index, call in enumerate(calls):
+        yield {"tool_calls": [{"index": index, **words.tool_call(call)}]}
+
+
+def _cut(vector: torch.Tensor, dimensions: int | None) -> list[float]:
+    """Its first dimensions, of length 1 again; for models that were trained to be cut (Matryoshka)."""
+    if dimensions is None:
+        return [float(value) for value in vector]
+    if dimensions > len(vector):
+        raise RequestError(400, f"dimensions is {dimensions}, the model's vectors have {len(vector)}", param="dimensions")
+    return [float(value) for value in torch.nn.functional.normalize(vector[:dimensions], dim=0)]

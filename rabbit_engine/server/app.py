@@ -1,0 +1,259 @@
+"""The service: OpenAI's interface over HTTP, and a page to look at it with."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from rabbit_engine import __version__
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.server.answering import Answering
+from rabbit_engine.server.errors import RequestError, as_request_error
+from rabbit_engine.server.lanes import Lanes
+from rabbit_engine.server.metrics import Metrics
+from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
+from rabbit_engine.server.wire import event
+from rabbit_engine.sessions import Session, find_embedder
+
+logger = logging.getLogger(__name__)
+
+MOST_BODY_BYTES = 8 * 2**20
+_OPEN_PATHS = ("/", "/health")
+_LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost"
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raise ConfigurationError for a server that others could use without a key."""
+    if api_key is None and not is_loopback(host):
+        raise ConfigurationError(
+            f"a server on {host} could be used by everybody who reaches this machine: give it a key with --api-key-file, "
+            "or listen on 127.0.0.1"
+        )
+
+
+def create_app(
+    session: Session, name: str, *, api_key: str | None = None, origins: Sequence[str] = (), local: bool = True
+) -> FastAPI:
+    """The application; `name` is what clients call the model. `local` answers only to names of this machine, so that no web
+    page can reach it under a name of its own; `origins` are the pages that may use it from a browser."""
+    service = _Service(session, name, api_key)
+    hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
+    app.middleware("http")(service.admit)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    if local and api_key is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL_HOSTS, www_redirect=False)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.get("/")(service.page)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.show_metrics)
+    app.get("/plan")(service.plan)
+    app.get("/lanes")(service.show_lanes)
+    app.get("/v1/models")(service.models)
+    app.get("/v1/models/{model:path}")(service.model)
+    app.post("/v1/chat/completions")(service.chat)
+    app.post("/v1/completions")(service.complete)
+    app.post("/v1/embeddings")(service.embed)
+    app.post("/load_model")(service.load)
+    return app
+
+
+class _Service:
+    def __init__(self, session: Session, name: str, api_key: str | None) -> None:
+        self._session, self._name, self._api_key = session, name, api_key
+        self._created = int(time.time())
+        self._metrics = Metrics(session)
+        self._lanes = Lanes(session)
+        self._answering = Answering(session, name, find_embedder(session.model), self._metrics)
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """While it serves. At its end answers under way are cancelled; the session and the model stay the caller's."""
+        yield
+        self._lanes.stop()
+
+    async def admit(self, request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Ask for the key, count the request, and answer whatever went wrong."""
+        try:
+            self._check_key(request)
+            response = await go_on(request)
+        except Exception as error:  # noqa: BLE001 - nothing that a client sends may end the server
+            response = _answer_error(error)
+        route = request.scope.get("route")
+        self._metrics.count_request(getattr(route, "path", "other"), response.status_code)
+        return response
+
+    def _check_key(self, request: Request) -> None:
+        if self._api_key is None or request.url.path in _OPEN_PATHS or request.method == "OPTIONS":
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
+            raise RequestError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def page(self) -> HTMLResponse:
+        """The page to chat with."""
+        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(files("rabbit_engine.server").joinpath("page.html").read_text("utf-8"), headers=headers)
+
+    async def health(self) -> JSONResponse:
+        """Whether it can answer."""
+        closed = self._session.model._assembly.streamer.closed
+        body = {"status": "closed" if closed else "ok", "model": self._name, "running": self._session.running}
+        return JSONResponse({**body, "waiting": self._session.waiting}, 503 if closed else 200)
+
+    async def show_metrics(self) -> PlainTextResponse:
+        """For Prometheus."""
+        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def plan(self) -> dict[str, Any]:
+        """What was decided for the model."""
+        plan = self._session.model.plan
+        return {
+            "model": self._name,
+            "rows": [list(row) for row in plan.rows()],
+            "pass_bytes": plan.pass_bytes,
+            "version": __version__,
+        }
+
+    async def show_lanes(self, seconds: float = 10.0) -> dict[str, Any]:
+        """What the disk, the copies and the computing did in the last seconds, and where the pass is."""
+        return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), 60.0))
+
+    async def models(self) -> dict[str, Any]:
+        """The one there is."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """The card of a model."""
+        self._check_model(model)
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "rabbit_engine",
+            "max_model_len": self._session.most_tokens,
+        }
+
+    def _check_model(self, asked: str) -> None:
+        if asked not in (self._name, self._name.rpartition("/")[2]) and asked.partition("@")[0] != self._name:
+            raise RequestError(404, f"the model {asked!r} is not here; {self._name!r} is", code="model_not_found", param="model")
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        asked = await self._parse(ChatRequest, request)
+        requests = await self._answering.chat_requests(asked)
+        events = self._answering.events(requests)
+        if asked.stream:
+            return _stream(self._answering.chat_stream(asked, events, len(requests)))
+        return await _whole(request, self._answering.chat(asked, events, len(requests)))
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        asked = await self._parse(CompletionRequest, request)
+        requests = await self._answering.text_requests(asked)
+        events = self._answering.events(requests)
+        if asked.stream:
+            return _stream(self._answering.text_stream(asked, requests, events))
+        return await _whole(request, self._answering.text(asked, requests, events))
+
+    async def embed(self, request: Request) -> Response:
+        """`POST /v1/embeddings`."""
+        return await _whole(request, self._answering.embed(await self._parse(EmbeddingRequest, request)))
+
+    async def load(self, request: Request) -> Response:
+        """`POST /load_model`, which the client of transformers asks for first: it is loaded."""
+        self._check_model(str((await _read_json(request)).get("model", "")))
+        body = event({"status": "ready", "model": self._name, "cached": True})
+        return Response(body, media_type="text/event-stream")
+
+    async def _parse(self, kind: type[Kind], request: Request) -> Kind:
+        asked = parse(kind, await _read_json(request))
+        self._check_model(asked.model)
+        return asked
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    """The body, of a bounded size. Another content type is refused: a page elsewhere could send it unasked."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY_BYTES:
+            raise RequestError(413, f"the body is larger than {MOST_BODY_BYTES} bytes", code="request_too_large")
+    try:
+        found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if not isinstance(found, dict):
+        raise RequestError(400, "the body is no JSON object", code="invalid_json")
+    return found
+
+
+def _stream(chunks: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(
+        chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+
+
+async def _whole(request: Request, work: Any) -> Response:
+    """The answer, unless the client goes away before it is there."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return Response(status_code=499)
+        return JSONResponse(task.result())
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _answer_error(error: Exception) -> Response:
+    found = as_request_error(error)
+    if found.status >= 500:
+        logger.error("a request failed: %s", error, exc_info=error)
+    return found.response()
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """What the framework refuses, in the same words."""
+    status = getattr(error, "status_code", 500)
+    codes = {404: "there is nothing at this path", 405: "this path takes another method"}
+    return RequestError(status, codes.get(status, str(getattr(error, "detail", error)))).response()

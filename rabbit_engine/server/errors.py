@@ -1,0 +1,63 @@
+"""Errors as OpenAI's interface words them: `{"error": {"message", "type", "param", "code"}}` with a status that clients know."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from rabbit_engine.errors import (
+    ConfigurationError,
+    ModelClosedError,
+    PromptTooLongError,
+    QueueFullError,
+    RabbitError,
+    SessionClosedError,
+)
+
+
+class RequestError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+
+    @property
+    def kind(self) -> str:
+        """What OpenAI calls this status's errors."""
+        known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        return known.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """What a client is told of an error: of ours all, of others only that there was one."""
+    match error:
+        case RequestError():
+            return error
+        case QueueFullError():
+            return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
+        case PromptTooLongError():
+            return RequestError(400, str(error), code="context_length_exceeded", param="messages")
+        case ConfigurationError():
+            return RequestError(400, str(error))
+        case SessionClosedError() | ModelClosedError():
+            return RequestError(503, "the server is shutting down", code="shutting_down", retry_after_s=10)
+        case RabbitError():
+            return RequestError(500, str(error))
+        case _:
+            return RequestError(500, f"the server failed ({type(error).__name__}); its log says more")

@@ -1,0 +1,80 @@
+"""What the disk, the copies and the computing do just now: recorded while somebody looks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rabbit_engine.sessions import Session
+
+_IDLE_S = 15.0
+"""Nobody has looked for so long: recording ends."""
+
+
+class Lanes:
+    """The live lanes of a model."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._trace = session.model._assembly.trace
+        self._own = not self._trace.on  # a trace that was on already belongs to somebody else
+        self._lock = threading.Lock()
+        self._looked_s = 0.0
+        self._timer: threading.Timer | None = None
+
+    def show(self, seconds: float) -> dict[str, Any]:
+        """The last seconds: spans by lane as [start, end, name, bytes], in seconds of the trace's clock."""
+        self._look()
+        lanes: dict[str, list[list[Any]]] = {}
+        for span in self._trace.recent(seconds):
+            lanes.setdefault(span.lane, []).append([round(span.start_s, 4), round(span.end_s, 4), span.name, span.nbytes])
+        profile = self._session.model.profile
+        return {
+            "now_s": round(self._trace.now_s, 4),
+            "lanes": [{"lane": lane, "spans": spans} for lane, spans in sorted(lanes.items())],
+            "progress": self._progress(),
+            "running": self._session.running,
+            "waiting": self._session.waiting,
+            "passes": profile.passes,
+            "pass_s": profile.pass_s,
+            "bytes_read": profile.bytes_read,
+        }
+
+    def stop(self) -> None:
+        """Record no more."""
+        with self._lock:
+            self._stop()
+
+    def _progress(self) -> dict[str, Any] | None:
+        found = self._session.progress
+        if found is None:
+            return None
+        named = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read, "elapsed_s": found.elapsed_s}
+        return {**named, "remaining_s": found.remaining_s, "text": str(found)}
+
+    def _look(self) -> None:
+        with self._lock:
+            self._looked_s = time.monotonic()
+            if self._own and not self._trace.on:
+                self._trace.start(self._session.model.device)
+                self._wait()
+
+    def _wait(self) -> None:
+        self._timer = threading.Timer(_IDLE_S, self._end_if_idle)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end_if_idle(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._looked_s >= _IDLE_S:
+                self._stop()
+            elif self._timer is not None:
+                self._wait()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._own:
+            self._trace.stop()

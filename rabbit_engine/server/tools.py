@@ -1,0 +1,53 @@
+"""Tool calls in a model's text, as the commonest chat templates teach models to write them.
+
+<tool_call>{"name": ..., "arguments": {...}}</tool_call>   Qwen, Hermes, SmolLM and others
+[TOOL_CALLS][{"name": ..., "arguments": {...}}]            Mistral (the marker is a special token, and may be gone)
+{"name": ..., "parameters": {...}}                         Llama 3, with or without <|python_tag|> before it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "{", "[{")
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function's name and its arguments, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+def may_be_call(text: str) -> bool:
+    """Whether an answer that begins so may turn out to be a call, so that it must not be sent as text yet."""
+    start = text.lstrip()
+    return not start or any(start.startswith(marker) or marker.startswith(start) for marker in _MARKERS) or "<tool_call>" in text
+
+
+def parse_calls(text: str, names: Sequence[str]) -> tuple[str, list[ToolCall]]:
+    """The text without the calls, and the calls of functions in `names`; a text that holds none comes back as it is."""
+    tagged = list(_TAGGED.finditer(text))
+    if tagged:
+        calls = [call for match in tagged for call in _calls_in(match[1], names)]
+        return (_TAGGED.sub("", text).strip(), calls) if calls else (text, [])
+    bare = text.strip().removeprefix("[TOOL_CALLS]").removeprefix("<|python_tag|>").strip()
+    calls = list(_calls_in(bare, names))
+    return ("", calls) if calls else (text, [])
+
+
+def _calls_in(text: str, names: Sequence[str]) -> Iterator[ToolCall]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    for call in found if isinstance(found, list) else [found]:
+        if isinstance(call, Mapping) and call.get("name") in names:
+            arguments: Any = call.get("arguments", call.get("parameters", {}))
+            yield ToolCall(call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))

@@ -1,0 +1,124 @@
+"""Answers in OpenAI's words."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rabbit_engine.server.tools import ToolCall
+from rabbit_engine.sessions import Piece, Reply, TokenLogprob
+
+_REASONS = {"cancelled": "stop"}
+LAST_CHUNK = "data: [DONE]\n\n"
+KEEP_ALIVE = ": the weights are on their way\n\n"
+"""A comment of the event stream format, which clients skip: a pass may take longer than a proxy waits in silence."""
+
+
+class Wire:
+    """Bodies and chunks of one request: `kind` is "chat.completion" or "text_completion"."""
+
+    def __init__(self, kind: str, model: str, tokenizer: Any) -> None:
+        self._kind, self._tokenizer = kind, tokenizer
+        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def body(self, choices: Sequence[Mapping[str, Any]], replies: Sequence[Reply]) -> dict[str, Any]:
+        """A whole answer."""
+        return {**self._head, "object": self._kind, "choices": list(choices), "usage": usage(replies)}
+
+    def chunk(self, choice: Mapping[str, Any] | None = None, counts: Mapping[str, Any] | None = None) -> str:
+        """One event of a stream."""
+        kind = "chat.completion.chunk" if self._kind == "chat.completion" else self._kind
+        body = {**self._head, "object": kind, "choices": [] if choice is None else [choice]}
+        return event({**body, "usage": counts} if counts is not None else body)
+
+    def logprobs(self, pieces: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """As chats have them: a list of tokens."""
+        return {"content": [self._token(found) for found in pieces], "refusal": None}
+
+    def _token(self, found: TokenLogprob) -> dict[str, Any]:
+        top = [self._spelled(token, logprob) for token, logprob in found.top]
+        return {**self._spelled(found.token, found.logprob), "top_logprobs": top}
+
+    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    def legacy_logprobs(self, pieces: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+        """As completions have them: lists side by side. `offset` is where the first token's text begins."""
+        texts = [self._text(found.token) for found in pieces]
+        starts = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(found.logprob, -9999.0) for found in pieces],
+            "top_logprobs": [{self._text(token): max(value, -9999.0) for token, value in found.top} for found in pieces],
+            "text_offset": starts,
+        }
+
+    def _text(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
+
+
+def event(body: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Token counts. A prompt that is answered several times counts once, as it is given once."""
+    prompt = max((reply.prompt_tokens for reply in replies), default=0)
+    return _usage(prompt, sum(len(reply.tokens) for reply in replies))
+
+
+def usage_of_prompts(replies: Sequence[Reply], choices: int) -> dict[str, Any]:
+    """The same for several prompts, each answered `choices` times."""
+    return _usage(sum(reply.prompt_tokens for reply in replies[::choices]), sum(len(reply.tokens) for reply in replies))
+
+
+def _usage(prompt: int, answer: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def reason(reply: Reply) -> str:
+    """Why the answer ended, in the words clients know."""
+    return _REASONS.get(reply.finish_reason, reply.finish_reason)
+
+
+def chat_choice(wire: Wire, index: int, reply: Reply, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """A choice of a whole chat answer."""
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if calls:
+        message["tool_calls"] = [tool_call(call) for call in calls]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None if reply.logprobs is None else wire.logprobs(reply.logprobs),
+        "finish_reason": "tool_calls" if calls else reason(reply),
+    }
+
+
+def tool_call(call: ToolCall) -> dict[str, Any]:
+    """A call of a function."""
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def chat_delta(wire: Wire, index: int, delta: Mapping[str, Any], piece: Piece | None = None, ended: str | None = None) -> str:
+    """An event of a chat's stream."""
+    found = piece.logprob if piece is not None else None
+    logprobs = None if found is None else wire.logprobs([found])
+    return wire.chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": ended})
+
+
+def vector(values: Sequence[float], encoding: str) -> list[float] | str:
+    """An embedding as numbers, or as base64 of little-endian float32."""
+    return list(values) if encoding == "float" else base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

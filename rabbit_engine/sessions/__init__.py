@@ -1,0 +1,24 @@
+"""Many conversations with one model, each pass of which serves all that are waiting."""
+
+from rabbit_engine.sessions.answer import Piece, Reply
+from rabbit_engine.sessions.embedding import Embedder, find_embedder
+from rabbit_engine.sessions.options import MOST_ALTERNATIVES, Options
+from rabbit_engine.sessions.prompts import Message, encode_text
+from rabbit_engine.sessions.sampling import TokenLogprob
+from rabbit_engine.sessions.session import Events, Request, Session, Ticket
+
+__all__ = [
+    "MOST_ALTERNATIVES",
+    "Embedder",
+    "Events",
+    "Message",
+    "Options",
+    "Piece",
+    "Reply",
+    "Request",
+    "Session",
+    "Ticket",
+    "TokenLogprob",
+    "encode_text",
+    "find_embedder",
+]

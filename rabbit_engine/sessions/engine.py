@@ -1,0 +1,157 @@
+"""One thread that runs the generations of a model in step, and the queue before it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rabbit_engine.errors import QueueFullError, SessionClosedError
+from rabbit_engine.sessions.room import Demand, Room
+from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
+
+
+class Cancelled(BaseException):
+    """Nobody waits for the answer any more. No Exception: nothing in between may take it for an error of its own."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """`work` runs in the engine's thread; `on_end` gets None, or what ended it: called once, in whatever thread that is."""
+
+    work: Callable[[], None]
+    on_end: Callable[[BaseException | None], None]
+    demand: Demand
+    seed: int | None = None
+    rider: Rider | None = field(default=None, repr=False)
+    cancelled: bool = False
+
+
+class Engine:
+    """Serves jobs in their order: each begins with the next pass that there is room for, `most` at a time.
+
+    `queue` more may wait. `exact` gives each the bits it would get alone; without, riders share their matrix products.
+    """
+
+    def __init__(self, model: Any, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
+        self._model, self._room = model, room
+        self._most, self._queue = most, queue
+        binding = model._assembly.binding
+        if not exact:
+            share_products(model, binding)
+        self._convoy = Convoy(binding)
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="rabbit-session", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs that every pass serves."""
+        return len(self._running)
+
+    def submit(self, jobs: Sequence[Job], *, bounded: bool = True) -> None:
+        """Put all of them into the queue, or none. Jobs that can begin at once do not count as waiting.
+
+        Raises QueueFullError if that is `bounded`, or SessionClosedError.
+        """
+        with self._changed:
+            if self._closed:
+                raise SessionClosedError("the session is closed: open another")
+            places = self._queue + max(0, self._most - len(self._running))
+            if bounded and len(self._waiting) + len(jobs) > places:
+                retry = self._seconds_to_a_place()
+                raise QueueFullError(
+                    f"{len(self._running)} requests are answered and {len(self._waiting)} wait, which is as many as may: "
+                    f"try again in {retry:.0f} s, or allow more",
+                    retry,
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """End it: at the next unit that it waits for, or before it begins."""
+        with self._changed:
+            job.cancelled = True
+            if job.rider is not None:
+                job.rider.stop(Cancelled())
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cancel everything and end the thread. Safe to call again."""
+        with self._changed:
+            self._closed = True
+            for job in self._running:
+                if job.rider is not None:
+                    job.rider.stop(SessionClosedError("the session was closed before the answer was there"))
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _seconds_to_a_place(self) -> float:
+        profile = self._model.profile
+        pass_s = profile.pass_s / profile.passes if profile.passes else 1.0
+        fewest = min((job.demand.answer for job in self._running), default=1)
+        return max(1.0, pass_s * fewest / 2)
+
+    def _serve(self) -> None:
+        torch.set_grad_enabled(False)  # for all riders: they share the thread's switch
+        while True:
+            with self._changed:
+                while not (self._closed or self._waiting or self._convoy.riders):
+                    self._changed.wait()
+                if self._closed:
+                    break
+            self._admit()
+            self._run_pass()
+        self._convoy.stop(SessionClosedError("the session was closed before the answer was there"))
+        self._settle()
+        while self._waiting:
+            self._waiting.popleft().on_end(SessionClosedError("the session was closed before the answer was begun"))
+
+    def _admit(self) -> None:
+        """Let jobs begin, in their order, as long as there is room beside those that run."""
+        while (job := self._next()) is not None:
+            dice = Dice(job.seed, self._model.device) if job.seed is not None else None
+            job.rider = self._convoy.add(job.work, dice)
+            if job.cancelled:
+                job.rider.stop(Cancelled())
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft().on_end(Cancelled())
+            if not self._waiting or len(self._running) >= self._most or self._closed:
+                return None
+            demands = [job.demand for job in (*self._running, self._waiting[0])]
+            if self._running and not self._room.fits(demands):
+                return None
+            self._running.append(self._waiting.popleft())
+            return self._running[-1]
+
+    def _run_pass(self) -> None:
+        if self._convoy.riders:
+            try:
+                self._convoy.run_pass()
+            except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: everybody's
+                self._convoy.stop(error)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell those who wait for jobs that are over."""
+        done = [job for job in self._running if job.rider is not None and job.rider.dead]
+        with self._changed:
+            self._running = [job for job in self._running if job not in done]
+        for job in done:
+            job.on_end(job.rider.failure)  # type: ignore[union-attr]

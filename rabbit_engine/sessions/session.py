@@ -1,0 +1,349 @@
+"""`Session`: many conversations with one model, each pass of which serves all that are waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self, TypeVar
+
+import torch
+
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
+from rabbit_engine.sessions.answer import Answer, Piece, Reply, end_tokens, pad_token
+from rabbit_engine.sessions.engine import Cancelled, Engine, Job
+from rabbit_engine.sessions.options import NAMES, Options
+from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
+from rabbit_engine.sessions.room import Demand, measure_room
+from rabbit_engine.streaming import PassProgress
+
+T = TypeVar("T")
+Event = Piece | Reply | BaseException
+Tell = Callable[[int, Event], None]
+Chat = str | Sequence[Message]
+"""A user's words, or messages as `{"role": "user", "content": "..."}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt that fits and what is asked of its answer; `Session.ask` takes it."""
+
+    prompt: Prompt
+    options: Options
+
+
+class Ticket:
+    """A request under way. `cancel()` gives its place up; its end is told with what there is of the answer."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine, self._job = engine, job
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. Any thread may say so, also twice, also when it is over."""
+        self._engine.cancel(self._job)
+
+
+class Events:
+    """What becomes of requests, for one loop: `(index, Piece)` and last `(index, Reply)` of each. What went wrong is raised.
+
+    `aclose()` gives their places up.
+    """
+
+    def __init__(self, session: Session, requests: Sequence[Request]) -> None:
+        self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        self._left = len(requests)
+        self._tickets = session.ask(requests, self._tell)
+
+    def _tell(self, index: int, event: Event) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody hears
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, (index, event))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Piece | Reply]:
+        if not self._left:
+            raise StopAsyncIteration
+        index, event = await self._inbox.get()
+        if isinstance(event, BaseException):
+            await self.aclose()
+            raise event
+        self._left -= isinstance(event, Reply)
+        return index, event
+
+    async def aclose(self) -> None:
+        """Give up what is not over."""
+        self._left = 0
+        _cancel(self._tickets)
+
+
+class Session:
+    """Answers for a loaded model: one thread runs it, any number of threads and coroutines may ask.
+
+    A pass over the weights serves every answer that is under way, and one that is asked for meanwhile joins the next; how
+    many at a time is bounded by `max_requests` and by the memory that is free for their caches. Each gets what
+    `model.generate` would give it alone, bit for bit, whatever its options, on every model that generates.
+
+    Args:
+        model: as `AutoModel.from_pretrained` returned it; it is not closed with the session.
+        max_requests: answers under way at a time.
+        max_queue: requests that may wait beside them; more raise QueueFullError.
+        max_new_tokens: of an answer for which neither the request nor the checkpoint says a number.
+        overflow: what becomes of a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" leaves out the
+            oldest messages (never the system's) or the beginning of a text, and says how much in `Reply.cut_tokens`.
+        exact: False lets the texts of a pass share their matrix products: faster where computing takes longer than moving
+            the weights, but results then differ by rounding from those alone.
+
+    Raises:
+        ConfigurationError: for a model that does not generate, or a wrong argument.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_requests: int = 16,
+        max_queue: int = 64,
+        max_new_tokens: int = 1024,
+        overflow: Overflow = "refuse",
+        exact: bool = True,
+    ) -> None:
+        if not hasattr(model, "_assembly"):
+            raise ConfigurationError("a Session is for a model of rabbit_engine: load it with rabbit_engine.AutoModel")
+        if not model.can_generate():
+            raise ConfigurationError(f"{type(model).__name__} does not generate text")
+        if overflow not in ("refuse", "truncate"):
+            raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
+        if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
+            raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
+        self.model = model
+        self._overflow = overflow
+        self._tokenizing = threading.Lock()  # a tokenizer of the Rust library must not be set up by two threads at a time
+        _settle_padding(model)
+        probe = model._assembly.sketch.probe
+        self._room = measure_room(model.plan, probe, model.device, _positions(model))
+        own = model.generation_config.max_new_tokens
+        self._limits = Limits(self._room.most_tokens, max_new_tokens if own is None else own)
+        self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
+
+    # What most will use.
+
+    def chat(self, messages: Chat, **options: Any) -> Reply:
+        """The answer to a conversation, or to a user's words.
+
+        `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and what the chat template takes,
+        such as `tools`. Raises PromptTooLongError, QueueFullError, ConfigurationError, or what the model raises.
+        """
+        return self._wait_for([self.request(messages, **options)])[0]
+
+    def stream(self, messages: Chat, **options: Any) -> Generator[str, None, Reply]:
+        """The same, piece by piece. Leaving the loop gives the place up. The generator's return value is the Reply."""
+        return self._pieces(self.request(messages, **options))
+
+    def generate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
+        """Continue many texts (or lists of token ids) at once: one pass serves all, the replies come in their order.
+
+        More than `max_requests` take turns; `max_queue` does not bound them.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._wait_for([self.request_text(text, **options) for text in texts], bounded=False)
+
+    async def achat(self, messages: Chat, **options: Any) -> Reply:
+        """`chat`, awaited. A task that is cancelled gives its place up."""
+        request = await asyncio.to_thread(self.request, messages, **options)
+        async with aclosing(self.events([request])) as events:
+            replies = [event async for _, event in events if isinstance(event, Reply)]
+        return replies[0]
+
+    async def astream(self, messages: Chat, **options: Any) -> AsyncIterator[str]:
+        """`stream`, awaited."""
+        request = await asyncio.to_thread(self.request, messages, **options)
+        async with aclosing(self.events([request])) as events:
+            async for _, event in events:
+                if isinstance(event, Piece) and event.text:
+                    yield event.text
+
+    async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
+        """`generate`, awaited."""
+        return await asyncio.to_thread(self.generate, prompts, **options)
+
+    # What a server needs.
+
+    def request(self, messages: Chat, **options: Any) -> Request:
+        """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
+        chosen, template = _split(options)
+        conversation: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        asked = chosen.max_new_tokens
+        with self._tokenizing:
+            prompt = fit_messages(self.model.tokenizer, conversation, self._limits, asked, self._overflow, **template)
+        return Request(prompt, chosen)
+
+    def request_text(self, text: str | Sequence[int], **options: Any) -> Request:
+        """The tokens of a text that is to be continued."""
+        chosen, unknown = _split(options)
+        if unknown:
+            raise ConfigurationError(f"{', '.join(unknown)}: no such option; there are {', '.join(NAMES)}")
+        asked = chosen.max_new_tokens
+        with self._tokenizing:
+            prompt = fit_text(self.model.tokenizer, text, self._limits, asked, self._overflow)
+        return Request(prompt, chosen)
+
+    def ask(self, requests: Sequence[Request], tell: Tell, *, bounded: bool = True) -> list[Ticket]:
+        """Put all of them into the queue, or none: QueueFullError if it is `bounded`.
+
+        `tell(index, event)` is called from the session's thread and must return at once: with pieces, and then once with
+        the Reply or with what went wrong.
+        """
+        jobs = [self._job(request, index, tell) for index, request in enumerate(requests)]
+        self._engine.submit(jobs, bounded=bounded)
+        return [Ticket(self._engine, job) for job in jobs]
+
+    def events(self, requests: Sequence[Request]) -> Events:
+        """Ask for them now, and hear of them in the loop that runs: QueueFullError."""
+        return Events(self, requests)
+
+    def call(self, work: Callable[[], T], tokens: int) -> Future[T]:
+        """Run `work()` in the session's thread, in step with the answers: what it asks of the model shares their passes.
+
+        `tokens` is how long the text is that it computes. Raises QueueFullError.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            future.set_result(work())
+
+        def end(failure: BaseException | None) -> None:
+            if failure is not None:
+                future.set_exception(_own(failure))
+
+        self._engine.submit([Job(run, end, Demand(tokens, 0))])
+        return future
+
+    def refuse_longer(self, ids: Sequence[int]) -> None:
+        """Raise PromptTooLongError for more tokens than there is room for."""
+        if len(ids) > self._limits.most:
+            raise PromptTooLongError(f"{len(ids)} tokens are more than the {self._limits.most} that there is room for")
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self._engine.waiting
+
+    @property
+    def running(self) -> int:
+        """Answers that every pass serves."""
+        return self._engine.running
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a prompt and its answer may have together: the model's positions, or what memory allows."""
+        return self._limits.most
+
+    @property
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now."""
+        found: PassProgress | None = self.model.progress
+        return found
+
+    def close(self) -> None:
+        """Cancel what is under way and end the thread; the model stays open. Safe to call again."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _job(self, request: Request, index: int, tell: Tell) -> Job:
+        prompt = request.prompt
+        answer = Answer(self.model, prompt.ids, request.options, prompt.answer_tokens, partial(tell, index))
+
+        def end(failure: BaseException | None) -> None:
+            if failure is not None and not isinstance(failure, Cancelled):
+                tell(index, _own(failure))
+                return
+            if rest := answer.rest():
+                tell(index, Piece(rest))
+            tell(index, replace(answer.reply(cancelled=failure is not None), cut_tokens=prompt.cut_tokens))
+
+        return Job(answer.run, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
+
+    def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
+        """All replies, in their order; the first failure is raised, and cancels the rest."""
+        inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        replies: dict[int, Reply] = {}
+        tickets = self.ask(requests, lambda index, event: inbox.put((index, event)), bounded=bounded)
+        try:
+            while len(replies) < len(requests):
+                index, event = inbox.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Reply):
+                    replies[index] = event
+        finally:
+            _cancel(tickets)
+        return [replies[index] for index in range(len(requests))]
+
+    def _pieces(self, request: Request) -> Generator[str, None, Reply]:
+        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        tickets = self.ask([request], lambda _, event: inbox.put(event))
+        try:
+            while not isinstance(event := inbox.get(), Reply):
+                if isinstance(event, BaseException):
+                    raise event
+                if event.text:
+                    yield event.text
+            return event
+        finally:
+            _cancel(tickets)
+
+
+def _cancel(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
+
+
+def _own(failure: BaseException) -> BaseException:
+    """Errors of ours as they are; another's with its name, as it comes from inside of the model."""
+    if isinstance(failure, RabbitError | MemoryError | torch.OutOfMemoryError):
+        return failure
+    error = StreamingError(f"the answer failed: {type(failure).__name__}: {first_line(failure)}")
+    error.__cause__ = failure
+    return error
+
+
+def _split(options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """What is ours to decide, and what goes to the chat template."""
+    chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
+    if isinstance(chosen.get("stop"), str):
+        chosen["stop"] = (chosen["stop"],)
+    rest = {name: value for name, value in options.items() if name not in NAMES}
+    try:
+        return Options(**chosen), rest
+    except TypeError as error:
+        raise ConfigurationError(f"an option has a value of the wrong type: {error}") from error
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions the model was made for, or computes right."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    converted = model._prepared.architecture.positions
+    found = [limit for limit in (known, converted) if isinstance(limit, int) and limit > 0]
+    return min(found, default=None)
+
+
+def _settle_padding(model: Any) -> None:
+    """A tokenizer without a padding token pads with one that ends an answer, on the left: what a batch of prompts needs."""
+    tokenizer = model.tokenizer
+    token = pad_token(model, end_tokens(model))
+    if getattr(tokenizer, "pad_token_id", None) is None and token is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = token
+    tokenizer.padding_side = "left"

@@ -1,0 +1,74 @@
+"""Tokens into text as they come, up to a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_HALF = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for bytes that are no whole character yet."""
+
+
+class TextFlow:
+    """The text of an answer, piece by piece: together the pieces are what the tokenizer makes of all its tokens at once,
+    up to the first of `stops`.
+
+    A piece is held back while it is half a character, or may be the beginning of a stop.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._tokens: list[int] = []
+        self._context, self._read = 0, 0  # tokens up to `_read` are text; those from `_context` tell how the next ones join
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token; often empty."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        new = self._unread()
+        if not new or new.endswith(_HALF):
+            return ""
+        self._context, self._read = self._read, len(self._tokens)
+        return self._pass_on(new)
+
+    def end(self) -> str:
+        """What was held back: no token comes any more."""
+        if self.stopped:
+            return ""
+        piece = self._pass_on(self._unread())
+        if not self.stopped:
+            piece += self._held
+            self.text += self._held
+        self._held = ""
+        return piece
+
+    def _unread(self) -> str:
+        before = self._decode(self._tokens[self._context : self._read])
+        return self._decode(self._tokens[self._context :])[len(before) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _pass_on(self, new: str) -> str:
+        """What of the held and the new text no stop can reach any more."""
+        text = self._held + new
+        found = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        self.stopped = bool(found)
+        end = min(found) if found else len(text) - self._longest_beginning(text)
+        self._held = "" if found else text[end:]
+        self.text += text[:end]
+        return text[:end]
+
+    def _longest_beginning(self, text: str) -> int:
+        """How many characters at the end of `text` may be the beginning of a stop."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0

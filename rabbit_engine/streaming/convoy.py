@@ -1,0 +1,268 @@
+"""Many texts in one pass: each runs transformers' own forward, and all of them go through the layers together.
+
+A rider is a coroutine (a greenlet) that runs one generation and switches away wherever it needs a unit that has to come.
+When everybody has got so far, the unit is brought once, and one rider after another computes with it. So each runs the same
+kernels on the same shapes as it would alone, and gets the same bits; what they share is the way of the weights.
+
+`share_products` goes on to what Yu et al. (Orca, OSDI 2022) call selective batching: riders also meet at every linear layer,
+which then runs once over the tokens of all. That is faster where computing is what takes the time, and gives the equality of
+bits up: a kernel may order its sums by the number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+
+class Road(Protocol):
+    """What riders travel on: the units of a model."""
+
+    def convoy_pass(self) -> AbstractContextManager[None]:
+        """Within the block one pass runs, whoever's."""
+        ...
+
+    def hold(self, name: str) -> None:
+        """Bring the unit. Raises what its read raised."""
+        ...
+
+    def let_go(self, name: str) -> None:
+        """What `hold` held may go once nobody else holds it."""
+        ...
+
+
+_Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class _Product:
+    """What a rider wants of a linear layer: [..., inputs] into [..., outputs]."""
+
+    forward: _Forward
+    states: torch.Tensor
+    result: torch.Tensor | None = None
+
+
+class Dice:
+    """The random numbers of one rider. torch has one generator a device for everybody: between the passes of its rider it
+    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed: int | None = seed
+        self._device = device
+        self._mine: list[torch.Tensor] = []
+        self._others: list[torch.Tensor] = []
+
+    def take(self) -> None:
+        """The generators are mine."""
+        self._others = self._states()
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+            self._seed = None
+        else:
+            self._set(self._mine)
+
+    def put_back(self) -> None:
+        """They are the others' again."""
+        self._mine = self._states()
+        self._set(self._others)
+
+    def _states(self) -> list[torch.Tensor]:
+        if self._device.type == "cpu":
+            return [torch.get_rng_state()]
+        return [torch.get_rng_state(), torch.get_device_module(self._device).get_rng_state()]
+
+    def _set(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.get_device_module(self._device).set_rng_state(state)
+
+
+class Rider(greenlet):
+    """One generation, `work()`, in the thread of its convoy; `failure` is what it raised."""
+
+    def __init__(self, work: Callable[[], None], road: Road, dice: Dice | None = None) -> None:
+        super().__init__(self._run)
+        self.failure: BaseException | None = None
+        self._work = work
+        self._road = road
+        self._dice, self._has_dice = dice, False
+        self._wants: str | _Product | None = None
+        self._stopped_by: BaseException | None = None
+
+    def _run(self) -> None:
+        self.begin_own_time()
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - it would strike whoever resumed this one
+            self.failure = error
+        finally:
+            self._end_own_time()
+
+    def begin_own_time(self) -> None:
+        """Called when its pass is over: until it waits for the next, it runs alone."""
+        if self._dice is not None and not self._has_dice:
+            self._has_dice = True
+            self._dice.take()
+
+    def _end_own_time(self) -> None:
+        if self._dice is not None and self._has_dice:
+            self._has_dice = False
+            self._dice.put_back()
+
+    @property
+    def wants(self) -> str | _Product | None:
+        """The unit or the product it waits for, within a pass."""
+        return self._wants
+
+    def travels_on(self, road: Road) -> bool:
+        """Whether this is the road that its convoy takes: that of a second model, which its work calls, is not."""
+        return self._road is road
+
+    def stop(self, reason: BaseException) -> None:
+        """Raise `reason` in its work, at the next unit or pass that it waits for. Any thread may call this."""
+        self._stopped_by = reason
+
+    def resume(self) -> None:
+        """Let it run until it waits again, or its work is over."""
+        if self.dead:
+            return
+        if self._stopped_by is not None:
+            self.throw(self._stopped_by)
+        else:
+            self.switch()
+
+    def await_pass(self) -> None:
+        """Called in its work: wait for the next pass."""
+        self._end_own_time()
+        self._wait(None)
+
+    def await_unit(self, name: str) -> None:
+        """Called in its work: wait until unit `name` is here."""
+        self._wait(name)
+
+    def await_product(self, forward: _Forward, states: torch.Tensor) -> torch.Tensor:
+        """Called in its work: `forward(states)`, computed with those of others."""
+        product = _Product(forward, states)
+        self._wait(product)
+        assert product.result is not None  # noqa: S101 - else its convoy stopped it
+        return product.result
+
+    def _wait(self, wanted: str | _Product | None) -> None:
+        self._wants = wanted
+        try:
+            self.parent.switch()  # type: ignore[union-attr]
+        finally:
+            self._wants = None
+
+
+def rider_on(road: Road) -> Rider | None:
+    """The rider that runs now, if it travels on this road."""
+    current = getcurrent()
+    return current if isinstance(current, Rider) and current.travels_on(road) else None
+
+
+class Convoy:
+    """Runs riders pass by pass, in the thread that calls it."""
+
+    def __init__(self, road: Road) -> None:
+        self._road = road
+        self._riders: list[Rider] = []
+
+    @property
+    def riders(self) -> int:
+        """How many have work left."""
+        return len(self._riders)
+
+    def add(self, work: Callable[[], None], dice: Dice | None = None) -> Rider:
+        """Take a rider in, and run it to its first pass."""
+        rider = Rider(work, self._road, dice)
+        rider.resume()
+        self._riders.append(rider)
+        self._forget_the_done()
+        return rider
+
+    def stop(self, reason: BaseException) -> None:
+        """Raise `reason` in everybody's work."""
+        for rider in self._riders:
+            rider.stop(reason)
+            rider.resume()
+        self._forget_the_done()
+
+    def run_pass(self) -> None:
+        """One pass of everybody; those who end or fail on the way do not hold the others up."""
+        aboard = tuple(self._riders)
+        with self._road.convoy_pass():
+            for rider in aboard:
+                rider.resume()
+            while waiting := [rider for rider in aboard if rider.wants is not None]:
+                if isinstance(waiting[0].wants, _Product):
+                    _multiply(waiting)
+                else:
+                    self._bring(waiting)
+        self._forget_the_done()
+
+    def _bring(self, waiting: list[Rider]) -> None:
+        """Bring what the first one waits for, and let all go on that wait for the same. A unit that cannot be read fails
+        the first one: for the next it is tried again."""
+        name = waiting[0].wants
+        assert isinstance(name, str)  # noqa: S101 - those that wait for a unit
+        try:
+            self._road.hold(name)
+        except Exception as error:  # noqa: BLE001 - raised where the unit is asked for
+            waiting[0].stop(error)
+            waiting[0].resume()
+            return
+        try:
+            for rider in waiting:
+                if rider.wants == name:
+                    rider.resume()
+        finally:
+            self._road.let_go(name)
+
+    def _forget_the_done(self) -> None:
+        self._riders = [rider for rider in self._riders if not rider.dead]
+
+
+def _multiply(waiting: list[Rider]) -> None:
+    """Run the layer that the first one waits at, once for all that wait at it, and let them go on."""
+    first = waiting[0].wants
+    wants = [(rider, rider.wants) for rider in waiting]
+    met = [(rider, want) for rider, want in wants if isinstance(want, _Product) and want.forward is first.forward]  # type: ignore[union-attr]
+    try:
+        _compute([product for _, product in met])
+    except Exception as error:  # noqa: BLE001 - raised in each one's own layer
+        for rider, _ in met:
+            rider.stop(error)
+    for rider, _ in met:
+        rider.resume()
+
+
+def _compute(products: list[_Product]) -> None:
+    rows = [product.states.reshape(-1, product.states.shape[-1]) for product in products]
+    outputs = products[0].forward(torch.cat(rows)).split([len(part) for part in rows])
+    for product, output in zip(products, outputs, strict=True):
+        product.result = output.reshape(*product.states.shape[:-1], output.shape[-1])
+
+
+def share_products(model: nn.Module, road: Road) -> None:
+    """Let riders on `road` meet at every linear layer of the model; others run it as before."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = _meeting(module.forward, road)  # type: ignore[assignment, method-assign]
+
+
+def _meeting(forward: _Forward, road: Road) -> _Forward:
+    @functools.wraps(forward)
+    def meet(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the parameter's name in torch
+        rider = rider_on(road)
+        return forward(input) if rider is None else rider.await_product(forward, input)
+
+    return meet
