@@ -3,8 +3,9 @@
 from rabbit_engine.errors import RabbitError
 from rabbit_engine.model import AutoModel, StreamingMixin
 from rabbit_engine.planner import Plan
+from rabbit_engine.sessions import Options, Reply, Session
 from rabbit_engine.streaming import Profile
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoModel", "Plan", "Profile", "RabbitError", "StreamingMixin"]
+__all__ = ["AutoModel", "Options", "Plan", "Profile", "RabbitError", "Reply", "Session", "StreamingMixin"]

@@ -51,7 +51,7 @@ def serve(
     except ImportError as error:
         raise MissingExtraError("rabbit serve needs the extra serve: pip install rabbit_engine[serve]") from error
 
-    key = read_key(api_key_file)
+    key, when_too_long = read_key(api_key_file), parse_overflow(overflow)
     listen.check_exposure(host, key)
     listen.check_port(host, port)
     with (
@@ -73,7 +73,7 @@ def serve(
             max_requests=max_requests,
             max_queue=max_queue,
             max_new_tokens=max_new_tokens,
-            overflow=parse_overflow(overflow),
+            overflow=when_too_long,
             exact=not share_products,
         ) as session,
     ):

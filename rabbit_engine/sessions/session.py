@@ -176,7 +176,7 @@ class Session:
 
     def request(self, messages: Chat, **options: Any) -> Request:
         """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
-        chosen, template = _split(options)
+        chosen, template = self._split(options)
         conversation: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         asked = chosen.max_new_tokens
         with self._tokenizing:
@@ -185,7 +185,7 @@ class Session:
 
     def request_text(self, text: str | Sequence[int], **options: Any) -> Request:
         """The tokens of a text that is to be continued."""
-        chosen, unknown = _split(options)
+        chosen, unknown = self._split(options)
         if unknown:
             raise ConfigurationError(f"{', '.join(unknown)}: no such option; there are {', '.join(NAMES)}")
         asked = chosen.max_new_tokens
@@ -260,6 +260,21 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _split(self, options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+        """What is ours to decide, and what goes to the chat template."""
+        chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
+        if isinstance(chosen.get("stop"), str):
+            chosen["stop"] = (chosen["stop"],)
+        try:
+            found = Options(**chosen)
+        except TypeError as error:
+            raise ConfigurationError(f"an option has a value of the wrong type: {error}") from error
+        known = self.model.config.get_text_config().vocab_size
+        wrong = next((token for token in found.logit_bias if not 0 <= token < known), None)
+        if wrong is not None:
+            raise ConfigurationError(f"logit_bias names token id {wrong}, the vocabulary has {known}")
+        return found, {name: value for name, value in options.items() if name not in NAMES}
+
     def _job(self, request: Request, index: int, tell: Tell) -> Job:
         prompt = request.prompt
         answer = Answer(self.model, prompt.ids, request.options, prompt.answer_tokens, partial(tell, index))
@@ -316,18 +331,6 @@ def _own(failure: BaseException) -> BaseException:
     error = StreamingError(f"the answer failed: {type(failure).__name__}: {first_line(failure)}")
     error.__cause__ = failure
     return error
-
-
-def _split(options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """What is ours to decide, and what goes to the chat template."""
-    chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
-    if isinstance(chosen.get("stop"), str):
-        chosen["stop"] = (chosen["stop"],)
-    rest = {name: value for name, value in options.items() if name not in NAMES}
-    try:
-        return Options(**chosen), rest
-    except TypeError as error:
-        raise ConfigurationError(f"an option has a value of the wrong type: {error}") from error
 
 
 def _positions(model: Any) -> int | None:

@@ -1,0 +1,381 @@
+"""Sessions: many callers, one pass; each gets what `generate` would give it alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.sessions import Options
+from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text
+from rabbit_engine.sessions.room import Demand, Room
+from rabbit_engine.sessions.text import TextFlow
+
+QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2+2?", "Who wrote Hamlet?")
+
+
+@pytest.fixture(scope="module")
+def model(smollm_models: Any) -> Any:
+    return smollm_models[1]
+
+
+@pytest.fixture(scope="module")
+def session(model: Any) -> Iterator[Session]:
+    with Session(model, max_new_tokens=8) as session:
+        yield session
+
+
+def encoded(model: Any, text: str) -> torch.Tensor:
+    found = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return found["input_ids"]
+
+
+def alone(model: Any, text: str, **keywords: Any) -> str:
+    """What transformers' model says, loaded whole."""
+    ids = encoded(model, text)
+    tokens = model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, **keywords})[0, ids.shape[1] :]
+    return model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_chat_answers_as_transformers_does(smollm_models: Any, session: Session) -> None:
+    whole, model = smollm_models
+    whole.tokenizer = model.tokenizer
+    reply = session.chat(QUESTIONS[0])
+    assert str(reply) == alone(whole, QUESTIONS[0]) == "The capital of France is Paris."
+    assert reply.finish_reason == "stop"
+    assert reply.prompt_tokens == encoded(model, QUESTIONS[0]).shape[1]
+    assert 0 <= reply.queued_s <= reply.first_token_s <= reply.seconds
+
+
+def test_many_at_once_get_what_each_gets_alone_in_the_passes_of_one(model: Any, session: Session) -> None:
+    expected = [alone(model, text) for text in QUESTIONS]
+    before = model.profile.passes
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, text=text: found.update({i: str(session.chat(text))}))
+        for i, text in enumerate(QUESTIONS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [found[index] for index in range(4)] == expected
+    assert model.profile.passes - before < 2 * 8
+
+
+def test_stream_yields_the_pieces_of_the_text_and_returns_the_reply(session: Session) -> None:
+    pieces, stream = [], session.stream(QUESTIONS[1])
+    try:
+        while True:
+            pieces.append(next(stream))
+    except StopIteration as end:
+        reply = end.value
+    assert len(pieces) > 3
+    assert "".join(pieces) == reply.text
+    assert reply.finish_reason == "length"
+
+
+def test_leaving_a_stream_gives_the_place_up(session: Session) -> None:
+    for _ in session.stream("Count to a hundred.", max_new_tokens=500):
+        break
+    wait_until(lambda: session.running == 0)
+
+
+def wait_until(true: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def test_generate_continues_many_texts_in_their_order(model: Any, session: Session) -> None:
+    texts = ["Once upon a time", "The sky is", "2 + 2 ="]
+    found = session.generate([*texts, model.tokenizer("The sky is")["input_ids"]], max_new_tokens=5)
+    for text, reply in zip(texts, found, strict=False):
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
+        assert list(reply.tokens) == model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert found[3].text == found[1].text
+    assert session.generate([]) == []
+
+
+def test_seeded_answers_are_those_of_generate(model: Any, session: Session) -> None:
+    torch.manual_seed(7)
+    expected = alone(model, QUESTIONS[1], do_sample=True, temperature=0.9, top_k=50)
+    texts: list[str] = []
+    others = [threading.Thread(target=lambda: session.chat("Hi", temperature=1.0)) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    texts.append(str(session.chat(QUESTIONS[1], seed=7, temperature=0.9, top_k=50)))
+    for thread in others:
+        thread.join(60)
+    assert texts == [expected]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(session: Session) -> None:
+    whole = session.chat(QUESTIONS[0])
+    stopped = session.chat(QUESTIONS[0], stop="of France")
+    assert stopped.text == whole.text.partition("of France")[0]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.tokens) < len(whole.tokens)
+
+
+def test_logprobs_are_those_of_the_logits(model: Any, session: Session) -> None:
+    reply = session.chat(QUESTIONS[0], logprobs=3, max_new_tokens=4)
+    ids = encoded(model, QUESTIONS[0])
+    found = model.generate(
+        ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=2
+    )
+    assert reply.logprobs is not None
+    for step, logits in zip(reply.logprobs, found.logits, strict=True):
+        row = torch.log_softmax(logits[0].float(), dim=-1)
+        assert step.logprob == pytest.approx(float(row[step.token]), abs=1e-6)
+        assert [token for token, _ in step.top] == row.topk(3).indices.tolist()
+
+
+def test_penalties_and_biases_change_the_answer(model: Any, session: Session) -> None:
+    paris = model.tokenizer(" Paris")["input_ids"][0]
+    assert "Paris" not in session.chat(QUESTIONS[0], logit_bias={paris: -100}).text
+    said = session.chat("Say la la la la la la la la.", max_new_tokens=16).tokens
+    penalised = session.chat("Say la la la la la la la la.", max_new_tokens=16, frequency_penalty=2.0).tokens
+    assert most_common(penalised) < most_common(said)
+
+
+def most_common(tokens: tuple[int, ...]) -> int:
+    return max(tokens.count(token) for token in tokens)
+
+
+def test_async_callers_share_passes_too(model: Any, session: Session) -> None:
+    async def all_of_them() -> tuple[list[str], str]:
+        replies = await asyncio.gather(*[session.achat(text) for text in QUESTIONS])
+        pieces = [piece async for piece in session.astream(QUESTIONS[0])]
+        return [str(reply) for reply in replies], "".join(pieces)
+
+    before = model.profile.passes
+    texts, streamed = asyncio.run(all_of_them())
+    assert texts == [alone(model, text) for text in QUESTIONS]
+    assert streamed == texts[0]
+    assert model.profile.passes - before < 6 * 8 + 8  # those of alone() included
+
+
+def test_a_cancelled_task_gives_its_place_up(session: Session) -> None:
+    async def hurried() -> None:
+        async with asyncio.timeout(0.3):
+            await session.achat("Count to a hundred.", max_new_tokens=500)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(hurried())
+    wait_until(lambda: session.running == 0)
+
+
+def test_a_full_queue_is_an_error_that_says_when_to_come_again(model: Any) -> None:
+    with Session(model, max_requests=1, max_queue=1) as session:
+        streams = [session.stream("Count to a hundred.", max_new_tokens=400) for _ in range(2)]
+        next(streams[0])
+        waiting = threading.Thread(target=lambda: next(streams[1], None))
+        waiting.start()
+        wait_until(lambda: session.waiting == 1)
+        with pytest.raises(errors.QueueFullError) as caught:
+            session.chat("Hi")
+        assert caught.value.retry_after_s >= 1
+        streams[0].close()
+        waiting.join(60)
+        streams[1].close()
+        assert len(session.generate(["a", "b", "c", "d"], max_new_tokens=1)) == 4
+
+
+def test_closing_ends_what_is_under_way(model: Any) -> None:
+    session = Session(model)
+    stream = session.stream("Count to a hundred.", max_new_tokens=400)
+    next(stream)
+    session.close()
+    session.close()
+    with pytest.raises(errors.SessionClosedError):
+        list(stream)
+    with pytest.raises(errors.SessionClosedError):
+        session.chat("Hi")
+    assert [thread for thread in threading.enumerate() if thread.name == "rabbit-session"] != [None]
+    assert str(model.tokenizer.decode(model.generate(encoded(model, "Hi"), max_new_tokens=1)[0, -1:])) != ""
+
+
+def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_models: Any) -> None:
+    with AutoModel.from_pretrained(checkpoint("llama_tied"), device="cpu") as model:
+        model.tokenizer = smollm_models[1].tokenizer
+        with Session(model) as session:
+            model.close()
+            with pytest.raises(errors.ModelClosedError):
+                session.generate([[5, 6, 7]], max_new_tokens=3)
+
+
+def test_too_long_is_refused_or_cut_as_asked_never_silently(model: Any, caplog: Any) -> None:
+    tokenizer, limits = model.tokenizer, Limits(120, 16)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for index in range(12):
+        messages += [{"role": "user", "content": f"Question {index}?"}, {"role": "assistant", "content": f"Answer {index}."}]
+    messages.append({"role": "user", "content": "And the last?"})
+    with pytest.raises(errors.PromptTooLongError, match="more than the 120"):
+        fit_messages(tokenizer, messages, limits, None, "refuse")
+    with caplog.at_level(logging.WARNING):
+        cut = fit_messages(tokenizer, messages, limits, 20, "truncate")
+    text = tokenizer.decode(cut.ids)
+    assert "Be brief." in text
+    assert "And the last?" in text
+    assert "Question 0?" not in text
+    assert "Question 11?" in text
+    assert len(cut.ids) + 20 <= 120
+    assert f"{cut.cut_tokens} of" in caplog.text
+    assert cut.answer_tokens == 20
+
+
+def test_one_message_that_is_too_long_keeps_its_end(model: Any) -> None:
+    words = " ".join(f"word{index}" for index in range(200))
+    cut = fit_messages(model.tokenizer, [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
+    assert "word199" in model.tokenizer.decode(cut.ids)
+    assert len(cut.ids) <= 90
+    text = fit_text(model.tokenizer, words, Limits(100, 16), 10, "truncate")
+    assert len(text.ids) == 90
+    assert text.cut_tokens > 100
+
+
+@pytest.mark.parametrize("asked", [None, 8])
+def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
+    limits = Limits(100, 64)
+    assert limits.answer_tokens(95, None) == 5
+    assert limits.answer_tokens(20, 8) == 8
+    with pytest.raises(errors.PromptTooLongError):
+        limits.answer_tokens(100 if asked is None else 93, asked)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": 0},
+        {"stop": ("",)},
+        {"logprobs": 21},
+        {"max_new_tokens": 0},
+        {"frequency_penalty": 3},
+        {"logit_bias": {1: 101}},
+        {"seed": 2**64},
+    ],
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigurationError):
+        Options(**wrong)
+
+
+def test_wrong_use_is_told(session: Session, model: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="no such option"):
+        session.generate("Hi", temprature=1)
+    with pytest.raises(errors.ConfigurationError, match="wrong type"):
+        session.chat("Hi", temperature="hot")
+    with pytest.raises(errors.ConfigurationError, match="no messages"):
+        session.chat([])
+    with pytest.raises(errors.ConfigurationError, match="no tokens"):
+        session.generate([[]])
+    with pytest.raises(errors.ConfigurationError, match="not in the vocabulary"):
+        session.generate([[10**9]])
+    with pytest.raises(errors.ConfigurationError, match="overflow"):
+        Session(model, overflow="ignore")  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigurationError, match="AutoModel"):
+        Session(object())
+
+
+def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
+    import copy
+
+    model = streamed(checkpoint("llama"))
+    model.tokenizer = copy.deepcopy(smollm_models[1].tokenizer)
+    model.tokenizer.chat_template = None
+    with Session(model) as session:
+        with pytest.raises(errors.ConfigurationError, match="no chat template"):
+            session.chat("Hi")
+        assert len(session.generate([[5, 6]], max_new_tokens=2)[0].tokens) <= 2
+
+
+def test_padding_is_settled(checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
+    import copy
+
+    model = streamed(checkpoint("llama"))
+    model.tokenizer = copy.deepcopy(smollm_models[1].tokenizer)
+    model.tokenizer.pad_token = None
+    with Session(model):
+        assert model.tokenizer.pad_token_id is not None
+        assert model.generation_config.pad_token_id is not None
+        assert model.tokenizer.padding_side == "left"
+        batch = model.tokenizer(["a b c", "d"], padding=True, return_tensors="pt")
+        assert batch["attention_mask"][1, 0] == 0
+
+
+def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
+    probe = model._assembly.sketch.probe
+    one = Room(0, probe).need([Demand(100, 100)])
+    room = Room(2 * one, probe, positions=8192)
+    assert room.fits([Demand(100, 100)])
+    assert not room.fits([Demand(100, 100)] * 3)
+    assert 200 <= room.most_tokens < 8192
+    assert Room(2**62, probe, positions=77).most_tokens == 77
+
+
+def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any) -> None:
+    probe = model._assembly.sketch.probe
+    small = Room(Room(0, probe).need([Demand(8, 4)]) + 1, probe, positions=8192)
+    monkeypatch.setattr("rabbit_engine.sessions.session.measure_room", lambda *_: small)
+    running: list[int] = []
+    with Session(model) as session:
+        model._assembly.binding.on_pass = lambda _: running.append(session.running)
+        replies = session.generate(["One two three four", "Five six seven"], max_new_tokens=4)
+        model._assembly.binding.on_pass = lambda _: None
+    assert len(replies) == 2
+    assert set(running) == {1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The quick brown fox.",
+        "naïve café — “quotes” 日本語テキスト 🙂🙃 e\u0301",
+        "  two  spaces\n\n\tand tabs ",
+        "مرحبا بالعالم",
+        "👩‍👩‍👧‍👦 family",
+    ],
+)
+def test_pieces_join_to_the_text_whatever_the_tokens_cut(model: Any, text: str) -> None:
+    tokenizer = model.tokenizer
+    tokens = tokenizer(text)["input_ids"]
+    flow = TextFlow(tokenizer)
+    pieces = [flow.push(token) for token in tokens]
+    joined = "".join(pieces) + flow.end()
+    assert joined == flow.text == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("stops", [("END",), ("END", "STOP NOW"), ("\n\n",), ("E",), ("N",)])
+def test_a_stop_is_found_wherever_pieces_are_cut_and_nothing_of_it_is_shown(stops: tuple[str, ...]) -> None:
+    class Letters:
+        def decode(self, tokens: Any, **_: Any) -> str:
+            return "".join(map(chr, tokens))
+
+    for text in ("some text END more", "EN EN END", "a STOP NO STOP NOW", "x\n y\n\nz", "nothing here", "E", "EEND"):
+        flow = TextFlow(Letters(), stops)
+        shown = ""
+        for letter in text:
+            shown += flow.push(ord(letter))
+            assert not any(stop in shown for stop in stops)
+            if flow.stopped:
+                break
+        shown += flow.end()
+        found = [text.find(stop) for stop in stops if stop in text]
+        assert shown == flow.text == (text[: min(found)] if found else text)
+        assert flow.stopped == bool(found)
