@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 import torch
+import transformers
 import uvicorn
 
 from rabbit_engine import Session, errors
@@ -489,6 +490,28 @@ def test_ways_of_embedding_that_are_unknown_are_told(embedding_folder: Any, stre
     assert find_embedder(model) == Embedder("pooling_mode_mean_tokens", True)
     (folder / "modules.json").unlink()
     assert find_embedder(model) is None
+
+
+def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
+    """Of a class without a head, as many checkpoints of sentence-transformers are; it cannot chat, and says so."""
+    folder = own_checkpoint("qwen3")
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)  # the class without a head
+    assert "lm_head" not in (folder / "config.json").read_text()
+    kinds = [{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(kinds))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    model = streamed(folder)
+    model.tokenizer = smollm_models[1].tokenizer
+    assert type(model).__name__ == "Qwen3Model"
+    with Session(model) as session, serving(session) as url:
+        vectors = httpx.post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()["data"]
+        chat = httpx.post(f"{url}/v1/chat/completions", json=HI)
+    with torch.no_grad():
+        whole = transformers.AutoModel.from_pretrained(folder)(torch.tensor([[5, 6, 7]])).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(torch.tensor(vectors[0]["embedding"]), whole, rtol=0, atol=1e-6)
+    assert chat.status_code == 400
+    assert "does not generate" in chat.json()["error"]["message"]
 
 
 def rabbit(*arguments: object) -> subprocess.Popen[str]:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -141,10 +142,13 @@ def _refuse_quantized(folder: Path, method: Any) -> None:
 
 
 def find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that the checkpoint was saved from where it sees images, else what `AutoModelForCausalLM` would build.
+    """The class that the checkpoint was saved from where it sees images or makes vectors of texts, else what
+    `AutoModelForCausalLM` would build.
 
     Raises UnsupportedArchitectureError.
     """
+    if _embeds(config, folder):
+        return _get_model_class(config, AutoModel._model_mapping)  # type: ignore[no-any-return]
     autos = _AUTO_CLASSES[::-1] if _sees_images(config) else _AUTO_CLASSES
     for auto in autos:
         reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
@@ -164,6 +168,13 @@ def _sees_images(config: PretrainedConfig) -> bool:
         return False
     cls = _get_model_class(config, AutoModelForImageTextToText._model_mapping)
     return cls.__name__ in (config.architectures or ())
+
+
+def _embeds(config: PretrainedConfig, folder: Path) -> bool:
+    """Whether it is a model without a head, of sentence-transformers: its text comes to a vector, and no token follows."""
+    if not (folder / "modules.json").is_file() or type(config) not in AutoModel._model_mapping:
+        return False
+    return _get_model_class(config, AutoModel._model_mapping).__name__ in (config.architectures or ())
 
 
 def _remote_class(reference: str, folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -100,7 +100,7 @@ class Session:
             the weights, but results then differ by rounding from those alone.
 
     Raises:
-        ConfigurationError: for a model that does not generate, or a wrong argument.
+        ConfigurationError: for a wrong argument.
     """
 
     def __init__(
@@ -115,8 +115,6 @@ class Session:
     ) -> None:
         if not hasattr(model, "_assembly"):
             raise ConfigurationError("a Session is for a model of rabbit_engine: load it with rabbit_engine.AutoModel")
-        if not model.can_generate():
-            raise ConfigurationError(f"{type(model).__name__} does not generate text")
         if overflow not in ("refuse", "truncate"):
             raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
         if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
@@ -124,10 +122,12 @@ class Session:
         self.model = model
         self._overflow = overflow
         self._tokenizing = threading.Lock()  # a tokenizer of the Rust library must not be set up by two threads at a time
-        _settle_padding(model)
+        own = None
+        if model.can_generate():
+            _settle_padding(model)
+            own = model.generation_config.max_new_tokens
         probe = model._assembly.sketch.probe
         self._room = measure_room(model.plan, probe, model.device, _positions(model))
-        own = model.generation_config.max_new_tokens
         self._limits = Limits(self._room.most_tokens, max_new_tokens if own is None else own)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
 
@@ -262,6 +262,8 @@ class Session:
 
     def _split(self, options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         """What is ours to decide, and what goes to the chat template."""
+        if not self.model.can_generate():
+            raise ConfigurationError(f"{type(self.model).__name__} makes vectors of texts, it does not generate any")
         chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
         if isinstance(chosen.get("stop"), str):
             chosen["stop"] = (chosen["stop"],)
