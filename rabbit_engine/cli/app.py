@@ -12,10 +12,13 @@ from rich.markup import escape
 
 from rabbit_engine import __version__
 from rabbit_engine.cli.bench import bench
+from rabbit_engine.cli.chat import chat
 from rabbit_engine.cli.demo import demo
+from rabbit_engine.cli.doctor import doctor
 from rabbit_engine.cli.models import models
 from rabbit_engine.cli.plan import plan
 from rabbit_engine.cli.run import run
+from rabbit_engine.cli.serve import serve
 from rabbit_engine.cli.split import split
 from rabbit_engine.cli.verify import verify
 from rabbit_engine.errors import RabbitError
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, plan, models, bench, demo, split, verify):
+for command in (run, chat, plan, doctor, models, bench, serve, demo, split, verify):
     app.command()(command)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rabbit_engine.cli import options
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model import AutoModel
 
@@ -44,7 +44,7 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A repo id, a folder, or a .gguf file.")],
+    model: options.Model,
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     chat: Annotated[
@@ -52,20 +52,18 @@ def run(
         typer.Option("--chat/--no-chat", help="Use the chat template; the default is to, where there is one."),
     ] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample, at this temperature.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Sample, from this seed.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="What weights may take: 8GiB, or 0=8GiB,cpu=24GiB.")] = None,
-    attn: Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.")] = "auto",
-    saving_path: Annotated[Path | None, typer.Option(help="Where the shards go; the default is beside the checkpoint.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    token: Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repository brings.")] = False,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    max_memory: options.MaxMemory = None,
+    attn: options.Attention = "auto",
+    saving_path: options.SavingPath = None,
+    gguf_file: options.GgufFile = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     progress: Annotated[bool, typer.Option(help="Show each pass over the layers.")] = False,
 ) -> None:
     """Answer PROMPT with MODEL, streamed from disk layer by layer."""
@@ -87,5 +85,5 @@ def run(
     ) as streamed:
         inputs = encode(streamed, text, chat)
         streamer = TextStreamer(streamed.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = sampling(temperature, top_p, top_k, seed)
-        streamed.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+        chosen = sampling(temperature, top_p, top_k, seed)
+        streamed.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **chosen)

@@ -8,42 +8,37 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from rabbit_engine.cli import options
 from rabbit_engine.cli.run import parse_memory
 from rabbit_engine.errors import ConfigurationError, MissingExtraError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.sessions import Session
 
-DEFAULT_TOKENS = 4096
-"""Memory is set aside for so many tokens where nobody bounds it."""
-
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A repo id, a folder, or a .gguf file.")],
+    model: options.Model,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine's own addresses want a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers under way at a time; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")] = 64,
-    max_seq_len: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of all texts under way, to set memory aside for: 4096, but with --max-memory none."),
-    ] = None,
+    max_seq_len: options.MaxSeqLen = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer for which nobody says a number.")] = 1024,
     overflow: Annotated[str, typer.Option(help="refuse prompts that are too long, or truncate them.")] = "refuse",
     share_products: Annotated[
         bool, typer.Option(help="Compute the texts of a pass together: faster on a CPU, but no longer bit for bit the same.")
     ] = False,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may use the service.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="What weights may take: 8GiB, or 0=8GiB,cpu=24GiB.")] = None,
-    attn: Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.")] = "auto",
-    saving_path: Annotated[Path | None, typer.Option(help="Where the shards go; the default is beside the checkpoint.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    token: Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repository brings.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    max_memory: options.MaxMemory = None,
+    attn: options.Attention = "auto",
+    saving_path: options.SavingPath = None,
+    gguf_file: options.GgufFile = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve MODEL to any OpenAI client, streamed from disk; every pass over the weights serves all that are waiting."""
     try:
@@ -60,7 +55,7 @@ def serve(
             device=device,
             dtype=dtype,
             max_memory=parse_memory(max_memory),
-            max_seq_len=max_seq_len if max_seq_len or max_memory else DEFAULT_TOKENS,
+            max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
             attn_implementation=attn,
             layer_shards_saving_path=saving_path,
             gguf_file=gguf_file,

@@ -207,7 +207,7 @@ class Binding:
         began = self._began_s
         if not began:
             return None
-        read = self._streamer.profile().bytes_read - self._read_before
+        read = self._streamer.bytes_read - self._read_before
         elapsed = time.perf_counter() - began
         return PassProgress(self._layer, len(self._layers), max(0, read), elapsed, self._last_pass_s)
 
@@ -253,7 +253,7 @@ class Binding:
     def _begin(self) -> None:
         self._streamer.require_open()
         self._take_all_away()
-        self._layer, self._read_before = 0, self._streamer.profile().bytes_read
+        self._layer, self._read_before = 0, self._streamer.bytes_read
         self._began_s = time.perf_counter()
         if self._show_progress:
             total = sum(self._bytes.values())

@@ -243,6 +243,11 @@ class Streamer:
         """The units that are held now."""
         return tuple(self._held)
 
+    @property
+    def bytes_read(self) -> int:
+        """From disk, so far."""
+        return self._profile.bytes_read
+
     def profile(self) -> Profile:
         """A copy of the counts so far."""
         if os.getpid() != self._process:

@@ -1,0 +1,45 @@
+"""Ctrl-C as a wish, not an exception, while an answer comes; and keys that do not show in it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupt:
+    """`pressed` once somebody pressed Ctrl-C within the `with` block, which is the main thread's; never outside of it."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, _signal: int, _frame: FrameType | None) -> None:
+        self.pressed = True
+
+
+@contextmanager
+def keys_hidden() -> Iterator[None]:
+    """What is typed at the terminal meanwhile is not echoed; it waits for the next prompt."""
+    if sys.platform == "win32":  # echoes only what is being read
+        yield
+        return
+    import termios
+
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    hidden = list(before)
+    hidden[3] &= ~(termios.ECHO | termios.ICANON)
+    try:
+        termios.tcsetattr(handle, termios.TCSANOW, hidden)
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSANOW, before)

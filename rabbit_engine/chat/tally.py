@@ -1,0 +1,55 @@
+"""What the answers of a session took, in all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rabbit_engine.sessions import Reply
+from rabbit_engine.units import format_seconds
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over answers. Seconds are those to the first token, and those of all later ones."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    later_tokens: int = 0
+    first_s: float = 0.0
+    later_s: float = 0.0
+
+    def add(self, reply: Reply) -> None:
+        """One more answer, unless it was over before its first token."""
+        if reply.tokens:
+            self.answers += 1
+            self.prompt_tokens += reply.prompt_tokens
+            self.tokens += len(reply.tokens)
+            self.later_tokens += len(reply.tokens) - 1
+            self.first_s += reply.first_token_s
+            self.later_s += reply.seconds - reply.first_token_s
+
+    def __str__(self) -> str:
+        if not self.answers:
+            return "answers    none yet"
+        speed = f"first token after {format_seconds(self.first_s / self.answers)}"
+        if self.later_tokens:
+            speed += f", then {format_seconds(self.later_s / self.later_tokens)} a token, on average"
+        return (
+            f"answers    {self.answers}, {_count(self.tokens, 'token')} in all, to prompts of {self.prompt_tokens}\n"
+            f"speed      {speed}"
+        )
+
+
+def summary(reply: Reply) -> str:
+    """The line below an answer: tokens and seconds, and why it ended if not by itself."""
+    count = len(reply.tokens)
+    ended = {"stop": "", "length": ", as many as it may have", "cancelled": ", stopped"}[reply.finish_reason]
+    if not count:
+        return f"no token{ended}"
+    text = f"{_count(count, 'token')}{ended}, first after {format_seconds(reply.first_token_s)}"
+    return text if count == 1 else f"{text}, then {format_seconds(reply.token_s)} a token"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

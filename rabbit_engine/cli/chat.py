@@ -1,0 +1,112 @@
+"""`rabbit chat MODEL`: a conversation in the terminal; through a pipe, each line of stdin is a message."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rabbit_engine.chat import Chat, Interrupt, Keyboard, Screen, history_file, keys_hidden
+from rabbit_engine.cli import options
+from rabbit_engine.cli.run import parse_memory
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model import AutoModel
+from rabbit_engine.sessions import Options, Session
+
+
+def chat(
+    model: options.Model,
+    system: Annotated[str, typer.Option(help="What the model is told to be; /system changes it.", show_default=False)] = "",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most; the default is the checkpoint's own, else 1024.")
+    ] = None,
+    max_seq_len: options.MaxSeqLen = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample, at this temperature; 0 is greedy. The default is the checkpoint's own.")
+    ] = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    history: Annotated[bool, typer.Option(help="Remember what was typed for the next time, in a file.")] = True,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    max_memory: options.MaxMemory = None,
+    attn: options.Attention = "auto",
+    saving_path: options.SavingPath = None,
+    gguf_file: options.GgufFile = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Talk with MODEL in the terminal, streamed from disk layer by layer; /help lists the commands.
+
+    Through a pipe each line is a message: answers go to stdout, all else to stderr, and the exit code is 1 if one failed.
+    """
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    Options(**asked)  # type: ignore[arg-type]  # refused before anything is loaded
+    _take_any_characters()
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = _screen(at_terminal)
+    logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat tells what it leaves out
+    screen.note(f"loading {model} ...")
+    with (
+        AutoModel.from_pretrained(
+            model,
+            device=device,
+            dtype=dtype,
+            max_memory=parse_memory(max_memory),
+            attn_implementation=attn,
+            layer_shards_saving_path=saving_path,
+            gguf_file=gguf_file,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
+        ) as streamed,
+        Session(streamed, max_requests=1, overflow="truncate") as session,
+    ):
+        require_template(streamed, model)
+        screen.note(streamed.plan.reason + ("\n/help lists the commands" if at_terminal else ""))
+        interrupt = Interrupt()
+        talk = Chat(session, screen, model, system=system, options=asked, interrupt=interrupt)
+        if at_terminal:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is left as it was
+            with interrupt, keys_hidden():
+                talk.run(Keyboard(_history(wanted=history), screen.note))
+        else:
+            talk.run(_lines())
+    if talk.failures and not at_terminal:
+        raise typer.Exit(1)
+
+
+def require_template(model: Any, name: str) -> None:
+    """Raises ConfigurationError for a model that only continues texts."""
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        raise ConfigurationError(f"{name} has no chat template: it continues texts, as `rabbit run {name} TEXT` shows")
+
+
+def _screen(at_terminal: bool) -> Screen:
+    live = at_terminal and os.environ.get("TERM", "") not in ("dumb", "unknown")
+    return Screen(sys.stdout, sys.stdout if at_terminal else sys.stderr, live=live)
+
+
+def _history(*, wanted: bool) -> Path | None:
+    return history_file(sys.platform, os.environ, Path.home()) if wanted else None
+
+
+def _lines() -> Iterable[str]:
+    return (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def _take_any_characters() -> None:
+    """What the terminal's encoding does not have is shown, and read, as a question mark."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
