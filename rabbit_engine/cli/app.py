@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 
 import typer
@@ -21,7 +22,7 @@ from rabbit_engine.cli.run import run
 from rabbit_engine.cli.serve import serve
 from rabbit_engine.cli.split import split
 from rabbit_engine.cli.verify import verify
-from rabbit_engine.errors import RabbitError
+from rabbit_engine.errors import BudgetError, RabbitError
 
 app = typer.Typer(
     name="rabbit",
@@ -60,7 +61,14 @@ def main() -> None:
     try:
         app()
     except RabbitError as error:
-        Console(stderr=True, soft_wrap=True).print("[bold red]error[/]:", escape(str(error)), highlight=False)
+        Console(stderr=True, soft_wrap=True).print("[bold red]error[/]:", escape(_on_the_command_line(error)), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _on_the_command_line(error: RabbitError) -> str:
+    """The error's text, with the option beside the keyword of Python."""
+    if isinstance(error, BudgetError) and error.smallest_bytes:
+        return f"{error} (here: --max-memory {math.ceil(error.smallest_bytes / 1e6)}MB)"
+    return str(error)

@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 MOST_BODY_BYTES = 8 * 2**20
 _OPEN_PATHS = ("/", "/health")
-_LOCAL_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 
 
 def is_loopback(host: str) -> bool:
@@ -57,14 +56,12 @@ def create_app(
 ) -> FastAPI:
     """The application; `name` is what clients call the model. `local` answers only to names of this machine, so that no web
     page can reach it under a name of its own; `origins` are the pages that may use it from a browser."""
-    service = _Service(session, name, api_key)
+    service = _Service(session, name, api_key, local=local and api_key is None)
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
     app.middleware("http")(service.admit)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
-    if local and api_key is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL_HOSTS, www_redirect=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.get("/")(service.page)
     app.get("/health")(service.health)
@@ -81,8 +78,8 @@ def create_app(
 
 
 class _Service:
-    def __init__(self, session: Session, name: str, api_key: str | None) -> None:
-        self._session, self._name, self._api_key = session, name, api_key
+    def __init__(self, session: Session, name: str, api_key: str | None, *, local: bool) -> None:
+        self._session, self._name, self._api_key, self._local = session, name, api_key, local
         self._created = int(time.time())
         self._metrics = Metrics(session)
         self._lanes = Lanes(session)
@@ -97,6 +94,7 @@ class _Service:
     async def admit(self, request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         """Ask for the key, count the request, and answer whatever went wrong."""
         try:
+            self._check_host(request)
             self._check_key(request)
             response = await go_on(request)
         except Exception as error:  # noqa: BLE001 - nothing that a client sends may end the server
@@ -104,6 +102,12 @@ class _Service:
         route = request.scope.get("route")
         self._metrics.count_request(getattr(route, "path", "other"), response.status_code)
         return response
+
+    def _check_host(self, request: Request) -> None:
+        """A web page elsewhere may give this machine a name of its own, and then reads what it answers to that name."""
+        host = request.headers.get("host", "")
+        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise RequestError(400, f"{host!r} is no name of this machine: use localhost, or give the server a key")
 
     def _check_key(self, request: Request) -> None:
         if self._api_key is None or request.url.path in _OPEN_PATHS or request.method == "OPTIONS":

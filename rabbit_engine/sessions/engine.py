@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -73,8 +74,8 @@ class Engine:
             if bounded and len(self._waiting) + len(jobs) > places:
                 retry = self._seconds_to_a_place()
                 raise QueueFullError(
-                    f"{len(self._running)} requests are answered and {len(self._waiting)} wait, which is as many as may: "
-                    f"try again in {retry:.0f} s, or allow more",
+                    f"the queue is full: {len(self._running)} under way, {len(self._waiting)} waiting; try again in "
+                    f"{math.ceil(retry)} s, or let more wait (max_queue)",
                     retry,
                 )
             self._waiting.extend(jobs)
