@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from rabbit_engine import errors
+from rabbit_engine.sketch import Cut
 from rabbit_engine.streaming import Convoy, Dice, Placeholder, share_products
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -32,9 +36,11 @@ def prompts(count: int, lengths: tuple[int, ...] = (7, 3, 12, 5)) -> list[torch.
     return [torch.randint(3, 96, (1, lengths[index % len(lengths)]), generator=generator) for index in range(count)]
 
 
-def ride(model: Any, works: list[Callable[[], Any]], seeds: list[int | None] | None = None) -> tuple[list[Any], Convoy]:
+def ride(
+    model: Any, works: list[Callable[[], Any]], seeds: list[int | None] | None = None, *, shares: bool = False
+) -> tuple[list[Any], Convoy]:
     """Run all of them in a convoy: what they returned, or raised."""
-    convoy = Convoy(model._assembly.binding)
+    convoy = Convoy(model._assembly.binding, shares=shares)
     found: list[Any] = [None] * len(works)
 
     def run(index: int) -> Callable[[], None]:
@@ -172,6 +178,73 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
     assert all(isinstance(p, Placeholder) for n, p in model.named_parameters() if ".layers." in n and "proj" in n)
 
 
+def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any, monkeypatch: Any) -> None:
+    """Where a layer's rest is held around its matrices, others are inside of it while this one still waits for it."""
+    monkeypatch.setattr("rabbit_engine.assembly.CUT", replace(Cut(), least_bytes=1000, rest_share=0.0))
+    model = streamed(own_checkpoint("gemma3"))
+    assert any(size.encloses for size in model._assembly.sketch.sizes)
+    asked = prompts(4)
+    expected = [scores(model, ids) for ids in asked]
+    convoy, found = Convoy(model._assembly.binding), dict[int, torch.Tensor]()
+    riders = [
+        convoy.add(lambda index=index, ids=ids: found.update({index: scores(model, ids)})) for index, ids in enumerate(asked)
+    ]
+    seen: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        seen.append(1)
+        if len(seen) == 1:
+            riders[1].stop(KeyboardInterrupt())
+
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(interrupt)  # the first is inside, the second is not
+    while convoy.riders:
+        convoy.run_pass()
+    assert [type(rider.failure) for rider in riders] == [type(None), KeyboardInterrupt, type(None), type(None)]
+    assert all(torch.equal(found[index], expected[index]) for index in (0, 2, 3))
+
+
+def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    caches: list[Any] = []
+    convoy = Convoy(model._assembly.binding)
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        caches.append(weakref.ref(kwargs["past_key_values"]))
+
+    model.model.register_forward_pre_hook(keep, with_kwargs=True)
+    rider = convoy.add(lambda: scores(model, prompts(1)[0]))
+    convoy.run_pass()
+    gc.disable()
+    try:
+        rider.stop(KeyboardInterrupt())
+        convoy.run_pass()
+        assert caches[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_seeds_hold_beside_another_convoy(checkpoint: Any, streamed: Any) -> None:
+    sampled = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 95}
+    models, asked = [streamed(checkpoint("llama")) for _ in range(2)], prompts(2)
+    alone = []
+    for seed, (model, ids) in enumerate(zip(models, asked, strict=True)):
+        torch.manual_seed(seed)
+        alone.append(model.generate(ids, **sampled).tolist())
+    found: dict[int, Any] = {}
+
+    def run(index: int) -> None:
+        torch.set_grad_enabled(False)
+        works = [lambda: models[index].generate(asked[index], **sampled).tolist()]
+        found[index] = ride(models[index], works, seeds=[index])[0][0]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[0], found[1]] == alone
+
+
 def test_a_model_that_is_closed_fails_them_all(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     convoy = Convoy(model._assembly.binding)
@@ -215,7 +288,9 @@ def test_shared_products_agree_within_rounding(own_checkpoint: Any, streamed: An
     asked = prompts(4)
     alone = [scores(model, ids) for ids in asked]
     share_products(model, model._assembly.binding)
-    together, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked])
+    together, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked], shares=True)
+    exact, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked])
+    assert all(torch.equal(one, other) for one, other in zip(alone, exact, strict=True))  # another convoy does not share
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for one, ids in zip(alone, asked, strict=True):
@@ -231,7 +306,8 @@ def test_an_error_in_a_shared_product_is_everybodys(own_checkpoint: Any, streame
         raise MemoryError("no room for the product")
 
     layer.register_forward_pre_hook(fail)
-    assert [type(failure) for failure in ride(model, [lambda: scores(model, prompts(1)[0])] * 2)[0]] == [MemoryError] * 2
+    failures, _ = ride(model, [lambda: scores(model, prompts(1)[0])] * 2, shares=True)
+    assert [type(failure) for failure in failures] == [MemoryError] * 2
 
 
 def test_progress_tells_the_layer_and_the_bytes(checkpoint: Any, streamed: Any) -> None:

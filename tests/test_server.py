@@ -173,6 +173,9 @@ def test_completions_of_several_prompts(client: openai.OpenAI, model: Any) -> No
         assert [len(top) for top in choice.logprobs.top_logprobs or []] == [2] * 5
     ids = model.tokenizer(prompts[1])["input_ids"]
     assert client.completions.create(model=NAME, prompt=ids, max_tokens=5).choices[0].text == found.choices[1].text
+    keywords: dict[str, Any] = {"model": NAME, "prompt": ["A much longer prompt than the other", "B"], "n": 2, "max_tokens": 3}
+    ended = list(client.completions.create(**keywords, stream=True, stream_options={"include_usage": True}))[-1]
+    assert ended.usage == client.completions.create(**keywords).usage
     pieces = client.completions.create(model=NAME, prompt=prompts[0], max_tokens=5, stream=True, echo=True)
     assert "".join(chunk.choices[0].text for chunk in pieces) == prompts[0] + found.choices[0].text
 
@@ -221,6 +224,27 @@ def test_a_full_queue_answers_429_and_when_to_come_again(model: Any) -> None:
         assert client.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=1).choices
 
 
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_client_that_goes_away_before_the_first_chunk_frees_its_places(model: Any, n: int) -> None:
+    body = json.dumps({"model": NAME, "messages": user("Count."), "max_tokens": 500, "stream": True, "n": n}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with Session(model, max_requests=16, max_queue=200) as session, serving(session) as url:
+        for delay_s in (0, 0.001, 0.002, 0.004, 0.008, 0.016) * 2:
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                time.sleep(delay_s)
+        wait_until(lambda: session.running == session.waiting == 0, 30)
+        time.sleep(0.3)  # one that was read late may begin now
+        wait_until(lambda: session.running == session.waiting == 0, 30)
+
+
+def test_embeddings_that_are_given_up_harm_nobody(url: str, session: Session, client: openai.OpenAI, monkeypatch: Any) -> None:
+    futures = session.call([(lambda: time.sleep(0.2), 1)] * 3)
+    for future in futures[1:]:
+        future.cancel()
+    assert client.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=1).choices
+
+
 def bad(status: int, body: Any, *, path: str = "/v1/chat/completions", says: str = "", param: str | None = None) -> Any:
     return pytest.param(status, body, path, says, param, id=f"{status}-{says or str(body)[:30]}")
 
@@ -263,6 +287,10 @@ HI = {"model": NAME, "messages": user("Hi")}
         bad(400, {"model": NAME, "prompt": [True, None]}, path="/v1/completions", says="prompt"),
         bad(400, {"model": NAME, "prompt": "a", "suffix": "b"}, path="/v1/completions", says="suffix", param="suffix"),
         bad(400, {"model": NAME, "input": "a"}, path="/v1/embeddings", says="does not embed", param="model"),
+        bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": 5}]}, says="tool_calls"),
+        bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": True}]}, says="tool_calls"),
+        bad(400, {**HI, "stop": [1]}, says="stop"),
+        bad(400, {"model": NAME, "prompt": ["a"] * 200, "n": 16}, path="/v1/completions", says="may wait", param="prompt"),
         bad(404, {}, path="/v1/images/generations", says="nothing at this path"),
     ],
 )
@@ -279,6 +307,24 @@ def test_wrong_requests_get_errors_in_openais_words(
         assert found["param"] == param
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**HI, "chat_template_kwargs": {"limits": 1, "messages": 2, "template": 4, "overflow": 5}},
+        {**HI, "temperature": 1e-38},
+        {**HI, "temperature": 1e-4},
+        {**HI, "generation_config": {"do_sample": True, "top_k": 1.5, "max_new_tokens": 2.5}},
+        {**HI, "generation_config": {"do_sample": True, "top_k": True, "temperature": True}},
+        {**HI, "logit_bias": {str(token): 1 for token in range(20_000)}},
+        {**HI, "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+        {**HI, "stop": None, "n": None, "stream": None, "user": "somebody", "unheard_of": 1},
+    ],
+)
+def test_odd_requests_that_can_be_answered_are(url: str, body: Any) -> None:
+    answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
 def test_too_large_and_of_another_type(url: str) -> None:
     def parts() -> Iterator[bytes]:
         for _ in range(MOST_BODY_BYTES // 2**20 + 2):
@@ -287,12 +333,18 @@ def test_too_large_and_of_another_type(url: str) -> None:
     json_type = {"Content-Type": "application/json"}
     assert httpx.post(f"{url}/v1/completions", content=parts(), headers=json_type).status_code == 413
     assert httpx.post(f"{url}/v1/completions", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert httpx.post(f"{url}/v1/completions", content=json.dumps(HI)).status_code == 415  # a page elsewhere can send this
     assert httpx.get(f"{url}/v1/completions").status_code == 405
+    wrong = httpx.get(f"{url}/lanes?seconds=abc")
+    assert (wrong.status_code, wrong.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_another_name_for_this_machine_is_refused(url: str) -> None:
     """A web page elsewhere may point a name of its own at 127.0.0.1."""
-    assert httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "127.0.0.1.evil.example", "[::1", "", "a/health?x="):
+        assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 400
+    for host in ("localhost", "localhost:1234", "127.0.0.1", "[::1]:80"):
+        assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_garbage_by_the_hundred_and_it_answers_on(url: str, client: openai.OpenAI, session: Session) -> None:
@@ -326,6 +378,7 @@ def test_a_key_is_asked_for_and_a_host_of_others_wants_one(session: Session) -> 
             assert httpx.get(f"{url}{path}", headers={"Authorization": "Bearer wrong"}).status_code == 401
             assert httpx.get(f"{url}{path}", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer sécret".encode()}).status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "a/health?x="}).status_code == 401
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
@@ -420,8 +473,11 @@ def test_calls_in_the_commonest_forms(text: str, rest: str, names: list[str]) ->
     assert (found, [call.name for call in calls]) == (rest, names)
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
     if calls:
+        assert any(may_be_call(text[:length]) for length in range(1, len(text)))
         assert may_be_call(text)
     assert not may_be_call("Certainly")
+    assert may_be_call("Sure:\n<")
+    assert may_be_call("Sure:\n<tool_c")
     assert ToolCall("a", "{}") == ToolCall("a", "{}")
 
 

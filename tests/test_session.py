@@ -176,6 +176,82 @@ def test_a_cancelled_task_gives_its_place_up(session: Session) -> None:
     wait_until(lambda: session.running == 0)
 
 
+def test_a_cancelled_agenerate_gives_all_places_up(session: Session) -> None:
+    async def hurried() -> None:
+        async with asyncio.timeout(0.5):
+            await session.agenerate(["Once", "Twice"], max_new_tokens=500)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(hurried())
+    wait_until(lambda: session.running == 0)
+    assert [reply.text for reply in asyncio.run(session.agenerate(["A", "B"], max_new_tokens=2))] == [
+        reply.text for reply in session.generate(["A", "B"], max_new_tokens=2)
+    ]
+
+
+def test_a_caller_that_fails_at_the_end_harms_nobody_else(session: Session) -> None:
+    def tell(_: int, event: Any) -> None:
+        raise ZeroDivisionError("the caller's own")
+
+    session.ask([session.request("Hi", max_new_tokens=1)], tell)
+    assert str(session.chat(QUESTIONS[0])) == "The capital of France is Paris."
+
+
+def test_what_is_asked_of_the_model_itself_can_be_given_up(session: Session) -> None:
+    begun: list[int] = []
+    futures = session.call([(lambda: begun.append(1), 3)] * 3)
+    for future in futures:
+        future.cancel()
+    assert session.call([(lambda: 5, 3)])[0].result(60) == 5
+    with pytest.raises(errors.StreamingError, match="ZeroDivisionError"):
+        session.call([(lambda: 1 // 0, 3)])[0].result(60)
+    assert session.chat("Hi", max_new_tokens=1).tokens
+
+
+def test_one_that_waits_and_is_given_up_frees_its_place_at_once(model: Any) -> None:
+    with Session(model, max_requests=1, max_queue=2) as session:
+        stream = session.stream("Count to a hundred.", max_new_tokens=400)
+        next(stream)
+        told: list[Any] = []
+        tickets = session.ask([session.request("Hi")] * 2, lambda _, event: told.append(event))
+        assert session.waiting == 2
+        for ticket in tickets:
+            ticket.cancel()
+            ticket.cancel()
+        assert session.waiting == 0
+        assert [event.finish_reason for event in told] == ["cancelled"] * 2
+        session.ask([session.request("Hi")] * 2, lambda *_: None)
+        stream.close()
+
+
+def test_guessed_tokens_are_all_heard_of(model: Any, session: Session) -> None:
+    question = "Repeat: one two three one two three one two three."
+    expected = session.chat(question, max_new_tokens=16)
+    model.generation_config.prompt_lookup_num_tokens = 5
+    try:
+        found, told = session.chat(question, max_new_tokens=16), session.chat(question, max_new_tokens=16, logprobs=0)
+    finally:
+        model.generation_config.prompt_lookup_num_tokens = None
+    assert found.tokens[: len(expected.tokens)] == expected.tokens == told.tokens
+    assert len(told.logprobs or ()) == len(told.tokens)
+
+
+def test_models_that_remember_in_their_modules_answer_one_at_a_time(
+    own_checkpoint: Any, streamed: Any, smollm_models: Any, caplog: Any
+) -> None:
+    """Dynamic NTK: the longest text so far sets the rotary frequencies of all that follow, on the module."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = streamed(own_checkpoint("llama", rope_parameters=rope, max_position_embeddings=16))
+    model.tokenizer = smollm_models[1].tokenizer
+    asked = [[3 + (7 * index + length) % 90 for index in range(length)] for length in (40, 10, 24, 8)]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 95}
+    alone = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
+    with caplog.at_level(logging.WARNING), Session(model, max_new_tokens=6) as session:
+        assert "one at a time" in caplog.text
+        session._limits = Limits(64, 6)  # past the positions it was trained for, which is what dynamic is for
+        assert [list(reply.tokens) for reply in session.generate(asked, max_new_tokens=6, temperature=0)] == alone
+
+
 def test_a_full_queue_is_an_error_that_says_when_to_come_again(model: Any) -> None:
     with Session(model, max_requests=1, max_queue=1) as session:
         streams = [session.stream("Count to a hundred.", max_new_tokens=400) for _ in range(2)]
@@ -240,7 +316,7 @@ def test_one_message_that_is_too_long_keeps_its_end(model: Any) -> None:
     cut = fit_messages(model.tokenizer, [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
     assert "word199" in model.tokenizer.decode(cut.ids)
     assert len(cut.ids) <= 90
-    text = fit_text(model.tokenizer, words, Limits(100, 16), 10, "truncate")
+    text = fit_text(model.tokenizer(words)["input_ids"], Limits(100, 16), 10, "truncate")
     assert len(text.ids) == 90
     assert text.cut_tokens > 100
 
@@ -268,6 +344,7 @@ def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
         {"frequency_penalty": 3},
         {"logit_bias": {1: 101}},
         {"seed": 2**64},
+        {"stop": (1,)},
     ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:

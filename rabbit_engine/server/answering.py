@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
 from rabbit_engine.server.wire import Wire
-from rabbit_engine.sessions import Embedder, Events, Piece, Reply, Request, Session, encode_text
+from rabbit_engine.sessions import Embedder, Events, Piece, Reply, Request, Session
 
 SILENCE_S = 10.0
 """A stream says that it is alive after so many seconds without a token."""
@@ -38,6 +39,9 @@ class Answering:
     async def text_requests(self, asked: CompletionRequest) -> list[Request]:
         """The same for texts."""
         asked.refuse_unsupported()
+        if len(asked.prompts) * asked.choices > self._session.most_requests:
+            most = self._session.most_requests
+            raise RequestError(400, f"more than {most} answers at a time are more than may wait", param="prompt")
         options = asked.options()
         found = [await asyncio.to_thread(self._session.request_text, prompt, **options) for prompt in asked.prompts]
         return _copies(found, asked.choices)
@@ -109,7 +113,7 @@ class Answering:
     async def text_stream(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> AsyncIterator[str]:
         """A completion as it comes."""
         wire = Wire("text_completion", self._name, self._session.model.tokenizer)
-        replies: list[Reply] = []
+        replies: dict[int, Reply] = {}
         lengths = dict.fromkeys(range(len(requests)), 0)
         for index, request in enumerate(requests):
             if echo := self._echo(asked, request):
@@ -120,14 +124,14 @@ class Answering:
                 continue
             index, event = chunk
             if isinstance(event, Reply):
-                replies.append(event)
+                replies[index] = event
                 yield wire.chunk({"index": index, "text": "", "logprobs": None, "finish_reason": words.reason(event)})
             elif event.text or event.logprob is not None:
                 logprobs = None if event.logprob is None else wire.legacy_logprobs([event.logprob], lengths[index])
                 lengths[index] += len(event.text)
                 yield wire.chunk({"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": None})
         if asked.wants_usage:
-            yield wire.chunk(counts=words.usage_of_prompts(replies, asked.choices))
+            yield wire.chunk(counts=words.usage_of_prompts([reply for _, reply in sorted(replies.items())], asked.choices))
         yield words.LAST_CHUNK
 
     async def _alive(self, events: Events) -> AsyncIterator[str | tuple[int, Piece | Reply]]:
@@ -161,11 +165,15 @@ class Answering:
         embedder, model = self._embedder, self._session.model
         if embedder is None:
             raise RequestError(400, f"{self._name} does not embed: it has no files of sentence-transformers", param="model")
-        prompts = [encode_text(model.tokenizer, text) for text in asked.inputs]
+        prompts = [await asyncio.to_thread(self._session.encode, text) for text in asked.inputs]
         for ids in prompts:
             self._session.refuse_longer(ids)
-        futures = [self._session.call(lambda ids=ids: embedder.embed(model, ids), len(ids)) for ids in prompts]  # type: ignore[misc]
-        vectors = [await asyncio.wrap_future(future) for future in futures]
+        futures = self._session.call([(partial(embedder.embed, model, ids), len(ids)) for ids in prompts])
+        try:
+            vectors = [await asyncio.wrap_future(future) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
         encoding = asked.encoding_format or "float"
         data = [
             {"object": "embedding", "index": index, "embedding": words.vector(_cut(found, asked.dimensions), encoding)}

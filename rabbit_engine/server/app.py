@@ -8,16 +8,19 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError
@@ -27,11 +30,11 @@ from rabbit_engine.server.lanes import Lanes
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
 from rabbit_engine.server.wire import event
-from rabbit_engine.sessions import Session, find_embedder
+from rabbit_engine.sessions import Events, Session, find_embedder
 
 logger = logging.getLogger(__name__)
 
-MOST_BODY_BYTES = 8 * 2**20
+MOST_BODY_BYTES = 4 * 2**20
 _OPEN_PATHS = ("/", "/health")
 
 
@@ -40,6 +43,13 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
+
+
+def _is_local(host: str) -> bool:
+    """Whether the Host header names this machine: a web page elsewhere may give it a name of its own, and read what it says."""
+    with suppress(ValueError):
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    return False
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
@@ -59,10 +69,11 @@ def create_app(
     service = _Service(session, name, api_key, local=local and api_key is None)
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
-    app.middleware("http")(service.admit)
+    app.add_middleware(_Gate, service=service)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
     app.get("/")(service.page)
     app.get("/health")(service.health)
     app.get("/metrics")(service.show_metrics)
@@ -75,6 +86,35 @@ def create_app(
     app.post("/v1/embeddings")(service.embed)
     app.post("/load_model")(service.load)
     return app
+
+
+class _Gate:
+    """Asks who comes in, counts who goes out, and answers whatever went wrong: nothing that a client sends ends the server."""
+
+    def __init__(self, app: ASGIApp, service: _Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            status = status or message.get("status", 0)
+            await send(message)
+
+        try:
+            self._service.admit(scope)
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if status:
+                logger.exception("an answer broke off")
+            else:
+                await _answer_error(error)(scope, receive, sending)
+        finally:
+            self._service.count(scope, status)
 
 
 class _Service:
@@ -91,30 +131,20 @@ class _Service:
         yield
         self._lanes.stop()
 
-    async def admit(self, request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Ask for the key, count the request, and answer whatever went wrong."""
-        try:
-            self._check_host(request)
-            self._check_key(request)
-            response = await go_on(request)
-        except Exception as error:  # noqa: BLE001 - nothing that a client sends may end the server
-            response = _answer_error(error)
-        route = request.scope.get("route")
-        self._metrics.count_request(getattr(route, "path", "other"), response.status_code)
-        return response
-
-    def _check_host(self, request: Request) -> None:
-        """A web page elsewhere may give this machine a name of its own, and then reads what it answers to that name."""
-        host = request.headers.get("host", "")
-        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            raise RequestError(400, f"{host!r} is no name of this machine: use localhost, or give the server a key")
-
-    def _check_key(self, request: Request) -> None:
-        if self._api_key is None or request.url.path in _OPEN_PATHS or request.method == "OPTIONS":
+    def admit(self, scope: Scope) -> None:
+        """Raise RequestError for who may not ask."""
+        headers = Headers(scope=scope)
+        if self._local and not _is_local(headers.get("host", "")):
+            raise RequestError(400, "the Host is no name of this machine: use localhost, or give the server a key")
+        if self._api_key is None or scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS":
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._api_key.encode()):
             raise RequestError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def count(self, scope: Scope, status: int) -> None:
+        """A request was answered."""
+        self._metrics.count_request(getattr(scope.get("route"), "path", "other"), status)
 
     async def page(self) -> HTMLResponse:
         """The page to chat with."""
@@ -174,8 +204,8 @@ class _Service:
         requests = await self._answering.chat_requests(asked)
         events = self._answering.events(requests)
         if asked.stream:
-            return _stream(self._answering.chat_stream(asked, events, len(requests)))
-        return await _whole(request, self._answering.chat(asked, events, len(requests)))
+            return _Stream(self._answering.chat_stream(asked, events, len(requests)), events)
+        return await _whole(request, self._answering.chat(asked, events, len(requests)), events)
 
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -183,8 +213,8 @@ class _Service:
         requests = await self._answering.text_requests(asked)
         events = self._answering.events(requests)
         if asked.stream:
-            return _stream(self._answering.text_stream(asked, requests, events))
-        return await _whole(request, self._answering.text(asked, requests, events))
+            return _Stream(self._answering.text_stream(asked, requests, events), events)
+        return await _whole(request, self._answering.text(asked, requests, events), events)
 
     async def embed(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
@@ -204,7 +234,7 @@ class _Service:
 
 async def _read_json(request: Request) -> dict[str, Any]:
     """The body, of a bounded size. Another content type is refused: a page elsewhere could send it unasked."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
     body = bytearray()
@@ -222,13 +252,22 @@ async def _read_json(request: Request) -> dict[str, Any]:
     return found
 
 
-def _stream(chunks: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(
-        chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
+class _Stream(StreamingResponse):
+    """Chunks as they come. Who goes away before the first one gives the place up, too."""
+
+    def __init__(self, chunks: AsyncIterator[str], events: Events) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
 
 
-async def _whole(request: Request, work: Any) -> Response:
+async def _whole(request: Request, work: Any, events: Events | None = None) -> Response:
     """The answer, unless the client goes away before it is there."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
@@ -242,6 +281,8 @@ async def _whole(request: Request, work: Any) -> Response:
             pending.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await task
+        if events is not None:  # work that was cancelled before it began has closed nothing
+            await events.aclose()
 
 
 async def _until_gone(request: Request) -> None:
@@ -254,6 +295,10 @@ def _answer_error(error: Exception) -> Response:
     if found.status >= 500:
         logger.error("a request failed: %s", error, exc_info=error)
     return found.response()
+
+
+async def _query_error(_: Request, error: Exception) -> Response:
+    return RequestError(400, f"the query cannot be read: {error}").response()
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from rabbit_engine.errors import (
     ConfigurationError,
@@ -49,6 +50,8 @@ def as_request_error(error: BaseException) -> RequestError:
     match error:
         case RequestError():
             return error
+        case ClientDisconnect():
+            return RequestError(499, "the client went away")
         case QueueFullError():
             return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case PromptTooLongError():

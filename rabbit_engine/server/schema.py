@@ -13,6 +13,7 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.sessions import MOST_ALTERNATIVES, Options
 
 MOST_CHOICES = 16
+MOST_INPUTS = 2048
 _MOST_STOPS = 16
 
 Stops = Annotated[
@@ -101,8 +102,9 @@ def _of_config(config: str | dict[str, Any] | None) -> dict[str, Any]:
         given = {**given, "temperature": 0.0, "top_p": None, "top_k": None, "min_p": None}
     elif given.get("do_sample") is None:  # its other fields are defaults that nobody chose
         given = {"max_new_tokens": given.get("max_new_tokens"), "repetition_penalty": given.get("repetition_penalty")}
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    found = {name: given[name] for name in names if isinstance(given.get(name), int | float)}
+    kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("max_new_tokens", "top_k"), int)
+    kinds |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))
+    found = {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind) and given[name] is not True}
     return {name: value for name, value in found.items() if not (name == "top_k" and value == 0)}
 
 
@@ -218,8 +220,11 @@ class EmbeddingRequest(Asked):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """Every text by itself. Raises for an empty list."""
-        return _each(self.input, "input")
+        """Every text by itself. Raises for an empty list, and for one that is too long."""
+        found = _each(self.input, "input")
+        if len(found) > MOST_INPUTS:
+            raise RequestError(400, f"{len(found)} texts are more than {MOST_INPUTS}", param="input")
+        return found
 
 
 def parse(kind: type[Kind], body: Any) -> Kind:
@@ -251,7 +256,9 @@ def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
         raise RequestError(400, f"{where}.role: a message says whose it is", param=f"{where}.role")
     found = {**message, "content": _text(message.get("content"), f"{where}.content")}
     if calls := message.get("tool_calls"):
-        found["tool_calls"] = [_with_object(call, f"{where}.tool_calls") for call in calls if isinstance(calls, list)]
+        if not isinstance(calls, list):
+            raise RequestError(400, f"{where}.tool_calls: a list of calls", param=f"{where}.tool_calls")
+        found["tool_calls"] = [_with_object(call, f"{where}.tool_calls") for call in calls]
     return found
 
 

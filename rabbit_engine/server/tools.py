@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "{", "[{")
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_TAG = "<tool_call>"
+_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class ToolCall:
 def may_be_call(text: str) -> bool:
     """Whether an answer that begins so may turn out to be a call, so that it must not be sent as text yet."""
     start = text.lstrip()
-    return not start or any(start.startswith(marker) or marker.startswith(start) for marker in _MARKERS) or "<tool_call>" in text
+    if not start or any(start.startswith(marker) or marker.startswith(start) for marker in _MARKERS):
+        return True
+    return _TAG in text or any(text.endswith(_TAG[:length]) for length in range(1, len(_TAG)))
 
 
 def parse_calls(text: str, names: Sequence[str]) -> tuple[str, list[ToolCall]]:

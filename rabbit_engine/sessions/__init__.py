@@ -3,7 +3,7 @@
 from rabbit_engine.sessions.answer import Piece, Reply
 from rabbit_engine.sessions.embedding import Embedder, find_embedder
 from rabbit_engine.sessions.options import MOST_ALTERNATIVES, Options
-from rabbit_engine.sessions.prompts import Message, encode_text
+from rabbit_engine.sessions.prompts import Message
 from rabbit_engine.sessions.sampling import TokenLogprob
 from rabbit_engine.sessions.session import Events, Request, Session, Ticket
 
@@ -19,6 +19,5 @@ __all__ = [
     "Session",
     "Ticket",
     "TokenLogprob",
-    "encode_text",
     "find_embedder",
 ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from rabbit_engine.errors import QueueFullError, SessionClosedError
 from rabbit_engine.sessions.room import Demand, Room
 from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
+
+logger = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
@@ -44,7 +47,7 @@ class Engine:
         binding = model._assembly.binding
         if not exact:
             share_products(model, binding)
-        self._convoy = Convoy(binding)
+        self._convoy = Convoy(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -70,24 +73,41 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise SessionClosedError("the session is closed: open another")
-            places = self._queue + max(0, self._most - len(self._running))
-            if bounded and len(self._waiting) + len(jobs) > places:
-                retry = self._seconds_to_a_place()
-                raise QueueFullError(
-                    f"the queue is full: {len(self._running)} under way, {len(self._waiting)} waiting; try again in "
-                    f"{math.ceil(retry)} s, or let more wait (max_queue)",
-                    retry,
-                )
+            if bounded and len(self._waiting) + len(jobs) > self._places:
+                self.refuse()
             self._waiting.extend(jobs)
             self._changed.notify_all()
+
+    @property
+    def _places(self) -> int:
+        return self._queue + max(0, self._most - len(self._running))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more would be refused."""
+        return len(self._waiting) >= self._places
+
+    def refuse(self) -> NoReturn:
+        """Raise QueueFullError."""
+        retry = self._seconds_to_a_place()
+        raise QueueFullError(
+            f"the queue is full: {len(self._running)} under way, {len(self._waiting)} waiting; try again in "
+            f"{math.ceil(retry)} s, or let more wait (max_queue)",
+            retry,
+        )
 
     def cancel(self, job: Job) -> None:
         """End it: at the next unit that it waits for, or before it begins."""
         with self._changed:
             job.cancelled = True
-            if job.rider is not None:
+            waited = job in self._waiting
+            if waited:
+                self._waiting.remove(job)
+            elif job.rider is not None:
                 job.rider.stop(Cancelled())
             self._changed.notify_all()
+        if waited:
+            _tell(job, Cancelled())
 
     def close(self) -> None:
         """Cancel everything and end the thread. Safe to call again."""
@@ -108,18 +128,27 @@ class Engine:
 
     def _serve(self) -> None:
         torch.set_grad_enabled(False)  # for all riders: they share the thread's switch
-        while True:
-            with self._changed:
-                while not (self._closed or self._waiting or self._convoy.riders):
-                    self._changed.wait()
-                if self._closed:
-                    break
-            self._admit()
-            self._run_pass()
+        try:
+            while self._wait_for_work():
+                self._admit()
+                self._run_pass()
+        finally:
+            self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._closed or self._waiting or self._convoy.riders):
+                self._changed.wait()
+            return not self._closed
+
+    def _end_all(self) -> None:
+        with self._changed:
+            self._closed = True
+            waiting, self._waiting = list(self._waiting), deque()
         self._convoy.stop(SessionClosedError("the session was closed before the answer was there"))
         self._settle()
-        while self._waiting:
-            self._waiting.popleft().on_end(SessionClosedError("the session was closed before the answer was begun"))
+        for job in waiting:
+            _tell(job, SessionClosedError("the session was closed before the answer was begun"))
 
     def _admit(self) -> None:
         """Let jobs begin, in their order, as long as there is room beside those that run."""
@@ -131,8 +160,6 @@ class Engine:
 
     def _next(self) -> Job | None:
         with self._changed:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft().on_end(Cancelled())
             if not self._waiting or len(self._running) >= self._most or self._closed:
                 return None
             demands = [job.demand for job in (*self._running, self._waiting[0])]
@@ -155,4 +182,12 @@ class Engine:
         with self._changed:
             self._running = [job for job in self._running if job not in done]
         for job in done:
-            job.on_end(job.rider.failure)  # type: ignore[union-attr]
+            _tell(job, job.rider.failure)  # type: ignore[union-attr]
+
+
+def _tell(job: Job, failure: BaseException | None) -> None:
+    """Whoever hears it may do so wrongly; the others are served on."""
+    try:
+        job.on_end(failure)
+    except Exception:
+        logger.exception("what a caller does at the end of its answer failed")

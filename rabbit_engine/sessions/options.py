@@ -18,7 +18,7 @@ class Options:
 
     Args:
         max_new_tokens: tokens at most; None is the checkpoint's own, else what the session says.
-        temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
+        temperature: below 0.001 is greedy; above, the logits are divided by it and a token is drawn.
         top_p: draw from the likeliest tokens of this total probability, in (0, 1].
         top_k: draw from so many likeliest tokens.
         min_p: draw from tokens that are at least this share as likely as the likeliest.
@@ -56,15 +56,21 @@ class Options:
                 raise ConfigurationError(f"{name}={value!r} is out of range: {least:g} to {most:g}")
         if self.top_p == 0:
             raise ConfigurationError("top_p=0 leaves no token to draw: use temperature=0 for the likeliest")
+        if not all(isinstance(stop, str) for stop in self.stop):
+            raise ConfigurationError("stop is a text or several")
         if not all(self.stop):
             raise ConfigurationError("an empty stop text would end every answer before it begins")
         if any(abs(bias) > 100 for bias in self.logit_bias.values()):
             raise ConfigurationError("logit_bias is from -100 to 100")
 
     @property
+    def _is_cold(self) -> bool:
+        return self.temperature is not None and self.temperature < _COLDEST
+
+    @property
     def draws(self) -> bool | None:
         """Whether tokens are drawn; None leaves it to the checkpoint."""
-        if self.temperature == 0:
+        if self._is_cold:
             return False
         asked = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed)
         return True if any(value is not None for value in asked) else None
@@ -74,12 +80,15 @@ class Options:
         found: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
         if self.draws is not None:
             found["do_sample"] = self.draws
-        names = ("top_p", "top_k", "min_p", "repetition_penalty", *(() if self.temperature == 0 else ("temperature",)))
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", *(() if self._is_cold else ("temperature",)))
         found |= {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
             found["sequence_bias"] = {(token,): float(bias) for token, bias in self.logit_bias.items()}
         return found
 
+
+_COLDEST = 1e-3
+"""Logits that are divided by less overflow."""
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_new_tokens", 1, 2**31),

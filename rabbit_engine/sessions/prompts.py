@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,22 +47,21 @@ class Limits:
         return asked if asked is not None else min(self.usual, self.most - prompt)
 
 
-def encode_text(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
+def encode_text(tokenizer: Any, text: str | Sequence[int], vocabulary: int) -> list[int]:
     """Token ids of a plain prompt, with the special tokens the tokenizer adds; ids are taken as they are.
 
-    Raises ConfigurationError for a prompt without tokens.
+    Raises ConfigurationError for a prompt without tokens, or with ids that are not below `vocabulary`.
     """
     ids = list(tokenizer(text)["input_ids"]) if isinstance(text, str) else [int(token) for token in text]
     if not ids:
         raise ConfigurationError("the prompt has no tokens: there is nothing to go on from")
-    known = len(tokenizer)
-    wrong = next((token for token in ids if not 0 <= token < known), None)
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
     if wrong is not None:
-        raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {known}")
+        raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {vocabulary}")
     return ids
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Message], **template: Any) -> list[int]:
+def encode_messages(tokenizer: Any, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
     """Token ids of a conversation, up to where the answer begins; `template` goes to the chat template (tools and the like).
 
     Raises ConfigurationError where there is no template, or where it refuses the messages.
@@ -80,9 +79,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message], **template: Any
     return [int(token) for token in found["input_ids"]]
 
 
-def fit_text(tokenizer: Any, text: str | Sequence[int], limits: Limits, asked: int | None, overflow: Overflow) -> Prompt:
+def fit_text(ids: list[int], limits: Limits, asked: int | None, overflow: Overflow) -> Prompt:
     """A plain prompt; where it is too long and that is allowed, its beginning is left out."""
-    ids = encode_text(tokenizer, text)
     room = limits.room_for_prompt(asked)
     if overflow == "refuse" or len(ids) <= room or room < 1:
         return Prompt(ids, limits.answer_tokens(len(ids), asked))
@@ -91,29 +89,43 @@ def fit_text(tokenizer: Any, text: str | Sequence[int], limits: Limits, asked: i
 
 
 def fit_messages(
-    tokenizer: Any, messages: Sequence[Message], limits: Limits, asked: int | None, overflow: Overflow, **template: Any
+    tokenizer: Any,
+    messages: Sequence[Message],
+    limits: Limits,
+    asked: int | None,
+    overflow: Overflow,
+    template: Mapping[str, Any] | None = None,
 ) -> Prompt:
-    """A conversation; where it is too long and that is allowed, its oldest messages are left out, but for those of the
-    system, and then the beginning of the last one."""
-    ids = encode_messages(tokenizer, messages, **template)
+    """A conversation; where it is too long and that is allowed, its oldest turns are left out, but for what the system
+    says at its beginning, and then the beginning of the last message."""
+    template = template or {}
+    ids = encode_messages(tokenizer, messages, template)
     room, whole = limits.room_for_prompt(asked), len(ids)
     if overflow == "refuse" or whole <= room:
         return Prompt(ids, limits.answer_tokens(whole, asked))
-    kept = [dict(message) for message in messages]
-    while len(ids) > room and (oldest := _oldest(kept)) is not None:
-        del kept[oldest]
-        ids = encode_messages(tokenizer, kept, **template)
+    kept = _last_turns(messages, lambda some: len(encode_messages(tokenizer, some, template)) <= room)
+    ids = encode_messages(tokenizer, kept, template)
     while len(ids) > room and _shorten(tokenizer, kept[-1], len(ids) - room):
-        ids = encode_messages(tokenizer, kept, **template)
+        ids = encode_messages(tokenizer, kept, template)
     logger.warning("%d of %d tokens of a conversation are left out: there is room for %d", whole - len(ids), whole, room)
     return Prompt(ids, limits.answer_tokens(len(ids), asked), whole - len(ids))
 
 
-def _oldest(messages: Sequence[Message]) -> int | None:
-    """Which message may go first: never the system's, never the last."""
-    return next(
-        (index for index, message in enumerate(messages[:-1]) if message.get("role") not in ("system", "developer")), None
-    )
+def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """The system's messages at the beginning and as many of the last turns as fit, one at least; a turn begins with the
+    user's message, so that what is left is a conversation still."""
+    start = next((index for index, message in enumerate(messages) if message.get("role") not in ("system", "developer")), 0)
+    turns = [index for index, message in enumerate(messages) if index >= start and message.get("role") == "user"]
+    least, most = 0, max(0, len(turns) - 1)  # turns to leave out: `most` are enough, or nothing is
+
+    def without(count: int) -> list[dict[str, Any]]:
+        rest = messages[turns[count] :] if turns else messages[start:]
+        return [dict(message) for message in (*messages[:start], *rest)]
+
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(without(middle)) else (middle + 1, most)
+    return without(most)
 
 
 def _shorten(tokenizer: Any, message: dict[str, Any], excess: int) -> bool:

@@ -16,6 +16,10 @@ _KEPT_FREE = 0.1
 """Of what is free when a session begins: fragments, and whatever else runs."""
 
 
+_USUAL_POSITIONS = 2**15
+"""Where neither the config nor memory bounds a text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """Tokens of a request: its prompt's, and as many as its answer may have."""
@@ -46,7 +50,7 @@ class Room:
     @property
     def most_tokens(self) -> int:
         """Tokens of prompt and answer that a single text may have."""
-        most = self.positions if self.positions is not None else 2**31
+        most = self.positions if self.positions is not None else _USUAL_POSITIONS
         if self.fits([Demand(most, 0)]):
             return most
         least, most = 0, most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
@@ -18,9 +19,11 @@ from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitE
 from rabbit_engine.sessions.answer import Answer, Piece, Reply, end_tokens, pad_token
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.options import NAMES, Options
-from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
+from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, encode_text, fit_messages, fit_text
 from rabbit_engine.sessions.room import Demand, measure_room
 from rabbit_engine.streaming import PassProgress
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Event = Piece | Reply | BaseException
@@ -54,10 +57,10 @@ class Events:
     `aclose()` gives their places up.
     """
 
-    def __init__(self, session: Session, requests: Sequence[Request]) -> None:
+    def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self._left = len(requests)
-        self._tickets = session.ask(requests, self._tell)
+        self._tickets = session.ask(requests, self._tell, bounded=bounded)
 
     def _tell(self, index: int, event: Event) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody hears
@@ -87,7 +90,8 @@ class Session:
 
     A pass over the weights serves every answer that is under way, and one that is asked for meanwhile joins the next; how
     many at a time is bounded by `max_requests` and by the memory that is free for their caches. Each gets what
-    `model.generate` would give it alone, bit for bit, whatever its options, on every model that generates.
+    `model.generate` would give it alone, bit for bit, whatever its options, on every model that generates. Close it, or use
+    it in a `with` block: a session that is only dropped keeps its thread and its model.
 
     Args:
         model: as `AutoModel.from_pretrained` returned it; it is not closed with the session.
@@ -127,13 +131,20 @@ class Session:
             _settle_padding(model)
             own = model.generation_config.max_new_tokens
         probe = model._assembly.sketch.probe
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+        if max_requests > 1 and (why := keeps_state(model)):
+            logger.warning("%s keeps %s in its modules: its answers are given one at a time", type(model).__name__, why)
+            max_requests = 1
+        self.most_requests = max_requests + max_queue
+        """As many may be under way and wait at a time."""
+
         self._room = measure_room(model.plan, probe, model.device, _positions(model))
         self._limits = Limits(self._room.most_tokens, max_new_tokens if own is None else own)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
 
     # What most will use.
 
-    def chat(self, messages: Chat, **options: Any) -> Reply:
+    def chat(self, messages: Chat, /, **options: Any) -> Reply:
         """The answer to a conversation, or to a user's words.
 
         `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and what the chat template takes,
@@ -141,7 +152,7 @@ class Session:
         """
         return self._wait_for([self.request(messages, **options)])[0]
 
-    def stream(self, messages: Chat, **options: Any) -> Generator[str, None, Reply]:
+    def stream(self, messages: Chat, /, **options: Any) -> Generator[str, None, Reply]:
         """The same, piece by piece. Leaving the loop gives the place up. The generator's return value is the Reply."""
         return self._pieces(self.request(messages, **options))
 
@@ -150,17 +161,16 @@ class Session:
 
         More than `max_requests` take turns; `max_queue` does not bound them.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._wait_for([self.request_text(text, **options) for text in texts], bounded=False)
+        return self._wait_for(self._requests(prompts, options), bounded=False)
 
-    async def achat(self, messages: Chat, **options: Any) -> Reply:
+    async def achat(self, messages: Chat, /, **options: Any) -> Reply:
         """`chat`, awaited. A task that is cancelled gives its place up."""
         request = await asyncio.to_thread(self.request, messages, **options)
         async with aclosing(self.events([request])) as events:
             replies = [event async for _, event in events if isinstance(event, Reply)]
         return replies[0]
 
-    async def astream(self, messages: Chat, **options: Any) -> AsyncIterator[str]:
+    async def astream(self, messages: Chat, /, **options: Any) -> AsyncIterator[str]:
         """`stream`, awaited."""
         request = await asyncio.to_thread(self.request, messages, **options)
         async with aclosing(self.events([request])) as events:
@@ -169,18 +179,24 @@ class Session:
                     yield event.text
 
     async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
-        """`generate`, awaited."""
-        return await asyncio.to_thread(self.generate, prompts, **options)
+        """`generate`, awaited. A task that is cancelled gives all places up."""
+        requests = await asyncio.to_thread(self._requests, prompts, options)
+        replies: dict[int, Reply] = {}
+        async with aclosing(Events(self, requests, bounded=False)) as events:
+            async for index, event in events:
+                if isinstance(event, Reply):
+                    replies[index] = event
+        return [replies[index] for index in range(len(requests))]
 
     # What a server needs.
 
-    def request(self, messages: Chat, **options: Any) -> Request:
+    def request(self, messages: Chat, /, **options: Any) -> Request:
         """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
         chosen, template = self._split(options)
         conversation: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         asked = chosen.max_new_tokens
         with self._tokenizing:
-            prompt = fit_messages(self.model.tokenizer, conversation, self._limits, asked, self._overflow, **template)
+            prompt = fit_messages(self.model.tokenizer, conversation, self._limits, asked, self._overflow, template)
         return Request(prompt, chosen)
 
     def request_text(self, text: str | Sequence[int], **options: Any) -> Request:
@@ -188,16 +204,18 @@ class Session:
         chosen, unknown = self._split(options)
         if unknown:
             raise ConfigurationError(f"{', '.join(unknown)}: no such option; there are {', '.join(NAMES)}")
-        asked = chosen.max_new_tokens
+        return Request(fit_text(self.encode(text), self._limits, chosen.max_new_tokens, self._overflow), chosen)
+
+    def encode(self, text: str | Sequence[int]) -> list[int]:
+        """Token ids of a text. Raises ConfigurationError where it has none, or ids that the model does not know."""
         with self._tokenizing:
-            prompt = fit_text(self.model.tokenizer, text, self._limits, asked, self._overflow)
-        return Request(prompt, chosen)
+            return encode_text(self.model.tokenizer, text, self._vocabulary)
 
     def ask(self, requests: Sequence[Request], tell: Tell, *, bounded: bool = True) -> list[Ticket]:
         """Put all of them into the queue, or none: QueueFullError if it is `bounded`.
 
-        `tell(index, event)` is called from the session's thread and must return at once: with pieces, and then once with
-        the Reply or with what went wrong.
+        `tell(index, event)` is called from the session's thread (or from one that cancels) and must return at once: with
+        pieces, and then once with the Reply or with what went wrong.
         """
         jobs = [self._job(request, index, tell) for index, request in enumerate(requests)]
         self._engine.submit(jobs, bounded=bounded)
@@ -207,22 +225,18 @@ class Session:
         """Ask for them now, and hear of them in the loop that runs: QueueFullError."""
         return Events(self, requests)
 
-    def call(self, work: Callable[[], T], tokens: int) -> Future[T]:
-        """Run `work()` in the session's thread, in step with the answers: what it asks of the model shares their passes.
+    def call(self, works: Sequence[tuple[Callable[[], T], int]]) -> list[Future[T]]:
+        """Run every `work()` in the session's thread, in step with the answers: what they ask of the model shares passes.
 
-        `tokens` is how long the text is that it computes. Raises QueueFullError.
+        With each comes the length in tokens of what it computes. A future that is cancelled is not begun. Raises
+        QueueFullError if the queue is full already; together they may be more than it holds.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            future.set_result(work())
-
-        def end(failure: BaseException | None) -> None:
-            if failure is not None:
-                future.set_exception(_own(failure))
-
-        self._engine.submit([Job(run, end, Demand(tokens, 0))])
-        return future
+        if self._engine.is_full:
+            self._engine.refuse()
+        futures: list[Future[T]] = [Future() for _ in works]
+        jobs = [_computing(work, tokens, future) for (work, tokens), future in zip(works, futures, strict=True)]
+        self._engine.submit(jobs, bounded=False)
+        return futures
 
     def refuse_longer(self, ids: Sequence[int]) -> None:
         """Raise PromptTooLongError for more tokens than there is room for."""
@@ -271,11 +285,13 @@ class Session:
             found = Options(**chosen)
         except TypeError as error:
             raise ConfigurationError(f"an option has a value of the wrong type: {error}") from error
-        known = self.model.config.get_text_config().vocab_size
-        wrong = next((token for token in found.logit_bias if not 0 <= token < known), None)
+        wrong = next((token for token in found.logit_bias if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
-            raise ConfigurationError(f"logit_bias names token id {wrong}, the vocabulary has {known}")
+            raise ConfigurationError(f"logit_bias names token id {wrong}, the vocabulary has {self._vocabulary}")
         return found, {name: value for name, value in options.items() if name not in NAMES}
+
+    def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
+        return [self.request_text(text, **options) for text in ([prompts] if isinstance(prompts, str) else prompts)]
 
     def _job(self, request: Request, index: int, tell: Tell) -> Job:
         prompt = request.prompt
@@ -319,6 +335,26 @@ class Session:
             return event
         finally:
             _cancel(tickets)
+
+
+def _computing(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            future.set_result(work())
+
+    def end(failure: BaseException | None) -> None:
+        if failure is not None and not future.cancelled():
+            future.set_exception(_own(failure))
+
+    return Job(run, end, Demand(tokens, 0))
+
+
+def keeps_state(model: Any) -> str | None:
+    """What a model remembers beside its cache, so that texts must not take turns within it; None where nothing does."""
+    kinds = [kind for module in model.modules() if (kind := getattr(module, "rope_type", None)) is not None]
+    if any("dynamic" in (kind.values() if isinstance(kind, Mapping) else (kind,)) for kind in kinds):
+        return "the longest text's rotary frequencies"
+    return "its recurrent states" if model.config.model_type == "recurrent_gemma" else None
 
 
 def _cancel(tickets: Sequence[Ticket]) -> None:

@@ -139,8 +139,9 @@ class Binding:
             refuse_gradients(unit.name, module, args, kwargs)
             self._streamer.require_open()  # a forked process inherits locks that nobody there will free
             with self._lock:  # held already inside a root pass; for callers of a layer alone
+                place, memory = self._acquire(unit.name)  # before the try: what was not acquired is not ours to release
                 try:
-                    bound.bring(*self._acquire(unit.name))
+                    bound.bring(place, memory)
                     with self.computing(unit.name):
                         return native(*args, **kwargs)
                 finally:
@@ -154,8 +155,8 @@ class Binding:
         """The only weight of a unit that belongs to no module of its own, while the block runs."""
         self._streamer.require_open()
         with self._lock:
+            _, memory = self._acquire(unit.name)
             try:
-                _, memory = self._acquire(unit.name)
                 with self.computing(unit.name):
                     yield unit.pieces[0].view(memory)
             finally:

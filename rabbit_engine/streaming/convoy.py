@@ -12,6 +12,8 @@ bits up: a kernel may order its sums by the number of rows.
 from __future__ import annotations
 
 import functools
+import threading
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -52,7 +54,10 @@ class _Product:
 
 class Dice:
     """The random numbers of one rider. torch has one generator a device for everybody: between the passes of its rider it
-    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`."""
+    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`. Riders of all convoys
+    take turns; a thread that draws by itself meanwhile draws from whatever is there."""
+
+    _turn = threading.Lock()
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed: int | None = seed
@@ -62,6 +67,7 @@ class Dice:
 
     def take(self) -> None:
         """The generators are mine."""
+        self._turn.acquire()
         self._others = self._states()
         if self._seed is not None:
             torch.manual_seed(self._seed)
@@ -73,6 +79,7 @@ class Dice:
         """They are the others' again."""
         self._mine = self._states()
         self._set(self._others)
+        self._turn.release()
 
     def _states(self) -> list[torch.Tensor]:
         if self._device.type == "cpu":
@@ -88,12 +95,13 @@ class Dice:
 class Rider(greenlet):
     """One generation, `work()`, in the thread of its convoy; `failure` is what it raised."""
 
-    def __init__(self, work: Callable[[], None], road: Road, dice: Dice | None = None) -> None:
+    def __init__(self, work: Callable[[], None], road: Road, dice: Dice | None = None, *, shares: bool = False) -> None:
         super().__init__(self._run)
         self.failure: BaseException | None = None
         self._work = work
         self._road = road
         self._dice, self._has_dice = dice, False
+        self.shares = shares
         self._wants: str | _Product | None = None
         self._stopped_by: BaseException | None = None
 
@@ -103,6 +111,7 @@ class Rider(greenlet):
             self._work()
         except BaseException as error:  # noqa: BLE001 - it would strike whoever resumed this one
             self.failure = error
+            traceback.clear_frames(error.__traceback__)  # they hold the cache, until the collector comes
         finally:
             self._end_own_time()
 
@@ -170,10 +179,10 @@ def rider_on(road: Road) -> Rider | None:
 
 
 class Convoy:
-    """Runs riders pass by pass, in the thread that calls it."""
+    """Runs riders pass by pass, in the thread that calls it; with `shares` they meet where `share_products` lets them."""
 
-    def __init__(self, road: Road) -> None:
-        self._road = road
+    def __init__(self, road: Road, *, shares: bool = False) -> None:
+        self._road, self._shares = road, shares
         self._riders: list[Rider] = []
 
     @property
@@ -183,7 +192,7 @@ class Convoy:
 
     def add(self, work: Callable[[], None], dice: Dice | None = None) -> Rider:
         """Take a rider in, and run it to its first pass."""
-        rider = Rider(work, self._road, dice)
+        rider = Rider(work, self._road, dice, shares=self._shares)
         rider.resume()
         self._riders.append(rider)
         self._forget_the_done()
@@ -253,9 +262,9 @@ def _compute(products: list[_Product]) -> None:
 
 
 def share_products(model: nn.Module, road: Road) -> None:
-    """Let riders on `road` meet at every linear layer of the model; others run it as before."""
+    """Let riders on `road` whose convoy shares meet at every linear layer of the model; all others run it as before."""
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and not hasattr(module.forward, "meets"):
             module.forward = _meeting(module.forward, road)  # type: ignore[assignment, method-assign]
 
 
@@ -263,6 +272,7 @@ def _meeting(forward: _Forward, road: Road) -> _Forward:
     @functools.wraps(forward)
     def meet(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the parameter's name in torch
         rider = rider_on(road)
-        return forward(input) if rider is None else rider.await_product(forward, input)
+        return rider.await_product(forward, input) if rider is not None and rider.shares else forward(input)
 
+    meet.meets = True  # type: ignore[attr-defined]
     return meet

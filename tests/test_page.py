@@ -1,0 +1,174 @@
+"""The page of `rabbit serve`, in a real browser: `make test-browser`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_server import NAME, serving, wait_until
+
+from rabbit_engine import Session
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, wherever it is: RABBIT_CHROMIUM, or on the path."""
+    from playwright.sync_api import sync_playwright
+
+    names = (os.environ.get("RABBIT_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, filter(None, names))), None)
+    assert found, "no Chromium is here: install it (apt-get install chromium), or name it in RABBIT_CHROMIUM"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def session(smollm_models: Any) -> Iterator[Session]:
+    with Session(smollm_models[1], max_new_tokens=64) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def url(session: Session) -> Iterator[str]:
+    with serving(session) as address:
+        yield address
+
+
+class Visit:
+    """A page, what it asked for, and what it complained of."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda told: self.complaints.append(told.text) if told.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(url)
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#text", text)
+        self.page.press("#text", "Enter")
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    visits: list[Visit] = []
+
+    def open_page(url: str, **options: Any) -> Visit:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield open_page
+    for found in visits:
+        found.context.close()
+
+
+def test_a_question_is_answered_and_nothing_comes_from_elsewhere(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.page.wait_for_selector("#plan tr")
+    assert here.page.text_content("#model") == NAME
+    here.ask("What is the capital of France?")
+    here.page.wait_for_selector(".note")
+    assert "Paris" in here.page.text_content(".said.assistant")
+    assert "8 tokens, the first after" in here.page.text_content(".note")
+    here.ask("And of Italy?")
+    here.page.wait_for_function("() => document.querySelectorAll('.note').length === 2")
+    assert all(asked.startswith(url) for asked in here.asked)
+    assert here.complaints == []
+
+
+def test_the_plan_and_the_live_lanes_are_shown(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.ask("Count to a hundred.")
+    here.page.wait_for_function("() => /layer \\d+ of \\d+/.test(document.getElementById('pass').textContent)")
+    here.page.wait_for_function(
+        "() => /disk \\d+%.*compute|compute \\d+%.*disk/.test(document.getElementById('busy').textContent)"
+    )
+    painted = here.page.evaluate(
+        "() => { const c = document.getElementById('lanes');"
+        " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v).length }"
+    )
+    assert painted > 500
+    here.page.click("#stop")
+    assert "a pass" in here.page.text_content("#plan")
+
+
+def test_stop_gives_the_place_up_and_keeps_what_came(visit: Any, url: str, session: Session) -> None:
+    here = visit(url)
+    here.ask("Write a long story about a fox.")
+    here.page.wait_for_function("() => (document.querySelector('.said.assistant')?.textContent ?? '').length > 5")
+    here.page.keyboard.press("Escape")
+    wait_until(lambda: session.running == 0)
+    assert "stopped" in here.page.text_content(".note")
+    assert here.page.is_visible("#send")
+    here.page.click("#new")
+    assert here.page.query_selector(".said") is None
+
+
+def test_markup_is_text(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.ask("Repeat: <img src=x onerror=alert(1)><b>bold</b>")
+    here.page.wait_for_selector(".note")
+    assert here.page.query_selector("#talk img, #talk b") is None
+    assert "<img src=x" in here.page.text_content(".said.user")
+    assert here.complaints == []
+
+
+def test_an_error_of_the_server_is_shown_and_the_question_comes_back(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.page.evaluate("document.getElementById('most').value = 10000000")
+    here.ask("Hello there")
+    here.page.wait_for_selector(".note.bad")
+    assert "room for" in here.page.text_content(".note.bad")
+    assert here.page.input_value("#text") == "Hello there"
+
+
+def test_a_server_with_a_key_is_asked_with_it(visit: Any, session: Session) -> None:
+    with serving(session, api_key="secret") as url:
+        here = visit(url)
+        here.page.wait_for_selector("#lock:not([hidden])")
+        here.page.fill("#key", "wrong")
+        here.page.press("#key", "Enter")
+        assert here.page.query_selector("#plan tr") is None
+        here.page.fill("#key", "secret")
+        here.page.press("#key", "Enter")
+        here.page.wait_for_selector("#plan tr")
+        assert here.page.is_hidden("#lock")
+        here.ask("What is the capital of France?")
+        here.page.wait_for_selector(".note")
+        assert "Paris" in here.page.text_content(".said.assistant")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1100, 720), (390, 800)])
+def test_it_fits_a_screen_and_a_phone(visit: Any, url: str, size: tuple[int, int], scheme: str, tmp_path: Path) -> None:
+    here = visit(url, viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    here.ask("Explain gravity.")
+    here.page.wait_for_function("() => /\\d+%/.test(document.getElementById('busy').textContent)")
+    width = here.page.evaluate("document.documentElement.scrollWidth")
+    shots = Path(os.environ.get("RABBIT_SHOTS", tmp_path))
+    here.page.screenshot(path=shots / f"page-{size[0]}-{scheme}.png")
+    here.page.keyboard.press("Escape")
+    assert width <= size[0]
