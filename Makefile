@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Its theme warns of a successor at every build; what is asked for is that no link is broken.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-.PHONY: demo test check bench conformance matrix docs site test-lowest lint types lock clean
+.PHONY: demo test check bench conformance matrix docs site test-lowest test-browser lint types lock clean
 
 demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -27,6 +27,11 @@ test-lowest: .venv-lowest/.installed  ## the same tests on the oldest versions t
 	.venv-lowest/bin/python -m pip install --quiet -r requirements-lowest.lock
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(SMOLLM) -e .
 	@touch $@
+
+test-browser: $(STAMP)  ## the page of `rabbit serve` in a real Chromium, which has to be here
+	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python "playwright>=1.50"; \
+	else $(BIN)/python -m pip install --quiet "playwright>=1.50"; fi
+	$(BIN)/python -m pytest -m browser tests/test_page.py
 
 check: $(STAMP)  ## style, types, the direction of imports, generated docs, the site's links
 	$(BIN)/ruff check .

@@ -111,6 +111,9 @@ def test_the_plan_and_the_live_lanes_are_shown(visit: Any, url: str) -> None:
         " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v).length }"
     )
     assert painted > 500
+    here.page.wait_for_timeout(3000)  # of a pass's many spans none is lost: it waits or computes nearly all of the time
+    busy = dict(part.rsplit(" ", 1) for part in here.page.text_content("#busy").removeprefix("Busy: ").split(", "))
+    assert int(busy["compute"].rstrip("%")) + int(busy["wait"].rstrip("%")) > 20
     here.page.click("#stop")
     assert "a pass" in here.page.text_content("#plan")
 

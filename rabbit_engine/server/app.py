@@ -26,7 +26,7 @@ from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.answering import Answering
 from rabbit_engine.server.errors import RequestError, as_request_error
-from rabbit_engine.server.lanes import Lanes
+from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
 from rabbit_engine.server.wire import event
@@ -174,7 +174,7 @@ class _Service:
 
     async def show_lanes(self, seconds: float = 10.0) -> dict[str, Any]:
         """What the disk, the copies and the computing did in the last seconds, and where the pass is."""
-        return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), 60.0))
+        return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), MOST_SECONDS))
 
     async def models(self) -> dict[str, Any]:
         """The one there is."""

@@ -8,6 +8,10 @@ from typing import Any
 
 from rabbit_engine.sessions import Session
 
+MOST_SECONDS = 60.0
+"""What is longer ago is forgotten."""
+
+_GAP_S = 0.002
 _IDLE_S = 15.0
 """Nobody has looked for so long: recording ends."""
 
@@ -21,17 +25,18 @@ class Lanes:
         self._own = not self._trace.on  # a trace that was on already belongs to somebody else
         self._lock = threading.Lock()
         self._looked_s = 0.0
+        self._lanes: dict[str, list[list[float]]] = {}
+        self._seen_s = 0.0
         self._timer: threading.Timer | None = None
 
     def show(self, seconds: float) -> dict[str, Any]:
-        """The last seconds: spans by lane as [start, end, name, bytes], in seconds of the trace's clock."""
+        """The last seconds: by lane what was busy as [start, end, bytes, busy seconds], in the trace's clock."""
         self._look()
-        lanes: dict[str, list[list[Any]]] = {}
-        for span in self._trace.recent(seconds):
-            lanes.setdefault(span.lane, []).append([round(span.start_s, 4), round(span.end_s, 4), span.name, span.nbytes])
+        now = self._trace.now_s
+        lanes = {lane: [span for span in spans if span[1] > now - seconds] for lane, spans in self._catch_up(now).items()}
         profile = self._session.model.profile
         return {
-            "now_s": round(self._trace.now_s, 4),
+            "now_s": round(now, 4),
             "lanes": [{"lane": lane, "spans": spans} for lane, spans in sorted(lanes.items())],
             "progress": self._progress(),
             "running": self._session.running,
@@ -45,6 +50,23 @@ class Lanes:
         """Record no more."""
         with self._lock:
             self._stop()
+
+    def _catch_up(self, now: float) -> dict[str, list[list[float]]]:
+        """Take in what is new. Spans with hardly anything between them become one: a picture has no more to show."""
+        with self._lock:
+            for span in self._trace.since(self._seen_s):
+                spans = self._lanes.setdefault(span.lane, [])
+                if spans and span.start_s - spans[-1][1] < _GAP_S:
+                    spans[-1][1] = round(max(spans[-1][1], span.end_s), 4)
+                    spans[-1][2] += span.nbytes
+                    spans[-1][3] += span.end_s - span.start_s
+                else:
+                    spans.append([round(span.start_s, 4), round(span.end_s, 4), span.nbytes, span.end_s - span.start_s])
+                self._seen_s = max(self._seen_s, span.end_s)
+            for spans in self._lanes.values():
+                while spans and spans[0][1] < now - MOST_SECONDS:
+                    spans.pop(0)
+            return {lane: [list(span) for span in spans] for lane, spans in self._lanes.items()}
 
     def _progress(self) -> dict[str, Any] | None:
         found = self._session.progress
@@ -78,3 +100,4 @@ class Lanes:
             self._timer = None
         if self._own:
             self._trace.stop()
+        self._lanes.clear()

@@ -19,8 +19,8 @@ MOST_SPANS = 200_000
 """Older ones are forgotten: about 30 MB."""
 
 
-MOST_RECENT = 4_000
-"""So many are looked at when the newest are asked for."""
+MOST_RECENT = 20_000
+"""So many are given at a time when those since a moment are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,20 @@ class Trace:
         """Seconds since the trace began."""
         return time.perf_counter() - self._origin
 
-    def recent(self, seconds: float) -> list[Span]:
-        """What was recorded in the last `seconds`, the newest first."""
-        since, found = self.now_s - seconds, []
+    def since(self, mark_s: float) -> list[Span]:
+        """What ended after `mark_s`, the newest MOST_RECENT of it, in the order of its end. It costs what is new, not all."""
+        found = []
         with self._lock:
-            newest = list(itertools.islice(reversed(self._spans), MOST_RECENT))
-        for lane, name, start, end, nbytes in newest:
-            span = Span(lane, name, self._seconds(start), self._seconds(end), nbytes)
-            if span.end_s < since:
-                break
-            found.append(span)
+            newest = list(itertools.takewhile(lambda span: self._is_after(span[3], mark_s), reversed(self._spans)))[:MOST_RECENT]
+        for lane, name, start, end, nbytes in reversed(newest):
+            found.append(Span(lane, name, self._seconds(start), self._seconds(end), nbytes))
         return found
+
+    def _is_after(self, mark: Any, mark_s: float) -> bool:
+        """Whether a reading is later; of one that the device has not reached yet, it is."""
+        if not isinstance(mark, float) and not mark.query():
+            return True
+        return self._seconds(mark) > mark_s
 
     @contextmanager
     def span(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
