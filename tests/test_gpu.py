@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import smallest
 
+from rabbit_engine import Session
+
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -94,3 +96,26 @@ def test_static_cache_is_not_compiled(checkpoint: Any, plain: Any, streamed: Any
     model = streamed(checkpoint("llama"), device="cuda:0")
     expected = plain(checkpoint("llama")).to("cuda").generate(ids.cuda(), **GREEDY)
     assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), expected)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_session_serves_many_texts_in_one_pass(checkpoint: Any, streamed: Any, smollm_models: Any, exact: bool) -> None:
+    """Seeded drawing too: the device's generator travels with its rider."""
+    model = streamed(checkpoint("llama"), device="cuda:0")
+    asked = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+    options = {**GREEDY, "eos_token_id": [2, 95]}  # the tokenizer's own, which a session heeds, is 2
+    alone = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
+    torch.manual_seed(3)
+    drawn = model.generate(torch.tensor([asked[0]]), **{**options, "do_sample": True})[0, 4:].tolist()
+    model.tokenizer = smollm_models[1].tokenizer
+    model.generation_config.eos_token_id = [2, 95]
+    with Session(model, exact=exact) as session:
+        before = model.profile.passes
+        found = [list(reply.tokens) for reply in session.generate(asked, max_new_tokens=8, temperature=0)]
+        assert model.profile.passes - before < 2 * 8
+        seeded = list(session.generate([asked[0]], max_new_tokens=8, seed=3)[0].tokens)
+    if exact:
+        assert found == alone
+        assert seeded == drawn
+    else:
+        assert [len(tokens) for tokens in found] == [len(tokens) for tokens in alone]
