@@ -525,7 +525,7 @@ def test_a_conversation_in_a_terminal(driven: Drive, tmp_path: Path) -> None:
     assert rows[:2] == ["> What is the capital of France?", "The capital of France is Paris."]
     assert rows[2].startswith("8 tokens, first after ")
     assert rows[2].endswith(" s a token")
-    assert driven.ask(f"/save {tmp_path}/talk.json").splitlines()[1].startswith("2 messages written to")
+    assert "2 messages written to" in driven.ask(f"/save {tmp_path}/talk.json")  # on whatever row: the path may be long
     assert "2 messages forgotten" in driven.ask("/reset")
     assert "2 messages read from" in driven.ask(f"/load {tmp_path}/talk.json")
     assert "passes " in driven.ask("/stats")

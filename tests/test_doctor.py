@@ -223,7 +223,10 @@ def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_nothing_is_left_of_a_run_that_is_ended(number: signal.Signals, tmp_path: Path) -> None:
-    code = "import sys, pathlib, rabbit_engine.diskrate as d; d.measure_disk_rate(pathlib.Path(sys.argv[1]), 2**27, 500)"
+    code = (  # a shell's background job ignores Ctrl-C, and so would what it starts
+        "import signal, sys, pathlib, rabbit_engine.diskrate as d; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "d.measure_disk_rate(pathlib.Path(sys.argv[1]), 2**27, 500)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not holds_file_in(process.pid, tmp_path) and time.monotonic() < deadline:

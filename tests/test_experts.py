@@ -504,7 +504,7 @@ def make_cache(layer_units: list[Any]) -> Iterator[Callable[..., tuple[ExpertCac
     yield make
     for streamer in streamers:
         streamer.close()
-    assert shared_reader()._sources == []
+    assert not set(streamers) & set(shared_reader()._sources)  # others' models may be open
 
 
 def bring(cache: ExpertCache, units: list[Any], *indices: int) -> None:

@@ -280,6 +280,7 @@ HI = {"model": NAME, "messages": user("Hi")}
         bad(400, {**HI, "response_format": {"type": "json_schema"}}, says="response_format", param="response_format"),
         bad(400, {**HI, "tool_choice": "required"}, says="tool_choice", param="tool_choice"),
         bad(400, {**HI, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, says="chat_template"),
+        bad(400, {**HI, "chat_template_kwargs": {"messages": [], "self": 1}}, says="messages, self"),
         bad(400, {**HI, "generation_config": "{"}, says="generation_config", param="generation_config"),
         bad(400, {**HI, "messages": user("word " * 20_000)}, says="room for"),
         bad(400, {"model": NAME, "prompt": []}, path="/v1/completions", says="no prompt", param="prompt"),
@@ -310,7 +311,7 @@ def test_wrong_requests_get_errors_in_openais_words(
 @pytest.mark.parametrize(
     "body",
     [
-        {**HI, "chat_template_kwargs": {"limits": 1, "messages": 2, "template": 4, "overflow": 5}},
+        {**HI, "chat_template_kwargs": {"limits": 1, "template": 4, "overflow": 5}},
         {**HI, "temperature": 1e-38},
         {**HI, "temperature": 1e-4},
         {**HI, "generation_config": {"do_sample": True, "top_k": 1.5, "max_new_tokens": 2.5}},

@@ -117,7 +117,7 @@ _RESERVED = {
         "return_assistant_tokens_mask",
         "tokenizer_kwargs",
         "tools",
-        "processor_kwargs",
+        *("processor_kwargs", "messages", "self"),
     ),
     *(option.name for option in fields(Options)),
 }
