@@ -88,7 +88,7 @@ class Answer(StoppingCriteria):
             pad_token_id=pad_token(self._model, self._ends),
             stopping_criteria=[self],
             logits_processor=self._processors(),
-            **({"prompt_lookup_num_tokens": None} if self._recorder is not None else {}),  # it sees one token at a time
+            **_one_by_one(self._model.generation_config),
             **self._options.keywords(),
         )
 
@@ -100,20 +100,15 @@ class Answer(StoppingCriteria):
         return [*found, self._recorder] if self._recorder is not None else found
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
-        """Take in what is new in `input_ids` [1, length]; several tokens where they were guessed. True [1] at a stop text."""
+        """Take in the newest of `input_ids` [1, length]; True [1] at a stop text."""
+        token = int(input_ids[0, -1])
         self._first_s = self._first_s or perf_counter()
-        for token in input_ids[0, len(self._prompt) + len(self._tokens) :].tolist():
-            if self._flow.stopped:
-                break
-            self._take(token)
-        return torch.full((1,), self._flow.stopped, dtype=torch.bool, device=input_ids.device)
-
-    def _take(self, token: int) -> None:
         self._tokens.append(token)
         logprob = None if self._recorder is None else self._recorder.of(token)
         if logprob is not None:
             self._logprobs.append(logprob)
         self._on_piece(Piece(self._flow.push(token), token, logprob))
+        return torch.full((1,), self._flow.stopped, dtype=torch.bool, device=input_ids.device)
 
     def rest(self) -> str:
         """The text that was held back, once the last token is there."""
@@ -131,6 +126,14 @@ class Answer(StoppingCriteria):
             queued_s=(self._began_s or now) - self._asked_s,
             first_token_s=(self._first_s or now) - self._asked_s,
         )
+
+
+def _one_by_one(config: Any) -> dict[str, None]:
+    """The checkpoint's ways to guess several tokens, switched off: criteria would be asked about guesses that are not taken.
+    Greedy text is the same without them."""
+    return {
+        name: None for name in ("prompt_lookup_num_tokens", "assistant_early_exit") if getattr(config, name, None) is not None
+    }
 
 
 def end_tokens(model: Any) -> set[int]:
