@@ -128,12 +128,11 @@ class Answer(StoppingCriteria):
         )
 
 
-def _one_by_one(config: Any) -> dict[str, None]:
+def _one_by_one(config: Any) -> dict[str, Any]:
     """The checkpoint's ways to guess several tokens, switched off: criteria would be asked about guesses that are not taken.
     Greedy text is the same without them."""
-    return {
-        name: None for name in ("prompt_lookup_num_tokens", "assistant_early_exit") if getattr(config, name, None) is not None
-    }
+    off = {"prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": False}
+    return {name: value for name, value in off.items() if getattr(config, name, None)}
 
 
 def end_tokens(model: Any) -> set[int]:
