@@ -2,7 +2,7 @@
 
 from rabbit_engine.errors import RabbitError
 from rabbit_engine.model import AutoModel, StreamingMixin
-from rabbit_engine.planner import Plan
+from rabbit_engine.plan import Plan
 from rabbit_engine.sessions import Options, Reply, Session
 from rabbit_engine.streaming import Profile
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.budget import budget_for, read_notes, speeds_for, whole_experts_notes
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.planner import Plan, place
+from rabbit_engine.plan import Plan
+from rabbit_engine.planner import place
 from rabbit_engine.sketch import Cut, Sketch, draw
 from rabbit_engine.streaming import (
     Binding,

@@ -14,7 +14,7 @@ import torch
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
 from rabbit_engine.errors import DamagedShardError
-from rabbit_engine.planner import Budget, Speeds
+from rabbit_engine.plan import Budget, Speeds
 from rabbit_engine.probe import Probe
 from rabbit_engine.sketch import Sketch
 from rabbit_engine.streaming import STAGING_BYTES

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
-from rabbit_engine.planner import Speeds
+from rabbit_engine.plan import Speeds
 from rabbit_engine.units import parse_bytes
 from rabbit_engine.utils.platform import find_device
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from rabbit_engine.errors import CheckpointNotFoundError, HubUnreachableError
 from rabbit_engine.model import AutoModel
-from rabbit_engine.planner import Plan
+from rabbit_engine.plan import Plan
 from rabbit_engine.streaming import Profile
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

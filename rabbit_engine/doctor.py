@@ -27,7 +27,7 @@ from rabbit_engine.directio import CHUNK_BYTES
 from rabbit_engine.diskrate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.pace import Pace, estimate_paces, measure_products
-from rabbit_engine.planner import Speeds
+from rabbit_engine.plan import Speeds
 from rabbit_engine.streaming.rings import READERS
 from rabbit_engine.units import format_bytes, format_rate
 from rabbit_engine.utils.platform import best_device, free_memory_bytes, is_flash_attention_available

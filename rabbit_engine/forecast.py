@@ -12,7 +12,7 @@ from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.hub import Repo, read_remote_headers
 from rabbit_engine.inplace import NotInPlaceError, original_entries, require_plain, stored_shapes
-from rabbit_engine.planner import Plan
+from rabbit_engine.plan import Plan
 from rabbit_engine.prepare import Request, open_request, usable, weight_files
 from rabbit_engine.shards import read_entries
 from rabbit_engine.sketch import draw, unread_entries

@@ -39,7 +39,7 @@ from rabbit_engine.errors import (
     TokenizerNotFoundError,
     first_line,
 )
-from rabbit_engine.planner import Plan
+from rabbit_engine.plan import Plan
 from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
 from rabbit_engine.streaming import ExpertsAway, PassProgress, Profile, Streamer, adapts_routed, move

@@ -15,7 +15,8 @@ from rabbit_engine.assembly import CUT
 from rabbit_engine.budget import DEFAULT_TOKENS, budget_for, reserved_bytes
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planner import Budget, Plan, Speeds, UnitSize, place
+from rabbit_engine.plan import Budget, Plan, Speeds
+from rabbit_engine.planner import UnitSize, place
 from rabbit_engine.sketch import Sketch, draw, unread_entries
 
 _FOUR_BIT_SHARE = 4.5 / 16

@@ -34,7 +34,7 @@ from rabbit_engine.doctor import (
     judge_disk,
 )
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.planner import Speeds
+from rabbit_engine.plan import Speeds
 
 SAMPLE = 3 * 2**20
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.expertsplan import Routing
-from rabbit_engine.planner import Budget, Plan, Speeds, UnitSize, place
+from rabbit_engine.plan import Budget, Plan, Speeds
+from rabbit_engine.planner import UnitSize, place
 from rabbit_engine.splitplan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
 
 

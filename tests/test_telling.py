@@ -17,7 +17,7 @@ from rabbit_engine import errors
 from rabbit_engine.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.forecast import forecast
-from rabbit_engine.planner import Speeds
+from rabbit_engine.plan import Speeds
 from rabbit_engine.plotting import plot_trace
 from rabbit_engine.streaming import Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.utils import platform

@@ -13,7 +13,7 @@ from rabbit_engine.cli.run import parse_memory
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_dtype, parse_max_memory, parse_planned_device
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.forecast import forecast
-from rabbit_engine.planner import Speeds
+from rabbit_engine.plan import Speeds
 from rabbit_engine.units import parse_bytes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.budget import reserved_bytes
-from rabbit_engine.planner import Plan
+from rabbit_engine.plan import Plan
 from rabbit_engine.probe import Probe
 from rabbit_engine.utils.platform import free_memory_bytes
 
