@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Its theme warns of a successor at every build; what is asked for is that no link is broken.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-.PHONY: demo test check bench conformance matrix docs site test-lowest test-browser lint types lock clean
+.PHONY: demo test check bench conformance fuzz matrix docs site test-lowest test-browser lint types lock clean
 
 demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -46,6 +46,9 @@ bench: $(STAMP)  ## seconds a token beside transformers' own offload and the dis
 
 conformance: $(STAMP)  ## transformers' own model tests over streamed models; fetches its source distribution once
 	$(BIN)/python scripts/conformance.py
+
+fuzz: $(STAMP)  ## 10,000 checkpoints with one file changed each: an error that names it, or the right answer
+	$(BIN)/python scripts/fuzz.py --cases 10000 --seed $(or $(SEED),1)
 
 docs: $(STAMP)  ## write the generated pages
 	$(BIN)/python scripts/generate_docs.py

@@ -1,0 +1,1 @@
+"""Mutated checkpoints and what becomes of them: see scripts/fuzz.py."""

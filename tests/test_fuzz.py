@@ -1,0 +1,19 @@
+"""Changed checkpoints, by fixed seeds: `make fuzz` runs many more."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases run in forked processes with limits of memory")
+
+
+def test_a_case_is_the_same_each_time() -> None:
+    import fuzz
+
+    once, again = (fuzz.fuzz(seed=2, indices=[0, 1], kinds=["index"], workers=1) for _ in range(2))
+    assert [verdict.change for verdict in once.values()] == [verdict.change for verdict in again.values()]
