@@ -21,6 +21,7 @@ from rabbit_engine.model import AutoModel
 from rabbit_engine.streaming import Span, busy_share
 from rabbit_engine.streaming.unit import Unit
 from rabbit_engine.units import format_bytes
+from rabbit_engine.utils.caches import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
 
 PROMPT_TOKENS = 16
@@ -129,18 +130,19 @@ def prefill(model: Any, ids: torch.Tensor) -> Any:
     """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     with torch.no_grad():
-        return model(ids, use_cache=True, **last).past_key_values
+        return cache_of(model(ids, use_cache=True, **last))
 
 
 def decode_step(model: Any, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
     """One decoded token behind a prompt that is in the cache already."""
     ids = made_up_prompt(model, prompt_tokens)
     cache = prefill(model, ids)
+    past = cache_argument(model.forward, cache)
     can_go_back = _can_go_back(cache)
 
     def step() -> None:
         with torch.no_grad():
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            model(ids[:, -1:], use_cache=True, **past)
         if can_go_back:
             cache.crop(-1)
         if model.device.type == "cuda":

@@ -124,11 +124,11 @@ class StreamingMixin:
         """
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         if adapts_routed(self):  # type: ignore[arg-type]
-            self.delete_adapter(adapter_name or "default")  # type: ignore[attr-defined]
+            _remove_adapter(self, adapter_name or "default")
             raise CannotLoadStateError(f"the adapter changes experts: {ExpertsAway.advice}")
         family, lost = self._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
         if family is not None and lost:
-            self.delete_adapter(adapter_name or "default")  # type: ignore[attr-defined]
+            _remove_adapter(self, adapter_name or "default")
             raise CannotLoadStateError(
                 f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(self).__name__} has under "
                 f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
@@ -239,6 +239,16 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
         ) from error
+
+
+def _remove_adapter(model: Any, name: str) -> None:
+    """As transformers' `delete_adapter`, which may ask for a newer peft than there is."""
+    from peft.functional import delete_adapter
+
+    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
 
 
 @functools.cache

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rabbit_engine.utils.caches import cache_argument, cache_of
+
 logger = logging.getLogger(__name__)
 
 _PROMPTS = (16, 64)
-_CACHES = ("past_key_values", "cache_params")
 _MOST_TOKENS = 1024
 """A state that does not grow is spread over this many tokens."""
 
@@ -127,10 +128,9 @@ def _run(model: PreTrainedModel, watch: _Watch, materializes_scores: bool) -> tu
     linear = max(0.0, peaks[0] - square * _PROMPTS[0])
     if not materializes_scores:  # the meta device has no fused kernel and shows what none would hold
         square = 0.0
-    name = next((name for name in _CACHES if getattr(prompt, name, None) is not None), None)
-    cache = getattr(prompt, name) if name else None
+    cache = cache_of(prompt)
     held = _cache_bytes(cache)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **({name: cache} if name else {}))
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model.forward, cache))
     grown = max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
     return grown, math.ceil(linear), math.ceil(square)
 

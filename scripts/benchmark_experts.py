@@ -27,6 +27,7 @@ from rabbit_engine.demo import wheel_file
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.sketch import Cut
 from rabbit_engine.units import format_bytes
+from rabbit_engine.utils.caches import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
 
 DISK = "disk alone: direct reads of a token's bytes, no expert cached"
@@ -103,12 +104,13 @@ class Walk:
     def __init__(self, model: Any, ids: torch.Tensor, prompt: int) -> None:
         self.model, self._ids, self._position = model, ids, prompt
         with torch.no_grad():
-            self._cache = model(ids[None, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+            cache = cache_of(model(ids[None, :prompt], use_cache=True, logits_to_keep=1))
+        self._past = cache_argument(model.forward, cache)
 
     def __call__(self) -> None:
         """One more token."""
         with torch.no_grad():
-            self.model(self._ids[None, self._position : self._position + 1], past_key_values=self._cache, use_cache=True)
+            self.model(self._ids[None, self._position : self._position + 1], use_cache=True, **self._past)
         self._position += 1
 
 

@@ -15,6 +15,7 @@ import torch
 from rabbit_engine import errors
 from rabbit_engine.sketch import Cut
 from rabbit_engine.streaming import Convoy, Dice, Placeholder, share_products
+from rabbit_engine.utils.caches import cache_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 FAMILIES = (
@@ -209,7 +210,7 @@ def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -
     convoy = Convoy(model._assembly.binding)
 
     def keep(_: Any, args: Any, kwargs: Any) -> None:
-        caches.append(weakref.ref(kwargs["past_key_values"]))
+        caches.append(weakref.ref(cache_of(kwargs)))
 
     model.model.register_forward_pre_hook(keep, with_kwargs=True)
     rider = convoy.add(lambda: scores(model, prompts(1)[0]))

@@ -27,6 +27,7 @@ from rabbit_engine.streaming.reader import shared_reader
 from rabbit_engine.streaming.rings import PlainRing
 from rabbit_engine.streaming.unit import Extent
 from rabbit_engine.tensorfiles import read_header, write_aligned
+from rabbit_engine.utils.caches import cache_argument, cache_of
 
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 SPARSE += ["phimoe", "glm4_moe", "jamba"]
@@ -212,10 +213,10 @@ def test_a_cache_of_half_hits_more_than_half_on_skewed_routing(own_checkpoint: A
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(3, 96, (300,), generator=generator)
     text[torch.rand(300, generator=generator) < 0.5] = 7
-    cache = model(text[None, :40], use_cache=True).past_key_values
+    past = cache_argument(model.forward, cache_of(model(text[None, :40], use_cache=True)))
     before = {name: (layer.used, layer.read) for name, layer in model.profile.experts.items()}
     for token in text[40:]:
-        model(token[None, None], past_key_values=cache)
+        model(token[None, None], **past)
     used = sum(layer.used - before[name][0] for name, layer in model.profile.experts.items())
     read = sum(layer.read - before[name][1] for name, layer in model.profile.experts.items())
     assert 1 - read / used > share + 0.1
@@ -252,11 +253,11 @@ def test_the_plan_gives_a_range_and_holds(own_checkpoint: Any, streamed: Any, id
     plan = model.plan
     assert plan.least_pass_bytes < plan.pass_bytes < plan.prompt_bytes
     assert " (every expert cached that can be) to " in dict(plan.rows())["a pass"]
-    cache = model(ids).past_key_values
+    past = cache_argument(model.forward, cache_of(model(ids)))
     for token in range(5, 15):
         model._assembly.streamer.wait_until_idle()
         before = model.profile.bytes_read
-        model(torch.tensor([[token]]), past_key_values=cache)
+        model(torch.tensor([[token]]), **past)
         model._assembly.streamer.wait_until_idle()
         assert plan.least_pass_bytes <= model.profile.bytes_read - before <= plan.pass_bytes
     assert model._assembly.binding is not None

@@ -13,7 +13,7 @@ import torch
 from families import IMAGE_TEXT
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, HeliumConfig, HeliumForCausalLM
 
-from rabbit_engine.architectures import KNOWN
+from rabbit_engine.architectures import KNOWN, mend_faults
 from rabbit_engine.probe import has_experts_interface
 from rabbit_engine.shards import read_entries, verify_shard
 from rabbit_engine.tensorfiles import read_tensor
@@ -26,6 +26,7 @@ def oracle(folder: Path, image: bool = False) -> Any:
     """transformers' own load, its weights in memory of their own (see conftest's `plain`)."""
     auto = AutoModelForImageTextToText if image else AutoModelForCausalLM
     model = auto.from_pretrained(folder).eval()
+    mend_faults(model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+import transformers
 from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer, pipeline
 
 from rabbit_engine.streaming import Placeholder
+from rabbit_engine.utils.caches import cache_of
 
 FAMILIES = list(families.FAMILIES)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -89,8 +92,9 @@ def test_decoding_is_incremental(checkpoint: Any, streamed: Any, ids: torch.Tens
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     output = model.generate(ids, return_dict_in_generate=True, **GREEDY)
     assert lengths == [12] + [1] * 7
-    assert output.past_key_values.get_seq_length() == 12 + 7
-    assert output.past_key_values.layers[2].keys.shape == (1, 2, 19, 8)
+    cache = cache_of(output)
+    assert cache.get_seq_length() == 12 + 7
+    assert cache.layers[2].keys.shape == (1, 2, 19, 8)
 
 
 def test_dict_in_generate_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
@@ -235,3 +239,20 @@ def test_real_model_answers_as_transformers_does(smollm_models: Any) -> None:
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
     assert model.plan.device_bytes < 0.3 * model.plan.weights_bytes
+
+
+def test_a_first_use_is_told_of_nothing_deprecated(checkpoint: Any, streamed: Any, ids: torch.Tensor, caplog: Any) -> None:
+    """Neither a warning nor a line of transformers' log: both say each thing once a process, so what was said is forgotten."""
+    transformers.utils.logging.warning_once.cache_clear()
+    transformers.utils.logging.set_verbosity_warning()
+    root = transformers.utils.logging.get_logger("transformers")
+    root.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            streamed(checkpoint("llama")).generate(ids, **GREEDY)
+    finally:
+        root.removeHandler(caplog.handler)
+        transformers.utils.logging.set_verbosity_error()
+    assert [str(warning.message) for warning in told if issubclass(warning.category, (FutureWarning, DeprecationWarning))] == []
+    assert [line for line in caplog.messages if "deprecated" in line] == []

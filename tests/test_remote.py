@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.utils.caches import cache_of
 
 CODE = """
 import torch
@@ -129,9 +130,53 @@ def test_tuples_and_older_keywords_work(past: str, split: str, old: Any, streame
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :5], use_cache=True)
-        assert isinstance(first.past_key_values, tuple)
-        rest = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        assert isinstance(cache_of(first), tuple)
+        rest = model(ids[:, 5:], past_key_values=cache_of(first), use_cache=True)
     assert torch.allclose(torch.cat([first.logits, rest.logits], dim=1), whole, atol=1e-5)
+
+
+LAYERS = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+class LayersConfig(LlamaConfig):
+    model_type = "layers_lm"
+
+class Layer(LlamaDecoderLayer):
+    def forward(self, hidden_states, attention_mask=None, PAST=None, **kwargs):
+        return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=PAST, **kwargs)
+
+class LayersForCausalLM(LlamaForCausalLM):
+    config_class = LayersConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for index in range(config.num_hidden_layers):
+            self.model.layers[index] = Layer(config, index)
+        self.post_init()
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "attention_mask": attention_mask}
+"""
+
+
+@pytest.mark.parametrize("past", ["past_key_values", "past_key_value"])
+def test_a_cache_arrives_whatever_a_layer_calls_it(
+    past: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    """A layer that takes the rest as `**kwargs` would forget the text without an error."""
+    folder = own_checkpoint("llama")
+    steps = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = plain(folder).generate(ids, **steps)
+    (folder / "modeling_layers.py").write_text(LAYERS.replace("PAST", past))
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_layers.LayersConfig", "AutoModelForCausalLM": "modeling_layers.LayersForCausalLM"}
+    config |= {"model_type": "layers_lm", "architectures": ["LayersForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = streamed(folder, trust_remote_code=True)
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    assert torch.equal(model.generate(ids, **steps), expected)
+    assert lengths == [12] + [1] * 7
 
 
 @pytest.mark.parametrize(

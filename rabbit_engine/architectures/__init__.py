@@ -3,6 +3,7 @@
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.classes import build_skeleton, find_architecture
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
+from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.positions import capped_length, refuse_past
@@ -31,6 +32,7 @@ __all__ = [
     "find_layout",
     "gguf_dtype",
     "keeps_tuples",
+    "mend_faults",
     "open_conversion",
     "open_gguf_conversion",
     "read_record",

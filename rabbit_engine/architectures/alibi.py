@@ -15,6 +15,9 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rabbit_engine.errors import UnsupportedOperationError
+from rabbit_engine.utils.caches import cache_keyword
+
+_CACHE = str(cache_keyword(LlamaAttention.forward))
 
 
 class AlibiLlamaConfig(LlamaConfig):
@@ -61,15 +64,15 @@ class AlibiAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Llama's."""
+        """As Llama's, whose layers hand everything over by keyword."""
         queries = hidden_states.shape[1]
         seen, keys = 0, queries
-        if past_key_values is not None:
-            seen = int(past_key_values.get_seq_length(self.layer_idx))
-            keys = int(past_key_values.get_mask_sizes(queries, self.layer_idx)[0])
+        cache: Cache | None = kwargs.get(_CACHE)
+        if cache is not None:
+            seen = int(cache.get_seq_length(self.layer_idx))
+            keys = int(cache.get_mask_sizes(queries, self.layer_idx)[0])
         mask = alibi_mask(
             attention_mask,
             self.config.num_attention_heads,
@@ -79,7 +82,8 @@ class AlibiAttention(LlamaAttention):
             hidden_states.dtype,
             hidden_states.device,
         )
-        return super().forward(hidden_states, position_embeddings, mask, past_key_values, **kwargs)
+        result: tuple[torch.Tensor, torch.Tensor] = super().forward(hidden_states, position_embeddings, mask, **kwargs)
+        return result
 
 
 class NoRotation(nn.Module):

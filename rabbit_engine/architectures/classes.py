@@ -25,8 +25,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
+from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.registry import find_family
-from rabbit_engine.architectures.remote import MISFITS, is_remote, misfit, written_for
+from rabbit_engine.architectures.remote import MISFITS, is_remote, misfit, rename_caches, written_for
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     CompressionUnavailableError,
@@ -202,11 +203,14 @@ def build_skeleton(
     keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"), init.meta_device_safe_creation_ops():
-            return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype, **keywords).eval()
     except MISFITS as error:
         if not is_remote(cls) or attn_implementation is not None:
             raise
         raise misfit(written_for(config), "while its model was built", error) from error
+    mend_faults(model)
+    rename_caches(model)
+    return model
 
 
 def config_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:

@@ -13,6 +13,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.errors import RabbitError, UnsupportedArchitectureError, first_line
+from rabbit_engine.utils.caches import CACHE_NAMES, cache_keyword
 
 _MODULES = "transformers_modules"
 """Where transformers puts the code of repositories."""
@@ -58,6 +59,35 @@ def explain_failures(model: PreTrainedModel) -> None:
     if is_remote(type(model)):
         for name in ("forward", "prepare_inputs_for_generation"):
             setattr(model, name, _explained(getattr(model, name), written_for(model.config)))
+
+
+def rename_caches(model: PreTrainedModel) -> None:
+    """Hand a repository's modules the cache by their own name for it, whatever the installed transformers calls it.
+
+    A method that takes the rest as `**kwargs` would compute without the past, and say nothing.
+    """
+    for module in model.modules():
+        if is_remote(type(module)):
+            module.forward = _renaming(module.forward)
+    if is_remote(type(model)):
+        generating: Any = model
+        generating.prepare_inputs_for_generation = _renaming(generating.prepare_inputs_for_generation)
+
+
+def _renaming(method: Callable[..., Any]) -> Callable[..., Any]:
+    own = cache_keyword(method)
+    if own is None:
+        return method
+    others = [name for name in CACHE_NAMES if name not in inspect.signature(method).parameters]
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in others:
+            if name in kwargs:
+                kwargs.setdefault(own, kwargs.pop(name))
+        return method(*args, **kwargs)
+
+    return call
 
 
 def _explained(method: Callable[..., Any], written: str | None) -> Callable[..., Any]:

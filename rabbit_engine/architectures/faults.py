@@ -1,0 +1,21 @@
+"""Faults of a released transformers that stop a whole family, mended until a release does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+
+def mend_faults(model: PreTrainedModel) -> None:
+    """Llama 4 with images (transformers 5.24.0): its forward asks the text model's output for `image_outputs`, of which that
+    class of output knows nothing."""
+    text: Any = getattr(model, "language_model", None)
+    if text is not None and model.config.model_type == "llama4":
+        text.register_forward_hook(_add_image_outputs)
+
+
+def _add_image_outputs(_: Any, __: Any, output: Any) -> None:
+    if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
+        output.image_outputs = None
