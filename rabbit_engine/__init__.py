@@ -1,11 +1,38 @@
 """Run Hugging Face models that do not fit your memory: one decoder layer at a time, with transformers' own answer."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from rabbit_engine.errors import RabbitError
-from rabbit_engine.model import AutoModel, StreamingMixin
-from rabbit_engine.plan import Plan
-from rabbit_engine.sessions import Options, Reply, Session
-from rabbit_engine.streaming import Profile
+
+if TYPE_CHECKING:
+    from rabbit_engine.model import AutoModel, StreamingMixin
+    from rabbit_engine.plan import Plan
+    from rabbit_engine.sessions import Options, Reply, Session
+    from rabbit_engine.streaming import Profile
 
 __version__ = "0.1.0"
 
 __all__ = ["AutoModel", "Options", "Plan", "Profile", "RabbitError", "Reply", "Session", "StreamingMixin"]
+
+_HOMES = {
+    "AutoModel": "model",
+    "Options": "sessions",
+    "Plan": "plan",
+    "Profile": "streaming",
+    "Reply": "sessions",
+    "Session": "sessions",
+    "StreamingMixin": "model",
+}
+"""The module of each name that is imported when it is first asked for: most of them load torch and transformers."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rabbit_engine.expertsplan import NO_EXPERTS, ExpertsPlan
+from rabbit_engine.report import Report
 from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 
@@ -41,8 +42,8 @@ class Speeds:
 ASSUMED = Speeds()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Plan(Report):
     """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
     but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move; `rare_bytes` come from disk on top of a
     pass's where an image runs.
@@ -181,8 +182,9 @@ class Plan:
             ("a pass", self.reason),
         ]
 
-    def __str__(self) -> str:
-        return "\n".join(f"{name:<15}{value}" for name, value in self.rows())
+    def __repr__(self) -> str:
+        held, moved = format_bytes(self.device_bytes), format_bytes(self.pass_bytes)
+        return f"<Plan on {self.device}: {format_bytes(self.weights_bytes)} of weights, {held} held, {moved} a pass from disk>"
 
 
 def _units(names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import (
@@ -53,16 +52,11 @@ from rabbit_engine.splitplan import (
     settle_ties,
 )
 from rabbit_engine.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
+from rabbit_engine.utils.bar import Bar
 
 logger = logging.getLogger(__name__)
 
 DeleteOriginal = Callable[[Path], None]
-
-
-class Bar(tqdm):  # type: ignore[type-arg]
-    """A progress bar without tqdm's monitor thread: whoever starts a thread ends it."""
-
-    monitor_interval = 0
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -17,9 +19,21 @@ from rabbit_engine.units import format_bytes, format_rate, parse_bytes
 ROOT = Path(__file__).parents[1]
 
 
-def test_all_is_what_is_there() -> None:
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in rabbit_engine.__all__:
+        assert getattr(rabbit_engine, name).__name__ == name
+    assert set(rabbit_engine.__all__) <= set(dir(rabbit_engine))
     public = {name for name, value in vars(rabbit_engine).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert public == set(rabbit_engine.__all__)
+    assert public - {"TYPE_CHECKING", "import_module"} == set(rabbit_engine.__all__)
+    with pytest.raises(AttributeError, match="'rabbit_engine' has no attribute 'Automodel'"):
+        rabbit_engine.Automodel  # noqa: B018
+    assert pickle.loads(pickle.dumps(rabbit_engine.Options(seed=3))) == rabbit_engine.Options(seed=3)
+
+
+def test_type_checkers_see_the_names_where_they_come_from() -> None:
+    (block,) = [node for node in ast.parse(Path(rabbit_engine.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == {name: f"rabbit_engine.{module}" for name, module in rabbit_engine._HOMES.items()}
 
 
 def test_types_are_shipped() -> None:
@@ -27,8 +41,8 @@ def test_types_are_shipped() -> None:
 
 
 def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:
-    code = "import threading; import rabbit_engine, torch"
-    code += "; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"
+    code = "import sys, threading; import rabbit_engine; assert 'torch' not in sys.modules; assert rabbit_engine.AutoModel"
+    code += "; import torch; assert threading.active_count() == 1; assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,16 +12,20 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import tqdm.auto
 from fake_hub import FakeHub
+from rich.console import Console
 
 from rabbit_engine import errors
 from rabbit_engine.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.forecast import forecast
-from rabbit_engine.plan import Speeds
+from rabbit_engine.plan import Budget, Plan, Speeds
+from rabbit_engine.planner import UnitSize, place
 from rabbit_engine.plotting import plot_trace
-from rabbit_engine.streaming import Span, Trace, busy_share, write_chrome_trace
+from rabbit_engine.streaming import Profile, Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.utils import platform
+from rabbit_engine.utils.bar import Bar
 
 REPO = "someone/tiny-llama"
 CPU = torch.device("cpu")
@@ -116,9 +121,42 @@ def test_the_profile_counts_by_unit(checkpoint: Any, streamed: Any, ids: torch.T
         assert unit.read_s > 0 < unit.compute_s
     assert sum(unit.bytes_read for unit in profile.units.values()) == profile.bytes_read
     assert 0 < profile.read_s <= sum(unit.read_s for unit in profile.units.values()) + 0.05  # what overlaps counts once
-    assert "passes     3, " in str(profile)
+    assert profile.rows()[0][1].startswith("3, ")
+    assert str(profile).splitlines()[0] == f"passes  {profile.rows()[0][1]}"
     lanes = {span.lane.split()[0] for span in model._assembly.trace.spans()}
     assert lanes >= {"disk", "compute", "wait"}
+
+
+@pytest.fixture
+def small_plan() -> Plan:
+    units = [UnitSize(f"layers.{index}<b>", "streamed", 1_000_000) for index in range(40)]
+    return place(units, "cpu", Budget(device_bytes=10_000_000), SPEEDS, notes=["[red]a & b"])
+
+
+def test_a_plan_and_a_profile_are_one_line_in_a_debugger(small_plan: Plan) -> None:
+    assert repr(small_plan) == "<Plan on cpu: 40.00 MB of weights, 10.00 MB held, 35.00 MB a pass from disk>"
+    profile = Profile(passes=3, bytes_read=2_000_000_000, read_s=4.0, wait_s=1.5, pass_s=6.0)
+    assert repr(profile) == "<Profile: 3 passes, read 2.00 GB at 500.00 MB/s, waited 1.5 s of 6 s>"
+
+
+def test_a_notebook_gets_every_row_escaped(small_plan: Plan) -> None:
+    html = small_plan._repr_html_()
+    assert html.count("<tr>") == len(small_plan.rows())
+    assert '<td style="text-align: left">[red]a &amp; b</td>' in html
+    assert "<b>" not in html
+    assert Profile(passes=3)._repr_html_().startswith('<table><tr><th style="text-align: left">passes</th>')
+
+
+def test_rich_prints_every_row_as_it_is(small_plan: Plan) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(small_plan)
+    printed = console.export_text()
+    assert all(name in printed and value in printed for name, value in small_plan.rows())
+
+
+def test_bars_are_those_of_the_notebook_in_a_notebook() -> None:
+    assert issubclass(Bar, tqdm.auto.tqdm)
+    assert Bar.monitor_interval == 0
 
 
 def test_busy_share_counts_overlapping_spans_once() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 from torch import nn
-from tqdm import tqdm
 
 from rabbit_engine.errors import CannotTrainError
 from rabbit_engine.streaming.convoy import rider_on
@@ -25,6 +24,7 @@ from rabbit_engine.streaming.progress import PassProgress
 from rabbit_engine.streaming.streamer import Streamer
 from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Unit
+from rabbit_engine.utils.bar import Bar
 
 _PLACES = 8
 
@@ -122,7 +122,7 @@ class Binding:
         """How many sequences the pass of each flow has; a flow is a greenlet, every thread's own is one."""
 
         self._show_progress = show_progress
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         self._layers = layers
         self._layer_of = {name: _layer_of(name, layers) for name in self._bytes}
         self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
@@ -258,7 +258,7 @@ class Binding:
         self._began_s = time.perf_counter()
         if self._show_progress:
             total = sum(self._bytes.values())
-            self._bar = _Bar(desc="layers", total=total, leave=False, unit="B", unit_scale=True, unit_divisor=1000)
+            self._bar = Bar(desc="layers", total=total, leave=False, unit="B", unit_scale=True, unit_divisor=1000)
 
     def _end(self, seconds: float) -> None:
         self._began_s, self._last_pass_s = 0.0, seconds
@@ -284,10 +284,6 @@ class Binding:
 def _layer_of(unit: str, layers: Sequence[str]) -> int:
     """Which layer, from 1, the unit is a part of; 0 for what belongs to none."""
     return next((index for index, layer in enumerate(layers, 1) if f"{unit}.".startswith(f"{layer}.")), 0)
-
-
-class _Bar(tqdm):  # type: ignore[type-arg]
-    monitor_interval = 0  # no monitor thread
 
 
 def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:

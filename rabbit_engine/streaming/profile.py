@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+from rabbit_engine.report import Report
 from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 
@@ -44,8 +45,8 @@ class ExpertsProfile(Moved):
         return 1 - self.read / self.used if self.used else 0.0
 
 
-@dataclass(slots=True)
-class Profile:
+@dataclass(slots=True, repr=False)
+class Profile(Report):
     """Counts since the model was loaded.
 
     `read_s` are the seconds in which at least one read was under way, `wait_s` those in which the model waited for a
@@ -130,18 +131,26 @@ class Profile:
         """As it is now."""
         return copy.deepcopy(self)
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, str]]:
+        """The sums as a table: what, and how much of it."""
         own = f" (the disk's own: {format_rate(self.disk_rate, 1)})" if self.disk_rate else ""
-        lines = [
-            f"passes     {self.passes}, {format_seconds(self.pass_s / self.passes) if self.passes else '-'} each",
-            f"read       {format_bytes(self.bytes_read)} at {format_rate(self.bytes_read, self.read_s)}{own}",
-            f"waited     {format_seconds(self.wait_s)} of {format_seconds(self.pass_s)}",
+        copied = [("copied", f"{format_bytes(self.bytes_copied)} from host memory")] if self.bytes_copied else []
+        return [
+            ("passes", f"{self.passes}, {format_seconds(self.pass_s / self.passes) if self.passes else '-'} each"),
+            ("read", f"{self._read_text()}{own}"),
+            *copied,
+            ("waited", self._waited_text()),
+            *([("experts", self._experts_text())] if self.experts else []),
         ]
-        if self.experts:
-            lines.append(f"experts    {self._experts_text()}")
-        if self.bytes_copied:
-            lines.insert(2, f"copied     {format_bytes(self.bytes_copied)} from host memory")
-        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Profile: {self.passes} passes, read {self._read_text()}, waited {self._waited_text()}>"
+
+    def _read_text(self) -> str:
+        return f"{format_bytes(self.bytes_read)} at {format_rate(self.bytes_read, self.read_s)}"
+
+    def _waited_text(self) -> str:
+        return f"{format_seconds(self.wait_s)} of {format_seconds(self.pass_s)}"
 
     def _experts_text(self) -> str:
         layers = [layer for layer in self.experts.values() if layer.runs]
