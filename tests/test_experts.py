@@ -159,6 +159,14 @@ def test_two_sparse_models_at_once(checkpoint: Any, plain: Any, streamed: Any, i
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), expected)
 
 
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+def test_an_expert_with_one_row_is_equal_too(act: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
+    folder = own_checkpoint("mixtral", hidden_act=act)
+    model, whole = streamed(folder), plain(folder)
+    with torch.no_grad():
+        assert all(torch.equal(model(ids[:, [at]]).logits, whole(ids[:, [at]]).logits) for at in range(6))
+
+
 def test_sampled_text_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     whole, model = plain(checkpoint("mixtral")), streamed(checkpoint("mixtral"))
     found = []

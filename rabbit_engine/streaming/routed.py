@@ -54,7 +54,8 @@ class RoutedExperts:
             for index, memory in arrivals:
                 with self._binding.computing(self._units[index].name):
                     pairs = order[starts[index] : starts[index + 1]]
-                    result = run_expert(module, self._weights(index, memory), hidden_states[pairs // used])
+                    states = hidden_states[pairs // used]
+                    result = run_expert(module, self._weights(index, memory), states, len(order))
                     if results is None:  # an index past the last expert is nobody's, and adds nothing
                         results = result.new_zeros(len(order), result.shape[-1])
                     results[pairs] = result
@@ -83,10 +84,18 @@ def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) 
     return {index: uses[index] for index, count in enumerate(counts) if count}
 
 
-def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm."""
+def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor, all_rows: int) -> torch.Tensor:
+    """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm.
+
+    `all_rows` are those of all experts, which transformers' `grouped_mm` runs through the gate together.
+    """
     up = _project(module, weights, "gate_up_proj" if module.has_gate else "up_proj", states)
-    inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    if not module.has_gate:
+        inner = module.act_fn(up)
+    elif len(up) == 1 < all_rows:  # half of one row is contiguous, half of several is not: GELU has a kernel for each
+        inner = module._apply_gate(torch.cat([up, up]))[:1]
+    else:
+        inner = module._apply_gate(up)
     result = _project(module, weights, "down_proj", inner)
     return module.post_expert_norm(result) if getattr(module, "has_post_expert_norm", False) else result
 
