@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +13,17 @@ from typing import Any, Literal, Protocol
 import torch
 import xxhash
 
+from rabbit_engine.directio import disk_errors, open_unchanged, unreadable
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
     MissingFileError,
+    RabbitError,
     UnsafePickleError,
     first_line,
 )
-from rabbit_engine.tensorfiles import DTYPE_NAMES, TensorEntry, read_header, read_tensor, same_bytes
+from rabbit_engine.jsonvalues import Fields, OutsideError, file_name, parse, shown
+from rabbit_engine.tensorfiles import DTYPE_NAMES, TensorEntry, advice_for, read_header, read_tensor, same_bytes
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -34,11 +37,15 @@ _CANDIDATES: tuple[tuple[str, Format], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The files that hold a checkpoint's weights, by name, in the order of their names; `index` names them or is None."""
+    """The files that hold a checkpoint's weights, by name, in the order of their names; `index` names them or is None.
+
+    `dtype` is what the index's metadata says of all of them.
+    """
 
     format: Format
     names: tuple[str, ...]
     index: str | None = None
+    dtype: str | None = None
 
 
 class LazyTensor(Protocol):
@@ -69,7 +76,7 @@ def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], ggu
     if gguf_file is not None:
         if gguf_file not in present:
             raise CheckpointNotFoundError(
-                f"{where} has no {gguf_file}; it has {_listed(n for n in present if n.endswith('.gguf'))}"
+                f"{where} has no {gguf_file}; it has {listed(n for n in present if n.endswith('.gguf'))}"
             )
         return WeightFiles("gguf", (gguf_file,))
     for name, kind in _CANDIDATES:
@@ -80,12 +87,18 @@ def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], ggu
 
 def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where: str) -> WeightFiles:
     try:
-        files = {str(file) for file in json.loads(read_text(name))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{where}/{name} cannot be read ({error}): download it again") from error
-    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
-        raise DamagedCheckpointError(f"{where}/{name} names files outside its folder: do not use this checkpoint")
-    return WeightFiles(kind, tuple(sorted(files)), name)
+        index = Fields.of(parse(read_text(name)))
+        files = {file_name(file) for file in index.fields("weight_map").values.values()}
+        metadata = Fields.of(index.values.get("metadata") or {}, "metadata")
+        if not files:
+            raise ValueError("weight_map is empty")
+        return WeightFiles(kind, tuple(sorted(files)), name, metadata.optional_text("dtype"))
+    except OutsideError as error:
+        raise DamagedCheckpointError(
+            f"{where}/{name} names files outside its folder: {error}; do not use this checkpoint"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise DamagedCheckpointError(f"{where}/{name} cannot be read ({first_line(error)}): download it again") from error
 
 
 def _nothing_to_load(present: set[str], where: str) -> str:
@@ -93,11 +106,19 @@ def _nothing_to_load(present: set[str], where: str) -> str:
         return f"{where} is an adapter: load its base model, then model.load_adapter({where!r})"
     ggufs = [name for name in present if name.endswith(".gguf")]
     if ggufs:
-        return f"{where} has several GGUF files: choose with gguf_file=, one of {_listed(ggufs)}"
-    return f"{where} has none of {', '.join(name for name, _ in _CANDIDATES)}; it has {_listed(present)}"
+        return f"{where} has several GGUF files: choose with gguf_file=, one of {listed(ggufs)}"
+    return f"{where} has none of {', '.join(name for name, _ in _CANDIDATES)}; it has {listed(present)}"
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
+def require_one_gguf(names: Iterable[str], where: str) -> None:
+    """Raise CheckpointNotFoundError for a folder of several GGUF files and neither config nor other weights."""
+    present = set(names)
+    if "config.json" not in present and any(name.endswith(".gguf") for name in present) and only_gguf(present) is None:
+        raise CheckpointNotFoundError(_nothing_to_load(present, where))
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """File names as an error lists them."""
     found = sorted(names)
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "") if found else "nothing"
 
@@ -124,7 +145,8 @@ def fingerprint(folder: Path, files: WeightFiles, commit: str | None) -> dict[st
 
 def file_row(folder: Path, name: str, kind: Format, commit: str | None) -> dict[str, Any]:
     """One file's part of a fingerprint; `name` is relative to `folder`."""
-    status = (folder / name).stat()
+    with disk_errors(folder / name):
+        status = (folder / name).stat()
     row: dict[str, Any] = {"name": name, "bytes": status.st_size}
     if kind == "safetensors":
         row["header_xxh3_128"] = read_header(folder / name, DamagedCheckpointError).checksum
@@ -187,10 +209,6 @@ def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
     return torch.equal(first[...], second[...])
 
 
-_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error)
-"""What torch.load raises over bytes that are no pickle of its own."""
-
-
 @dataclass(slots=True)
 class PickleFile:
     """A `pytorch_model*.bin`, loaded weights-only and mapped where its format allows, kept until `release()`."""
@@ -203,26 +221,33 @@ class PickleFile:
         """Its tensors by name. Raises UnsafePickleError, DamagedCheckpointError."""
         if self._loaded is None:
             self._loaded = {k: v for k, v in self._load().items() if isinstance(v, torch.Tensor)}
+            for name, tensor in self._loaded.items():
+                _require_plain(self.path, name, tensor)
         return self._loaded
 
     def _load(self) -> dict[str, Any]:
+        open_unchanged(self.path, None, DamagedCheckpointError).close()  # whether it can be read at all
         try:
-            try:
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
-            except RuntimeError as error:
-                if not self._mapped or "mmap" not in str(error):
-                    raise
-                self._mapped = False  # files from before torch 1.6 cannot be mapped
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+            loaded = self._unpickle()
         except pickle.UnpicklingError as error:
             raise _pickle_error(self.path, error) from error
-        except _DAMAGE as error:
-            raise DamagedCheckpointError(
-                f"{self.path} is no whole PyTorch file ({first_line(error)}): download it again"
-            ) from error
+        except Exception as error:  # torch.load raises anything over bytes that are no pickle of its own
+            raise _load_error(self.path, error) from error
         if not isinstance(loaded, dict):
             raise DamagedCheckpointError(f"{self.path} holds a {type(loaded).__name__}, not named tensors")
+        strange = next((key for key in loaded if not isinstance(key, str)), None)
+        if strange is not None:
+            raise DamagedCheckpointError(f"{self.path} holds something named {shown(strange)}, and names are text")
         return loaded
+
+    def _unpickle(self) -> Any:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except RuntimeError as error:
+            if not self._mapped or "mmap" not in str(error):
+                raise
+        self._mapped = False  # files from before torch 1.6 cannot be mapped
+        return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def release(self) -> None:
         """Let go of the map; a file that could not be mapped stays, as reading it anew for each layer would cost more."""
@@ -230,15 +255,31 @@ class PickleFile:
             self._loaded = None
 
 
+def _require_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise DamagedCheckpointError for a tensor that is no plain array of numbers."""
+    kind = str(tensor.layout) if tensor.layout != torch.strided else str(tensor.dtype)
+    if tensor.is_meta:
+        raise DamagedCheckpointError(f"{path} holds the shape of {name} and none of its values: save the weights themselves")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
+        raise DamagedCheckpointError(f"{path} holds {name} as {kind}: save plain tensors")
+
+
 def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
-    with path.open("rb") as file:
+    with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
         is_pickle = file.read(2).startswith((b"\x80", b"PK"))  # protocol 2 and newer, or torch's zip around one
     if is_pickle and "Unsupported" in str(error):
         return UnsafePickleError(
             f"{path} wants more than tensors and was not loaded ({_reason(error)}): "
             "use the repository's safetensors files, or convert it on a machine you can lose"
         )
-    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({_reason(error)}): download it again")
+    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({_reason(error)}): {advice_for(path)}")
+
+
+def _load_error(path: Path, error: Exception) -> RabbitError:
+    """torch seeks and reads where a cut file tells it to: EINVAL is damage, other answers of the system are the disk's."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return unreadable(path, error)
+    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({first_line(error)}): {advice_for(path)}")
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
@@ -304,10 +345,21 @@ def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
     return TensorSource(tensors, pickles)
 
 
-def first_floating_dtype(source: TensorSource) -> torch.dtype:
-    """The dtype of the first floating-point tensor, as transformers derives a checkpoint's dtype; float32 if none is.
+def first_floating_dtype(source: TensorSource, files: WeightFiles, folder: Path) -> torch.dtype:
+    """The dtype of a checkpoint whose config names none, as transformers derives it.
 
-    Quantised weights and their scales tell nothing of it.
+    That is what the index's metadata says, else that of the first floating-point tensor of the first file: by name in
+    safetensors files, in stored order in pickles. It may be none that a model can run in. Raises DamagedCheckpointError.
     """
-    plain = (t.dtype for name, t in source.tensors.items() if not name.endswith(("_scale_inv", "_scales")))
-    return next((dtype for dtype in plain if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
+    if files.dtype is not None:
+        found = getattr(torch, files.dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise DamagedCheckpointError(
+                f"{files.index} names a dtype that torch does not know, {shown(files.dtype)}: give dtype="
+            )
+        return found
+    first = [(key, tensor.dtype) for key, tensor in source.tensors.items() if tensor.path == folder / files.names[0]]
+    if files.format == "safetensors":
+        first.sort(key=lambda row: row[0])
+    plain = (dtype for _, dtype in first if dtype.is_floating_point and dtype.itemsize > 1)
+    return next(plain, first[0][1] if first else torch.float32)

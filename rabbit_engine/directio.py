@@ -12,12 +12,16 @@ import errno
 import io
 import mmap
 import os
+import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from rabbit_engine.errors import RabbitError
+from rabbit_engine.errors import BudgetError, MissingFileError, RabbitError, UnreadableFileError
+from rabbit_engine.units import format_bytes
 
 PAGE = 4096
 """What direct reads are aligned to: file offsets, memory and lengths. The largest logical block of today's disks."""
@@ -29,6 +33,7 @@ _HUGE_PAGE = 2 * 2**20
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _O_BINARY = getattr(os, "O_BINARY", 0)
+_O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def aligned_down(count: int) -> int:
@@ -49,6 +54,15 @@ def claim_memory(nbytes: int) -> torch.Tensor:
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
+    try:
+        return _claim(nbytes)
+    except (OSError, MemoryError) as cause:
+        raise BudgetError(
+            f"the system refuses {format_bytes(nbytes)} of memory ({cause}): give less in max_memory, or end what else runs"
+        ) from cause
+
+
+def _claim(nbytes: int) -> torch.Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.frombuffer(mmap.mmap(-1, aligned_up(nbytes)), dtype=torch.uint8, count=nbytes)
     spare = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
@@ -69,7 +83,8 @@ def buffered_reason(path: Path) -> str | None:
     """Why reads of `path` go through the page cache, or None where they go past it."""
     if sys.platform == "darwin":
         return None
-    device = path.stat().st_dev
+    with disk_errors(path):
+        device = path.stat().st_dev
     if device not in _reasons:
         _reasons[device] = _ask(path)
     return _reasons[device]
@@ -92,33 +107,81 @@ def _ask(path: Path) -> str | None:
     return None
 
 
-def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError], *, direct: bool = False) -> io.FileIO:
-    """The file, unbuffered. Raises `error` where it is another one than when its header was read."""
-    flags = os.O_RDONLY | _O_BINARY | (_O_DIRECT if direct else 0)
-    file = io.FileIO(os.open(path, flags), "rb")
-    status = os.fstat(file.fileno())
-    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
-        file.close()
-        raise error(f"{path} was replaced while in use: load the model again")
-    if direct and sys.platform == "darwin":
-        import fcntl
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of `path`, as an error of ours that names it: UnreadableFileError or MissingFileError."""
+    try:
+        yield
+    except RabbitError:
+        raise
+    except OSError as cause:
+        raise unreadable(path, cause) from cause
 
-        fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
+
+def unreadable(path: Path, cause: OSError) -> RabbitError:
+    """The error for what the system says of `path`."""
+    if isinstance(cause, FileNotFoundError | NotADirectoryError):
+        return MissingFileError(f"{path} is gone: put it back or download it again, then load the model again")
+    return UnreadableFileError(f"{path} cannot be read ({_answer(cause)}){_ADVICE.get(cause.errno or 0, '')}")
+
+
+_ADVICE = {
+    errno.EIO: ": the disk fails, copy the file to another one or download it again",
+    errno.ENOMEM: ": the system is out of memory, give less in max_memory or end what else runs",
+    errno.EACCES: ": let this user read it",
+    errno.EPERM: ": let this user read it",
+    errno.EISDIR: ": put the file in the folder's place",
+    errno.EMFILE: ": too many files are open, raise `ulimit -n`",
+}
+
+
+def _answer(cause: OSError) -> str:
+    """`EIO, Input/output error`."""
+    name = errno.errorcode.get(cause.errno or 0)
+    return f"{name}, {cause.strerror}" if name else str(cause) or type(cause).__name__
+
+
+def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError], *, direct: bool = False) -> io.FileIO:
+    """The file, unbuffered. Raises `error` where it is another one than when its header was read, or is not a plain file."""
+    flags = os.O_RDONLY | _O_BINARY | _O_NONBLOCK | (_O_DIRECT if direct else 0)  # a pipe in its place must not block
+    with disk_errors(path):
+        file = io.FileIO(os.open(path, flags), "rb")
+        try:
+            _require_unchanged(file, path, stamp, error)
+        except BaseException:
+            file.close()
+            raise
     return file
+
+
+def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | None, error: type[RabbitError]) -> None:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path} is not a plain file: put the model's file in its place")
+    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
+        raise error(f"{path} was replaced while in use: load the model again")
 
 
 def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError], needed: int | None = None) -> None:
     """Fill `buffer` from the file's position, or at least its first `needed` bytes where the file ends there.
 
-    Raises `error` when the file ends first.
+    Raises `error` when the file ends first, UnreadableFileError when the disk fails.
     """
     needed = len(buffer) if needed is None else needed
     done = 0
-    while done < needed:
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise error(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
-        done += count
+    with disk_errors(path):
+        while done < needed:
+            count = _read_some(file, buffer[done:])
+            if not count:
+                raise error(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
+            done += count
+
+
+def _read_some(file: io.RawIOBase, buffer: memoryview) -> int | None:
+    """One read; a signal that interrupts it is no failure."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            return file.readinto(buffer)
 
 
 def read_pages(
@@ -138,7 +201,11 @@ def read_pages(
     """
     start, end = aligned_down(offset), offset + nbytes
     last = aligned_up(end) if direct else end
-    with open_unchanged(path, stamp, error, direct=direct) as file:
+    with open_unchanged(path, stamp, error, direct=direct) as file, disk_errors(path):
+        if direct and sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
         file.seek(start)
         read_into(file, memory[: last - start], path, error, end - start)
         if not direct and hasattr(os, "posix_fadvise"):

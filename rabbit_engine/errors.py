@@ -10,11 +10,12 @@ RabbitError
 │   ├── BudgetError                          the memory budget is below the smallest that can work
 │   └── PromptTooLongError                   more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)          an optional package is not installed
+├── UnreadableFileError (OSError)            the disk or the system refuses a file: an I/O error, a permission, a folder there
 ├── CheckpointError                          the source of the weights
 │   ├── CheckpointNotFoundError              no such repo, revision or folder, or nothing to load in it
 │   ├── GatedCheckpointError                 the repo wants an accepted licence and a token
 │   ├── HubUnreachableError                  the Hub does not answer and the files are not in the cache
-│   ├── MissingFileError                     an index names a file that is not there
+│   ├── MissingFileError                     a file that an index names, or that was there at load, is gone
 │   ├── DamagedCheckpointError               cut off, or not the format its name says
 │   ├── UnsafePickleError                    a pickle that wants more than tensors
 │   ├── UnsupportedArchitectureError         no class builds this config, or it needs code we may not run
@@ -90,6 +91,10 @@ class MissingExtraError(RabbitError, ImportError):
     """An optional package is not installed; the message names the extra."""
 
 
+class UnreadableFileError(RabbitError, OSError):
+    """The system refuses to read a file of the model; the message says what it answered."""
+
+
 class CheckpointError(RabbitError):
     """Something is wrong with the source of the weights."""
 
@@ -107,7 +112,7 @@ class HubUnreachableError(CheckpointError, ConnectionError):
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """An index names a file that is not there."""
+    """A file that an index names is not there, or one that was there at load is gone."""
 
 
 class DamagedCheckpointError(CheckpointError):

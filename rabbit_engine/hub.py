@@ -26,6 +26,7 @@ from rabbit_engine.config import SourceConfig
 from rabbit_engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    DamagedCheckpointError,
     GatedCheckpointError,
     HubUnreachableError,
     NotEnoughDiskError,
@@ -242,10 +243,16 @@ def _failure(error: Exception, name: str, source: SourceConfig) -> RabbitError:
 
 
 def delete_original(path: Path, repo: Repo) -> None:
-    """Delete a weight file; in the Hub cache its blob too, unless another revision still links to it."""
-    blob = path.resolve()
+    """Delete a weight file of the repo's own folder; in the Hub cache its blob too, unless another revision still links to it.
+
+    Raises DamagedCheckpointError for a path that leads elsewhere. What a link of the user's own leads to stays.
+    """
+    folder = repo.folder.resolve()
+    if ".." in path.parts or not path.parent.resolve().is_relative_to(folder):
+        raise DamagedCheckpointError(f"{path} is not in {folder}: nothing outside of it is deleted; do not use this checkpoint")
+    blob, blobs = path.resolve(), folder.parent.parent / "blobs"
     path.unlink(missing_ok=True)
-    if repo.commit is not None and blob != path and not _linked(blob, repo.folder.parent):
+    if repo.commit is not None and blob.parent == blobs and not _linked(blob, folder.parent):
         blob.unlink(missing_ok=True)
 
 

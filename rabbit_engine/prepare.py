@@ -30,16 +30,20 @@ from rabbit_engine.checkpoints import (
     find_weight_files,
     fingerprint,
     first_floating_dtype,
+    listed,
     only_gguf,
     open_tensors,
+    require_one_gguf,
 )
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
     DamagedShardError,
+    MismatchedWeightsError,
     ShardError,
 )
+from rabbit_engine.gguffiles import check_gguf
 from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo
 from rabbit_engine.inplace import NotInPlaceError, original_entries, require_plain, stored_shapes
 from rabbit_engine.shards import (
@@ -49,10 +53,11 @@ from rabbit_engine.shards import (
     read_entries,
     read_journal,
     read_manifest,
+    require_no_link,
     verify_shard,
     write_manifest,
 )
-from rabbit_engine.splitter import Split, build_for, journal_tensors, only_one_process
+from rabbit_engine.splitter import Split, build_for, journal_tensors, only_one_process, require_fit
 from rabbit_engine.tensorfiles import TensorEntry
 
 logger = logging.getLogger(__name__)
@@ -114,15 +119,24 @@ def open_request(
     root = shards_root(repo, split.saving_path)
     gguf_file = source.gguf_file or (None if _deleted_dtype(root) else only_gguf(repo.names))
     if gguf_file is not None:
-        if split.delete_original:
-            raise ConfigurationError(
-                f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
-            )
-        fetch_weights(repo, [gguf_file], source)
+        _open_gguf(repo, gguf_file, source, split)
+    else:
+        require_one_gguf(repo.names, str(repo.folder))
     architecture = find_architecture(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
     dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, open_headers)
     folder = root / variant(dtype, gguf_file)
     return Request(repo, source, architecture, dtype, folder, gguf_file, split, progress)
+
+
+def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
+    """Fetch the file and check its header. Raises ConfigurationError and what CheckpointError fits."""
+    if split.delete_original:
+        raise ConfigurationError(
+            f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
+        )
+    weight_files(repo, gguf_file)
+    fetch_weights(repo, [gguf_file], source)
+    check_gguf(repo.folder / gguf_file)
 
 
 def _stream_from_shards(request: Request, repair: bool) -> Prepared:
@@ -179,9 +193,14 @@ class Request:
 def _gguf_by_path(name: str | Path, source: SourceConfig) -> tuple[str | Path, SourceConfig]:
     """`folder/model.gguf` is the folder, and the file in it."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix != ".gguf" or path.is_dir():
+        return name, source
+    if path.is_file():
         return path.parent, replace(source, gguf_file=path.name)
-    return name, source
+    if not path.parent.is_dir() or path.parent == Path():
+        raise CheckpointNotFoundError(f"{path} does not exist: give the path of a GGUF file, or a repo id and gguf_file=")
+    there = listed(other.name for other in path.parent.glob("*.gguf"))
+    raise CheckpointNotFoundError(f"{path} does not exist; the GGUF files next to it: {there}")
 
 
 def shards_root(repo: Repo, saving_path: Path | None) -> Path:
@@ -229,7 +248,11 @@ def _own_dtype(
     deleted = _deleted_dtype(root)
     if deleted is not None:
         return deleted
-    return first_floating_dtype(open_headers(repo, weight_files(repo, None), source))
+    files = weight_files(repo, None)
+    found = first_floating_dtype(open_headers(repo, files, source), files, repo.folder)
+    if not found.is_floating_point or found.itemsize == 1:
+        raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: say dtype=")
+    return found
 
 
 def weight_files(repo: Repo, gguf_file: str | None) -> WeightFiles:
@@ -243,13 +266,19 @@ def usable(request: Request, repair: bool) -> Manifest | None:
         manifest = read_manifest(request.folder)
         if manifest is None or _source_changed(request, manifest):
             return None
-        read_entries(request.folder, manifest)
-    except DamagedShardError as error:
+        entries = read_entries(request.folder, manifest)
+        if repair:
+            require_fit(_skeleton(request, entries), entries, manifest.ties)
+    except (DamagedShardError, MismatchedWeightsError) as error:
         if not repair:
             raise
         logger.warning("%s", error)
         return None
     return manifest
+
+
+def _skeleton(request: Request, entries: Mapping[str, TensorEntry]) -> PreTrainedModel:
+    return build_for(request.architecture, request.dtype, {name: entry.shape for name, entry in entries.items()})
 
 
 def _source_changed(request: Request, manifest: Manifest) -> bool:
@@ -380,6 +409,7 @@ def _originals(request: Request, manifest: Manifest) -> list[Path]:
 
 def _delete_all(request: Request, manifest: Manifest) -> Manifest:
     """The split was there already: verify all of it, say that the originals go, then delete them."""
+    require_no_link(request.folder)
     with only_one_process(request.folder):
         for record in manifest.shards:
             verify_shard(request.folder, record)

@@ -12,16 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
-from rabbit_engine.errors import MismatchedWeightsError
 from rabbit_engine.expertsplan import Routing
 from rabbit_engine.planner import Role, UnitSize
 from rabbit_engine.probe import Probe, has_experts_interface, run_probe
-from rabbit_engine.splitplan import missing_weights
+from rabbit_engine.splitter import require_fit
 from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
 from rabbit_engine.tensorfiles import TensorEntry, each_row
 
@@ -133,8 +131,8 @@ def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict
 
 
 def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> Weights:
+    require_fit(model, entries, ties)
     state = model.state_dict()
-    _check_fit(model, state, entries, ties)
     found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
     for target, source in list(model.all_tied_weights_keys.items()):
         if ties.get(target) != source and ties.get(source) != target:
@@ -143,22 +141,6 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
     for name in found:
         owned[layout.shard_of(name)].append(name)
     return Weights(found, seats_of(model, list(found)), owned)
-
-
-def _check_fit(
-    model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    entries: Mapping[str, TensorEntry],
-    ties: Mapping[str, str],
-) -> None:
-    wrong = [name for name in entries if name not in state or tuple(state[name].shape) != entries[name].shape]
-    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
-    if wrong:
-        folder = next((entry.path.parent for entry in entries.values()), "the split")
-        raise MismatchedWeightsError(
-            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
-            "it was split for another config or by another transformers; delete it and split again"
-        )
 
 
 class _Drawing:

@@ -54,6 +54,15 @@ def _tie_to_sibling(target: str, source: str, tied: Mapping[str, str], present: 
         shared[target] = sibling
 
 
+def tied_together(tied: Mapping[str, str]) -> dict[str, set[str]]:
+    """weight -> all weights that the model's tied pairs (target -> source) make one with it, itself among them."""
+    groups: dict[str, set[str]] = {}
+    for target, source in tied.items():
+        group = groups.get(target, {target}) | groups.get(source, {source})
+        groups.update(dict.fromkeys(group, group))
+    return groups
+
+
 def plan_shards(
     shard_names: Sequence[str],
     shard_of_key: Mapping[str, str],

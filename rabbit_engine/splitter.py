@@ -6,7 +6,6 @@ already deleted some of its originals can go on. The manifest replaces it.
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,14 +26,16 @@ from rabbit_engine.architectures import (
     find_layout,
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
-from rabbit_engine.errors import MismatchedWeightsError, NotEnoughDiskError, UnsupportedArchitectureError, first_line
+from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError, UnsupportedArchitectureError, first_line
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
+    JOURNAL_NAME,
     ORIGIN_KEY,
     Journal,
     Manifest,
     ShardRecord,
     finished_shard,
+    is_shard,
     read_entries,
     remove_journal,
     verify_shard,
@@ -50,6 +51,7 @@ from rabbit_engine.splitplan import (
     peak_extra_bytes,
     plan_shards,
     settle_ties,
+    tied_together,
 )
 from rabbit_engine.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
 from rabbit_engine.utils.bar import Bar
@@ -101,6 +103,7 @@ class Split:
         plans = self._plan(targets, ties)
         journal = self._open_journal(ties)
         finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
+        self._require_originals(plans, frozenset(finished))
         self._require_room(plans, frozenset(finished))
         records = self._write_all(plans, finished, journal)
         used = sorted({file for plan in plans for file in plan.files})
@@ -110,7 +113,7 @@ class Split:
 
     def _settle_ties(self, targets: Mapping[str, Target | None]) -> Ties:
         if self.journal is not None:
-            return Ties(self.journal.shared, frozenset(self.journal.dropped))
+            return self._ties_of(self.journal)
         key_of = {target.name: key for key, target in targets.items() if target is not None}
 
         def equal(first: str, second: str) -> bool:
@@ -119,6 +122,18 @@ class Split:
         ties = settle_ties(self.skeleton.all_tied_weights_keys, frozenset(key_of), equal)
         self.tensors.release()
         return ties
+
+    def _ties_of(self, journal: Journal) -> Ties:
+        """What was settled when the split began. Raises DamagedShardError where the model does not tie these weights."""
+        tied = tied_together(self.skeleton.all_tied_weights_keys)
+        strange = [name for name, stored in journal.shared.items() if stored not in tied.get(name, ())]
+        strange += [name for name in journal.dropped if name not in journal.shared]
+        if strange:
+            raise DamagedShardError(
+                f"{self.folder / JOURNAL_NAME} is damaged: {type(self.skeleton).__name__} does not tie {strange[0]} so; "
+                "give another layer_shards_saving_path, or delete the folder and split again"
+            )
+        return Ties(journal.shared, frozenset(journal.dropped))
 
     def _plan(self, targets: Mapping[str, Target | None], ties: Ties) -> tuple[ShardPlan, ...]:
         layout = find_layout(self.skeleton)
@@ -157,6 +172,16 @@ class Split:
         journal.write(self.folder)
         return journal
 
+    def _require_originals(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
+        """Raise DamagedShardError for a shard that is damaged or gone after an original it was made from was deleted."""
+        for plan in plans:
+            gone = next((file for file in sorted(plan.files) if not (self.originals / file).is_file()), None)
+            if plan.name not in finished and gone is not None:
+                raise DamagedShardError(
+                    f"{self._path(plan)} is damaged or gone, and so is {gone}, which it was made from: "
+                    f"download the checkpoint again and delete {self.folder}"
+                )
+
     def _require_room(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
         gone = self.journal.deleted if self.journal else ()
         freed = {row["name"]: row["bytes"] for row in self.source["files"] if row["name"] not in gone} if self.delete else {}
@@ -179,14 +204,7 @@ class Split:
 
     def _write(self, plan: ShardPlan) -> ShardRecord:
         weights = self.conversion.convert(plan.keys)
-        try:
-            record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise NotEnoughDiskError(
-                f"No space left for {self._path(plan)}: free some and run it again, finished shards are kept"
-            ) from error
+        record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
         self.tensors.release()
         logger.debug("wrote %s", record.file)
         return record
@@ -220,10 +238,10 @@ class Split:
         return manifest
 
     def _remove_strangers(self, manifest: Manifest) -> None:
-        """Shards of an earlier split of another layout."""
+        """Shards of an earlier split of another layout; a file that was not written here stays."""
         known = {record.file for record in manifest.shards}
         for path in self.folder.glob("*.safetensors"):
-            if path.name not in known:
+            if path.name not in known and is_shard(path):
                 path.unlink()
 
     def _path(self, plan: ShardPlan) -> Path:
@@ -244,6 +262,27 @@ def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties
             f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
             "is it a checkpoint of another class, or a download that stopped?"
         )
+
+
+def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
+    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them."""
+    state, tied = model.state_dict(), tied_together(model.all_tied_weights_keys)
+    wrong = [name for name, entry in entries.items() if not _fits(state.get(name), entry)]
+    wrong += [
+        name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
+    ]
+    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
+    if wrong:
+        folder = next((entry.path.parent for entry in entries.values()), "the split")
+        raise MismatchedWeightsError(
+            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
+            "it was split for another config or by another transformers, or its manifest is damaged; delete it and split again"
+        )
+
+
+def _fits(weight: torch.Tensor | None, entry: TensorEntry) -> bool:
+    """Whether `entry` can be this weight; some weights stay float32 whatever the model's dtype is."""
+    return weight is not None and tuple(weight.shape) == entry.shape and entry.dtype in (weight.dtype, torch.float32)
 
 
 def file_of(tensor: LazyTensor, originals: Path) -> str:

@@ -5,6 +5,7 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian head
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,8 +18,9 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from rabbit_engine.directio import PAGE, as_bytes, open_unchanged, read_into
-from rabbit_engine.errors import RabbitError
+from rabbit_engine.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
+from rabbit_engine.errors import RabbitError, UnreadableFileError, first_line
+from rabbit_engine.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
 """Every tensor we write starts on a multiple of this: what direct reads ask for."""
@@ -26,6 +28,7 @@ ALIGNMENT = PAGE
 PAD_PREFIX = "__pad__."
 CHECKSUM_KEY = "data_xxh3_128"
 COPY_BYTES = 16 * 2**20
+_LFS_POINTER = b"version https://git-lfs"
 _HEADER_LIMIT = 100_000_000
 
 TORCH_DTYPES = {
@@ -102,48 +105,83 @@ class Header:
     checksum: str
 
 
-def read_header(path: Path, error: type[RabbitError]) -> Header:
-    """Read and check a safetensors header: sizes, dtypes and offsets agree, and the file is exactly as long as they say.
+def read_header(path: Path, error: type[RabbitError], advice: str = "") -> Header:
+    """Read and check a safetensors header: names, dtypes, shapes and offsets agree, and the file is exactly as long as they say.
 
-    Raises `error`, naming the file and by how much it differs.
+    Raises `error`, naming the file and by how much it differs; MissingFileError and UnreadableFileError for the file itself.
     """
-    with path.open("rb") as file:
+    with open_unchanged(path, None, error) as file, disk_errors(path):
         status = os.fstat(file.fileno())
-        file_bytes, stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
-        prefix = file.read(8)
+        prefix = _read_up_to(file, 8)
         size = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or size > min(_HEADER_LIMIT, file_bytes - 8):
-            raise error(f"{path} is no whole safetensors file: {file_bytes} bytes, its header would need {8 + size}")
-        raw = file.read(size)
+        if len(prefix) < 8 or size > min(_HEADER_LIMIT, status.st_size - 8):
+            wanted = f"{status.st_size} bytes, its header would need {8 + size}"
+            raise error(f"{path} is no whole safetensors file ({wanted}): {advice or advice_for(path)}")
+        raw = _read_up_to(file, size)
+    start = 8 + size
     try:
-        table = json.loads(raw)
-        metadata = table.pop("__metadata__", None) or {}
-        tensors = tuple(
-            sorted((_entry(path, name, row, 8 + size, stamp) for name, row in table.items()), key=lambda t: (t.offset, t.nbytes))
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-        raise error(f"{path} has a damaged safetensors header: {cause}") from cause
-    _check_contiguous(path, tensors, 8 + size, file_bytes, error)
-    return Header(path, tensors, metadata, 8 + size, file_bytes, xxhash.xxh3_128_hexdigest(prefix + raw))
+        metadata, tensors = _parse_header(path, raw, start, (status.st_ino, status.st_mtime_ns))
+        _require_contiguous(tensors, start)
+    except (ValueError, KeyError, TypeError) as cause:
+        raise error(f"{path} has a damaged safetensors header: {first_line(cause)}; {advice or 'download it again'}") from cause
+    problem = _wrong_length(tensors, start, status.st_size)
+    if problem is not None:
+        raise error(f"{path} {problem}; {advice or 'download it again'}")
+    return Header(path, tensors, metadata, start, status.st_size, xxhash.xxh3_128_hexdigest(prefix + raw))
 
 
-def _entry(path: Path, name: str, row: Mapping[str, Any], data_start: int, stamp: tuple[int, int]) -> TensorEntry:
-    begin, end = row["data_offsets"]
-    dtype, shape = TORCH_DTYPES[row["dtype"]], tuple(row["shape"])
+def _read_up_to(file: io.FileIO, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (more := file.read(count - len(found))):
+        found += more
+    return found
+
+
+def advice_for(path: Path) -> str:
+    """What to do about a file that is not of its format: by what stands in its place."""
+    with open_unchanged(path, None, UnreadableFileError) as file, disk_errors(path):
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return "it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
+    return "it looks like a web page, download it again" if start.lstrip()[:1] == b"<" else "download it again"
+
+
+def _parse_header(
+    path: Path, raw: bytes, start: int, stamp: tuple[int, int]
+) -> tuple[Mapping[str, str], tuple[TensorEntry, ...]]:
+    table = Fields.of(parse(raw), "the header")
+    metadata = table.texts("__metadata__") if table.values.get("__metadata__") is not None else {}
+    rows = ((name, row) for name, row in table.values.items() if name != "__metadata__")
+    entries = (_entry(path, name, Fields.of(row, name), start, stamp) for name, row in rows)
+    return metadata, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)))
+
+
+def _entry(path: Path, name: str, row: Fields, data_start: int, stamp: tuple[int, int]) -> TensorEntry:
+    begin, end = counts(row.take("data_offsets"), f"{name}.data_offsets")
+    shape, kind = counts(row.take("shape"), f"{name}.shape"), row.text("dtype")
+    if kind not in TORCH_DTYPES:
+        raise ValueError(f"{name} is of dtype {shown(kind)}, known are {', '.join(TORCH_DTYPES)}")
+    dtype = TORCH_DTYPES[kind]
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} is {list(shape)} {row['dtype']} in {end - begin} bytes")
+        raise ValueError(f"{name} is {list(shape)} {kind} in {end - begin} bytes")
+    if math.prod(filter(None, shape)) >= 2**63:
+        raise ValueError(f"{name} is {list(shape)}, more than can be counted")
     return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape, stamp)
 
 
-def _check_contiguous(path: Path, tensors: Sequence[TensorEntry], start: int, file_bytes: int, error: type[RabbitError]) -> None:
+def _require_contiguous(tensors: Sequence[TensorEntry], start: int) -> None:
     position = start
     for tensor in tensors:
         if tensor.offset != position:
-            raise error(f"{path} has a damaged safetensors header: {tensor.name} starts at {tensor.offset}, expected {position}")
+            raise ValueError(f"{tensor.name} starts at {tensor.offset}, expected {position}")
         position += tensor.nbytes
-    if position != file_bytes:
-        verb = "cut off" if file_bytes < position else "too long"
-        raise error(f"{path} is {verb}: {file_bytes} bytes, its header says {position}")
+
+
+def _wrong_length(tensors: Sequence[TensorEntry], start: int, file_bytes: int) -> str | None:
+    position = start + sum(tensor.nbytes for tensor in tensors)
+    if position == file_bytes:
+        return None
+    return f"is {'cut off' if file_bytes < position else 'too long'}: {file_bytes} bytes, its header says {position}"
 
 
 def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
@@ -181,8 +219,9 @@ def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder."""
     scratch = path.with_name(f".{path.name}.scratch")
+    scratch.unlink(missing_ok=True)
     try:
-        with scratch.open("w+b") as file:
+        with scratch.open("x+b") as file:  # a new file: never through a link that somebody put there
             yield file
             file.flush()
             os.fsync(file.fileno())
