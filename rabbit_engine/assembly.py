@@ -60,7 +60,9 @@ class Assembly:
     trace: Trace
 
     def close(self) -> None:
-        """End the reading, free the ring and what stays in it."""
+        """End the reading, free the ring and what stays in it. A forked child has nothing to end: it returns at once."""
+        if self.streamer.forked:
+            return
         self.streamer.close()
         self.binding.forget()
         weights = self.sketch.weights

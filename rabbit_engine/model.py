@@ -106,7 +106,8 @@ class StreamingMixin:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its tensors moved to the model's device.
 
-        A converted model that computes a number of positions right ends its answer there.
+        A converted model that computes a number of positions right ends its answer there. The tokenizer, which stop strings
+        and token healing need, need not be given.
         """
         device = self._assembly.device
         positions = self._prepared.architecture.positions

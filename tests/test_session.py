@@ -14,6 +14,7 @@ import torch
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.sessions import Options
+from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text
 from rabbit_engine.sessions.room import Demand, Room
 from rabbit_engine.sessions.text import TextFlow
@@ -292,15 +293,15 @@ def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_
 
 
 def test_too_long_is_refused_or_cut_as_asked_never_silently(model: Any, caplog: Any) -> None:
-    tokenizer, limits = model.tokenizer, Limits(120, 16)
+    encoder, limits, tokenizer = Encoder(model, 49152, None), Limits(120, 16), model.tokenizer
     messages = [{"role": "system", "content": "Be brief."}]
     for index in range(12):
         messages += [{"role": "user", "content": f"Question {index}?"}, {"role": "assistant", "content": f"Answer {index}."}]
     messages.append({"role": "user", "content": "And the last?"})
     with pytest.raises(errors.PromptTooLongError, match="more than the 120"):
-        fit_messages(tokenizer, messages, limits, None, "refuse")
+        fit_messages(encoder, messages, limits, None, "refuse")
     with caplog.at_level(logging.WARNING):
-        cut = fit_messages(tokenizer, messages, limits, 20, "truncate")
+        cut = fit_messages(encoder, messages, limits, 20, "truncate")
     text = tokenizer.decode(cut.ids)
     assert "Be brief." in text
     assert "And the last?" in text
@@ -313,7 +314,7 @@ def test_too_long_is_refused_or_cut_as_asked_never_silently(model: Any, caplog: 
 
 def test_one_message_that_is_too_long_keeps_its_end(model: Any) -> None:
     words = " ".join(f"word{index}" for index in range(200))
-    cut = fit_messages(model.tokenizer, [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
+    cut = fit_messages(Encoder(model, 49152, None), [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
     assert "word199" in model.tokenizer.decode(cut.ids)
     assert len(cut.ids) <= 90
     text = fit_text(model.tokenizer(words)["input_ids"], Limits(100, 16), 10, "truncate")
@@ -379,20 +380,6 @@ def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, stream
         with pytest.raises(errors.ConfigurationError, match="no chat template"):
             session.chat("Hi")
         assert len(session.generate([[5, 6]], max_new_tokens=2)[0].tokens) <= 2
-
-
-def test_padding_is_settled(checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
-    import copy
-
-    model = streamed(checkpoint("llama"))
-    model.tokenizer = copy.deepcopy(smollm_models[1].tokenizer)
-    model.tokenizer.pad_token = None
-    with Session(model):
-        assert model.tokenizer.pad_token_id is not None
-        assert model.generation_config.pad_token_id is not None
-        assert model.tokenizer.padding_side == "left"
-        batch = model.tokenizer(["a b c", "d"], padding=True, return_tensors="pt")
-        assert batch["attention_mask"][1, 0] == 0
 
 
 def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:

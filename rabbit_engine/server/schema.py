@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.sessions import MOST_ALTERNATIVES, Options
+from rabbit_engine.sessions import MOST_ALTERNATIVES, Options, read_messages
 
 MOST_CHOICES = 16
 MOST_INPUTS = 2048
@@ -167,7 +168,10 @@ class ChatRequest(_Request):
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them: text instead of parts, arguments as objects."""
-        return [_message(message, index) for index, message in enumerate(self.messages)]
+        try:
+            return read_messages(self.messages)
+        except ConfigurationError as error:
+            raise RequestError(400, str(error), param=str(error).partition(":")[0]) from error
 
     def refuse_unsupported(self) -> None:
         """Raise for what would change the answer and cannot be done."""
@@ -248,44 +252,3 @@ def _each(texts: Texts, param: str) -> list[str | list[int]]:
 
 def _unsupported(param: str, why: str) -> RequestError:
     return RequestError(400, f"{param} is not supported: {why}", param=param, code="unsupported_parameter")
-
-
-def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    where = f"messages.{index}"
-    if not isinstance(message.get("role"), str):
-        raise RequestError(400, f"{where}.role: a message says whose it is", param=f"{where}.role")
-    found = {**message, "content": _text(message.get("content"), f"{where}.content")}
-    if calls := message.get("tool_calls"):
-        if not isinstance(calls, list):
-            raise RequestError(400, f"{where}.tool_calls: a list of calls", param=f"{where}.tool_calls")
-        found["tool_calls"] = [_with_object(call, f"{where}.tool_calls") for call in calls]
-    return found
-
-
-def _text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise RequestError(400, f"{where}: a text, or a list of parts", param=where)
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise RequestError(400, f"{where}: a part of type {kind!r} cannot be read here, only text can", param=where)
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _with_object(call: Any, where: str) -> dict[str, Any]:
-    """Templates write the arguments themselves, and take them as an object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise RequestError(400, f"{where}: a call names its function", param=where)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise RequestError(400, f"{where}: the arguments are no JSON: {error}", param=where) from error
-    return {**call, "function": {**function, "arguments": arguments}}

@@ -2,6 +2,7 @@
 
 from rabbit_engine.sessions.answer import Piece, Reply
 from rabbit_engine.sessions.embedding import Embedder, find_embedder
+from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import MOST_ALTERNATIVES, Options
 from rabbit_engine.sessions.prompts import Message
 from rabbit_engine.sessions.sampling import TokenLogprob
@@ -20,4 +21,5 @@ __all__ = [
     "Ticket",
     "TokenLogprob",
     "find_embedder",
+    "read_messages",
 ]

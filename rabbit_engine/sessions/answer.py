@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
@@ -68,8 +68,10 @@ class Answer(StoppingCriteria):
         self._model, self._prompt, self._options = model, prompt, options
         self._max_new_tokens = max_new_tokens
         self._on_piece = on_piece
-        self._flow = TextFlow(model.tokenizer, options.stop)
-        self._ends = end_tokens(model)
+        self._flow = TextFlow(
+            model.tokenizer, options.stop, include_stop=options.include_stop, skip_special=options.skip_special_tokens
+        )
+        self._ends = (set() if options.ignore_eos else end_tokens(model)) | set(options.stop_token_ids)
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -84,12 +86,14 @@ class Answer(StoppingCriteria):
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self._max_new_tokens,
+            max_length=None,  # the checkpoint's is in `max_new_tokens` already
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=pad_token(self._model, self._ends),
             stopping_criteria=[self],
             logits_processor=self._processors(),
             **_one_by_one(self._model.generation_config),
             **self._options.keywords(),
+            **add_to_checkpoint(self._model, self._options),
         )
 
     def _processors(self) -> list[LogitsProcessor]:
@@ -107,8 +111,11 @@ class Answer(StoppingCriteria):
         logprob = None if self._recorder is None else self._recorder.of(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        self._on_piece(Piece(self._flow.push(token), token, logprob))
+        self._on_piece(Piece("" if self._is_silent(token) else self._flow.push(token), token, logprob))
         return torch.full((1,), self._flow.stopped, dtype=torch.bool, device=input_ids.device)
+
+    def _is_silent(self, token: int) -> bool:
+        return token in self._options.stop_token_ids and not self._options.include_stop
 
     def rest(self) -> str:
         """The text that was held back, once the last token is there."""
@@ -116,7 +123,7 @@ class Answer(StoppingCriteria):
 
     def reply(self, *, cancelled: bool = False) -> Reply:
         """What it came to, after `rest`."""
-        ended = self._flow.stopped or (bool(self._tokens) and self._tokens[-1] in self._ends)
+        ended = self._flow.stopped or len(self._tokens) < self._max_new_tokens or self._ends_itself()
         reason: FinishReason = "cancelled" if cancelled else "stop" if ended else "length"
         now = perf_counter()
         reply = Reply(self._flow.text, tuple(self._tokens), reason, len(self._prompt), seconds=now - self._asked_s)
@@ -126,6 +133,34 @@ class Answer(StoppingCriteria):
             queued_s=(self._began_s or now) - self._asked_s,
             first_token_s=(self._first_s or now) - self._asked_s,
         )
+
+
+    def _ends_itself(self) -> bool:
+        """Whether the last of as many tokens as there may be is one that ends an answer, or ends a text that does."""
+        strings = self._model.generation_config.stop_strings or ()
+        told = self._model.tokenizer.decode(self._tokens) if strings else ""
+        return self._tokens[-1] in self._ends or told.endswith((strings,) if isinstance(strings, str) else tuple(strings))
+
+
+def add_to_checkpoint(model: Any, options: Options) -> dict[str, Any]:
+    """Biases and bad words of a request beside those of the generation config, which `generate` would leave out for them."""
+    config, found = model.generation_config, dict[str, Any]()
+    if options.logit_bias:
+        given = config.sequence_bias or {}
+        bias = {tuple(ids): value for ids, value in (given.items() if isinstance(given, dict) else given)}
+        for token, value in options.logit_bias.items():
+            bias[(token,)] = bias.get((token,), 0.0) + float(value)
+        found["sequence_bias"] = bias
+    if options.bad_words:
+        found["bad_words_ids"] = [*(config.bad_words_ids or []), *bad_word_ids(model.tokenizer, options.bad_words)]
+    return found
+
+
+def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """Token ids of each word at the beginning of a text, and after a space."""
+    texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [one for index, one in enumerate(ids) if one and one not in ids[:index]]
 
 
 def _one_by_one(config: Any) -> dict[str, Any]:

@@ -45,15 +45,27 @@ class Engine:
         self._model, self._room = model, room
         self._most, self._queue = most, queue
         binding = model._assembly.binding
-        if not exact:
-            share_products(model, binding)
         self._convoy = Convoy(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="rabbit-session", daemon=True)
-        self._thread.start()
+        self._unshare = (lambda: None) if exact else share_products(model, binding)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._unshare()
+            raise
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked after the model was loaded: the thread did not follow, a lock may be held for ever."""
+        return bool(self._model._assembly.streamer.forked)
+
+    def require_process(self) -> None:
+        """Raise ModelClosedError in a forked child."""
+        self._model._assembly.streamer.require_process()
 
     @property
     def waiting(self) -> int:
@@ -68,8 +80,9 @@ class Engine:
     def submit(self, jobs: Sequence[Job], *, bounded: bool = True) -> None:
         """Put all of them into the queue, or none. Jobs that can begin at once do not count as waiting.
 
-        Raises QueueFullError if that is `bounded`, or SessionClosedError.
+        Raises QueueFullError if that is `bounded`, SessionClosedError, or ModelClosedError in a forked child.
         """
+        self.require_process()
         with self._changed:
             if self._closed:
                 raise SessionClosedError("the session is closed: open another")
@@ -97,7 +110,9 @@ class Engine:
         )
 
     def cancel(self, job: Job) -> None:
-        """End it: at the next unit that it waits for, or before it begins."""
+        """End it: at the next unit that it waits for, or before it begins. In a forked child there is nothing to end."""
+        if self.forked:
+            return
         with self._changed:
             job.cancelled = True
             waited = job in self._waiting
@@ -110,7 +125,9 @@ class Engine:
             _tell(job, Cancelled())
 
     def close(self) -> None:
-        """Cancel everything and end the thread. Safe to call again."""
+        """Cancel everything, end the thread and leave the model as it was. Safe to call again; returns at once in a child."""
+        if self.forked:
+            return
         with self._changed:
             self._closed = True
             for job in self._running:
@@ -134,6 +151,7 @@ class Engine:
                 self._run_pass()
         finally:
             self._end_all()
+            self._unshare()
 
     def _wait_for_work(self) -> bool:
         with self._changed:

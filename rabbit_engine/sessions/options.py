@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -24,13 +25,23 @@ class Options:
         min_p: draw from tokens that are at least this share as likely as the likeliest.
         seed: draw as `torch.manual_seed(seed)` before `generate` would, whoever else is served.
         stop: texts at which the answer ends; they are not part of it.
+        stop_token_ids: tokens at which it ends, beside those of the checkpoint; the one it ended at is in `Reply.tokens`, not
+            in the text.
+        include_stop: leave the stop text, or the text of the stop token, in the answer's.
+        ignore_eos: go on past the tokens that end an answer, up to `max_new_tokens`.
+        min_new_tokens: tokens before one that ends an answer may come.
+        bad_words: texts that the answer may not have; their last token gets no probability.
+        skip_special_tokens: False leaves the names of special tokens in the text.
         logprobs: log probabilities of the tokens, and of so many of the likeliest at each position, 0 to 20.
+        typical_p: transformers' own (Meister et al., 2022), in (0, 1].
+        epsilon_cutoff, eta_cutoff: transformers' own (Hewitt et al., 2022), in [0, 1).
+        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is no such rule.
         repetition_penalty: transformers' own (Keskar et al., CTRL, 2019); 1 is none.
         presence_penalty: taken from the logit of every token that the answer has, -2 to 2 (OpenAI's definition).
         frequency_penalty: taken from it as often as the answer has the token, -2 to 2.
         logit_bias: added to the logits of token ids, -100 to 100.
 
-    Any of temperature above 0, top_p, top_k, min_p and seed makes the answer a drawn one.
+    Any of temperature above 0, top_p, top_k, min_p, typical_p, the cutoffs and seed makes the answer a drawn one.
     Raises ConfigurationError for a value out of range.
     """
 
@@ -40,26 +51,36 @@ class Options:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    min_new_tokens: int | None = None
+    bad_words: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
     logprobs: int | None = None
+    no_repeat_ngram_size: int | None = None
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "bad_words"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        object.__setattr__(self, "stop_token_ids", tuple(map(_token_id, self.stop_token_ids)))
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ConfigurationError(f"{name}={value!r} is out of range: {least:g} to {most:g}")
-        if self.top_p == 0:
-            raise ConfigurationError("top_p=0 leaves no token to draw: use temperature=0 for the likeliest")
-        if not all(isinstance(stop, str) for stop in self.stop):
-            raise ConfigurationError("stop is a text or several")
-        if not all(self.stop):
-            raise ConfigurationError("an empty stop text would end every answer before it begins")
+        for name in ("top_p", "typical_p"):
+            if getattr(self, name) == 0:
+                raise ConfigurationError(f"{name}=0 leaves no token to draw: use temperature=0 for the likeliest")
+        if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or math.inf):
+            raise ConfigurationError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
         if any(abs(bias) > 100 for bias in self.logit_bias.values()):
             raise ConfigurationError("logit_bias is from -100 to 100")
 
@@ -72,20 +93,36 @@ class Options:
         """Whether tokens are drawn; None leaves it to the checkpoint."""
         if self._is_cold:
             return False
-        asked = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed)
-        return True if any(value is not None for value in asked) else None
+        asked = ("temperature", "seed", *_DRAWING)
+        return True if any(getattr(self, name) is not None for name in asked) else None
 
     def keywords(self) -> dict[str, Any]:
-        """The part of them that `generate` takes as it is."""
+        """The part of them that `generate` takes as it is, whatever the checkpoint says."""
         found: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
         if self.draws is not None:
             found["do_sample"] = self.draws
-        names = ("top_p", "top_k", "min_p", "repetition_penalty", *(() if self._is_cold else ("temperature",)))
-        found |= {name: value for name in names if (value := getattr(self, name)) is not None}
-        if self.logit_bias:
-            found["sequence_bias"] = {(token,): float(bias) for token, bias in self.logit_bias.items()}
-        return found
+        names = (*_DRAWING, *_SHAPING, *(() if self._is_cold else ("temperature",)))
+        return found | {name: value for name in names if (value := getattr(self, name)) is not None}
 
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    """One text or several, none of them empty."""
+    found = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(text, str) for text in found):
+        raise ConfigurationError(f"{name} is a text or several")
+    if not all(found):
+        raise ConfigurationError(f"{name} has an empty text, which every answer begins with")
+    return found
+
+
+def _token_id(given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ConfigurationError(f"stop_token_ids are whole numbers, {given!r} is none")
+    return given
+
+
+_DRAWING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SHAPING = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 _COLDEST = 1e-3
 """Logits that are divided by less overflow."""
@@ -96,6 +133,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_p", 0, 1),
     ("top_k", 1, 2**31),
     ("min_p", 0, 1),
+    ("typical_p", 0, 1),
+    ("epsilon_cutoff", 0, 0.999999),
+    ("eta_cutoff", 0, 0.999999),
+    ("min_new_tokens", 0, 2**31),
+    ("no_repeat_ngram_size", 0, 2**31),
     ("seed", -(2**63), 2**64 - 1),
     ("logprobs", 0, MOST_ALTERNATIVES),
     ("repetition_penalty", 0.01, 100),

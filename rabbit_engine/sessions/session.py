@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import threading
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -16,10 +15,12 @@ from typing import Any, Self, TypeVar
 import torch
 
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
-from rabbit_engine.sessions.answer import Answer, Piece, Reply, end_tokens, pad_token
+from rabbit_engine.sessions.answer import Answer, Piece, Reply
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
+from rabbit_engine.sessions.encoding import Encoder
+from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
-from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, encode_text, fit_messages, fit_text
+from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import Demand, measure_room
 from rabbit_engine.streaming import PassProgress
 
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
-Chat = str | Sequence[Message]
-"""A user's words, or messages as `{"role": "user", "content": "..."}`."""
+Chat = str | Message | Sequence[Any]
+"""A user's words, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Events:
 
     def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        self._left = len(requests)
+        self._session, self._left = session, len(requests)
         self._tickets = session.ask(requests, self._tell, bounded=bounded)
 
     def _tell(self, index: int, event: Event) -> None:
@@ -70,6 +71,7 @@ class Events:
         return self
 
     async def __anext__(self) -> tuple[int, Piece | Reply]:
+        self._session.require_process()
         if not self._left:
             raise StopAsyncIteration
         index, event = await self._inbox.get()
@@ -103,8 +105,12 @@ class Session:
         exact: False lets the texts of a pass share their matrix products: faster where computing takes longer than moving
             the weights, but results then differ by rounding from those alone.
 
+    The model, its tokenizer and its generation config stay as they are; after `close` the model's layers do, too. A child
+    that is forked from this process has no session: using one raises ModelClosedError there, closing it does nothing.
+
     Raises:
         ConfigurationError: for a wrong argument.
+        ModelClosedError: for a model that is closed, or that was loaded before this process was forked.
     """
 
     def __init__(
@@ -123,13 +129,9 @@ class Session:
             raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
         if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
             raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
+        model._assembly.streamer.require_open()
         self.model = model
         self._overflow = overflow
-        self._tokenizing = threading.Lock()  # a tokenizer of the Rust library must not be set up by two threads at a time
-        own = None
-        if model.can_generate():
-            _settle_padding(model)
-            own = model.generation_config.max_new_tokens
         probe = model._assembly.sketch.probe
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
@@ -139,7 +141,11 @@ class Session:
         """As many may be under way and wait at a time."""
 
         self._room = measure_room(model.plan, probe, model.device, _positions(model))
-        self._limits = Limits(self._room.most_tokens, max_new_tokens if own is None else own)
+        config = model.generation_config if model.can_generate() else None
+        own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
+        whole = config.max_length if config is not None and config.max_new_tokens is None else None
+        self._limits = Limits(self._room.most_tokens, own, whole)
+        self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
 
     # What most will use.
@@ -193,10 +199,8 @@ class Session:
     def request(self, messages: Chat, /, **options: Any) -> Request:
         """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
         chosen, template = self._split(options)
-        conversation: Sequence[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        asked = chosen.max_new_tokens
-        with self._tokenizing:
-            prompt = fit_messages(self.model.tokenizer, conversation, self._limits, asked, self._overflow, template)
+        conversation = read_messages(messages)
+        prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
         return Request(prompt, chosen)
 
     def request_text(self, text: str | Sequence[int], **options: Any) -> Request:
@@ -208,8 +212,8 @@ class Session:
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
         """Token ids of a text. Raises ConfigurationError where it has none, or ids that the model does not know."""
-        with self._tokenizing:
-            return encode_text(self.model.tokenizer, text, self._vocabulary)
+        self.require_process()
+        return self._encoder.encode_text(text)
 
     def ask(self, requests: Sequence[Request], tell: Tell, *, bounded: bool = True) -> list[Ticket]:
         """Put all of them into the queue, or none: QueueFullError if it is `bounded`.
@@ -231,6 +235,7 @@ class Session:
         With each comes the length in tokens of what it computes. A future that is cancelled is not begun. Raises
         QueueFullError if the queue is full already; together they may be more than it holds.
         """
+        self.require_process()
         if self._engine.is_full:
             self._engine.refuse()
         futures: list[Future[T]] = [Future() for _ in works]
@@ -264,8 +269,12 @@ class Session:
         found: PassProgress | None = self.model.progress
         return found
 
+    def require_process(self) -> None:
+        """Raise ModelClosedError in a process that was forked after the model was loaded: nothing would ever answer there."""
+        self._engine.require_process()
+
     def close(self) -> None:
-        """Cancel what is under way and end the thread; the model stays open. Safe to call again."""
+        """Cancel what is under way and end the thread; the model stays open, as it was before. Safe to call again."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -276,22 +285,22 @@ class Session:
 
     def _split(self, options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         """What is ours to decide, and what goes to the chat template."""
+        self.require_process()
         if not self.model.can_generate():
             raise ConfigurationError(f"{type(self.model).__name__} makes vectors of texts, it does not generate any")
         chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
-        if isinstance(chosen.get("stop"), str):
-            chosen["stop"] = (chosen["stop"],)
         try:
             found = Options(**chosen)
         except TypeError as error:
             raise ConfigurationError(f"an option has a value of the wrong type: {error}") from error
-        wrong = next((token for token in found.logit_bias if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
-            raise ConfigurationError(f"logit_bias names token id {wrong}, the vocabulary has {self._vocabulary}")
+        for name in ("logit_bias", "stop_token_ids"):
+            wrong = next((token for token in getattr(found, name) if not 0 <= token < self._vocabulary), None)
+            if wrong is not None:
+                raise ConfigurationError(f"{name} names token id {wrong}, the vocabulary has {self._vocabulary}")
         return found, {name: value for name, value in options.items() if name not in NAMES}
 
     def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
-        return [self.request_text(text, **options) for text in ([prompts] if isinstance(prompts, str) else prompts)]
+        return [self.request_text(text, **options) for text in _each(prompts)]
 
     def _job(self, request: Request, index: int, tell: Tell) -> Job:
         prompt = request.prompt
@@ -332,9 +341,23 @@ class Session:
                     raise event
                 if event.text:
                     yield event.text
+                    self.require_process()  # whoever takes the pieces may have forked meanwhile
             return event
         finally:
             _cancel(tickets)
+
+
+def _each(prompts: Any) -> list[Any]:
+    """Every prompt by itself. Raises ConfigurationError for what is no list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    found = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(found, Mapping | bytes) or not isinstance(found, Iterable):
+        raise ConfigurationError(f"a text or a list of prompts is needed, not a value of type {type(prompts).__name__}")
+    found = list(found)
+    if found and isinstance(found[0], int):
+        raise ConfigurationError("this is one list of token ids, a list of prompts is needed: put it into brackets")
+    return found
 
 
 def _computing(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
@@ -377,14 +400,3 @@ def _positions(model: Any) -> int | None:
     converted = model._prepared.architecture.positions
     found = [limit for limit in (known, converted) if isinstance(limit, int) and limit > 0]
     return min(found, default=None)
-
-
-def _settle_padding(model: Any) -> None:
-    """A tokenizer without a padding token pads with one that ends an answer, on the left: what a batch of prompts needs."""
-    tokenizer = model.tokenizer
-    token = pad_token(model, end_tokens(model))
-    if getattr(tokenizer, "pad_token_id", None) is None and token is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = token
-    tokenizer.padding_side = "left"

@@ -13,12 +13,16 @@ class TextFlow:
     """The text of an answer, piece by piece: together the pieces are what the tokenizer makes of all its tokens at once,
     up to the first of `stops`.
 
-    A piece is held back while it is half a character, or may be the beginning of a stop.
+    A piece is held back while it is half a character, or may be the beginning of a stop. `include_stop` leaves the stop in
+    the text; `skip_special` leaves the names of special tokens out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), *, include_stop: bool = False, skip_special: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        self._include_stop, self._skip_special = include_stop, skip_special
         self._tokens: list[int] = []
         self._context, self._read = 0, 0  # tokens up to `_read` are text; those from `_context` tell how the next ones join
         self._held = ""
@@ -52,15 +56,16 @@ class TextFlow:
         return self._decode(self._tokens[self._context :])[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False)
         return text
 
     def _pass_on(self, new: str) -> str:
         """What of the held and the new text no stop can reach any more."""
         text = self._held + new
-        found = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        found = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(text) - self._longest_beginning(text)
+        first, stop = min(found, default=(len(text) - self._longest_beginning(text), ""))
+        end = first + len(stop) * self._include_stop
         self._held = "" if found else text[end:]
         self.text += text[:end]
         return text[:end]

@@ -12,6 +12,7 @@ bits up: a kernel may order its sums by the number of rows.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import traceback
 from collections.abc import Callable
@@ -261,18 +262,65 @@ def _compute(products: list[_Product]) -> None:
         product.result = output.reshape(*product.states.shape[:-1], output.shape[-1])
 
 
-def share_products(model: nn.Module, road: Road) -> None:
-    """Let riders on `road` whose convoy shares meet at every linear layer of the model; all others run it as before."""
-    for module in model.modules():
-        if type(module) is nn.Linear and not hasattr(module.forward, "meets"):
-            module.forward = _meeting(module.forward, road)  # type: ignore[assignment, method-assign]
+def share_products(model: nn.Module, road: Road) -> Callable[[], None]:
+    """Let riders on `road` whose convoy shares meet at every linear layer of the model; all others run it as before.
+
+    What it returns gives the layers their own forward back, once for every call of this.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    with _meeting_points:
+        for layer in layers:
+            _meet_at(layer, road)
+    return functools.partial(_part_at, layers)
 
 
-def _meeting(forward: _Forward, road: Road) -> _Forward:
-    @functools.wraps(forward)
-    def meet(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the parameter's name in torch
-        rider = rider_on(road)
-        return rider.await_product(forward, input) if rider is not None and rider.shares else forward(input)
+_meeting_points = threading.Lock()
 
-    meet.meets = True  # type: ignore[attr-defined]
-    return meet
+
+class _Meeting:
+    """The forward of a linear layer at which riders meet; `users` sessions want it."""
+
+    def __init__(self, layer: nn.Linear, road: Road) -> None:
+        self.own = layer.__dict__.get("forward")
+        self.users = 0
+        self._native, self._road = layer.forward, road
+        functools.update_wrapper(self, layer.forward)
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the parameter's name in torch
+        rider = rider_on(self._road)
+        return rider.await_product(self._native, input) if rider is not None and rider.shares else self._native(input)
+
+
+def _meet_at(layer: nn.Linear, road: Road) -> None:
+    if not isinstance(layer.__dict__.get("forward"), _Meeting):
+        layer.forward = _Meeting(layer, road)  # type: ignore[assignment]
+    layer.forward.users += 1  # type: ignore[attr-defined]
+
+
+def _part_at(layers: list[nn.Linear]) -> None:
+    """Undo `_meet_at`; a layer whose forward another library has replaced since is left to that one."""
+    with _meeting_points:
+        for layer in layers:
+            meeting = layer.__dict__.get("forward")
+            if isinstance(meeting, _Meeting):
+                meeting.users -= 1
+                if not meeting.users:
+                    _restore(layer, meeting.own)
+
+
+def _restore(layer: nn.Linear, forward: _Forward | None) -> None:
+    if forward is None:  # the class's own
+        del layer.forward
+    else:
+        layer.forward = forward  # type: ignore[assignment, method-assign]
+
+
+def _renew_locks() -> None:
+    """A forked child inherits locks that no thread of its own will free, and may load a model of its own."""
+    global _meeting_points
+    _meeting_points = threading.Lock()
+    Dice._turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -167,7 +167,7 @@ class Streamer:
 
     def release(self, name: str) -> bool:
         """Let go of the unit; True when this was its last holder and its room is free again."""
-        if os.getpid() != self._process:
+        if self.forked:
             return False
         with self._lock:
             held = self._held.get(name)
@@ -184,7 +184,7 @@ class Streamer:
 
     def release_all(self) -> None:
         """Let go of everything: a pass has ended, however it ended (a KeyboardInterrupt may strike between any two lines)."""
-        if os.getpid() != self._process:
+        if self.forked:
             return
         with self._lock:
             if self._held:
@@ -197,7 +197,7 @@ class Streamer:
 
     def abandon(self) -> None:
         """`close`, for a finalizer: the garbage collector may strike in a reader's thread or amid bookkeeping."""
-        if os.getpid() == self._process and not self._freed:
+        if not self.forked and not self._freed:
             if self._reader.is_busy_here():
                 threading.Thread(target=self.close, name="rabbit-closer").start()
             else:
@@ -205,7 +205,7 @@ class Streamer:
 
     def close(self) -> None:
         """End the reading and let go of the ring. Safe to call again, also after an interrupt."""
-        if os.getpid() != self._process or self._freed:
+        if self.forked or self._freed:
             return
         with self._lock:
             self._closed = True
@@ -235,8 +235,13 @@ class Streamer:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        """Whether it can bring nothing any more: `close` was called, or this process was forked after loading."""
+        return self._closed or self.forked
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked after loading: it has no reader, and locks may be held that nobody here frees."""
+        return os.getpid() != self._process
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -250,7 +255,7 @@ class Streamer:
 
     def profile(self) -> Profile:
         """A copy of the counts so far."""
-        if os.getpid() != self._process:
+        if self.forked:
             return self._profile.copy()
         with self._lock:
             return self._profile.copy()
@@ -262,18 +267,22 @@ class Streamer:
 
     def count_pass(self, seconds: float) -> None:
         """One pass of the model is over."""
-        if os.getpid() != self._process:
+        if self.forked:
             return
         with self._lock:
             self._profile.passes += 1
             self._profile.pass_s += seconds
 
     def require_open(self) -> None:
-        """Raise ModelClosedError after `close`, and in a process that was forked after loading: threads do not follow."""
-        if os.getpid() != self._process:
-            raise ModelClosedError("this process was forked after the model was loaded: load it in the process that uses it")
+        """Raise ModelClosedError after `close`, and in a process that was forked after loading."""
+        self.require_process()
         if self._closed:
             raise ModelClosedError("the model is closed: load it again")
+
+    def require_process(self) -> None:
+        """Raise ModelClosedError in a process that was forked after loading: threads do not follow."""
+        if self.forked:
+            raise ModelClosedError("this process was forked after the model was loaded: load it in the process that uses it")
 
     # What follows runs in the readers' threads; the lock is held, but for what a job does.
 

@@ -1,0 +1,176 @@
+"""Texts and conversations into token ids that the model has, without tokenising what cannot fit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import operator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase
+
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError, first_line
+from rabbit_engine.tokenization.ranks import byte_characters
+
+_PREFIX_CHARACTERS = 4
+"""Of a long text so many characters for every token that there is room for are tokenised first, then twice as many."""
+
+_COMPOSED_CHARACTERS = 4
+"""Unicode's composition (NFC) makes one character of so many at most."""
+
+
+class Encoder:
+    """Encodes for one model, in any thread at a time, and leaves its tokenizer as it is.
+
+    A text that must have more than `most` tokens is refused by its length, or by its beginning; None tokenises all of it.
+    """
+
+    def __init__(self, model: Any, vocabulary: int, most: int | None) -> None:
+        self._model, self._vocabulary, self._most = model, vocabulary, most
+        self._setting_up = threading.Lock()
+        self._lengths: tuple[Any, TokenLengths] = None, TokenLengths()
+
+    def encode_text(self, text: str | Sequence[int], *, special: bool = True) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens the tokenizer adds unless `special` is False; ids stay.
+
+        Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary; PromptTooLongError.
+        """
+        return self._checked(self._tokens(text, special=special) if isinstance(text, str) else read_ids(text))
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins; `template` goes to the chat template (tools and the like).
+
+        Raises ConfigurationError where there is no template, or where it refuses the messages; PromptTooLongError.
+        """
+        tokenizer = self._model.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ConfigurationError("this model has no chat template: it continues texts; use generate, or /v1/completions")
+        if not messages:
+            raise ConfigurationError("there are no messages to answer")
+        plain = getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
+        given = {"add_generation_prompt": not template.get("continue_final_message"), **template}
+        try:
+            with self._turn(tokenizer):
+                found = tokenizer.apply_chat_template(
+                    copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
+                )
+        except Exception as error:  # a template is anybody's code
+            raise ConfigurationError(f"the chat template refuses these messages: {error}") from error
+        return self._checked(self._tokens(found, special=False) if plain else [int(token) for token in found["input_ids"]])
+
+    def leave_out(self, text: str, tokens: int) -> str:
+        """The text without so many tokens at its beginning."""
+        tokenizer = self._model.tokenizer
+        return str(tokenizer.decode(self._encode(tokenizer, text, special=False)[tokens:]))
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        tokenizer = self._model.tokenizer
+        encode = functools.partial(self._encode, tokenizer, special=special)
+        if self._most is not None:
+            self._refuse_long(text, self._lengths_of(tokenizer).fewest_tokens(text))
+            size = _PREFIX_CHARACTERS * self._most
+            while size < len(text):
+                self._refuse_long(text, len(encode(text[:size])) * 2 // 3)  # the cut may have made a few more
+                size *= 2
+        return encode(text)
+
+    def _lengths_of(self, tokenizer: Any) -> TokenLengths:
+        known, lengths = self._lengths
+        if known is not tokenizer:  # the caller may set another
+            lengths = read_token_lengths(tokenizer)
+            self._lengths = tokenizer, lengths
+        return lengths
+
+    def _refuse_long(self, text: str, least: int) -> None:
+        if self._most is not None and least > self._most:
+            raise PromptTooLongError(
+                f"a prompt of {len(text)} characters has at least {least} tokens, more than the {self._most} that there is room "
+                "for: shorten it, or load the model with a larger max_seq_len if memory is the limit"
+            )
+
+    def _encode(self, tokenizer: Any, text: str, *, special: bool) -> list[int]:
+        quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+        try:
+            with self._turn(tokenizer):
+                return list(tokenizer(text, **quiet, **({} if special else {"add_special_tokens": False}))["input_ids"])
+        except (UnicodeError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"the tokenizer cannot read this text: {first_line(error)}") from error
+
+    @contextmanager
+    def _turn(self, tokenizer: Any) -> Iterator[None]:
+        """A tokenizer of the Rust library serves many threads, but is set up by one; another kind serves one at a time."""
+        backend = getattr(tokenizer, "_tokenizer", None)
+        with self._setting_up:
+            if not isinstance(backend, Tokenizer):
+                yield
+                return
+            if backend.truncation is not None:
+                backend.no_truncation()
+            if backend.padding is not None:
+                backend.no_padding()
+        yield
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise ConfigurationError("the prompt has no tokens: there is nothing to go on from")
+        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {self._vocabulary}")
+        return ids
+
+
+def read_ids(given: Any) -> list[int]:
+    """A list, tuple, tensor [length] or array of whole numbers. Raises ConfigurationError for anything else."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, list | tuple | range):
+        raise ConfigurationError(f"a prompt is a text or a list of token ids, not a value of type {type(given).__name__}")
+    if set(map(type, values)) <= {int}:
+        return list(values)
+    wrong = next((value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")), None)
+    try:
+        if wrong is None:
+            return [operator.index(value) for value in values]
+    except TypeError:
+        wrong = values
+    raise ConfigurationError(f"a prompt is a text or a list of token ids: {repr(wrong)[:40]} is no token id")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLengths:
+    """How many characters one token stands for at most, and the characters that have no token and are left out."""
+
+    longest: float = float("inf")
+    dropped: str = ""
+
+    def fewest_tokens(self, text: str) -> int:
+        """A text has so many tokens at least; 0 where nothing can be said."""
+        return int((len(text) - sum(map(text.count, self.dropped))) / self.longest)
+
+
+def read_token_lengths(tokenizer: Any) -> TokenLengths:
+    """What the vocabulary says of a byte-level BPE, whose words fall into bytes if need be.
+
+    Of other kinds it says nothing: a whole unknown word may be one token.
+    """
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if not isinstance(backend, Tokenizer) or not isinstance(backend.model, models.BPE):
+        return TokenLengths()
+    normalizer = json.loads(backend.normalizer.__getstate__())["type"] if backend.normalizer is not None else None
+    splitter = backend.pre_tokenizer.__getstate__() if backend.pre_tokenizer is not None else b""
+    swallows = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())  # spaces, any number
+    vocabulary, signs = backend.get_vocab(), byte_characters()
+    if (
+        swallows
+        or b"ByteLevel" not in splitter
+        or normalizer not in (None, "NFC")
+        or not set(signs[0x80:0xC0]) <= set(vocabulary)
+    ):
+        return TokenLengths()
+    longest = max(map(len, vocabulary)) * (_COMPOSED_CHARACTERS if normalizer == "NFC" else 1)
+    return TokenLengths(longest, "".join(chr(byte) for byte in range(0x80) if signs[byte] not in vocabulary))

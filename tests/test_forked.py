@@ -1,0 +1,159 @@
+"""Children that are forked from a process with a session: an error at once where they use it, and nothing where they end it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talking
+import torch
+
+from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.streaming import Dice
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking.save(tmp_path_factory.mktemp("talking"))
+
+
+@pytest.fixture(scope="module")
+def session(folder: Path) -> Iterator[Session]:
+    with AutoModel.from_pretrained(folder, device="cpu") as model, Session(model) as session:
+        session.generate([[5, 6]], max_new_tokens=1)
+        yield session
+
+
+def outcome_in_a_child(work: Callable[[], Any]) -> str:
+    """What `work()` raised in a forked child, "nothing", or "a hang" after ten seconds."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        told = "nothing"
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+            told = type(error).__name__
+        os.write(writing, told.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return told or "a hang"
+
+
+def in_a_loop(coroutine: Callable[[], Any]) -> None:
+    import asyncio
+
+    asyncio.run(coroutine())
+
+
+USES: dict[str, Callable[[Session], Any]] = {
+    "generate": lambda session: session.generate([[5, 6]], max_new_tokens=1),
+    "chat": lambda session: session.chat("abc", max_new_tokens=1),
+    "stream": lambda session: list(session.stream("abc", max_new_tokens=1)),
+    "achat": lambda session: in_a_loop(lambda: session.achat("abc", max_new_tokens=1)),
+    "agenerate": lambda session: in_a_loop(lambda: session.agenerate(["abc"], max_new_tokens=1)),
+    "encode": lambda session: session.encode("abc"),
+    "call": lambda session: session.call([(lambda: 1, 1)])[0].result(),
+    "another session": lambda session: Session(session.model),
+    "the model": lambda session: session.model.generate(torch.tensor([[5]]), max_new_tokens=1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_child_that_uses_a_session_is_told_at_once(session: Session, use: str) -> None:
+    assert outcome_in_a_child(lambda: USES[use](session)) == "ModelClosedError"
+
+
+@pytest.mark.parametrize("use", ["generate", "chat", "encode"])
+def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -> None:
+    binding, streamer = session.model._assembly.binding, session.model._assembly.streamer
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with binding._lock, streamer._lock, session._engine._changed, session._encoder._setting_up, Dice._turn:
+            held.set()
+            go_on.wait(30)
+
+    def use_and_end() -> None:
+        try:
+            USES[use](session)
+        finally:
+            session.close()
+            session.model.close()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    try:
+        assert outcome_in_a_child(use_and_end) == "ModelClosedError"
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_a_child_that_goes_on_with_a_stream_is_told(session: Session) -> None:
+    stream = session.stream("abc", max_new_tokens=60, temperature=0)
+    next(stream)
+    assert outcome_in_a_child(lambda: list(stream)) == "ModelClosedError"
+    assert outcome_in_a_child(stream.close) == "nothing"
+    stream.close()
+
+
+def test_children_forked_amid_passes_end_session_and_model_at_once(session: Session) -> None:
+    def end_in_every_way() -> None:
+        with session.model, session:
+            pass
+        session.close()
+        gc.collect()
+
+    stream = session.stream("abc", max_new_tokens=100, temperature=0)
+    next(stream)
+    assert [outcome_in_a_child(end_in_every_way) for _ in range(3)] == ["nothing"] * 3
+    stream.close()
+    assert session.generate([[5, 6]], max_new_tokens=1)  # the parent's goes on
+
+
+def test_a_child_leaves_by_sys_exit_as_it_would_without_a_session(session: Session) -> None:
+    assert outcome_in_a_child(lambda: sys.exit(3)) == "SystemExit"
+
+
+def test_a_child_that_loads_its_own_model_draws_although_others_drew_at_the_fork(session: Session, folder: Path) -> None:
+    expected = session.generate(["abc"], seed=4, max_new_tokens=5)[0].tokens
+
+    def draw() -> None:
+        with AutoModel.from_pretrained(folder, device="cpu") as model, Session(model, exact=False) as own:
+            assert own.generate(["abc"], seed=4, max_new_tokens=5)[0].tokens == expected
+
+    with Dice._turn:
+        assert outcome_in_a_child(draw) == "nothing"
+
+
+class Asking(torch.utils.data.Dataset[int]):
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return len(self._session.generate([[5, 6]], max_new_tokens=1)[0].tokens)
+
+
+def test_a_worker_of_a_data_loader_is_told(session: Session) -> None:
+    loader = torch.utils.data.DataLoader(Asking(session), num_workers=1, multiprocessing_context="fork", timeout=20)
+    with pytest.raises(errors.ModelClosedError, match="forked"):
+        list(loader)
