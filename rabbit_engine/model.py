@@ -112,8 +112,10 @@ class StreamingMixin:
         device = self._assembly.device
         positions = self._prepared.architecture.positions
         prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
+        config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
+            kwargs["tokenizer"] = self.tokenizer
         if positions is not None and prompt is not None:
-            config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
@@ -212,6 +214,10 @@ class StreamingMixin:
             "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
             "an adapter goes in by model.load_adapter"
         )
+
+
+_NEED_TOKENIZER = ("stop_strings", "token_healing")
+"""Of a generation config."""
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -21,7 +21,9 @@ def make_tokenizer(template: str | None = TEMPLATE, added: tuple[str, ...] = ())
     letters = {chr(33 + index): 2 + index for index in range(93)}
     backend = Tokenizer(models.BPE({"<pad>": PAD, "<s>": BOS, **letters, "</s>": END}, [], unk_token="<pad>"))
     backend.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     if added:
         tokenizer.add_tokens(list(added), special_tokens=True)
     tokenizer.chat_template = template

@@ -338,7 +338,7 @@ def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
         {"temperature": float("nan")},
         {"top_p": 0},
         {"top_p": 1.5},
-        {"top_k": 0},
+        {"top_k": -1},
         {"stop": ("",)},
         {"logprobs": 21},
         {"max_new_tokens": 0},

@@ -134,7 +134,6 @@ class Answer(StoppingCriteria):
             first_token_s=(self._first_s or now) - self._asked_s,
         )
 
-
     def _ends_itself(self) -> bool:
         """Whether the last of as many tokens as there may be is one that ends an answer, or ends a text that does."""
         strings = self._model.generation_config.stop_strings or ()

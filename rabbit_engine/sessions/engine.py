@@ -51,7 +51,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="rabbit-session", daemon=True)
-        self._unshare = (lambda: None) if exact else share_products(model, binding)
+        self._unshare: Callable[[], None] = _leave if exact else share_products(model, binding)
         try:
             self._thread.start()
         except BaseException:
@@ -201,6 +201,10 @@ class Engine:
             self._running = [job for job in self._running if job not in done]
         for job in done:
             _tell(job, job.rider.failure)  # type: ignore[union-attr]
+
+
+def _leave() -> None:
+    """Nothing was shared."""
 
 
 def _tell(job: Job, failure: BaseException | None) -> None:

@@ -21,7 +21,7 @@ class Options:
         max_new_tokens: tokens at most; None is the checkpoint's own, else what the session says.
         temperature: below 0.001 is greedy; above, the logits are divided by it and a token is drawn.
         top_p: draw from the likeliest tokens of this total probability, in (0, 1].
-        top_k: draw from so many likeliest tokens.
+        top_k: draw from so many likeliest tokens; 0 draws from all, whatever the checkpoint says.
         min_p: draw from tokens that are at least this share as likely as the likeliest.
         seed: draw as `torch.manual_seed(seed)` before `generate` would, whoever else is served.
         stop: texts at which the answer ends; they are not part of it.
@@ -93,8 +93,9 @@ class Options:
         """Whether tokens are drawn; None leaves it to the checkpoint."""
         if self._is_cold:
             return False
-        asked = ("temperature", "seed", *_DRAWING)
-        return True if any(getattr(self, name) is not None for name in asked) else None
+        asked = (self.temperature, self.seed, self.top_k or None)  # top_k=0 takes a rule away
+        others = (getattr(self, name) for name in _DRAWING if name != "top_k")
+        return True if any(value is not None for value in (*asked, *others)) else None
 
     def keywords(self) -> dict[str, Any]:
         """The part of them that `generate` takes as it is, whatever the checkpoint says."""
@@ -131,7 +132,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_new_tokens", 1, 2**31),
     ("temperature", 0, 100),
     ("top_p", 0, 1),
-    ("top_k", 1, 2**31),
+    ("top_k", 0, 2**31),
     ("min_p", 0, 1),
     ("typical_p", 0, 1),
     ("epsilon_cutoff", 0, 0.999999),

@@ -16,8 +16,8 @@ import torch
 
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
 from rabbit_engine.sessions.answer import Answer, Piece, Reply
-from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.encoding import Encoder
+from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
@@ -143,6 +143,8 @@ class Session:
         self._room = measure_room(model.plan, probe, model.device, _positions(model))
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
+        if config is not None:
+            _tell_what_is_left_out(config)
         whole = config.max_length if config is not None and config.max_new_tokens is None else None
         self._limits = Limits(self._room.most_tokens, own, whole)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
@@ -358,6 +360,14 @@ def _each(prompts: Any) -> list[Any]:
     if found and isinstance(found[0], int):
         raise ConfigurationError("this is one list of token ids, a list of prompts is needed: put it into brackets")
     return found
+
+
+def _tell_what_is_left_out(config: Any) -> None:
+    """A session draws or takes the likeliest token: beams and several answers at once are for `generate`."""
+    given = {name: getattr(config, name, None) for name in ("num_beams", "num_return_sequences")}
+    left_out = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, 1))
+    if left_out:
+        logger.warning("the checkpoint's generation config says %s: a session answers without; model.generate does it", left_out)
 
 
 def _computing(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:

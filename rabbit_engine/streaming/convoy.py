@@ -293,7 +293,7 @@ class _Meeting:
 
 def _meet_at(layer: nn.Linear, road: Road) -> None:
     if not isinstance(layer.__dict__.get("forward"), _Meeting):
-        layer.forward = _Meeting(layer, road)  # type: ignore[assignment]
+        layer.forward = _Meeting(layer, road)  # type: ignore[method-assign]
     layer.forward.users += 1  # type: ignore[attr-defined]
 
 
