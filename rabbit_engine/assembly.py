@@ -34,6 +34,7 @@ from rabbit_engine.streaming import (
     claim_ring,
     fill_all,
     guard,
+    join_rows,
     make_unit,
     pin,
     placeholder_for,
@@ -137,6 +138,7 @@ class _Builder:
     def set_streaming(self) -> Assembly:
         """Claim host memory, start the streamer, and bind every streamed unit to its module."""
         sketch, device = self._sketch, self._stream.device
+        join_rows(self._model)  # before units are bound: inside of their forwards
         moving = [sketch.units[name] for name in sketch.units if name in {*self._plan.streamed, *self._plan.host}]
         experts = self._claim_experts()
         streamer = Streamer(

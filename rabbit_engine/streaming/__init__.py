@@ -4,6 +4,7 @@ from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
 from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
 from rabbit_engine.streaming.convoy import Convoy, Dice, Rider, rider_on, share_products
 from rabbit_engine.streaming.experts import ExpertCache, ExpertLayer
+from rabbit_engine.streaming.linears import join_rows
 from rabbit_engine.streaming.placeholder import ExpertsAway, Placeholder, placeholder_for
 from rabbit_engine.streaming.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.progress import PassProgress
@@ -43,6 +44,7 @@ __all__ = [
     "claim_ring",
     "fill_all",
     "guard",
+    "join_rows",
     "make_unit",
     "move",
     "pin",

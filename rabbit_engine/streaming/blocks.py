@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from rabbit_engine.errors import CannotTrainError
+from rabbit_engine.streaming.linears import linear
 from rabbit_engine.streaming.placeholder import Placeholder
 from rabbit_engine.tensorfiles import TensorEntry
 
@@ -56,7 +57,7 @@ class LinearBlocks(Placeholder):
         for block in self.blocks:
             part = None if bias is None else bias[block.first : block.stop]
             with block.borrow() as rows:
-                outputs = functional.linear(states, rows, part)
+                outputs = linear(states, rows, part)
             if result is None:  # in the dtype of the outputs, which autocast may have chosen
                 result = outputs.new_empty(*states.shape[:-1], self.shape[0])
             result[..., block.first : block.stop] = outputs
