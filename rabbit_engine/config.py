@@ -19,6 +19,8 @@ from rabbit_engine.utils.platform import find_device
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 SPLIT_MODES = ("auto", "always", "never")
 COMPRESSIONS = ("4bit", "8bit")
+COMPUTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a model computes in. Narrower ones only store weights, and torch has no kernels for sums in them."""
 
 RETIRED_KEYWORDS = {
     "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
@@ -94,8 +96,10 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigurationError(f'dtype={dtype!r} is no floating-point dtype of torch; try "bfloat16", "float16" or "float32"')
+    if not isinstance(found, torch.dtype) or found not in COMPUTED_DTYPES:
+        raise ConfigurationError(
+            f'dtype={dtype!r} is no floating-point dtype that models compute in; try "bfloat16", "float16" or "float32"'
+        )
     return found
 
 

@@ -2,45 +2,48 @@
 
 ```
 RabbitError
-├── ConfigurationError (ValueError)          what the caller asked for cannot be
-│   ├── UnknownKeywordError (TypeError)      a keyword nobody knows
-│   ├── CompressionUnavailableError          compression and quantised checkpoints: not in this version
-│   ├── DeviceUnavailableError               the device asked for is not on this machine
-│   ├── AttentionUnavailableError            the attention implementation asked for does not work here
-│   ├── BudgetError                          the memory budget is below the smallest that can work
-│   └── PromptTooLongError                   more tokens than the model, or the memory for its cache, has room for
-├── MissingExtraError (ImportError)          an optional package is not installed
-├── UnreadableFileError (OSError)            the disk or the system refuses a file: an I/O error, a permission, a folder there
-├── CheckpointError                          the source of the weights
-│   ├── CheckpointNotFoundError              no such repo, revision or folder, or nothing to load in it
-│   ├── GatedCheckpointError                 the repo wants an accepted licence and a token
-│   ├── HubUnreachableError                  the Hub does not answer and the files are not in the cache
-│   ├── MissingFileError                     a file that an index names, or that was there at load, is gone
-│   ├── DamagedCheckpointError               cut off, or not the format its name says
-│   ├── UnsafePickleError                    a pickle that wants more than tensors
-│   ├── UnsupportedArchitectureError         no class builds this config, or it needs code we may not run
-│   ├── MismatchedWeightsError               weights missing or of another shape than the model's
-│   └── TokenizerNotFoundError               the model runs, but nothing here can make it a tokenizer
-├── ShardError                               the split weights
-│   ├── NotEnoughDiskError                   counted before the first byte is written
-│   ├── ShardsNotWritableError               the folder for the shards is read-only
-│   ├── ShardsNotFoundError                  no split where one was asked for
-│   └── DamagedShardError                    size, header or checksum differ from the manifest
-└── StreamingError (RuntimeError)            while a model is loaded
-    ├── WeightNotLoadedError                 a weight was used while it was away
-    ├── ModelClosedError                     the model was used after close()
-    ├── QueueFullError                       a session has as many requests waiting as it takes
-    ├── SessionClosedError                   a session was used after close()
-    ├── TextTooLongError                     a position past those that a converted model computes right
-    └── UnsupportedOperationError            something a streamed model cannot do
-        ├── CannotMoveError                  to(), cuda(), half(), to_empty() ...
-        ├── CannotCopyError                  copy and deepcopy
-        ├── CannotPickleError                pickle, torch.save
-        ├── CannotSaveError                  save_pretrained, push_to_hub
-        ├── CannotLoadStateError             load_state_dict
-        ├── CannotMergeError                 merge_and_unload, merge_adapter
-        └── CannotTrainError                 gradients through streamed layers
+├── ConfigurationError (ValueError)                 what the caller asked for cannot be
+│   ├── UnknownKeywordError (TypeError)             a keyword nobody knows
+│   ├── CompressionUnavailableError                 compression and quantised checkpoints: not in this version
+│   ├── DeviceUnavailableError                      the device asked for is not on this machine
+│   ├── AttentionUnavailableError                   the attention implementation asked for does not work here
+│   ├── BudgetError                                 the memory budget is below the smallest that can work
+│   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
+├── MissingExtraError (ImportError)                 an optional package is not installed
+├── UnreadableFileError (OSError)                   the disk or the system refuses a file: an I/O error, a permission
+├── CheckpointError                                 the source of the weights
+│   ├── CheckpointNotFoundError (FileNotFoundError) no such repo, revision or folder, or nothing to load in it
+│   ├── GatedCheckpointError (OSError)              the repo wants an accepted licence and a token
+│   ├── HubUnreachableError (ConnectionError)       the Hub does not answer and the files are not in the cache
+│   ├── MissingFileError (FileNotFoundError)        a file that an index names, or that was there at load, is gone
+│   ├── DamagedCheckpointError (OSError)            cut off, or not the format its name says
+│   ├── UnsafePickleError (ValueError)              a pickle that wants more than tensors
+│   ├── UnsupportedArchitectureError (ValueError)   no class builds this config, or it needs code we may not run
+│   ├── MismatchedWeightsError (ValueError)         weights missing or of another shape than the model's
+│   └── TokenizerNotFoundError (OSError)            the model runs, but nothing here can make it a tokenizer
+├── ShardError                                      the split weights
+│   ├── NotEnoughDiskError (OSError)                counted before the first byte is written
+│   ├── ShardsNotWritableError (PermissionError)    the folder for the shards is read-only
+│   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was asked for
+│   └── DamagedShardError (OSError)                 size, header or checksum differ from the manifest
+└── StreamingError (RuntimeError)                   while a model is loaded
+    ├── WeightNotLoadedError                        a weight was used while it was away
+    ├── ModelClosedError                            the model was used after close()
+    ├── QueueFullError                              a session has as many requests waiting as it takes
+    ├── SessionClosedError                          a session was used after close()
+    ├── TextTooLongError                            a position past those that a converted model computes right
+    └── UnsupportedOperationError                   something a streamed model cannot do
+        ├── CannotMoveError                         to(), cuda(), half(), to_empty() ...
+        ├── CannotCopyError                         copy and deepcopy
+        ├── CannotPickleError                       pickle, torch.save
+        ├── CannotSaveError                         save_pretrained, push_to_hub
+        ├── CannotLoadStateError                    load_state_dict
+        ├── CannotMergeError                        merge_and_unload, merge_adapter
+        └── CannotTrainError                        gradients through streamed layers
 ```
+
+In parentheses are the built-in errors that each is besides, as users of transformers catch them: what is missing or cannot be
+read is an `OSError`, what cannot be is a `ValueError`.
 """
 
 from __future__ import annotations
@@ -103,7 +106,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """No such repo, revision or folder, or nothing in it that can be loaded."""
 
 
-class GatedCheckpointError(CheckpointError):
+class GatedCheckpointError(CheckpointError, OSError):
     """The repo wants an accepted licence and a token."""
 
 
@@ -115,24 +118,24 @@ class MissingFileError(CheckpointError, FileNotFoundError):
     """A file that an index names is not there, or one that was there at load is gone."""
 
 
-class DamagedCheckpointError(CheckpointError):
+class DamagedCheckpointError(CheckpointError, OSError):
     """A file of the checkpoint is cut off or is not the format its name says."""
 
 
-class UnsafePickleError(CheckpointError):
+class UnsafePickleError(CheckpointError, ValueError):
     """A pickle that wants more than tensors; it was not loaded."""
 
 
-class UnsupportedArchitectureError(CheckpointError):
+class UnsupportedArchitectureError(CheckpointError, ValueError):
     """No installed class builds this config, or it needs code that was not allowed to run."""
 
 
-class MismatchedWeightsError(CheckpointError):
+class MismatchedWeightsError(CheckpointError, ValueError):
     """Weights are missing, or have another shape than the model's."""
 
 
-class TokenizerNotFoundError(CheckpointError):
-    """The checkpoint holds no tokenizer; the model itself runs."""
+class TokenizerNotFoundError(CheckpointError, OSError):
+    """The checkpoint holds no tokenizer, or none that can be loaded; the model itself runs."""
 
 
 class ShardError(RabbitError):
@@ -151,7 +154,7 @@ class ShardsNotFoundError(ShardError, FileNotFoundError):
     """There is no split where one was asked for."""
 
 
-class DamagedShardError(ShardError):
+class DamagedShardError(ShardError, OSError):
     """A shard's size, header or checksum differs from its manifest."""
 
 

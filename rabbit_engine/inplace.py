@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rabbit_engine.architectures import Architecture, Target, open_conversion
+from rabbit_engine.architectures import Architecture, Target, open_conversion, require_layers
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
 from rabbit_engine.errors import DamagedCheckpointError, MismatchedWeightsError
 from rabbit_engine.splitplan import settle_ties
@@ -47,7 +47,8 @@ def original_entries(
     skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))
     conversion = open_conversion(architecture, skeleton, tensors, dtype)
     entries: dict[str, TensorEntry] = {}
-    for entry in _stored_entries(conversion.targets(), tensors):
+    targets = conversion.targets()
+    for entry in _stored_entries(targets, tensors):
         problem = conversion.differs(entry.name, entry)
         if problem or entry.name in entries:
             raise NotInPlaceError(f"{entry.name}: {problem or 'two tensors of this name'}")
@@ -56,6 +57,7 @@ def original_entries(
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
     require_weights(skeleton, kept, ties, folder)
+    conversion.warn_of_unused(targets)
     return kept, ties.shared
 
 
@@ -106,5 +108,6 @@ def stored_shapes(
     architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, tuple[int, ...]]:
     """The model's weight names to stored shapes, for the weights that are stored as they are."""
+    require_layers(architecture.config, tensors)
     targets = open_conversion(architecture, build_for(architecture, dtype, {}), tensors, dtype).targets()
     return {target.name: tuple(tensors[key].shape) for key, target in targets.items() if target and not target.converted}

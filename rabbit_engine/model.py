@@ -241,7 +241,7 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
         raise
     except ImportError as error:
         raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except Exception as error:  # the code of any tokenizer meets any file; `tokenizers` itself raises plain Exception
         raise TokenizerNotFoundError(
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
@@ -377,12 +377,15 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     try:
         streamed = replace(prepared.architecture, cls=streamed_class(prepared.architecture.cls))  # type: ignore[arg-type]
         model: Any = build_for(streamed, prepared.dtype, shapes, choice.name)
+    except RabbitError:
+        raise
     except (ValueError, ImportError) as error:
         if choice.name is None:
             raise
         raise AttentionUnavailableError(
             f"attn_implementation={choice.name!r} does not work for {prepared.architecture.cls.__name__}: {error}"
         ) from error
+    _tell_head_dim(model.config, prepared)
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
@@ -394,6 +397,12 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model
+
+
+def _tell_head_dim(config: Any, prepared: Prepared) -> None:
+    said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (prepared.architecture.config, config))
+    if used != said:
+        logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
 
 
 def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) -> None:

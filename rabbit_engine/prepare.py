@@ -18,6 +18,8 @@ from rabbit_engine.architectures import (
     gguf_dtype,
     open_conversion,
     open_gguf_conversion,
+    require_layers,
+    stated_dtype,
 )
 from rabbit_engine.checkpoints import (
     GgufTensor,
@@ -155,6 +157,7 @@ def _prepared(
     ties: Mapping[str, str],
     manifest: Manifest | None = None,
 ) -> Prepared:
+    require_layers(request.architecture.config, entries)
     return Prepared(request.repo, request.architecture, request.dtype, folder, entries, ties, manifest, request.gguf_file)
 
 
@@ -241,8 +244,9 @@ def _own_dtype(
     open_headers: OpenTensors,
 ) -> torch.dtype:
     """The checkpoint's own dtype as transformers finds it: the config's, else that of its first floating-point tensor."""
-    if config.dtype is not None:
-        return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+    said = stated_dtype(config)
+    if said is not None:
+        return said
     if gguf_file is not None:
         return gguf_dtype(repo.folder / gguf_file)
     deleted = _deleted_dtype(root)

@@ -6,6 +6,7 @@ already deleted some of its originals can go on. The manifest replaces it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from rabbit_engine.architectures import (
     find_layout,
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
-from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError, UnsupportedArchitectureError, first_line
+from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
     JOURNAL_NAME,
@@ -138,7 +139,7 @@ class Split:
     def _plan(self, targets: Mapping[str, Target | None], ties: Ties) -> tuple[ShardPlan, ...]:
         layout = find_layout(self.skeleton)
         wanted = {key: target for key, target in targets.items() if target is not None and target.name not in ties.dropped}
-        self._report_unused(targets)
+        self.conversion.warn_of_unused(targets)
         shard_of_key = {key: layout.shard_of(target.name) for key, target in wanted.items()}
         converted = {shard_of_key[key] for key, target in wanted.items() if target.converted}
         stored = {target.name for target in wanted.values()}
@@ -156,11 +157,6 @@ class Split:
 
     def _require_all(self, stored: set[str], ties: Ties) -> None:
         require_weights(self.skeleton, stored, ties, self.originals)
-
-    def _report_unused(self, targets: Mapping[str, Target | None]) -> None:
-        unused = [key for key, target in targets.items() if target is None]
-        if unused:
-            logger.info("%d tensors of the checkpoint belong to no weight of the model, such as %s", len(unused), unused[0])
 
     def _open_journal(self, ties: Ties) -> Journal:
         if self.journal is not None:
@@ -310,17 +306,16 @@ def build_for(
     shapes: Mapping[str, tuple[int, ...]],
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes."""
+    """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes.
+
+    The architecture's config is not changed. Raises what `build_skeleton` does.
+    """
     cls, config = architecture.cls, architecture.config
-    try:
-        skeleton = build_skeleton(cls, config, dtype, attn_implementation)
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError) as error:
-        if architecture.family is None:
-            raise
-        raise UnsupportedArchitectureError(f"no {architecture.family} has this config: {first_line(error)}") from error
+    skeleton = build_skeleton(cls, config, dtype, attn_implementation)
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     head_dim = corrected_head_dim(skeleton.config, wanted, shapes)
     if head_dim is None:
         return skeleton
+    config = copy.deepcopy(config)
     config.get_text_config().head_dim = head_dim
     return build_skeleton(cls, config, dtype, attn_implementation)

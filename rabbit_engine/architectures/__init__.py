@@ -1,7 +1,9 @@
 """What a checkpoint's config says its model is: the class, its modules' layout, and how its weights become the model's."""
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
-from rabbit_engine.architectures.classes import build_skeleton, find_architecture
+from rabbit_engine.architectures.building import build_skeleton, require_layers
+from rabbit_engine.architectures.classes import find_architecture
+from rabbit_engine.architectures.configfile import stated_dtype
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
 from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.head_dim import corrected_head_dim
@@ -38,4 +40,6 @@ __all__ = [
     "read_record",
     "refuse_past",
     "register_family",
+    "require_layers",
+    "stated_dtype",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ from transformers.utils.quantization_config import GgufConfig
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, MissingExtraError, first_line
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 20
 
 _COMPUTED = ("inv_freq", "masked_bias", "future_mask")
 """Ends of the names of tensors that models compute by themselves and some checkpoints store."""
@@ -95,6 +100,32 @@ class Conversion:
                 f"{len(unused)} weights of this {self.family} model have no place in {type(self.skeleton).__name__}, such as "
                 f"{unused[0]}: its config does not fit its weights, or it is a variant that is not converted"
             )
+
+    def warn_of_unused(self, targets: Mapping[str, Target | None]) -> None:
+        """Name the stored weights that have no place in the model, as transformers does: but for those its class ignores."""
+        ignored = self._ignored()
+        unused = [key for key, target in targets.items() if target is None and not ignored.search(self._renamed(key))]
+        if unused:
+            listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
+            logger.warning(
+                "%d weights of the checkpoint have no place in %s and are not used: %s",
+                len(unused), type(self.skeleton).__name__, listed,
+            )  # fmt: skip
+
+    def _ignored(self) -> re.Pattern[str]:
+        """Names that transformers does not miss: the class's own, buffers that older versions stored, scales once undone."""
+        patterns = list(self.skeleton._keys_to_ignore_on_load_unexpected or ())
+        buffers = [name for name, _ in self.skeleton.named_buffers()]
+        patterns += [
+            re.escape(name) for name in ("rotary_emb.inv_freq", "position_ids") if any(b.endswith(name) for b in buffers)
+        ]
+        patterns += [r"_scale_inv$", r"_scales$"] if self.quantizer is not None else []
+        return re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
+
+    def _renamed(self, key: str) -> str:
+        """`key` in the model's words, as far as there are any."""
+        renamings = [t for t in self._transforms() if isinstance(t, WeightRenaming)]
+        return rename_source_key(key, renamings, [], self.skeleton.base_model_prefix, self.skeleton.state_dict())[0]
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
         """Eight-bit floats mean nothing without the scales that a quantization_config would tell of."""

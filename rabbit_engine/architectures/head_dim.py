@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from transformers import PretrainedConfig
-
-logger = logging.getLogger(__name__)
 
 
 def corrected_head_dim(
@@ -31,11 +28,5 @@ def corrected_head_dim(
         if projection in rows_per_head and name in wanted and shape != wanted[name] and len(shape) == 2:
             width, rest = divmod(shape[0], int(rows_per_head[projection]))
             if rest == 0 and width > 0 and width != int(text.head_dim or 0):
-                logger.warning(
-                    "config says head_dim=%s, the checkpoint's %s has %s: using the checkpoint's",
-                    text.head_dim,
-                    projection,
-                    width,
-                )
                 return width
     return None

@@ -1,0 +1,83 @@
+"""The class of a model, built without weights: its code meets whatever the config says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from rabbit_engine.architectures.blame import blame_for_model
+from rabbit_engine.architectures.remote import is_remote, misfit, written_for
+from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
+
+
+def build_skeleton(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The real class with every parameter on the meta device: shapes and dtypes, no bytes. `config` is not changed.
+
+    Raises UnsupportedArchitectureError where the class cannot be built from the config, MissingExtraError where it needs a
+    package, and what transformers raises for an attention implementation that the class does not have.
+    """
+    try:
+        return _construct(cls, config, dtype, attn_implementation)
+    except (MemoryError, RabbitError):
+        raise
+    except Exception as error:  # the code of any class meets any value
+        if attn_implementation is not None and _builds(cls, config, dtype):
+            raise
+        raise _unbuildable(cls, config, dtype, error) from error
+
+
+def _construct(
+    cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    config = config_for(cls, copy.deepcopy(config))
+    keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+
+
+def _builds(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    try:
+        _construct(cls, config, dtype)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    return True
+
+
+def _unbuildable(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, error: Exception) -> RabbitError:
+    if is_remote(cls):
+        return misfit(written_for(config), "while its model was built", error)
+    if isinstance(error, ImportError):
+        return MissingExtraError(f"{cls.__name__} needs a package that is not installed ({first_line(error)})")
+    blamed = blame_for_model(config, lambda other: _construct(cls, other, dtype))
+    return UnsupportedArchitectureError(
+        f"{config_path(config)} makes no {cls.__name__}: {type(error).__name__}: {first_line(error)}{blamed}"
+    )
+
+
+def require_layers(config: PretrainedConfig, stored: Collection[str]) -> None:
+    """Raise MismatchedWeightsError for more layers than the checkpoint stores tensors: millions would take for ever to build."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(stored):
+        raise MismatchedWeightsError(
+            f"{config_path(config)} says num_hidden_layers={layers}, and the weight files hold {len(stored)} tensors: "
+            "they are not this model's, or a download stopped"
+        )
+
+
+def config_path(config: PretrainedConfig) -> str:
+    """Where a config came from, to be named in an error."""
+    return f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
+
+
+def config_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a composite config that `cls` is built from, as `AutoModelForCausalLM` chooses it."""
+    text_class = config.sub_configs.get("text_config")
+    wants_text = text_class is not None and getattr(cls, "config_class", None) == text_class
+    return config.get_text_config() if wants_text else config

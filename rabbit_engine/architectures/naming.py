@@ -1,0 +1,151 @@
+"""The class that a checkpoint's config names, where it can run here: one that generates text, or one that makes vectors of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rabbit_engine.architectures.architecture import RawConfig
+from rabbit_engine.errors import DamagedCheckpointError, UnsupportedArchitectureError
+
+GENERATING = (AutoModelForCausalLM, AutoModelForImageTextToText)
+"""The auto classes whose models run here."""
+
+_WRAPPER = "FSDP"
+"""What PyTorch puts before the name of a class that it shards; transformers takes it off when it saves."""
+
+
+def named_classes(raw: RawConfig | PretrainedConfig, folder: Path) -> tuple[str, ...]:
+    """`architectures` of a config; empty where it names none. Raises DamagedCheckpointError where it is no list of names."""
+    named = raw.architectures if isinstance(raw, PretrainedConfig) else raw.get("architectures")
+    if named is None:
+        return ()
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) and name for name in named):
+        raise DamagedCheckpointError(f"{folder / 'config.json'} says architectures={named!r}, where a list of classes is wanted")
+    return tuple(named)
+
+
+def choose_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+    """The class of transformers that `config` names; where it names none, what `AutoModelForCausalLM` would build.
+
+    A class without a head runs where the files of sentence-transformers say that it makes vectors. Raises
+    UnsupportedArchitectureError for any other class: it would run without its head, or with weights made up.
+    """
+    named, generating = named_classes(config, folder), _classes(config, GENERATING)
+    if not named and generating:
+        return generating[0]
+    embedding = _classes(config, (AutoModel,)) if (folder / "modules.json").is_file() else []
+    known = {_plain(cls.__name__): cls for cls in (*embedding, *reversed(generating))}
+    found = next((known[_plain(name)] for name in named if _plain(name) in known), None)
+    if found is None:
+        raise UnsupportedArchitectureError(_refusal(config, folder, named, generating))
+    return found
+
+
+def choose_remote(config: PretrainedConfig, folder: Path) -> str | None:
+    """The reference of `auto_map` to the checkpoint's own class that generates; None where transformers has one, or nobody.
+
+    Raises UnsupportedArchitectureError where the config names another of its classes, or one for another task.
+    """
+    auto_map, named = auto_classes(config, folder), named_classes(config, folder)
+    reference = _reference(config, auto_map)
+    if reference is None or not named or _class_name(reference) in named:
+        return reference
+    others = {_class_name(other) for auto, other in auto_map.items() if auto.startswith("AutoModel")}
+    refused = tuple(name for name in named if name in others or _auto_class(name) not in (None, AutoModel, *GENERATING))
+    if refused:
+        raise UnsupportedArchitectureError(_refusal(config, folder, refused, []))
+    return reference
+
+
+def _reference(config: PretrainedConfig, auto_map: Mapping[str, str]) -> str | None:
+    for auto in GENERATING:
+        if auto_map.get(auto.__name__):
+            return auto_map[auto.__name__]
+        if type(config) in auto._model_mapping:
+            return None
+    return None
+
+
+def auto_classes(config: PretrainedConfig, folder: Path) -> dict[str, str]:
+    """`auto_map` of a config: auto class -> reference to a class of the repository; empty where it has none.
+
+    Raises DamagedCheckpointError where it is no such map.
+    """
+    auto_map: Any = getattr(config, "auto_map", None) or {}
+    if not isinstance(auto_map, dict):
+        raise DamagedCheckpointError(f"{folder / 'config.json'} says auto_map={auto_map!r}, which maps no class to its code")
+    damaged = {auto: found for auto, found in auto_map.items() if auto.startswith("AutoModel") and not isinstance(found, str)}
+    if damaged:
+        raise DamagedCheckpointError(f"{folder / 'config.json'} says auto_map={damaged!r}, where the name of a class is wanted")
+    return auto_map
+
+
+def _class_name(reference: str) -> str:
+    return reference.rpartition(".")[2]
+
+
+def _plain(name: str) -> str:
+    """Repositories write the names of some classes in other letters than transformers (MPTForCausalLM, PhiMoEForCausalLM)."""
+    return name.removeprefix(_WRAPPER).casefold()
+
+
+def _classes(config: PretrainedConfig, autos: tuple[Any, ...]) -> list[type[PreTrainedModel]]:
+    """The classes that the auto classes have for this config."""
+    found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
+    return [cls for item in found for cls in (item if isinstance(item, (list, tuple)) else (item,))]
+
+
+def _refusal(config: PretrainedConfig, folder: Path, named: tuple[str, ...], generating: list[type[PreTrainedModel]]) -> str:
+    """Why a checkpoint that names `named` does not run, and what to do; `generating` are the classes its type has here."""
+    what = f"{folder / 'config.json'} names {', '.join(named)}" if named else f"{folder} is a {config.model_type!r} model"
+    name, auto = next(((name, auto) for name in named if (auto := _auto_class(name))), ("", None))
+    if auto is AutoModel:
+        return (
+            f"{what}, a model without a head: it runs where the files of sentence-transformers (modules.json) lie next to it; "
+            "without them it comes with a later version, until then use transformers.AutoModel"
+        )
+    if auto is not None and auto not in GENERATING:
+        return (
+            f"{what}, a class of transformers.{auto.__name__}: this version runs classes that generate text, {name} and its head "
+            "come with a later version"
+        )
+    if not generating:
+        return f"{what}: transformers has no class that generates for model_type {config.model_type!r}{_own_code(config)}"
+    own = generating[0].__name__
+    return (
+        f"{what}, and model_type {config.model_type!r} makes a {own}, which may lack some of its weights: "
+        f'if the checkpoint is a {own}, write "architectures": ["{own}"]{_own_code(config)}'
+    )
+
+
+def _own_code(config: PretrainedConfig) -> str:
+    return "; it brings its own code: read it, then give trust_remote_code=True" if getattr(config, "auto_map", None) else ""
+
+
+def _auto_class(name: str) -> Any:
+    """The auto class whose models include class `name`, else the one its name ends like; None where it says nothing."""
+    autos = [getattr(transformers, auto) for auto in dir(transformers) if auto.startswith("AutoModel")]
+    listed = next((auto for auto in (*GENERATING, AutoModelForSeq2SeqLM, *autos) if _plain(name) in _names(auto)), None)
+    if listed is None and "For" not in name:
+        return AutoModel if name.endswith("Model") else None
+    endings = {auto.__name__.removeprefix("AutoModel"): auto for auto in autos if auto is not AutoModel}
+    return listed or next((auto for ending, auto in endings.items() if name.endswith(ending)), None)
+
+
+def _names(auto: Any) -> set[str]:
+    """The names of the classes that an auto class knows, in plain letters."""
+    found = getattr(auto, "_model_mapping", None)
+    names = found._model_mapping.values() if found is not None else ()
+    return {_plain(name) for item in names for name in ((item,) if isinstance(item, str) else item)}
