@@ -151,6 +151,7 @@ def _check_source(source: Fields) -> None:
     """Raise ValueError for a fingerprint that this library does not write."""
     if source.text("format") not in ("safetensors", "bin", "gguf"):
         raise ValueError(f"source.format is {shown(source.values['format'])}")
+    source.take("commit")
     commit = source.optional_text("commit")
     source.optional_text("conversion")
     different([_check_file_row(row, commit) for row in source.rows("files")], "source.files")

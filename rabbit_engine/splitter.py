@@ -199,7 +199,11 @@ class Split:
         return records
 
     def _write(self, plan: ShardPlan) -> ShardRecord:
-        weights = self.conversion.convert(plan.keys)
+        try:
+            weights = self.conversion.convert(plan.keys)
+        except MismatchedWeightsError as error:
+            files = ", ".join(str(self.originals / file) for file in sorted(plan.files))
+            raise MismatchedWeightsError(f"{files}: {error}") from error
         record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
         self.tensors.release()
         logger.debug("wrote %s", record.file)

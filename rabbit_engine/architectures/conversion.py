@@ -133,8 +133,8 @@ class Conversion:
             for key, target in found.items():
                 if target is not None and getattr(self.tensors[key], "dtype", None) in _NEED_SCALES:
                     raise CompressionUnavailableError(
-                        f"{key} is stored in {self.tensors[key].dtype} and the config does not say how it is scaled: "
-                        "use the unquantised repository"
+                        f"{self.tensors[key].path}: {key} is stored in {self.tensors[key].dtype} and the config does not say "
+                        "how it is scaled: use the unquantised repository"
                     )
 
     def _target(self, name: str, pattern: str | None) -> Target:

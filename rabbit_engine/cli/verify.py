@@ -1,44 +1,122 @@
-"""`rabbit verify DIR_OR_MODEL`: read every shard from end to end and compare checksums."""
+"""`rabbit verify DIR_OR_MODEL`: read every shard, and every file of a checkpoint in place, and compare checksums."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from rabbit_engine.config import SourceConfig
-from rabbit_engine.errors import DamagedShardError
-from rabbit_engine.hub import find_repo
+from rabbit_engine.errors import DamagedShardError, ShardsNotFoundError, UnreadableFileError
+from rabbit_engine.hub import Repo, find_repo
+from rabbit_engine.integrity import OnBytes, checked_files, compare_files, record_sums
 from rabbit_engine.prepare import SHARDS_FOLDER
 from rabbit_engine.shards import find_splits, read_manifest, verify_shard
+from rabbit_engine.utils.bar import Bar
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How many files were compared, and how many of them differ."""
+
+    compared: int = 0
+    damaged: int = 0
 
 
 def verify(
     target: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A folder with shards at or below it, or a model.")],
+    record: Annotated[bool, typer.Option("--record", help="Record the sums of a folder's files as they are now.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
-    """Check every shard's size, header and data against its manifest; exit code 1 when one differs."""
+    """Compare every byte of MODEL with its checksums; exit code 1 when a file differs or nothing could be compared.
+
+    Shards are compared with their manifest, files of the Hub cache with the names of their blobs, and files of a plain
+    folder with the sums that --record wrote.
+    """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    failed = False
-    for folder in find_splits(_root(target)):
-        manifest = read_manifest(folder)
-        assert manifest is not None  # noqa: S101 - find_splits lists folders that hold one
-        damaged = 0
-        for record in manifest.shards:
-            try:
-                verify_shard(folder, record)
-            except DamagedShardError as error:
-                damaged += 1
-                console.print(f"damaged: {error}", markup=False)
-        failed = failed or damaged > 0
-        print(f"{folder}: {len(manifest.shards) - damaged} of {len(manifest.shards)} shards are whole")
-    if failed:
+    repo, root = _find(target, revision)
+    if record:
+        if repo is None or repo.commit is not None:
+            raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: there is nothing to record")
+        path = _with_bar(repo, lambda on_bytes: record_sums(repo, on_bytes))
+        print(f"recorded {len(checked_files(repo))} files in {path}")
+        return
+    tally = _Tally()
+    for folder in _splits(root, repo):
+        _verify_split(folder, console, tally)
+    if repo is not None:
+        _verify_originals(repo, target, console, tally)
+    if tally.damaged or not tally.compared:
         raise typer.Exit(1)
 
 
-def _root(target: str) -> Path:
+def _find(target: str, revision: str | None) -> tuple[Repo | None, Path]:
+    """The checkpoint, if there is one, and the folder that splits lie in or below."""
     path = Path(target).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        folder = path.parent.resolve()
+        return Repo(str(path), folder, (path.name,)), folder / SHARDS_FOLDER
+    repo = find_repo(target, SourceConfig(local_files_only=True, revision=revision))
     if path.is_dir():
-        return path
-    return find_repo(target, SourceConfig(local_files_only=True)).folder.parent.parent / SHARDS_FOLDER
+        own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)
+        return (repo if own else None), path
+    return repo, repo.folder.parent.parent / SHARDS_FOLDER
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _splits(root: Path, repo: Repo | None) -> list[Path]:
+    """The splits, which must be there where there is no checkpoint."""
+    try:
+        return find_splits(root)
+    except ShardsNotFoundError:
+        if repo is None:
+            raise
+        return []
+
+
+def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
+    manifest = read_manifest(folder)
+    assert manifest is not None  # noqa: S101 - find_splits lists folders that hold one
+    damaged = 0
+    for shard in manifest.shards:
+        try:
+            verify_shard(folder, shard)
+        except (DamagedShardError, UnreadableFileError) as error:
+            damaged += 1
+            console.print(f"damaged: {error}", markup=False)
+    tally.compared += len(manifest.shards)
+    tally.damaged += damaged
+    print(f"{folder}: {len(manifest.shards) - damaged} of {len(manifest.shards)} shards are whole")
+
+
+def _verify_originals(repo: Repo, target: str, console: Console, tally: _Tally) -> None:
+    states = _with_bar(repo, lambda on_bytes: list(compare_files(repo, on_bytes)))
+    for state in states:
+        if state.state == "damaged":
+            console.print(f"damaged: {state.said}", markup=False)
+    damaged = sum(state.state == "damaged" for state in states)
+    compared = [state for state in states if state.state != "unrecorded"]
+    tally.compared += len(compared)
+    tally.damaged += damaged
+    if compared:
+        print(f"{repo.folder}: {len(compared) - damaged} of {len(compared)} files are whole")
+    missing = [state.path.name for state in states if state.state == "unrecorded"]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        names = ", ".join(missing[:3]) + more
+        console.print(f"unrecorded: {names}; `rabbit verify --record {target}` records their sums as they are now", markup=False)
+
+
+def _with_bar(repo: Repo, work: Callable[[OnBytes], Result]) -> Result:
+    total = sum((repo.folder / name).stat().st_size for name in checked_files(repo))
+    with Bar(desc="Verifying", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        return work(bar.update)
