@@ -28,7 +28,9 @@ from rabbit_engine.streaming import (
     RoutedExperts,
     RowBlock,
     Seat,
+    StandIns,
     Streamer,
+    TiedRows,
     Trace,
     Unit,
     claim_ring,
@@ -37,7 +39,6 @@ from rabbit_engine.streaming import (
     join_rows,
     make_unit,
     pin,
-    placeholder_for,
     route,
     seats_of,
     unpin,
@@ -66,9 +67,9 @@ class Assembly:
             return
         self.streamer.close()
         self.binding.forget()
-        weights = self.sketch.weights
+        weights, stand_ins = self.sketch.weights, StandIns(self.device)
         for name, seat in weights.seats.items():
-            seat.seat(placeholder_for(weights.entries[name], self.device, seat.holds_parameter))
+            seat.seat(stand_ins.stand_in(weights.entries[name], seat.holds_parameter))
 
 
 def plan_for(sketch: Sketch, stream: StreamConfig) -> Plan:
@@ -107,6 +108,7 @@ class _Builder:
         self._model, self._sketch, self._plan, self._stream, self._trace = model, sketch, plan, stream, trace
         self._ring = claim_ring(stream.device, plan.device_bytes, trace)
         self._residents = _one_behind_another(_resident_units(sketch, plan))
+        self._stand_ins = StandIns(stream.device)
         self._streamer: Streamer | None = None
         self._host_memory: list[torch.Tensor] = []
 
@@ -156,13 +158,13 @@ class _Builder:
         self._streamer = streamer
         layers, show_progress = sketch.layout.layers, self._stream.show_layer_progress
         binding = Binding(streamer, device, self._trace, layers=layers, show_progress=show_progress)
+        self._seat_head(binding)
+        self._seat_embedding()
         for unit in moving:
             module = sketch.modules.get(unit.name)
             if module is not None:
                 seats = {piece.entry.name: sketch.weights.chairs(piece.entry.name, module) for piece in unit.pieces}
-                binding.bind(self._model.get_submodule(module), unit, seats)
-        self._seat_head(binding)
-        self._seat_embedding()
+                binding.bind(self._model.get_submodule(module), unit, seats, self._stand_ins)
         if experts is not None:
             self._route_experts(experts, binding)
         for part in self._model.modules():
@@ -191,7 +193,7 @@ class _Builder:
         for layer in self._plan.experts.layers:
             for name in weights.names_in(layer.name):
                 seat = weights.seats[name]
-                seat.seat(placeholder_for(weights.entries[name], self._stream.device, seat.holds_parameter, ExpertsAway))
+                seat.seat(self._stand_ins.stand_in(weights.entries[name], seat.holds_parameter, ExpertsAway))
             experts = RoutedExperts(layer.name, self._sketch.experts[layer.name], cache, binding)
             route(self._model.get_submodule(layer.name), experts)
 
@@ -223,8 +225,10 @@ class _Builder:
             unit = sketch.units[block.unit]
             borrow = _resident(self._ring, unit, starts[unit.name]) if unit.name in starts else partial(binding.borrow, unit)
             blocks.append(RowBlock(block.first, block.stop, borrow))
-        weight = LinearBlocks(sketch.weights.entries[sketch.head], device, blocks)
-        sketch.weights.seats[sketch.head].seat(nn.Parameter(weight, requires_grad=False))
+        entry, embedding = sketch.weights.entries[sketch.head], sketch.embedding
+        tied = embedding is not None and sketch.weights.entries[embedding].name == entry.name
+        weight = (TiedRows if tied else LinearBlocks)(entry, device, blocks)
+        sketch.weights.seats[sketch.head].seat(self._stand_ins.add(weight))
 
     def _seat_embedding(self) -> None:
         """The embedding by row, unless it stays, or shares its memory with a head that does."""
@@ -234,7 +238,7 @@ class _Builder:
         entry, seat = sketch.weights.entries[sketch.embedding], sketch.weights.seats[sketch.embedding]
         if isinstance(seat.table[seat.attribute], nn.Parameter) and seat.table[seat.attribute].device.type != "meta":
             return
-        seat.seat(nn.Parameter(EmbeddingRows(entry, self._stream.device), requires_grad=False))
+        seat.seat(self._stand_ins.add(EmbeddingRows(entry, self._stream.device)))
 
 
 def _unpin_all(memory: list[torch.Tensor]) -> None:

@@ -91,11 +91,15 @@ class StreamConfig:
             raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is none of {known}")
 
 
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32", "fp64": "float64"}
+
+
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """`"bfloat16"`, `"torch.bfloat16"` or a dtype; `None` and `"auto"` keep the checkpoint's own."""
+    """`"bfloat16"`, `"bf16"`, `"torch.bfloat16"`, `"half"` or a dtype; `None` and `"auto"` keep the checkpoint's own."""
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    name = str(dtype).strip().lower().removeprefix("torch.")
+    found = getattr(torch, _DTYPE_ALIASES.get(name, name), None)
     if not isinstance(found, torch.dtype) or found not in COMPUTED_DTYPES:
         raise ConfigurationError(
             f'dtype={dtype!r} is no floating-point dtype that models compute in; try "bfloat16", "float16" or "float32"'
@@ -147,11 +151,13 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: t
         raise ConfigurationError(f'max_memory={max_memory!r} is no mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
     budgets: dict[int | str, int] = {}
     for name, size in max_memory.items():
+        if name == "disk":  # what accelerate may offload to: weights are read from there whatever it says
+            continue
         place = _place(name)
         try:
             budgets[place] = parse_bytes(size)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigurationError(f'max_memory[{place!r}]={size!r} is no size; write "8GiB", "8GB" or bytes') from error
+        except ValueError as error:
+            raise ConfigurationError(f"max_memory[{place!r}]: {error}") from error
     host = budgets.get("cpu")
     if device.type == "cpu" and host is None:
         warnings.warn(

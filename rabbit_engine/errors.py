@@ -39,6 +39,8 @@ RabbitError
         ├── CannotSaveError                         save_pretrained, push_to_hub
         ├── CannotLoadStateError                    load_state_dict
         ├── CannotMergeError                        merge_and_unload, merge_adapter
+        ├── CannotResizeError                       resize_token_embeddings, set_input_embeddings ...
+        ├── CannotExportError                       torch.jit.trace
         └── CannotTrainError                        gradients through streamed layers
 ```
 
@@ -212,6 +214,14 @@ class CannotLoadStateError(UnsupportedOperationError):
 
 class CannotMergeError(UnsupportedOperationError):
     """Merging an adapter into weights that are read anew every pass."""
+
+
+class CannotResizeError(UnsupportedOperationError):
+    """Other embeddings, or of another size, in a model whose weights are streamed."""
+
+
+class CannotExportError(UnsupportedOperationError):
+    """Tracing a streamed model: its weights would be recorded as what the memory holds at that moment."""
 
 
 class CannotTrainError(UnsupportedOperationError):

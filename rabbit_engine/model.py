@@ -33,6 +33,7 @@ from rabbit_engine.errors import (
     CannotLoadStateError,
     CannotMoveError,
     CannotPickleError,
+    CannotResizeError,
     CannotSaveError,
     MissingExtraError,
     RabbitError,
@@ -42,7 +43,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.plan import Plan
 from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
-from rabbit_engine.streaming import ExpertsAway, PassProgress, Profile, Streamer, adapts_routed, move
+from rabbit_engine.streaming import ExpertsAway, PassProgress, Placeholder, Profile, Streamer, adapts_routed, move
 from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.units import format_bytes, format_rate
 
@@ -138,6 +139,36 @@ class StreamingMixin:
             )
         return info
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing while weights are streamed: those that the checkpoint ties are one already."""
+        if not _streams(self):
+            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `resize_token_embeddings`; raises CannotResizeError where weights are streamed and the size changes."""
+        now = self.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
+        step = pad_to_multiple_of or 1
+        wanted = -(-(new_num_tokens or now) // step) * step
+        if wanted != now and _streams(self):
+            raise CannotResizeError(
+                f"cannot resize the embeddings from {now} to {wanted} tokens: they are streamed from disk. Resize with "
+                "transformers.AutoModelForCausalLM, save, and load the result; for padding alone set "
+                "tokenizer.pad_token = tokenizer.eos_token"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # type: ignore[misc]
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """transformers' `set_input_embeddings`; raises CannotResizeError for another module while weights are streamed."""
+        _refuse_other(self, value, self.get_input_embeddings())  # type: ignore[attr-defined]
+        super().set_input_embeddings(value)  # type: ignore[misc]
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """transformers' `set_output_embeddings`; raises CannotResizeError for another module while weights are streamed."""
+        _refuse_other(self, new_embeddings, self.get_output_embeddings())  # type: ignore[attr-defined]
+        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
+
     def get_compiled_call(self, *_: Any, **__: Any) -> Any:
         """Streamed weights are not there when a compiler looks: the call as it is."""
         return self.__call__  # type: ignore[operator]
@@ -218,6 +249,19 @@ class StreamingMixin:
 
 _NEED_TOKENIZER = ("stop_strings", "token_healing")
 """Of a generation config."""
+
+
+def _streams(model: Any) -> bool:
+    """Whether any weight of the model is away between passes."""
+    return any(isinstance(weight, Placeholder) for weight in model.parameters())
+
+
+def _refuse_other(model: Any, module: Any, present: Any) -> None:
+    if module is not present and _streams(model):
+        raise CannotResizeError(
+            "cannot put other embeddings into a model whose weights are streamed: change and save it with "
+            "transformers.AutoModelForCausalLM, and load the result"
+        )
 
 
 def _indexed(device: torch.device) -> torch.device:

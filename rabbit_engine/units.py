@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import re
+from decimal import Decimal
+
 _STEPS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -25,14 +29,22 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.3g} s"
 
 
-def parse_bytes(text: str | int) -> int:
-    """`parse_bytes("8GiB") -> 8589934592`: accelerate's own grammar (`"8GiB"`, `"8GB"`, an int), as in `max_memory`; plain
-    digits are bytes.
+_SIZE = re.compile(r"(\d+\.?\d*(?:e[+-]?\d{1,3})?|\.\d+)\s*(?:([kmgtp])(i?))?(?:b|bytes?)?", re.IGNORECASE | re.ASCII)
+_EXPECTED = "write 8GiB, 8GB or a number of bytes"
 
-    Raises ValueError for text that is not a size.
+
+def parse_bytes(size: str | float) -> int:
+    """`parse_bytes("8GiB") -> 8589934592`, `parse_bytes("8GB") -> 8000000000`: always bytes, in upper or lower case.
+
+    `"8G"` is `"8GB"`, `"8Gi"` is `"8GiB"`; a number, also as text, counts bytes. Raises ValueError for what is not a size.
     """
-    from accelerate.utils import convert_file_size_to_int
-
-    if isinstance(text, str) and text.isdecimal():
-        return int(text)
-    return int(convert_file_size_to_int(text))
+    if isinstance(size, bool) or not isinstance(size, str | numbers.Real):
+        raise ValueError(f"{size!r} is not a size: {_EXPECTED}")
+    match = _SIZE.fullmatch(str(size).strip())
+    if match is None:
+        raise ValueError(f"{size!r} is not a size: {_EXPECTED}")
+    number, unit, binary = match.groups()
+    count = Decimal(number) * (1024 if binary else 1000) ** " kmgtp".index((unit or " ").lower())
+    if count >= 2**63:
+        raise ValueError(f"{size!r} is more bytes than a machine has: {_EXPECTED}")
+    return int(count)

@@ -157,10 +157,11 @@ def test_max_memory_in_transformers_form() -> None:
     assert parse_max_memory({0: "8GB"}, cuda) == (None, None)
     assert parse_max_memory({"0": "8GB"}, torch.device("cuda", 0)) == parse_max_memory({"cuda:0": "8GB"}, torch.device("cuda", 0))
     assert parse_max_memory({torch.device("cuda", 1): "8GB"}, cuda) == (8 * 10**9, None)
-    for wrong in ({"gpu": "8GB"}, {"cpu": None}, {0: 1e9}):
+    assert parse_max_memory({"cpu": 1e9, "disk": "100GB"}, cpu) == (10**9, 10**9)
+    for wrong in ({"gpu": "8GB"}, {"cpu": None}, {0: True}, {"cpu": -1}):
         with pytest.raises(errors.ConfigurationError, match="max_memory"):
             parse_max_memory(wrong, cpu)  # type: ignore[arg-type]
-    with pytest.raises(errors.ConfigurationError, match="is no size"):
+    with pytest.raises(errors.ConfigurationError, match=r"max_memory\['cpu'\]: 'lots' is not a size: write 8GiB"):
         parse_max_memory({"cpu": "lots"}, cpu)
     with pytest.raises(errors.ConfigurationError, match="is no mapping"):
         parse_max_memory("8GiB", cpu)  # type: ignore[arg-type]
@@ -169,6 +170,8 @@ def test_max_memory_in_transformers_form() -> None:
 def test_dtype() -> None:
     assert parse_dtype("bfloat16") == parse_dtype("torch.bfloat16") == parse_dtype(torch.bfloat16) == torch.bfloat16
     assert parse_dtype("auto") is None
+    for spelling, dtype in {"bf16": torch.bfloat16, "FP16": torch.float16, "half": torch.float16, "fp32": torch.float32}.items():
+        assert parse_dtype(spelling) == dtype
     for wrong in ("int8", "bf17", "nn"):
         with pytest.raises(errors.ConfigurationError, match="no floating-point dtype"):
             parse_dtype(wrong)

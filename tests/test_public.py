@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,12 +70,33 @@ def test_sizes_as_text(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
-def test_rates_and_sizes() -> None:
+def test_rates() -> None:
     assert format_rate(4.36e9, 2.5) == "1.74 GB/s"
     assert format_rate(1, 0) == "-"
-    assert (parse_bytes("8GiB"), parse_bytes("8GB"), parse_bytes(5)) == (8 * 2**30, 8 * 10**9, 5)
-    with pytest.raises(ValueError, match="size"):
-        parse_bytes("lots")
+
+
+@pytest.mark.parametrize(
+    ("texts", "count"),
+    [
+        (["8G", "8GB", "8gb", "8 GB", " 8Gb ", "8e9", 8e9, "8000MB", "0.008TB"], 8 * 10**9),
+        (["8GiB", "8gib", "8Gi", "8 GiB", "8192MiB", 2**33, str(2**33)], 2**33),
+        (["150mb", "150MB", "150m", ".15G", 150_000_000], 150_000_000),
+        (["1.5GiB"], 3 * 2**29),
+        (["0", 0, "0GB", "0.4"], 0),
+        (["9007199254740993"], 9007199254740993),
+    ],
+)
+def test_sizes_are_bytes_however_they_are_written(texts: list[str | float], count: int) -> None:
+    assert [parse_bytes(text) for text in texts] == [count] * len(texts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lots", "", "GB", "-1GB", -1, "8Gbit", "8GBB", "1,5GB", "80%", "8 G B", None, True, float("nan"), "inf", "1e300"],
+)
+def test_what_is_not_a_size_is_an_error_that_says_how_to_write_one(text: Any) -> None:
+    with pytest.raises(ValueError, match="write 8GiB, 8GB or a number of bytes"):
+        parse_bytes(text)
 
 
 def test_the_readme_is_python_that_runs() -> None:

@@ -17,9 +17,9 @@ import torch
 from greenlet import getcurrent
 from torch import nn
 
-from rabbit_engine.errors import CannotTrainError
+from rabbit_engine.errors import CannotExportError, CannotTrainError
 from rabbit_engine.streaming.convoy import rider_on
-from rabbit_engine.streaming.placeholder import placeholder_for
+from rabbit_engine.streaming.placeholder import StandIns
 from rabbit_engine.streaming.progress import PassProgress
 from rabbit_engine.streaming.streamer import Streamer
 from rabbit_engine.streaming.trace import Trace
@@ -58,14 +58,14 @@ def seats_of(model: nn.Module, names: Sequence[str]) -> dict[str, Seat]:
 
 
 class BoundUnit:
-    """A unit and the seats of its weights, on one device."""
+    """A unit, the seats of its weights, and what stands in for them while they are away."""
 
-    def __init__(self, unit: Unit, seats: Mapping[str, Sequence[Seat]], device: torch.device) -> None:
+    def __init__(self, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
         self.unit = unit
         self._seats = [seats[piece.entry.name] for piece in unit.pieces]
         self._are_parameters = [seats[0].holds_parameter for seats in self._seats]
         pairs = zip(unit.pieces, self._are_parameters, strict=True)
-        self._away = [placeholder_for(piece.entry, device, is_parameter) for piece, is_parameter in pairs]
+        self._away = [stand_ins.stand_in(piece.entry, is_parameter) for piece, is_parameter in pairs]
         self._views: dict[int, list[torch.Tensor]] = {}
         self.take_away()
 
@@ -128,14 +128,13 @@ class Binding:
         self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
         self.on_pass: Callable[[float], None] = lambda _: None
 
-    def bind(self, module: nn.Module, unit: Unit, seats: Mapping[str, Sequence[Seat]]) -> None:
+    def bind(self, module: nn.Module, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
         """Stream `unit` whenever `module` runs."""
-        bound = BoundUnit(unit, seats, self._device)
+        bound = BoundUnit(unit, seats, stand_ins)
         self._units[unit.name] = bound
         native = module.forward
 
-        @functools.wraps(native)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
             self._streamer.require_open()  # a forked process inherits locks that nobody there will free
             with self._lock:  # held already inside a root pass; for callers of a layer alone
@@ -148,7 +147,7 @@ class Binding:
                     if self._release(unit.name):
                         bound.take_away()
 
-        module.forward = forward
+        module.forward = not_compiled(run, native)
 
     @contextmanager
     def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
@@ -290,12 +289,30 @@ def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
     """Run the module's forward as a root pass, with its tensors moved to `device`; its signature stays."""
     native = module.forward
 
-    @functools.wraps(native)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with binding.root_pass(_sequences_in(args, kwargs)):
             return native(*move(args, device), **move(kwargs, device))
 
-    module.forward = forward
+    module.forward = not_compiled(run, native)
+
+
+def not_compiled(run: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` under the name and signature of `native`. A compiler that traces a caller calls it, and compiles nothing inside.
+
+    Raises CannotExportError where it would be recorded.
+    """
+    call = torch.compiler.disable(run, reason="streamed weights are not there when a compiler looks")
+
+    @functools.wraps(native)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise CannotExportError(
+                "a trace would record what the slots hold now in place of the streamed weights: "
+                "make it from transformers.AutoModelForCausalLM"
+            )
+        return call(*args, **kwargs)  # inside of another function: torch.compile(model.forward) undoes the outermost
+
+    return torch.compiler.disable(forward, recursive=False)  # type: ignore[no-any-return]
 
 
 def _sequences_in(args: Any, kwargs: Any) -> int:

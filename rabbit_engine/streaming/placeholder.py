@@ -84,3 +84,21 @@ def placeholder_for(
     """A stand-in for the weight that `entry` describes."""
     away = kind(entry.name, entry.shape, entry.dtype, device)
     return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away
+
+
+class StandIns:
+    """One stand-in for each stored weight, wherever it is used: a tied weight counts once, and tying it again changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[str, torch.Tensor] = {}
+
+    def add(self, weight: Placeholder) -> torch.Tensor:
+        """Let the parameter of `weight` stand in for the stored weight of that name."""
+        return self._made.setdefault(weight.weight_name, torch.nn.Parameter(weight, requires_grad=False))
+
+    def stand_in(self, entry: TensorEntry, is_parameter: bool, kind: type[Placeholder] = Placeholder) -> torch.Tensor:
+        """The one of `entry`."""
+        if entry.name not in self._made:
+            self._made[entry.name] = placeholder_for(entry, self._device, is_parameter, kind)
+        return self._made[entry.name]

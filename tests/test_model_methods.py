@@ -1,0 +1,133 @@
+"""What callers do to a model after loading it: ties, sizes, counts and compilers do it no harm, or are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rabbit_engine import assembly, errors
+from rabbit_engine.sketch import Cut
+from rabbit_engine.streaming import TiedRows
+
+HARMLESS: dict[str, Callable[[Any], Any]] = {
+    "tie_weights": lambda model: model.tie_weights(),
+    "init_weights": lambda model: model.init_weights(),
+    "init_weights of the part without a head": lambda model: model.base_model.init_weights(),
+    "initialize_weights": lambda model: model.initialize_weights(),
+    "post_init": lambda model: model.post_init(),
+    "resize to the same size": lambda model: model.resize_token_embeddings(96),
+    "resize to a multiple of the same size": lambda model: model.resize_token_embeddings(90, pad_to_multiple_of=32),
+    "resize to nothing": lambda model: model.resize_token_embeddings(),
+    "the same input embeddings": lambda model: model.set_input_embeddings(model.get_input_embeddings()),
+    "the same output embeddings": lambda model: model.set_output_embeddings(model.get_output_embeddings()),
+    "requires_grad_": lambda model: model.requires_grad_(False),
+    "train and eval": lambda model: model.train().eval(),
+    "gradient_checkpointing_disable": lambda model: model.gradient_checkpointing_disable(),
+    "enable_input_require_grads": lambda model: (model.enable_input_require_grads(), model.disable_input_require_grads()),
+}
+
+
+@pytest.fixture(params=["whole head", "head in blocks"])
+def tied(request: Any, checkpoint: Any, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A streamed model with tied embeddings, whose head moves whole or in blocks of rows."""
+    if request.param == "head in blocks":
+        monkeypatch.setattr(assembly, "CUT", Cut(least_bytes=1024, most_bytes=4096))
+    model = streamed(checkpoint("llama_tied"))
+    assert isinstance(model.lm_head.weight, TiedRows) == (request.param == "head in blocks")
+    return model
+
+
+@torch.no_grad()
+def test_what_prepares_or_initialises_weights_does_a_tied_model_no_harm(
+    tied: Any, checkpoint: Any, plain: Any, ids: torch.Tensor
+) -> None:
+    want = plain(checkpoint("llama_tied"))(ids).logits
+    for name, call in HARMLESS.items():
+        call(tied)
+        assert torch.equal(tied(ids).logits, want), name
+
+
+def test_counts_are_those_of_the_model_in_memory(tied: Any, checkpoint: Any, plain: Any, ids: torch.Tensor) -> None:
+    whole = plain(checkpoint("llama_tied")).requires_grad_(False)  # streamed weights are not trained
+    counts: dict[str, Callable[[Any], Any]] = {
+        "parameters": lambda model: model.num_parameters(),
+        "trainable": lambda model: model.num_parameters(only_trainable=True),
+        "without embeddings": lambda model: model.num_parameters(exclude_embeddings=True),
+        "footprint": lambda model: model.get_memory_footprint(),
+        "footprint of parameters": lambda model: model.get_memory_footprint(return_buffers=False),
+        "names": lambda model: [(name, weight.shape) for name, weight in model.named_parameters()],
+        "names of the part without a head": lambda model: [name for name, _ in model.model.named_parameters()],
+        "keys": lambda model: [(name, weight.shape, weight.dtype) for name, weight in model.state_dict().items()],
+        "buffers": lambda model: [name for name, _ in model.named_buffers()],
+    }
+    for name, count in counts.items():
+        assert count(tied) == count(whole), name
+    tied.close()
+    assert tied.num_parameters() == whole.num_parameters()
+
+
+def test_other_embeddings_are_refused_while_weights_are_streamed(tied: Any, ids: torch.Tensor) -> None:
+    want = tied(ids).logits
+    for size in (90, 97, 128):
+        with pytest.raises(errors.CannotResizeError, match=f"from 96 to {size} tokens"):
+            tied.resize_token_embeddings(size)
+    with pytest.raises(errors.CannotResizeError, match="from 96 to 128 tokens"):
+        tied.resize_token_embeddings(96, pad_to_multiple_of=64)
+    with pytest.raises(errors.CannotResizeError, match="other embeddings"):
+        tied.set_input_embeddings(nn.Embedding(96, 32))
+    with pytest.raises(errors.CannotResizeError, match="other embeddings"):
+        tied.set_output_embeddings(nn.Linear(32, 96))
+    assert torch.equal(tied(ids).logits, want)
+
+
+def test_a_model_that_stays_in_memory_is_resized_as_transformers_does(
+    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    whole, model = plain(checkpoint("llama_tied")), streamed(checkpoint("llama_tied"), max_memory={"cpu": "10MB"})
+    for one in (whole, model):
+        torch.manual_seed(0)
+        one.resize_token_embeddings(100)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert (model.config.vocab_size, model.num_parameters()) == (100, whole.num_parameters())
+
+
+def _compiled_layers(model: Any) -> Any:
+    model.model.layers[0].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.compile(model.forward, backend="eager"),
+        lambda model: torch.compile(lambda ids: model(ids), backend="eager"),
+        lambda model: (model.compile(backend="eager"), model)[1],
+        _compiled_layers,
+    ],
+    ids=["model", "forward", "function", "in place", "layer"],
+)
+@torch.no_grad()
+def test_a_compiler_leaves_streamed_parts_as_they_are(compiled: Any, checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama_tied"))
+    want = model(ids).logits
+    assert torch.equal(compiled(model)(ids).logits, want)
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_generate_with_a_static_cache_and_a_compile_config(tied: Any, ids: torch.Tensor) -> None:
+    from transformers import CompileConfig
+
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    want = tied.generate(ids, **settings)
+    config = CompileConfig(backend="eager")
+    assert torch.equal(tied.generate(ids, **settings, cache_implementation="static", compile_config=config), want)
+
+
+def test_a_trace_is_refused(tied: Any, ids: torch.Tensor) -> None:
+    with pytest.raises(errors.CannotExportError, match="would record what the slots hold"):
+        torch.jit.trace(lambda given: tied(given).logits, (ids,))
