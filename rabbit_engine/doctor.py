@@ -295,7 +295,7 @@ def check_flash_attention() -> Finding:
     if runs:
         return Finding(name="flash-attn", status="ok", value=why, numbers=numbers)
     broken = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    repair = "pip install --force-reinstall --no-build-isolation rabbit_engine[flash] builds it for this torch; or remove it"
+    repair = "pip install --force-reinstall --no-build-isolation flash-attn builds it for this torch; or remove it"
     advice = repair if broken else "optional: without it attention runs as sdpa"
     return Finding(name="flash-attn", status="warn" if broken else "info", value=why, numbers=numbers, advice=advice)
 

@@ -33,6 +33,7 @@ from rabbit_engine.errors import (
     RabbitError,
     first_line,
 )
+from rabbit_engine.places import require_present
 from rabbit_engine.tensorfiles import TORCH_DTYPES, TensorEntry
 from rabbit_engine.units import format_bytes
 
@@ -71,8 +72,7 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
     path = Path(name).expanduser()
     if path.is_dir():
         return Repo(str(name), path.resolve(), _local_names(path, source.gguf_file))
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise CheckpointNotFoundError(f"{name} is no folder here, and no repo id (organisation/name)")
+    require_present(str(name))
     with _own_errors(str(name), source):
         return _find_cached(str(name), source) if _offline(source) else _find_online(str(name), source)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rabbit_engine.errors import MissingExtraError
+from rabbit_engine.extras import missing_extra
 from rabbit_engine.streaming import Span, busy_share
 
 _COLOURS = {"disk": "#2f6fab", "copy": "#d98b2b", "compute": "#3a9a5b", "wait": "#c0392b"}
@@ -16,7 +16,7 @@ def plot_trace(spans: Sequence[Span], path: Path, title: str = "") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("a plot needs matplotlib: pip install rabbit_engine[plot]") from error
+        raise missing_extra("a plot", "plot", error) from error
     lanes = sorted({span.lane for span in spans}, key=lambda lane: (list(_COLOURS).index(lane.split()[0]), lane))
     origin = min((span.start_s for span in spans), default=0.0)
     figure = Figure(figsize=(14, 1 + 0.45 * len(lanes)), layout="constrained")

@@ -173,7 +173,7 @@ def _stream_in_place(request: Request, repair: bool) -> Prepared | None:
     except NotInPlaceError as reason:
         if mode == "never":
             raise ConfigurationError(f'split="never", but {request.repo.name} must be split: {reason}') from reason
-        logger.info("%s is split first: %s", request.repo.name, reason)
+        logger.info("%s cannot be streamed as it is: %s", request.repo.name, reason)
         return None
     logger.info("%s is streamed from its original files", request.repo.name)
     return _prepared(request, request.repo.folder, entries, ties)
@@ -322,6 +322,7 @@ def _make(request: Request, repair: bool) -> Manifest:
         journal = _usable_journal(request)
         files = _present_files(request, journal)
         split = _open_split(request, files, journal)
+        logger.info("converting %s once, into %s", request.repo.name, request.folder)
         return split.run()
 
 

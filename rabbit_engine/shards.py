@@ -236,7 +236,7 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ShardsNotWritableError(
-            f"{folder} cannot be written ({error.strerror}): give layer_shards_saving_path=DIR (--saving-path DIR)"
+            f"{folder} cannot be written ({error.strerror}): give layer_shards_saving_path=DIR"
         ) from error
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import io
 import json
+import logging
 import platform
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import families
 import pytest
@@ -19,6 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.cli import main
 from rabbit_engine.demo import wheel_file
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -165,3 +170,26 @@ def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         smollm, device="cpu", max_memory={"cpu": "150MB"}, layer_shards_saving_path=tmp_path_factory.mktemp("shards")
     ) as model:
         yield whole, model
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rabbit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command in this process: `rabbit("run", model, "hi")`."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(logging.root, "handlers", [])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call

@@ -236,7 +236,7 @@ def test_adapter_folder_says_how_to_load_it(tmp_path: Path, streamed: Any) -> No
 
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "a/b/c", "~/nothing-here"])
 def test_a_path_that_is_not_there(name: str, streamed: Any) -> None:
-    with pytest.raises(errors.CheckpointNotFoundError, match="no folder here"):
+    with pytest.raises(errors.CheckpointNotFoundError, match="does not exist"):
         streamed(name)
 
 

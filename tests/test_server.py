@@ -603,13 +603,13 @@ def test_the_command_serves_until_it_is_told_to_end(smollm: Path, tmp_path: Path
     [
         (["--host", "0.0.0.0"], "api-key-file"),
         (["--api-key-file", "/nowhere/key"], "cannot be read"),
-        (["--overflow", "maybe"], "refuse or truncate"),
+        (["--overflow", "maybe"], "'--overflow'"),
     ],
 )
 def test_what_the_command_refuses_before_it_loads(arguments: list[str], says: str) -> None:
     process = rabbit("no-such-model-anywhere", *arguments)
     _, told = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert says in told
     assert "Traceback" not in told
 

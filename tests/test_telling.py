@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,36 +73,25 @@ def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp
         forecast(REPO, SourceConfig(cache_dir=tmp_path, local_files_only=True), SplitConfig(), stream(250_000))
 
 
-def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any) -> None:
+def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any, rabbit: Any) -> None:
     done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=115kB,cpu=110MB", "--disk-rate", "5GB")
-    assert done.returncode == 0, done.stderr
-    assert "in host memory" in done.stdout
-    assert "over the link" in done.stdout
-    done = rabbit("plan", checkpoint("llama"), "--max-memory", "1kB")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert 'give max_memory={"cpu":' in done.stderr
+    assert done.code == 0, done.err
+    assert "in host memory" in done.out
+    assert "over the link" in done.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--device", "foo", "--max-memory", "1GiB"), "device='foo' is no device torch knows"),
-        (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "device='cuda:7' is not here"),
-        (("--device", "xpu", "--max-memory", "1GiB"), "error: device='xpu"),
-        (("--disk-rate", "0"), "nothing would ever arrive"),
-        (("--disk-rate", "abc"), "is no rate"),
+        (("--device", "foo", "--max-memory", "1GiB"), "--device foo is no device torch knows"),
+        (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "--device cuda:7 is not here"),
+        (("--device", "xpu", "--max-memory", "1GiB"), "error: --device xpu"),
     ],
 )
-def test_a_plan_that_cannot_be_made_is_one_line(arguments: tuple[str, ...], words: str, checkpoint: Any) -> None:
+def test_a_plan_that_cannot_be_made_is_one_line(arguments: tuple[str, ...], words: str, checkpoint: Any, rabbit: Any) -> None:
     done = rabbit("plan", checkpoint("llama"), *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def rabbit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from rabbit_engine.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err.splitlines()[-1]
 
 
 def test_the_profile_counts_by_unit(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
@@ -207,15 +194,15 @@ def test_bench_of_a_model_whose_cache_cannot_go_back(checkpoint: Any, streamed: 
     assert [record.lane for record in records] == [DISK, DECODE]  # experts do not pass through the ring
 
 
-def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
+def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_path: Path, rabbit: Any) -> None:
     needed = streamed(checkpoint("llama")).plan.budget.device_bytes
     done = rabbit(
         "bench", checkpoint("llama"), "--rounds", 1, "--tokens", 2, "--device", "cpu", "--max-memory", f"cpu={needed}",
         "--trace", tmp_path / "t.json", "--plot", tmp_path / "t.png", "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "of the disk's own rate in this run" in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1])["lane"] == DECODE
+    assert done.code == 0, done.err
+    assert "of the disk's own rate in this run" in done.out
+    assert json.loads(done.out.splitlines()[-1])["lane"] == DECODE
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert (tmp_path / "t.png").stat().st_size > 1000
 

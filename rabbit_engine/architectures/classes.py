@@ -27,6 +27,7 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
+from rabbit_engine.extras import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, trust_remo
 def _import_failed(folder: Path, raw: RawConfig, gguf_file: str | None, error: ImportError) -> Exception:
     """A package that is not there, by the name that transformers gives; any other failed import is of code that is too old."""
     if gguf_file is not None:
-        return MissingExtraError(f"{folder / gguf_file}: pip install rabbit_engine[gguf] ({first_line(error)})")
+        return missing_extra(str(folder / gguf_file), "gguf", error)
     if "not found in your environment" in str(error) or isinstance(error, ModuleNotFoundError):
         return MissingExtraError(f"{folder}: install what its code imports ({first_line(error)})")
     return misfit(raw.get("transformers_version"), "while it was imported", error)

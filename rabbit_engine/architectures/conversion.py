@@ -32,7 +32,8 @@ from transformers.utils.quantization_config import GgufConfig
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.fused import SplitQKV
-from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, MissingExtraError, first_line
+from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, first_line
+from rabbit_engine.extras import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def _gguf_quantizer(path: Path) -> Any:
         quantizer = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=str(path)))
         quantizer.read_header(str(path))
     except ImportError as error:
-        raise MissingExtraError(f"{path} needs the package gguf: pip install rabbit_engine[gguf]") from error
+        raise missing_extra(str(path), "gguf", error) from error
     return quantizer
 
 

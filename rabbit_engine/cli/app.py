@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import sys
+from collections.abc import Sequence
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
 
 from rabbit_engine import __version__
+from rabbit_engine.cli import output
 from rabbit_engine.cli.bench import bench
 from rabbit_engine.cli.chat import chat
 from rabbit_engine.cli.demo import demo
@@ -22,7 +19,9 @@ from rabbit_engine.cli.run import run
 from rabbit_engine.cli.serve import serve
 from rabbit_engine.cli.split import split
 from rabbit_engine.cli.verify import verify
-from rabbit_engine.errors import BudgetError, RabbitError
+from rabbit_engine.errors import ConfigurationError, RabbitError
+
+WRONG_USAGE, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="rabbit",
@@ -43,32 +42,25 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say what is decided and why."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say what is decided and why, and where errors come from."),
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),  # noqa: ARG001
 ) -> None:
     """Run Hugging Face models that do not fit your memory, one decoder layer at a time."""
-    from transformers.utils import logging as transformers_logging
-
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
-    logging.getLogger("rabbit_engine").setLevel(logging.INFO if verbose else logging.WARNING)
-    if not verbose:
-        transformers_logging.set_verbosity_error()
+    output.prepare(verbose=verbose)
 
 
-def main() -> None:
-    """Entry point: exit code 1 for an error of ours, 2 for wrong usage, 130 for Ctrl-C."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit code 1 for what went wrong, 2 for what cannot be as it was asked for, 130 for Ctrl-C."""
+    output.take_any_characters()
     try:
-        app()
+        app(arguments, prog_name="rabbit")
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            output.note("interrupted")
+        raise
     except RabbitError as error:
-        Console(stderr=True, soft_wrap=True).print("[bold red]error[/]:", escape(_on_the_command_line(error)), highlight=False)
+        output.say_error(str(error))
+        sys.exit(WRONG_USAGE if isinstance(error, ConfigurationError) else 1)
+    except Exception as error:  # noqa: BLE001 - the last boundary: whatever it is, people get one line
+        output.say_unexpected(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _on_the_command_line(error: RabbitError) -> str:
-    """The error's text, with the option beside the keyword of Python."""
-    if isinstance(error, BudgetError) and error.smallest_bytes:
-        return f"{error} (here: --max-memory {math.ceil(error.smallest_bytes / 1e6)}MB)"
-    return str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
@@ -13,12 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbit_engine.chat import Chat, Interrupt, Keyboard, Screen, history_file, keys_hidden
-from rabbit_engine.cli import options
-from rabbit_engine.cli.run import parse_memory
+from rabbit_engine.cli import engine, options
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.model import AutoModel
-from rabbit_engine.sessions import Options, Session
 
 
 def chat(
@@ -28,9 +23,7 @@ def chat(
         int | None, typer.Option(min=1, help="Tokens of an answer at most; the default is the checkpoint's own, else 1024.")
     ] = None,
     max_seq_len: options.MaxSeqLen = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Sample, at this temperature; 0 is greedy. The default is the checkpoint's own.")
-    ] = None,
+    temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
@@ -50,18 +43,17 @@ def chat(
     Through a pipe each line is a message: answers go to stdout, all else to stderr, and the exit code is 1 if one failed.
     """
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    Options(**asked)  # type: ignore[arg-type]  # refused before anything is loaded
-    _take_any_characters()
+    engine.sessions.Options(**asked)  # type: ignore[arg-type]  # refused before anything is loaded
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     screen = _screen(at_terminal)
     logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat tells what it leaves out
     screen.note(f"loading {model} ...")
     with (
-        AutoModel.from_pretrained(
+        engine.model.AutoModel.from_pretrained(
             model,
             device=device,
             dtype=dtype,
-            max_memory=parse_memory(max_memory),
+            max_memory=options.parse_memory(max_memory),
             attn_implementation=attn,
             layer_shards_saving_path=saving_path,
             gguf_file=gguf_file,
@@ -70,16 +62,16 @@ def chat(
             trust_remote_code=trust_remote_code,
             max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
         ) as streamed,
-        Session(streamed, max_requests=1, overflow="truncate") as session,
+        engine.sessions.Session(streamed, max_requests=1, overflow="truncate") as session,
     ):
         require_template(streamed, model)
         screen.note(streamed.plan.reason + ("\n/help lists the commands" if at_terminal else ""))
-        interrupt = Interrupt()
-        talk = Chat(session, screen, model, system=system, options=asked, interrupt=interrupt)
+        interrupt = engine.chat.Interrupt()
+        talk = engine.chat.Chat(session, screen, model, system=system, options=asked, interrupt=interrupt)
         if at_terminal:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is left as it was
-            with interrupt, keys_hidden():
-                talk.run(Keyboard(_history(wanted=history), screen.note))
+            with interrupt, engine.chat.keys_hidden():
+                talk.run(engine.chat.Keyboard(_history(wanted=history), screen.note))
         else:
             talk.run(_lines())
     if talk.failures and not at_terminal:
@@ -92,21 +84,14 @@ def require_template(model: Any, name: str) -> None:
         raise ConfigurationError(f"{name} has no chat template: it continues texts, as `rabbit run {name} TEXT` shows")
 
 
-def _screen(at_terminal: bool) -> Screen:
+def _screen(at_terminal: bool) -> engine.chat.Screen:
     live = at_terminal and os.environ.get("TERM", "") not in ("dumb", "unknown")
-    return Screen(sys.stdout, sys.stdout if at_terminal else sys.stderr, live=live)
+    return engine.chat.Screen(sys.stdout, sys.stdout if at_terminal else sys.stderr, live=live)
 
 
 def _history(*, wanted: bool) -> Path | None:
-    return history_file(sys.platform, os.environ, Path.home()) if wanted else None
+    return engine.chat.history_file(sys.platform, os.environ, Path.home()) if wanted else None
 
 
 def _lines() -> Iterable[str]:
     return (line.rstrip("\r\n") for line in sys.stdin)
-
-
-def _take_any_characters() -> None:
-    """What the terminal's encoding does not have is shown, and read, as a question mark."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")

@@ -13,12 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rabbit_engine import __version__
-from rabbit_engine.diskrate import ROUNDS, SAMPLE_BYTES
-from rabbit_engine.doctor import Diagnosis, Finding, examine, find_folder
-from rabbit_engine.pace import Pace
+from rabbit_engine.cli import engine
 from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
-_QUICK_BYTES, _QUICK_ROUNDS = SAMPLE_BYTES // 4, 3
+_QUICK_BYTES, _QUICK_ROUNDS = 2**28, 3
 _NOTES = (
     "From: the least memory, with a text of 1024 tokens. A range: with every expert cached that can be, to none. "
     "4-bit: what a checkpoint of 4.5 bits a weight would take to move; this version does not run such."
@@ -38,9 +36,10 @@ def doctor(
     Reads a large file that lies in the folder, else writes a scratch file of 1 GiB there, which is deleted. Exit code 1 where
     models cannot run.
     """
-    place = find_folder(folder)
+    place = engine.doctor.find_folder(folder)
+    size, rounds = engine.diskrate.SAMPLE_BYTES, engine.diskrate.ROUNDS
     with Console(stderr=True).status(f"reading from the disk of {place} ..."):
-        found = examine(place, *((_QUICK_BYTES, _QUICK_ROUNDS) if quick else (SAMPLE_BYTES, ROUNDS)))
+        found = engine.doctor.examine(place, *((_QUICK_BYTES, _QUICK_ROUNDS) if quick else (size, rounds)))
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
@@ -49,7 +48,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _print(found: Diagnosis) -> None:
+def _print(found: engine.doctor.Diagnosis) -> None:
     console = Console(highlight=False)
     console.print(_findings_table(found.findings))
     if not found.paces:
@@ -62,7 +61,7 @@ def _print(found: Diagnosis) -> None:
         console.print(f"Larger than the {format_bytes(found.disk_free_bytes)} that are free in the folder: {', '.join(large)}.")
 
 
-def _findings_table(findings: tuple[Finding, ...]) -> Table:
+def _findings_table(findings: tuple[engine.doctor.Finding, ...]) -> Table:
     table = Table(title=f"rabbit {__version__}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -75,7 +74,7 @@ def _findings_table(findings: tuple[Finding, ...]) -> Table:
     return table
 
 
-def _paces_table(found: Diagnosis) -> Table:
+def _paces_table(found: engine.doctor.Diagnosis) -> Table:
     rate = f"{format_rate(found.speeds.disk, 1)} ({found.speeds.source})"
     title = f"bf16 on {found.device}, in what memory is free now, from a disk of {rate}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
@@ -86,7 +85,7 @@ def _paces_table(found: Diagnosis) -> Table:
     return table
 
 
-def _pace_row(pace: Pace) -> tuple[str, ...]:
+def _pace_row(pace: engine.pace.Pace) -> tuple[str, ...]:
     bounds = pace.token_s or ()
     token = " - ".join(dict.fromkeys(map(format_seconds, bounds)))
     four_bit = "-" if pace.four_bit_token_s is None else format_seconds(pace.four_bit_token_s) if pace.four_bit_token_s else "fit"

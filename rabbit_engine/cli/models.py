@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rabbit_engine.architectures import KNOWN, Proof, converted_families, read_record
+from rabbit_engine.cli import engine
 
 
 def models(
@@ -21,20 +21,20 @@ def models(
 
     A family that is not listed takes the generic path: its layers are looked for in the module tree of transformers' class.
     """
-    record = read_record()
-    known = {entry.cls: entry.models for entry in KNOWN}
+    record = engine.architectures.read_record()
+    known = {entry.cls: entry.models for entry in engine.architectures.KNOWN}
     rows = [row for row in record.rows if words.lower() in f"{row.models} {row.cls} {row.runs_as} {known.get(row.cls)}".lower()]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
     Console().print(_table(rows, f"{record.date}, transformers {record.versions['transformers']}"))
     proved = {row.cls for row in record.rows}
-    for family in converted_families():
+    for family in engine.architectures.converted_families():
         if not proved.intersection(family.classes):
             Console().print(f"registered, not proved here: {family.name} as {family.becomes}")
 
 
-def _table(rows: list[Proof], when: str) -> Table:
+def _table(rows: list[engine.architectures.Proof], when: str) -> Table:
     table = Table(title="Proved models", caption=f"run on {when}", title_justify="left", caption_justify="left")
     for name in ("models", "class of the checkpoint", "runs as", "equal to"):
         table.add_column(name, overflow="fold")

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from rabbit_engine.cli import options
+from rabbit_engine.cli import engine, options
+from rabbit_engine.cli.loading import loaded
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.model import AutoModel
-
-
-def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
-    """`"8GiB"` is the device's budget; `"0=8GiB,cpu=24GiB"` names each place."""
-    if text is None:
-        return None
-    if "=" not in text:
-        return {0: text, "cpu": text}
-    places = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    return {int(place) if place.isdigit() else place: size for place, size in places.items()}
 
 
 def encode(model: Any, prompt: str, chat: bool | None) -> Any:
@@ -33,11 +24,9 @@ def encode(model: Any, prompt: str, chat: bool | None) -> Any:
 
 
 def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
-    """Greedy unless a sampling option is given."""
-    if seed is not None:
-        from transformers import set_seed
-
-        set_seed(seed)
+    """Greedy unless a sampling option is given, and at a temperature so low that logits would overflow."""
+    if temperature is not None and temperature < options.COLDEST:
+        return {"do_sample": False}
     named = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in named.items() if value is not None}
     return {"do_sample": bool(given) or seed is not None, **given}
@@ -51,7 +40,7 @@ def run(
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template; the default is to, where there is one."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample, at this temperature.")] = None,
+    temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
@@ -64,26 +53,26 @@ def run(
     revision: options.Revision = None,
     token: options.Token = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    progress: Annotated[bool, typer.Option(help="Show each pass over the layers.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show each pass over the layers, on a terminal.")] = False,
 ) -> None:
     """Answer PROMPT with MODEL, streamed from disk layer by layer."""
-    from transformers import TextStreamer
-
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    with AutoModel.from_pretrained(
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with loaded(
         model,
+        max_memory=max_memory,
+        attn=attn,
+        saving_path=saving_path,
         device=device,
         dtype=dtype,
-        max_memory=parse_memory(max_memory),
-        attn_implementation=attn,
-        layer_shards_saving_path=saving_path,
         gguf_file=gguf_file,
         revision=revision,
         token=token,
         trust_remote_code=trust_remote_code,
-        show_layer_progress=progress,
+        show_layer_progress=progress and sys.stderr.isatty(),
     ) as streamed:
         inputs = encode(streamed, text, chat)
-        streamer = TextStreamer(streamed.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if seed is not None:
+            engine.torch.manual_seed(seed)
+        streamer = engine.transformers.TextStreamer(streamed.tokenizer, skip_prompt=True, skip_special_tokens=True)
         chosen = sampling(temperature, top_p, top_k, seed)
         streamed.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **chosen)

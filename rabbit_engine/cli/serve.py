@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from rabbit_engine.cli import options
-from rabbit_engine.cli.run import parse_memory
-from rabbit_engine.errors import ConfigurationError, MissingExtraError
-from rabbit_engine.model import AutoModel
-from rabbit_engine.sessions import Session
+from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli.loading import loaded
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.extras import missing_extra
 
 
 def serve(
@@ -25,7 +23,9 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")] = 64,
     max_seq_len: options.MaxSeqLen = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer for which nobody says a number.")] = 1024,
-    overflow: Annotated[str, typer.Option(help="refuse prompts that are too long, or truncate them.")] = "refuse",
+    overflow: Annotated[
+        Literal["refuse", "truncate"], typer.Option(help="What becomes of prompts that are too long.", case_sensitive=False)
+    ] = "refuse",
     share_products: Annotated[
         bool, typer.Option(help="Compute the texts of a pass together: faster on a CPU, but no longer bit for bit the same.")
     ] = False,
@@ -41,39 +41,38 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve MODEL to any OpenAI client, streamed from disk; every pass over the weights serves all that are waiting."""
+    key = read_key(api_key_file)
     try:
-        from rabbit_engine.server import listen
+        listen = engine.listen
     except ImportError as error:
-        raise MissingExtraError("rabbit serve needs the extra serve: pip install rabbit_engine[serve]") from error
+        raise missing_extra("rabbit serve", "serve", error) from error
 
-    key, when_too_long = read_key(api_key_file), parse_overflow(overflow)
     listen.check_exposure(host, key)
     listen.check_port(host, port)
     with (
-        AutoModel.from_pretrained(
+        loaded(
             model,
+            max_memory=max_memory,
+            attn=attn,
+            saving_path=saving_path,
             device=device,
             dtype=dtype,
-            max_memory=parse_memory(max_memory),
             max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
-            attn_implementation=attn,
-            layer_shards_saving_path=saving_path,
             gguf_file=gguf_file,
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
         ) as streamed,
-        Session(
+        engine.sessions.Session(
             streamed,
             max_requests=max_requests,
             max_queue=max_queue,
             max_new_tokens=max_new_tokens,
-            overflow=when_too_long,
+            overflow=overflow,
             exact=not share_products,
         ) as session,
     ):
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(str(streamed.plan), highlight=False)
+        output.note(str(streamed.plan))
         listen.run(
             session,
             name or model,
@@ -81,17 +80,8 @@ def serve(
             port=port,
             api_key=key,
             origins=allow_origin or [],
-            on_ready=lambda url: console.print(f"{name or model}: {url} (a page to chat with), {url}v1", highlight=False),
+            on_ready=lambda url: output.note(f"{name or model}: {url} (a page to chat with), {url}v1"),
         )
-
-
-def parse_overflow(text: str) -> Literal["refuse", "truncate"]:
-    """One of the two words. Raises ConfigurationError."""
-    if text == "refuse":
-        return "refuse"
-    if text == "truncate":
-        return "truncate"
-    raise ConfigurationError(f"--overflow {text}: it is refuse or truncate")
 
 
 def read_key(path: Path | None) -> str | None:

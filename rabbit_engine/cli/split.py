@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rabbit_engine.config import SourceConfig, SplitConfig, parse_dtype
-from rabbit_engine.prepare import prepare
+from rabbit_engine.cli import engine, options, output
 from rabbit_engine.units import format_bytes
 
 
 def split(
-    model: Annotated[str, typer.Argument(help="A repo id, a folder, or a .gguf file.")],
-    saving_path: Annotated[Path | None, typer.Option(help="Where the shards go; the default is beside the checkpoint.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")] = None,
+    model: options.Model,
+    saving_path: options.SavingPath = None,
+    dtype: options.Dtype = None,
     delete_original: Annotated[bool, typer.Option(help="Delete each original once its shards are verified.")] = False,
-    gguf_file: Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    token: Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repository brings.")] = False,
+    gguf_file: options.GgufFile = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Split MODEL into one shard a layer; goes on where an interrupted split stopped, and makes damaged shards anew."""
-    prepared = prepare(
+    output.note(f"reading the headers of {model} ...")
+    config = engine.config
+    prepared = engine.prepare.prepare(
         model,
-        SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
-        SplitConfig(mode="always", dtype=parse_dtype(dtype), saving_path=saving_path, delete_original=delete_original),
+        config.SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
+        config.SplitConfig(
+            mode="always", dtype=config.parse_dtype(dtype), saving_path=saving_path, delete_original=delete_original
+        ),
         repair=True,
     )
     assert prepared.manifest is not None  # noqa: S101 - a split was asked for

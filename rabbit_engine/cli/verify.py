@@ -10,12 +10,8 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from rabbit_engine.config import SourceConfig
+from rabbit_engine.cli import engine
 from rabbit_engine.errors import DamagedShardError, ShardsNotFoundError, UnreadableFileError
-from rabbit_engine.hub import Repo, find_repo
-from rabbit_engine.integrity import OnBytes, checked_files, compare_files, record_sums
-from rabbit_engine.prepare import SHARDS_FOLDER
-from rabbit_engine.shards import find_splits, read_manifest, verify_shard
 from rabbit_engine.utils.bar import Bar
 
 Result = TypeVar("Result")
@@ -44,8 +40,8 @@ def verify(
     if record:
         if repo is None or repo.commit is not None:
             raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: there is nothing to record")
-        path = _with_bar(repo, lambda on_bytes: record_sums(repo, on_bytes))
-        print(f"recorded {len(checked_files(repo))} files in {path}")
+        path = _with_bar(repo, lambda on_bytes: engine.integrity.record_sums(repo, on_bytes))
+        print(f"recorded {len(engine.integrity.checked_files(repo))} files in {path}")
         return
     tally = _Tally()
     for folder in _splits(root, repo):
@@ -56,27 +52,27 @@ def verify(
         raise typer.Exit(1)
 
 
-def _find(target: str, revision: str | None) -> tuple[Repo | None, Path]:
+def _find(target: str, revision: str | None) -> tuple[engine.hub.Repo | None, Path]:
     """The checkpoint, if there is one, and the folder that splits lie in or below."""
     path = Path(target).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         folder = path.parent.resolve()
-        return Repo(str(path), folder, (path.name,)), folder / SHARDS_FOLDER
-    repo = find_repo(target, SourceConfig(local_files_only=True, revision=revision))
+        return engine.hub.Repo(str(path), folder, (path.name,)), folder / engine.prepare.SHARDS_FOLDER
+    repo = engine.hub.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
     if path.is_dir():
         own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)
         return (repo if own else None), path
-    return repo, repo.folder.parent.parent / SHARDS_FOLDER
+    return repo, repo.folder.parent.parent / engine.prepare.SHARDS_FOLDER
 
 
 def _is_split(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and not (folder / "config.json").is_file()
 
 
-def _splits(root: Path, repo: Repo | None) -> list[Path]:
+def _splits(root: Path, repo: engine.hub.Repo | None) -> list[Path]:
     """The splits, which must be there where there is no checkpoint."""
     try:
-        return find_splits(root)
+        return engine.shards.find_splits(root)
     except ShardsNotFoundError:
         if repo is None:
             raise
@@ -84,12 +80,12 @@ def _splits(root: Path, repo: Repo | None) -> list[Path]:
 
 
 def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
-    manifest = read_manifest(folder)
+    manifest = engine.shards.read_manifest(folder)
     assert manifest is not None  # noqa: S101 - find_splits lists folders that hold one
     damaged = 0
     for shard in manifest.shards:
         try:
-            verify_shard(folder, shard)
+            engine.shards.verify_shard(folder, shard)
         except (DamagedShardError, UnreadableFileError) as error:
             damaged += 1
             console.print(f"damaged: {error}", markup=False)
@@ -98,8 +94,8 @@ def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
     print(f"{folder}: {len(manifest.shards) - damaged} of {len(manifest.shards)} shards are whole")
 
 
-def _verify_originals(repo: Repo, target: str, console: Console, tally: _Tally) -> None:
-    states = _with_bar(repo, lambda on_bytes: list(compare_files(repo, on_bytes)))
+def _verify_originals(repo: engine.hub.Repo, target: str, console: Console, tally: _Tally) -> None:
+    states = _with_bar(repo, lambda on_bytes: list(engine.integrity.compare_files(repo, on_bytes)))
     for state in states:
         if state.state == "damaged":
             console.print(f"damaged: {state.said}", markup=False)
@@ -116,7 +112,7 @@ def _verify_originals(repo: Repo, target: str, console: Console, tally: _Tally) 
         console.print(f"unrecorded: {names}; `rabbit verify --record {target}` records their sums as they are now", markup=False)
 
 
-def _with_bar(repo: Repo, work: Callable[[OnBytes], Result]) -> Result:
-    total = sum((repo.folder / name).stat().st_size for name in checked_files(repo))
+def _with_bar(repo: engine.hub.Repo, work: Callable[[engine.integrity.OnBytes], Result]) -> Result:
+    total = sum((repo.folder / name).stat().st_size for name in engine.integrity.checked_files(repo))
     with Bar(desc="Verifying", total=total, unit="B", unit_scale=True, disable=None) as bar:
         return work(bar.update)

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rabbit_engine.errors import MissingExtraError, TokenizerNotFoundError, first_line
+from rabbit_engine.extras import missing_extra
 from rabbit_engine.tokenization.merges import derive_merges, merged
 
 SPACE = "▁"
@@ -91,10 +92,7 @@ def read_pieces(path: Path) -> PieceModel:
 
 
 def _missing(path: Path, error: ImportError) -> MissingExtraError:
-    return MissingExtraError(
-        f"{path.name} needs the packages sentencepiece and protobuf ({first_line(error)}): "
-        "pip install rabbit_engine[sentencepiece]"
-    )
+    return missing_extra(path.name, "sentencepiece", error)
 
 
 def obstacle(model: PieceModel) -> str | None:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from rabbit_engine.errors import DeviceUnavailableError, first_line
+from rabbit_engine.extras import install_command
 
 _AMPERE = (8, 0)
 
@@ -120,7 +121,7 @@ def is_flash_attention_available() -> tuple[bool, str]:
     True only where the package is installed, the GPU is Ampere or newer, and a real kernel call succeeds.
     """
     if importlib.util.find_spec("flash_attn") is None:
-        return False, "the package flash-attn is not installed (pip install rabbit_engine[flash])"
+        return False, f"the package flash-attn is not installed ({install_command('flash')})"
     if not torch.cuda.is_available():
         return False, f"no CUDA device ({platform.system()}, torch {torch.__version__})"
     name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)

@@ -1,0 +1,70 @@
+"""What the commands say beside their results: plain lines on stderr, in whatever encoding the terminal has."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+
+import typer
+
+from rabbit_engine.cli.wording import as_options
+from rabbit_engine.errors import first_line
+
+_NOT_FOR_USERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+"""What libraries tell programmers about their next version."""
+
+
+def take_any_characters() -> None:
+    """What a stream's encoding cannot hold is written, and read, as a backslash and its number: no text is lost."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def prepare(*, verbose: bool) -> None:
+    """Send logs and warnings to stderr, a line each; `verbose` shows what is decided and why, and what other libraries say."""
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("rabbit_engine").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("rabbit_engine.prepare").setLevel(logging.INFO)  # what takes long is told before it begins
+    for category in () if verbose else _NOT_FOR_USERS:
+        warnings.simplefilter("ignore", category)
+    warnings.showwarning = _show_warning
+
+
+class _Line(logging.Formatter):
+    """`warning: what happened`; the level is left out where nothing is wrong."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + as_options(super().format(record))
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """No file and no line of code, which say nothing to those who type commands."""
+    name = "" if issubclass(category, UserWarning) else f"{category.__name__}: "
+    note(f"warning: {name}{as_options(' '.join(str(message).split()))}")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    typer.echo(text, err=True)
+
+
+def say_error(text: str) -> None:
+    """What went wrong, in one line on stderr."""
+    note(f"{typer.style('error', fg='red', bold=True)}: {as_options(text)}")
+
+
+def say_unexpected(error: Exception) -> None:
+    """An error that nobody foresaw: one line, and where it came from if asked for."""
+    if logging.getLogger("rabbit_engine").isEnabledFor(logging.INFO):
+        traceback.print_exception(error)
+    say_error(f"{type(error).__name__}: {first_line(error)} (rabbit -v ... shows where)")
