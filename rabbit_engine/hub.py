@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from rabbit_engine.config import SourceConfig
+from rabbit_engine.directio import disk_errors
 from rabbit_engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -33,6 +34,7 @@ from rabbit_engine.errors import (
     RabbitError,
     first_line,
 )
+from rabbit_engine.jsonvalues import file_name
 from rabbit_engine.places import require_present
 from rabbit_engine.tensorfiles import TORCH_DTYPES, TensorEntry
 from rabbit_engine.units import format_bytes
@@ -51,17 +53,20 @@ _NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
 class Repo:
     """A checkpoint's folder on this machine and the names of all its files, fetched or not.
 
-    `commit` is None for a folder of the user's own.
+    `commit` is None for a folder of the user's own. Where the Hub was not asked, `only_cached` is true and `names` are those
+    that were fetched before.
     """
 
     name: str
     folder: Path
     names: tuple[str, ...]
     commit: str | None = None
+    only_cached: bool = False
 
     def read_text(self, name: str) -> str:
-        """A small file's text."""
-        return (self.folder / name).read_text(encoding="utf-8")
+        """A small file's text. Raises MissingFileError, UnreadableFileError, and ValueError for what is no UTF-8."""
+        with disk_errors(self.folder / name):
+            return (self.folder / name).read_text(encoding="utf-8")
 
 
 def find_repo(name: str | Path, source: SourceConfig) -> Repo:
@@ -79,7 +84,8 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
 
 def _local_names(folder: Path, gguf_file: str | None) -> tuple[str, ...]:
     """The folder's own files; a GGUF file may be asked for below it."""
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    with disk_errors(folder):
+        names = {path.name for path in folder.iterdir() if path.is_file()}
     if gguf_file is not None and (folder / gguf_file).is_file():
         names.add(gguf_file)
     return tuple(sorted(names))
@@ -107,15 +113,32 @@ def _find_online(name: str, source: SourceConfig) -> Repo:
 
 
 def _find_cached(name: str, source: SourceConfig) -> Repo:
-    root = Path(source.cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    root = _cache(source) / f"models--{name.replace('/', '--')}"
     revision = source.revision or "main"
-    reference = root / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
+    commit = _cached_commit(root / "refs" / revision) or revision
     folder = root / "snapshots" / commit
     if not folder.is_dir():
         raise LocalEntryNotFoundError(f"{name} at {revision} is not in {root.parent}")
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return Repo(name, folder, tuple(names), commit)
+    return Repo(name, folder, tuple(names), commit, only_cached=True)
+
+
+def _cached_commit(reference: Path) -> str | None:
+    """What a branch of the cache is at, or None. Raises DamagedCheckpointError."""
+    if not reference.is_file():
+        return None
+    try:
+        with disk_errors(reference):
+            return file_name(reference.read_text(encoding="utf-8").strip())
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{reference} names no commit ({first_line(error)}): delete it and load the model again"
+        ) from error
+
+
+def _cache(source: SourceConfig) -> Path:
+    """The Hub cache, absolute: a program may change its folder after loading."""
+    return Path(source.cache_dir or constants.HF_HUB_CACHE).absolute()
 
 
 def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
@@ -125,10 +148,19 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
     """
     if repo.commit is None or all((repo.folder / name).is_file() for name in names):
         return
+    if _offline(source):
+        raise weights_not_cached(repo)
     with _own_errors(repo.name, source):
-        if not _offline(source):
-            _check_room(repo, names, source)
+        _check_room(repo, names, source)
         _download(repo.name, repo.commit, list(names), source)
+
+
+def weights_not_cached(repo: Repo) -> HubUnreachableError:
+    """The error for a repo whose small files are in the cache and whose weights are not."""
+    return HubUnreachableError(
+        f"the weights of {repo.name} are not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE) or the Hub "
+        f"does not answer: allow them once; the rest of it is in {repo.folder}"
+    )
 
 
 def read_remote_headers(repo: Repo, names: Sequence[str], source: SourceConfig) -> list[TensorEntry]:
@@ -165,14 +197,13 @@ def _check_room(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
     planned = snapshot_download(
         repo.name,
         revision=repo.commit,
-        cache_dir=source.cache_dir,
+        cache_dir=_cache(source),
         token=source.token,
         allow_patterns=list(names),
         dry_run=True,
     )
     needed = sum(file.file_size or 0 for file in planned if file.will_download)
-    cache = Path(source.cache_dir or constants.HF_HUB_CACHE)
-    require_room(cache, needed, f"downloading {repo.name}")
+    require_room(_cache(source), needed, f"downloading {repo.name}")
 
 
 def require_room(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -190,7 +221,7 @@ def _download(name: str, revision: str | None, patterns: list[str], source: Sour
     folder = snapshot_download(
         name,
         revision=revision,
-        cache_dir=source.cache_dir,
+        cache_dir=_cache(source),
         token=source.token,
         local_files_only=_offline(source),
         allow_patterns=patterns,

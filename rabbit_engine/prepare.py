@@ -42,11 +42,12 @@ from rabbit_engine.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
     DamagedShardError,
+    HubUnreachableError,
     MismatchedWeightsError,
     ShardError,
 )
 from rabbit_engine.gguffiles import check_gguf
-from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo
+from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo, weights_not_cached
 from rabbit_engine.inplace import NotInPlaceError, original_entries, require_plain, stored_shapes
 from rabbit_engine.shards import (
     Journal,
@@ -260,8 +261,18 @@ def _own_dtype(
 
 
 def weight_files(repo: Repo, gguf_file: str | None) -> WeightFiles:
-    """The weight files of a repo."""
-    return find_weight_files(repo.names, repo.read_text, gguf_file, str(repo.folder if repo.commit is None else repo.name))
+    """The weight files of a repo. Raises CheckpointNotFoundError, or HubUnreachableError where only the cache was looked at."""
+    where = str(repo.folder if repo.commit is None else repo.name)
+    try:
+        return find_weight_files(repo.names, repo.read_text, gguf_file, where)
+    except CheckpointNotFoundError as error:
+        if (
+            repo.only_cached
+            and gguf_file is None
+            and not any(name.endswith((".gguf", "adapter_config.json")) for name in repo.names)
+        ):
+            raise weights_not_cached(repo) from error
+        raise
 
 
 def usable(request: Request, repair: bool) -> Manifest | None:
@@ -307,7 +318,7 @@ def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
         return []
     try:
         names = weight_files(request.repo, request.gguf_file).names
-    except CheckpointNotFoundError:  # all originals are gone: the split is what there is
+    except (CheckpointNotFoundError, HubUnreachableError):  # all originals are gone: the split is what there is
         return []
     known = {row["name"] for row in source["files"]}
     return [name for name in names if name not in known]

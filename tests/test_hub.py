@@ -148,3 +148,34 @@ def test_a_converted_family_comes_without_its_code_and_is_known_by_its_name(hub:
     names = {name for name, _ in hub.served}
     assert {"tokenizer.model", "tokenization_chatglm.py", "modeling_chatglm.py"} <= names, "read as text"
     assert "quantization.py" not in names
+
+
+def test_a_relative_cache_survives_a_change_of_folder(
+    hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = streamed(REPO, cache_dir="cache")
+    before = model(ids).logits
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(model(ids).logits, before)
+    assert model._prepared.folder.is_absolute()
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_offline_without_the_weights_says_so(index: bool, hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    cache = tmp_path / "cache"
+    streamed(REPO, cache_dir=cache)
+    for path in cache.rglob("*.safetensors*"):
+        if not index or not path.name.endswith(".json"):
+            path.unlink()
+    with pytest.raises(errors.HubUnreachableError, match=r"weights of .*tiny-llama are not in the cache, and downloads are off"):
+        streamed(REPO, cache_dir=cache, local_files_only=True)
+
+
+def test_a_branch_of_the_cache_that_climbs_is_refused(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    streamed(REPO, cache_dir=tmp_path / "cache")
+    (reference,) = (tmp_path / "cache").rglob("refs/main")
+    reference.write_text("../../../outside")
+    with pytest.raises(errors.DamagedCheckpointError, match="refs/main names no commit"):
+        streamed(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
