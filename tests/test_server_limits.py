@@ -88,7 +88,7 @@ def until(connection: socket.socket, last: bytes) -> bytes:
 def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: Any) -> None:
     monkeypatch.setattr(body.json, "loads", None)  # it would fail
     for values in (b"5," * 300_000, b"[]," * 300_000, b"{" * 300_000):
-        with pytest.raises(RequestError, match="more than 262144") as caught:
+        with pytest.raises(RequestError, match="more than 131072") as caught:
             body.parse_object(b'{"prompt": [' + values + b"5]}")
         assert caught.value.status == 400
 
@@ -96,7 +96,7 @@ def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: Any) -> None
 def test_a_text_may_have_as_many_commas_as_it_likes() -> None:
     text = 'a, b, [c], {d}, "quoted" \\ ' * 60_000
     assert body.parse_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
-    ids = list(range(200_000))
+    ids = list(range(100_000))
     assert body.parse_object(json.dumps({"prompt": ids}).encode()) == {"prompt": ids}
 
 

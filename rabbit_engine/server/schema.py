@@ -20,9 +20,11 @@ MOST_CHOICES = 16
 MOST_INPUTS = 2048
 _MOST_STOPS = 16
 _MOST_TOKENS = 1024
+_MOST_CHARACTERS = 4096
+"""Of a stop text or a bad word."""
 
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS)]],
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop or []),
 ]
 
