@@ -44,6 +44,8 @@ from rabbit_engine.streaming import (
     unpin,
 )
 from rabbit_engine.tensorfiles import TensorEntry
+from rabbit_engine.utils.malloc import give_back_large
+from rabbit_engine.utils.platform import free_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,11 @@ class Assembly:
     streamer: Streamer
     binding: Binding
     trace: Trace
+    ring: Ring
+
+    def free_bytes(self) -> int:
+        """What caches and activations may take now: free memory, less what of the ring was claimed and never written."""
+        return max(0, free_memory_bytes(self.device) - self.ring.untouched_bytes)
 
     def close(self) -> None:
         """End the reading, free the ring and what stays in it. A forked child has nothing to end: it returns at once."""
@@ -88,7 +95,8 @@ def assemble(
 
     Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
     """
-    sketch = draw(model, entries, ties, CUT)
+    give_back_large()
+    sketch = draw(model, entries, ties, CUT, stream.device.type)
     plan = plan_for(sketch, stream)
     trace = Trace(on=stream.profiling_mode, device=stream.device)
     builder = _Builder(model, sketch, plan, stream, trace)
@@ -170,7 +178,7 @@ class _Builder:
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
-        return Assembly(self._plan, sketch, device, streamer, binding, self._trace)
+        return Assembly(self._plan, sketch, device, streamer, binding, self._trace, self._ring)
 
     def _claim_experts(self) -> ExpertCache | None:
         """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.config import StreamConfig
+from rabbit_engine.demand import Demand, need_bytes
 from rabbit_engine.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.plan import Budget, Speeds
 from rabbit_engine.probe import Probe
 from rabbit_engine.sketch import Sketch
-from rabbit_engine.streaming import STAGING_BYTES
+from rabbit_engine.streaming import STAGING_BYTES, make_unit
 from rabbit_engine.streaming.rings import READERS
 from rabbit_engine.streaming.unit import Extent
 from rabbit_engine.tensorfiles import TensorEntry
@@ -40,7 +41,7 @@ _ASSUMED_LINK = 12e9
 
 def reserved_bytes(probe: Probe, tokens: int) -> int:
     """What a context of `tokens` takes beside the weights: its KV cache, and the activations of a prompt of that length."""
-    return tokens * (probe.cache_token_bytes + probe.activation_token_bytes) + tokens**2 * probe.activation_square_bytes
+    return need_bytes(probe, Demand(tokens, 0))
 
 
 def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
@@ -84,11 +85,12 @@ def _host_bytes(stream: StreamConfig) -> int:
 
 def _misaligned(sketch: Sketch, *, loading: bool = False) -> list[Extent]:
     """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need;
-    or also those of `loading`, when the experts of a layer may be read as one."""
+    or also those of `loading`, when the experts of a layer and a head that is cut may be read as one."""
     apart = _rows(sketch) if loading else _rows(sketch) | set(sketch.experts)
     units = [unit for name, unit in sketch.units.items() if name not in apart]
     experts = [unit for units in sketch.experts.values() for unit in units]
-    return [chunk for unit in (*units, *experts) for chunk in unit.staged_chunks()]
+    head = [make_unit(sketch.head, [sketch.weights.entries[sketch.head]])] if loading and sketch.head is not None else []
+    return [chunk for unit in (*units, *experts, *head) for chunk in unit.staged_chunks()]
 
 
 def _rows(sketch: Sketch) -> set[str]:

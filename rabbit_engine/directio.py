@@ -29,7 +29,7 @@ PAGE = 4096
 CHUNK_BYTES = 8 * 2**20
 """One read. Several are under way at once, so that the disk always has the next one."""
 
-_HUGE_PAGE = 2 * 2**20
+HUGE_PAGE = 2 * 2**20
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _O_BINARY = getattr(os, "O_BINARY", 0)
@@ -50,7 +50,8 @@ def claim_memory(nbytes: int) -> torch.Tensor:
     """uint8 [nbytes] on the CPU, page-aligned, zeroed, given back to the system when the last view of it dies.
 
     In huge pages where the system has them: a direct read into 4 KiB pages is cut into many small requests, and got a third
-    of the rate on the disk it was measured on (docs/benchmarks.md). Private memory: shared memory rarely gets them.
+    of the rate on the disk it was measured on (docs/benchmarks.md). The last part of a huge page is in small ones: it takes
+    no more memory than was asked for. Private memory: shared memory rarely gets huge pages.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -65,12 +66,13 @@ def claim_memory(nbytes: int) -> torch.Tensor:
 def _claim(nbytes: int) -> torch.Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.frombuffer(mmap.mmap(-1, aligned_up(nbytes)), dtype=torch.uint8, count=nbytes)
-    spare = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
+    spare = HUGE_PAGE if nbytes >= HUGE_PAGE else 0
     memory = mmap.mmap(-1, aligned_up(nbytes) + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE if spare else 0
+    start = -whole.data_ptr() % HUGE_PAGE if spare else 0
+    if spare:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE)
     return whole[start : start + nbytes]
 
 

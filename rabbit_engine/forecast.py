@@ -31,7 +31,7 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     shapes, found, note = _entries(request)
     model = build_for(request.architecture, request.dtype, shapes)
     entries, ties = found or unread_entries(model)
-    plan = plan_for(draw(model, entries, ties, CUT), stream)
+    plan = plan_for(draw(model, entries, ties, CUT, stream.device.type), stream)
     return replace(plan, notes=(*plan.notes, note))
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self
 import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
+from rabbit_engine.admission import refuse_what_cannot_fit
 from rabbit_engine.architectures import capped_length, explain_failures, keeps_tuples, refuse_past
 from rabbit_engine.assembly import Assembly, assemble
 from rabbit_engine.attention import choose_attention
@@ -108,7 +109,8 @@ class StreamingMixin:
         """transformers' `generate`, with its tensors moved to the model's device.
 
         A converted model that computes a number of positions right ends its answer there. The tokenizer, which stop strings
-        and token healing need, need not be given.
+        and token healing need, need not be given. Raises PromptTooLongError, before anything is computed, where the caches
+        and activations take more memory than is free.
         """
         device = self._assembly.device
         positions = self._prepared.architecture.positions
@@ -118,6 +120,7 @@ class StreamingMixin:
             kwargs["tokenizer"] = self.tokenizer
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
+        refuse_what_cannot_fit(self._assembly, prompt, kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:

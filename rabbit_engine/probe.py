@@ -6,9 +6,11 @@ cache of latent and linear attention); what runs is not.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -26,9 +31,32 @@ from rabbit_engine.utils.caches import cache_argument, cache_of
 
 logger = logging.getLogger(__name__)
 
-_PROMPTS = (16, 64)
+_SHORT, _LONG = 16, 2048
+"""Prompts: short ones for code that walks through the tokens one by one, long ones for what lives in a real prompt."""
+
 _MOST_TOKENS = 1024
 """A state that does not grow is spread over this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Bytes that live at once in a pass over a prompt of n tokens: `fixed` + `token` n + `square` n^2."""
+
+    fixed: int = 0
+    token: int = 0
+    square: int = 0
+
+    def at(self, tokens: int) -> int:
+        """Bytes for a prompt of so many tokens."""
+        return self.fixed + tokens * (self.token + tokens * self.square)
+
+
+def fit_curve(short: tuple[int, int], long: tuple[int, int]) -> Curve:
+    """The curve through two prompts, each as (tokens, bytes); never below the two."""
+    (few, few_bytes), (many, many_bytes) = short, long
+    square = max(0.0, (many_bytes / many - few_bytes / few) / (many - few))
+    token = max(0.0, many_bytes / many - square * many)
+    return Curve(max(0, math.ceil(few_bytes - few * (token + few * square))), math.ceil(token), math.ceil(square))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +66,21 @@ class Probe:
     `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
     `outside` are those whose weights somebody did.
     `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
-    module takes for a token. The results that live at once in a pass over a prompt of n tokens take
-    `activation_token_bytes` n + `activation_square_bytes` n^2.
+    module takes for a token. `layers` is what the results of a pass take up to the head, `head` what they take from there
+    on, logits of `vocabulary` tokens included, where the head computes the last position alone if the model lets it.
     """
 
     alone: tuple[str, ...] = ()
     cache_token_bytes: int = 0
-    activation_token_bytes: int = 0
-    activation_square_bytes: int = 0
+    layers: Curve = Curve()
+    head: Curve = Curve()
+    vocabulary: int = 0
     outside: frozenset[str] = frozenset()
     routed: Mapping[str, int] = field(default_factory=dict)
+
+    def activation_bytes(self, tokens: int) -> int:
+        """What lives at once, beside the cache, in a pass over a prompt of so many tokens."""
+        return max(self.layers.at(tokens), self.head.at(tokens))
 
 
 class _Watch(TorchDispatchMode):
@@ -60,12 +93,15 @@ class _Watch(TorchDispatchMode):
         self.ran: dict[str, None] = {}  # in the order of the first run
         self.reached: set[str] = set()
         self.routed: dict[str, int] = {}
-        self._live_bytes = 0
-        self.peak_bytes = 0
+        self.operations = 0
+        self.live_bytes = 0
+        self._peak_bytes = 0
+        self._peaks: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it as it is, and take notes."""
         del types
+        self.operations += 1
         for leaf in tree_leaves((args, kwargs)):
             owner = self._owners.get(id(leaf))
             if owner is not None and owner not in self.running:
@@ -79,28 +115,42 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _count(self, nbytes: int) -> None:
-        self._live_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        self.live_bytes += nbytes
+        self._peak_bytes = max(self._peak_bytes, self.live_bytes)
 
-    def forget_peak(self) -> int:
-        """The most bytes that lived at once since the last call, beyond those that live now."""
-        peak = self.peak_bytes - self._live_bytes
-        self.peak_bytes = self._live_bytes
-        return peak
+    def begin_phase(self, *_: Any) -> None:
+        """What lives at once is counted anew from here on."""
+        self._peaks.append(self._peak_bytes)
+        self._peak_bytes = self.live_bytes
+
+    def end_phases(self) -> list[int]:
+        """The most bytes that lived at once in each phase since the last call."""
+        self.begin_phase()
+        peaks, self._peaks = self._peaks, []
+        return peaks
 
 
-def run_probe(model: PreTrainedModel) -> Probe:
-    """Prefill and decode on the meta device. A model that cannot be run so gives an empty Probe, and says it in the log."""
+def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
+    """Prefill and decode on the meta device, as they would run on such a device. A model that cannot be run so gives an empty
+    Probe, and says it in the log."""
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
     try:
-        with torch.no_grad(), _unchanged(model), _chosen_kernels(model), _watched(leaves, watch), torch.device("meta"):
-            costs = _run(model, watch, model.config._attn_implementation == "eager")
+        with (
+            torch.no_grad(),
+            _unchanged(model),
+            _chosen_kernels(model),
+            _watched(leaves, watch),
+            torch.device("meta"),
+            _Answers(device_type),
+        ):
+            costs = _run(model, watch)
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe()
     alone = tuple(name for name in watch.ran if name not in watch.reached)
-    return Probe(alone, *costs, frozenset(watch.reached), watch.routed)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or 0)
+    return Probe(alone, *costs, vocabulary, frozenset(watch.reached), watch.routed)
 
 
 def has_experts_interface(module: nn.Module) -> bool:
@@ -113,32 +163,102 @@ def _is_leaf(module: nn.Module) -> bool:
     return alone and any(True for _ in module.parameters(recurse=False))
 
 
-def _run(model: PreTrainedModel, watch: _Watch, materializes_scores: bool) -> tuple[int, int, int]:
-    """Two prompts, then a token behind the second: families choose other kernels for one token.
-
-    Bytes of the cache a token, and of activations a token and a token squared.
+def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
+    """Two short prompts, a token behind the second (families choose other kernels for one token), and two long ones where
+    the model does not walk through the tokens: bytes of the cache a token, and what lives up to the head and from there on.
     """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
+    try:
+        prompts = [_prompt(model, watch, tokens) for tokens in (_SHORT, 4 * _SHORT)]
+        cache_bytes = _grown_bytes(model, prompts[1].output)
+        most = min(_LONG, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONG)
+        if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * _SHORT:
+            prompts = [_prompt(model, watch, tokens) for tokens in (most // 4, most)]
+    finally:
+        if handle is not None:
+            handle.remove()
+    layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
+    return cache_bytes, layers, after
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A pass over so many tokens: what it gave, in how many operations, and the bytes that lived at once, without the cache,
+    up to the head and from there on."""
+
+    tokens: int
+    output: Any
+    operations: int
+    peaks: tuple[int, int]
+
+
+def _prompt(model: PreTrainedModel, watch: _Watch, tokens: int) -> _Prompt:
+    watch.end_phases()
+    before, operations = watch.live_bytes, watch.operations
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    peaks = []
-    for tokens in _PROMPTS:
-        watch.forget_peak()
-        prompt = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_only)
-        peaks.append(watch.forget_peak() / tokens)
-    square = max(0.0, (peaks[1] - peaks[0]) / (_PROMPTS[1] - _PROMPTS[0]))
-    linear = max(0.0, peaks[0] - square * _PROMPTS[0])
-    if not materializes_scores:  # the meta device has no fused kernel and shows what none would hold
-        square = 0.0
+    output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_only)
+    own = before + _cache_bytes(cache_of(output))
+    layers, *after = (max(0, peak - own) for peak in watch.end_phases())
+    return _Prompt(tokens, output, watch.operations - operations, (layers, max(after, default=0)))
+
+
+def _grown_bytes(model: PreTrainedModel, prompt: Any) -> int:
+    """Bytes that the cache behind a prompt grows by with a token."""
     cache = cache_of(prompt)
     held = _cache_bytes(cache)
     model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model.forward, cache))
-    grown = max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
-    return grown, math.ceil(linear), math.ceil(square)
+    return max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
 
 
 def _cache_bytes(cache: Any) -> int:
     layers = getattr(cache, "layers", None) or []
     held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@functools.cache
+def _has_fused_kernel(device_type: str, dtype: torch.dtype, width: int, value_width: int, masked: bool) -> bool:
+    """Whether attention with heads so wide runs in one kernel, which never holds all scores: by trying. Elsewhere than on a
+    CPU it is taken for granted."""
+    if device_type != "cpu":
+        return True
+    query, value = (torch.zeros(1, 1, 2, size, dtype=dtype, device="cpu") for size in (width, value_width))
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="cpu") if masked else None
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            warnings.simplefilter("ignore")  # torch says why there is none
+            functional.scaled_dot_product_attention(query, query, value, attn_mask=mask)
+    except RuntimeError:  # no kernel for these shapes
+        return False
+    return True
+
+
+class _Answers(TorchFunctionMode):
+    """What the meta device has no answer for: attention, with what the kernel of the device would hold, and whether a token is
+    in a prompt (GPT-2 looks for padding)."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type = device_type
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Everything else runs as it is."""
+        del types
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__contains__:
+            return False
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask")
+        query, key, value, mask = (args[index] if index < len(args) else kwargs.get(name) for index, name in enumerate(names))
+        if not _has_fused_kernel(self._device_type, query.dtype, query.shape[-1], value.shape[-1], mask is not None):
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
+        packed = [torch.empty_like(key), torch.empty_like(value)]  # bf16 kernels lay both out anew
+        if mask is not None and mask.dtype == torch.bool:
+            packed.append(mask.to(query.dtype))
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @contextmanager

@@ -100,14 +100,15 @@ def draw(
     entries: Mapping[str, TensorEntry],
     ties: Mapping[str, str],
     cut: Cut = Cut(),
+    device_type: str = "cpu",
 ) -> Sketch:
-    """Cut `model` (on the meta device) into units of its stored `entries`.
+    """Cut `model` (on the meta device) into units of its stored `entries`, to run on such a device.
 
     Raises MismatchedWeightsError where they are not this model's.
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
-    drawing = _Drawing(model, layout, weights, run_probe(model), cut)
+    drawing = _Drawing(model, layout, weights, run_probe(model, device_type), cut)
     drawing.add_towers()
     drawing.add_layers()
     drawing.add_head()

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.demand import Demand
 from rabbit_engine.sessions import Options
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text
-from rabbit_engine.sessions.room import Demand, Room
+from rabbit_engine.sessions.room import Room
 from rabbit_engine.sessions.text import TextFlow
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2+2?", "Who wrote Hamlet?")

@@ -7,13 +7,14 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
 
+from rabbit_engine.demand import Demand
 from rabbit_engine.errors import QueueFullError, SessionClosedError
-from rabbit_engine.sessions.room import Demand, Room
+from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Job:
     seed: int | None = None
     rider: Rider | None = field(default=None, repr=False)
     cancelled: bool = False
+    is_computed: bool = False
 
 
 class Engine:
@@ -180,7 +182,7 @@ class Engine:
         with self._changed:
             if not self._waiting or len(self._running) >= self._most or self._closed:
                 return None
-            demands = [job.demand for job in (*self._running, self._waiting[0])]
+            demands = [*(replace(job.demand, is_computed=job.is_computed) for job in self._running), self._waiting[0].demand]
             if self._running and not self._room.fits(demands):
                 return None
             self._running.append(self._waiting.popleft())
@@ -192,6 +194,8 @@ class Engine:
                 self._convoy.run_pass()
             except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: everybody's
                 self._convoy.stop(error)
+        for job in self._running:
+            job.is_computed = True  # its prompt: it takes the first pass
         self._settle()
 
     def _settle(self) -> None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from rabbit_engine.budget import reserved_bytes
-from rabbit_engine.plan import Plan
+from rabbit_engine.demand import Demand, most_prompt, need_bytes
 from rabbit_engine.probe import Probe
-from rabbit_engine.utils.platform import free_memory_bytes
 
 _KEPT_FREE = 0.1
 """Of what is free when a session begins: fragments, and whatever else runs."""
@@ -21,27 +17,17 @@ _USUAL_POSITIONS = 2**15
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """Tokens of a request: its prompt's, and as many as its answer may have."""
-
-    prompt: int
-    answer: int
-
-
-@dataclass(frozen=True, slots=True)
 class Room:
-    """`nbytes` for the caches of all texts under way and the activations of one prompt; `positions` of the model's own."""
+    """`nbytes` for the caches of all texts under way and the activations of those whose prompts a pass computes;
+    `positions` of the model's own."""
 
     nbytes: int
     probe: Probe
     positions: int | None = None
 
     def need(self, demands: Iterable[Demand]) -> int:
-        """Bytes: every cache grows to its end, while prompts are computed one at a time."""
-        demands = list(demands)
-        caches = sum(self.probe.cache_token_bytes * (demand.prompt + demand.answer) for demand in demands)
-        longest = max((demand.prompt for demand in demands), default=0)
-        return caches + reserved_bytes(self.probe, longest) - self.probe.cache_token_bytes * longest
+        """Bytes: every cache grows to its end, and a pass holds what lives of all its texts: they wait for the same weights."""
+        return sum(need_bytes(self.probe, demand) for demand in demands)
 
     def fits(self, demands: Iterable[Demand]) -> bool:
         """Whether all of them can be under way at a time."""
@@ -51,16 +37,9 @@ class Room:
     def most_tokens(self) -> int:
         """Tokens of prompt and answer that a single text may have."""
         most = self.positions if self.positions is not None else _USUAL_POSITIONS
-        if self.fits([Demand(most, 0)]):
-            return most
-        least, most = 0, most
-        while most - least > 1:
-            middle = (least + most) // 2
-            least, most = (middle, most) if self.fits([Demand(middle, 0)]) else (least, middle)
-        return least
+        return most_prompt(lambda tokens: self.fits([Demand(tokens, 0)]), most)
 
 
-def measure_room(plan: Plan, probe: Probe, device: torch.device, positions: int | None) -> Room:
-    """What is free now, less a margin; at least what the plan set aside for it."""
-    free = int(free_memory_bytes(device) * (1 - _KEPT_FREE))
-    return Room(max(plan.budget.reserved_bytes, free), probe, positions)
+def measure_room(free_bytes: int, probe: Probe, positions: int | None) -> Room:
+    """What is free now, less a margin."""
+    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions)

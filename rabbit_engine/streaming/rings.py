@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rabbit_engine.directio import CHUNK_BYTES, PAGE, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.directio import CHUNK_BYTES, HUGE_PAGE, PAGE, as_bytes, buffered_reason, claim_memory, read_pages
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.trace import Trace
 from rabbit_engine.streaming.unit import Extent, Unit
@@ -54,6 +54,11 @@ class Ring(Protocol):
     def view(self, start: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] of the ring."""
 
+    @property
+    def untouched_bytes(self) -> int:
+        """What was claimed, but takes no memory until it is first written."""
+        ...
+
     def close(self) -> None:
         """Let go of the memory once nothing uses it."""
 
@@ -80,6 +85,7 @@ class PlainRing:
         self._device = device
         self._memory = claim_memory(nbytes) if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._trace = trace
+        self._untouched = bytearray(b"\1") * (-(-nbytes // HUGE_PAGE) if device.type == "cpu" else 0)
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for _ in range(READERS):
             self._staging.put(claim_memory(STAGING_BYTES))
@@ -87,6 +93,7 @@ class PlainRing:
     def fill(self, chunk: Extent, start: int, after: Mark, name: str, lane: int) -> None:
         """Straight into the ring where the pages lie right, else through a staging buffer."""
         del after
+        self._touch(start + chunk.place, chunk.nbytes)
         if self._device.type == "cpu" and chunk.in_pages:
             place = start + chunk.place - chunk.offset % PAGE
             read_chunk(chunk, as_bytes(self._memory)[place:], self._trace, name, lane)
@@ -102,6 +109,7 @@ class PlainRing:
     def copy(self, source: torch.Tensor, start: int, after: Mark, name: str) -> None:
         """Copy, and wait for it."""
         del after
+        self._touch(start, source.nbytes)
         with self._trace.span("copy", name, source.nbytes):
             self._memory[start : start + source.nbytes].copy_(source)
 
@@ -124,8 +132,19 @@ class PlainRing:
         """The ring's own bytes."""
         return self._memory[start : start + nbytes]
 
+    def _touch(self, start: int, nbytes: int) -> None:
+        first, stop = start // HUGE_PAGE, -(-(start + nbytes) // HUGE_PAGE)
+        if self._untouched:
+            self._untouched[first:stop] = bytes(stop - first)
+
+    @property
+    def untouched_bytes(self) -> int:
+        """By huge pages, as the system gives them."""
+        return min(self._memory.nbytes, self._untouched.count(1) * HUGE_PAGE)
+
     def close(self) -> None:
         """Drop the memory."""
+        self._untouched = bytearray()
         while not self._staging.empty():
             self._staging.get()
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -204,6 +223,11 @@ class CudaRing:
     def view(self, start: int, nbytes: int) -> torch.Tensor:
         """The ring's own bytes."""
         return self._memory[start : start + nbytes]
+
+    @property
+    def untouched_bytes(self) -> int:
+        """A device's memory is taken when it is claimed."""
+        return 0
 
     def close(self) -> None:
         """Wait for the device, then drop the memory."""

@@ -60,9 +60,11 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can be claimed on `device` now; host memory also heeds the cgroup's limit."""
+    """Bytes that can be claimed on `device` now; host memory also heeds the cgroup's limit, and what torch keeps of a GPU's
+    for its next tensors counts as free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     limits = [limit for limit in (_cgroup_free_bytes(),) if limit is not None]
     return max(0, min([free, *limits]))

@@ -1,0 +1,134 @@
+"""What a text takes beside the weights is known before it is computed, and refused where it is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+
+from rabbit_engine import errors
+from rabbit_engine.admission import demand_of
+from rabbit_engine.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
+from rabbit_engine.directio import HUGE_PAGE, claim_memory
+from rabbit_engine.probe import Curve, Probe, fit_curve, run_probe
+from rabbit_engine.sessions.room import Room, measure_room
+from rabbit_engine.streaming import Trace, claim_ring
+
+PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
+
+
+def on_meta(family: str, **changes: Any) -> Any:
+    """A family's model without values."""
+    return families.build(family, **changes).to("meta")
+
+
+def test_a_curve_goes_through_both_prompts() -> None:
+    assert fit_curve((10, 10 * 7 + 100 * 3), (100, 100 * 7 + 10_000 * 3)) == Curve(0, 7, 3)
+    assert fit_curve((10, 500), (100, 1400)) == Curve(360, 14, 0)
+    assert fit_curve((16, 0), (64, 0)) == Curve()
+
+
+@pytest.mark.parametrize("vocabulary", [96, 50_000])
+def test_a_token_costs_the_same_whatever_the_vocabulary(vocabulary: int) -> None:
+    probe = run_probe(on_meta("llama", vocab_size=vocabulary))
+    assert probe.layers == run_probe(on_meta("llama")).layers
+    assert probe.vocabulary == vocabulary
+    # the widest moment of an MLP of 48 beside states of 32, in float32: residual, states, gate, its activation, up
+    assert 4 * (2 * 32 + 2 * 48) <= probe.layers.token <= 4 * (4 * 32 + 4 * 48)
+
+
+def test_scores_are_counted_where_the_kernel_holds_them() -> None:
+    heads, softmax = 4, 4 * 2  # float32 scores, and what the softmax makes of them
+    fused = run_probe(on_meta("llama", max_position_embeddings=2048))
+    eager = run_probe(on_meta("llama", max_position_embeddings=2048, attn_implementation="eager"))
+    latent = run_probe(on_meta("deepseek_v3", max_position_embeddings=2048))  # keys and values of two widths
+    assert fused.layers.square == 0
+    assert eager.layers.square >= heads * softmax
+    assert latent.layers.square >= heads * softmax
+
+
+def test_a_need_is_caches_at_their_longest_and_a_pass_over_the_prompt() -> None:
+    assert cache_bytes(PROBE, Demand(30, 10)) == 40 * 100
+    assert work_bytes(PROBE, Demand(30, 10)) == 10 + 30 * 1000 + 900 * 2 + 40 * 10
+    assert work_bytes(PROBE, Demand(30, 10, is_computed=True)) == 10 + 1000 + 2 + 400
+    assert work_bytes(PROBE, Demand(30, 10, chunk=1)) == 10 + 1000 + 2 + 400
+    assert work_bytes(PROBE, Demand(30, 10, padded=True)) - work_bytes(PROBE, Demand(30, 10)) == 4 * 900
+    assert need_bytes(PROBE, Demand(30, 10, sequences=3)) == 3 * need_bytes(PROBE, Demand(30, 10))
+
+
+def test_texts_whose_prompts_are_computed_leave_room_for_the_next() -> None:
+    one = need_bytes(PROBE, Demand(100, 10))
+    room = Room(2 * one, PROBE)
+    assert room.fits([Demand(100, 10)] * 2)
+    assert not room.fits([Demand(100, 10)] * 3)
+    assert room.fits([Demand(100, 10, is_computed=True)] * 8 + [Demand(100, 10)])
+
+
+def test_the_longest_prompt_that_fits_is_found() -> None:
+    assert most_prompt(lambda tokens: tokens <= 77, 1000) == 77
+    assert most_prompt(lambda tokens: tokens <= 77, 70) == 70
+    assert most_prompt(lambda _: False, 1000) == 0
+    assert measure_room(1000, PROBE, None).nbytes == 900
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "expected"),
+    [
+        ({"max_new_tokens": 5}, {}, Demand(9, 5, 2)),
+        ({"max_length": 30}, {}, Demand(9, 21, 2)),
+        ({}, {"max_new_tokens": 7}, Demand(9, 7, 2)),
+        ({}, {}, Demand(9, 11, 2)),
+        ({"num_beams": 3, "max_new_tokens": 1}, {"num_return_sequences": 2}, Demand(9, 1, 6)),
+        ({"max_new_tokens": 1, "prefill_chunk_size": 4}, {}, Demand(9, 1, 2, chunk=4)),
+        ({"max_new_tokens": 1, "attention_mask": torch.tensor([[1] * 9, [0] + [1] * 8])}, {}, Demand(9, 1, 2, padded=True)),
+    ],
+)
+def test_what_generate_is_asked_for_is_counted(given: dict[str, Any], config: dict[str, Any], expected: Demand) -> None:
+    assert demand_of(torch.ones(2, 9, dtype=torch.long), given, type("Config", (), config)()) == expected
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_computed(
+    checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(checkpoint("llama"))
+    probe = model._assembly.sketch.probe
+    free = need_bytes(probe, Demand(7, 4)) + KEPT_FREE_BYTES
+    monkeypatch.setattr(type(model._assembly), "free_bytes", lambda _: free)
+    with pytest.raises(errors.PromptTooLongError, match=r"a prompt of 7 tokens: .* max_seq_len=16, which"):
+        model.generate(ids, max_new_tokens=4)
+    assert model.profile.passes == 0
+    assert model.generate(ids[:, :7], max_new_tokens=4, do_sample=False).shape == (1, 11)
+
+
+def test_memory_that_a_ring_has_not_written_is_not_free() -> None:
+    ring = claim_ring(torch.device("cpu"), 4 * HUGE_PAGE, Trace())
+    try:
+        assert ring.untouched_bytes == 4 * HUGE_PAGE
+        ring.copy(torch.ones(10, dtype=torch.uint8), HUGE_PAGE - 5, None, "across two")
+        assert ring.untouched_bytes == 2 * HUGE_PAGE
+    finally:
+        ring.close()
+    assert ring.untouched_bytes == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_claimed_memory_takes_what_was_asked_for() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    nbytes, before = 2 * HUGE_PAGE + 4096, resident()
+    memory = claim_memory(nbytes).fill_(1)
+    assert resident() - before < nbytes + 2**18  # not the third huge page
+    del memory
+
+
+def test_a_head_that_stays_is_staged_within_the_plan(own_checkpoint: Any, streamed: Any) -> None:
+    """Its blocks may lie right where the whole does not; buffers for it are in the budget all the same."""
+    model = streamed(own_checkpoint("llama", vocab_size=1000), max_memory={"cpu": "10MB"})
+    plan = model.plan
+    staged = [chunk.read_bytes for unit in model._assembly.sketch.units.values() for chunk in unit.staged_chunks()]
+    assert plan.staging_bytes >= 6 * max(staged, default=0)
+    assert plan.device_bytes + plan.staging_bytes <= 10**7
