@@ -25,7 +25,8 @@ import transformers
 import uvicorn
 
 from rabbit_engine import Session, errors
-from rabbit_engine.server.app import MOST_BODY_BYTES, check_exposure, create_app
+from rabbit_engine.server.app import check_exposure, create_app
+from rabbit_engine.server.body import MOST_BODY_BYTES
 from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
 from rabbit_engine.sessions.embedding import Embedder, find_embedder
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.errors import SessionClosedError
 from rabbit_engine.server import wire as words
 from rabbit_engine.server.errors import RequestError, as_request_error
+from rabbit_engine.server.fields import unsupported
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
-from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
+from rabbit_engine.server.tools import ToolCall, may_be_call
 from rabbit_engine.server.wire import Wire
 from rabbit_engine.sessions import Embedder, Events, Piece, Reply, Request, Session
 
@@ -26,25 +28,41 @@ SILENCE_S = 10.0
 class Answering:
     """One model's answers."""
 
-    def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics) -> None:
+    def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics, ending: asyncio.Event) -> None:
         self._session, self._name, self._embedder, self._metrics = session, name, embedder, metrics
+        self._ending = ending
 
-    async def chat_requests(self, asked: ChatRequest) -> list[Request]:
+    # These three take their time, and are called beside the loop.
+
+    def chat_requests(self, asked: ChatRequest) -> list[Request]:
         """The prompt, as often as answers are asked for. Raises for what cannot be."""
         asked.refuse_unsupported()
-        options = {**asked.template(), **asked.options()}
-        request = await asyncio.to_thread(self._session.request, asked.conversation(), **options)
+        template = asked.template()
+        for name in ("reasoning_effort", "documents"):
+            if getattr(asked, name) and not self._session.template_reads(name):
+                raise unsupported(name, "the checkpoint's chat template does not read it")
+        request = self._session.request(asked.conversation(), **template, **asked.options())
         return _copies([request], asked.choices)
 
-    async def text_requests(self, asked: CompletionRequest) -> list[Request]:
+    def text_requests(self, asked: CompletionRequest) -> list[Request]:
         """The same for texts."""
         asked.refuse_unsupported()
         if len(asked.prompts) * asked.choices > self._session.most_requests:
             most = self._session.most_requests
             raise RequestError(400, f"more than {most} answers at a time are more than may wait", param="prompt")
+        special = asked.add_special_tokens is not False
         options = asked.options()
-        found = [await asyncio.to_thread(self._session.request_text, prompt, **options) for prompt in asked.prompts]
+        found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
         return _copies(found, asked.choices)
+
+    def embedding_prompts(self, asked: EmbeddingRequest) -> list[list[int]]:
+        """The token ids of texts. Raises where the model is none that embeds."""
+        if self._embedder is None:
+            raise RequestError(400, f"{self._name} does not embed: it has no files of sentence-transformers", param="model")
+        found = [self._session.encode(text) for text in asked.inputs]
+        for ids in found:
+            self._session.refuse_longer(ids)
+        return found
 
     def events(self, requests: Sequence[Request]) -> Events:
         """Ask for them now. Raises QueueFullError."""
@@ -55,7 +73,7 @@ class Answering:
         wire, replies = Wire("chat.completion", self._name, self._session.model.tokenizer), await self._replies(events, count)
         choices = []
         for index, reply in enumerate(replies):
-            text, calls = parse_calls(reply.text, asked.tool_names) if asked.tool_names else (reply.text, [])
+            text, calls = asked.read_calls(reply.text)
             choices.append(words.chat_choice(wire, index, reply, text, calls))
         return wire.body(choices, replies)
 
@@ -97,7 +115,7 @@ class Answering:
             index, event = chunk
             if isinstance(event, Reply):
                 replies.append(event)
-                text, calls = parse_calls(held[index], asked.tool_names) if held[index] else ("", [])
+                text, calls = asked.read_calls(held[index]) if held[index] else ("", [])
                 for delta in _last_deltas(text, calls):
                     yield words.chat_delta(wire, index, delta)
                 yield words.chat_delta(wire, index, {}, ended="tool_calls" if calls else words.reason(event))
@@ -137,11 +155,14 @@ class Answering:
     async def _alive(self, events: Events) -> AsyncIterator[str | tuple[int, Piece | Reply]]:
         """The events, a comment after every silence, and an error as the last event a client hears."""
         pending: asyncio.Task[tuple[int, Piece | Reply]] | None = None
+        ended = asyncio.ensure_future(self._ending.wait())
         try:
             while True:
                 pending = pending or asyncio.ensure_future(anext(events))
-                done, _ = await asyncio.wait([pending], timeout=SILENCE_S)
-                if not done:
+                await asyncio.wait([pending, ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done() and not pending.done():
+                    raise SessionClosedError("the server is shutting down")
+                if not pending.done():
                     yield words.KEEP_ALIVE
                     continue
                 index, event = pending.result()
@@ -154,20 +175,17 @@ class Answering:
         except Exception as error:  # noqa: BLE001 - the status is sent already
             yield words.event(as_request_error(error).body())
         finally:
+            ended.cancel()
             if pending is not None and not pending.done():
                 pending.cancel()
                 with suppress(asyncio.CancelledError, StopAsyncIteration):
                     await pending
             await events.aclose()
 
-    async def embed(self, asked: EmbeddingRequest) -> dict[str, Any]:
-        """Vectors of texts. Raises where the model is none that embeds."""
+    async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """Vectors of texts."""
         embedder, model = self._embedder, self._session.model
-        if embedder is None:
-            raise RequestError(400, f"{self._name} does not embed: it has no files of sentence-transformers", param="model")
-        prompts = [await asyncio.to_thread(self._session.encode, text) for text in asked.inputs]
-        for ids in prompts:
-            self._session.refuse_longer(ids)
+        assert embedder is not None  # noqa: S101 - `embedding_prompts` refuses
         futures = self._session.call([(partial(embedder.embed, model, ids), len(ids)) for ids in prompts])
         try:
             vectors = [await asyncio.wrap_future(future) for future in futures]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
@@ -23,18 +22,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rabbit_engine import __version__
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, SessionClosedError
 from rabbit_engine.server.answering import Answering
+from rabbit_engine.server.body import LARGE_BODY_BYTES, parse_object, read_body
 from rabbit_engine.server.errors import RequestError, as_request_error
 from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
 from rabbit_engine.server.wire import event
 from rabbit_engine.sessions import Events, Session, find_embedder
+from rabbit_engine.utils.heap import give_free_memory_back
 
 logger = logging.getLogger(__name__)
 
-MOST_BODY_BYTES = 4 * 2**20
+T = TypeVar("T")
+_LARGE = "rabbit_engine.large_body"
 _OPEN_PATHS = ("/", "/health")
 
 
@@ -85,6 +87,7 @@ def create_app(
     app.post("/v1/completions")(service.complete)
     app.post("/v1/embeddings")(service.embed)
     app.post("/load_model")(service.load)
+    app.state.end_answers = service.end_answers
     return app
 
 
@@ -107,7 +110,7 @@ class _Gate:
 
         try:
             self._service.admit(scope)
-            await self._app(scope, receive, sending)
+            await self._until_ending(self._app(scope, receive, sending), lambda: bool(status))
         except Exception as error:
             if status:
                 logger.exception("an answer broke off")
@@ -115,6 +118,23 @@ class _Gate:
                 await _answer_error(error)(scope, receive, sending)
         finally:
             self._service.count(scope, status)
+            if scope.get(_LARGE):
+                asyncio.get_running_loop().run_in_executor(None, give_free_memory_back)
+
+    async def _until_ending(self, work: Awaitable[None], answers: Callable[[], bool]) -> None:
+        """Do the work. When the server ends, what has no answer yet is given up: SessionClosedError; streams end themselves."""
+        task, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._service.ending.wait())
+        try:
+            await asyncio.wait([task, ended], return_when=asyncio.FIRST_COMPLETED)
+            if task.done() or answers():
+                await task
+            else:
+                raise SessionClosedError("the server is shutting down")
+        finally:
+            for pending in (task, ended):
+                pending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
 
 class _Service:
@@ -123,13 +143,20 @@ class _Service:
         self._created = int(time.time())
         self._metrics = Metrics(session)
         self._lanes = Lanes(session)
-        self._answering = Answering(session, name, find_embedder(session.model), self._metrics)
+        self.ending = asyncio.Event()
+        self._large = asyncio.Semaphore(1)
+        self._answering = Answering(session, name, find_embedder(session.model), self._metrics, self.ending)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """While it serves. At its end answers under way are cancelled; the session and the model stay the caller's."""
         yield
+        self.end_answers()
         self._lanes.stop()
+
+    def end_answers(self) -> None:
+        """The server ends: streams end with an error event, whole answers with 503. Called in the loop that serves."""
+        self.ending.set()
 
     def admit(self, scope: Scope) -> None:
         """Raise RequestError for who may not ask."""
@@ -200,8 +227,7 @@ class _Service:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        asked = await self._parse(ChatRequest, request)
-        requests = await self._answering.chat_requests(asked)
+        asked, requests = await self._take(request, ChatRequest, self._answering.chat_requests)
         events = self._answering.events(requests)
         if asked.stream:
             return _Stream(self._answering.chat_stream(asked, events, len(requests)), events)
@@ -209,8 +235,7 @@ class _Service:
 
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        asked = await self._parse(CompletionRequest, request)
-        requests = await self._answering.text_requests(asked)
+        asked, requests = await self._take(request, CompletionRequest, self._answering.text_requests)
         events = self._answering.events(requests)
         if asked.stream:
             return _Stream(self._answering.text_stream(asked, requests, events), events)
@@ -218,38 +243,29 @@ class _Service:
 
     async def embed(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
-        return await _whole(request, self._answering.embed(await self._parse(EmbeddingRequest, request)))
+        asked, prompts = await self._take(request, EmbeddingRequest, self._answering.embedding_prompts)
+        return await _whole(request, self._answering.embed(asked, prompts))
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which the client of transformers asks for first: it is loaded."""
-        self._check_model(str((await _read_json(request)).get("model", "")))
+        self._check_model(str(parse_object(await read_body(request)).get("model", "")))
         body = event({"status": "ready", "model": self._name, "cached": True})
         return Response(body, media_type="text/event-stream")
 
-    async def _parse(self, kind: type[Kind], request: Request) -> Kind:
-        asked = parse(kind, await _read_json(request))
-        self._check_model(asked.model)
-        return asked
+    async def _take(self, request: Request, kind: type[Kind], prepare: Callable[[Kind], T]) -> tuple[Kind, T]:
+        """What is asked, and what `prepare` makes of it: parsed, checked and tokenised beside the loop, large ones in turn."""
+        body = await read_body(request)
 
+        def work() -> tuple[Kind, T]:
+            asked = parse(kind, parse_object(body))
+            self._check_model(asked.model)
+            return asked, prepare(asked)
 
-async def _read_json(request: Request) -> dict[str, Any]:
-    """The body, of a bounded size. Another content type is refused: a page elsewhere could send it unasked."""
-    kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BODY_BYTES:
-            raise RequestError(413, f"the body is larger than {MOST_BODY_BYTES} bytes", code="request_too_large")
-    try:
-        found = json.loads(body)
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is no JSON: {error}", code="invalid_json") from error
-    if not isinstance(found, dict):
-        raise RequestError(400, "the body is no JSON object", code="invalid_json")
-    return found
+        if len(body) <= LARGE_BODY_BYTES:
+            return await asyncio.to_thread(work)
+        request.scope[_LARGE] = True
+        async with self._large:
+            return await asyncio.to_thread(work)
 
 
 class _Stream(StreamingResponse):

@@ -40,6 +40,8 @@ class RequestError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
+        if self.status in (408, 413):
+            headers["Connection"] = "close"  # the rest of the body is not wanted
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -55,10 +57,12 @@ def as_request_error(error: BaseException) -> RequestError:
         case QueueFullError():
             return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case PromptTooLongError():
-            return RequestError(400, str(error), code="context_length_exceeded", param="messages")
+            return RequestError(400, str(error), code="context_length_exceeded")
         case ConfigurationError():
             return RequestError(400, str(error))
-        case SessionClosedError() | ModelClosedError():
+        case ModelClosedError():
+            return RequestError(503, str(error), code="model_closed", retry_after_s=10)
+        case SessionClosedError():
             return RequestError(503, "the server is shutting down", code="shutting_down", retry_after_s=10)
         case RabbitError():
             return RequestError(500, str(error))

@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import math
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.app import check_exposure, create_app, is_loopback
 from rabbit_engine.sessions import Session
 
-_GRACE_S = 5
-"""Answers under way get so long to end when the server does."""
+_GRACE_S = 5.0
+"""Answers under way get so long to end when the server does; after a second signal, no time at all."""
+
+_LAST_WORDS_S = 2.0
+"""Then so long to send their last event, or their 503."""
+
+_IDLE_S = 30.0
+"""A connection without a request under way is closed after so long, or twice that; the head of one must come within it."""
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1, with connections closed on which no request comes, or one that never ends its head."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._seen: object = None
+        self._watch_timer = self.loop.call_later(_IDLE_S, self._watch)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch_timer.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._seen is self.cycle:  # it was so the last time, too
+            self.transport.close()
+            return
+        self._seen = self.cycle if idle else self
+        self._watch_timer = self.loop.call_later(_IDLE_S, self._watch)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, session: Session, on_ready: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, end_answers: Callable[[], None], on_ready: Callable[[str], None]) -> None:
         super().__init__(config)
-        self._session, self._on_ready = session, on_ready
+        self._end_answers, self._on_ready = end_answers, on_ready
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._signals += 1
+        self.force_exit = self._signals > 2
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more, let answers end for a while, and then end them: nobody is left without a word."""
+        ending = asyncio.ensure_future(self._end_after_grace())
+        try:
+            await super().shutdown(sockets=sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_after_grace(self) -> None:
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + _GRACE_S
+        while loop.time() < end_s and self._signals < 2:
+            await asyncio.sleep(0.05)
+        self._end_answers()
+        await asyncio.sleep(_LAST_WORDS_S)
+        self.force_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -37,12 +92,21 @@ def run(
     origins: Sequence[str] = (),
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. `on_ready` hears the address."""
+    """Serve until Ctrl-C or SIGTERM; a second one gives answers under way no more time. `on_ready` hears the address."""
     app = create_app(session, name, api_key=api_key, origins=origins, local=is_loopback(host))
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_GRACE_S, server_header=False, lifespan="on"
+        app,
+        host=host,
+        port=port,
+        http=_Protocol,
+        log_level="warning",
+        timeout_graceful_shutdown=math.ceil(_GRACE_S + _LAST_WORDS_S),
+        server_header=False,
+        lifespan="on",
     )
-    _Server(config, session, on_ready).run()
+    gc.collect()
+    gc.freeze()  # the model stays: collections that a large request sets off need not look at it
+    _Server(config, app.state.end_answers, on_ready).run()
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,27 +1,49 @@
 """Requests of OpenAI's interface, checked: what is known has its type and range, what would change the answer and cannot be
-done here is refused, what changes nothing is ignored."""
+done here is refused (`fields` is the table), what changes nothing is ignored."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar, cast
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.fields import check_fields, unsupported
+from rabbit_engine.server.tools import ToolCall, parse_calls
 from rabbit_engine.sessions import MOST_ALTERNATIVES, Options, read_messages
 
 MOST_CHOICES = 16
 MOST_INPUTS = 2048
 _MOST_STOPS = 16
+_MOST_TOKENS = 1024
+_MOST_CHARACTERS = 4096
+"""Of a stop text or a bad word."""
 
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS)]],
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop or []),
 ]
-Texts = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_texts(value: Any) -> Any:
+    """By the types of all items at once: a list of a million is not looked at one by one."""
+    items = value if isinstance(value, list) else [value]
+    kinds = set(map(type, items))
+    if kinds == {list}:
+        kinds = set(map(type, chain.from_iterable(items)))
+        good = kinds <= {int}
+    else:
+        good = kinds <= {str} or (kinds == {int} and isinstance(value, list))
+    if not good:
+        raise ValueError("a text, a list of token ids (whole numbers), or a list of either is needed")
+    return value
+
+
+Texts = Annotated[Any, PlainValidator(_check_texts)]
 """A text, or its token ids, or several of either."""
 
 Kind = TypeVar("Kind", bound="Asked")
@@ -31,6 +53,7 @@ class Asked(BaseModel):
     """What every request has: the model's name."""
 
     model_config = ConfigDict(extra="ignore")
+    path: ClassVar[str]
 
     model: str
 
@@ -42,14 +65,24 @@ class _Request(Asked):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
+    eta_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
     stop: Annotated[Stops, Field(max_length=_MOST_STOPS)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=_MOST_TOKENS)] | None = None
+    bad_words: Annotated[Stops, Field(max_length=_MOST_TOKENS)] = []
+    include_stop_str_in_output: bool | None = False
+    ignore_eos: bool | None = False
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    skip_special_tokens: bool | None = True
     generation_config: str | dict[str, Any] | None = None
 
     @property
@@ -78,15 +111,25 @@ class _Request(Asked):
             "max_new_tokens": self.most_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": self.top_k if self.top_k is not None and self.top_k > 0 else None,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
             "seed": self.seed,
-            "stop": tuple(self.stop),
+            "stop": self.stop or None,
+            "typical_p": self.typical_p,
+            "epsilon_cutoff": self.epsilon_cutoff,
+            "eta_cutoff": self.eta_cutoff,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+            "stop_token_ids": self.stop_token_ids,
+            "bad_words": self.bad_words or None,
+            "include_stop": self.include_stop_str_in_output or None,
+            "ignore_eos": self.ignore_eos,
+            "min_new_tokens": self.min_tokens,
+            "skip_special_tokens": self.skip_special_tokens,
             "logprobs": self.alternatives,
             "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty or 0.0,
-            "frequency_penalty": self.frequency_penalty or 0.0,
-            "logit_bias": self.logit_bias or {},
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
         }
         return {**_of_config(self.generation_config), **{name: value for name, value in own.items() if value is not None}}
 
@@ -99,14 +142,34 @@ def _of_config(config: str | dict[str, Any] | None) -> dict[str, Any]:
         raise RequestError(400, f"generation_config is no JSON: {error}", param="generation_config") from error
     if not isinstance(given, dict):
         raise RequestError(400, "generation_config is no JSON object", param="generation_config")
+    _refuse_of_config(given)
     if given.get("do_sample") is False:
-        given = {**given, "temperature": 0.0, "top_p": None, "top_k": None, "min_p": None}
-    elif given.get("do_sample") is None:  # its other fields are defaults that nobody chose
-        given = {"max_new_tokens": given.get("max_new_tokens"), "repetition_penalty": given.get("repetition_penalty")}
-    kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("max_new_tokens", "top_k"), int)
-    kinds |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))
-    found = {name: given[name] for name, kind in kinds.items() if isinstance(given.get(name), kind) and given[name] is not True}
-    return {name: value for name, value in found.items() if not (name == "top_k" and value == 0)}
+        given = {**given, "temperature": 0.0, **dict.fromkeys(_CONFIG_DRAWING)}
+    elif given.get("do_sample") is None:  # its fields of drawing are defaults that nobody chose
+        given = {**given, "temperature": None, **dict.fromkeys(_CONFIG_DRAWING)}
+    found = {name: given[name] for name in _CONFIG_WHOLE if isinstance(given.get(name), int)}
+    found |= {name: given[name] for name in _CONFIG_NUMBERS if isinstance(given.get(name), int | float)}
+    found = {name: value for name, value in found.items() if not isinstance(value, bool)}
+    if stops := given.get("stop_strings"):
+        found |= {"stop": stops, "include_stop": True}  # as in transformers' text
+    return found
+
+
+_CONFIG_DRAWING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_CONFIG_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size")
+_CONFIG_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
+_CONFIG_REFUSED = (
+    *("num_beams", "num_return_sequences", "num_beam_groups", "length_penalty", "encoder_repetition_penalty", "top_h"),
+    *("min_length", "guidance_scale", "renormalize_logits", "token_healing", "max_time", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "watermarking_config"),
+    *("exponential_decay_length_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "diversity_penalty"),
+)
+
+
+def _refuse_of_config(given: dict[str, Any]) -> None:
+    for name in _CONFIG_REFUSED:
+        if given.get(name) and given[name] != 1:  # 1 is one beam, and no penalty
+            raise unsupported(f"generation_config.{name}", "the server answers without it; fields of the request's own may do it")
 
 
 _RESERVED = {
@@ -128,14 +191,18 @@ _RESERVED = {
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
+    path = "/v1/chat/completions"
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
-    functions: Any = None
+    parallel_tool_calls: bool | None = True
+    continue_final_message: bool | None = False
+    add_generation_prompt: bool | None = None
+    reasoning_effort: str | None = None
+    documents: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
@@ -163,8 +230,23 @@ class ChatRequest(_Request):
         """What goes to the chat template beside the messages."""
         given = dict(self.chat_template_kwargs or {})
         if reserved := sorted(_RESERVED & set(given)):
-            raise _unsupported("chat_template_kwargs", f"{', '.join(reserved)} is not the client's to choose")
-        return {**given, "tools": self.offered_tools} if self.offered_tools else given
+            raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} is not the client's to choose")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise unsupported("add_generation_prompt", "a message that is continued has no beginning of another after it")
+        own = {
+            "tools": self.offered_tools,
+            "reasoning_effort": self.reasoning_effort,
+            "documents": self.documents,
+            "continue_final_message": self.continue_final_message,
+        }
+        if self.add_generation_prompt is not None:
+            given["add_generation_prompt"] = self.add_generation_prompt
+        return {**given, **{name: value for name, value in own.items() if value}}
+
+    def read_calls(self, text: str) -> tuple[str, list[ToolCall]]:
+        """The text without its tool calls, and these: one at most where the client takes no more."""
+        rest, calls = parse_calls(text, self.tool_names) if self.tool_names else (text, [])
+        return rest, calls[:1] if self.parallel_tool_calls is False else calls
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them: text instead of parts, arguments as objects."""
@@ -175,24 +257,18 @@ class ChatRequest(_Request):
 
     def refuse_unsupported(self) -> None:
         """Raise for what would change the answer and cannot be done."""
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise _unsupported(
-                "response_format", f"{kind!r} would need constrained decoding, which is not here: ask for JSON in words"
-            )
-        if self.functions:
-            raise _unsupported("functions", "use tools")
         if self.tool_choice not in (None, "none", "auto"):
-            raise _unsupported("tool_choice", 'only "none" and "auto" are possible: nothing forces a model to call')
+            raise unsupported("tool_choice", 'only "none" and "auto" are possible: nothing forces a model to call')
 
 
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
+    path = "/v1/completions"
     prompt: Texts
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     echo: bool | None = False
-    suffix: str | None = None
+    add_special_tokens: bool | None = True
     best_of: int | None = None
 
     @property
@@ -207,17 +283,16 @@ class CompletionRequest(_Request):
 
     def refuse_unsupported(self) -> None:
         """Raise for what would change the answer and cannot be done."""
-        if self.suffix:
-            raise _unsupported("suffix", "text is continued at its end only")
         if self.best_of is not None and self.best_of != self.choices:
-            raise _unsupported("best_of", "use n")
+            raise unsupported("best_of", "use n")
         if self.echo and self.logprobs is not None:
-            raise _unsupported("logprobs", "with echo the prompt's would be needed, which are not computed")
+            raise unsupported("logprobs", "with echo the prompt's would be needed, which are not computed")
 
 
 class EmbeddingRequest(Asked):
     """`POST /v1/embeddings`."""
 
+    path = "/v1/embeddings"
     input: Texts
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
@@ -231,8 +306,10 @@ class EmbeddingRequest(Asked):
         return found
 
 
-def parse(kind: type[Kind], body: Any) -> Kind:
-    """The request in a JSON value. Raises RequestError that names the field."""
+def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:
+    """The request in a JSON object. Raises RequestError that names the field."""
+    others = {name: other.path for other in (ChatRequest, CompletionRequest, EmbeddingRequest) for name in other.model_fields}
+    check_fields(body, kind.model_fields, others)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -241,14 +318,9 @@ def parse(kind: type[Kind], body: Any) -> Kind:
         raise RequestError(400, f"{where or 'the body'}: {first['msg']}", param=where or None) from error
 
 
-def _each(texts: Texts, param: str) -> list[str | list[int]]:
+def _each(texts: Any, param: str) -> list[str | list[int]]:
     if isinstance(texts, str):
         return [texts]
     if not texts:
         raise RequestError(400, f"there is no {param}", param=param)
-    whole = cast("list[Any]", texts)
-    return [whole] if isinstance(whole[0], int) else whole
-
-
-def _unsupported(param: str, why: str) -> RequestError:
-    return RequestError(400, f"{param} is not supported: {why}", param=param, code="unsupported_parameter")
+    return [texts] if isinstance(texts[0], int) else texts

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import queue
+import re
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -32,6 +34,16 @@ Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
 Chat = str | Message | Sequence[Any]
 """A user's words, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
+
+
+_TEMPLATE_KNOWN = frozenset({"tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"})
+_TEMPLATE_OWN = frozenset(
+    {"conversation", "messages", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"tokenizer_kwargs", "processor_kwargs", "return_assistant_tokens_mask"}
+)
+"""Keywords of `apply_chat_template`."""
+
+_MOST_TOLD = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,7 @@ class Session:
         model._assembly.streamer.require_open()
         self.model = model
         self._overflow = overflow
+        self._told: set[str] = set()
         probe = model._assembly.sketch.probe
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
@@ -202,16 +215,18 @@ class Session:
     def request(self, messages: Chat, /, **options: Any) -> Request:
         """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
         chosen, template = self._split(options)
+        self._check_template(template)
         conversation = read_messages(messages)
         prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
         return Request(prompt, chosen)
 
-    def request_text(self, text: str | Sequence[int], **options: Any) -> Request:
-        """The tokens of a text that is to be continued."""
+    def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: Any) -> Request:
+        """The tokens of a text that is to be continued, with those that the tokenizer puts around it."""
         chosen, unknown = self._split(options)
         if unknown:
             raise ConfigurationError(f"{', '.join(unknown)}: no such option; there are {', '.join(NAMES)}")
-        return Request(fit_text(self.encode(text), self._limits, chosen.max_new_tokens, self._overflow), chosen)
+        ids = self._encoder.encode_text(text, special=special_tokens)
+        return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
         """Token ids of a text. Raises ConfigurationError where it has none, or ids that the model does not know."""
@@ -301,6 +316,24 @@ class Session:
             if wrong is not None:
                 raise ConfigurationError(f"{name} names token id {wrong}, the vocabulary has {self._vocabulary}")
         return found, {name: value for name, value in options.items() if name not in NAMES}
+
+    def _check_template(self, given: Mapping[str, Any]) -> None:
+        """Raise ConfigurationError for what the chat template is not to be given, or an option that is misspelt; tell once of
+        what the template does not read."""
+        for name in given:
+            if name in _TEMPLATE_OWN:
+                raise ConfigurationError(f"{name} is the session's to decide: it makes token ids of the whole conversation")
+            if name in _TEMPLATE_KNOWN or self.template_reads(name):
+                continue
+            if nearest := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.8):
+                raise ConfigurationError(f"{name}: no such option; did you mean {nearest[0]}?")
+            if name not in self._told and len(self._told) < _MOST_TOLD:
+                self._told.add(name)
+                logger.warning("%.60s is no option, and the chat template does not read it: it changes nothing", name)
+
+    def template_reads(self, name: str) -> bool:
+        """Whether the chat template has a variable of this name."""
+        return re.search(rf"\b{re.escape(name)}\b", str(getattr(self.model.tokenizer, "chat_template", ""))) is not None
 
     def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
         return [self.request_text(text, **options) for text in _each(prompts)]

@@ -1,0 +1,75 @@
+"""Bodies of requests: read with a bound on their size and time, and refused before they are costly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+from fastapi import Request
+
+from rabbit_engine.server.errors import RequestError
+
+MOST_BODY_BYTES = 4 * 2**20
+MOST_VALUES = 2**17
+"""Of a body, whose parsing holds the interpreter's lock: so many take about 30 ms."""
+
+LARGE_BODY_BYTES = 64 * 2**10
+"""Bodies above that are taken one at a time."""
+
+BODY_S = 60.0
+"""A client has so long to send all of its body."""
+
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, of a bounded size. Another content type is refused: a page elsewhere could send it unasked."""
+    kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > MOST_BODY_BYTES:
+        raise _too_large()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError as error:
+        raise RequestError(408, f"the body did not come within {BODY_S:g} s", code="request_timeout") from error
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises RequestError."""
+    values = _count_values(body)
+    if values > MOST_VALUES:
+        raise RequestError(400, f"the body has {values} values, more than {MOST_VALUES}: send fewer", code="request_too_large")
+    try:
+        found = json.loads(body.decode("utf-8-sig"))
+        if _HALF_PAIR.search(body):
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if not isinstance(found, dict):
+        raise RequestError(400, "the body is no JSON object", code="invalid_json")
+    return found
+
+
+def _count_values(body: bytes) -> int:
+    """Of lists and objects, at most; texts are looked into only where their commas could be too many values."""
+    count = _count_marks(body)
+    return count if count <= MOST_VALUES else _count_marks(_STRINGS.sub(b"", body))
+
+
+def _count_marks(body: bytes) -> int:
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
+
+
+def _too_large() -> RequestError:
+    return RequestError(413, f"the body is larger than {MOST_BODY_BYTES} bytes", code="request_too_large")

@@ -1,0 +1,186 @@
+"""What becomes of a request's fields: the one table of all that clients of OpenAI's, vLLM's and llama.cpp's servers send.
+
+A field is honoured (the request's model in `schema` has it), refused because the answer would be another one without a word,
+or ignored because it changes no answer. One that nobody knows is refused where it looks like a misspelt one, and else logged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from rabbit_engine.server.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+_OFF: tuple[Any, ...] = (None, "", [], {}, False)
+"""Values with which a field that is refused asks for nothing."""
+
+_CONSTRAINED = "it would need constrained decoding, which is not here: ask for the form in words"
+_BEAMS = "there is no beam search in the server"
+_ONE_SAMPLER = "this sampler is not here: there are temperature, top_p, top_k, min_p and typical_p"
+_ONE_MODEL = "the server has the model that it was started with"
+_PROMPT_LOGPROBS = "log probabilities of the prompt are not computed"
+_TEMPLATE = "the checkpoint's own is used"
+
+REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
+    {
+        # name: why, and values beside those of _OFF with which it asks for nothing
+        "response_format": (_CONSTRAINED, ({"type": "text"},)),
+        "structured_outputs": (_CONSTRAINED, ()),
+        "guided_json": (_CONSTRAINED, ()),
+        "guided_regex": (_CONSTRAINED, ()),
+        "guided_choice": (_CONSTRAINED, ()),
+        "guided_grammar": (_CONSTRAINED, ()),
+        "guided_json_object": (_CONSTRAINED, ()),
+        "guided_decoding_backend": (_CONSTRAINED, ()),
+        "guided_whitespace_pattern": (_CONSTRAINED, ()),
+        "structural_tag": (_CONSTRAINED, ()),
+        "grammar": (_CONSTRAINED, ()),
+        "json_schema": (_CONSTRAINED, ()),
+        "format": (_CONSTRAINED, ()),
+        "regex": (_CONSTRAINED, ()),
+        "allowed_token_ids": (_CONSTRAINED, ()),
+        "functions": ("use tools", ()),
+        "function_call": ("use tools and tool_choice", ("none", "auto")),
+        "suffix": ("text is continued at its end only", ()),
+        "audio": ("answers are text", ()),
+        "modalities": ("answers are text", (["text"],)),
+        "web_search_options": ("the server looks nothing up", ()),
+        "verbosity": ("ask for it in words", ()),
+        "reasoning": ("use reasoning_effort, or chat_template_kwargs", ()),
+        "thinking": ("use chat_template_kwargs", ()),
+        "enable_thinking": ('use chat_template_kwargs: {"enable_thinking": ...}', ()),
+        "include_reasoning": ("what a model thinks is a part of its text", (True,)),
+        "truncation": ("start the server with --overflow truncate", ("disabled",)),
+        "truncate_prompt_tokens": ("start the server with --overflow truncate", ()),
+        "prompt_logprobs": (_PROMPT_LOGPROBS, ()),
+        "return_token_ids": ("answers are text; logprobs name the tokens", ()),
+        "return_tokens_as_token_ids": ("answers are text; logprobs name the tokens", ()),
+        "detokenize": ("answers are text", (True,)),
+        "spaces_between_special_tokens": ("special tokens are written as the tokenizer does", (True,)),
+        "logits_processors": ("clients bring no code", ()),
+        "logit_processors": ("clients bring no code", ()),
+        "chat_template": (_TEMPLATE, ()),
+        "mm_processor_kwargs": ("only text can be read", ()),
+        "files": ("only text can be read", ()),
+        "images": ("only text can be read", ()),
+        "image_data": ("only text can be read", ()),
+        "multi_modal_data": ("only text can be read", ()),
+        "lora": (_ONE_MODEL, ()),
+        "adapter_id": (_ONE_MODEL, ()),
+        "use_beam_search": (_BEAMS, ()),
+        "num_beams": (_BEAMS, (1,)),
+        "beam_width": (_BEAMS, (1,)),
+        "length_penalty": (_BEAMS, (1,)),
+        "early_stopping": (_BEAMS, ()),
+        "do_sample": ("use temperature: 0 is greedy", ()),
+        "max_new_tokens": ("use max_tokens", ()),
+        "max_length": ("use max_tokens", ()),
+        "max_output_tokens": ("use max_tokens", ()),
+        "n_predict": ("use max_tokens", (-1,)),
+        "num_predict": ("use max_tokens", (-1,)),
+        "n_probs": ("use logprobs", (0,)),
+        "n_keep": ("start the server with --overflow truncate", (0, -1)),
+        "num_ctx": ("start the server with --max-seq-len", ()),
+        "stop_strings": ("use stop", ()),
+        "stop_sequences": ("use stop", ()),
+        "min_new_tokens": ("use min_tokens", (0,)),
+        "min_length": ("use min_tokens", (0,)),
+        "bad_words_ids": ("use bad_words, or logit_bias", ()),
+        "repeat_penalty": ("use repetition_penalty", (1,)),
+        "repeat_last_n": ("repetition_penalty looks at the whole text", (0, -1, 64)),
+        "penalize_nl": ("use logit_bias", ()),
+        "no_repeat_ngram": ("use no_repeat_ngram_size", (0,)),
+        "typical": ("use typical_p", (1,)),
+        "top_a": (_ONE_SAMPLER, (0,)),
+        "top_n_sigma": (_ONE_SAMPLER, (0, -1)),
+        "tfs_z": (_ONE_SAMPLER, (1,)),
+        "mirostat": (_ONE_SAMPLER, (0,)),
+        "mirostat_tau": (_ONE_SAMPLER, (5,)),
+        "mirostat_eta": (_ONE_SAMPLER, (0.1,)),
+        "dynatemp_range": (_ONE_SAMPLER, (0,)),
+        "dynatemp_exponent": (_ONE_SAMPLER, (1,)),
+        "xtc_probability": (_ONE_SAMPLER, (0,)),
+        "xtc_threshold": (_ONE_SAMPLER, (0.1,)),
+        "dry_multiplier": (_ONE_SAMPLER, (0,)),
+        "dry_base": (_ONE_SAMPLER, (1.75,)),
+        "dry_allowed_length": (_ONE_SAMPLER, (2,)),
+        "dry_penalty_last_n": (_ONE_SAMPLER, (0, -1)),
+        "dry_sequence_breakers": (_ONE_SAMPLER, (["\n", ":", '"', "*"],)),
+        "smoothing_factor": (_ONE_SAMPLER, (0,)),
+        "samplers": (_ONE_SAMPLER, ()),
+        "min_keep": (_ONE_SAMPLER, (0, 1)),
+        "guidance_scale": (_ONE_SAMPLER, (1,)),
+        "watermark": ("answers are not marked", ()),
+        "t_max_predict_ms": ("use max_tokens", (0,)),
+        "input_type": ("put the prompt of the checkpoint before the text", ()),
+        "task": ("put the prompt of the checkpoint before the text", ()),
+        "instruction": ("put it before the text", ()),
+        "prompt_name": ("put the prompt of the checkpoint before the text", ()),
+        "normalize": ("the checkpoint says whether vectors are normalised", ()),
+        "embed_dtype": ("vectors are float32", ("float32",)),
+        "output_dtype": ("vectors are float32", ("float", "float32")),
+    }
+)
+
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("prediction", "cache_prompt", "cache_salt", "id_slot", "slot_id", "priority", "request_id", "session_id"),
+        *("models", "route", "provider", "transforms", "plugins", "timings_per_token", "return_progress", "post_sampling_probs"),
+        *("keep_alive", "api_key", "timeout", "extra_headers", "kv_transfer_params", "vllm_xargs", "return_hidden_states"),
+        *("return_full_text", "details", "decoder_input_details", "chat_id", "title", "background_tasks", "features"),
+    }
+)
+"""They change no answer: who asks, what is kept of it, and how fast it comes."""
+
+_MOST_TOLD = 100
+_MOST_UNKNOWN = 32
+_told: set[str] = set()
+
+
+def check_fields(body: Mapping[str, Any], own: Collection[str], others: Mapping[str, str]) -> None:
+    """Raise RequestError for a field that would change the answer and is not honoured; log one that nobody knows once.
+
+    `own` are the fields that this kind of request has, `others` those of other kinds and where these are asked.
+    """
+    unknown = [name for name in body if name not in own and name not in IGNORED and name not in REFUSED and name not in others]
+    if len(unknown) > _MOST_UNKNOWN:
+        raise RequestError(400, f"the request has {len(unknown)} fields that nothing here knows", param=unknown[0][:60])
+    for name, value in body.items():
+        if name in own or name in IGNORED:
+            continue
+        if name in REFUSED:
+            why, neutral = REFUSED[name]
+            if not any(value == known and type(value) is type(known) for known in _OFF) and value not in neutral:
+                raise unsupported(name, why)
+        elif name in others:
+            if value not in _OFF:
+                raise unsupported(name, f"it is a field of {others[name]}")
+        elif value is not None:
+            _meet_unknown(name, [*own, *REFUSED, *others])
+
+
+def unsupported(name: str, why: str) -> RequestError:
+    """The answer to a field that cannot be honoured."""
+    return RequestError(400, f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
+
+
+def _meet_unknown(name: str, known: list[str]) -> None:
+    squashed = {_squash(other): other for other in known if other != "model"}
+    shown, near = name[:60], difflib.get_close_matches(_squash(name), squashed, n=1, cutoff=0.8)
+    if near:
+        told = f"{shown!r} is no field of this request: did you mean {squashed[near[0]]!r}?"
+        raise RequestError(400, told, param=shown, code="unknown_parameter")
+    if shown not in _told and len(_told) < _MOST_TOLD:
+        _told.add(shown)
+        nearest = squashed[difflib.get_close_matches(_squash(name), squashed, n=1, cutoff=0.0)[0]]
+        logger.warning("a request has the field %r, which nothing here knows; the nearest known one is %r", shown, nearest)
+
+
+def _squash(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())[:60]

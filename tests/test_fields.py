@@ -1,0 +1,184 @@
+"""Fields of requests: those that change an answer are honoured or refused by name, none is dropped without a word."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talking
+from fastapi.testclient import TestClient
+
+from rabbit_engine import AutoModel, Session
+from rabbit_engine.server import fields
+from rabbit_engine.server.app import create_app
+from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+
+TALK = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xy"}]
+DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = talking.save(tmp_path_factory.mktemp("talking"))
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def client(model: Any) -> Iterator[TestClient]:
+    with Session(model) as session, TestClient(create_app(session, "mine"), base_url="http://localhost") as client:
+        yield client
+
+
+def chat(client: TestClient, **more: Any) -> Any:
+    body = {"model": "mine", "messages": TALK, "max_tokens": 6, "temperature": 0, **more}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def text_of(answer: Any) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.fixture(scope="module")
+def plain(client: TestClient) -> str:
+    return text_of(chat(client))
+
+
+def test_a_final_message_is_continued(client: TestClient, model: Any) -> None:
+    ids = model.tokenizer.apply_chat_template(TALK, continue_final_message=True, return_tensors="pt", return_dict=True)
+    expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    found = chat(client, continue_final_message=True, add_generation_prompt=False)
+    assert text_of(found) == text_of(chat(client, continue_final_message=True)) == model.tokenizer.decode(expected)
+    assert found.json()["usage"]["prompt_tokens"] == ids["input_ids"].shape[1]
+    assert chat(client, continue_final_message=True, add_generation_prompt=True).status_code == 400
+
+
+def test_stop_tokens_bad_words_and_the_rest_change_the_answer(client: TestClient, plain: str, model: Any) -> None:
+    token = ord(plain[1]) - 31
+    assert text_of(chat(client, stop_token_ids=[token])) == plain[:1]
+    assert text_of(chat(client, stop_token_ids=[token], include_stop_str_in_output=True)) == plain[:2]
+    assert text_of(chat(client, stop=plain[1], include_stop_str_in_output=True)) == plain[:2]
+    assert plain[0] not in text_of(chat(client, bad_words=[plain[0]]))
+    end = {str(talking.END): 100}
+    assert chat(client, logit_bias=end).json()["usage"]["completion_tokens"] == 1
+    assert chat(client, logit_bias=end, min_tokens=3).json()["usage"]["completion_tokens"] == 4
+    assert chat(client, logit_bias=end, ignore_eos=True).json()["usage"]["completion_tokens"] == 6
+    assert text_of(chat(client, logit_bias=end, skip_special_tokens=False)) == "</s>"
+    assert len(set(text_of(chat(client, no_repeat_ngram_size=1)))) == 6
+    drawn = {"temperature": 3.0, "seed": 1, "max_tokens": 12}
+    assert text_of(chat(client, **drawn)) != text_of(chat(client, **drawn, typical_p=0.2))
+    assert text_of(chat(client, **drawn)) != text_of(chat(client, **drawn, epsilon_cutoff=0.1))
+
+
+def test_fields_of_a_generation_config_do_so_too(client: TestClient, plain: str) -> None:
+    config = {"do_sample": False, "max_new_tokens": 6, "stop_strings": plain[1], "num_beams": 1, "eos_token_id": 5}
+    body = {"model": "mine", "messages": TALK}
+    found = client.post("/v1/chat/completions", json={**body, "generation_config": json.dumps(config)})
+    assert text_of(found) == plain[:2]
+    refused = client.post("/v1/chat/completions", json={**body, "generation_config": {"num_beams": 4}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "generation_config.num_beams")
+
+
+WANTED: dict[str, Any] = {
+    "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "detokenize": None,
+    "spaces_between_special_tokens": None,
+    "include_reasoning": None,
+    "truncation": "auto",
+    "function_call": {"name": "f"},
+}
+
+
+@pytest.mark.parametrize("name", fields.REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name_and_reason(client: TestClient, plain: str, name: str) -> None:
+    why, neutral = fields.REFUSED[name]
+    wanted = WANTED.get(name, 7)
+    if wanted is not None:
+        error = chat(client, **{name: wanted})
+        assert error.status_code == 400
+        assert error.json()["error"]["param"] == name
+        assert why in error.json()["error"]["message"]
+    for value in (None, *neutral[:1]):
+        fields.check_fields({name: value}, (), {})
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("max_completion_token", "max_completion_tokens"),
+        ("maxTokens", "max_tokens"),
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("top-p", "top_p"),
+        ("topK", "top_k"),
+        ("stops", "stop"),
+        ("streaming", "stream"),
+        ("repitition_penalty", "repetition_penalty"),
+        ("frequence_penalty", "frequency_penalty"),
+        ("tool_choices", "tool_choice"),
+        ("responseFormat", "response_format"),
+        ("guided_jsn", "guided_json"),
+        ("logit_biases", "logit_bias"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(client: TestClient, misspelt: str, meant: str) -> None:
+    error = chat(client, **{misspelt: 1})
+    assert error.status_code == 400
+    assert error.json()["error"]["param"] == misspelt
+    assert f"did you mean '{meant}'" in error.json()["error"]["message"]
+
+
+def test_a_field_of_another_kind_of_request_is_refused(client: TestClient) -> None:
+    assert "/v1/completions" in chat(client, prompt="abc").json()["error"]["message"]
+    asked = {"model": "mine", "prompt": "abc", "max_tokens": 1}
+    assert client.post("/v1/completions", json={**asked, "top_logprobs": 2}).json()["error"]["param"] == "top_logprobs"
+    assert client.post("/v1/completions", json={**asked, "tools": []}).status_code == 200
+    inputs = {"model": "mine", "input": "abc"}
+    assert client.post("/v1/embeddings", json={**inputs, "temprature": 1}).json()["error"]["param"] == "temprature"
+
+
+def test_an_unknown_field_is_logged_once_with_the_nearest_and_answered(client: TestClient, plain: str, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, logger="rabbit_engine.server.fields"):
+        assert text_of(chat(client, qwertz=1)) == text_of(chat(client, qwertz=2)) == plain
+    assert caplog.text.count("'qwertz'") == 1
+    assert "nearest known one" in caplog.text
+
+
+def test_unknown_fields_without_end_are_refused_not_compared(client: TestClient) -> None:
+    error = chat(client, **{f"x{index}": 1 for index in range(5_000)})
+    assert error.status_code == 400
+    assert "5000 fields" in error.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_ignored(client: TestClient, plain: str) -> None:
+    assert text_of(chat(client, **dict.fromkeys(fields.IGNORED, "x"))) == plain
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused_or_told(client: TestClient, plain: str, caplog: Any) -> None:
+    assert chat(client, reasoning_effort="high").json()["error"]["param"] == "reasoning_effort"
+    assert chat(client, chat_template_kwargs={"temprature": 1}).status_code == 400
+    assert text_of(chat(client, chat_template_kwargs={"enable_thinking": False})) == plain
+    assert "enable_thinking" in caplog.text
+
+
+def test_special_tokens_of_a_completion_can_be_left_out(client: TestClient, model: Any, monkeypatch: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    monkeypatch.setattr(model.tokenizer._tokenizer, "post_processor", TemplateProcessing("<s> $A", None, [("<s>", talking.BOS)]))
+    asked = {"model": "mine", "prompt": "abc", "max_tokens": 1}
+    for special, tokens in ((True, 4), (False, 3)):
+        found = client.post("/v1/completions", json={**asked, "add_special_tokens": special}).json()
+        assert found["usage"]["prompt_tokens"] == tokens
+
+
+def test_the_page_names_every_field() -> None:
+    page = DOCS.read_text("utf-8")
+    honoured = {name for kind in (ChatRequest, CompletionRequest, EmbeddingRequest) for name in kind.model_fields}
+    missing = {name for name in (*honoured, *fields.REFUSED, *fields.IGNORED) if f"`{name}`" not in page}
+    assert not missing
