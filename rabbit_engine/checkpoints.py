@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 import xxhash
 
-from rabbit_engine.directio import disk_errors, open_unchanged, unreadable
+from rabbit_engine.directio import disk_errors, is_file, open_unchanged, unreadable
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -133,7 +133,7 @@ def only_gguf(names: Iterable[str]) -> str | None:
 def check_present(folder: Path, files: WeightFiles) -> None:
     """Raise MissingFileError for a file that the index names and the folder lacks."""
     for name in files.names:
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise MissingFileError(f"{folder / name} is not there, {files.index or 'the checkpoint'} names it: download it again")
 
 
@@ -158,7 +158,7 @@ def file_row(folder: Path, name: str, kind: Format, commit: str | None) -> dict[
 def changed_files(folder: Path, source: Mapping[str, Any]) -> list[str]:
     """Names of the files of `folder` that differ from the fingerprint `source`; files that are gone count as unchanged."""
     rows = {row["name"]: row for row in source["files"]}
-    present = [name for name in rows if (folder / name).is_file()]
+    present = [name for name in rows if is_file(folder / name)]
     return [name for name in present if file_row(folder, name, source["format"], source["commit"]) != rows[name]]
 
 

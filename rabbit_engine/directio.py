@@ -109,6 +109,12 @@ def _ask(path: Path) -> str | None:
     return None
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file. Raises UnreadableFileError where this user may not even know."""
+    with disk_errors(path):
+        return path.is_file()
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """What the system says of `path`, as an error of ours that names it: UnreadableFileError or MissingFileError."""

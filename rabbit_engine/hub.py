@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from rabbit_engine.config import SourceConfig
-from rabbit_engine.directio import disk_errors
+from rabbit_engine.directio import disk_errors, is_file
 from rabbit_engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -146,7 +146,7 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
 
     Raises NotEnoughDiskError, GatedCheckpointError, HubUnreachableError or CheckpointNotFoundError.
     """
-    if repo.commit is None or all((repo.folder / name).is_file() for name in names):
+    if repo.commit is None or all(is_file(repo.folder / name) for name in names):
         return
     if _offline(source):
         raise weights_not_cached(repo)

@@ -39,7 +39,7 @@ def file_name(value: Any) -> str:
     if posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts):
         raise OutsideError(f"{shown(value)} leads outside of the folder")
     sizes = [len(part.encode(errors="replace")) for part in posix.parts]
-    if not sizes or max(sizes) > _NAME_BYTES or not value.isprintable():
+    if not sizes or max(sizes) > _NAME_BYTES or sum(sizes) > 4 * _NAME_BYTES or not value.isprintable():
         raise ValueError(f"{shown(value)} is not a file name")
     return value
 

@@ -38,6 +38,7 @@ from rabbit_engine.checkpoints import (
     require_one_gguf,
 )
 from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.directio import is_file
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -420,7 +421,7 @@ def _open(request: Request, files: WeightFiles, journal: Journal | None) -> tupl
 def _originals(request: Request, manifest: Manifest) -> list[Path]:
     """The originals that are there and that shards were made from."""
     paths = (request.repo.folder / name for name in manifest.source["used"])
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if is_file(path)]
 
 
 def _delete_all(request: Request, manifest: Manifest) -> Manifest:

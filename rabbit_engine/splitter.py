@@ -27,6 +27,7 @@ from rabbit_engine.architectures import (
     find_layout,
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
+from rabbit_engine.directio import is_file
 from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
@@ -171,7 +172,7 @@ class Split:
     def _require_originals(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
         """Raise DamagedShardError for a shard that is damaged or gone after an original it was made from was deleted."""
         for plan in plans:
-            gone = next((file for file in sorted(plan.files) if not (self.originals / file).is_file()), None)
+            gone = next((file for file in sorted(plan.files) if not is_file(self.originals / file)), None)
             if plan.name not in finished and gone is not None:
                 raise DamagedShardError(
                     f"{self._path(plan)} is damaged or gone, and so is {gone}, which it was made from: "
