@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from rabbit_engine import AutoModel, Session
+from rabbit_engine.cli import main
 
 PROMPT = "abcabc"
 
@@ -104,6 +105,18 @@ def test_stop_strings_end_it_where_they_do_in_transformers(saying: Saying, answe
     with AutoModel.from_pretrained(folder, device="cpu") as model:  # no tokenizer= is needed
         ids = torch.tensor([model.tokenizer(PROMPT)["input_ids"]])
         assert model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("fields", [{"stop_strings": "stop"}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_rabbit_run_writes_what_transformers_says(saying: Saying, answer: list[int], fields: dict[str, Any], capsys: Any) -> None:
+    if "stop_strings" in fields:
+        fields = {"stop_strings": chr(31 + answer[2])}
+    folder = saying(**fields)
+    expected = by_transformers(folder, max_new_tokens=8, do_sample=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(folder), PROMPT, "--no-chat", "--max-new-tokens", "8", "--device", "cpu"])
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out == "".join(chr(31 + token) for token in expected) + "\n"
 
 
 def test_max_length_bounds_prompt_and_answer(saying: Saying) -> None:

@@ -32,6 +32,17 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
     return {"do_sample": bool(given) or seed is not None, **given}
 
 
+def write_answer(model: Any, inputs: Any, **keywords: Any) -> None:
+    """Generate, and write the text as it comes; where the checkpoint asks for beams or several texts, the best one at the end."""
+    config = model.generation_config
+    if all(getattr(config, name, None) in (None, 1) for name in ("num_beams", "num_return_sequences")):
+        streamer = engine.transformers.TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.generate(**inputs, streamer=streamer, **keywords)
+        return
+    found = model.generate(**inputs, **keywords, return_dict_in_generate=False)
+    typer.echo(model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
 def run(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
@@ -73,6 +84,4 @@ def run(
         inputs = encode(streamed, text, chat)
         if seed is not None:
             engine.torch.manual_seed(seed)
-        streamer = engine.transformers.TextStreamer(streamed.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        chosen = sampling(temperature, top_p, top_k, seed)
-        streamed.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **chosen)
+        write_answer(streamed, inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p, top_k, seed))
