@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
 from rabbit_engine.admission import refuse_what_cannot_fit
-from rabbit_engine.architectures import capped_length, explain_failures, keeps_tuples, refuse_past
+from rabbit_engine.architectures import capped_length, explain_failures, keeps_tuples, refuse_past, require_generation_config
 from rabbit_engine.assembly import Assembly, assemble
 from rabbit_engine.attention import choose_attention
 from rabbit_engine.config import (
@@ -36,6 +36,7 @@ from rabbit_engine.errors import (
     CannotPickleError,
     CannotResizeError,
     CannotSaveError,
+    DamagedCheckpointError,
     MissingExtraError,
     RabbitError,
     TokenizerNotFoundError,
@@ -46,6 +47,7 @@ from rabbit_engine.prepare import Prepared, prepare
 from rabbit_engine.splitter import build_for
 from rabbit_engine.streaming import ExpertsAway, PassProgress, Placeholder, Profile, Streamer, adapts_routed, move
 from rabbit_engine.tokenization import build_tokenizer
+from rabbit_engine.trial import require_pass
 from rabbit_engine.units import format_bytes, format_rate
 
 logger = logging.getLogger(__name__)
@@ -436,6 +438,7 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
+    _require_pass(model, prepared)
     refuse_past(model, prepared.architecture)
     explain_failures(model)
     weakref.finalize(model, model._assembly.streamer.abandon)
@@ -444,6 +447,14 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model
+
+
+def _require_pass(model: Any, prepared: Prepared) -> None:
+    try:
+        require_pass(prepared.architecture, prepared.dtype, model._assembly.sketch.probe)
+    except BaseException:
+        model.close()
+        raise
 
 
 def _tell_head_dim(config: Any, prepared: Prepared) -> None:
@@ -463,12 +474,21 @@ def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) 
         **({"gguf_file": prepared.gguf_file} if prepared.gguf_file else {}),
     }
     if model.can_generate() and prepared.gguf_file is None:
+        _read_generation_config(model, folder, source)
+        _end_at(model.generation_config, prepared.architecture.chat_ends)
+
+
+def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:
+    """That of the folder. Raises DamagedCheckpointError."""
+    require_generation_config(Path(folder))
+    try:
         model.adjust_generation_fn(
             None, None, None, folder,
             cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
             subfolder="", trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
-        _end_at(model.generation_config, prepared.architecture.chat_ends)
+    except Exception as error:  # the code of a config class meets any value
+        raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
 
 
 def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:

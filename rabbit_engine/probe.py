@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rabbit_engine.errors import first_line
 from rabbit_engine.utils.caches import cache_argument, cache_of
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Probe:
     `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
     module takes for a token. `layers` is what the results of a pass take up to the head, `head` what they take from there
     on, logits of `vocabulary` tokens included, where the head computes the last position alone if the model lets it.
+    `failure` is what a model without values objected to.
     """
 
     alone: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ class Probe:
     vocabulary: int = 0
     outside: frozenset[str] = frozenset()
     routed: Mapping[str, int] = field(default_factory=dict)
+    failure: str = ""
 
     def activation_bytes(self, tokens: int) -> int:
         """What lives at once, beside the cache, in a pass over a prompt of so many tokens."""
@@ -147,7 +150,7 @@ def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
             costs = _run(model, watch)
     except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
-        return Probe()
+        return Probe(failure=f"{type(error).__name__}: {first_line(error)}")
     alone = tuple(name for name in watch.ran if name not in watch.reached)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or 0)
     return Probe(alone, *costs, vocabulary, frozenset(watch.reached), watch.routed)

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-_SEARCH_S = 2.0
-_KEPT = ("model_type", "architectures", "dtype", "transformers_version")
+_SEARCH_S = 3.0
+_MOST = 3
+_KEPT = ("model_type", "architectures", "transformers_version")
 
 
 def blame_for_config(raw: Mapping[str, Any]) -> str:
     """What a message about a config.json that makes no config may add: the key at fault; empty where none is found."""
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:
         return ""
-    return _blame(raw, lambda rest: CONFIG_MAPPING[raw["model_type"]].from_dict(rest))
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    return _blame(raw, lambda rest: repr(kind.from_dict(rest).get_text_config(decoder=True)))
 
 
 def blame_for_model(config: PretrainedConfig, attempt: Callable[[PretrainedConfig], Any]) -> str:
     """The same for a config that `attempt`, such as building its model, fails with."""
     try:
-        raw = config.to_diff_dict()
-    except Exception:  # noqa: BLE001 - a config class's own code, over values it did not expect
+        raw = json.loads((Path(config.name_or_path or "") / "config.json").read_text("utf-8"))
+        default = CONFIG_MAPPING[raw["model_type"]]().to_dict()
+        said = {key: value for key, value in raw.items() if key in _KEPT or key not in default or default[key] != value}
+    except Exception:  # noqa: BLE001 - no such file, or a config class's own code
         return ""
-    return _blame(raw, lambda rest: attempt(type(config).from_dict(rest)))
+    return _blame(said, lambda rest: attempt(CONFIG_MAPPING[raw["model_type"]].from_dict(rest)))
 
 
 def _blame(raw: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> str:
     end = time.monotonic() + _SEARCH_S
+    if _works(attempt, dict(raw)):
+        return ""  # then it fails for another reason than its keys
+    found = []
     for path, value, rest in _without_each(raw):
         if time.monotonic() > end:
             break
-        with suppress(Exception):  # the attempt is foreign code that failed once already
-            attempt(rest)
-            return f"; at fault is {'.'.join(path)}={_shown(value)}"
-    return ""
+        if _works(attempt, rest):
+            found.append(f"{'.'.join(path)}={_shown(value)}")
+    return f"; at fault is {' or '.join(found[:_MOST])}" if found else ""
+
+
+def _works(attempt: Callable[[dict[str, Any]], Any], raw: dict[str, Any]) -> bool:
+    try:
+        attempt(raw)
+    except Exception:  # noqa: BLE001 - foreign code that failed once already
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:

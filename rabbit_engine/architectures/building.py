@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -24,7 +25,9 @@ def build_skeleton(
     package, and what transformers raises for an attention implementation that the class does not have.
     """
     try:
-        return _construct(cls, config, dtype, attn_implementation)
+        skeleton = construct(cls, config, dtype, attn_implementation)
+        _require_decoder(skeleton)
+        return skeleton
     except (MemoryError, RabbitError):
         raise
     except Exception as error:  # the code of any class meets any value
@@ -33,9 +36,18 @@ def build_skeleton(
         raise _unbuildable(cls, config, dtype, error) from error
 
 
-def _construct(
+def _require_decoder(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder and "encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedArchitectureError(
+            f"{config_path(model.config)} says is_encoder_decoder={model.config.is_encoder_decoder!r}, and "
+            f"{type(model).__name__} is a decoder alone: take the key out"
+        )
+
+
+def construct(
     cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
+    """The model on the meta device. Raises whatever the class does."""
     config = config_for(cls, copy.deepcopy(config))
     keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"), init.meta_device_safe_creation_ops():
@@ -44,7 +56,7 @@ def _construct(
 
 def _builds(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> bool:
     try:
-        _construct(cls, config, dtype)
+        construct(cls, config, dtype)
     except Exception:  # noqa: BLE001 - as above
         return False
     return True
@@ -55,7 +67,7 @@ def _unbuildable(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: to
         return misfit(written_for(config), "while its model was built", error)
     if isinstance(error, ImportError):
         return MissingExtraError(f"{cls.__name__} needs a package that is not installed ({first_line(error)})")
-    blamed = blame_for_model(config, lambda other: _construct(cls, other, dtype))
+    blamed = blame_for_model(config, lambda other: construct(cls, other, dtype))
     return UnsupportedArchitectureError(
         f"{config_path(config)} makes no {cls.__name__}: {type(error).__name__}: {first_line(error)}{blamed}"
     )

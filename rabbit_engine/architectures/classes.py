@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _DEQUANTIZED = ("fp8", "mxfp4")
 """Formats that transformers dequantises without a GPU, a weight at a time: DeepSeek-V3's and GPT-OSS's."""
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
 
 def find_architecture(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Architecture:
     """What the checkpoint in `folder` is: a family that is converted, else a class of transformers, else one of its own code.
@@ -76,7 +78,18 @@ def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, trust_remo
         raise _import_failed(folder, raw, gguf_file, error) from error
     except Exception as error:  # the code of any config class meets any value
         raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf_file, error, trust_remote_code)) from error
+    _require_default_weights(config, folder)
     return config  # type: ignore[no-any-return]
+
+
+def _require_default_weights(config: PretrainedConfig, folder: Path) -> None:
+    """Refuse weight files under names of the config's own: those of the usual names would be read in their place."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and named not in _WEIGHTS:
+        raise UnsupportedArchitectureError(
+            f"{folder}/config.json says transformers_weights={named!r}, and weights are read from {' or '.join(_WEIGHTS)} here: "
+            "rename them, and take the key out"
+        )
 
 
 def _import_failed(folder: Path, raw: RawConfig, gguf_file: str | None, error: ImportError) -> Exception:

@@ -21,16 +21,16 @@ from rabbit_engine.errors import (
     first_line,
 )
 
-_COUNT = re.compile(r"(^|_)(layers?|depth|blocks|experts)$")
+_COUNT = re.compile(r"(^|_)(layers?|depth|blocks|experts|labels)$")
 _MOST = 10_000
-"""Layers or experts: ten times what any model has, and still listed in a moment."""
+"""Layers, experts or labels: ten times what any model has, and still listed in a moment."""
 
 
 def read_config(folder: Path) -> RawConfig:
     """config.json as it is written.
 
     Raises CheckpointNotFoundError where there is none, DamagedCheckpointError where it is no JSON object, and
-    UnsupportedArchitectureError for a number of layers or experts that no model has.
+    UnsupportedArchitectureError for a number of layers, experts or labels that no model has.
     """
     path = folder / "config.json"
     if not path.is_file():

@@ -9,7 +9,7 @@ import typer
 
 from rabbit_engine.cli import engine, options
 from rabbit_engine.cli.loading import loaded
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, first_line
 
 
 def encode(model: Any, prompt: str, chat: bool | None) -> Any:
@@ -20,7 +20,10 @@ def encode(model: Any, prompt: str, chat: bool | None) -> Any:
     if template is None or chat is False:
         return model.tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]
-    return model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except Exception as error:  # a template is anybody's code
+        raise ConfigurationError(f"the model's chat template fails ({first_line(error)}): give --no-chat") from error
 
 
 def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
