@@ -65,17 +65,27 @@ DeleteOriginal = Callable[[Path], None]
 
 @contextmanager
 def only_one_process(folder: Path) -> Iterator[None]:
-    """Hold the lock of a shards folder; it is freed when its process ends, however it ends."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    """Hold the lock of a shards folder; it is freed when its process ends, however it ends. Raises ShardsNotWritableError."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if path.is_symlink():
+        raise ShardsNotWritableError(f"{path} is a link to {path.resolve()}, and nothing is written through it: delete the link")
+    lock = FileLock(path)
+    try:
+        _acquire(lock, folder)
+    except OSError as error:
+        raise ShardsNotWritableError(f"{path} cannot be locked ({error.strerror or error}): give another saving path") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
         logger.warning("another process is splitting into %s: waiting for it", folder)
         lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(slots=True)

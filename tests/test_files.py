@@ -351,6 +351,15 @@ def test_a_linked_folder_of_shards_is_not_written_through(own_checkpoint: Any, t
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
 
 
+def test_a_link_in_the_locks_place_is_not_written_through(own_checkpoint: Any, precious: Path) -> None:
+    folder = own_checkpoint("llama")
+    (folder / "rabbit_shards").mkdir()
+    (folder / "rabbit_shards" / ".float32.lock").symlink_to(precious / "precious.txt")
+    with pytest.raises(errors.ShardsNotWritableError, match=r"\.float32\.lock is a link to .*precious\.txt"):
+        split(folder)
+    assert untouched(precious)
+
+
 def test_a_link_in_a_scratch_files_place_is_not_written_through(own_checkpoint: Any, precious: Path) -> None:
     folder = own_checkpoint("llama")
     shards = folder / "rabbit_shards" / "float32"
