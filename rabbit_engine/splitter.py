@@ -28,7 +28,11 @@ from rabbit_engine.architectures import (
 )
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
 from rabbit_engine.directio import is_file
-from rabbit_engine.errors import DamagedShardError, MismatchedWeightsError
+from rabbit_engine.errors import (
+    DamagedShardError,
+    MismatchedWeightsError,
+    ShardsNotWritableError,
+)
 from rabbit_engine.hub import require_room
 from rabbit_engine.shards import (
     JOURNAL_NAME,
