@@ -44,7 +44,7 @@ from rabbit_engine.streaming import (
     unpin,
 )
 from rabbit_engine.tensorfiles import TensorEntry
-from rabbit_engine.utils.malloc import give_back_large
+from rabbit_engine.utils.heap import give_large_blocks_back
 from rabbit_engine.utils.platform import free_memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,10 @@ class Assembly:
 def plan_for(sketch: Sketch, stream: StreamConfig) -> Plan:
     """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is claimed."""
     entries = list(sketch.weights.entries.values())
-    speeds = stream.speeds or speeds_for(entries, stream.device)
-    plan = place(sketch.sizes, str(stream.device), budget_for(sketch, stream), speeds, read_notes(sketch, stream.device))
+    budget = budget_for(sketch, stream)
+    on_cpu = stream.device.type == "cpu"
+    speeds = stream.speeds or speeds_for(entries, stream.device, budget.device_bytes if on_cpu else None)
+    plan = place(sketch.sizes, str(stream.device), budget, speeds, read_notes(sketch, stream.device))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *whole_experts_notes(sketch))) if moves else plan
 
@@ -95,7 +97,7 @@ def assemble(
 
     Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
     """
-    give_back_large()
+    give_large_blocks_back()
     sketch = draw(model, entries, ties, CUT, stream.device.type)
     plan = plan_for(sketch, stream)
     trace = Trace(on=stream.profiling_mode, device=stream.device)

@@ -36,6 +36,7 @@ _HOST_SHARE = 1 / 8
 """Of host memory beside a device: it is pinned, and what is pinned cannot be swapped out for anybody."""
 
 _SAMPLE_CHUNKS = 24
+_SMALLEST_SAMPLE = 2**20
 _ASSUMED_LINK = 12e9
 
 
@@ -114,16 +115,17 @@ def whole_experts_notes(sketch: Sketch) -> list[str]:
     return [f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in sketch.whole_experts.items()]
 
 
-def speeds_for(entries: Sequence[TensorEntry], device: torch.device) -> Speeds:
-    """The links' rates, measured in a fraction of a second where there is enough to read, else assumed."""
+def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes: int | None = None) -> Speeds:
+    """The links' rates, measured in a fraction of a second and in `most_bytes` of host memory where there is enough to read,
+    else assumed."""
     link = 0.0 if device.type == "cpu" else measure_link(device)
-    disk = measure_disk(entries)
+    disk = measure_disk(entries, most_bytes)
     return Speeds(link=link) if disk is None else Speeds(disk=disk, link=link, source="measured")
 
 
-def measure_disk(entries: Sequence[TensorEntry]) -> float | None:
+def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) -> float | None:
     """Bytes a second of direct reads, as many at once as the readers have, from the largest file, the better
-    of two samples; None for small ones."""
+    of two samples; None for small ones, or where `most_bytes` hold no read that a disk is fast with."""
     sizes: Counter[Path] = Counter()
     for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share theirs
         if place.path.is_file():
@@ -132,23 +134,25 @@ def measure_disk(entries: Sequence[TensorEntry]) -> float | None:
         return None
     path, nbytes = sizes.most_common(1)[0]
     count = min(_SAMPLE_CHUNKS, nbytes // CHUNK_BYTES)
-    if count < READERS:
+    read_bytes = CHUNK_BYTES if most_bytes is None else min(CHUNK_BYTES, aligned_down(most_bytes // READERS) - 2 * PAGE)
+    if count < READERS or read_bytes < _SMALLEST_SAMPLE:
         return None
     step = aligned_down(nbytes // count)
-    read = direct_reads([Extent(path, index * step, CHUNK_BYTES, 0) for index in range(count)])
+    read = direct_reads([Extent(path, index * step, read_bytes, 0) for index in range(count)])
     best = 0.0
     for _ in range(2):  # the first wakes a disk that sleeps
         start = time.perf_counter()
         read()
-        best = max(best, count * CHUNK_BYTES / (time.perf_counter() - start))
+        best = max(best, count * read_bytes / (time.perf_counter() - start))
     return best
 
 
 def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
     """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    buffer_bytes = max(chunk.nbytes for chunk in chunks) + 2 * PAGE
     for _ in range(READERS):
-        buffers.put(as_bytes(claim_memory(CHUNK_BYTES + 2 * PAGE).fill_(1)))  # touched: faults are not the disk's
+        buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
     direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
 
     def read(chunk: Extent) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.probe import Probe
 from rabbit_engine.units import format_bytes
-from rabbit_engine.utils.malloc import give_back_free
+from rabbit_engine.utils.heap import give_free_memory_back
 
 _SAMPLING_BYTES = 40
 """A token of the vocabulary, while the next one is chosen: logits in float32, sorted, with their places, summed, masked."""
@@ -67,7 +67,7 @@ def refuse_beyond(probe: Probe, demand: Demand, find_free_bytes: Callable[[], in
     need = need_bytes(probe, demand) + KEPT_FREE_BYTES
     free = find_free_bytes()
     if need > free:
-        give_back_free()
+        give_free_memory_back()
         free = find_free_bytes()
     if need <= free:
         return

@@ -16,8 +16,14 @@ from rabbit_engine.directio import HUGE_PAGE, claim_memory
 from rabbit_engine.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
 from rabbit_engine.streaming import Trace, claim_ring
+from rabbit_engine.utils import heap
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def on_meta(family: str, **changes: Any) -> Any:
@@ -116,9 +122,6 @@ def test_memory_that_a_ring_has_not_written_is_not_free() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_claimed_memory_takes_what_was_asked_for() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
     nbytes, before = 2 * HUGE_PAGE + 4096, resident()
     memory = claim_memory(nbytes).fill_(1)
     assert resident() - before < nbytes + 2**18  # not the third huge page
@@ -132,3 +135,16 @@ def test_a_head_that_stays_is_staged_within_the_plan(own_checkpoint: Any, stream
     staged = [chunk.read_bytes for unit in model._assembly.sketch.units.values() for chunk in unit.staged_chunks()]
     assert plan.staging_bytes >= 6 * max(staged, default=0)
     assert plan.device_bytes + plan.staging_bytes <= 10**7
+
+
+@pytest.mark.skipif(not heap._glibc(), reason="glibc's own")
+def test_freed_tensors_are_given_back() -> None:
+    if not heap.give_large_blocks_back():
+        pytest.skip("the environment settles it")
+    before = resident()
+    kept, freed = [], []
+    for _ in range(40):  # in turns, as caches and activations come: what is kept lies between what is freed
+        freed.append(torch.ones(2**19, dtype=torch.uint8))
+        kept.append(torch.ones(2**10, dtype=torch.uint8))
+    freed.clear()
+    assert resident() - before < 4 * 2**20

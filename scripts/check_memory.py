@@ -1,0 +1,213 @@
+"""Whether memory holds: prompts and sessions within memory cgroups, and random plans within their budgets (Linux).
+
+    python scripts/check_memory.py limits [--runs 60]   needs root: each run has a cgroup of its own
+    python scripts/check_memory.py plans [--runs 100]
+
+`limits` gives no max_memory, so that the library judges what is free. A run ends well, or is refused by name; one that the
+kernel kills fails the check. `plans` loads random models in random budgets and compares what resident memory grew by, up to
+the end of a generation, with the budget and what a prompt was said to take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+LIMITS_GB = (0.6, 0.8, 1.0, 1.4, 2.0)
+PROMPTS = (16, 256, 1000, 2048)
+MODES = ("generate", "session", "padded")
+_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+_MARGIN_BYTES = 8 * 10**6
+"""Of a plan: small blocks of the heap, Python's objects for units and views."""
+
+
+def main() -> int:
+    """Run a part, print its figures; 0 where everything held."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["limits", "plans", "child"])
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--runs", type=int)
+    options = parser.parse_args()
+    if options.part == "child":
+        return run_child(Path(options.rest[0]), int(options.rest[1]), options.rest[2])
+    check = check_limits if options.part == "limits" else check_plans
+    with tempfile.TemporaryDirectory(prefix="check-memory-") as folder:
+        return check(Path(folder), options.runs or (60 if options.part == "limits" else 100))
+
+
+def check_limits(folder: Path, runs: int) -> int:
+    """Every limit with every prompt in every mode, in a fixed shuffled order."""
+    cases = list(itertools.product(LIMITS_GB, PROMPTS, MODES))
+    random.Random(0).shuffle(cases)
+    write_model(folder, vocab_size=128_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=25)
+    outcomes: Counter[str] = Counter()
+    for limit, tokens, mode in cases[:runs]:
+        outcome, peak = run_limited(int(limit * 1e9), folder, tokens, mode)
+        outcomes[outcome.partition(":")[0]] += 1
+        print(f"{limit} GB, {mode}, {tokens} tokens: {outcome}, peak {peak / 1e6:.0f} MB", flush=True)
+    print(f"{sum(outcomes.values())} runs: {dict(outcomes)}; killed: {outcomes['killed']}")
+    return int(outcomes["killed"] + outcomes["failed"] > 0)
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit_bytes: int) -> Iterator[tuple[Path, Path]]:
+    """A cgroup with a limit, and the file that tells its peak. Exits where the system has none to give."""
+    v1 = (_V1 / "memory.limit_in_bytes").exists()
+    group = (_V1 if v1 else _V2) / f"check-memory-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit_bytes))
+    except OSError as error:
+        raise SystemExit(f"no memory cgroup can be made here ({error}): run it as root on Linux") from error
+    try:
+        yield group, group / ("memory.max_usage_in_bytes" if v1 else "memory.peak")
+    finally:
+        group.rmdir()
+
+
+def run_limited(limit_bytes: int, folder: Path, tokens: int, mode: str) -> tuple[str, int]:
+    """What became of a child within the limit, and its peak in bytes."""
+    with memory_cgroup(limit_bytes) as (group, peak):
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+        command = [sys.executable, __file__, "child", str(folder), str(tokens), mode]
+        done = subprocess.run(["sh", "-c", enter, "sh", *command], capture_output=True, text=True, check=False)
+        told = done.stdout.strip().splitlines()
+        if done.returncode in (-9, 137):
+            return "killed", int(peak.read_text())
+        if done.returncode or not told:
+            return f"failed: {done.stderr.strip()[-300:]}", int(peak.read_text())
+        return told[-1], int(peak.read_text())
+
+
+def run_child(folder: Path, tokens: int, mode: str) -> int:
+    """One load and prompt in the budget that the library finds; tells "answered" or "refused: why"."""
+    import torch
+
+    from rabbit_engine import AutoModel, Session, errors
+
+    torch.set_num_threads(1)
+    try:
+        with AutoModel.from_pretrained(folder, device="cpu") as model:
+            if mode == "session":
+                model.tokenizer = NoTokenizer()
+                with Session(model, max_requests=8) as session:
+                    session.generate([[3 + index] * tokens for index in range(8)], max_new_tokens=2, temperature=0)
+            else:
+                ids = torch.randint(3, 100, (4 if mode == "padded" else 1, tokens))
+                mask = torch.ones_like(ids)
+                mask[1:, : tokens // 2] = 0
+                model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+            print("answered")
+    except (errors.PromptTooLongError, errors.BudgetError) as error:
+        print(f"refused: {error}")
+    return 0
+
+
+class NoTokenizer:
+    """For prompts that are token ids."""
+
+    pad_token_id, eos_token_id, padding_side, all_special_ids = 0, 2, "left", ()
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        """Nothing."""
+        return ""
+
+
+def write_model(folder: Path, **shape: int) -> None:
+    """A Llama in bf16, all of whose matrices repeat the same numbers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = shape["hidden_size"] // 64
+    config = LlamaConfig(
+        **shape, num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=4096,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    numbers = (torch.randn(2**20) * 0.02).to(torch.bfloat16)
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        count = tensor.numel()
+        return numbers.repeat(-(-count // len(numbers)))[:count].view(tensor.shape).clone()
+
+    save_file({name: fill(tensor) for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def check_plans(folder: Path, runs: int) -> int:
+    """Random models in random budgets; the first warms the process up and does not count."""
+    import torch
+
+    torch.set_num_threads(1)
+    chosen = random.Random(0)
+    over = []
+    for index in range(runs + 1):
+        shape = {
+            "vocab_size": chosen.choice([4000, 16_000, 64_000]),
+            "hidden_size": chosen.choice([256, 512, 1024]),
+            "intermediate_size": chosen.choice([1000, 1408, 2816]),
+            "num_hidden_layers": chosen.randint(2, 8),
+        }
+        own = folder / str(index)
+        own.mkdir()
+        write_model(own, **shape)
+        gc.collect()
+        beyond, text = run_plan(own, chosen)
+        shutil.rmtree(own)
+        if index:
+            over.append(beyond)
+            print(f"{index}: {shape}: {text}", flush=True)
+    beyond_margin = sum(nbytes > _MARGIN_BYTES for nbytes in over)
+    print(f"{runs} plans: peak over plan median {statistics.median(over) / 1e6:.1f} MB, worst {max(over) / 1e6:.1f} MB; ", end="")
+    print(f"{beyond_margin} beyond the margin of {_MARGIN_BYTES / 1e6:.0f} MB")
+    return int(beyond_margin > 0)
+
+
+def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
+    """By how many bytes the peak of loading and generating was over the budget and the need of the prompt."""
+    import torch
+
+    from rabbit_engine import AutoModel, errors
+    from rabbit_engine.demand import Demand, need_bytes
+
+    try:
+        AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": 1}).close()
+    except errors.BudgetError as error:
+        smallest = error.smallest_bytes
+    weights = (folder / "model.safetensors").stat().st_size
+    budget = int(smallest + chosen.random() * 1.2 * weights)
+    tokens = chosen.choice([16, 100, 500])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": budget}) as model:
+        model.generate(torch.randint(3, 100, (1, tokens)), max_new_tokens=3, do_sample=False)
+        need = need_bytes(model._assembly.sketch.probe, Demand(tokens, 3))
+    grown = _resident("VmHWM") - before
+    beyond = grown - budget - need
+    return beyond, f"budget {budget / 1e6:.1f} MB, prompt {need / 1e6:.1f}, grew by {grown / 1e6:.1f}: {beyond / 1e6:+.1f} MB"
+
+
+def _resident(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
