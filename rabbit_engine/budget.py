@@ -150,7 +150,7 @@ def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) 
 def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
     """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    buffer_bytes = max(chunk.nbytes for chunk in chunks) + 2 * PAGE
+    buffer_bytes = max((chunk.nbytes for chunk in chunks), default=0) + 2 * PAGE
     for _ in range(READERS):
         buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
     direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}

@@ -129,7 +129,7 @@ class NoTokenizer:
         return ""
 
 
-def write_model(folder: Path, **shape: int) -> None:
+def write_model(folder: Path, **shape: Any) -> None:
     """A Llama in bf16, all of whose matrices repeat the same numbers."""
     import torch
     from safetensors.torch import save_file
