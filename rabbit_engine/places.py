@@ -10,6 +10,8 @@ from rabbit_engine.errors import CheckpointNotFoundError
 
 def is_path(name: str) -> bool:
     """Whether it cannot be a repo id, `organisation/name` or `name`."""
+    if "://" in name:
+        return False
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/"))
 
 

@@ -11,12 +11,19 @@ from rabbit_engine.streaming import Span, busy_share
 _COLOURS = {"disk": "#2f6fab", "copy": "#d98b2b", "compute": "#3a9a5b", "wait": "#c0392b"}
 
 
-def plot_trace(spans: Sequence[Span], path: Path, title: str = "") -> None:
-    """Draw `spans` to `path` (the ending says the format). Raises MissingExtraError without matplotlib."""
+def require_matplotlib() -> None:
+    """Raises MissingExtraError: better before what is to be drawn is measured."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise missing_extra("a plot", "plot", error) from error
+
+
+def plot_trace(spans: Sequence[Span], path: Path, title: str = "") -> None:
+    """Draw `spans` to `path` (the ending says the format). Raises MissingExtraError without matplotlib."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     lanes = sorted({span.lane for span in spans}, key=lambda lane: (list(_COLOURS).index(lane.split()[0]), lane))
     origin = min((span.start_s for span in spans), default=0.0)
     figure = Figure(figsize=(14, 1 + 0.45 * len(lanes)), layout="constrained")

@@ -337,6 +337,8 @@ def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
     [
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
         {"top_p": 0},
         {"top_p": 1.5},
         {"top_k": -1},

@@ -23,6 +23,8 @@ def bench(
     json: Annotated[bool, typer.Option(help="Print the records as JSON lines behind the table.")] = False,
 ) -> None:
     """Time decoding beside plain direct reads of the same bytes, and tell which lane was busy for how much of the time."""
+    if plot is not None:
+        engine.plotting.require_matplotlib()
     output.note(f"loading {model} ...")
     records, spans, plan = engine.benchmark.link(
         model, rounds, tokens, max_memory=options.parse_memory(max_memory), device=device, dtype=dtype, split=split

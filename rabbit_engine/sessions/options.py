@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -74,6 +75,8 @@ class Options:
         object.__setattr__(self, "stop_token_ids", tuple(map(_token_id, self.stop_token_ids)))
         for name, least, most in _RANGES:
             value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Real):
+                raise ConfigurationError(f"{name}={value!r} is not a number: give one from {least:g} to {most:g}")
             if value is not None and not least <= value <= most:
                 raise ConfigurationError(f"{name}={value!r} is out of range: {least:g} to {most:g}")
         for name in ("top_p", "typical_p"):
