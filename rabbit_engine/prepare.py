@@ -333,8 +333,8 @@ def _make(request: Request, repair: bool) -> Manifest:
             return manifest
         journal = _usable_journal(request)
         files = _present_files(request, journal)
-        split = _open_split(request, files, journal)
         logger.info("converting %s once, into %s", request.repo.name, request.folder)
+        split = _open_split(request, files, journal)
         return split.run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -269,11 +271,14 @@ def _restore(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> 
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """transformers' own bar would start anew for every shard."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+    """transformers' own bar would start anew for every shard; that of its GGUF reader asks nobody."""
+    gguf_reader: Any = modeling_gguf_pytorch_utils
+    enabled, gguf_bar = transformers_logging.is_progress_bar_enabled(), getattr(gguf_reader, "tqdm", tqdm)
     transformers_logging.disable_progress_bar()
+    gguf_reader.tqdm = functools.partial(gguf_bar, disable=True)
     try:
         yield
     finally:
+        gguf_reader.tqdm = gguf_bar
         if enabled:
             transformers_logging.enable_progress_bar()

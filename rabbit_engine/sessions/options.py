@@ -75,7 +75,7 @@ class Options:
         object.__setattr__(self, "stop_token_ids", tuple(map(_token_id, self.stop_token_ids)))
         for name, least, most in _RANGES:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, numbers.Real):
+            if value is not None and not _is_number(value):
                 raise ConfigurationError(f"{name}={value!r} is not a number: give one from {least:g} to {most:g}")
             if value is not None and not least <= value <= most:
                 raise ConfigurationError(f"{name}={value!r} is out of range: {least:g} to {most:g}")
@@ -127,6 +127,11 @@ def _token_id(given: Any) -> int:
 
 _DRAWING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _SHAPING = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)
+
 
 _COLDEST = 1e-3
 """Logits that are divided by less overflow."""
