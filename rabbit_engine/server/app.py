@@ -308,7 +308,7 @@ async def _until_gone(request: Request) -> None:
 
 def _answer_error(error: Exception) -> Response:
     found = as_request_error(error)
-    if found.status >= 500:
+    if found.status >= 500 and found.status != 503:  # the end of a server or a model is no failure
         logger.error("a request failed: %s", error, exc_info=error)
     return found.response()
 
