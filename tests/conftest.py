@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rabbit_engine import AutoModel, errors
+from rabbit_engine import AutoModel, assembly, directio, errors
 from rabbit_engine.cli import main
 from rabbit_engine.demo import wheel_file
 
@@ -36,6 +36,13 @@ Loader = Callable[..., Any]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--record FILE`: write what test_matrix saw, for COMPATIBILITY.md."""
     parser.addoption("--record", type=Path, default=None, help="write the families' table to this JSON file")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The versions that ran, also where pytest is quiet."""
+    names = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "peft")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    terminalreporter.write_line(f"python {platform.python_version()}, {versions}")
 
 
 @pytest.fixture(scope="session")
@@ -95,14 +102,26 @@ def plain() -> Loader:
     return load
 
 
+_SMALLEST: dict[str, int] = {}
+
+
 def smallest(folder: Path, **keywords: Any) -> dict[int | str, int | str]:
-    """The smallest `max_memory` that works: everything that can be streamed is."""
+    """The smallest `max_memory` that works: everything that can be streamed is. Asked once for equal configs and files."""
     place: int | str = 0 if str(keywords.get("device", "cpu")).startswith("cuda") else "cpu"
-    try:
-        AutoModel.from_pretrained(folder, **{"device": "cpu", **keywords}, max_memory={place: 1}).close()
-    except errors.BudgetError as error:
-        return {place: error.smallest_bytes}
-    raise AssertionError("one byte was enough")
+    key = _what_the_smallest_depends_on(Path(folder), keywords)
+    if key not in _SMALLEST:
+        try:
+            AutoModel.from_pretrained(folder, **{"device": "cpu", **keywords}, max_memory={place: 1}).close()
+        except errors.BudgetError as error:
+            _SMALLEST[key] = error.smallest_bytes
+    return {place: _SMALLEST[key]}
+
+
+def _what_the_smallest_depends_on(folder: Path, keywords: dict[str, Any]) -> str:
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8") if config.is_file() else str(folder)
+    return repr((sorted(keywords.items()), files, text, assembly.CUT, directio._O_DIRECT))
 
 
 @pytest.fixture
