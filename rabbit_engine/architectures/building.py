@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from rabbit_engine.architectures.blame import blame_for_model
-from rabbit_engine.architectures.remote import is_remote, misfit, written_for
+from rabbit_engine.architectures.faults import mend_faults
+from rabbit_engine.architectures.remote import is_remote, misfit, rename_caches, written_for
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
 
 
@@ -51,7 +52,10 @@ def construct(
     config = config_for(cls, copy.deepcopy(config))
     keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"), init.meta_device_safe_creation_ops():
-        return cls._from_config(config, dtype=dtype, **keywords).eval()  # type: ignore[no-any-return]
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **keywords).eval()
+    mend_faults(model)
+    rename_caches(model)
+    return model
 
 
 def _builds(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> bool:
