@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import os
 import platform
 import sys
 import threading
@@ -56,6 +57,12 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         versions["python"] = platform.python_version()
         text = json.dumps({"date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions, "rows": rows}, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """The tests over SmolLM2 share a worker, and so one load of it: with `--dist loadgroup`."""
+    if "smollm_models" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("smollm"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -163,6 +170,13 @@ def smollm() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def smollm_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where SmolLM2 is split to, once for all workers: who comes second waits, and finds it done."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smollm_shards"
+
+
 @pytest.fixture
 def ids() -> torch.Tensor:
     """int64 [1, 12], with a repetition that prompt lookup can use."""
@@ -182,11 +196,11 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def smollm_models(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+def smollm_models(smollm: Path, smollm_shards: Path) -> Iterator[tuple[Any, Any]]:
     """SmolLM2 as transformers loads it, and streamed."""
     whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
     with AutoModel.from_pretrained(
-        smollm, device="cpu", max_memory={"cpu": "150MB"}, layer_shards_saving_path=tmp_path_factory.mktemp("shards")
+        smollm, device="cpu", max_memory={"cpu": "150MB"}, layer_shards_saving_path=smollm_shards
     ) as model:
         yield whole, model
 

@@ -490,13 +490,8 @@ class Drive:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chat_shards")
-
-
-@pytest.fixture(scope="module")
-def arguments(smollm: Path, shards: Path) -> list[str]:
-    memory = ["--device", "cpu", "--max-memory", "350MB", "--max-seq-len", "2048", "--saving-path", str(shards)]
+def arguments(smollm: Path, smollm_shards: Path) -> list[str]:
+    memory = ["--device", "cpu", "--max-memory", "350MB", "--max-seq-len", "2048", "--saving-path", str(smollm_shards)]
     return ["chat", str(smollm), "--temperature", "0", "--max-new-tokens", "300", *memory]
 
 

@@ -120,7 +120,7 @@ def test_a_cache_of_any_size_gives_the_same_bits(
     slot = first.experts.slot_bytes
     low, high = int(first.budget.device_bytes), first.weights_bytes + first.staging_bytes
     shares = set()
-    for budget in [*range(low, high, max(slot, (high - low) // 6)), high]:
+    for budget in [*range(low, high, max(slot, (high - low) // 4)), high]:
         model = streamed(folder, max_memory={"cpu": budget})
         experts = model.plan.experts
         shares.add(sum(layer.on_device for layer in experts.layers) / counts(experts) if experts.layers else 1.0)

@@ -579,11 +579,11 @@ def rabbit(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_the_command_serves_until_it_is_told_to_end(smollm: Path, tmp_path: Path) -> None:
-    (tmp_path / smollm.name).symlink_to(smollm)
+def test_the_command_serves_until_it_is_told_to_end(smollm: Path, smollm_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     process = rabbit(
-        *(tmp_path / smollm.name, "--port", 0, "--name", NAME, "--max-memory", "150MB", "--api-key-file", tmp_path / "key")
+        *(smollm, "--port", 0, "--name", NAME, "--max-memory", "150MB", "--api-key-file", tmp_path / "key"),
+        *("--saving-path", smollm_shards),
     )
     try:
         assert process.stderr is not None

@@ -54,8 +54,7 @@ def run_harness(*arguments: object) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("mode", ["events", "timer"])
-@pytest.mark.parametrize("family", ["llama_tied", "mixtral"])
+@pytest.mark.parametrize(("mode", "family"), [("events", "llama_tied"), ("timer", "mixtral")])
 def test_split_killed_again_and_again_ends_with_identical_files(mode: str, family: str, checkpoint: Any, tmp_path: Path) -> None:
     split(checkpoint(family), tmp_path / "at once")
     kills = run_harness(checkpoint(family), tmp_path / "killed", mode)
@@ -66,7 +65,7 @@ def test_split_killed_again_and_again_ends_with_identical_files(mode: str, famil
 def test_killed_while_deleting_originals_loses_nothing(
     own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any
 ) -> None:
-    folder = own_checkpoint("llama", num_hidden_layers=5)
+    folder = own_checkpoint("llama")
     expected = plain(folder)(ids).logits
     assert len(list(folder.glob("*.safetensors"))) > 3
     kills = run_harness(folder, tmp_path / "shards", "events", "delete")

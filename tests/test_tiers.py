@@ -33,9 +33,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "llama_tied", "llama_biased", "gemma3", "mixtral", "deepseek_v3", "qwen3_next", "gpt2", "opt", "gemma4"]
-)
+@pytest.mark.parametrize("family", ["llama_tied", "llama_biased", "gemma3", "mixtral", "qwen3_next", "gpt2", "gemma4"])
 def test_any_budget_and_any_cut_is_right(
     family: str, cut: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, padded: Any
 ) -> None:
@@ -46,8 +44,8 @@ def test_any_budget_and_any_cut_is_right(
     first = streamed(checkpoint(family)).plan
     low, high = int(first.budget.device_bytes or 0), first.weights_bytes + first.staging_bytes
     passes = []
-    for step in range(5):
-        model = streamed(checkpoint(family), max_memory={"cpu": low + (high - low) * step // 4})
+    for part in (0, 0.4, 1):
+        model = streamed(checkpoint(family), max_memory={"cpu": low + int((high - low) * part)})
         passes.append(model.plan.pass_bytes)
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=ROW_BLOCK_BOUND if cut == "fine" else 0)
