@@ -28,18 +28,18 @@ demo: $(STAMP)  ## a real model answers, streamed layer by layer
 	$(BIN)/rabbit demo
 
 test: $(STAMP)  ## everything that needs neither a GPU nor the Hub
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the record it is made from
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
 test-lowest: .venv-lowest/.installed  ## on the oldest versions that are supported, what those may change
-	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(VERSIONED)
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
 
 test-newest: .venv-newest/.installed  ## on what `pip install` resolves today, under the newest Python that is here
 	@.venv-newest/bin/python scripts/write_lock.py | grep == | paste -sd ' '
-	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(VERSIONED)
+	.venv-newest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
 
 environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## what the three legs of tests run in
 

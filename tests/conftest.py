@@ -59,12 +59,6 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """The tests over SmolLM2 share a worker, and so one load of it: with `--dist loadgroup`."""
-    if "smollm_models" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("smollm"))
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without CUDA the tests marked `gpu` are deselected, which the summary says."""
     if not torch.cuda.is_available():
@@ -92,19 +86,20 @@ def own_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return lambda family, **changes: families.save(family, tmp_path / family, **changes)
 
 
+def aligned(model: Any) -> Any:
+    """The model, its weights in memory of their own: a map of a safetensors file may put them at 8 mod 16, where float32
+    kernels round otherwise, and we promise equal bits for equally aligned weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 @pytest.fixture
 def plain() -> Loader:
-    """transformers' own load: the oracle.
-
-    Its weights are moved to memory of their own: a map of a safetensors file may put them at 8 mod 16, where float32
-    kernels round otherwise, and we promise equal bits for equally aligned weights.
-    """
+    """transformers' own load: the oracle."""
 
     def load(folder: Path, **keywords: Any) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval()
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-        return model
+        return aligned(AutoModelForCausalLM.from_pretrained(folder, **keywords).eval())
 
     return load
 
