@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
-    from rabbit_engine.model import AutoModel, StreamingMixin
+    from rabbit_engine.model import AutoModel
     from rabbit_engine.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
+    from rabbit_engine.streamed import StreamingMixin
     from rabbit_engine.streaming import Profile
 
 __version__ = "0.1.0"
@@ -22,7 +23,7 @@ _HOMES = {
     "Profile": "streaming",
     "Reply": "sessions",
     "Session": "sessions",
-    "StreamingMixin": "model",
+    "StreamingMixin": "streamed",
 }
 """The module of each name that is imported when it is first asked for: most of them load torch and transformers."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +34,7 @@ _CANDIDATES: tuple[tuple[str, Format], ...] = (
     ("pytorch_model.bin", "bin"),
     ("pytorch_model.bin.index.json", "bin"),
 )
+_NAMES = tuple(name for name, _ in _CANDIDATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,18 @@ class LazyTensor(Protocol):
         """Read it; only `[...]` is asked for."""
 
 
-def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], gguf_file: str | None, where: str) -> WeightFiles:
+def find_weight_files(
+    names: Iterable[str],
+    read_text: Callable[[str], str],
+    gguf_file: str | None,
+    where: str,
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> WeightFiles:
     """Choose the weight files among a folder's or repo's file names, as transformers does: safetensors before pickles.
 
+    `use_safetensors` takes one kind alone; a `variant` is in the names, as in `model.fp16.safetensors`.
     Raises CheckpointNotFoundError, listing what there is, and DamagedCheckpointError for an index that cannot be read.
     """
     present = set(names)
@@ -79,10 +90,29 @@ def find_weight_files(names: Iterable[str], read_text: Callable[[str], str], ggu
                 f"{where} has no {gguf_file}; it has {listed(n for n in present if n.endswith('.gguf'))}"
             )
         return WeightFiles("gguf", (gguf_file,))
-    for name, kind in _CANDIDATES:
+    candidates = [
+        (_of_variant(name, variant), kind)
+        for name, kind in _CANDIDATES
+        if use_safetensors is None or use_safetensors == (kind == "safetensors")
+    ]
+    for name, kind in candidates:
         if name in present:
             return _from_index(name, kind, read_text, where) if name.endswith(".json") else WeightFiles(kind, (name,))
-    raise CheckpointNotFoundError(_nothing_to_load(present, where))
+    raise CheckpointNotFoundError(_nothing_to_load(present, where, [name for name, _ in candidates]))
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` is `model.fp16.safetensors` in the variant fp16."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+_IN_VARIANT = re.compile(r"(?:model|pytorch_model)(?:\.safetensors\.index|\.bin\.index)?\.([^.]+)\.(?:safetensors|bin|json)")
+
+
+def _variants(present: set[str]) -> list[str]:
+    found = {match[1] for name in present if (match := _IN_VARIANT.fullmatch(name))}
+    return sorted(found - {"safetensors", "bin", "index"})
 
 
 def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where: str) -> WeightFiles:
@@ -101,13 +131,15 @@ def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where:
         raise DamagedCheckpointError(f"{where}/{name} cannot be read ({first_line(error)}): download it again") from error
 
 
-def _nothing_to_load(present: set[str], where: str) -> str:
+def _nothing_to_load(present: set[str], where: str, wanted: Sequence[str] = _NAMES) -> str:
     if "adapter_config.json" in present:
         return f"{where} is an adapter: load its base model, then model.load_adapter({where!r})"
     ggufs = [name for name in present if name.endswith(".gguf")]
     if ggufs:
         return f"{where} has several GGUF files: choose with gguf_file=, one of {listed(ggufs)}"
-    return f"{where} has none of {', '.join(name for name, _ in _CANDIDATES)}; it has {listed(present)}"
+    variants = _variants(present)
+    hint = f"; its variants, for variant=: {listed(variants)}" if variants else ""
+    return f"{where} has none of {', '.join(wanted)}; it has {listed(present)}{hint}"
 
 
 def require_one_gguf(names: Iterable[str], where: str) -> None:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.plan import Speeds
 from rabbit_engine.units import parse_bytes
 from rabbit_engine.utils.platform import find_device
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 SPLIT_MODES = ("auto", "always", "never")
-COMPRESSIONS = ("4bit", "8bit")
 COMPUTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a model computes in. Narrower ones only store weights, and torch has no kernels for sums in them."""
-
-RETIRED_KEYWORDS = {
-    "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
-    "use_gds": "nothing is needed: reads go through host slots that are claimed once",
-    "cache_layers": 'max_memory={"cpu": "24GiB"}, which bounds the memory used for weights',
-    "offload_small_layers": "nothing is needed: embeddings are read by row, the rest follows max_memory",
-    "offload_small_layers_use_cpu_cache": "nothing is needed: embeddings are read by row, the rest follows max_memory",
-    "persister": "nothing is needed: shards are safetensors files, see layer_shards_saving_path",
-    "kv_cache_dir": 'generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
-}
-"""Keywords of other layer-streaming libraries that mean nothing here, and what replaces them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """Where a checkpoint comes from and what may be done to get it."""
+    """Where a checkpoint comes from, what may be done to get it, and which part and config of it are wanted.
+
+    `config` is a config object, or where to find one; `overrides` are attributes of it, `key_mapping` patterns of stored names
+    and what they become.
+    """
 
     token: str | bool | None = None
     revision: str | None = None
@@ -44,6 +35,23 @@ class SourceConfig:
     local_files_only: bool = False
     trust_remote_code: bool = False
     gguf_file: str | None = None
+    subfolder: str = ""
+    variant: str | None = None
+    use_safetensors: bool | None = None
+    force_download: bool = False
+    code_revision: str | None = None
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
+    config: Any = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = Path(self.subfolder).parts
+        if Path(self.subfolder).is_absolute() or ".." in parts:
+            raise ConfigurationError(f"subfolder={self.subfolder!r} leads out of the checkpoint: name a folder inside of it")
+        if self.gguf_file is not None and self.variant is not None:
+            raise ConfigurationError(
+                f"variant={self.variant!r} is of safetensors and pickles, gguf_file={self.gguf_file!r} is neither"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +115,12 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+_AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def parse_device(device: str | int | torch.device | None, device_map: Any = None) -> torch.device:
-    """One device from `device` or from transformers' `device_map` (`"auto"`, a device, or `{"": device}`)."""
-    if device_map is None or device_map == "auto":
+    """One device from `device` or from transformers' `device_map` (`"auto"` and its kin, a device, or `{"": device}`)."""
+    if device_map is None or device_map in _AUTOMATIC_MAPS:
         return find_device(device)
     if isinstance(device_map, Mapping):
         places = set(device_map.values())
@@ -175,34 +186,3 @@ def _place(place: int | str | torch.device) -> int | str:
     if name not in ("cpu", "mps"):
         raise ConfigurationError(f'max_memory[{place!r}] names no place; write {{0: "8GiB", "cpu": "24GiB"}}')
     return name
-
-
-def check_keywords(keywords: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Warn once for each retired keyword; raise UnknownKeywordError for one nobody knows, naming the nearest."""
-    for keyword, value in keywords.items():
-        if keyword not in RETIRED_KEYWORDS:
-            nearest = difflib.get_close_matches(keyword, known, n=1, cutoff=0.6)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
-            raise UnknownKeywordError(f"from_pretrained has no keyword {keyword!r}; {hint}")
-        if value is not None:
-            _warn_retired(keyword)
-
-
-_warned: set[str] = set()
-
-
-def _warn_retired(keyword: str) -> None:
-    if keyword not in _warned:
-        _warned.add(keyword)
-        warnings.warn(f"{keyword} has no meaning here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
-
-
-def refuse_compression(compression: str | None, quantization_config: Any) -> None:
-    """Refuse what this version cannot do yet, saying so."""
-    if compression is not None and compression not in COMPRESSIONS:
-        raise ConfigurationError(f"compression={compression!r} is none of {', '.join(map(repr, COMPRESSIONS))}")
-    asked = compression if compression is not None else quantization_config
-    if asked is not None:
-        raise CompressionUnavailableError(
-            f"compression ({asked!r}) comes with a later version: leave it out; weights are streamed in their own dtype"
-        )

@@ -57,7 +57,7 @@ def _entries(request: Request) -> tuple[Mapping[str, tuple[int, ...]], _Found | 
         entries = read_entries(request.folder, manifest)
         shapes = {name: entry.shape for name, entry in entries.items()}
         return shapes, (entries, manifest.ties), f"streamed from the shards in {request.folder}"
-    files = weight_files(request.repo, request.gguf_file)
+    files = weight_files(request.repo, request.gguf_file, request.source)
     try:
         require_plain(files)
     except NotInPlaceError as reason:

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -35,7 +36,7 @@ from rabbit_engine.errors import (
     first_line,
 )
 from rabbit_engine.jsonvalues import file_name
-from rabbit_engine.places import require_present
+from rabbit_engine.names import nearest_path
 from rabbit_engine.tensorfiles import TORCH_DTYPES, TensorEntry
 from rabbit_engine.units import format_bytes
 
@@ -51,10 +52,10 @@ _NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A checkpoint's folder on this machine and the names of all its files, fetched or not.
+    """A checkpoint's folder on this machine and the names of all its files in it, fetched or not.
 
-    `commit` is None for a folder of the user's own. Where the Hub was not asked, `only_cached` is true and `names` are those
-    that were fetched before.
+    `commit` is None for a folder of the user's own; `subfolder` is the part of a repo that `folder` is. Where the Hub was not
+    asked, `only_cached` is true and `names` are those that were fetched before.
     """
 
     name: str
@@ -62,6 +63,16 @@ class Repo:
     names: tuple[str, ...]
     commit: str | None = None
     only_cached: bool = False
+    subfolder: str = ""
+
+    @property
+    def cache(self) -> Path:
+        """The repo's own folder in the Hub cache, of all its commits."""
+        return self.folder.parents[1 + len(Path(self.subfolder).parts)]
+
+    def path_in_repo(self, name: str) -> str:
+        """A file of the folder by its name in the whole repo."""
+        return (Path(self.subfolder) / name).as_posix()
 
     def read_text(self, name: str) -> str:
         """A small file's text. Raises MissingFileError, UnreadableFileError, and ValueError for what is no UTF-8."""
@@ -76,8 +87,12 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Repo(str(name), path.resolve(), _local_names(path, source.gguf_file))
-    require_present(str(name))
+        folder = path / source.subfolder
+        if not folder.is_dir():
+            raise CheckpointNotFoundError(f"{path} has no subfolder {source.subfolder!r}{nearest_path(folder)}")
+        return Repo(str(name), folder.resolve(), _local_names(folder, source.gguf_file))
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise CheckpointNotFoundError(f"{name} does not exist here, and is no repo id (organisation/name){nearest_path(path)}")
     with _own_errors(str(name), source):
         return _find_cached(str(name), source) if _offline(source) else _find_online(str(name), source)
 
@@ -109,7 +124,17 @@ def _find_online(name: str, source: SourceConfig) -> Repo:
             ) from error
     wanted = _SMALL_FILES + (["*.py"] if source.trust_remote_code else [])
     folder = _download(name, source.revision, wanted, source)  # by its name: the cache then knows the branch offline
-    return Repo(name, folder, tuple(sorted(s.rfilename for s in info.siblings or ())), folder.name)
+    return _part(name, folder, [file.rfilename for file in info.siblings or ()], source.subfolder)
+
+
+def _part(name: str, snapshot: Path, names: Sequence[str], subfolder: str) -> Repo:
+    """The repo, or the subfolder of it that was asked for. Raises CheckpointNotFoundError."""
+    inside = Path(subfolder)
+    found = sorted(Path(file).relative_to(inside).as_posix() for file in names if Path(file).is_relative_to(inside))
+    if not found:
+        folders = {Path(file).parent.as_posix() for file in names} - {"."}
+        raise CheckpointNotFoundError(f"{name} has no subfolder {subfolder!r}; it has {', '.join(sorted(folders)) or 'none'}")
+    return Repo(name, snapshot / inside, tuple(found), snapshot.name, subfolder=inside.as_posix() if subfolder else "")
 
 
 def _find_cached(name: str, source: SourceConfig) -> Repo:
@@ -120,7 +145,7 @@ def _find_cached(name: str, source: SourceConfig) -> Repo:
     if not folder.is_dir():
         raise LocalEntryNotFoundError(f"{name} at {revision} is not in {root.parent}")
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return Repo(name, folder, tuple(names), commit, only_cached=True)
+    return replace(_part(name, folder, names, source.subfolder), only_cached=True)
 
 
 def _cached_commit(reference: Path) -> str | None:
@@ -146,13 +171,13 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
 
     Raises NotEnoughDiskError, GatedCheckpointError, HubUnreachableError or CheckpointNotFoundError.
     """
-    if repo.commit is None or all(is_file(repo.folder / name) for name in names):
+    if repo.commit is None or (not source.force_download and all(is_file(repo.folder / name) for name in names)):
         return
     if _offline(source):
         raise weights_not_cached(repo)
     with _own_errors(repo.name, source):
         _check_room(repo, names, source)
-        _download(repo.name, repo.commit, list(names), source)
+        _download(repo.name, repo.commit, [repo.path_in_repo(name) for name in names], source)
 
 
 def weights_not_cached(repo: Repo) -> HubUnreachableError:
@@ -176,7 +201,7 @@ def read_remote_headers(repo: Repo, names: Sequence[str], source: SourceConfig) 
     api = HfApi()
 
     def read(name: str) -> list[TensorEntry]:
-        found = api.parse_safetensors_file_metadata(repo.name, name, revision=repo.commit, token=source.token)
+        found = api.parse_safetensors_file_metadata(repo.name, repo.path_in_repo(name), revision=repo.commit, token=source.token)
         return [
             TensorEntry(
                 key,
@@ -199,7 +224,8 @@ def _check_room(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
         revision=repo.commit,
         cache_dir=_cache(source),
         token=source.token,
-        allow_patterns=list(names),
+        allow_patterns=[repo.path_in_repo(name) for name in names],
+        force_download=source.force_download,
         dry_run=True,
     )
     needed = sum(file.file_size or 0 for file in planned if file.will_download)
@@ -225,7 +251,8 @@ def _download(name: str, revision: str | None, patterns: list[str], source: Sour
         token=source.token,
         local_files_only=_offline(source),
         allow_patterns=patterns,
-        ignore_patterns=_NOT_WANTED,
+        ignore_patterns=[pattern for pattern in _NOT_WANTED if not fnmatchcase(f"{source.subfolder}/", pattern)],
+        force_download=source.force_download and not _offline(source),
     )
     return Path(folder)
 
@@ -255,9 +282,10 @@ def _refusal(error: Exception, name: str, source: SourceConfig) -> CheckpointErr
     if isinstance(error, RevisionNotFoundError):
         return CheckpointNotFoundError(f"{name} has no revision {source.revision!r}")
     if isinstance(error, HFValidationError):
-        return CheckpointNotFoundError(f"{name} is no folder here and no repo id ({first_line(error)})")
+        return CheckpointNotFoundError(f"{name} is no folder here and no repo id ({first_line(error)}){nearest_path(Path(name))}")
     return CheckpointNotFoundError(
         f"{name} is no folder here and no repo that this token can see; check the spelling, or give token= for a private one"
+        f"{nearest_path(Path(name))}"
     )
 
 
@@ -269,6 +297,7 @@ def _failure(error: Exception, name: str, source: SourceConfig) -> RabbitError:
         revision = f" at revision {source.revision!r}" if source.revision else ""
         return HubUnreachableError(
             f"{name}{revision} is not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE): allow them once"
+            f"{nearest_path(Path(name))}"
         )
     return HubUnreachableError(f"{name}: the Hub does not answer as it should ({first_line(error)}); try again")
 
@@ -281,9 +310,10 @@ def delete_original(path: Path, repo: Repo) -> None:
     folder = repo.folder.resolve()
     if ".." in path.parts or not path.parent.resolve().is_relative_to(folder):
         raise DamagedCheckpointError(f"{path} is not in {folder}: nothing outside of it is deleted; do not use this checkpoint")
-    blob, blobs = path.resolve(), folder.parent.parent / "blobs"
+    blob = path.resolve()
     path.unlink(missing_ok=True)
-    if repo.commit is not None and blob.parent == blobs and not _linked(blob, folder.parent):
+    cache = repo.cache.resolve()
+    if repo.commit is not None and blob.parent == cache / "blobs" and not _linked(blob, cache / "snapshots"):
         blob.unlink(missing_ok=True)
 
 

@@ -1,320 +1,32 @@
-"""`AutoModel` and the streamed model: transformers' own class, whose weights come and go. Only here is it subclassed."""
+"""`AutoModel`: from the keywords that people give to a model that streams."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig
 
-from rabbit_engine.admission import refuse_what_cannot_fit
-from rabbit_engine.architectures import capped_length, explain_failures, keeps_tuples, refuse_past, require_generation_config
-from rabbit_engine.assembly import Assembly, assemble
+from rabbit_engine.architectures import explain_failures, refuse_past, require_generation_config
+from rabbit_engine.assembly import assemble
 from rabbit_engine.attention import choose_attention
-from rabbit_engine.config import (
-    SourceConfig,
-    SplitConfig,
-    StreamConfig,
-    check_keywords,
-    parse_device,
-    parse_dtype,
-    parse_max_memory,
-    refuse_compression,
-)
-from rabbit_engine.errors import (
-    AttentionUnavailableError,
-    CannotCopyError,
-    CannotLoadStateError,
-    CannotMoveError,
-    CannotPickleError,
-    CannotResizeError,
-    CannotSaveError,
-    DamagedCheckpointError,
-    MissingExtraError,
-    RabbitError,
-    TokenizerNotFoundError,
-    first_line,
-)
-from rabbit_engine.plan import Plan
-from rabbit_engine.prepare import Prepared, prepare
+from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
+from rabbit_engine.keywords import refuse_compression, take_keywords
+from rabbit_engine.prepare import Prepared, loading_info, prepare
 from rabbit_engine.splitter import build_for
-from rabbit_engine.streaming import ExpertsAway, PassProgress, Placeholder, Profile, Streamer, adapts_routed, move
-from rabbit_engine.tokenization import build_tokenizer
+from rabbit_engine.streamed import streamed_class
+from rabbit_engine.streaming import Streamer
 from rabbit_engine.trial import require_pass
 from rabbit_engine.units import format_bytes, format_rate
 
 logger = logging.getLogger(__name__)
-
-
-class StreamingMixin:
-    """What a streamed model has beside its transformers class, and what it refuses.
-
-    `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
-    """
-
-    _assembly: Assembly
-    _prepared: Prepared
-    _tokenizer_source: Mapping[str, Any]
-    _tokenizer: Any = None
-    _attention_reason: str
-
-    @property
-    def plan(self) -> Plan:
-        """What was decided: what is resident, streamed and read by row, and the memory that takes."""
-        return self._assembly.plan
-
-    @property
-    def profile(self) -> Profile:
-        """Passes, units, bytes and seconds since the model was loaded."""
-        return self._assembly.streamer.profile()
-
-    @property
-    def progress(self) -> PassProgress | None:
-        """Where the pass is that runs now, for another thread to show; None between passes."""
-        return self._assembly.binding.progress()
-
-    @property
-    def active_attention_implementation(self) -> str:
-        """The attention implementation in use: "flash_attention_2", "sdpa" or "eager"."""
-        return self.config._attn_implementation  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def close(self) -> None:
-        """End the reader's thread and free the weights' memory. Safe to call again; using the model then raises."""
-        self._assembly.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with its tensors moved to the model's device.
-
-        A converted model that computes a number of positions right ends its answer there. The tokenizer, which stop strings
-        and token healing need, need not be given. Raises PromptTooLongError, before anything is computed, where the caches
-        and activations take more memory than is free.
-        """
-        device = self._assembly.device
-        positions = self._prepared.architecture.positions
-        prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
-        config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
-        if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
-            kwargs["tokenizer"] = self.tokenizer
-        if positions is not None and prompt is not None:
-            kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
-        refuse_what_cannot_fit(self._assembly, prompt, kwargs, config)
-        return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
-
-    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `load_adapter`.
-
-        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, and for
-        an adapter of experts' own weights while these are read one by one.
-        """
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        if adapts_routed(self):  # type: ignore[arg-type]
-            _remove_adapter(self, adapter_name or "default")
-            raise CannotLoadStateError(f"the adapter changes experts: {ExpertsAway.advice}")
-        family, lost = self._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
-        if family is not None and lost:
-            _remove_adapter(self, adapter_name or "default")
-            raise CannotLoadStateError(
-                f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(self).__name__} has under "
-                f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
-            )
-        return info
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing while weights are streamed: those that the checkpoint ties are one already."""
-        if not _streams(self):
-            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """transformers' `resize_token_embeddings`; raises CannotResizeError where weights are streamed and the size changes."""
-        now = self.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
-        step = pad_to_multiple_of or 1
-        wanted = -(-(new_num_tokens or now) // step) * step
-        if wanted != now and _streams(self):
-            raise CannotResizeError(
-                f"cannot resize the embeddings from {now} to {wanted} tokens: they are streamed from disk. Resize with "
-                "transformers.AutoModelForCausalLM, save, and load the result; for padding alone set "
-                "tokenizer.pad_token = tokenizer.eos_token"
-            )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # type: ignore[misc]
-
-    def set_input_embeddings(self, value: Any) -> None:
-        """transformers' `set_input_embeddings`; raises CannotResizeError for another module while weights are streamed."""
-        _refuse_other(self, value, self.get_input_embeddings())  # type: ignore[attr-defined]
-        super().set_input_embeddings(value)  # type: ignore[misc]
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """transformers' `set_output_embeddings`; raises CannotResizeError for another module while weights are streamed."""
-        _refuse_other(self, new_embeddings, self.get_output_embeddings())  # type: ignore[attr-defined]
-        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
-
-    def get_compiled_call(self, *_: Any, **__: Any) -> Any:
-        """Streamed weights are not there when a compiler looks: the call as it is."""
-        return self.__call__  # type: ignore[operator]
-
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
-        raise CannotMoveError(
-            f"a streamed model stays on {self._assembly.device} in {self._prepared.dtype}: "
-            "load it with device= and dtype= as you want them"
-        )
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Allowed for the device and dtype the model has. Raises CannotMoveError."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
-        if same_device and dtype in (None, self._prepared.dtype):
-            return self
-        return self._apply()
-
-    def cuda(self, device: Any = None) -> Self:
-        """`to` a CUDA device."""
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
-
-    def cpu(self) -> Self:
-        """`to("cpu")`."""
-        return self.to("cpu")
-
-    def half(self, *_: Any) -> Self:
-        """`to(torch.float16)`."""
-        return self.to(torch.float16)
-
-    def float(self, *_: Any) -> Self:
-        """`to(torch.float32)`."""
-        return self.to(torch.float32)
-
-    def bfloat16(self) -> Self:
-        """`to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
-
-    def double(self) -> Self:
-        """`to(torch.float64)`."""
-        return self.to(torch.float64)
-
-    def type(self, dst_type: Any) -> Self:
-        """Raises CannotMoveError unless it is the dtype the model has."""
-        return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
-
-    def to_empty(self, **_: Any) -> NoReturn:
-        """Raises CannotMoveError."""
-        self._apply()
-
-    def __copy__(self) -> NoReturn:
-        raise CannotCopyError("a streamed model owns a thread and slots: load it a second time instead of copying it")
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        self.__copy__()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CannotPickleError("a streamed model cannot be pickled: send its name, and load it where it is needed")
-
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CannotSaveError."""
-        raise CannotSaveError(
-            f"the weights of a streamed model are on disk already, in {self._prepared.folder}: copy the original checkpoint "
-            "or that folder; an adapter is saved by PeftModel.save_pretrained"
-        )
-
-    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CannotSaveError."""
-        self.save_pretrained()
-
-    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CannotLoadStateError."""
-        raise CannotLoadStateError(
-            "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
-            "an adapter goes in by model.load_adapter"
-        )
-
-
-_NEED_TOKENIZER = ("stop_strings", "token_healing")
-"""Of a generation config."""
-
-
-def _streams(model: Any) -> bool:
-    """Whether any weight of the model is away between passes."""
-    return any(isinstance(weight, Placeholder) for weight in model.parameters())
-
-
-def _refuse_other(model: Any, module: Any, present: Any) -> None:
-    if module is not present and _streams(model):
-        raise CannotResizeError(
-            "cannot put other embeddings into a model whose weights are streamed: change and save it with "
-            "transformers.AutoModelForCausalLM, and load the result"
-        )
-
-
-def _indexed(device: torch.device) -> torch.device:
-    return torch.device(device.type, device.index or 0)
-
-
-def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
-    """The tokenizer of the checkpoint's folder: built from the files of a family that is converted, else `AutoTokenizer`.
-
-    A tokenizer.json beside them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
-    MissingExtraError.
-    """
-    folder = Path(source["pretrained_model_name_or_path"])
-    try:
-        if converted is None:
-            return AutoTokenizer.from_pretrained(**source)
-        if (folder / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False})
-        return build_tokenizer(converted, folder)
-    except RabbitError:
-        raise
-    except ImportError as error:
-        raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except Exception as error:  # the code of any tokenizer meets any file; `tokenizers` itself raises plain Exception
-        raise TokenizerNotFoundError(
-            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
-            "the model itself runs; set model.tokenizer, or pass token ids"
-        ) from error
-
-
-def _remove_adapter(model: Any, name: str) -> None:
-    """As transformers' `delete_adapter`, which may ask for a newer peft than there is."""
-    from peft.functional import delete_adapter
-
-    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
-    if not model.peft_config:
-        del model.peft_config
-        model._hf_peft_config_loaded = False
-
-
-@functools.cache
-def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both.
-
-    A class of a repository that keeps its cache in tuples makes it itself: `generate` gives it none.
-    """
-    makes_its_cache = {"_supports_default_dynamic_cache": classmethod(lambda _: False)} if keeps_tuples(cls) else {}
-    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__, **makes_its_cache})
 
 
 class AutoModel:
@@ -350,12 +62,21 @@ class AutoModel:
         device_map: Any = None,
         torch_dtype: str | torch.dtype | None = None,
         quantization_config: Any = None,
+        config: Any = None,
+        subfolder: str = "",
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        force_download: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        code_revision: str | None = None,
+        generation_config: Any = None,
+        output_loading_info: bool = False,
         **other: Any,
     ) -> Any:
         """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
 
         Args:
-            pretrained_model_name_or_path: a repo id of the Hugging Face Hub, a folder, or a `.gguf` file.
+            pretrained_model_name_or_path: a repo id or an address of the Hugging Face Hub, a folder, or a `.gguf` file.
             device: "cuda:0", "mps" or "cpu"; None takes the best there is.
             dtype: of the weights and of the computation; None keeps the checkpoint's own.
             max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take; None is what is free now, less a margin for
@@ -379,15 +100,25 @@ class AutoModel:
             local_files_only: download nothing.
             trust_remote_code: run modelling code that the repository brings.
             gguf_file: the file to take from a folder or repo with several.
-            device_map: "auto", or one device.
+            device_map: "auto" (also "balanced", "sequential"), or one device.
             torch_dtype: the older spelling of dtype.
             quantization_config: refused, as compression.
-            other: keywords of other libraries that mean nothing here; each is named once in a warning.
+            config: a config object, a folder, a file or a repo id, in place of the checkpoint's; an object is not changed.
+            subfolder: the part of the repo or folder to load.
+            variant: of the weight files, as in `model.fp16.safetensors`.
+            use_safetensors: True takes safetensors alone, False pickles alone.
+            force_download: fetch the files again.
+            key_mapping: patterns of stored names, and what they become.
+            code_revision: of code that lies in another repo.
+            generation_config: in place of the checkpoint's.
+            output_loading_info: return the model and what transformers tells of the weights: missing, unexpected, mismatched.
+            other: attributes of the config, such as `use_cache=False`; keywords of transformers that mean nothing here, or are
+                refused with the reason (docs/migrating.md lists all); and those of other libraries, named once in a warning.
 
         Raises:
             RabbitError: a ConfigurationError, CheckpointError or ShardError that says what to do.
         """
-        check_keywords(other, tuple(inspect.signature(cls.from_pretrained).parameters)[:-1])
+        overrides = take_keywords(other)
         refuse_compression(compression, quantization_config)
         target = parse_device(device, device_map)
         device_budget, host_budget = parse_max_memory(max_memory, target)
@@ -398,6 +129,14 @@ class AutoModel:
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
+            subfolder=subfolder or "",
+            variant=variant,
+            use_safetensors=use_safetensors,
+            force_download=force_download,
+            key_mapping=key_mapping or {},
+            code_revision=code_revision,
+            config=config,
+            overrides=overrides,
         )
         splitting = SplitConfig(
             mode=split,
@@ -409,13 +148,24 @@ class AutoModel:
             device=target,
             device_budget_bytes=device_budget,
             host_budget_bytes=host_budget,
-            attn_implementation=attn_implementation or "auto",
+            attn_implementation=choose_named(attn_implementation, config),
             prefetching=prefetching,
             profiling_mode=profiling_mode,
             show_layer_progress=show_layer_progress,
             max_seq_len=max_seq_len,
         )
-        return load(pretrained_model_name_or_path, source, splitting, stream)
+        model = load(pretrained_model_name_or_path, source, splitting, stream)
+        if generation_config is not None:
+            _set_generation_config(model, generation_config)
+        return (model, loading_info(model._prepared)) if output_loading_info else model
+
+    @classmethod
+    def from_config(cls, *_: Any, **__: Any) -> NoReturn:
+        """Raises TypeError: a model that is made from its config alone has no weights to stream."""
+        raise TypeError(
+            "AutoModel.from_config would make random weights, and there are none to stream: use "
+            "transformers.AutoModelForCausalLM.from_config, or from_pretrained(name, config=config)"
+        )
 
 
 def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
@@ -489,6 +239,19 @@ def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> No
         )  # fmt: skip
     except Exception as error:  # the code of a config class meets any value
         raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
+
+
+def choose_named(attn_implementation: str | None, config: Any) -> str:
+    """The attention that is asked for by keyword, else in the caller's config object, else "auto"."""
+    if attn_implementation not in (None, "auto"):
+        return str(attn_implementation)
+    return getattr(config, "_attn_implementation", None) or "auto"
+
+
+def _set_generation_config(model: Any, generation_config: Any) -> None:
+    if not isinstance(generation_config, GenerationConfig):
+        raise ConfigurationError(f"generation_config={generation_config!r} is no GenerationConfig of transformers")
+    model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
 
 
 def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rabbit_engine.architectures import (
     Architecture,
     Conversion,
+    Wishes,
     find_architecture,
     gguf_dtype,
     open_conversion,
     open_gguf_conversion,
+    read_given_config,
     require_layers,
     stated_dtype,
 )
@@ -32,7 +36,6 @@ from rabbit_engine.checkpoints import (
     find_weight_files,
     fingerprint,
     first_floating_dtype,
-    listed,
     only_gguf,
     open_tensors,
     require_one_gguf,
@@ -50,6 +53,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.gguffiles import check_gguf
 from rabbit_engine.hub import Repo, delete_original, fetch_weights, find_repo, weights_not_cached
 from rabbit_engine.inplace import NotInPlaceError, original_entries, require_plain, stored_shapes
+from rabbit_engine.names import read_name
 from rabbit_engine.shards import (
     Journal,
     Manifest,
@@ -84,6 +88,7 @@ class Prepared:
     ties: Mapping[str, str]
     manifest: Manifest | None = None
     gguf_file: str | None = None
+    source: SourceConfig = field(default_factory=SourceConfig)
 
 
 def prepare(
@@ -118,18 +123,49 @@ def open_request(
     open_headers: OpenTensors = _local_tensors,
 ) -> Request:
     """Find the repo, the class and the dtype of `name`. `open_headers` is asked where the config names no dtype."""
-    name, source = _gguf_by_path(name, source)
+    name, source = _resolve_name(name, source)
     repo = find_repo(name, source)
     root = shards_root(repo, split.saving_path)
-    gguf_file = source.gguf_file or (None if _deleted_dtype(root) else only_gguf(repo.names))
+    gguf_file = source.gguf_file or _only_gguf(repo, root, source)
     if gguf_file is not None:
         _open_gguf(repo, gguf_file, source, split)
     else:
         require_one_gguf(repo.names, str(repo.folder))
-    architecture = find_architecture(repo.folder, gguf_file=gguf_file, trust_remote_code=source.trust_remote_code)
+    if source.force_download and repo.commit is not None:  # once: what comes later finds the new files
+        fetch_weights(repo, weight_files(repo, gguf_file, source).names, source)
+        source = replace(source, force_download=False)
+    architecture = find_architecture(repo.folder, _wishes(source), gguf_file=gguf_file)
     dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, open_headers)
-    folder = root / variant(dtype, gguf_file)
+    folder = root / split_name(dtype, gguf_file, source, repo.names)
     return Request(repo, source, architecture, dtype, folder, gguf_file, split, progress)
+
+
+def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
+    prefix = _split_prefix(None, source, repo.names)
+    return None if source.variant is not None or _deleted_dtype(root, prefix) else only_gguf(repo.names)
+
+
+def _wishes(source: SourceConfig) -> Wishes:
+    """What the caller wants of the config and its class; a config that is given by name is read."""
+    config = source.config
+    if config is not None and not isinstance(config, PretrainedConfig):
+        config = read_given_config(_config_place(config, source), source.trust_remote_code)
+    return Wishes(
+        config=config,
+        overrides=source.overrides,
+        key_mapping=source.key_mapping,
+        code_revision=source.code_revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def _config_place(name: Any, source: SourceConfig) -> Path:
+    """The file or folder of a config that is given by path or repo id."""
+    if not isinstance(name, str | PathLike):
+        raise ConfigurationError(f"config={name!r} is no config: give a config object, a folder, a file or a repo id")
+    path = Path(name).expanduser()
+    other = replace(source, config=None, subfolder="", variant=None, gguf_file=None, revision=None)
+    return path if path.is_file() else find_repo(str(name), other).folder
 
 
 def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
@@ -138,7 +174,7 @@ def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitCon
         raise ConfigurationError(
             f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
         )
-    weight_files(repo, gguf_file)
+    weight_files(repo, gguf_file, source)
     fetch_weights(repo, [gguf_file], source)
     check_gguf(repo.folder / gguf_file)
 
@@ -160,7 +196,20 @@ def _prepared(
     manifest: Manifest | None = None,
 ) -> Prepared:
     require_layers(request.architecture.config, entries)
-    return Prepared(request.repo, request.architecture, request.dtype, folder, entries, ties, manifest, request.gguf_file)
+    found = (request.repo, request.architecture, request.dtype, folder)
+    return Prepared(*found, entries, ties, manifest, request.gguf_file, request.source)
+
+
+def loading_info(prepared: Prepared) -> dict[str, Any]:
+    """What transformers tells of a load, under its keys: weights that are missing or do not fit are errors here."""
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    repo, architecture, dtype = prepared.repo, prepared.architecture, prepared.dtype
+    if prepared.gguf_file is not None or (prepared.manifest is not None and prepared.manifest.source["deleted"]):
+        return info
+    tensors = open_tensors(repo.folder, weight_files(repo, None, prepared.source)).tensors
+    skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))
+    conversion = open_conversion(architecture, skeleton, tensors, dtype)
+    return {**info, "unexpected_keys": set(conversion.unused(conversion.targets()))}
 
 
 def _stream_in_place(request: Request, repair: bool) -> Prepared | None:
@@ -195,17 +244,15 @@ class Request:
     progress: bool
 
 
-def _gguf_by_path(name: str | Path, source: SourceConfig) -> tuple[str | Path, SourceConfig]:
-    """`folder/model.gguf` is the folder, and the file in it."""
-    path = Path(name).expanduser()
-    if path.suffix != ".gguf" or path.is_dir():
-        return name, source
-    if path.is_file():
-        return path.parent, replace(source, gguf_file=path.name)
-    if not path.parent.is_dir() or path.parent == Path():
-        raise CheckpointNotFoundError(f"{path} does not exist: give the path of a GGUF file, or a repo id and gguf_file=")
-    there = listed(other.name for other in path.parent.glob("*.gguf"))
-    raise CheckpointNotFoundError(f"{path} does not exist; the GGUF files next to it: {there}")
+def _resolve_name(name: str | Path, source: SourceConfig) -> tuple[str, SourceConfig]:
+    """A repo id or a folder, and `source` with what the name says of the part. Raises ConfigurationError where they disagree."""
+    address = read_name(name)
+    said = {key: value for key, value in asdict(address).items() if key != "name" and value is not None}
+    for key, value in said.items():
+        asked = getattr(source, key)
+        if asked not in (None, "", value):
+            raise ConfigurationError(f"{name} says {key}={value!r}, and {key}={asked!r} is given: leave out one of them")
+    return address.name, replace(source, **said)
 
 
 def shards_root(repo: Repo, saving_path: Path | None) -> Path:
@@ -213,27 +260,36 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
 
     Below `saving_path` each repo at a commit, and each folder on this machine, has a place of its own.
     """
+    part = f"--{repo.subfolder.replace('/', '--')}" if repo.subfolder else ""
     if saving_path is not None:
         place = digest({"folder": str(repo.folder)})[:8]
-        name = f"{repo.name.replace('/', '--')}-{repo.commit[:8]}" if repo.commit else f"{repo.folder.name}-{place}"
+        name = f"{repo.name.replace('/', '--')}-{repo.commit[:8]}{part}" if repo.commit else f"{repo.folder.name}-{place}"
         return saving_path.expanduser().resolve() / name
-    return repo.folder.parent.parent / SHARDS_FOLDER / repo.commit if repo.commit else repo.folder / SHARDS_FOLDER
+    return repo.cache / SHARDS_FOLDER / f"{repo.commit}{part}" if repo.commit else repo.folder / SHARDS_FOLDER
 
 
-def variant(dtype: torch.dtype, gguf_file: str | None = None) -> str:
-    """The folder of one split among those of a checkpoint: its dtype, behind the name of a GGUF file."""
-    return "-".join(filter(None, [Path(gguf_file).stem if gguf_file else None, str(dtype).removeprefix("torch.")]))
+def split_name(dtype: torch.dtype, gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
+    """The folder of one split among those of a checkpoint: its dtype, behind what tells the files it was made from."""
+    return _split_prefix(gguf_file, source, names) + str(dtype).removeprefix("torch.")
 
 
-def _deleted_dtype(root: Path) -> torch.dtype | None:
+def _split_prefix(gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
+    if gguf_file is not None:
+        return f"{Path(gguf_file).stem}-"
+    pickled = source.use_safetensors is False and any(name.endswith(".safetensors") for name in names)
+    variant = [] if source.variant is None else [f"variant.{source.variant}"]
+    return "".join(f"{part}-" for part in (*variant, *(["pickles"] if pickled else [])))
+
+
+def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
     """The dtype of a split below `root`, finished or not, whose originals are gone: it is what the model is now."""
-    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+    for folder in sorted(path for path in root.glob(f"{glob.escape(prefix)}*") if path.is_dir()):
         try:
             manifest, journal = read_manifest(folder), read_journal(folder)
         except DamagedShardError:  # said, or mended, where this split is asked for
             continue
         if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
-            return getattr(torch, folder.name, None)
+            return getattr(torch, folder.name.removeprefix(prefix), None)
     return None
 
 
@@ -251,21 +307,26 @@ def _own_dtype(
         return said
     if gguf_file is not None:
         return gguf_dtype(repo.folder / gguf_file)
-    deleted = _deleted_dtype(root)
+    deleted = _deleted_dtype(root, _split_prefix(None, source, repo.names))
     if deleted is not None:
         return deleted
-    files = weight_files(repo, None)
+    files = weight_files(repo, None, source)
     found = first_floating_dtype(open_headers(repo, files, source), files, repo.folder)
     if not found.is_floating_point or found.itemsize == 1:
         raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: say dtype=")
     return found
 
 
-def weight_files(repo: Repo, gguf_file: str | None) -> WeightFiles:
-    """The weight files of a repo. Raises CheckpointNotFoundError, or HubUnreachableError where only the cache was looked at."""
-    where = str(repo.folder if repo.commit is None else repo.name)
+def weight_files(repo: Repo, gguf_file: str | None, source: SourceConfig) -> WeightFiles:
+    """The weight files of a repo that `source` asks for.
+
+    Raises CheckpointNotFoundError, or HubUnreachableError where only the cache was looked at.
+    """
+    where = str(repo.folder) if repo.commit is None else "/".join(filter(None, (repo.name, repo.subfolder)))
     try:
-        return find_weight_files(repo.names, repo.read_text, gguf_file, where)
+        return find_weight_files(
+            repo.names, repo.read_text, gguf_file, where, variant=source.variant, use_safetensors=source.use_safetensors
+        )
     except CheckpointNotFoundError as error:
         if (
             repo.only_cached
@@ -318,7 +379,7 @@ def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
     if source.get("deleted"):
         return []
     try:
-        names = weight_files(request.repo, request.gguf_file).names
+        names = weight_files(request.repo, request.gguf_file, request.source).names
     except (CheckpointNotFoundError, HubUnreachableError):  # all originals are gone: the split is what there is
         return []
     known = {row["name"] for row in source["files"]}
@@ -340,7 +401,7 @@ def _make(request: Request, repair: bool) -> Manifest:
 
 def _original_entries(request: Request) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
     """Where the model's weights lie in the original files, and the ties. Raises NotInPlaceError, MismatchedWeightsError."""
-    files = weight_files(request.repo, request.gguf_file)
+    files = weight_files(request.repo, request.gguf_file, request.source)
     require_plain(files)
     tensors = _local_tensors(request.repo, files, request.source)
     return original_entries(request.architecture, request.dtype, tensors.tensors, request.repo.folder)
@@ -366,7 +427,7 @@ def _usable_journal(request: Request) -> Journal | None:
 
 
 def _present_files(request: Request, journal: Journal | None) -> WeightFiles:
-    files = weight_files(request.repo, request.gguf_file)
+    files = weight_files(request.repo, request.gguf_file, request.source)
     deleted = journal.deleted if journal else []
     remaining = replace(files, names=tuple(name for name in files.names if name not in deleted))
     fetch_weights(request.repo, remaining.names, request.source)

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rabbit_engine.architectures import Record, read_record
+from rabbit_engine.keywords import KEYWORDS
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "rabbit"]
 CONFORMANCE = ROOT / "docs" / "conformance.json"
 FAMILIES = ("<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->")
+KEYWORD_TABLE = (
+    "<!-- the keywords: rabbit_engine/keywords.py, `make docs` writes them -->",
+    "<!-- end of the keywords -->",
+)
 MIXIN = ("<!-- conformance: `make conformance` runs it, `make docs` writes it -->", "<!-- end of conformance -->")
 
 
@@ -35,6 +40,13 @@ def compatibility_page() -> str:
     page = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8")
     page = between(page, FAMILIES, families_table(read_record()))
     return between(page, MIXIN, conformance_table(json.loads(CONFORMANCE.read_text(encoding="utf-8"))))
+
+
+def migrating_page() -> str:
+    """docs/migrating.md with its table of transformers' keywords written anew."""
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    rows = [["keyword", "here", "how, or why"], *([f"`{row.name}`", row.treatment, row.reason] for row in KEYWORDS)]
+    return between(page, KEYWORD_TABLE, as_table(rows))
 
 
 def between(page: str, marks: tuple[str, str], text: str) -> str:
@@ -77,7 +89,11 @@ def conformance_table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Exit code 1 where a page is stale."""
-    pages = {ROOT / "docs" / "cli.md": cli_page(), ROOT / "COMPATIBILITY.md": compatibility_page()}
+    pages = {
+        ROOT / "docs" / "cli.md": cli_page(),
+        ROOT / "docs" / "migrating.md": migrating_page(),
+        ROOT / "COMPATIBILITY.md": compatibility_page(),
+    }
     for path, page in pages.items():
         if "--check" not in sys.argv[1:]:
             path.write_text(page, encoding="utf-8")

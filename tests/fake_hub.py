@@ -71,10 +71,10 @@ class FakeHub:
         return self.send_file(request, repo, path.split("/resolve/", 1)[1].split("/", 1)[1], body)
 
     def info(self, repo: str, path: str) -> Any:
-        files = [p for p in sorted(self.repos[repo].iterdir()) if p.is_file()]
+        files = {p.relative_to(self.repos[repo]).as_posix(): p for p in sorted(self.repos[repo].rglob("*")) if p.is_file()}
         if "/tree/" in path:
-            return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": self.etag(p)} for p in files]
-        siblings = [{"rfilename": p.name, "size": p.stat().st_size, "blobId": self.etag(p)} for p in files]
+            return [{"type": "file", "path": n, "size": p.stat().st_size, "oid": self.etag(p)} for n, p in files.items()]
+        siblings = [{"rfilename": n, "size": p.stat().st_size, "blobId": self.etag(p)} for n, p in files.items()]
         return {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
 
     @staticmethod

@@ -201,7 +201,6 @@ def raising(error: BaseException) -> Any:
     [
         (("run", "/no/such/model", "hi"), 1, "error: /no/such/model does not exist (there is no /no): give a folder"),
         (("run", "MODELx", "hi"), 1, "did you mean MODEL?"),
-        (("run", "MODEL/config.json", "hi"), 1, "config.json is a file: give its folder, MODEL"),
         (("run", "MODEL/none.gguf", "hi"), 1, "error: MODEL/none.gguf does not exist: give a folder, a .gguf file"),
         (("verify", "/tmp/no-such-folder"), 1, "error: /tmp/no-such-folder "),
         (("run", "MODEL", "hi", "--device", "cuda:99"), 2, "error: --device cuda:99 is not here"),

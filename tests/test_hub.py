@@ -13,7 +13,7 @@ import matrix
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rabbit_engine import errors
 
@@ -55,6 +55,38 @@ def test_second_load_downloads_no_weights_and_works_offline(hub: FakeHub, tmp_pa
     hub.repos.clear()
     assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", local_files_only=True)(ids).logits, first)
     assert hub.served == []
+
+
+def test_a_part_of_a_repo_in_a_variant_is_fetched_alone_and_split_by_itself(
+    hub: FakeHub, tmp_path: Path, checkpoint: Any, plain: Any, streamed: Any, ids: Any
+) -> None:
+    part = hub.repos[REPO] / "onnx" / "part"
+    shutil.copytree(
+        checkpoint("llama_tied"), part, ignore=shutil.ignore_patterns("rabbit_shards", ".*", "*.safetensors", "*index*")
+    )
+    weights = {key: value for file in checkpoint("llama_tied").glob("*.safetensors") for key, value in load_file(file).items()}
+    save_file(weights, part / "model.fp16.safetensors", {"format": "pt"})
+    want = plain(part, variant="fp16")(ids).logits
+    wanted = {"cache_dir": tmp_path / "cache", "subfolder": "onnx/part", "variant": "fp16"}
+    model = streamed(REPO, **wanted, split="always")
+    assert torch.equal(model(ids).logits, want)
+    assert {name for name, _ in hub.served if name.endswith(".safetensors")} == {"onnx/part/model.fp16.safetensors"}
+    shards = tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards"
+    assert model._prepared.folder == shards / f"{COMMIT}--onnx--part" / "variant.fp16-float32"
+    assert torch.equal(streamed(f"https://hf.co/{REPO}/tree/main/onnx/part", **{**wanted, "subfolder": ""})(ids).logits, want)
+    assert not torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", split="always")(ids).logits, want)
+
+
+def test_files_are_fetched_again_as_asked(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
+    first = streamed(REPO, cache_dir=tmp_path / "cache")(ids).logits
+    hub.served.clear()
+    again = streamed(REPO, cache_dir=tmp_path / "cache", force_download=True, max_memory={"cpu": "1MB"})
+    assert torch.equal(again(ids).logits, first)
+    names = [name for name, _ in hub.served]
+    assert {"config.json", "model.safetensors.index.json"} <= set(names)
+    assert len([name for name in names if name.endswith(".safetensors")]) == len(
+        list(again._prepared.repo.folder.glob("*.safetensors"))
+    )
 
 
 def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:

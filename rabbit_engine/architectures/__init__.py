@@ -14,6 +14,7 @@ from rabbit_engine.architectures.positions import capped_length, refuse_past
 from rabbit_engine.architectures.record import Proof, Record, read_record
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
 from rabbit_engine.architectures.remote import explain_failures, is_remote, keeps_tuples
+from rabbit_engine.architectures.wishes import Wishes, read_given_config
 
 __all__ = [
     "KNOWN",
@@ -27,6 +28,7 @@ __all__ = [
     "RawConfig",
     "Record",
     "Target",
+    "Wishes",
     "blame_for_model",
     "build_skeleton",
     "capped_length",
@@ -42,6 +44,7 @@ __all__ = [
     "mend_faults",
     "open_conversion",
     "open_gguf_conversion",
+    "read_given_config",
     "read_record",
     "refuse_past",
     "register_family",

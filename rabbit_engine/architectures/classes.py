@@ -19,8 +19,10 @@ from rabbit_engine.architectures.configfile import read_config
 from rabbit_engine.architectures.naming import choose_class, choose_remote, named_classes
 from rabbit_engine.architectures.registry import find_family
 from rabbit_engine.architectures.remote import misfit, written_for
+from rabbit_engine.architectures.wishes import Wishes, override
 from rabbit_engine.errors import (
     CompressionUnavailableError,
+    ConfigurationError,
     DamagedCheckpointError,
     MissingExtraError,
     RabbitError,
@@ -28,6 +30,7 @@ from rabbit_engine.errors import (
     first_line,
 )
 from rabbit_engine.extras import missing_extra
+from rabbit_engine.keywords import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +40,45 @@ _DEQUANTIZED = ("fp8", "mxfp4")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find_architecture(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Architecture:
+def find_architecture(folder: Path, wishes: Wishes, *, gguf_file: str | None = None) -> Architecture:
     """What the checkpoint in `folder` is: a family that is converted, else a class of transformers, else one of its own code.
 
     Raises CheckpointNotFoundError (no config.json), DamagedCheckpointError (it cannot be read), UnsupportedArchitectureError (no
     class for it here, or it needs code that was not allowed), MissingExtraError (GGUF without the package) or
-    CompressionUnavailableError (quantised).
+    CompressionUnavailableError (quantised), and UnknownKeywordError for a wish that is no attribute of the config.
     """
-    raw = {} if gguf_file is not None else read_config(folder)
+    alone = gguf_file is not None or (wishes.config is not None and not (folder / "config.json").is_file())
+    raw = {} if alone else read_config(folder)
     named_classes(raw, folder)
     family = find_family(raw)
     if family is not None:
-        return _converted(family, raw, folder)
-    config = _find_config(folder, raw, gguf_file, trust_remote_code)
+        return _wished(_converted(family, raw, folder), wishes)
+    config = _find_config(folder, raw, gguf_file, wishes) if wishes.config is None else _given_config(raw, wishes)
     quantization = _take_quantization(folder, config)
-    cls = _find_class(config, folder, trust_remote_code=trust_remote_code)
-    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization)
+    cls = _find_class(config, folder, wishes)
+    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization, transforms=wishes.renamings())
+
+
+def _wished(architecture: Architecture, wishes: Wishes) -> Architecture:
+    """A converted family's architecture with the attributes that are wanted."""
+    if wishes.config is not None:
+        raise ConfigurationError(
+            f"config= cannot stand in for that of {architecture.family}, which is converted to {architecture.cls.__name__}: "
+            "give attributes of it as keywords"
+        )
+    config, unknown = override(architecture.config, wishes.overrides)
+    refuse_unknown(unknown, vars(config))
+    return replace(architecture, config=config, transforms=(*wishes.renamings(), *architecture.transforms))
+
+
+def _given_config(raw: RawConfig, wishes: Wishes) -> PretrainedConfig:
+    """A copy of the caller's config, with the class that the checkpoint names where it names none."""
+    assert wishes.config is not None  # noqa: S101 - asked by the caller
+    config, unknown = override(wishes.config, wishes.overrides)
+    refuse_unknown(unknown, vars(config))
+    if not config.architectures and config.model_type == raw.get("model_type"):
+        config.architectures = raw.get("architectures")
+    return config
 
 
 def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
@@ -69,16 +95,25 @@ def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     return architecture
 
 
-def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The checkpoint's config, as transformers reads it."""
+def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, wishes: Wishes) -> PretrainedConfig:
+    """The checkpoint's config, as transformers reads it and changes its attributes."""
+    trust_remote_code = wishes.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+        config, unused = AutoConfig.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
+            code_revision=wishes.code_revision,
+            return_unused_kwargs=True,
+            **wishes.overrides,
+        )
         config.get_text_config(decoder=True)
     except ImportError as error:
         raise _import_failed(folder, raw, gguf_file, error) from error
     except Exception as error:  # the code of any config class meets any value
         raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf_file, error, trust_remote_code)) from error
     _require_default_weights(config, folder)
+    refuse_unknown([name for name in unused if name in wishes.overrides], vars(config))
     return config  # type: ignore[no-any-return]
 
 
@@ -143,16 +178,18 @@ def _refuse_quantized(folder: Path, method: Any) -> None:
         )
 
 
-def _find_class(config: PretrainedConfig, folder: Path, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+def _find_class(config: PretrainedConfig, folder: Path, wishes: Wishes) -> type[PreTrainedModel]:
     """The class that the checkpoint was saved from. Raises UnsupportedArchitectureError."""
-    reference = choose_remote(config, folder) if trust_remote_code else None
-    return choose_class(config, folder) if reference is None else _remote_class(reference, folder, config)
+    reference = choose_remote(config, folder) if wishes.trust_remote_code else None
+    if reference is None:
+        return choose_class(config, folder)
+    return _remote_class(reference, folder, config, wishes.code_revision)
 
 
-def _remote_class(reference: str, folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
+def _remote_class(reference: str, folder: Path, config: PretrainedConfig, code_revision: str | None) -> type[PreTrainedModel]:
     repo, _, name = reference.rpartition("--")
     try:
-        found: Any = get_class_from_dynamic_module(name, repo or str(folder))
+        found: Any = get_class_from_dynamic_module(name, repo or str(folder), code_revision=code_revision)
     except ImportError as error:
         raise _import_failed(folder, config.to_dict(), None, error) from error
     except Exception as error:  # the repository's own code runs as it is imported

@@ -104,10 +104,14 @@ class Conversion:
                 f"{unused[0]}: its config does not fit its weights, or it is a variant that is not converted"
             )
 
-    def warn_of_unused(self, targets: Mapping[str, Target | None]) -> None:
-        """Name the stored weights that have no place in the model, as transformers does: but for those its class ignores."""
+    def unused(self, targets: Mapping[str, Target | None]) -> list[str]:
+        """The stored weights that have no place in the model, as transformers counts: but for those its class ignores."""
         ignored = self._ignored()
-        unused = [key for key, target in targets.items() if target is None and not ignored.search(self._renamed(key))]
+        return [key for key, target in targets.items() if target is None and not ignored.search(self._renamed(key))]
+
+    def warn_of_unused(self, targets: Mapping[str, Target | None]) -> None:
+        """Name the stored weights that have no place in the model."""
+        unused = self.unused(targets)
         if unused:
             listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
             logger.warning(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rabbit_engine.places import require_present
+from rabbit_engine.names import read_name
 from rabbit_engine.units import parse_bytes
 
 COLDEST = 1e-3
@@ -61,7 +61,7 @@ def check_rate(text: str | None) -> str | None:
 
 
 def _check_model(name: str) -> str:
-    require_present(name)
+    read_name(name)
     return name
 
 

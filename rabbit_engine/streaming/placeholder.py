@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 from rabbit_engine.errors import CannotMergeError, CannotPickleError, WeightNotLoadedError
 from rabbit_engine.tensorfiles import TensorEntry
 
-_WHERE = "a streamed weight is there only while its module runs; for the weight itself open its shard with safetensors"
+_WHERE = (
+    "a streamed weight is there only while its module runs; for the weight itself open its shard with safetensors. "
+    "An adapter that reads the weights it adapts (DoRA, PiSSA, OLoRA, trainable_token_indices, modules_to_save) needs a "
+    "max_memory that holds the whole model"
+)
 _VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
 
 

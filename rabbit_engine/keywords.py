@@ -1,0 +1,184 @@
+"""What becomes of each keyword that transformers' `from_pretrained` takes: done, accepted as it is always so here, or refused.
+
+The table is compared with transformers' own source in tests/test_keywords.py, and printed in docs/migrating.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
+
+logger = logging.getLogger(__name__)
+
+Treatment = Literal["done", "accepted", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keyword:
+    """One keyword of transformers, how it is treated and why; a refused one may have a value that is in `harmless`."""
+
+    name: str
+    treatment: Treatment
+    reason: str
+    harmless: tuple[Any, ...] = (None, False)
+
+
+_TORCH_ONLY = "ignored, as in transformers: PyTorch's weights alone are read"
+_ALWAYS = "always so here: the model is built without weights, and these go from disk to their place"
+_ONE_DEVICE = "layers run on one device here"
+_KERNELS = "kernels of the Hub would replace modules whose weights are streamed"
+_INTERNAL = "of transformers' own calls"
+_QUANTISED = "comes with a later version: weights are streamed in their own dtype"
+
+KEYWORDS = (
+    Keyword("config", "done", "a config object, which is not changed, a folder, a file or a repo id"),
+    Keyword("cache_dir", "done", "of the Hub"),
+    Keyword("force_download", "done", "the files are fetched again; a folder of your own has nothing to fetch"),
+    Keyword("local_files_only", "done", "downloads nothing"),
+    Keyword("token", "done", "for gated and private repos"),
+    Keyword("revision", "done", "a branch, tag or commit"),
+    Keyword("code_revision", "done", "of code that lies in another repo, with trust_remote_code"),
+    Keyword("trust_remote_code", "done", "runs modelling code that the repo brings"),
+    Keyword("subfolder", "done", "the part of the repo or folder to load; its split is its own"),
+    Keyword("variant", "done", "`model.<variant>.safetensors`, also in parts; its split is its own"),
+    Keyword("use_safetensors", "done", "True takes safetensors alone, False pickles alone"),
+    Keyword("gguf_file", "done", "the file to take from a folder or repo with several"),
+    Keyword("dtype", "done", "of the weights and the computation"),
+    Keyword("torch_dtype", "done", "the older spelling of dtype"),
+    Keyword(
+        "device_map", "done", '"auto", "balanced", "balanced_low_0", "sequential", or one device; parts on several are refused'
+    ),
+    Keyword("max_memory", "done", 'bytes that weights may take, by device; "disk" is ignored'),
+    Keyword("attn_implementation", "done", '"auto", "flash_attention_2", "sdpa" or "eager"; others are refused'),
+    Keyword("experts_implementation", "done", "of experts that are in memory; streamed ones are computed one at a time"),
+    Keyword("generation_config", "done", "in place of the checkpoint's"),
+    Keyword("output_loading_info", "done", "returns the model and the same dictionary"),
+    Keyword("key_mapping", "done", "renames stored weights"),
+    Keyword("adapter_kwargs", "refused", "load the base model, then call model.load_adapter", (None, {})),
+    Keyword("adapter_name", "refused", "load the base model, then call model.load_adapter", (None, "default")),
+    Keyword("num_labels", "done", "as any attribute of the config, such as use_cache, rope_parameters or output_attentions"),
+    Keyword("output_attentions", "done", "an attribute of the config"),
+    Keyword("model_type", "done", "an attribute of the config"),
+    Keyword("name_or_path", "accepted", _INTERNAL),
+    Keyword("low_cpu_mem_usage", "accepted", _ALWAYS),
+    Keyword("offload_folder", "accepted", "weights are read from the checkpoint's own files"),
+    Keyword("offload_state_dict", "accepted", _ALWAYS),
+    Keyword("offload_buffers", "accepted", "buffers are small and stay"),
+    Keyword("disable_mmap", "accepted", "always so here: files are read, never mapped"),
+    Keyword(
+        "ignore_mismatched_sizes", "accepted", "weights of another size are an error whatever it says: random ones say nothing"
+    ),
+    Keyword("weights_only", "refused", "a pickle that wants more than tensors is never loaded", (None, True)),
+    Keyword("from_tf", "accepted", _TORCH_ONLY),
+    Keyword("from_flax", "accepted", _TORCH_ONLY),
+    Keyword("mirror", "accepted", "ignored, as in transformers"),
+    Keyword("resume_download", "accepted", "always so here"),
+    Keyword("proxies", "accepted", "ignored, as in huggingface_hub 1: set HTTPS_PROXY"),
+    Keyword("tqdm_class", "accepted", "downloads show huggingface_hub's own bars"),
+    Keyword("_fast_init", "accepted", "ignored, as in transformers"),
+    Keyword("_commit_hash", "accepted", _INTERNAL),
+    Keyword("_from_auto", "accepted", _INTERNAL),
+    Keyword("_from_pipeline", "accepted", _INTERNAL),
+    Keyword("_configuration_file", "refused", "give config=, which may be a file"),
+    Keyword("state_dict", "refused", "weights are streamed from files: save them as a checkpoint and load that"),
+    Keyword("quantization_config", "refused", _QUANTISED),
+    Keyword("load_in_4bit", "refused", _QUANTISED),
+    Keyword("load_in_8bit", "refused", _QUANTISED),
+    Keyword("distributed_config", "refused", _ONE_DEVICE),
+    Keyword("device_mesh", "refused", _ONE_DEVICE),
+    Keyword("tp_plan", "refused", _ONE_DEVICE),
+    Keyword("tp_size", "refused", _ONE_DEVICE, (None, 1)),
+    Keyword("use_kernels", "refused", _KERNELS),
+    Keyword("kernel_config", "refused", _KERNELS),
+    Keyword("allow_all_kernels", "refused", _KERNELS),
+    Keyword("fusion_config", "refused", "fused modules would read weights that are streamed apart", (None, False, {})),
+    Keyword("use_auth_token", "refused", "give token=", (None, False)),
+    Keyword("use_flash_attention_2", "refused", 'give attn_implementation="flash_attention_2"'),
+    Keyword("return_unused_kwargs", "refused", "a keyword that is no attribute of the config is an error"),
+)
+"""Keywords of transformers' `PreTrainedModel.from_pretrained` and its auto classes, and some that older releases took."""
+
+OWN_KEYWORDS = (
+    "device",
+    "compression",
+    "layer_shards_saving_path",
+    "delete_original",
+    "split",
+    "prefetching",
+    "profiling_mode",
+    "show_layer_progress",
+    "max_seq_len",
+    "hf_token",
+)
+"""Keywords that transformers does not have."""
+
+RETIRED_KEYWORDS = {
+    "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
+    "use_gds": "nothing is needed: reads go through host slots that are claimed once",
+    "cache_layers": 'max_memory={"cpu": "24GiB"}, which bounds the memory used for weights',
+    "offload_small_layers": "nothing is needed: embeddings are read by row, the rest follows max_memory",
+    "offload_small_layers_use_cpu_cache": "nothing is needed: embeddings are read by row, the rest follows max_memory",
+    "persister": "nothing is needed: shards are safetensors files, see layer_shards_saving_path",
+    "kv_cache_dir": 'generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
+}
+"""Keywords of other layer-streaming libraries that mean nothing here, and what replaces them."""
+
+COMPRESSIONS = ("4bit", "8bit")
+
+
+def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `keywords` that may be attributes of the model's config; the rest is accepted, or named once in a warning.
+
+    Raises ConfigurationError or CompressionUnavailableError for a refused one, with the reason.
+    """
+    table = {row.name: row for row in KEYWORDS}
+    overrides: dict[str, Any] = {}
+    for name, value in keywords.items():
+        row = table.get(name)
+        if name in RETIRED_KEYWORDS:
+            if value is not None:
+                _warn_retired(name)
+        elif row is None or row.treatment == "done":
+            overrides[name] = value
+        elif row.treatment == "accepted":
+            logger.debug("%s=%r: %s", name, value, row.reason)
+        elif not (isinstance(value, bool | int | str | dict | None) and value in row.harmless):
+            kind = CompressionUnavailableError if row.reason == _QUANTISED else ConfigurationError
+            raise kind(f"{name}={value!r} is refused: {row.reason}")
+    return overrides
+
+
+def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UnknownKeywordError for a keyword that is no attribute of the config either, naming the nearest of `known`."""
+    first = next(iter(unknown), None)
+    if first is None:
+        return
+    names = [*OWN_KEYWORDS, *(row.name for row in KEYWORDS), *known, *RETIRED_KEYWORDS]
+    nearest = difflib.get_close_matches(first, names, n=1, cutoff=0.6)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "help(AutoModel.from_pretrained) lists them"
+    raise UnknownKeywordError(f"from_pretrained has no keyword {first!r}, and the model's config no such attribute; {hint}")
+
+
+_warned: set[str] = set()
+
+
+def _warn_retired(keyword: str) -> None:
+    if keyword not in _warned:
+        _warned.add(keyword)
+        warnings.warn(f"{keyword} has no meaning here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+
+
+def refuse_compression(compression: str | None, quantization_config: Any) -> None:
+    """Refuse what this version cannot do yet, saying so."""
+    if compression is not None and compression not in COMPRESSIONS:
+        raise ConfigurationError(f"compression={compression!r} is none of {', '.join(map(repr, COMPRESSIONS))}")
+    for name, value in {"compression": compression, "quantization_config": quantization_config}.items():
+        if value is not None:
+            kind = value if isinstance(value, str | dict) else type(value).__name__
+            raise CompressionUnavailableError(f"{name}={kind!r} {_QUANTISED}: leave it out")

@@ -1,0 +1,164 @@
+"""What people give as the name of a model: a repo id, a folder, a file of one, or an address that was copied from the Hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError
+
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
+_WEIGHTS = re.compile(
+    r"(?:model|pytorch_model)(?:\.(?!safetensors|bin)([^.]+?))?(?:-\d+-of-\d+)?\.(safetensors|bin)(?:\.index(?:\.([^.]+))?\.json)?"
+)
+"""Names of weight files and their indexes: the variant, the kind, the variant of an index."""
+
+_AT_REVISION = ("tree", "blob", "resolve", "raw", "commit")
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A repo id or a folder, and what the name says of the part that is wanted; None where it says nothing."""
+
+    name: str
+    revision: str | None = None
+    subfolder: str | None = None
+    gguf_file: str | None = None
+    variant: str | None = None
+    use_safetensors: bool | None = None
+
+
+def read_name(name: Any) -> Address:
+    """Where the model is that somebody calls `name`.
+
+    Raises ConfigurationError for what is no name and CheckpointNotFoundError for a path that does not exist, with the
+    nearest one that does.
+    """
+    if not isinstance(name, str | PathLike) or isinstance(name, bytes):
+        raise ConfigurationError(f"{name!r} is no name of a model: give a repo id, a folder or a .gguf file")
+    text = str(fspath(name)).strip()
+    if not text:
+        raise ConfigurationError("the name of the model is empty: give a repo id, a folder or a .gguf file")
+    if "://" in text or text.split("/")[0].lower() in _HOSTS:
+        return _read_url(text)
+    path = _existing(Path(text).expanduser())
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return Address(str(path) if "\\" in text else text)
+    if _must_be_path(text):
+        raise CheckpointNotFoundError(f"{path} does not exist{_beside(path)}")
+    return Address(text.rstrip("/"))
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or as Windows writes it where only that exists here."""
+    written = Path(PureWindowsPath(path).as_posix())
+    return written if not path.exists() and written.exists() else path
+
+
+def _must_be_path(text: str) -> bool:
+    is_path = text.startswith(("/", ".", "~")) or "\\" in text or text.rstrip("/").count("/") > 1
+    return is_path or text.lower().endswith((".gguf", ".safetensors", ".bin", ".json"))
+
+
+_GIVE = "give a folder, a .gguf file, or a repo id (organisation/name)"
+
+
+def _beside(path: Path) -> str:
+    """What may have been meant: the GGUF files of a folder where one is missing, else the nearest name."""
+    if path.suffix.lower() == ".gguf" and path.parent.is_dir():
+        found = sorted(other.name for other in path.parent.glob("*.gguf"))
+        return f": {_GIVE}; the GGUF files there: {', '.join(found) or 'none'}"
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    there = "" if missing == path else f" (there is no {missing})"
+    return nearest_path(path) or f"{there}: {_GIVE}"
+
+
+def _read_file(path: Path) -> Address:
+    """The folder of a file, where the file belongs to what is loaded from there."""
+    folder, weights = str(path.parent), _weights_of(path.name)
+    if path.suffix.lower() == ".gguf":
+        return Address(folder, gguf_file=path.name)
+    if weights is not None and (path.parent / "config.json").is_file():
+        return replace(weights, name=folder)
+    if path.name in _BESIDE_WEIGHTS:
+        return Address(folder)
+    raise CheckpointNotFoundError(f"{path} is a file: give the folder of a model, which has a config.json, or a .gguf file")
+
+
+def _read_url(text: str) -> Address:
+    """`https://huggingface.co/org/name/tree/main/part`, `hf://org/name@main/part`."""
+    url = urlsplit(text if "://" in text else f"https://{text}")
+    parts = [unquote(part) for part in url.path.split("/") if part]
+    if url.scheme == "hf":
+        parts = [part for part in (unquote(url.netloc), *parts) if part]
+    elif (url.hostname or "") not in _HOSTS:
+        raise ConfigurationError(f"{text} is no address of the Hub: download it, and give the folder")
+    if parts[:1] == ["models"]:
+        parts = parts[1:]
+    if not parts or parts[0] in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
+        raise ConfigurationError(f"{text} is not the address of a model")
+    if url.scheme == "hf":
+        return _part_of(text, parts[:2], parts[2:])
+    kinds = [
+        index for index in (1, 2) if parts[index : index + 1] and parts[index] in ("tree", "blob", "resolve", "raw", "commit")
+    ]
+    if not kinds:
+        return _part_of(text, parts[:2], [])
+    at = kinds[0]
+    revision, taken = _revision(parts[at + 1 :])
+    inside = parts[at + 1 + taken :]
+    return _part_of(text, parts[:at], [*inside, ""] if parts[at] == "tree" else inside, revision)
+
+
+def _revision(parts: list[str]) -> tuple[str, int]:
+    """A revision, and how many parts it takes: those of pull requests have three."""
+    taken = 3 if parts[:1] == ["refs"] else 1
+    return "/".join(parts[:taken]), taken
+
+
+def _part_of(text: str, repo: list[str], inside: list[str], revision: str | None = None) -> Address:
+    """A part of a repo: a subfolder, or the folder of the file that comes last."""
+    if repo[-1].count("@") == 1 and revision is None:
+        repo[-1], revision = repo[-1].split("@")
+    file = inside.pop() if inside and ("." in inside[-1] or not inside[-1]) else ""
+    address = Address("/".join(repo), revision=revision or None)
+    if file.lower().endswith(".gguf"):
+        return replace(address, gguf_file="/".join([*inside, file]))
+    address, weights = replace(address, subfolder="/".join(inside) or None), _weights_of(file)
+    if weights is not None:
+        return replace(address, variant=weights.variant, use_safetensors=weights.use_safetensors)
+    if file.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        raise CheckpointNotFoundError(f"{text} is a file that no model is loaded from by itself: give the repo's address")
+    return address
+
+
+def _weights_of(file: str) -> Address | None:
+    """What the name of a weight file says of the files to load; None for any other file."""
+    match = _WEIGHTS.fullmatch(file)
+    return Address("", variant=match[1] or match[3], use_safetensors=match[2] == "safetensors") if match else None
+
+
+def nearest_path(path: Path) -> str:
+    """`; did you mean /data/llama?`: the sibling with the likest name of the first part that does not exist, else nothing."""
+    for parent, part in zip(path.parents, (path, *path.parents), strict=False):
+        if parent.is_dir():
+            return _nearest_in(parent, part.name)
+    return ""
+
+
+def _nearest_in(folder: Path, name: str) -> str:
+    try:
+        siblings = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return ""
+    folded = {sibling.lower(): sibling for sibling in siblings}
+    nearest = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    return f"; did you mean {folder / folded[nearest[0]]}?" if nearest else ""

@@ -1,0 +1,96 @@
+"""What people call a model: repo ids, folders, files of one, addresses copied from the Hub, and slips of the pen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rabbit_engine import errors
+from rabbit_engine.names import Address, read_name
+
+HUB = "https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("org/name", Address("org/name")),
+        (" org/name/ ", Address("org/name")),
+        ("gpt2", Address("gpt2")),
+        (f"{HUB}/org/name", Address("org/name")),
+        (f"{HUB}/gpt2/", Address("gpt2")),
+        (f"{HUB}/org/name/tree/v1.5", Address("org/name", revision="v1.5")),
+        (f"{HUB}/gpt2/tree/main/part-1.5", Address("gpt2", revision="main", subfolder="part-1.5")),
+        (f"{HUB}/org/name/tree/refs%2Fpr%2F1", Address("org/name", revision="refs/pr/1")),
+        (f"{HUB}/org/name/tree/refs/pr/1/part", Address("org/name", revision="refs/pr/1", subfolder="part")),
+        (f"{HUB}/org/name/blob/main/config.json", Address("org/name", revision="main")),
+        (
+            f"{HUB}/org/name/blob/main/part/model.fp16-00001-of-00002.safetensors",
+            Address("org/name", revision="main", subfolder="part", variant="fp16", use_safetensors=True),
+        ),
+        (f"{HUB}/org/name/resolve/main/q/m.gguf?download=true", Address("org/name", revision="main", gguf_file="q/m.gguf")),
+        ("hf.co/org/name", Address("org/name")),
+        ("hf://org/name@dev/part", Address("org/name", revision="dev", subfolder="part")),
+    ],
+)
+def test_an_address_is_the_repo_the_revision_and_the_part(name: str, address: Address) -> None:
+    assert read_name(name) == address
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "is empty"),
+        (None, "is no name of a model"),
+        (7, "is no name of a model"),
+        (f"{HUB}/datasets/org/name", "not the address of a model"),
+        ("https://example.com/org/name", "no address of the Hub"),
+        ("s3://bucket/name", "no address of the Hub"),
+    ],
+)
+def test_what_is_no_name_is_refused(name: Any, told: str, streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match=told):
+        streamed(name)
+
+
+def test_a_file_stands_for_the_folder_it_is_loaded_from(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder: Path = checkpoint("llama_tied")
+    want = streamed(folder)(ids).logits
+    file = next(folder.glob("*.safetensors"))
+    for name in (folder / "config.json", file, str(file), f"{folder}/", str(folder).replace("/", "\\")):
+        assert torch.equal(streamed(name)(ids).logits, want)
+
+
+def test_a_file_that_nothing_is_loaded_from_is_refused(own_checkpoint: Any, streamed: Any) -> None:
+    other = own_checkpoint("llama") / "consolidated.00.pth"
+    other.touch()
+    with pytest.raises(errors.CheckpointNotFoundError, match="is a file: give the folder of a model"):
+        streamed(other)
+
+
+def test_a_mistyped_path_names_the_nearest(tmp_path: Path, streamed: Any) -> None:
+    (tmp_path / "Llama-3.2-1B" / "part").mkdir(parents=True)
+    for typed in ("lama-3.2-1b", "Llama-3.2-1"):
+        with pytest.raises(errors.CheckpointNotFoundError, match=r"does not exist; did you mean .*Llama-3\.2-1B\?"):
+            streamed(tmp_path / typed)
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"did you mean .*Llama-3\.2-1B\?"):
+        streamed(tmp_path / "Llama-3.2-1b" / "part")
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"does not exist \(there is no .*another\): give a folder"):
+        streamed(tmp_path / "another" / "thing")
+
+
+def test_a_mistyped_folder_that_could_be_a_repo_id_names_the_nearest(
+    tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "llama-3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.HubUnreachableError, match=r"did you mean models/llama-3\?"):
+        streamed("models/lama-3", local_files_only=True)
+
+
+def test_an_address_and_keywords_that_disagree_are_refused(streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="says revision='main', and revision='dev' is given"):
+        streamed(f"{HUB}/org/name/tree/main", revision="dev")
