@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rabbit_engine import errors
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.names import Address, read_name
 
 HUB = "https://huggingface.co"
@@ -51,9 +51,9 @@ def test_an_address_is_the_repo_the_revision_and_the_part(name: str, address: Ad
         ("s3://bucket/name", "no address of the Hub"),
     ],
 )
-def test_what_is_no_name_is_refused(name: Any, told: str, streamed: Any) -> None:
+def test_what_is_no_name_is_refused(name: Any, told: str) -> None:
     with pytest.raises(errors.ConfigurationError, match=told):
-        streamed(name)
+        AutoModel.from_pretrained(name)
 
 
 def test_a_file_stands_for_the_folder_it_is_loaded_from(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
