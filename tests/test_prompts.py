@@ -44,7 +44,7 @@ def test_a_prompt_that_is_none_is_a_configuration_error(session: Session, prompt
         session.generate([prompt], max_new_tokens=2)
 
 
-@pytest.mark.parametrize("prompts", [None, 5, [5, 6], {"a": 1}, b"abc", torch.tensor([5, 6]), object()], ids=repr)
+@pytest.mark.parametrize("prompts", [None, 5, [5, 6], {"a": 1}, b"abc", torch.tensor([5, 6]), Ellipsis], ids=repr)
 def test_what_is_no_list_of_prompts_is_a_configuration_error(session: Session, prompts: Any) -> None:
     with pytest.raises(errors.ConfigurationError):
         session.generate(prompts, max_new_tokens=2)
