@@ -131,3 +131,22 @@ def test_generate_with_a_static_cache_and_a_compile_config(tied: Any, ids: torch
 def test_a_trace_is_refused(tied: Any, ids: torch.Tensor) -> None:
     with pytest.raises(errors.CannotExportError, match="would record what the slots hold"):
         torch.jit.trace(lambda given: tied(given).logits, (ids,))
+
+
+@torch.no_grad()
+def test_what_lm_evaluation_harness_asks_of_a_model_is_answered_as_in_memory(
+    tied: Any, checkpoint: Any, plain: Any, padded: dict[str, torch.Tensor]
+) -> None:
+    """`HFLM(pretrained=model)`: eval, tie_weights, log-likelihoods of a padded batch, and a continuation.
+
+    scripts/check_lm_eval.py runs the harness itself.
+    """
+    told = []
+    for model in (tied, plain(checkpoint("llama_tied"))):
+        model.eval()
+        model.tie_weights()
+        assert (model.config.model_type, model.device.type) == ("llama", "cpu")
+        logits = torch.log_softmax(model(padded["input_ids"]).logits, dim=-1)
+        likelihoods = logits[:, :-1].gather(2, padded["input_ids"][:, 1:, None])
+        told.append((likelihoods, model.generate(**padded, max_length=14, do_sample=False, use_cache=True, pad_token_id=0)))
+    assert all(torch.equal(*pair) for pair in zip(*told, strict=True))
