@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils.import_utils import is_peft_available
 
 from rabbit_engine.architectures import explain_failures, refuse_past, require_generation_config
 from rabbit_engine.assembly import assemble
@@ -27,6 +28,8 @@ from rabbit_engine.trial import require_pass
 from rabbit_engine.units import format_bytes, format_rate
 
 logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
 
 
 class AutoModel:
@@ -155,6 +158,7 @@ class AutoModel:
             max_seq_len=max_seq_len,
         )
         model = load(pretrained_model_name_or_path, source, splitting, stream)
+        _load_own_adapter(model)
         if generation_config is not None:
             _set_generation_config(model, generation_config)
         return (model, loading_info(model._prepared)) if output_loading_info else model
@@ -197,6 +201,33 @@ def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: Str
     logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model
+
+
+def _load_own_adapter(model: Any) -> None:
+    """Apply the adapter that lies next to the weights, as transformers does where peft is installed.
+
+    Raises ConfigurationError for a repo of the Hub, where transformers would load the adapter's base model instead, and
+    DamagedCheckpointError for an adapter that cannot be loaded.
+    """
+    repo = model._prepared.repo
+    if _ADAPTER not in repo.names:
+        return
+    if not is_peft_available():
+        logger.warning("the adapter in %s is not applied: pip install peft", repo.folder)
+        return
+    try:
+        if repo.commit is not None:
+            raise ConfigurationError(
+                f"{repo.name} holds a model and an adapter: load the base model that its {_ADAPTER} names, then "
+                f"model.load_adapter({repo.name!r})"
+            )
+        model.load_adapter(str(repo.folder))
+    except RabbitError:
+        model.close()
+        raise
+    except Exception as error:  # peft's code meets whatever the files say
+        model.close()
+        raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
 
 def _require_pass(model: Any, prepared: Prepared) -> None:

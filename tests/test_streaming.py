@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import shutil
 import signal
 import threading
 import weakref
@@ -409,6 +410,22 @@ def test_lora_inference_is_equal(way: str, adapter: Path, plain: Any, streamed: 
             outputs.append((without, adapted(ids).logits, adapted.generate(input_ids=ids, **GREEDY)))
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     assert not torch.equal(outputs[0][0], outputs[0][2])
+
+
+def test_an_adapter_next_to_the_weights_is_applied(adapter: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder = adapter.parent / "llama"
+    without = streamed(folder)(ids).logits
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    logits = streamed(folder)(ids).logits
+    assert torch.equal(logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits)
+    assert not torch.equal(logits, without)
+
+
+def test_an_adapter_next_to_the_weights_that_is_damaged_is_named(adapter: Path, streamed: Any) -> None:
+    folder = adapter.parent / "llama"
+    (folder / "adapter_config.json").write_text('{"peft_type": "none that exists"}')
+    with pytest.raises(errors.DamagedCheckpointError, match=r"adapter_config\.json"):
+        streamed(folder)
 
 
 def test_merging_an_adapter_is_refused(adapter: Path, streamed: Any, ids: torch.Tensor) -> None:
