@@ -112,9 +112,12 @@ class Fields:
         return Fields.of(self.take(key), self._at(key))
 
     def texts(self, key: str) -> dict[str, str]:
-        """An object whose values are all text."""
+        """An object whose values are all strings, also empty ones."""
         inner = self.fields(key)
-        return {name: inner.text(name) for name in inner.values}
+        other = next((name for name, value in inner.values.items() if not isinstance(value, str)), None)
+        if other is not None:
+            raise ValueError(f"{inner._at(other)} is {shown(inner.values[other])}, not text")
+        return dict(inner.values)
 
     def _at(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key

@@ -91,6 +91,7 @@ def test_a_class_that_does_not_generate_is_refused_by_name(changes: dict[str, An
         ["QWen2forCausalLM"],
         ["FSDPQwen2ForCausalLM"],
         ["Qwen2ForSequenceClassification", "Qwen2ForCausalLM"],
+        "Qwen2ForCausalLM",
         [],
         None,
     ],
@@ -102,7 +103,7 @@ def test_a_class_that_generates_runs_however_it_is_written(named: Any, qwen: Pat
         torch.testing.assert_close(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("named", ["Qwen2ForCausalLM", {"a": 1}, [1], [None], 3, [""]])
+@pytest.mark.parametrize("named", ["", {"a": 1}, [1], [None], 3, [""]])
 def test_architectures_that_are_no_names_are_damage(named: Any, qwen: Path) -> None:
     with pytest.raises(errors.DamagedCheckpointError, match=r"config.json says architectures="):
         AutoModel.from_pretrained(edit(qwen, architectures=named), device="cpu")

@@ -88,6 +88,13 @@ def test_a_header_that_is_no_table_is_named(text: bytes, tmp_path: Path) -> None
         read_header(path, errors.DamagedCheckpointError)
 
 
+def test_metadata_may_be_empty_text(tmp_path: Path) -> None:
+    save_file({NORM: torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt", "title": ""})
+    header = read_header(tmp_path / "model.safetensors", errors.DamagedCheckpointError)
+    assert header.metadata == {"format": "pt", "title": ""}
+    assert [entry.shape for entry in header.tensors] == [(2,)]
+
+
 def test_what_stands_in_a_files_place_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for raw, words in (

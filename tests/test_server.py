@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -548,6 +550,30 @@ def test_ways_of_embedding_that_are_unknown_are_told(embedding_folder: Any, stre
     assert find_embedder(model) == Embedder("pooling_mode_mean_tokens", True)
     (folder / "modules.json").unlink()
     assert find_embedder(model) is None
+
+
+def loaded_from(folder: Path) -> tuple[Path, Any]:
+    """The folder, and what `find_embedder` looks at of its model."""
+    return folder, types.SimpleNamespace(_prepared=types.SimpleNamespace(repo=types.SimpleNamespace(folder=folder)))
+
+
+@pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json"])
+@pytest.mark.parametrize(
+    "text", ['{"a"', "[1]", '"x"', "\x00", "[" * 100_000, '[{"type": 5}]', '{"pooling_mode_mean_tokens": 1}', "\xff"]
+)
+def test_damaged_files_of_embedding_are_named(name: str, text: str, embedding_folder: Any) -> None:
+    folder, model = loaded_from(embedding_folder("mean_tokens"))
+    assert find_embedder(model) == Embedder("pooling_mode_mean_tokens", True)
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(errors.DamagedCheckpointError, match=re.escape(str(folder / name))):
+        find_embedder(model)
+
+
+def test_pooling_outside_of_the_checkpoint_is_refused(embedding_folder: Any) -> None:
+    folder, model = loaded_from(embedding_folder("mean_tokens"))
+    (folder / "modules.json").write_text('[{"type": "a.Pooling", "path": "../other"}]')
+    with pytest.raises(errors.DamagedCheckpointError, match=r"'../other' leads outside"):
+        find_embedder(model)
 
 
 def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, smollm_models: Any) -> None:

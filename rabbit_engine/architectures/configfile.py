@@ -22,8 +22,8 @@ from rabbit_engine.errors import (
 )
 
 _COUNT = re.compile(r"(^|_)(layers?|depth|blocks|experts|labels)$")
-_MOST = 10_000
-"""Layers, experts or labels: ten times what any model has, and still listed in a moment."""
+_MOST, _MOST_LABELS = 10_000, 1_000_000
+"""Of layers and experts, and of labels: ten times what any model has, and still listed in a moment."""
 
 
 def read_config(folder: Path) -> RawConfig:
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> RawConfig:
     if not isinstance(raw, dict):
         raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__} where an object is wanted: download it again")
     for key, value in _numbers(raw):
-        if value > _MOST and _COUNT.search(key):
+        if value > (_MOST_LABELS if key.endswith("labels") else _MOST) and _COUNT.search(key):
             raise UnsupportedArchitectureError(f"{path} says {key}={value}: no model has so many; download it again")
     return raw
 

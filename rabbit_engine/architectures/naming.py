@@ -27,10 +27,12 @@ _WRAPPER = "FSDP"
 
 
 def named_classes(raw: RawConfig | PretrainedConfig, folder: Path) -> tuple[str, ...]:
-    """`architectures` of a config; empty where it names none. Raises DamagedCheckpointError where it is no list of names."""
+    """`architectures` of a config; empty where none. Raises DamagedCheckpointError where it is no name or list of names."""
     named = raw.architectures if isinstance(raw, PretrainedConfig) else raw.get("architectures")
     if named is None:
         return ()
+    if isinstance(named, str):
+        named = [named]
     if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) and name for name in named):
         raise DamagedCheckpointError(f"{folder / 'config.json'} says architectures={named!r}, where a list of classes is wanted")
     return tuple(named)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.directio import disk_errors, open_unchanged
+from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
+from rabbit_engine.jsonvalues import Fields, file_name, parse
 
 _POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "pooling_mode_lasttoken": lambda states: states[-1],
@@ -39,28 +41,40 @@ class Embedder:
 
 
 def find_embedder(model: Any) -> Embedder | None:
-    """How the checkpoint embeds; None where it does not say that it does. Raises ConfigurationError for a way unknown here."""
-    folder = Path(model._prepared.repo.folder)
-    steps = _read(folder / "modules.json")
-    kinds = [str(step.get("type", "")).rpartition(".")[2] for step in steps] if isinstance(steps, list) else []
-    if not kinds:
+    """How the checkpoint embeds; None where it does not say that it does.
+
+    Raises ConfigurationError for a way unknown here, DamagedCheckpointError for files that cannot be read.
+    """
+    path = Path(model._prepared.repo.folder) / "modules.json"
+    if not path.is_file():
         return None
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    with _parsed(path) as listed:
+        steps = {step.text("type").rpartition(".")[2]: step for step in Fields({"steps": listed}).rows("steps")}
+        folder = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
+    unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise ConfigurationError(f"this model embeds in steps that are unknown here: {', '.join(sorted(unknown))}")
-    where = next((str(step.get("path", "")) for step in steps if str(step.get("type", "")).endswith("Pooling")), "1_Pooling")
-    config = _read(folder / where / "config.json") or {}
-    modes = [name for name, chosen in config.items() if name.startswith("pooling_mode_") and chosen is True]
-    named = config.get("pooling_mode")
-    if isinstance(named, str):  # the newer files name it
+        raise ConfigurationError(f"{path} embeds in steps that are unknown here: {', '.join(sorted(unknown))}")
+    return Embedder(_find_pooling(path.parent / folder / "config.json"), "Normalize" in steps) if steps else None
+
+
+def _find_pooling(path: Path) -> str:
+    with _parsed(path) as listed:
+        config = Fields.of(listed)
+        modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
+        named = config.optional_text("pooling_mode")
+    if named is not None:  # the newer files name it
         modes = [f"pooling_mode_{ {'lasttoken': 'lasttoken', 'cls': 'cls_token'}.get(named, f'{named}_tokens') }"]
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ConfigurationError(f"this model pools in a way that is unknown here: {', '.join(modes) or 'none is named'}")
-    return Embedder(modes[0], "Normalize" in kinds)
+        raise ConfigurationError(f"{path} pools in a way that is unknown here: {', '.join(modes) or 'none is named'}")
+    return modes[0]
 
 
-def _read(path: Path) -> Any:
+@contextmanager
+def _parsed(path: Path) -> Iterator[Any]:
+    """The JSON of a file; what is wrong with it or with its values is an error that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+            raw = file.read()
+        yield parse(raw)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): download it again") from error
