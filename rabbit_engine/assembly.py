@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rabbit_engine.architectures import initialize
 from rabbit_engine.budget import budget_for, read_notes, speeds_for, whole_experts_notes
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.plan import Plan
@@ -292,7 +293,7 @@ def _initialize_rest(model: PreTrainedModel, sketch: Sketch, device: torch.devic
     for seat in seats_of(model, sorted(rest)).values():
         empty = torch.empty_like(seat.table[seat.attribute], device=device)
         seat.seat(nn.Parameter(empty, requires_grad=False) if seat.holds_parameter else empty)
-    model.initialize_weights()
+    initialize(model)
 
 
 __all__ = ["Assembly", "Seat", "assemble", "plan_for"]

@@ -101,13 +101,22 @@ def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[
         values[key] = _value(cursor, cursor.number("<I"), key)
     if not isinstance(values.get("split.count", 0), int):
         raise ValueError(f"split.count is {shown(values['split.count'])}")
-    if not isinstance(values.get("general.architecture"), str):
-        raise ValueError("general.architecture is not there")
+    _check_blocks(values, tensors)
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {shown(alignment)}, not a power of two")
     _check_tensors([_tensor(cursor, block_sizes) for _ in range(tensors)], cursor, alignment)
     return values
+
+
+def _check_blocks(values: Mapping[str, Any], tensors: int) -> None:
+    """A class is built with as many layers as this says, or with its default where it says nothing."""
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("general.architecture is not there")
+    blocks = values.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= tensors:
+        raise ValueError(f"{shown(architecture + '.block_count')} is {shown(blocks)}, and it has {tensors} tensors")
 
 
 def _value(cursor: _Cursor, kind: int, key: str) -> Any:

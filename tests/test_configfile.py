@@ -113,6 +113,16 @@ def test_a_value_that_makes_no_model_is_refused_by_its_key(key: str, llama: Path
     assert "config.json" in str(caught.value)
 
 
+def test_a_value_that_lets_no_buffer_be_made_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", time_step_min=-0.001)
+    with pytest.raises(
+        errors.UnsupportedArchitectureError, match=r"config\.json lets MambaForCausalLM make no buffers: ValueError"
+    ):
+        AutoModel.from_pretrained(tmp_path, device="cpu")
+
+
 def test_a_key_that_lets_no_pass_work_is_found_among_experts(tmp_path: Path) -> None:
     config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=9)
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)

@@ -64,6 +64,17 @@ def test_counts_beyond_the_file_are_refused_at_once(at: int, count: int, whole: 
         AutoModel.from_pretrained(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("blocks", [0, 1000, 2**31, None])
+def test_a_count_of_blocks_that_the_file_does_not_hold_is_refused_at_once(
+    blocks: int | None, whole: bytes, tmp_path: Path
+) -> None:
+    at = whole.index(b"llama.block_count") + len(b"llama.block_count")
+    changed = whole.replace(b"block_count", b"block_coinx") if blocks is None else whole
+    (tmp_path / "model.gguf").write_bytes(changed[: at + 4] + struct.pack("<I", blocks or 0) + changed[at + 8 :])
+    with pytest.raises(errors.DamagedCheckpointError, match=r"model\.gguf .*llama\.block_count' is .* 12 tensors"):
+        AutoModel.from_pretrained(tmp_path, device="cpu")
+
+
 def test_a_pointer_and_a_big_endian_file_are_told(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")

@@ -82,6 +82,12 @@ def test_fp8_in_another_dtype_is_all_of_that_dtype(dtype: str, tmp_path: Path, s
         assert torch.nn.functional.cosine_similarity(model(ids).logits.float().flatten(), reference.flatten(), dim=0) > 0.999
 
 
+def test_fp8_of_unreadable_blocks_is_named(tmp_path: Path, streamed: Any) -> None:
+    folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, {**FP8, "weight_block_size": 1})
+    with pytest.raises(errors.CompressionUnavailableError, match=r"config\.json: quantization_config cannot be read"):
+        streamed(folder)
+
+
 def test_fp8_said_in_the_text_config_is_seen(tmp_path: Path, streamed: Any) -> None:
     folder = rewrite(families.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
     inputs = families.picture("qwen2_5_vl")

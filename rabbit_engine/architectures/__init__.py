@@ -2,7 +2,7 @@
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.blame import blame_for_model
-from rabbit_engine.architectures.building import build_skeleton, config_path, require_layers
+from rabbit_engine.architectures.building import build_skeleton, config_path, initialize, require_layers
 from rabbit_engine.architectures.classes import find_architecture
 from rabbit_engine.architectures.configfile import stated_dtype
 from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
@@ -39,6 +39,7 @@ __all__ = [
     "find_architecture",
     "find_layout",
     "gguf_dtype",
+    "initialize",
     "is_remote",
     "keeps_tuples",
     "mend_faults",

@@ -58,6 +58,21 @@ def construct(
     return model
 
 
+def initialize(model: PreTrainedModel) -> None:
+    """Let transformers make what it marked as not loaded. Raises UnsupportedArchitectureError where the class cannot."""
+    try:
+        model.initialize_weights()
+    except (MemoryError, RabbitError):
+        raise
+    except Exception as error:  # the code of any class meets any value
+        if is_remote(type(model)):
+            raise misfit(written_for(model.config), "while its buffers were made", error) from error
+        raise UnsupportedArchitectureError(
+            f"{config_path(model.config)} lets {type(model).__name__} make no buffers: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
 def _builds(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> bool:
     try:
         construct(cls, config, dtype)

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from rabbit_engine.architectures.architecture import Architecture
+from rabbit_engine.architectures.building import config_path
 from rabbit_engine.architectures.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, first_line
 from rabbit_engine.extras import missing_extra
@@ -215,15 +216,15 @@ def open_conversion(
     """
     quantizer = None
     if architecture.quantization is not None:
-        quantizer = _open_quantizer(architecture.quantization)
+        quantizer = _open_quantizer(architecture.quantization, config_path(skeleton.config))
     return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms, architecture.family)
 
 
-def _open_quantizer(quantization: Mapping[str, Any]) -> Any:
+def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Any:
     try:
         return AutoHfQuantizer.from_config({**quantization, "dequantize": True}, pre_quantized=True)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CompressionUnavailableError(f"its quantization_config cannot be read: {first_line(error)}") from error
+        raise CompressionUnavailableError(f"{path}: quantization_config cannot be read: {first_line(error)}") from error
 
 
 def gguf_dtype(path: Path) -> torch.dtype:
