@@ -101,5 +101,5 @@ def test_which_of_several_files_is_asked_for(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(errors.CheckpointNotFoundError, match=r"no m-Q5\.gguf; it has m-Q4_K_M\.gguf, m-Q8_0\.gguf"):
         AutoModel.from_pretrained(tmp_path, device="cpu", gguf_file="m-Q5.gguf")
-    with pytest.raises(errors.CheckpointNotFoundError, match=r"m-Q5\.gguf does not exist; .*m-Q4_K_M\.gguf, m-Q8_0\.gguf"):
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"m-Q5\.gguf does not exist: .*there: m-Q4_K_M\.gguf, m-Q8_0\.gguf"):
         AutoModel.from_pretrained(tmp_path / "m-Q5.gguf", device="cpu")
