@@ -178,10 +178,17 @@ class _Builder:
                 binding.bind(self._model.get_submodule(module), unit, seats, self._stand_ins)
         if experts is not None:
             self._route_experts(experts, binding)
+        self._seat_tied_elsewhere()
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
         return Assembly(self._plan, sketch, device, streamer, binding, self._trace, self._ring)
+
+    def _seat_tied_elsewhere(self) -> None:
+        """A weight that another module streams, in the modules that share it."""
+        for name, seat in self._sketch.weights.seats.items():
+            if seat.holds_parameter and seat.table[seat.attribute].device.type == "meta":
+                seat.seat(self._stand_ins.stand_in(self._sketch.weights.entries[name], True))
 
     def _claim_experts(self) -> ExpertCache | None:
         """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ class SourceConfig:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("revision", "subfolder", "variant", "code_revision", "gguf_file"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigurationError(f"{name}={value!r} is of type {type(value).__name__}: give text, or leave it out")
+        _check_renamings(self.key_mapping)
         parts = Path(self.subfolder).parts
         if Path(self.subfolder).is_absolute() or ".." in parts:
             raise ConfigurationError(f"subfolder={self.subfolder!r} leads out of the checkpoint: name a folder inside of it")
@@ -52,6 +59,17 @@ class SourceConfig:
             raise ConfigurationError(
                 f"variant={self.variant!r} is of safetensors and pickles, gguf_file={self.gguf_file!r} is neither"
             )
+
+
+def _check_renamings(mapping: Any) -> None:
+    """Raise ConfigurationError for what does not map patterns to names."""
+    if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for row in mapping.items() for text in row):
+        raise ConfigurationError(f"key_mapping={mapping!r} does not map patterns of stored names to what they become")
+    for pattern in mapping:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigurationError(f"key_mapping: {pattern!r} is no pattern: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +131,15 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
             f'dtype={dtype!r} is no floating-point dtype that models compute in; try "bfloat16", "float16" or "float32"'
         )
     return found
+
+
+def parse_path(keyword: str, value: Any) -> Path | None:
+    """The path that a keyword names; None where it names none. Raises ConfigurationError for what is no path."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bytes) or not isinstance(value, str | PathLike):
+        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: give a path, or leave it out")
+    return Path(value)
 
 
 _AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os.path
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,8 +86,8 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
 
     Raises CheckpointNotFoundError, GatedCheckpointError or HubUnreachableError.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises where it knows no such user
+    if os.path.isdir(path):  # noqa: PTH112 - and for a name that is too long
         folder = path / source.subfolder
         if not folder.is_dir():
             raise CheckpointNotFoundError(f"{path} has no subfolder {source.subfolder!r}{nearest_path(folder)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rabbit_engine.architectures import Architecture, Target, open_conversion, require_layers
+from rabbit_engine.architectures import Architecture, Target, open_conversion, require_layers, warn_of_unused
 from rabbit_engine.checkpoints import LazyTensor, SafetensorsTensor, WeightFiles
 from rabbit_engine.errors import DamagedCheckpointError, MismatchedWeightsError
 from rabbit_engine.splitplan import settle_ties
@@ -57,7 +57,7 @@ def original_entries(
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
     require_weights(skeleton, kept, ties, folder)
-    conversion.warn_of_unused(targets)
+    warn_of_unused(conversion.unused(targets), type(skeleton))
     return kept, ties.shared
 
 

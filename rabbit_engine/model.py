@@ -17,7 +17,15 @@ from transformers.utils.import_utils import is_peft_available
 from rabbit_engine.architectures import explain_failures, refuse_past, require_generation_config
 from rabbit_engine.assembly import assemble
 from rabbit_engine.attention import choose_attention
-from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.config import (
+    SourceConfig,
+    SplitConfig,
+    StreamConfig,
+    parse_device,
+    parse_dtype,
+    parse_max_memory,
+    parse_path,
+)
 from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
 from rabbit_engine.keywords import refuse_compression, take_keywords
 from rabbit_engine.prepare import Prepared, loading_info, prepare
@@ -128,7 +136,7 @@ class AutoModel:
         source = SourceConfig(
             token=token if token is not None else hf_token,
             revision=revision,
-            cache_dir=Path(cache_dir) if cache_dir else None,
+            cache_dir=parse_path("cache_dir", cache_dir),
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
@@ -144,7 +152,7 @@ class AutoModel:
         splitting = SplitConfig(
             mode=split,
             dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
-            saving_path=Path(layer_shards_saving_path) if layer_shards_saving_path else None,
+            saving_path=parse_path("layer_shards_saving_path", layer_shards_saving_path),
             delete_original=delete_original,
         )
         stream = StreamConfig(
@@ -268,6 +276,7 @@ def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> No
             cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
             subfolder="", trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
+        _drop_empty(model.generation_config)
     except Exception as error:  # the code of a config class meets any value
         raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
 
@@ -283,6 +292,14 @@ def _set_generation_config(model: Any, generation_config: Any) -> None:
     if not isinstance(generation_config, GenerationConfig):
         raise ConfigurationError(f"generation_config={generation_config!r} is no GenerationConfig of transformers")
     model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+    _drop_empty(model.generation_config)
+
+
+def _drop_empty(generation_config: Any) -> None:
+    """Lists that ask for nothing: `generate` refuses them."""
+    for name in ("stop_strings", "bad_words_ids", "sequence_bias"):
+        if not getattr(generation_config, name, None):
+            setattr(generation_config, name, None)
 
 
 def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:

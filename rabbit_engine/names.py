@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -47,10 +48,10 @@ def read_name(name: Any) -> Address:
         raise ConfigurationError("the name of the model is empty: give a repo id, a folder or a .gguf file")
     if "://" in text or text.split("/")[0].lower() in _HOSTS:
         return _read_url(text)
-    path = _existing(Path(text).expanduser())
-    if path.is_file():
+    path = _existing(Path(os.path.expanduser(text)))  # noqa: PTH111 - Path's own raises where it knows no such user
+    if os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that is too long
         return _read_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return Address(str(path) if "\\" in text else text)
     if _must_be_path(text):
         raise CheckpointNotFoundError(f"{path} does not exist{_beside(path)}")
@@ -60,7 +61,7 @@ def read_name(name: Any) -> Address:
 def _existing(path: Path) -> Path:
     """The path itself, or as Windows writes it where only that exists here."""
     written = Path(PureWindowsPath(path).as_posix())
-    return written if not path.exists() and written.exists() else path
+    return written if not os.path.exists(path) and os.path.exists(written) else path  # noqa: PTH110
 
 
 def _must_be_path(text: str) -> bool:

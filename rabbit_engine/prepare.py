@@ -24,6 +24,7 @@ from rabbit_engine.architectures import (
     read_given_config,
     require_layers,
     stated_dtype,
+    warn_of_unused,
 )
 from rabbit_engine.checkpoints import (
     GgufTensor,
@@ -185,6 +186,7 @@ def _stream_from_shards(request: Request, repair: bool) -> Prepared:
     if request.split.delete_original and _originals(request, manifest):
         manifest = _delete_all(request, manifest)
     entries = read_entries(request.folder, manifest)
+    warn_of_unused(manifest.unused_weights, request.architecture.cls)
     return _prepared(request, request.folder, entries, manifest.ties, manifest)
 
 
@@ -204,7 +206,10 @@ def loading_info(prepared: Prepared) -> dict[str, Any]:
     """What transformers tells of a load, under its keys: weights that are missing or do not fit are errors here."""
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     repo, architecture, dtype = prepared.repo, prepared.architecture, prepared.dtype
-    if prepared.gguf_file is not None or (prepared.manifest is not None and prepared.manifest.source["deleted"]):
+    made_from = {} if prepared.manifest is None else prepared.manifest.source
+    if prepared.manifest is not None and ("unused_weights" in made_from or made_from["deleted"]):
+        return {**info, "unexpected_keys": set(prepared.manifest.unused_weights)}
+    if prepared.gguf_file is not None:
         return info
     tensors = open_tensors(repo.folder, weight_files(repo, None, prepared.source)).tensors
     skeleton = build_for(architecture, dtype, stored_shapes(architecture, dtype, tensors))

@@ -67,6 +67,11 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
     version: int = FORMAT_VERSION
 
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Names of the checkpoint's weights that have no place in the model; none where an older version made the split."""
+        return tuple(self.source.get("unused_weights", ()))
+
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ShardRecord:
     """Write one shard, whole or not at all, and return the manifest's line of it."""
@@ -117,6 +122,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         if not set(source.names("used")) <= {row.values["name"] for row in source.rows("files")}:
             raise ValueError("source.used names files that source.files does not")
         source.flag("deleted")
+        if "unused_weights" in source.values and not all(isinstance(name, str) for name in source.items("unused_weights")):
+            raise ValueError(f"source.unused_weights is {shown(source.values['unused_weights'])}, not a list of names")
         return Manifest(_dtype(fields), source.values, fields.texts("ties"), shards)
     except ValueError as cause:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {_AGAIN}") from cause

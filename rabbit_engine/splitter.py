@@ -123,7 +123,7 @@ class Split:
         self._require_room(plans, frozenset(finished))
         records = self._write_all(plans, finished, journal)
         used = sorted({file for plan in plans for file in plan.files})
-        manifest = self._finish(tuple(records.values()), ties, used)
+        manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused(targets))
         self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
         return manifest
 
@@ -154,7 +154,6 @@ class Split:
     def _plan(self, targets: Mapping[str, Target | None], ties: Ties) -> tuple[ShardPlan, ...]:
         layout = find_layout(self.skeleton)
         wanted = {key: target for key, target in targets.items() if target is not None and target.name not in ties.dropped}
-        self.conversion.warn_of_unused(targets)
         shard_of_key = {key: layout.shard_of(target.name) for key, target in wanted.items()}
         converted = {shard_of_key[key] for key, target in wanted.items() if target.converted}
         stored = {target.name for target in wanted.values()}
@@ -243,8 +242,8 @@ class Split:
                 verify_shard(self.folder, record)
                 self._verified.add(record.name)
 
-    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties, used: list[str]) -> Manifest:
-        source = {**self.source, "used": used, "deleted": self.delete is not None}
+    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties, used: list[str], unused: list[str]) -> Manifest:
+        source = {**self.source, "used": used, "deleted": self.delete is not None, "unused_weights": unused}
         manifest = Manifest(str(self.dtype).removeprefix("torch."), source, dict(ties.shared), records)
         self._require_all(set(read_entries(self.folder, manifest)), ties)
         self._remove_strangers(manifest)

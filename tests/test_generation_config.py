@@ -13,7 +13,7 @@ import talking
 import torch
 import transformers
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.cli import main
 
 PROMPT = "abcabc"
@@ -178,3 +178,18 @@ def test_top_k_of_zero_takes_the_checkpoints_own_away(saying: Saying) -> None:
     expected = by_transformers(folder, max_new_tokens=8, top_k=0)
     assert of_session(folder, max_new_tokens=8, seed=3, top_k=0)[0] == expected
     assert of_session(folder, max_new_tokens=8, seed=3)[0] == by_transformers(folder, max_new_tokens=8) != expected
+
+
+@pytest.mark.parametrize("fields", [{"stop_strings": []}, {"stop_strings": ""}, {"bad_words_ids": []}, {"sequence_bias": {}}])
+def test_a_list_that_asks_for_nothing_changes_nothing(saying: Saying, answer: list[int], fields: dict[str, Any]) -> None:
+    assert of_session(saying(**fields), max_new_tokens=8)[0] == answer
+
+
+def test_a_temperature_of_zero_in_the_file_is_greedy(saying: Saying, answer: list[int]) -> None:
+    assert of_session(saying(do_sample=True, temperature=0.0), max_new_tokens=8)[0] == answer
+
+
+@pytest.mark.parametrize("fields", [{"bad_words_ids": [[999]]}, {"repetition_penalty": -1}, {"do_sample": True, "top_k": -1}])
+def test_settings_that_generate_refuses_are_a_configuration_error(saying: Saying, fields: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigurationError, match=r"generate refuses these settings.*generation_config\.json"):
+        of_session(saying(**fields), max_new_tokens=8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from rabbit_engine import assembly, errors
@@ -68,6 +70,16 @@ def test_counts_are_those_of_the_model_in_memory(tied: Any, checkpoint: Any, pla
         assert count(tied) == count(whole), name
     tied.close()
     assert tied.num_parameters() == whole.num_parameters()
+
+
+def test_a_bias_that_two_modules_share_counts_once(tmp_path: Path, ids: torch.Tensor, streamed: Any) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path)
+    whole = transformers.BertLMHeadModel.from_pretrained(tmp_path).eval().requires_grad_(False)
+    model = streamed(tmp_path)
+    assert model.num_parameters() == whole.num_parameters()
+    assert model.num_parameters(only_trainable=True) == 0
+    assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
 def test_other_embeddings_are_refused_while_weights_are_streamed(tied: Any, ids: torch.Tensor) -> None:

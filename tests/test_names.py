@@ -94,3 +94,9 @@ def test_a_mistyped_folder_that_could_be_a_repo_id_names_the_nearest(
 def test_an_address_and_keywords_that_disagree_are_refused(streamed: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="says revision='main', and revision='dev' is given"):
         streamed(f"{HUB}/org/name/tree/main", revision="dev")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~no_such_user/model", "no\0such"])
+def test_a_name_that_no_system_takes_is_an_error_of_ours(name: str) -> None:
+    with pytest.raises(errors.RabbitError):
+        AutoModel.from_pretrained(name, device="cpu", local_files_only=True)

@@ -250,3 +250,24 @@ def test_stored_names_are_mapped(checkpoint: Any, plain: Any, streamed: Any, ids
 def test_a_model_is_not_made_from_a_config_alone(checkpoint: Any) -> None:
     with pytest.raises(TypeError, match="would make random weights"):
         AutoModel.from_config(AutoConfig.from_pretrained(checkpoint("llama")))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"subfolder": 3},
+        {"revision": 3},
+        {"variant": 3},
+        {"gguf_file": 3},
+        {"code_revision": 3},
+        {"cache_dir": 5},
+        {"layer_shards_saving_path": 5},
+        {"key_mapping": 5},
+        {"key_mapping": {"(": "x"}},
+        {"key_mapping": {"^model": 3}},
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(keywords: dict[str, Any], checkpoint: Any) -> None:
+    name = next(iter(keywords))
+    with pytest.raises(errors.ConfigurationError, match=name):
+        AutoModel.from_pretrained(checkpoint("llama"), device="cpu", **keywords)

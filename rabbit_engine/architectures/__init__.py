@@ -5,7 +5,14 @@ from rabbit_engine.architectures.blame import blame_for_model
 from rabbit_engine.architectures.building import build_skeleton, config_path, initialize, require_layers
 from rabbit_engine.architectures.classes import find_architecture
 from rabbit_engine.architectures.configfile import stated_dtype
-from rabbit_engine.architectures.conversion import Conversion, Target, gguf_dtype, open_conversion, open_gguf_conversion
+from rabbit_engine.architectures.conversion import (
+    Conversion,
+    Target,
+    gguf_dtype,
+    open_conversion,
+    open_gguf_conversion,
+    warn_of_unused,
+)
 from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.head_dim import corrected_head_dim
@@ -52,4 +59,5 @@ __all__ = [
     "require_generation_config",
     "require_layers",
     "stated_dtype",
+    "warn_of_unused",
 ]

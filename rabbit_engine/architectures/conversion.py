@@ -110,16 +110,6 @@ class Conversion:
         ignored = self._ignored()
         return [key for key, target in targets.items() if target is None and not ignored.search(self._renamed(key))]
 
-    def warn_of_unused(self, targets: Mapping[str, Target | None]) -> None:
-        """Name the stored weights that have no place in the model."""
-        unused = self.unused(targets)
-        if unused:
-            listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
-            logger.warning(
-                "%d weights of the checkpoint have no place in %s and are not used: %s",
-                len(unused), type(self.skeleton).__name__, listed,
-            )  # fmt: skip
-
     def _ignored(self) -> re.Pattern[str]:
         """Names that transformers does not miss: the class's own, buffers that older versions stored, scales once undone."""
         patterns = list(self.skeleton._keys_to_ignore_on_load_unexpected or ())
@@ -243,6 +233,13 @@ def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dty
     with _quiet_progress():
         tensors = quantizer.get_state_dict(str(path), skeleton)
     return Conversion(skeleton, tensors, dtype, quantizer)
+
+
+def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
+    """Name the stored weights that have no place in the model."""
+    if unused:
+        listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
+        logger.warning("%d weights of the checkpoint have no place in %s and are not used: %s", len(unused), cls.__name__, listed)
 
 
 def _gguf_quantizer(path: Path) -> Any:

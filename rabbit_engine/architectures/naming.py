@@ -22,6 +22,9 @@ from rabbit_engine.errors import DamagedCheckpointError, UnsupportedArchitecture
 GENERATING = (AutoModelForCausalLM, AutoModelForImageTextToText)
 """The auto classes whose models run here."""
 
+_HEADS_WITHOUT_FOR = ("HeadModel", "HeadsModel", "RewardModel", "RewardsModel")
+"""Ends of the names of classes with a head that do not say what it is for."""
+
 _WRAPPER = "FSDP"
 """What PyTorch puts before the name of a class that it shards; transformers takes it off when it saves."""
 
@@ -141,7 +144,7 @@ def _auto_class(name: str) -> Any:
     autos = [getattr(transformers, auto) for auto in dir(transformers) if auto.startswith("AutoModel")]
     listed = next((auto for auto in (*GENERATING, AutoModelForSeq2SeqLM, *autos) if _plain(name) in _names(auto)), None)
     if listed is None and "For" not in name:
-        return AutoModel if name.endswith("Model") else None
+        return AutoModel if name.endswith("Model") and not name.endswith(_HEADS_WITHOUT_FOR) else None
     endings = {auto.__name__.removeprefix("AutoModel"): auto for auto in autos if auto is not AutoModel}
     return listed or next((auto for ending, auto in endings.items() if name.endswith(ending)), None)
 

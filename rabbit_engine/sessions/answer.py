@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
 from rabbit_engine.sessions.text import TextFlow
@@ -79,8 +81,21 @@ class Answer(StoppingCriteria):
         self._began_s = self._first_s = 0.0
 
     def run(self) -> None:
-        """Generate: `model.generate` with what was asked for."""
+        """Generate: `model.generate` with what was asked for. Raises ConfigurationError for settings that it refuses."""
         self._began_s = perf_counter()
+        try:
+            self._generate()
+        except RabbitError:
+            raise
+        except ValueError as error:
+            if self._tokens or not _is_of_generate(error):
+                raise
+            raise ConfigurationError(
+                f"generate refuses these settings: {first_line(error)}; they are the request's and the checkpoint's "
+                "(generation_config.json)"
+            ) from error
+
+    def _generate(self) -> None:
         ids = torch.tensor([self._prompt], device=self._model.device)
         self._model.generate(
             ids,
@@ -92,6 +107,7 @@ class Answer(StoppingCriteria):
             stopping_criteria=[self],
             logits_processor=self._processors(),
             **_one_by_one(self._model.generation_config),
+            **_cold(self._model.generation_config, self._options),
             **self._options.keywords(),
             **add_to_checkpoint(self._model, self._options),
         )
@@ -141,6 +157,12 @@ class Answer(StoppingCriteria):
         return self._tokens[-1] in self._ends or told.endswith((strings,) if isinstance(strings, str) else tuple(strings))
 
 
+def _is_of_generate(error: ValueError) -> bool:
+    """Whether `generate` itself raised it, and not the model."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.generation.")
+
+
 def add_to_checkpoint(model: Any, options: Options) -> dict[str, Any]:
     """Biases and bad words of a request beside those of the generation config, which `generate` would leave out for them."""
     config, found = model.generation_config, dict[str, Any]()
@@ -160,6 +182,11 @@ def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
     texts = [text for word in words for text in (word, f" {word.lstrip()}")]
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     return [one for index, one in enumerate(ids) if one and one not in ids[:index]]
+
+
+def _cold(config: Any, options: Options) -> dict[str, Any]:
+    """A temperature of 0 is greedy, also where the checkpoint says it."""
+    return {"do_sample": False} if config.temperature == 0 and options.temperature is None and options.draws is None else {}
 
 
 def _one_by_one(config: Any) -> dict[str, Any]:
