@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import first_line
 from rabbit_engine.utils.caches import cache_argument, cache_of
 
@@ -173,10 +174,12 @@ def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
     try:
-        prompts = [_prompt(model, watch, tokens) for tokens in (_SHORT, 4 * _SHORT)]
+        positions = stated_positions(model.config) or _LONG
+        short = max(1, min(_SHORT, positions // 8))  # four times as many, and a token behind them, are positions too
+        prompts = [_prompt(model, watch, tokens) for tokens in (short, 4 * short)]
         cache_bytes = _grown_bytes(model, prompts[1].output)
-        most = min(_LONG, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONG)
-        if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * _SHORT:
+        most = min(_LONG, positions)
+        if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * short:
             prompts = [_prompt(model, watch, tokens) for tokens in (most // 4, most)]
     finally:
         if handle is not None:

@@ -279,9 +279,12 @@ def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties
 
 
 def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
-    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them."""
+    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them.
+
+    Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
+    """
     state, tied = model.state_dict(), tied_together(model.all_tied_weights_keys)
-    wrong = [name for name, entry in entries.items() if not _fits(state.get(name), entry)]
+    wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
     wrong += [
         name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
     ]

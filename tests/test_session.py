@@ -359,7 +359,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def test_wrong_use_is_told(session: Session, model: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="no such option"):
         session.generate("Hi", temprature=1)
-    with pytest.raises(errors.ConfigurationError, match="wrong type"):
+    with pytest.raises(errors.ConfigurationError, match="is not a number"):
         session.chat("Hi", temperature="hot")
     with pytest.raises(errors.ConfigurationError, match="no messages"):
         session.chat([])

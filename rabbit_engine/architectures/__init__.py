@@ -17,7 +17,7 @@ from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
-from rabbit_engine.architectures.positions import capped_length, refuse_past
+from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
 from rabbit_engine.architectures.record import Proof, Record, read_record
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
 from rabbit_engine.architectures.remote import explain_failures, is_remote, keeps_tuples
@@ -59,5 +59,6 @@ __all__ = [
     "require_generation_config",
     "require_layers",
     "stated_dtype",
+    "stated_positions",
     "warn_of_unused",
 ]

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.errors import TextTooLongError
 
 logger = logging.getLogger(__name__)
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def stated_positions(config: PretrainedConfig) -> int | None:
+    """How many positions the config says its text model has; None where it says nothing of them."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in _POSITIONS]
+    return min((value for value in found if isinstance(value, int) and value > 0), default=None)
 
 
 def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], config: GenerationConfig) -> dict[str, int]:

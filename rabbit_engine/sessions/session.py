@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from rabbit_engine.architectures import stated_positions
 from rabbit_engine.demand import Demand
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
 from rabbit_engine.sessions.answer import Answer, Piece, Reply
@@ -440,7 +441,5 @@ def _own(failure: BaseException) -> BaseException:
 
 def _positions(model: Any) -> int | None:
     """How many positions the model was made for, or computes right."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    converted = model._prepared.architecture.positions
-    found = [limit for limit in (known, converted) if isinstance(limit, int) and limit > 0]
-    return min(found, default=None)
+    found = (stated_positions(model.config), model._prepared.architecture.positions)
+    return min((limit for limit in found if limit), default=None)
