@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 import xxhash
 
-from rabbit_engine.directio import disk_errors, is_file, open_unchanged, unreadable
+from rabbit_engine.directio import disk_errors, is_file, open_unchanged, stamp_of, unreadable
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -248,6 +248,7 @@ class PickleFile:
     path: Path
     _loaded: dict[str, torch.Tensor] | None = None
     _mapped: bool = field(default=True)
+    _stamp: tuple[int, int] | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name. Raises UnsafePickleError, DamagedCheckpointError."""
@@ -257,8 +258,17 @@ class PickleFile:
                 _require_plain(self.path, name, tensor)
         return self._loaded
 
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own: a map of a file that somebody cuts off meanwhile kills the process."""
+        tensor = self.tensors()[name]
+        if not self._mapped:
+            return tensor
+        open_unchanged(self.path, self._stamp, DamagedCheckpointError).close()
+        return tensor.clone()
+
     def _load(self) -> dict[str, Any]:
-        open_unchanged(self.path, None, DamagedCheckpointError).close()  # whether it can be read at all
+        with open_unchanged(self.path, self._stamp, DamagedCheckpointError) as file:  # whether it can be read at all
+            self._stamp = stamp_of(file)
         try:
             loaded = self._unpickle()
         except pickle.UnpicklingError as error:
@@ -334,7 +344,7 @@ class PickleTensor(_Named):
         return self.file.path
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.file.tensors()[self.name]
+        return self.file.read(self.name)
 
 
 @dataclass(frozen=True, slots=True)

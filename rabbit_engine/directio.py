@@ -166,8 +166,14 @@ def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | Non
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise error(f"{path} is not a plain file: put the model's file in its place")
-    if stamp is not None and stamp != (status.st_ino, status.st_mtime_ns):
+    if stamp is not None and stamp != stamp_of(file):
         raise error(f"{path} was replaced while in use: load the model again")
+
+
+def stamp_of(file: io.FileIO) -> tuple[int, int]:
+    """What tells an open file from another one, or from itself before it was changed: its inode and time of change."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_mtime_ns
 
 
 def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError], needed: int | None = None) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.checkpoints import PickleFile
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.directio import claim_memory
 from rabbit_engine.prepare import prepare
@@ -179,6 +180,21 @@ def test_a_pickle_cut_anywhere_is_named(checkpoint: Any, tmp_path: Path) -> None
     path.write_bytes(LFS_POINTER)
     with pytest.raises(errors.DamagedCheckpointError, match="git lfs pull"):
         AutoModel.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_pickle_that_is_cut_while_it_is_read_kills_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    weights = {"a": torch.randn(100_000), "b": torch.randn(8, 4).t()}
+    torch.save(weights, path)
+    file = PickleFile(path)
+    for name, tensor in weights.items():
+        assert torch.equal(file.read(name), tensor)
+    os.truncate(path, 4096)  # a map of it now ends the process with SIGBUS
+    with pytest.raises(errors.DamagedCheckpointError, match=r"pytorch_model\.bin was replaced while in use"):
+        file.read("a")
+    file.release()
+    with pytest.raises(errors.DamagedCheckpointError, match=r"pytorch_model\.bin was replaced while in use"):
+        file.read("a")
 
 
 # Nothing outside of the model's own folder is deleted or written.
