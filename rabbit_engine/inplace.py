@@ -96,7 +96,7 @@ def _slices(entry: TensorEntry, target: Target) -> list[TensorEntry]:
         return [replace(entry, name=target.name)]
     if sum(rows for _, rows in target.slices) != entry.shape[0]:
         wanted = ", ".join(f"{name} {rows}" for name, rows in target.slices)
-        raise MismatchedWeightsError(f"{entry.name} has {entry.shape[0]} rows, the config says {wanted}")
+        raise MismatchedWeightsError(f"{entry.path}: {entry.name} has {entry.shape[0]} rows, config.json says {wanted}")
     parts, first = [], 0
     for name, rows in target.slices:
         parts.append(replace(entry.rows(first, first + rows), name=name))

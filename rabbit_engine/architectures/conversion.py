@@ -101,8 +101,9 @@ class Conversion:
         unused = [key for key, target in found.items() if target is None and not key.endswith(_COMPUTED)]
         if self.family is not None and unused:
             raise MismatchedWeightsError(
-                f"{len(unused)} weights of this {self.family} model have no place in {type(self.skeleton).__name__}, such as "
-                f"{unused[0]}: its config does not fit its weights, or it is a variant that is not converted"
+                f"{self.tensors[unused[0]].path}: {len(unused)} weights of this {self.family} model have no place in "
+                f"{type(self.skeleton).__name__}, such as {unused[0]}: config.json does not fit them, or it is a variant that is "
+                "not converted"
             )
 
     def unused(self, targets: Mapping[str, Target | None]) -> list[str]:
