@@ -111,6 +111,11 @@ def _offline(source: SourceConfig) -> bool:
     return source.local_files_only or constants.HF_HUB_OFFLINE
 
 
+def _switch() -> str:
+    """What keeps the Hub from being asked."""
+    return "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only"
+
+
 def _find_online(name: str, source: SourceConfig) -> Repo:
     try:
         info = HfApi().model_info(name, revision=source.revision, token=source.token, timeout=20)
@@ -184,7 +189,7 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
 def weights_not_cached(repo: Repo) -> HubUnreachableError:
     """The error for a repo whose small files are in the cache and whose weights are not."""
     return HubUnreachableError(
-        f"the weights of {repo.name} are not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE) or the Hub "
+        f"the weights of {repo.name} are not in the cache, and downloads are off ({_switch()}) or the Hub "
         f"does not answer: allow them once; the rest of it is in {repo.folder}"
     )
 
@@ -196,9 +201,7 @@ def read_remote_headers(repo: Repo, names: Sequence[str], source: SourceConfig) 
     GatedCheckpointError, HubUnreachableError, CheckpointNotFoundError.
     """
     if _offline(source):
-        raise HubUnreachableError(
-            f"{repo.name}: its headers are on the Hub, and asking it is off (local_files_only, HF_HUB_OFFLINE)"
-        )
+        raise HubUnreachableError(f"{repo.name}: its headers are on the Hub, and asking it is off ({_switch()})")
     api = HfApi()
 
     def read(name: str) -> list[TensorEntry]:
@@ -297,7 +300,7 @@ def _failure(error: Exception, name: str, source: SourceConfig) -> RabbitError:
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(source):
         revision = f" at revision {source.revision!r}" if source.revision else ""
         return HubUnreachableError(
-            f"{name}{revision} is not in the cache, and downloads are off (local_files_only, HF_HUB_OFFLINE): allow them once"
+            f"{name}{revision} is not in the cache, and downloads are off ({_switch()}): allow them once"
             f"{nearest_path(Path(name))}"
         )
     return HubUnreachableError(f"{name}: the Hub does not answer as it should ({first_line(error)}); try again")

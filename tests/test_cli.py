@@ -326,6 +326,13 @@ def test_split_then_verify_then_a_flipped_bit(rabbit: Any, own_checkpoint: Any, 
     assert rabbit("verify", tmp_path / "shards").code == 0
 
 
+def test_verify_of_a_file_that_is_no_model_says_so(rabbit: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    code, _, said = rabbit("verify", str(tmp_path / "notes.txt"))
+    assert code == 1
+    assert "notes.txt is a file: give the folder of a model" in said
+
+
 def test_verify_of_a_model_finds_its_split(rabbit: Any, own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama")
     assert rabbit("split", folder).code == 0

@@ -127,6 +127,17 @@ def test_children_forked_amid_passes_end_session_and_model_at_once(session: Sess
     assert session.generate([[5, 6]], max_new_tokens=1)  # the parent's goes on
 
 
+def test_a_child_that_waits_for_a_future_of_its_parent_is_told(session: Session) -> None:
+    go_on = threading.Event()
+    first, second = session.call([(lambda: go_on.wait(30), 1), (lambda: 5, 1)])
+    try:
+        assert outcome_in_a_child(second.result) == outcome_in_a_child(second.exception) == "ModelClosedError"
+    finally:
+        go_on.set()
+    assert (first.result(), second.result()) == (True, 5)
+    assert outcome_in_a_child(second.result) == "nothing"
+
+
 def test_a_child_leaves_by_sys_exit_as_it_would_without_a_session(session: Session) -> None:
     assert outcome_in_a_child(lambda: sys.exit(3)) == "SystemExit"
 

@@ -446,3 +446,11 @@ def test_a_stop_is_found_wherever_pieces_are_cut_and_nothing_of_it_is_shown(stop
         found = [text.find(stop) for stop in stops if stop in text]
         assert shown == flow.text == (text[: min(found)] if found else text)
         assert flow.stopped == bool(found)
+
+
+@pytest.mark.parametrize(
+    "option", [{"logit_bias": 5}, {"logit_bias": {"x": 1}}, {"seed": 1.5}, {"max_new_tokens": 1.5}, {"ignore_eos": "x"}]
+)
+def test_an_option_of_the_wrong_type_is_named(option: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigurationError, match=next(iter(option))):
+        Options(**option)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rabbit_engine import hub as hub
     from rabbit_engine import integrity as integrity
     from rabbit_engine import model as model
+    from rabbit_engine import names as names
     from rabbit_engine import pace as pace
     from rabbit_engine import plotting as plotting
     from rabbit_engine import prepare as prepare

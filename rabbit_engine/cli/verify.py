@@ -58,6 +58,8 @@ def _find(target: str, revision: str | None) -> tuple[engine.hub.Repo | None, Pa
     if path.suffix == ".gguf" and path.is_file():
         folder = path.parent.resolve()
         return engine.hub.Repo(str(path), folder, (path.name,)), folder / engine.prepare.SHARDS_FOLDER
+    target = engine.names.read_name(target).name
+    path = Path(target).expanduser()
     repo = engine.hub.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
     if path.is_dir():
         own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)

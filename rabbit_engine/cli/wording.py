@@ -14,6 +14,7 @@ OPTIONS = {
     "dtype": "--dtype",
     "gguf_file": "--gguf-file",
     "layer_shards_saving_path": "--saving-path",
+    "local_files_only": "HF_HUB_OFFLINE",
     "max_memory": "--max-memory",
     "max_new_tokens": "--max-new-tokens",
     "max_queue": "--max-queue",

@@ -79,13 +79,22 @@ class Options:
                 raise ConfigurationError(f"{name}={value!r} is not a number: give one from {least:g} to {most:g}")
             if value is not None and not least <= value <= most:
                 raise ConfigurationError(f"{name}={value!r} is out of range: {least:g} to {most:g}")
+        self._require_types()
         for name in ("top_p", "typical_p"):
             if getattr(self, name) == 0:
                 raise ConfigurationError(f"{name}=0 leaves no token to draw: use temperature=0 for the likeliest")
         if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or math.inf):
             raise ConfigurationError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
-        if any(abs(bias) > 100 for bias in self.logit_bias.values()):
-            raise ConfigurationError("logit_bias is from -100 to 100")
+
+    def _require_types(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Integral):
+                raise ConfigurationError(f"{name}={value!r} is not a whole number")
+        for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        _check_bias(self.logit_bias)
 
     @property
     def _is_cold(self) -> bool:
@@ -117,6 +126,13 @@ def _texts(name: str, given: Any) -> tuple[str, ...]:
     if not all(found):
         raise ConfigurationError(f"{name} has an empty text, which every answer begins with")
     return found
+
+
+def _check_bias(given: Any) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(token, numbers.Integral) for token in given):
+        raise ConfigurationError(f"logit_bias={given!r} does not map token ids to numbers")
+    if not all(_is_number(bias) and abs(bias) <= 100 for bias in given.values()):
+        raise ConfigurationError("logit_bias is from -100 to 100")
 
 
 def _token_id(given: Any) -> int:
@@ -153,5 +169,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
 )
+
+_WHOLE = ("max_new_tokens", "top_k", "min_new_tokens", "no_repeat_ngram_size", "seed", "logprobs")
 
 NAMES = tuple(option.name for option in fields(Options))

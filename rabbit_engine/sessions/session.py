@@ -141,6 +141,8 @@ class Session:
             raise ConfigurationError("a Session is for a model of rabbit_engine: load it with rabbit_engine.AutoModel")
         if overflow not in ("refuse", "truncate"):
             raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
+        if not all(isinstance(count, int) for count in (max_requests, max_queue, max_new_tokens)):
+            raise ConfigurationError("max_requests, max_queue and max_new_tokens are whole numbers")
         if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
             raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
         model._assembly.streamer.require_open()
@@ -257,7 +259,7 @@ class Session:
         self.require_process()
         if self._engine.is_full:
             self._engine.refuse()
-        futures: list[Future[T]] = [Future() for _ in works]
+        futures: list[Future[T]] = [_Promise(self) for _ in works]
         jobs = [_computing(work, tokens, future) for (work, tokens), future in zip(works, futures, strict=True)]
         self._engine.submit(jobs, bounded=False)
         return futures
@@ -382,6 +384,28 @@ class Session:
             return event
         finally:
             _cancel(tickets)
+
+
+class _Promise(Future[T]):
+    """A future that a forked child is told of: the thread that would fulfil it is not there."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def result(self, timeout: float | None = None) -> T:
+        """As of any future; raises ModelClosedError in a forked child that would wait."""
+        self._require_process()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As of any future; raises ModelClosedError in a forked child that would wait."""
+        self._require_process()
+        return super().exception(timeout)
+
+    def _require_process(self) -> None:
+        if not self.done():
+            self._session.require_process()
 
 
 def _each(prompts: Any) -> list[Any]:
