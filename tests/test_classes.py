@@ -92,7 +92,6 @@ def test_a_class_that_does_not_generate_is_refused_by_name(changes: dict[str, An
         ["QWen2forCausalLM"],
         ["FSDPQwen2ForCausalLM"],
         ["Qwen2ForSequenceClassification", "Qwen2ForCausalLM"],
-        "Qwen2ForCausalLM",
         [],
         None,
     ],
@@ -102,6 +101,18 @@ def test_a_class_that_generates_runs_however_it_is_written(named: Any, qwen: Pat
     with AutoModel.from_pretrained(edit(qwen, architectures=named), device="cpu") as model:
         assert type(model).__name__ == "Qwen2ForCausalLM"
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_one_class_as_a_text_is_taken_where_transformers_takes_it(qwen: Path) -> None:
+    edit(qwen, architectures="Qwen2ForCausalLM")
+    try:
+        transformers.AutoConfig.from_pretrained(qwen)
+    except Exception:  # older versions ask for a list
+        with pytest.raises(errors.UnsupportedArchitectureError, match="architectures"):
+            AutoModel.from_pretrained(qwen, device="cpu")
+        return
+    with AutoModel.from_pretrained(qwen, device="cpu") as model:
+        assert type(model).__name__ == "Qwen2ForCausalLM"
 
 
 @pytest.mark.parametrize("named", ["", {"a": 1}, [1], [None], 3, [""]])

@@ -65,7 +65,6 @@ def test_a_prompt_does_not_copy_the_head(cut: Cut | None, own_checkpoint: Any, s
     model = streamed(folder, **({"max_memory": {"cpu": "10MB"}} if cut is None else {}))
     with torch.no_grad(), Products() as seen:
         model(torch.full((2, 9), 5), logits_to_keep=1)
-    assert "aten::bmm" not in seen.names
     assert seen.largest <= 2 * 4096  # the logits of two prompts; the head has 4,096 x 32
 
 
