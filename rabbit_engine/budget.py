@@ -48,7 +48,7 @@ def reserved_bytes(probe: Probe, tokens: int) -> int:
 def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
     """The budget that was given, or what is free now less a margin for the cache, activations and the system.
 
-    A given one is for weights alone, as in transformers, unless `max_seq_len` asks for room in it.
+    A given one is for weights and what they pass through, unless `max_seq_len` asks for room for tokens in it.
     """
     reserved = reserved_bytes(sketch.probe, stream.max_seq_len or DEFAULT_TOKENS)
     given = stream.device_budget_bytes

@@ -16,8 +16,8 @@ _SAMPLING_BYTES = 40
 _MASK_BYTES = 4
 """A pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
 
-KEPT_FREE_BYTES = 16 * 2**20
-"""Left free by a prompt: what the allocator holds in small blocks, and what Python makes meanwhile."""
+KEPT_FREE_BYTES = 32 * 2**20
+"""Left free by a prompt: compiled kernels of shapes that are new, small blocks of the heap, Python's objects."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from rabbit_engine.streamed import streamed_class
 from rabbit_engine.streaming import Streamer
 from rabbit_engine.trial import require_pass
 from rabbit_engine.units import format_bytes, format_rate
+from rabbit_engine.utils.kernels import keep_few_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ class AutoModel:
             pretrained_model_name_or_path: a repo id or an address of the Hugging Face Hub, a folder, or a `.gguf` file.
             device: "cuda:0", "mps" or "cpu"; None takes the best there is.
             dtype: of the weights and of the computation; None keeps the checkpoint's own.
-            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take; None is what is free now, less a margin for
-                the KV cache and activations of `max_seq_len` tokens and for the system.
+            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take with all they pass through: the ring, slots for
+                experts, staging buffers. The KV cache and activations come on top, unless `max_seq_len` is given. None is
+                what is free now, less those of `max_seq_len` tokens and a margin for the system.
             attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
             compression: comes with a later version; anything but None is refused.
             layer_shards_saving_path: where the shards go; None puts them beside the checkpoint.
@@ -102,8 +104,9 @@ class AutoModel:
             prefetching: read the next layer while this one runs.
             profiling_mode: log every pass at INFO: bytes, rates, seconds waited.
             show_layer_progress: a progress bar over the weights of each pass.
-            max_seq_len: tokens, prompt and answer together, to set memory aside for, in `max_memory` too; None sets it
-                aside for 1,024 where `max_memory` is None. Longer texts run as long as memory lasts.
+            max_seq_len: tokens, prompts and answers together, whose KV cache and activations are set aside for, out of
+                `max_memory` too; None sets aside 1,024 where `max_memory` is None, else nothing. Longer texts run as long as
+                memory lasts.
             token: for gated and private repos; HF_TOKEN is read too.
             hf_token: the older spelling of token.
             revision: branch, tag or commit.
@@ -182,6 +185,7 @@ class AutoModel:
 
 def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
     """Prepare the shards, build the class without weights, and set its weights streaming."""
+    keep_few_kernels()  # before choose_attention computes something
     prepared = prepare(name, source, split)
     choice = choose_attention(stream.attn_implementation, prepared.architecture.cls, prepared.dtype, stream.device)
     shapes = {name: entry.shape for name, entry in prepared.entries.items()}

@@ -13,7 +13,8 @@ from rabbit_engine.units import format_bytes, format_rate, format_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bytes that weights may take on the device and in host memory; `None` is no bound. On a CPU both are one: `device_bytes`.
+    """Bytes that weights and the buffers they pass through may take on the device and in host memory; `None` is no bound. On a
+    CPU both are one: `device_bytes`.
 
     `host_staging_bytes` are the buffers that reads go through (on a CPU only those of misaligned weights),
     `reserved_bytes` what was set aside for the cache and activations before this budget was made, out of `given_bytes`
@@ -167,7 +168,7 @@ class Plan(Report):
         prompt = [("a prompt", f"{format_bytes(self.prompt_bytes)} at most: each expert once")] if experts else []
         return [
             ("weights", format_bytes(self.weights_bytes)),
-            ("budget", f"{given} on {self.device} for weights{reserved}"),
+            ("budget", f"{given} on {self.device} for weights and what they pass through{reserved}"),
             ("resident", f"{_units(self.resident)}, {format_bytes(self.resident_bytes)} on {self.device}"),
             *host,
             ("by row", ", ".join(self.by_row) or "nothing"),

@@ -55,7 +55,7 @@ def check_limits(folder: Path, runs: int) -> int:
     """Every limit with every prompt in every mode, in a fixed shuffled order."""
     cases = list(itertools.product(LIMITS_GB, PROMPTS, MODES))
     random.Random(0).shuffle(cases)
-    write_model(folder, vocab_size=128_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=25)
+    write_model(folder, vocab_size=200_000, hidden_size=1024, intermediate_size=512, num_hidden_layers=25)
     outcomes: Counter[str] = Counter()
     for limit, tokens, mode in cases[:runs]:
         outcome, peak = run_limited(int(limit * 1e9), folder, tokens, mode)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from rabbit_engine.directio import HUGE_PAGE, claim_memory
 from rabbit_engine.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
 from rabbit_engine.streaming import Trace, claim_ring
-from rabbit_engine.utils import heap
+from rabbit_engine.utils import heap, kernels
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
 
@@ -148,3 +151,33 @@ def test_freed_tensors_are_given_back() -> None:
         kept.append(torch.ones(2**10, dtype=torch.uint8))
     freed.clear()
     assert resident() - before < 4 * 2**20
+
+
+GROWTH = """
+import re, sys, torch
+import os
+import subprocess
+import sys
+from pathlib import Path
+from rabbit_engine.utils.kernels import keep_few_kernels
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.set_num_threads(1)
+keep_few_kernels()
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+product = lambda rows: torch.nn.functional.linear(torch.ones(rows, 256, dtype=torch.bfloat16), weight)
+with torch.no_grad():
+    for rows in range(100, 160): product(rows)
+    before = resident()
+    for rows in range(160, 260): product(rows)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_prompts_of_ever_new_lengths_do_not_grow_the_process() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in kernels._SETTINGS}
+    done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 * 2**20  # all kernels kept: 60 MB

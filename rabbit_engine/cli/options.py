@@ -105,5 +105,5 @@ DEFAULT_TOKENS = 4096
 
 
 def tokens_set_aside(max_seq_len: int | None, max_memory: str | None) -> int | None:
-    """What `max_seq_len` is for commands that hold conversations; a budget that was given is for the weights alone."""
+    """What `max_seq_len` is for commands that hold conversations; a budget that was given holds no tokens unless it is said."""
     return max_seq_len or (None if max_memory is not None else DEFAULT_TOKENS)
