@@ -10,8 +10,8 @@ from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 2**18
-"""glibc raises its own threshold to 32 MiB as tensors come and go, and then keeps what growing caches leave behind: 83 MB
-after a text of 1,000 tokens that took 52."""
+"""glibc raises its own threshold to 32 MiB as tensors come and go, and keeps what growing caches leave behind: of 24 MB of
+cache (SmolLM2-135M, 1,000 tokens) 18 MB stayed when it was freed, and 3 MB so."""
 
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
