@@ -28,6 +28,9 @@ ALIGNMENT = PAGE
 PAD_PREFIX = "__pad__."
 CHECKSUM_KEY = "data_xxh3_128"
 COPY_BYTES = 16 * 2**20
+_COMPARED_BYTES = 2**20
+"""Read of each at a time, while a model loads: its smallest budget may be 3 MB."""
+
 _LFS_POINTER = b"version https://git-lfs"
 _HEADER_LIMIT = 100_000_000
 
@@ -202,10 +205,10 @@ def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]
         return False
     if first.parts or second.parts:
         return torch.equal(read_tensor(first, error).view(torch.uint8), read_tensor(second, error).view(torch.uint8))
-    pieces = [bytearray(COPY_BYTES), bytearray(COPY_BYTES)]
+    pieces = [bytearray(_COMPARED_BYTES), bytearray(_COMPARED_BYTES)]
     with open_unchanged(first.path, first.stamp, error) as one, open_unchanged(second.path, second.stamp, error) as other:
-        for position in range(0, first.nbytes, COPY_BYTES):
-            size = min(COPY_BYTES, first.nbytes - position)
+        for position in range(0, first.nbytes, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, first.nbytes - position)
             views = [memoryview(piece)[:size] for piece in pieces]
             for file, entry, view in zip((one, other), (first, second), views, strict=True):
                 file.seek(entry.offset + position)

@@ -5,7 +5,8 @@
 
 `limits` gives no max_memory, so that the library judges what is free. A run ends well, or is refused by name; one that the
 kernel kills fails the check. `plans` loads random models in random budgets and compares what resident memory grew by, up to
-the end of a generation, with the budget and what a prompt was said to take.
+the end of a generation, with the budget and what a prompt was said to take. What a process holds once, whatever its models
+(modules that the first load imports, compiled kernels), is there before.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ LIMITS_GB = (0.6, 0.8, 1.0, 1.4, 2.0)
 PROMPTS = (16, 256, 1000, 2048)
 MODES = ("generate", "session", "padded")
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-_MARGIN_BYTES = 8 * 10**6
-"""Of a plan: small blocks of the heap, Python's objects for units and views."""
+_MARGIN_BYTES = 5 * 10**6
+"""Of a plan: the heap of small blocks (kernels that replace others among them), Python's objects for units and views."""
+_WARM_UP = 12
+"""Plans that do not count: what a process holds once, it holds after them."""
+_WAYS: tuple[dict[str, Any], ...] = ({}, {"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4})
 
 
 def main() -> int:
@@ -137,7 +141,7 @@ def write_model(folder: Path, **shape: Any) -> None:
 
     heads = shape["hidden_size"] // 64
     config = LlamaConfig(
-        **shape, num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=4096,
+        **{"num_key_value_heads": heads // 2} | shape, num_attention_heads=heads, max_position_embeddings=4096,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -153,26 +157,21 @@ def write_model(folder: Path, **shape: Any) -> None:
 
 
 def check_plans(folder: Path, runs: int) -> int:
-    """Random models in random budgets; the first warms the process up and does not count."""
+    """Random models in random budgets; the first few warm the process up and do not count."""
     import torch
 
     torch.set_num_threads(1)
+    fill_kernels()
     chosen = random.Random(0)
     over = []
-    for index in range(runs + 1):
-        shape = {
-            "vocab_size": chosen.choice([4000, 16_000, 64_000]),
-            "hidden_size": chosen.choice([256, 512, 1024]),
-            "intermediate_size": chosen.choice([1000, 1408, 2816]),
-            "num_hidden_layers": chosen.randint(2, 8),
-        }
-        own = folder / str(index)
+    for index in range(-_WARM_UP, runs):
+        own = folder / "model"
         own.mkdir()
+        shape = random_shape(chosen)
         write_model(own, **shape)
-        gc.collect()
         beyond, text = run_plan(own, chosen)
         shutil.rmtree(own)
-        if index:
+        if index >= 0:
             over.append(beyond)
             print(f"{index}: {shape}: {text}", flush=True)
     beyond_margin = sum(nbytes > _MARGIN_BYTES for nbytes in over)
@@ -181,28 +180,57 @@ def check_plans(folder: Path, runs: int) -> int:
     return int(beyond_margin > 0)
 
 
+def random_shape(chosen: random.Random) -> dict[str, Any]:
+    """Keywords of a LlamaConfig."""
+    hidden = chosen.choice([256, 512, 1024])
+    return {
+        "vocab_size": chosen.choice([4000, 16_000, 64_000]),
+        "hidden_size": hidden,
+        "intermediate_size": chosen.choice([1000, 1408, 2816]),
+        "num_hidden_layers": chosen.randint(2, 8),
+        "num_key_value_heads": hidden // 64 // chosen.choice([1, 2, 4]),
+        "tie_word_embeddings": chosen.random() < 0.5,
+    }
+
+
+def fill_kernels() -> None:
+    """Compile as many of torch's kernels for bf16 as the process will keep."""
+    import torch
+
+    import rabbit_engine  # noqa: F401 - says how many, before the first
+
+    for size in range(64, 128):
+        torch.ones(size, 256, dtype=torch.bfloat16) @ torch.ones(256, 8 * size, dtype=torch.bfloat16)
+
+
 def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
     """By how many bytes the peak of loading and generating was over the budget and the need of the prompt."""
     import torch
 
     from rabbit_engine import AutoModel, errors
-    from rabbit_engine.demand import Demand, need_bytes
+    from rabbit_engine.admission import demand_of
+    from rabbit_engine.demand import need_bytes
 
+    tokens, answer, way = chosen.choice([16, 100, 500]), chosen.choice([3, 3, 40]), chosen.choice(_WAYS)
+    inside = tokens + answer if not way and chosen.random() < 0.3 else None
     try:
-        AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": 1}).close()
+        AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": 1}, max_seq_len=inside).close()
     except errors.BudgetError as error:
         smallest = error.smallest_bytes
-    weights = (folder / "model.safetensors").stat().st_size
-    budget = int(smallest + chosen.random() * 1.2 * weights)
-    tokens = chosen.choice([16, 100, 500])
+    budget = int(smallest + chosen.random() * 1.2 * (folder / "model.safetensors").stat().st_size)
+    asked = {"max_new_tokens": answer, "do_sample": False} | way
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": budget}) as model:
-        model.generate(torch.randint(3, 100, (1, tokens)), max_new_tokens=3, do_sample=False)
-        need = need_bytes(model._assembly.sketch.probe, Demand(tokens, 3))
+    with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": budget}, max_seq_len=inside) as model:
+        prompt = torch.randint(3, 100, (1, tokens))
+        model.generate(prompt, **asked)
+        demand = demand_of(prompt, asked, model.generation_config)
+        need = 0 if inside else need_bytes(model._assembly.sketch.probe, demand)
     grown = _resident("VmHWM") - before
     beyond = grown - budget - need
-    return beyond, f"budget {budget / 1e6:.1f} MB, prompt {need / 1e6:.1f}, grew by {grown / 1e6:.1f}: {beyond / 1e6:+.1f} MB"
+    how = f"{tokens} tokens, {answer} to come{', inside' if inside else ''} {way or ''}"
+    return beyond, f"budget {budget / 1e6:.1f} MB, {how}: {need / 1e6:.1f}, grew by {grown / 1e6:.1f}: {beyond / 1e6:+.1f} MB"
 
 
 def _resident(name: str) -> int:

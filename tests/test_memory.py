@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rabbit_engine import errors
 from rabbit_engine.admission import demand_of
@@ -19,6 +21,8 @@ from rabbit_engine.directio import HUGE_PAGE, claim_memory
 from rabbit_engine.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
 from rabbit_engine.streaming import Trace, claim_ring
+from rabbit_engine.streaming.unit import Extent
+from rabbit_engine.tensorfiles import read_header, same_bytes
 from rabbit_engine.utils import heap, kernels
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
@@ -129,6 +133,35 @@ def test_claimed_memory_takes_what_was_asked_for() -> None:
     memory = claim_memory(nbytes).fill_(1)
     assert resident() - before < nbytes + 2**18  # not the third huge page
     del memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_staging_takes_what_the_plan_counts(tmp_path: Path) -> None:
+    """A buffer for the largest read has huge pages that smaller reads would touch whole."""
+    path, chunk_bytes = tmp_path / "weights", HUGE_PAGE + HUGE_PAGE // 4
+    path.write_bytes(bytes(range(256)) * (chunk_bytes // 256 + 1))
+    ring = claim_ring(torch.device("cpu"), 4 * HUGE_PAGE, Trace())
+    before = resident()
+    try:
+        for start in range(6):
+            chunk = Extent(path, 16 + start, chunk_bytes, 0)
+            ring.fill(chunk, 0, None, "misaligned", 0)
+            assert ring.view(0, 4).tolist() == [16 + start, 17 + start, 18 + start, 19 + start]
+        assert resident() - before < 2 * HUGE_PAGE + 6 * chunk.read_bytes + 2**20
+    finally:
+        ring.close()
+
+
+def test_equal_copies_of_a_tie_are_compared_in_small_pieces(tmp_path: Path) -> None:
+    """A model whose smallest budget is 3 MB compares them while it loads."""
+    save_file({name: torch.ones(2**22 + 1, dtype=torch.uint8) for name in "ab"}, tmp_path / "two.safetensors")
+    first, second = read_header(tmp_path / "two.safetensors", errors.DamagedCheckpointError).tensors
+    tracemalloc.start()
+    try:
+        assert same_bytes(first, second, errors.DamagedCheckpointError)
+        assert tracemalloc.get_traced_memory()[1] < 2**21 + 2**18
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_head_that_stays_is_staged_within_the_plan(own_checkpoint: Any, streamed: Any) -> None:

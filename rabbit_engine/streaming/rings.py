@@ -88,7 +88,7 @@ class PlainRing:
         self._untouched = bytearray(b"\1") * (-(-nbytes // HUGE_PAGE) if device.type == "cpu" else 0)
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for _ in range(READERS):
-            self._staging.put(claim_memory(STAGING_BYTES))
+            self._staging.put(claim_memory(0))
 
     def fill(self, chunk: Extent, start: int, after: Mark, name: str, lane: int) -> None:
         """Straight into the ring where the pages lie right, else through a staging buffer."""
@@ -98,13 +98,22 @@ class PlainRing:
             place = start + chunk.place - chunk.offset % PAGE
             read_chunk(chunk, as_bytes(self._memory)[place:], self._trace, name, lane)
             return
-        staging = self._staging.get()
-        try:
-            read_chunk(chunk, as_bytes(staging), self._trace, name, lane)
+        with self._staging_of(chunk.read_bytes) as memory:
+            read_chunk(chunk, as_bytes(memory), self._trace, name, lane)
             inside = chunk.offset % PAGE
-            self.copy(staging[inside : inside + chunk.nbytes], start + chunk.place, None, name)
+            self.copy(memory[inside : inside + chunk.nbytes], start + chunk.place, None, name)
+
+    @contextmanager
+    def _staging_of(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """`nbytes` or more. It grows to what is read through it: of a larger one, huge pages would be touched whole."""
+        memory = self._staging.get()
+        try:
+            if memory.nbytes < nbytes:
+                memory = claim_memory(0)  # lets go of the smaller one first
+                memory = claim_memory(nbytes)
+            yield memory
         finally:
-            self._staging.put(staging)
+            self._staging.put(memory)
 
     def copy(self, source: torch.Tensor, start: int, after: Mark, name: str) -> None:
         """Copy, and wait for it."""
