@@ -77,7 +77,12 @@ OUT_OF_SCOPE: tuple[tuple[str, str], ...] = (
 
 LOOKED_UP = "WeightNotLoadedError: Gemma4's forward looks its embeddings up in the whole embedding matrix, which is read by row"
 
+REPLACED = "CannotResizeError: other embeddings are not put into a model whose weights are streamed"
+OWN_EXPERTS = "streamed experts are computed by a function of their own, with grouped_mm's bits: transformers' is not called"
+
 KNOWN_FAILURES: tuple[tuple[str, str], ...] = (
+    ("*::test_model_get_set_embeddings", REPLACED),
+    ("*::test_eager_matches_batched_and_grouped_inference*", OWN_EXPERTS),
     ("gemma4::test_inputs_embeds", LOOKED_UP),
     ("gemma4::test_generate_*_inputs_embeds*", LOOKED_UP),
 )

@@ -191,13 +191,13 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def smollm_models(smollm: Path, smollm_shards: Path) -> Iterator[tuple[Any, Any]]:
-    """SmolLM2 as transformers loads it, and streamed."""
-    whole = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name).eval()
+def smollm_model(smollm: Path, smollm_shards: Path) -> Iterator[Any]:
+    """SmolLM2, a fifth of it streamed: tests of what is around a model ask for hundreds of tokens."""
     with AutoModel.from_pretrained(
-        smollm, device="cpu", max_memory={"cpu": "150MB"}, layer_shards_saving_path=smollm_shards
+        smollm, device="cpu", max_memory={"cpu": "260MB"}, layer_shards_saving_path=smollm_shards
     ) as model:
-        yield whole, model
+        assert 20e6 < model.plan.pass_bytes < 100e6
+        yield model
 
 
 class Done(NamedTuple):
@@ -207,9 +207,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def rabbit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command in this process: `rabbit("run", model, "hi")`."""
+def rabbit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The command in this process: `rabbit("run", model, "hi")`. It sets levels of our loggers, which are set back."""
     monkeypatch.setenv("COLUMNS", "200")
+    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict if name.startswith("rabbit_engine")}
 
     def call(*arguments: object, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -220,4 +221,7 @@ def rabbit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         assert "Traceback" not in captured.err
         return Done(int(ended.value.code or 0), captured.out, captured.err)
 
-    return call
+    yield call
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("rabbit_engine"):
+            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))

@@ -95,9 +95,9 @@ def test_python_on_a_page_compiles_and_what_it_imports_from_us_is_there(page: Pa
 
 
 @pytest.fixture
-def lent(smollm_models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def lent(smollm_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages get the small model, whatever they ask for, and may not close it: all tests share it."""
-    _, model = smollm_models
+    model = smollm_model
     known = set(inspect.signature(AutoModel.from_pretrained).parameters)
 
     def from_pretrained(_: str, **keywords: Any) -> Any:

@@ -99,7 +99,7 @@ def test_static_cache_is_not_compiled(checkpoint: Any, plain: Any, streamed: Any
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_session_serves_many_texts_in_one_pass(checkpoint: Any, streamed: Any, smollm_models: Any, exact: bool) -> None:
+def test_a_session_serves_many_texts_in_one_pass(checkpoint: Any, streamed: Any, smollm_model: Any, exact: bool) -> None:
     """Seeded drawing too: the device's generator travels with its rider."""
     model = streamed(checkpoint("llama"), device="cuda:0")
     asked = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -107,7 +107,7 @@ def test_a_session_serves_many_texts_in_one_pass(checkpoint: Any, streamed: Any,
     alone = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
     torch.manual_seed(3)
     drawn = model.generate(torch.tensor([asked[0]]), **{**options, "do_sample": True})[0, 4:].tolist()
-    model.tokenizer = smollm_models[1].tokenizer
+    model.tokenizer = smollm_model.tokenizer
     model.generation_config.eos_token_id = [2, 95]
     with Session(model, exact=exact) as session:
         before = model.profile.passes

@@ -55,17 +55,6 @@ def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids
     assert all("instead: " in text for text in said)
 
 
-def test_airllms_readme_example_runs(smollm_models: Any) -> None:
-    whole, model = smollm_models
-    input_text = ["What is the capital of United States?"]
-    input_tokens = model.tokenizer(
-        input_text, return_tensors="pt", return_attention_mask=False, truncation=True, max_length=128, padding=False
-    )
-    generation_output = model.generate(input_tokens["input_ids"], max_new_tokens=20, use_cache=True, return_dict_in_generate=True)
-    expected = whole.generate(input_tokens["input_ids"], max_new_tokens=20)
-    assert model.tokenizer.decode(generation_output.sequences[0]) == model.tokenizer.decode(expected[0])
-
-
 def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
     with pytest.warns(UserWarning, match=r"cache_layers has no meaning here; instead: max_memory="):
         streamed(checkpoint("llama"), cache_layers=4)

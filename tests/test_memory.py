@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rabbit_engine import errors
+from rabbit_engine import errors, probe
 from rabbit_engine.admission import demand_of
 from rabbit_engine.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
 from rabbit_engine.directio import HUGE_PAGE, claim_memory
@@ -61,6 +61,24 @@ def test_scores_are_counted_where_the_kernel_holds_them() -> None:
     assert fused.layers.square == 0
     assert eager.layers.square >= heads * softmax
     assert latent.layers.square >= heads * softmax
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "deepseek_v3", "gpt2"])
+def test_operations_that_are_remembered_give_the_same_probe(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_meta(family, dtype=torch.bfloat16)
+    found = run_probe(model)
+    monkeypatch.setattr(probe._Watch, "_new_result", lambda *_: None)
+    assert run_probe(model) == found
+    assert found.alone
+
+
+def test_operands_that_are_equal_but_of_another_type_are_told_apart() -> None:
+    described = [probe._described((2, value), []) for value in (1, True, 1.0)]
+    assert len(set(described)) == 3
+    rows, columns = torch.ones(2, 3), torch.ones(3, 2).T
+    found: list[torch.Tensor] = []
+    assert probe._described([rows], found) != probe._described([columns], found)
+    assert [id(tensor) for tensor in found] == [id(rows), id(columns)]
 
 
 def test_a_need_is_caches_at_their_longest_and_a_pass_over_the_prompt() -> None:

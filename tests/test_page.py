@@ -42,8 +42,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def session(smollm_models: Any) -> Iterator[Session]:
-    with Session(smollm_models[1], max_new_tokens=64) as session:
+def session(smollm_model: Any) -> Iterator[Session]:
+    with Session(smollm_model, max_new_tokens=64) as session:
         yield session
 
 

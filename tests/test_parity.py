@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import families
 import pytest
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer, pipeline
+from transformers import GenerationMixin, PreTrainedModel
 
 from rabbit_engine.streaming import Placeholder
 from rabbit_engine.utils.caches import cache_of
@@ -202,43 +201,6 @@ def test_hooks_see_what_they_would_see(checkpoint: Any, plain: Any, streamed: An
             model(ids)
     assert len(seen["plain"]) == 3
     assert all(torch.equal(a, b) for a, b in zip(seen["plain"], seen["streamed"], strict=True))
-
-
-def test_text_iterator_streamer_in_a_thread(smollm_models: Any) -> None:
-    whole, model = smollm_models
-    inputs = model.tokenizer("The capital of France is", return_tensors="pt")
-    texts = []
-    for each in (whole, model):
-        streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=300)
-        thread = threading.Thread(
-            target=each.generate, kwargs={**inputs, "max_new_tokens": 6, "do_sample": False, "streamer": streamer}
-        )
-        thread.start()
-        texts.append("".join(streamer))
-        thread.join()
-    assert texts[0] == texts[1]
-    assert "Paris" in texts[1]
-
-
-def test_pipeline_gives_the_same_text(smollm_models: Any) -> None:
-    whole, model = smollm_models
-    texts = [
-        pipeline("text-generation", model=each, tokenizer=model.tokenizer)("Water boils at", max_new_tokens=8, do_sample=False)
-        for each in (whole, model)
-    ]
-    assert texts[0] == texts[1]
-
-
-def test_real_model_answers_as_transformers_does(smollm_models: Any) -> None:
-    whole, model = smollm_models
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    expected, got = (each.generate(**inputs, max_new_tokens=16, do_sample=False) for each in (whole, model))
-    assert torch.equal(got, expected)
-    assert "Paris" in model.tokenizer.decode(got[0, inputs["input_ids"].shape[1] :])
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
-    assert model.plan.device_bytes < 0.3 * model.plan.weights_bytes
 
 
 def test_a_first_use_is_told_of_nothing_deprecated(checkpoint: Any, streamed: Any, ids: torch.Tensor, caplog: Any) -> None:

@@ -61,8 +61,8 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(smollm_models: Any) -> Any:
-    return smollm_models[1]
+def model(smollm_model: Any) -> Any:
+    return smollm_model
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +504,7 @@ def embedding_folder(own_checkpoint: Any) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean_tokens", "cls_token"])
 def test_embeddings_of_a_model_that_embeds(
-    embedding_folder: Any, streamed: Any, plain: Any, smollm_models: Any, pooling: str
+    embedding_folder: Any, streamed: Any, plain: Any, smollm_model: Any, pooling: str
 ) -> None:
     folder = embedding_folder(pooling)
     model = streamed(folder)
@@ -576,7 +576,7 @@ def test_pooling_outside_of_the_checkpoint_is_refused(embedding_folder: Any) -> 
         find_embedder(model)
 
 
-def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
+def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, smollm_model: Any) -> None:
     """Of a class without a head, as many checkpoints of sentence-transformers are; it cannot chat, and says so."""
     folder = own_checkpoint("qwen3")
     transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)  # the class without a head
@@ -586,7 +586,7 @@ def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, 
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     model = streamed(folder)
-    model.tokenizer = smollm_models[1].tokenizer
+    model.tokenizer = smollm_model.tokenizer
     assert type(model).__name__ == "Qwen3Model"
     with Session(model) as session, serving(session) as url:
         vectors = httpx.post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()["data"]

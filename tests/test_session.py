@@ -24,8 +24,8 @@ QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2
 
 
 @pytest.fixture(scope="module")
-def model(smollm_models: Any) -> Any:
-    return smollm_models[1]
+def model(smollm_model: Any) -> Any:
+    return smollm_model
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,6 @@ def alone(model: Any, text: str, **keywords: Any) -> str:
     ids = encoded(model, text)
     tokens = model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, **keywords})[0, ids.shape[1] :]
     return model.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def test_chat_answers_as_transformers_does(smollm_models: Any, session: Session) -> None:
-    whole, model = smollm_models
-    whole.tokenizer = model.tokenizer
-    reply = session.chat(QUESTIONS[0])
-    assert str(reply) == alone(whole, QUESTIONS[0]) == "The capital of France is Paris."
-    assert reply.finish_reason == "stop"
-    assert reply.prompt_tokens == encoded(model, QUESTIONS[0]).shape[1]
-    assert 0 <= reply.queued_s <= reply.first_token_s <= reply.seconds
 
 
 def test_many_at_once_get_what_each_gets_alone_in_the_passes_of_one(model: Any, session: Session) -> None:
@@ -239,12 +229,12 @@ def test_a_checkpoint_that_guesses_tokens_says_the_same_text(model: Any, session
 
 
 def test_models_that_remember_in_their_modules_answer_one_at_a_time(
-    own_checkpoint: Any, streamed: Any, smollm_models: Any, caplog: Any
+    own_checkpoint: Any, streamed: Any, smollm_model: Any, caplog: Any
 ) -> None:
     """Dynamic NTK: the longest text so far sets the rotary frequencies of all that follow, on the module."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = streamed(own_checkpoint("llama", rope_parameters=rope, max_position_embeddings=16))
-    model.tokenizer = smollm_models[1].tokenizer
+    model.tokenizer = smollm_model.tokenizer
     asked = [[3 + (7 * index + length) % 90 for index in range(length)] for length in (40, 10, 24, 8)]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 95}
     alone = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
@@ -284,9 +274,9 @@ def test_closing_ends_what_is_under_way(model: Any) -> None:
     assert str(model.tokenizer.decode(model.generate(encoded(model, "Hi"), max_new_tokens=1)[0, -1:])) != ""
 
 
-def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_models: Any) -> None:
+def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_model: Any) -> None:
     with AutoModel.from_pretrained(checkpoint("llama_tied"), device="cpu") as model:
-        model.tokenizer = smollm_models[1].tokenizer
+        model.tokenizer = smollm_model.tokenizer
         with Session(model) as session:
             model.close()
             with pytest.raises(errors.ModelClosedError):
@@ -373,11 +363,11 @@ def test_wrong_use_is_told(session: Session, model: Any) -> None:
         Session(object())
 
 
-def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, streamed: Any, smollm_models: Any) -> None:
+def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, streamed: Any, smollm_model: Any) -> None:
     import copy
 
     model = streamed(checkpoint("llama"))
-    model.tokenizer = copy.deepcopy(smollm_models[1].tokenizer)
+    model.tokenizer = copy.deepcopy(smollm_model.tokenizer)
     model.tokenizer.chat_template = None
     with Session(model) as session:
         with pytest.raises(errors.ConfigurationError, match="no chat template"):
