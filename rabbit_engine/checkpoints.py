@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,6 +271,7 @@ class PickleFile:
         with open_unchanged(self.path, self._stamp, DamagedCheckpointError) as file:  # whether it can be read at all
             self._stamp = stamp_of(file)
         try:
+            _check_members(self.path)
             loaded = self._unpickle()
         except pickle.UnpicklingError as error:
             raise _pickle_error(self.path, error) from error
@@ -295,6 +297,16 @@ class PickleFile:
         """Let go of the map; a file that could not be mapped stays, as reading it anew for each layer would cost more."""
         if self._mapped:
             self._loaded = None
+
+
+def _check_members(path: Path) -> None:
+    """Raise BadZipFile where the archive's directory points elsewhere than to its members, which a mapped file is not asked for:
+    tensors would be made of other bytes."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            archive.open(member).close()
 
 
 def _require_plain(path: Path, name: str, tensor: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
+from rabbit_engine.adapters import load_checked
 from rabbit_engine.admission import refuse_what_cannot_fit
 from rabbit_engine.architectures import capped_length, keeps_tuples
 from rabbit_engine.assembly import Assembly
@@ -27,7 +28,7 @@ from rabbit_engine.errors import (
 )
 from rabbit_engine.plan import Plan
 from rabbit_engine.prepare import Prepared
-from rabbit_engine.streaming import ExpertsAway, PassProgress, Placeholder, Profile, adapts_routed, move
+from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer
 
 
@@ -106,21 +107,12 @@ class StreamingMixin:
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `load_adapter`.
 
-        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, and for
-        an adapter of experts' own weights while these are read one by one.
+        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, for an
+        adapter of experts' own weights while these are read one by one, and for one that brings other values of a streamed
+        weight along. Raises WeightNotLoadedError that names the kind of adapter (DoRA, PiSSA ...) which reads those it adapts.
         """
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        if adapts_routed(self):  # type: ignore[arg-type]
-            _remove_adapter(self, adapter_name or "default")
-            raise CannotLoadStateError(f"the adapter changes experts: {ExpertsAway.advice}")
-        family, lost = self._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
-        if family is not None and lost:
-            _remove_adapter(self, adapter_name or "default")
-            raise CannotLoadStateError(
-                f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(self).__name__} has under "
-                f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
-            )
-        return info
+        load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing while weights are streamed: those that the checkpoint ties are one already."""
@@ -273,16 +265,6 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
         ) from error
-
-
-def _remove_adapter(model: Any, name: str) -> None:
-    """As transformers' `delete_adapter`, which may ask for a newer peft than there is."""
-    from peft.functional import delete_adapter
-
-    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
-    if not model.peft_config:
-        del model.peft_config
-        model._hf_peft_config_loaded = False
 
 
 @functools.cache

@@ -218,6 +218,24 @@ def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]
     return True
 
 
+def holds(entry: TensorEntry, values: torch.Tensor, error: type[RabbitError]) -> bool:
+    """Whether a stored tensor has the shape and, in its dtype, bit for bit the values of another."""
+    if tuple(values.shape) != entry.shape:
+        return False
+    flat = values.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
+    if entry.parts:
+        return torch.equal(read_tensor(entry, error).reshape(-1).view(torch.uint8), flat)
+    raw, piece = as_bytes(flat), memoryview(bytearray(min(_COMPARED_BYTES, entry.nbytes)))
+    with open_unchanged(entry.path, entry.stamp, error) as file:
+        file.seek(entry.offset)
+        for position in range(0, entry.nbytes, _COMPARED_BYTES):
+            read = piece[: entry.nbytes - position]
+            read_into(file, read, entry.path, error)
+            if raw[position : position + len(read)] != read:
+                return False
+    return True
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder."""

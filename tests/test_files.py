@@ -182,6 +182,23 @@ def test_a_pickle_cut_anywhere_is_named(checkpoint: Any, tmp_path: Path) -> None
         AutoModel.from_pretrained(tmp_path, device="cpu")
 
 
+def test_a_pickle_whose_directory_points_elsewhere_is_named(tmp_path: Path) -> None:
+    """A map is read at the offsets that the directory of the zip gives, whatever lies there."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(1000.0), "b": torch.arange(1000.0) + 1}, path)
+    whole = bytearray(path.read_bytes())
+    directory = [place for place in range(len(whole)) if whole[place : place + 4] == b"PK\1\2"]
+    assert len(directory) > 4
+    for record in directory:
+        damaged = bytearray(whole)
+        damaged[record + 42] ^= 64  # of the offset of the member's header
+        path.write_bytes(damaged)
+        with pytest.raises(errors.DamagedCheckpointError, match=r"pytorch_model\.bin is no whole PyTorch file"):
+            PickleFile(path).read("a")
+    path.write_bytes(whole)
+    assert torch.equal(PickleFile(path).read("b"), torch.arange(1000.0) + 1)
+
+
 def test_a_pickle_that_is_cut_while_it_is_read_kills_nothing(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     weights = {"a": torch.randn(100_000), "b": torch.randn(8, 4).t()}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import smallest
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, errors
@@ -410,6 +410,57 @@ def test_lora_inference_is_equal(way: str, adapter: Path, plain: Any, streamed: 
             outputs.append((without, adapted(ids).logits, adapted.generate(input_ids=ids, **GREEDY)))
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     assert not torch.equal(outputs[0][0], outputs[0][2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, "PiSSA"),
+        ({"init_lora_weights": "olora"}, "OLoRA"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_reads_weights_is_refused_by_its_name(
+    settings: dict[str, Any], kind: str, adapter: Path, plain: Any, streamed: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = adapter.parent / "llama"
+    LoraConfig(r=4, target_modules=["q_proj"], **settings).save_pretrained(tmp_path / "reads")
+    model = streamed(folder)
+    with pytest.raises(errors.WeightNotLoadedError, match=f"^{kind}.* reads weights that are streamed"):
+        model.load_adapter(str(tmp_path / "reads"))
+    whole = plain(folder)
+    whole.load_adapter(str(adapter))
+    model.load_adapter(str(adapter))
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
+def test_an_adapter_that_brings_its_base_layer_is_applied_where_that_is_the_same(
+    target: str, way: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """PEFT saves the base of an adapted head or embedding with the adapter."""
+    folder = own_checkpoint("llama")
+    get_peft_model(plain(folder), LoraConfig(r=4, target_modules=[target], init_lora_weights=False)).save_pretrained(tmp_path)
+    whole, model = plain(folder), streamed(folder)
+    without = model(ids).logits
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    base = next(name for name in weights if name.endswith(".base_layer.weight"))
+    if way == "PeftModel":
+        whole, model = (PeftModel.from_pretrained(each, str(tmp_path)).eval() for each in (whole, model))
+    else:
+        whole.load_adapter(str(tmp_path))
+        save_file({**weights, base: weights[base] + 1}, file, {"format": "pt"})
+        with pytest.raises(errors.CannotLoadStateError, match=rf"{target}\.weight with other values"):
+            model.load_adapter(str(tmp_path))
+        assert torch.equal(model(ids).logits, without)
+        save_file(weights, file, {"format": "pt"})
+        model.load_adapter(str(tmp_path))
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert not torch.equal(model(ids).logits, without)
 
 
 def test_an_adapter_next_to_the_weights_is_applied(adapter: Path, streamed: Any, ids: torch.Tensor) -> None:

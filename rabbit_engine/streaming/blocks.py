@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
@@ -37,17 +37,15 @@ class LinearBlocks(Placeholder):
     blocks: Sequence[RowBlock]
 
     @staticmethod
-    def __new__(cls, entry: TensorEntry, device: torch.device, blocks: Sequence[RowBlock]) -> LinearBlocks:
+    def __new__(cls, entry: TensorEntry, device: torch.device, blocks: Sequence[RowBlock]) -> Self:
         """Shape and dtype are the entry's."""
-        self = Placeholder.__new__(cls, entry.name, entry.shape, entry.dtype, device)
-        self.blocks = blocks  # type: ignore[attr-defined]
-        return self  # type: ignore[return-value]
+        self = Placeholder.__new__(cls, entry, device)
+        self.blocks = blocks
+        return self
 
-    def clone_of_nothing(self) -> LinearBlocks:
+    def clone_of_nothing(self) -> Self:
         """The same blocks."""
-        again = Placeholder.__new__(type(self), self.weight_name, self.shape, self.dtype, self.device)
-        again.blocks = self.blocks  # type: ignore[attr-defined]
-        return again  # type: ignore[return-value]
+        return type(self)(self.entry, self.device, self.blocks)
 
     def apply(self, states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`states` [..., inputs] times the transposed matrix: [..., outputs]."""

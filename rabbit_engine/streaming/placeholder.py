@@ -6,40 +6,45 @@ Never a meta tensor: on a CPU `torch.nn.functional.linear` takes a meta weight a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rabbit_engine.errors import CannotMergeError, CannotPickleError, WeightNotLoadedError
-from rabbit_engine.tensorfiles import TensorEntry
+from rabbit_engine.errors import CannotMergeError, CannotPickleError, DamagedShardError, WeightNotLoadedError
+from rabbit_engine.tensorfiles import TensorEntry, holds
 
 _WHERE = (
     "a streamed weight is there only while its module runs; for the weight itself open its shard with safetensors. "
-    "An adapter that reads the weights it adapts (DoRA, PiSSA, OLoRA, trainable_token_indices, modules_to_save) needs a "
-    "max_memory that holds the whole model"
+    "An adapter that reads the weights it adapts (DoRA, PiSSA, OLoRA, trainable_token_indices, modules_to_save, "
+    "layer_replication) needs a max_memory that holds the whole model"
 )
 _VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
 
 
 class Placeholder(torch.Tensor):
-    """Stands in for the weight `weight_name` while it is away."""
+    """Stands in for the weight that `entry` describes while it is away."""
 
-    weight_name: str
+    entry: TensorEntry
     advice = (
         "a streamed weight is read anew every pass. "
         "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
     )
 
     @staticmethod
-    def __new__(cls, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Placeholder:
+    def __new__(cls, entry: TensorEntry, device: torch.device, *_: Any) -> Self:
         """No storage is made; `torch.Tensor._make_wrapper_subclass` is what torch itself offers for that."""
-        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
-        self.weight_name = name
+        self = torch.Tensor._make_wrapper_subclass(cls, entry.shape, dtype=entry.dtype, device=device)
+        self.entry = entry
         return self
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
+
+    @property
+    def weight_name(self) -> str:
+        """Its name in the checkpoint."""
+        return self.entry.name
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, away)"
@@ -55,17 +60,24 @@ class Placeholder(torch.Tensor):
         """Raises WeightNotLoadedError."""
         self.data_ptr()
 
-    def clone_of_nothing(self) -> Placeholder:
+    def clone_of_nothing(self) -> Self:
         """Another stand-in for the same weight."""
-        return type(self)(self.weight_name, self.shape, self.dtype, self.device)
+        return type(self)(self.entry, self.device)
+
+    def holds(self, values: torch.Tensor) -> bool:
+        """Whether the stored weight has these values. Raises DamagedShardError."""
+        return holds(self.entry, values, DamagedShardError)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Raise WeightNotLoadedError, or CannotMergeError for a write, except for what nn.Parameter needs."""
+        """Raise WeightNotLoadedError, or CannotMergeError for a write, except for what nn.Parameter needs, and for a write of
+        the values that are stored: PEFT saves the base of an adapted head with the adapter."""
         if func in _VIEWS_OF_NOTHING:
             return args[0].clone_of_nothing()
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], Placeholder) and args[0].holds(args[1]):
+            return args[0]
         away = sorted({leaf.weight_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Placeholder)})
         operation = func.__name__ if hasattr(func, "__name__") else str(func)
         if func._schema.is_mutable and isinstance(args[0], Placeholder):
@@ -86,7 +98,7 @@ def placeholder_for(
     entry: TensorEntry, device: torch.device, is_parameter: bool, kind: type[Placeholder] = Placeholder
 ) -> torch.Tensor:
     """A stand-in for the weight that `entry` describes."""
-    away = kind(entry.name, entry.shape, entry.dtype, device)
+    away = kind(entry, device)
     return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away
 
 
@@ -99,7 +111,7 @@ class StandIns:
 
     def add(self, weight: Placeholder) -> torch.Tensor:
         """Let the parameter of `weight` stand in for the stored weight of that name."""
-        return self._made.setdefault(weight.weight_name, torch.nn.Parameter(weight, requires_grad=False))
+        return self._made.setdefault(weight.entry.name, torch.nn.Parameter(weight, requires_grad=False))
 
     def stand_in(self, entry: TensorEntry, is_parameter: bool, kind: type[Placeholder] = Placeholder) -> torch.Tensor:
         """The one of `entry`."""

@@ -11,24 +11,10 @@ from torch.nn import functional
 from rabbit_engine.directio import as_bytes, open_unchanged, read_into
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.streaming.placeholder import Placeholder
-from rabbit_engine.tensorfiles import TensorEntry
 
 
 class EmbeddingRows(Placeholder):
     """The weight of an embedding, [vocabulary, width], in a shard; `torch.nn.functional.embedding` on it reads rows."""
-
-    entry: TensorEntry
-
-    @staticmethod
-    def __new__(cls, entry: TensorEntry, device: torch.device) -> EmbeddingRows:
-        """Shape and dtype are the entry's."""
-        self = Placeholder.__new__(cls, entry.name, entry.shape, entry.dtype, device)
-        self.entry = entry  # type: ignore[attr-defined]
-        return self  # type: ignore[return-value]
-
-    def clone_of_nothing(self) -> EmbeddingRows:
-        """The same rows of the same file."""
-        return EmbeddingRows(self.entry, self.device)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of int64 `ids` [n] on the CPU: [n, width]. Raises IndexError past the vocabulary, as torch does."""

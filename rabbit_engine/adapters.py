@@ -1,0 +1,95 @@
+"""Adapters of PEFT on a streamed model: which of them would be wrong, or cannot be, while weights are away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from rabbit_engine.errors import CannotLoadStateError, WeightNotLoadedError
+from rabbit_engine.streaming import ExpertsAway, Placeholder, adapts_routed
+
+_WHOLE = "give max_memory room for the whole model"
+_INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_READING = ("trainable_token_indices", "modules_to_save", "layer_replication")
+"""Settings by which an adapter takes copies of weights."""
+
+
+def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, given: Mapping[str, Any]) -> Any:
+    """What `load`, transformers' `load_adapter` of `source` as `name` with the keywords `given`, returns.
+
+    Raises CannotLoadStateError where it would be applied wrongly, and WeightNotLoadedError where its kind reads the weights
+    that it adapts and these are streamed; the model is as before then.
+    """
+    away = _weights_away(model)
+    try:
+        info = load()
+    except WeightNotLoadedError as error:
+        raise WeightNotLoadedError(
+            f"{_kind_of(source, given)} reads weights that are streamed: {_WHOLE}, or merge the adapter into its base model "
+            "with transformers and peft, save that, and load the result"
+        ) from error
+    wrong = _what_is_wrong(model, away, info)
+    if wrong:
+        _remove(model, name)
+        raise CannotLoadStateError(wrong)
+    return info
+
+
+def _what_is_wrong(model: Any, away: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:
+    changed = _put_back(away)
+    if changed:
+        return f"the adapter brings {changed[0]} with other values than the checkpoint's, and that weight is streamed: {_WHOLE}"
+    if adapts_routed(model):
+        return f"the adapter changes experts: {ExpertsAway.advice}"
+    family, lost = model._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
+    if family is not None and lost:
+        return (
+            f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(model).__name__} has under "
+            f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
+        )
+    return ""
+
+
+def _weights_away(model: nn.Module) -> list[tuple[nn.Module, str, Placeholder]]:
+    """Modules, the names of their parameters, and what stands in for these."""
+    named: list[tuple[nn.Module, str, Any]]
+    named = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items()]
+    return [(module, name, weight) for module, name, weight in named if isinstance(weight, Placeholder)]
+
+
+def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
+    """Seat each stand-in again where a weight was put; the names of those that have other values in the checkpoint."""
+    changed = []
+    for module, name, weight in away:
+        given = module._parameters[name]
+        module._parameters[name] = weight  # type: ignore[assignment]
+        if given is not None and not isinstance(given, Placeholder) and not weight.holds(given):
+            changed.append(weight.weight_name)
+    return changed
+
+
+def _remove(model: Any, name: str) -> None:
+    """As transformers' `delete_adapter`, which may ask for a newer peft than there is."""
+    from peft.functional import delete_adapter
+
+    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def _kind_of(source: Any, given: Mapping[str, Any]) -> str:
+    """What of an adapter's config has it read weights, in the words of PEFT."""
+    from peft import PeftConfig
+
+    where = {name: given[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in given}
+    config = given.get("peft_config") or PeftConfig.from_pretrained(source, **where)
+    if getattr(config, "use_dora", False):
+        return "DoRA (use_dora)"
+    initialisation = str(getattr(config, "init_lora_weights", "")).partition("_niter")[0]
+    if initialisation in _INITIALISATIONS:
+        return f"{_INITIALISATIONS[initialisation]} (init_lora_weights={config.init_lora_weights!r})"
+    used = next((name for name in _READING if getattr(config, name, None)), None)
+    return used or f"an adapter of type {config.peft_type.value}"
