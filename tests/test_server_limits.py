@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -136,7 +137,29 @@ def test_small_requests_do_not_wait_for_a_large_one_that_is_being_read(session: 
         wait_until(given_back.is_set)
 
 
-def test_a_body_that_is_announced_too_large_is_not_read(session: Session) -> None:
+@pytest.mark.parametrize(("mebibytes", "headers", "status"), [(5, {}, 413), (20, {}, 413), (20, {"Host": "elsewhere"}, 400)])
+def test_a_client_that_sends_all_before_it_reads_hears_the_refusal(
+    session: Session, mebibytes: int, headers: dict[str, str], status: int
+) -> None:
+    with serving(session) as (_, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        whole = b" " * (mebibytes * 2**20)
+        connection.request(
+            "POST", "/v1/completions", whole, {"Content-Type": "application/json", "Connection": "close", **headers}
+        )
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
+        connection.close()
+
+
+def test_a_body_of_a_size_without_reason_is_not_taken(session: Session) -> None:
+    with serving(session) as (_, port), asking(port, {}, missing=body.MOST_DRAINED_BYTES) as connection:
+        assert rest_of(connection).startswith(b"HTTP/1.1 413")
+
+
+def test_a_refused_body_that_does_not_come_is_not_waited_for(session: Session, monkeypatch: Any) -> None:
+    monkeypatch.setattr(body, "DRAIN_S", 0.1)
     with serving(session) as (_, port), asking(port, {}, missing=body.MOST_BODY_BYTES) as connection:
         assert rest_of(connection).startswith(b"HTTP/1.1 413")
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError, SessionClosedError
 from rabbit_engine.server.answering import Answering
-from rabbit_engine.server.body import LARGE_BODY_BYTES, parse_object, read_body
+from rabbit_engine.server.body import LARGE_BODY_BYTES, Incoming, parse_object, read_body
 from rabbit_engine.server.errors import RequestError, as_request_error
 from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
@@ -101,7 +101,7 @@ class _Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        status, incoming = 0, Incoming(scope, receive)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -110,12 +110,15 @@ class _Gate:
 
         try:
             self._service.admit(scope)
-            await self._until_ending(self._app(scope, receive, sending), lambda: bool(status))
+            await self._until_ending(self._app(scope, incoming.receive, sending), lambda: bool(status))
         except Exception as error:
             if status:
                 logger.exception("an answer broke off")
             else:
-                await _answer_error(error)(scope, receive, sending)
+                answer = _answer_error(error)
+                if answer.status_code < 500 and answer.status_code != 408:
+                    await incoming.drain()
+                await answer(scope, receive, sending)
         finally:
             self._service.count(scope, status)
             if scope.get(_LARGE):

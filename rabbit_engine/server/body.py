@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope
 
 from rabbit_engine.server.errors import RequestError
 
@@ -20,6 +23,10 @@ LARGE_BODY_BYTES = 64 * 2**10
 
 BODY_S = 60.0
 """A client has so long to send all of its body."""
+
+MOST_DRAINED_BYTES = 64 * 2**20
+DRAIN_S = 4.0
+"""Of a body that is refused so much is still taken, and thrown away: many clients read no answer before they have sent all."""
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -43,6 +50,31 @@ async def read_body(request: Request) -> bytes:
     except TimeoutError as error:
         raise RequestError(408, f"the body did not come within {BODY_S:g} s", code="request_timeout") from error
     return bytes(body)
+
+
+class Incoming:
+    """The body of one request as it comes; `drain` takes what nobody has read."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._headers, self._receive = Headers(scope=scope), receive
+        self._comes = True
+
+    async def receive(self) -> Message:
+        """The next part, as the server has it."""
+        message = await self._receive()
+        self._comes = bool(message.get("more_body", False))
+        return message
+
+    async def drain(self) -> None:
+        """Throw the rest away, up to a bound of bytes and of time. A client that waits to be asked for it is not asked."""
+        announced = self._headers.get("content-length", "")
+        left = MOST_DRAINED_BYTES
+        if "expect" in self._headers or (announced.isdecimal() and int(announced[:20]) > left):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._comes and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

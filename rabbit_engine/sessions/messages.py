@@ -8,15 +8,20 @@ parts such as `{"type": "text", "text": ...}`, or Gradio's `{"text": ..., "files
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.sessions.spelling import nearest
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")} | {
     "human": "user",  # LangChain's words in pairs
     "ai": "assistant",
 }
+_OTHER_ROLES = ("human", "ai", "model", "bot", "gpt", "ipython", "tools", "functions")
+"""Which chat templates may know: they get them as they are."""
+
+_NEED_CONTENT = ("system", "developer", "user", "tool", "function")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """The types of parts that hold text, and where."""
 
@@ -24,62 +29,125 @@ _ATTRIBUTES = ("role", "content", "tool_calls", "tool_call_id", "name")
 _NOT_FOR_TEMPLATES = ("metadata", "options")
 """What Gradio keeps in a message for its own display."""
 
+_ONLY_TEXT = "only text can be read"
+_REFUSED = {
+    **dict.fromkeys(("image", "images", "image_url", "audio", "input_audio", "audios", "video", "videos"), _ONLY_TEXT),
+    **dict.fromkeys(("file", "files", "attachments"), _ONLY_TEXT),
+    **dict.fromkeys(("prefix", "partial"), "use continue_final_message"),
+    "function_call": "use tool_calls",
+}
+"""Keys of a message that would change the answer, and what to do instead. Their empty values ask for nothing."""
+
+_MEANT_FOR_CONTENT = ("text", "parts", "message", "value")
+_KNOWN = (
+    *(*_ATTRIBUTES, *_NOT_FOR_TEMPLATES, *_REFUSED, "refusal", "annotations"),
+    *("reasoning", "reasoning_content", "thinking", "tools", "documents", "citations"),
+)
+_MOST_UNKNOWN = 64
+"""Other keys, and other roles, that the messages of a conversation may have."""
+
 
 def read_messages(given: Any) -> list[dict[str, Any]]:
     """A conversation in any of the forms above; a bare text is the user's.
 
     Raises ConfigurationError that begins with the place, as `messages.0.content: ...`.
     """
-    if isinstance(given, str) or (isinstance(given, Mapping) and "role" not in given):
+    if isinstance(given, str) or (isinstance(given, Mapping) and not {"role", "content"} & set(given)):
         return [{"role": "user", "content": read_content(given, "messages.0.content")}]
     if isinstance(given, Mapping) or hasattr(given, "role") or _names_role(given):
         given = [given]
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise ConfigurationError(f"messages: a text or a list of messages is needed, not {type(given).__name__}")
-    return [message for index, one in enumerate(given) for message in _read(one, f"messages.{index}")]
+    found = [message for index, one in enumerate(given) for message in _unify(one, f"messages.{index}")]
+    _check_spelling(found)
+    return [_read(message, where) for where, message in found]
 
 
 def read_content(content: Any, where: str) -> str:
     """The text of a message's content: None is an empty one, parts are joined by line ends."""
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, Mapping) and "type" not in content:
-        _refuse_files(content.get("files"), where)
-        content = [{"type": "text", "text": content.get("text")}]
-    elif isinstance(content, Mapping):
+    if isinstance(content, tuple) and content and isinstance(content[0], str):  # Gradio's (path, alternative text)
+        _refuse_files(content, where)
+    if isinstance(content, Mapping):
+        if "type" not in content:
+            _refuse_files(content.get("files"), where)
         content = [content]
-    if not isinstance(content, list):
+    if not isinstance(content, list | tuple):
         raise ConfigurationError(f"{where}: a text or a list of parts is needed, {_describe(content)} cannot be read")
     return "\n".join(_part(part, where) for part in content)
+
+
+def _unify(one: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Messages as dictionaries, each with its place."""
+    if isinstance(one, tuple | list):
+        yield from ((where, message) for message in _split_pair(one, where))
+        return
+    message = dict(one) if isinstance(one, Mapping) else _attributes(one)
+    yield where, {name: value for name, value in message.items() if name not in _NOT_FOR_TEMPLATES}
+
+
+def _check_spelling(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse keys and roles that are known ones misspelt; of each name the first place counts, so that this takes no time."""
+    keys = {
+        str(key): f"{where}.{str(key)[:60]}"
+        for where, message in reversed(found)
+        for key, value in message.items()
+        if value is not None
+    }
+    _refuse_misspelt(keys, _KNOWN, (*_KNOWN, *_MEANT_FOR_CONTENT, "context"))
+    roles = {role: f"{where}.role" for where, message in reversed(found) if isinstance(role := message.get("role"), str)}
+    _refuse_misspelt(roles, _ROLES, (*_ROLES, *_OTHER_ROLES))
+
+
+def _refuse_misspelt(places: Mapping[str, str], meant: Collection[str], known: Collection[str]) -> None:
+    unknown = [name for name in places if name not in known]
+    if len(unknown) > _MOST_UNKNOWN:
+        raise ConfigurationError(f"{places[unknown[0]]}: the messages have {len(unknown)} keys or roles that nothing here knows")
+    for name in unknown:
+        if near := nearest(name, meant):
+            raise ConfigurationError(f"{places[name]}: {name[:60]!r} is not known: did you mean {near!r}?")
+
+
+def _read(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant; this one has none")
+    for name, why in _REFUSED.items():
+        if message.get(name):
+            raise ConfigurationError(f"{where}.{name}: it cannot be honoured{_of_file(message[name])}: {why}")
+    content = message.get("content")
+    if content is None:
+        _require_no_content(message, role, where)
+        content = message.get("refusal")
+    message["content"] = read_content(content, f"{where}.content")
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
+    return message
+
+
+def _require_no_content(message: Mapping[str, Any], role: str, where: str) -> None:
+    """An answer may be of calls alone; everybody else says something, if only an empty text."""
+    elsewhere = next((name for name in _MEANT_FOR_CONTENT if message.get(name)), None)
+    if elsewhere is not None:
+        raise ConfigurationError(f"{where}.content: the message has none; did you mean 'content' by {elsewhere!r}?")
+    if role in _NEED_CONTENT:
+        raise ConfigurationError(f"{where}.content: a message of the role {role} needs a content, this one has none")
 
 
 def _names_role(given: Any) -> bool:
     return isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], str) and given[0] in _ROLES
 
 
-def _read(one: Any, where: str) -> Iterator[dict[str, Any]]:
-    if isinstance(one, tuple | list):
-        yield from _read_pair(one, where)
-        return
-    message = dict(one) if isinstance(one, Mapping) else _attributes(one)
-    if not isinstance(message.get("role"), str):
-        raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant; {_describe(one)} has none")
-    message = {name: value for name, value in message.items() if name not in _NOT_FOR_TEMPLATES}
-    message["content"] = read_content(message.get("content"), f"{where}.content")
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
-    yield message
-
-
-def _read_pair(pair: Sequence[Any], where: str) -> Iterator[dict[str, Any]]:
+def _split_pair(pair: Sequence[Any], where: str) -> Iterator[dict[str, Any]]:
     if len(pair) != 2:
         raise ConfigurationError(f"{where}: a pair of role and content, or of user and assistant, has 2 items, not {len(pair)}")
     if _names_role(pair):
-        yield {"role": _ROLES[pair[0]], "content": read_content(pair[1], f"{where}.content")}
+        yield {"role": _ROLES[pair[0]], "content": pair[1]}
         return
     for role, content in zip(("user", "assistant"), pair, strict=True):
         if content is not None:  # an answer that is still to come
-            yield {"role": role, "content": read_content(content, f"{where}.{role}")}
+            yield {"role": role, "content": content}
 
 
 def _attributes(one: Any) -> dict[str, Any]:
@@ -97,8 +165,16 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type", "text" if "text" in part else None)
     text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
-        raise ConfigurationError(f"{where}: a part of type {kind!r}{_file_name(part)} cannot be read here, only text can")
+        raise ConfigurationError(f"{where}: {_name_part(part, kind)} cannot be read here, only text can")
     return text
+
+
+def _name_part(part: Mapping[str, Any], kind: Any) -> str:
+    if kind is not None:
+        return f"a part of type {kind!r}{_of_file(part)}"
+    if isinstance(component := part.get("component"), str):  # Gradio's
+        return f"a component {component!r}{_of_file(part.get('value'))}"
+    return f"the file {name}" if (name := _file_name(part)) else f"a part with the keys {', '.join(map(str, part))[:80]}"
 
 
 def _refuse_files(files: Any, where: str) -> None:
@@ -107,10 +183,21 @@ def _refuse_files(files: Any, where: str) -> None:
         raise ConfigurationError(f"{where}: the file {_describe(first)} cannot be read here, only text can")
 
 
-def _file_name(part: Mapping[str, Any]) -> str:
-    file = part.get("file")
-    name = file.get("orig_name") or file.get("path") if isinstance(file, Mapping) else part.get("path")
-    return f" ({name})" if isinstance(name, str) else ""
+def _of_file(value: Any) -> str:
+    name = _file_name(value)
+    return f" ({name})" if name else ""
+
+
+def _file_name(value: Any) -> str | None:
+    """Of a file as Gradio or OpenAI's clients hand it over, alone or first of a list."""
+    if isinstance(value, list | tuple) and value:
+        return _file_name(value[0])
+    if isinstance(value, str):
+        return value[:200]
+    if not isinstance(value, Mapping):
+        return None
+    inner = next((value[name] for name in ("orig_name", "filename", "path", "url", "file") if value.get(name)), None)
+    return _file_name(inner)
 
 
 def _describe(value: Any) -> str:
