@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import talking
+import transformers
 from fastapi.testclient import TestClient
 
 from rabbit_engine import AutoModel, Session
@@ -82,6 +83,109 @@ def test_fields_of_a_generation_config_do_so_too(client: TestClient, plain: str)
     assert text_of(found) == plain[:2]
     refused = client.post("/v1/chat/completions", json={**body, "generation_config": {"num_beams": 4}})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "generation_config.num_beams")
+
+
+def with_config(client: TestClient, config: Any, **more: Any) -> Any:
+    return client.post("/v1/chat/completions", json={"model": "mine", "messages": TALK, "generation_config": config, **more})
+
+
+@pytest.mark.parametrize(
+    ("config", "param", "says"),
+    [
+        ({"max_new_tokens": "2"}, "max_new_tokens", "valid integer"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens", "valid integer"),
+        ({"max_new_tokens": [1]}, "max_new_tokens", "valid integer"),
+        ({"do_sample": "false"}, "do_sample", "valid boolean"),
+        ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size", "valid integer"),
+        ({"temperature": True, "do_sample": True}, "temperature", "valid number"),
+        ({"stop_strings": 5}, "stop_strings", "valid list"),
+        ({"min_new_tokens": 5, "max_new_tokens": 3}, "min_new_tokens", "generation_config.max_new_tokens=3"),
+        ({"temprature": 2}, "temprature", "did you mean 'temperature'"),
+        ({"max_new_token": 2}, "max_new_token", "did you mean 'max_new_tokens'"),
+        ({"max_length": 8}, "max_length", "use max_tokens"),
+        ({"forced_bos_token_id": 0}, "forced_bos_token_id", "constrained"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size", "sampler"),
+        ({"n": 2}, "n", "a field of the request itself"),
+        ({"stop": "x"}, "stop", "a field of the request itself"),
+    ],
+)
+def test_what_a_generation_config_cannot_have_is_refused_with_its_place(
+    client: TestClient, config: dict[str, Any], param: str, says: str
+) -> None:
+    for sent in (config, json.dumps(config)):
+        error = with_config(client, sent)
+        assert error.status_code == 400
+        assert error.json()["error"]["param"] == f"generation_config.{param}"
+        assert says in error.json()["error"]["message"]
+
+
+def test_penalties_and_a_seed_count_in_a_generation_config(client: TestClient) -> None:
+    config = {"do_sample": False, "max_new_tokens": 12}
+    greedy = text_of(with_config(client, config))
+    penal = text_of(with_config(client, {**config, "frequency_penalty": 2, "presence_penalty": 2}))
+    assert penal == text_of(with_config(client, config, frequency_penalty=2, presence_penalty=2)) != greedy
+    drawn = {"do_sample": True, "max_new_tokens": 12, "temperature": 3.0, "seed": 5}
+    assert text_of(with_config(client, drawn)) == text_of(chat(client, max_tokens=12, temperature=3.0, seed=5)) != greedy
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_whole_config_that_transformers_sends_is_taken(client: TestClient, plain: str, whole: bool) -> None:
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=5, pad_token_id=0, use_cache=True)
+    assert text_of(with_config(client, config.to_json_string(use_diff=not whole))) == plain[:4]
+    defaults = {"max_length": 20, "top_k": 50, "num_beams": 1, "length_penalty": 1.0, "typical_p": 1.0, "early_stopping": False}
+    assert text_of(with_config(client, {**config.to_dict(), **defaults})) == plain[:4]
+
+
+@pytest.mark.parametrize("config", [5, "5", "x", [], True])
+def test_a_generation_config_of_another_type_is_named(client: TestClient, config: Any) -> None:
+    error = with_config(client, config)
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "generation_config")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"max_tokens": 3_000_000_000}, "max_tokens", "2147483648"),
+        ({"min_tokens": 3_000_000_000}, "min_tokens", "2147483648"),
+        ({"min_tokens": 7}, "min_tokens", "more than max_tokens=6"),
+        ({"min_tokens": 7, "max_completion_tokens": 5}, "min_tokens", "more than max_completion_tokens=5"),
+        ({"stop_token_ids": [5000]}, "stop_token_ids", "5000"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "Extra"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "boolean"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
+        ({"tools": ["f"]}, "tools.0", "function"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0", "function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]}, "tools.1.function.name", "needs a name"),
+        ({"tools": [{"function": {"name": ""}}]}, "tools.0.function.name", "needs a name"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_the_clients_own_name(
+    client: TestClient, asked: dict[str, Any], param: str, says: str
+) -> None:
+    error = chat(client, **asked)
+    assert error.status_code == 400
+    assert error.json()["error"]["param"] == param
+    assert says in error.json()["error"]["message"]
+
+
+def test_what_asks_for_nothing_is_taken(client: TestClient, plain: str) -> None:
+    assert text_of(chat(client, top_logprobs=0, tools=None, stream_options={"include_obfuscation": False})) == plain
+    assert text_of(chat(client, tools=[{"function": {"name": "f"}}])) == plain
+    completion = {"model": "mine", "prompt": "abc", "max_tokens": 2}
+    for logprobs, told in ((False, False), (None, False), (0, True)):
+        answer = client.post("/v1/completions", json={**completion, "logprobs": logprobs}).json()
+        assert (answer["choices"][0]["logprobs"] is not None) is told
+
+
+@pytest.mark.parametrize("name", sorted(fields._FALSE_ASKS))
+def test_what_is_on_by_itself_is_not_switched_off_without_a_word(client: TestClient, name: str) -> None:
+    assert chat(client, **{name: False}).json()["error"]["param"] == name
+
+
+def test_a_message_that_says_nothing_is_refused_with_its_place(client: TestClient) -> None:
+    error = chat(client, messages=[*TALK, {"role": "user", "contents": "abc"}])
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "messages.2.contents")
 
 
 WANTED: dict[str, Any] = {

@@ -16,6 +16,7 @@ from rabbit_engine.errors import (
     RabbitError,
     SessionClosedError,
 )
+from rabbit_engine.sessions.options import NAMES
 
 
 class RequestError(Exception):
@@ -59,7 +60,8 @@ def as_request_error(error: BaseException) -> RequestError:
         case PromptTooLongError():
             return RequestError(400, str(error), code="context_length_exceeded")
         case ConfigurationError():
-            return RequestError(400, str(error))
+            named = str(error).replace("=", " ").split(" ", 1)[0]  # as "top_p=2 is out of range"
+            return RequestError(400, str(error), param=named if named in NAMES else None)
         case ModelClosedError():
             return RequestError(503, str(error), code="model_closed", retry_after_s=10)
         case SessionClosedError():

@@ -6,13 +6,15 @@ or ignored because it changes no answer. One that nobody knows is refused where 
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from transformers import GenerationConfig
+
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.sessions.spelling import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,11 @@ _ONE_SAMPLER = "this sampler is not here: there are temperature, top_p, top_k, m
 _ONE_MODEL = "the server has the model that it was started with"
 _PROMPT_LOGPROBS = "log probabilities of the prompt are not computed"
 _TEMPLATE = "the checkpoint's own is used"
+_OVERFLOW = "start the server with --overflow truncate"
+_THINKING = "nothing bounds what a model thinks: use max_tokens"
+_INSIDE = "put what is in it into the request itself"
+_SYSTEM = "put it into messages, with the role system"
+_CONTINUED = "put it into messages, with continue_final_message"
 
 REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     {
@@ -55,8 +62,8 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "thinking": ("use chat_template_kwargs", ()),
         "enable_thinking": ('use chat_template_kwargs: {"enable_thinking": ...}', ()),
         "include_reasoning": ("what a model thinks is a part of its text", (True,)),
-        "truncation": ("start the server with --overflow truncate", ("disabled",)),
-        "truncate_prompt_tokens": ("start the server with --overflow truncate", ()),
+        "truncation": (_OVERFLOW, ("disabled",)),
+        "truncate_prompt_tokens": (_OVERFLOW, ()),
         "prompt_logprobs": (_PROMPT_LOGPROBS, ()),
         "return_token_ids": ("answers are text; logprobs name the tokens", ()),
         "return_tokens_as_token_ids": ("answers are text; logprobs name the tokens", ()),
@@ -84,7 +91,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "n_predict": ("use max_tokens", (-1,)),
         "num_predict": ("use max_tokens", (-1,)),
         "n_probs": ("use logprobs", (0,)),
-        "n_keep": ("start the server with --overflow truncate", (0, -1)),
+        "n_keep": (_OVERFLOW, (0, -1)),
         "num_ctx": ("start the server with --max-seq-len", ()),
         "stop_strings": ("use stop", ()),
         "stop_sequences": ("use stop", ()),
@@ -147,8 +154,45 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "normalize": ("the checkpoint says whether vectors are normalised", ()),
         "embed_dtype": ("vectors are float32", ("float32",)),
         "output_dtype": ("vectors are float32", ("float", "float32")),
+        **dict.fromkeys(("max_gen_len", "num_tokens"), ("use max_tokens", ())),
+        **dict.fromkeys(("max_input_length", "truncate"), (_OVERFLOW, ("NONE",))),
+        **dict.fromkeys(("thinking_budget", "thinking_token_budget", "reasoning_max_tokens"), (_THINKING, (-1,))),
+        "stop_words": ("use stop", ()),
+        "stop_ids": ("use stop_token_ids", ()),
+        "stop_regex": ("use stop, which takes texts", ()),
+        "no_stop_trim": ("use include_stop_str_in_output", ()),
+        "ban_eos_token": ("use ignore_eos", ()),
+        **dict.fromkeys(("json_mode", "ebnf", "schema", "json", "guided", "choice", "choices"), (_CONSTRAINED, ())),
+        "guided_json_schema": (_CONSTRAINED, ()),
+        "output_format": (_CONSTRAINED, ("text", {"type": "text"})),
+        "text": (_CONSTRAINED, ({"format": {"type": "text"}},)),
+        **dict.fromkeys(("random_seed", "sampling_seed"), ("use seed", ())),
+        "temp": ("use temperature", ()),
+        "greedy": ("use temperature: 0 is greedy", ()),
+        "rep_pen": ("use repetition_penalty", (1,)),
+        "presence": ("use presence_penalty", (0,)),
+        "frequency": ("use frequency_penalty", (0,)),
+        "typical_sampling": ("use typical_p", (1,)),
+        "repetition_context_size": ("repetition_penalty looks at the whole text", (20, 0, -1)),
+        "penalty_range": ("repetition_penalty looks at the whole text", (0, -1)),
+        **dict.fromkeys(("system", "system_prompt"), (_SYSTEM, ())),
+        **dict.fromkeys(("prefix", "assistant_prefix"), (_CONTINUED, ())),
+        "instruction_template": (_TEMPLATE, ()),
+        "raw": ("use /v1/completions", ()),
+        "think": ("use chat_template_kwargs", ()),
+        "safe_prompt": (_SYSTEM, ()),
+        "add_bos_token": ("use add_special_tokens", (True,)),
+        **dict.fromkeys(("extra_body", "options", "parameters", "sampling_params"), (_INSIDE, ())),
+        "return_logprobs": ("use logprobs", ()),
+        **dict.fromkeys(("constraints", "force_words_ids"), (_BEAMS, ())),
+        "encoder_no_repeat_ngram_size": (_ONE_SAMPLER, (0,)),
+        "dola_layers": (_ONE_SAMPLER, ()),
+        "watermarking_config": ("answers are not marked", ()),
     }
 )
+
+_FALSE_ASKS = frozenset({"enable_thinking", "think", "thinking", "add_bos_token", "detokenize"})
+"""Refused fields that are on unless they are false."""
 
 IGNORED = frozenset(
     {
@@ -160,6 +204,23 @@ IGNORED = frozenset(
     }
 )
 """They change no answer: who asks, what is kept of it, and how fast it comes."""
+
+_CONFIG_IGNORED = frozenset(
+    {
+        *("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash", "generation_kwargs"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "trust_remote_code"),
+        *("use_cache", "cache_config", "cache_implementation", "max_cache_len", "prefill_chunk_size", "low_memory"),
+        *("compile_config", "disable_compile", "continuous_batching_config", "remove_invalid_values", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "is_assistant", "use_mtp"),
+        *("assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "max_matching_ngram_size", "prompt_lookup_num_tokens"),
+        *("speculation_type", "target_lookbehind"),
+    }
+)
+"""Attributes of a GenerationConfig that say how an answer is computed, not which; special tokens are the checkpoint's."""
+
+_CONFIG_LENGTH = 20
+"""`max_length` of a GenerationConfig in which nobody set it."""
 
 _MOST_TOLD = 100
 _MOST_UNKNOWN = 32
@@ -178,9 +239,7 @@ def check_fields(body: Mapping[str, Any], own: Collection[str], others: Mapping[
         if name in own or name in IGNORED:
             continue
         if name in REFUSED:
-            why, neutral = REFUSED[name]
-            if not any(value == known and type(value) is type(known) for known in _OFF) and value not in neutral:
-                raise unsupported(name, why)
+            refuse(name, value)
         elif name in others:
             if value not in _OFF:
                 raise unsupported(name, f"it is a field of {others[name]}")
@@ -188,22 +247,55 @@ def check_fields(body: Mapping[str, Any], own: Collection[str], others: Mapping[
             _meet_unknown(name, [*own, *REFUSED, *others])
 
 
+def check_config(given: Mapping[str, Any], own: Collection[str], others: Collection[str]) -> None:
+    """The same for the attributes of a generation config: `own` are honoured, `others` are fields of the request itself."""
+    known = vars(GenerationConfig())
+    named = {*own, *_CONFIG_IGNORED, *REFUSED, *known, *others}
+    if len(unknown := [name for name in given if name not in named]) > _MOST_UNKNOWN:
+        told = f"generation_config has {len(unknown)} fields that nothing here knows"
+        raise RequestError(400, told, param=f"generation_config.{unknown[0][:60]}")
+    for name, value in given.items():
+        if name not in own and name not in _CONFIG_IGNORED and not _is_idle_length(name, given):
+            _check_attribute(name, value, known, others)
+    for name in unknown:
+        if given[name] is not None:
+            _meet_unknown(name, [*own, *known], "generation_config.")
+
+
+def _is_idle_length(name: str, given: Mapping[str, Any]) -> bool:
+    """Where both are given `max_new_tokens` counts, as in transformers."""
+    return name == "max_length" and (given.get("max_new_tokens") is not None or given[name] == _CONFIG_LENGTH)
+
+
+def _check_attribute(name: str, value: Any, known: Mapping[str, Any], others: Collection[str]) -> None:
+    if name in REFUSED:
+        refuse(name, value, "generation_config.")
+    elif name in known and value is not None and value != known[name]:
+        raise unsupported(f"generation_config.{name}", "the server answers without it")
+    elif name in others and value not in _OFF:
+        raise unsupported(f"generation_config.{name}", "it is a field of the request itself")
+
+
+def refuse(name: str, value: Any, within: str = "") -> None:
+    """Raise for a field of REFUSED, unless its value asks for nothing; `within` is what its name is put after."""
+    why, neutral = REFUSED[name]
+    if value is False and name in _FALSE_ASKS:
+        raise unsupported(within + name, why)
+    if not any(value == known and type(value) is type(known) for known in _OFF) and value not in neutral:
+        raise unsupported(within + name, why)
+
+
 def unsupported(name: str, why: str) -> RequestError:
     """The answer to a field that cannot be honoured."""
     return RequestError(400, f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
 
 
-def _meet_unknown(name: str, known: list[str]) -> None:
-    squashed = {_squash(other): other for other in known if other != "model"}
-    shown, near = name[:60], difflib.get_close_matches(_squash(name), squashed, n=1, cutoff=0.8)
-    if near:
-        told = f"{shown!r} is no field of this request: did you mean {squashed[near[0]]!r}?"
+def _meet_unknown(name: str, known: list[str], within: str = "") -> None:
+    shown, names = within + name[:60], [other for other in known if other != "model"]
+    if near := nearest(name, names):
+        told = f"{shown!r} is no field of this request: did you mean {near!r}?"
         raise RequestError(400, told, param=shown, code="unknown_parameter")
     if shown not in _told and len(_told) < _MOST_TOLD:
         _told.add(shown)
-        nearest = squashed[difflib.get_close_matches(_squash(name), squashed, n=1, cutoff=0.0)[0]]
-        logger.warning("a request has the field %r, which nothing here knows; the nearest known one is %r", shown, nearest)
-
-
-def _squash(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())[:60]
+        near = nearest(name, names, cutoff=0.0)
+        logger.warning("a request has the field %r, which nothing here knows; the nearest known one is %r", shown, near)

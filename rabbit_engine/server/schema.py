@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.fields import check_fields, unsupported
-from rabbit_engine.server.tools import ToolCall, parse_calls
+from rabbit_engine.server.fields import check_config, check_fields, unsupported
+from rabbit_engine.server.tools import ToolCall, check_tools, parse_calls
 from rabbit_engine.sessions import MOST_ALTERNATIVES, Options, read_messages
 
 MOST_CHOICES = 16
@@ -22,6 +22,9 @@ _MOST_STOPS = 16
 _MOST_TOKENS = 1024
 _MOST_CHARACTERS = 4096
 """Of a stop text or a bad word."""
+
+_MOST = 2**31
+"""Of a whole number, as in `Options`."""
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS)]],
@@ -58,14 +61,22 @@ class Asked(BaseModel):
     model: str
 
 
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = True
+    continuous_usage_stats: Literal[False] | None = False
+
+
 class _Request(Asked):
     stream: bool | None = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: _StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MOST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -75,15 +86,15 @@ class _Request(Asked):
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
     eta_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     stop: Annotated[Stops, Field(max_length=_MOST_STOPS)] = []
     stop_token_ids: Annotated[list[int], Field(max_length=_MOST_TOKENS)] | None = None
     bad_words: Annotated[Stops, Field(max_length=_MOST_TOKENS)] = []
     include_stop_str_in_output: bool | None = False
     ignore_eos: bool | None = False
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     skip_special_tokens: bool | None = True
-    generation_config: str | dict[str, Any] | None = None
+    generation_config: Any = None
 
     @property
     def choices(self) -> int:
@@ -93,7 +104,7 @@ class _Request(Asked):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
-        return bool((self.stream_options or {}).get("include_usage"))
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def most_tokens(self) -> int | None:
@@ -131,45 +142,59 @@ class _Request(Asked):
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": self.logit_bias,
         }
-        return {**_of_config(self.generation_config), **{name: value for name, value in own.items() if value is not None}}
+        found = {**_of_config(self.generation_config), **{name: value for name, value in own.items() if value is not None}}
+        self._require_order(found.get("min_new_tokens") or 0, found.get("max_new_tokens"))
+        return found
+
+    def _require_order(self, least: int, most: int | None) -> None:
+        if most is not None and least > most:
+            name = "min_tokens" if self.min_tokens is not None else "generation_config.min_new_tokens"
+            raise RequestError(400, f"{name}={least} is more than {self.name_of_most}={most}", param=name)
+
+    @property
+    def name_of_most(self) -> str:
+        """The field that says how many tokens an answer has at most."""
+        return "max_tokens" if self.max_tokens is not None else "generation_config.max_new_tokens"
 
 
-def _of_config(config: str | dict[str, Any] | None) -> dict[str, Any]:
+def _of_config(config: Any) -> dict[str, Any]:
     """What a GenerationConfig of transformers says (its own client sends one, as JSON)."""
     try:
-        given = json.loads(config) if isinstance(config, str) else config or {}
+        given = json.loads(config) if isinstance(config, str) else {} if config is None else config
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"generation_config is no JSON: {error}", param="generation_config") from error
     if not isinstance(given, dict):
         raise RequestError(400, "generation_config is no JSON object", param="generation_config")
-    _refuse_of_config(given)
-    if given.get("do_sample") is False:
-        given = {**given, "temperature": 0.0, **dict.fromkeys(_CONFIG_DRAWING)}
-    elif given.get("do_sample") is None:  # its fields of drawing are defaults that nobody chose
-        given = {**given, "temperature": None, **dict.fromkeys(_CONFIG_DRAWING)}
-    found = {name: given[name] for name in _CONFIG_WHOLE if isinstance(given.get(name), int)}
-    found |= {name: given[name] for name in _CONFIG_NUMBERS if isinstance(given.get(name), int | float)}
-    found = {name: value for name, value in found.items() if not isinstance(value, bool)}
-    if stops := given.get("stop_strings"):
+    check_config(given, _Config.model_fields, _Request.model_fields)
+    try:
+        asked = _Config.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(error, "generation_config.") from error
+    found = {name: value for name, value in asked.model_dump().items() if value is not None}
+    if not found.pop("do_sample", None):  # without it, fields of drawing are defaults that nobody chose
+        found = {name: value for name, value in found.items() if name not in _CONFIG_DRAWING}
+        found |= {"temperature": 0.0} if asked.do_sample is False else {}
+    if stops := found.pop("stop_strings", None):
         found |= {"stop": stops, "include_stop": True}  # as in transformers' text
     return found
 
 
-_CONFIG_DRAWING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_CONFIG_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "no_repeat_ngram_size")
-_CONFIG_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
-_CONFIG_REFUSED = (
-    *("num_beams", "num_return_sequences", "num_beam_groups", "length_penalty", "encoder_repetition_penalty", "top_h"),
-    *("min_length", "guidance_scale", "renormalize_logits", "token_healing", "max_time", "bad_words_ids", "sequence_bias"),
-    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "watermarking_config"),
-    *("exponential_decay_length_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "diversity_penalty"),
-)
+_CONFIG_DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_CONFIG_SHAPING = ("no_repeat_ngram_size", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
 
-def _refuse_of_config(given: dict[str, Any]) -> None:
-    for name in _CONFIG_REFUSED:
-        if given.get(name) and given[name] != 1:  # 1 is one beam, and no penalty
-            raise unsupported(f"generation_config.{name}", "the server answers without it; fields of the request's own may do it")
+def _config_model() -> Any:
+    """The fields of a generation config that are honoured, with the types and ranges of the request's own, and no others'."""
+    types = get_type_hints(_Request, include_extras=True)
+    own = (*_CONFIG_DRAWING, "no_repeat_ngram_size", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"} | dict(
+        zip(own, own, strict=True)
+    )
+    chosen: dict[str, Any] = {name: (types[field] | None, None) for name, field in names.items()}
+    return create_model("_Config", __config__=ConfigDict(strict=True), do_sample=(bool | None, None), **chosen)
+
+
+_Config = _config_model()
 
 
 _RESERVED = {
@@ -193,10 +218,10 @@ class ChatRequest(_Request):
 
     path = "/v1/chat/completions"
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
     continue_final_message: bool | None = False
@@ -209,6 +234,11 @@ class ChatRequest(_Request):
     def most_tokens(self) -> int | None:
         """The newer name counts."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def name_of_most(self) -> str:
+        """The newer one counts."""
+        return "max_completion_tokens" if self.max_completion_tokens is not None else super().name_of_most
 
     @property
     def alternatives(self) -> int | None:
@@ -259,6 +289,9 @@ class ChatRequest(_Request):
         """Raise for what would change the answer and cannot be done."""
         if self.tool_choice not in (None, "none", "auto"):
             raise unsupported("tool_choice", 'only "none" and "auto" are possible: nothing forces a model to call')
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        check_tools(self.tools or [])
 
 
 class CompletionRequest(_Request):
@@ -266,7 +299,9 @@ class CompletionRequest(_Request):
 
     path = "/v1/completions"
     prompt: Texts
-    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None, BeforeValidator(lambda count: None if count is False else count)
+    ] = None
     echo: bool | None = False
     add_special_tokens: bool | None = True
     best_of: int | None = None
@@ -313,9 +348,14 @@ def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "constrained")))
-        raise RequestError(400, f"{where or 'the body'}: {first['msg']}", param=where or None) from error
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError, within: str = "") -> RequestError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    parts = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "constrained"))]
+    where = within + ".".join(parts)
+    return RequestError(400, f"{where or 'the body'}: {first['msg']}", param=where or None)
 
 
 def _each(texts: Any, param: str) -> list[str | list[int]]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rabbit_engine.server.errors import RequestError
+
 _MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "{", "[{")
 _TAG = "<tool_call>"
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -24,6 +26,18 @@ class ToolCall:
 
     name: str
     arguments: str
+
+
+def check_tools(tools: Sequence[Any]) -> None:
+    """Raise RequestError for what is no function that a model could call."""
+    for index, tool in enumerate(tools):
+        where, kind = f"tools.{index}", tool.get("type", "function") if isinstance(tool, Mapping) else None
+        if kind != "function":
+            raise RequestError(400, f'{where}: it is {{"type": "function", "function": {{"name": ...}}}}', param=where)
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise RequestError(400, f"{where}.function.name: a function needs a name", param=f"{where}.function.name")
 
 
 def may_be_call(text: str) -> bool:
