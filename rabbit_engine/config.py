@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.jsonvalues import shown
 from rabbit_engine.plan import Speeds
 from rabbit_engine.units import parse_bytes
 from rabbit_engine.utils.platform import find_device
@@ -48,9 +50,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         for name in ("revision", "subfolder", "variant", "code_revision", "gguf_file"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ConfigurationError(f"{name}={value!r} is of type {type(value).__name__}: give text, or leave it out")
+            _check_text(name, getattr(self, name))
+        if self.variant == "":
+            raise ConfigurationError("variant='' names no variant: leave it out")
         _check_renamings(self.key_mapping)
         parts = Path(self.subfolder).parts
         if Path(self.subfolder).is_absolute() or ".." in parts:
@@ -59,6 +61,27 @@ class SourceConfig:
             raise ConfigurationError(
                 f"variant={self.variant!r} is of safetensors and pickles, gguf_file={self.gguf_file!r} is neither"
             )
+
+
+_NAME_BYTES, _PATH_BYTES = 255, 4095
+"""The longest that today's file systems and systems take."""
+
+
+def _check_text(keyword: str, value: Any) -> None:
+    """Raise ConfigurationError for what is neither None nor a text that can be, or be in, the name of a file."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: give text, or leave it out")
+    if value is not None and not _can_be_file(value):
+        raise ConfigurationError(f"{keyword}={shown(value)} cannot be in the name of a file: give another, or leave it out")
+
+
+def _can_be_file(path: str) -> bool:
+    """Whether the system can have a file of that name: not too long, and without characters that no name has."""
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in name and len(name) <= _PATH_BYTES and max(map(len, name.split(b"/"))) <= _NAME_BYTES
 
 
 def _check_renamings(mapping: Any) -> None:
@@ -139,6 +162,8 @@ def parse_path(keyword: str, value: Any) -> Path | None:
         return None
     if isinstance(value, bytes) or not isinstance(value, str | PathLike):
         raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: give a path, or leave it out")
+    if not _can_be_file(str(value)):
+        raise ConfigurationError(f"{keyword}={shown(value)} cannot be the name of a folder: give another, or leave it out")
     return Path(value)
 
 

@@ -175,6 +175,10 @@ def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitCon
         raise ConfigurationError(
             f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
         )
+    if not any(name.lower().endswith(".gguf") for name in repo.names):
+        if repo.only_cached:
+            raise weights_not_cached(repo)
+        raise CheckpointNotFoundError(f"{repo.name} has no GGUF files: leave out gguf_file={gguf_file!r}")
     weight_files(repo, gguf_file, source)
     fetch_weights(repo, [gguf_file], source)
     check_gguf(repo.folder / gguf_file)

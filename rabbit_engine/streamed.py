@@ -252,9 +252,9 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
     folder = Path(source["pretrained_model_name_or_path"])
     try:
         if converted is None:
-            return AutoTokenizer.from_pretrained(**source)
+            return _checked(AutoTokenizer.from_pretrained(**source), folder)
         if (folder / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False})
+            return _checked(AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False}), folder)
         return build_tokenizer(converted, folder)
     except RabbitError:
         raise
@@ -265,6 +265,17 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
             f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
             "the model itself runs; set model.tokenizer, or pass token ids"
         ) from error
+
+
+def _checked(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer itself, which compares the length of every text with a number. Raises TokenizerNotFoundError without one."""
+    most = getattr(tokenizer, "model_max_length", 0)
+    if not isinstance(most, int | float):
+        raise TokenizerNotFoundError(
+            f"{folder}/tokenizer_config.json says model_max_length={most!r}, where a number is wanted: mend it or download it "
+            "again; the model itself runs, with token ids or a model.tokenizer that is set"
+        )
+    return tokenizer
 
 
 @functools.cache

@@ -48,3 +48,8 @@ def parse_bytes(size: str | float) -> int:
     if count >= 2**63:
         raise ValueError(f"{size!r} is more bytes than a machine has: {_EXPECTED}")
     return int(count)
+
+
+def parse_rate(rate: str) -> int:
+    """`parse_rate("2.34 GB/s") -> 2340000000`: a size, with or without "/s". Raises ValueError for what is not a rate."""
+    return parse_bytes(re.sub(r"/s\s*$", "", rate, flags=re.IGNORECASE))

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rabbit_engine
 from rabbit_engine import demo, errors
 from rabbit_engine.cli import main
-from rabbit_engine.cli.options import parse_memory
+from rabbit_engine.cli.options import check_rate, parse_memory
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
 from rabbit_engine.extras import install_command
+from rabbit_engine.units import parse_rate
 
 PACKAGE = Path(rabbit_engine.__file__).parent
 
@@ -39,7 +40,9 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {f"é日😀{index}": index for index in range(96)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="é日😀0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="é日😀0").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="é日😀0")
+    fast.add_tokens("<|new|>")  # for which the model has no row
+    fast.save_pretrained(folder)
     return folder
 
 
@@ -174,6 +177,18 @@ def test_a_closed_pipe_ends_quietly(speaker: Path, monkeypatch: pytest.MonkeyPat
     assert "rror" not in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [("run", "MODEL", PROMPT, *RUN), ("plan", "MODEL", "--device", "cpu"), ("--version",)])
+def test_a_full_disk_under_stdout_is_one_line(
+    arguments: Any, rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        done = rabbit(*(str(argument).replace("MODEL", str(speaker)) for argument in arguments))
+    said = "error: the output could not be written: No space left on device"
+    assert (done.code, done.err.splitlines()[-1]) == (1, said)
+
+
 # What goes wrong.
 
 
@@ -207,6 +222,12 @@ def raising(error: BaseException) -> Any:
         (("run", "MODEL", "hi", "-m", "1kB", "--device", "cpu"), 2, "give --max-memory cpu=1MB or more"),
         (("run", "MODEL", "hi", "--dtype", "lots"), 2, "error: --dtype lots is no"),
         (("run", "MODEL", "hi", "--chat"), 2, "leave out --chat"),
+        (("run", "MODEL", ""), 2, "error: the prompt has no tokens: there is nothing to go on from"),
+        (("run", "MODEL", "-"), 2, "error: the prompt has no tokens"),
+        (("run", "MODEL", "<|new|>"), 2, "error: token id 96 is not in the vocabulary of 96"),
+        (("run", "MODEL", "hi", "--gguf-file", "x.gguf"), 1, "error: MODEL has no GGUF files: leave out --gguf-file x.gguf"),
+        (("verify", "nobody/nothing"), 1, "error: nothing of nobody/nothing is on this machine to verify"),
+        (("verify", "nobody/nothing", "--revision", "v1"), 1, "nothing of nobody/nothing at revision v1 is on this machine"),
         (("plan", "MODEL", "--max-memory", "1kB"), 2, "give --max-memory cpu=1MB or more"),
         (("plan", "MODEL", "--device", "foo", "--max-memory", "1GiB"), 2, "error: --device foo is no device torch knows"),
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
@@ -237,6 +258,11 @@ def test_errors_are_a_line_about_options_and_a_code(arguments: Any, code: int, w
         (("plan", "x", "--split", "perhaps"), "'--split'"),
         (("plan", "x", "--disk-rate", "0"), "nothing would ever arrive"),
         (("plan", "x", "--link-rate", "abc"), "is no rate"),
+        (("plan", "x", "--link-rate", "/s"), "is no rate"),
+        (("plan", "x", "--link-rate", "5GB/s/s"), "is no rate"),
+        (("plan", "x", "--saving-path", ""), "it is empty: name a folder"),
+        (("run", "x", "y", "--saving-path", ""), "it is empty: name a folder"),
+        (("split", "x", "--saving-path", __file__), "is a file: name a folder"),
         (("serve", "x", "--port", "65536"), "'--port'"),
         (("serve", "x", "--overflow", "cut"), "'--overflow'"),
     ],
@@ -337,6 +363,12 @@ def test_verify_of_a_model_finds_its_split(rabbit: Any, own_checkpoint: Any) -> 
     folder = own_checkpoint("llama")
     assert rabbit("split", folder).code == 0
     assert rabbit("verify", folder).code == 0
+
+
+@pytest.mark.parametrize("rate", ["2.34 GB/s", "2.34GB/s", "2340 MB /s ", "2.34GB"])
+def test_a_rate_is_read_as_the_doctor_prints_it(rate: str) -> None:
+    assert parse_rate(rate) == 2_340_000_000
+    assert check_rate(rate) == rate
 
 
 def test_options_as_text() -> None:

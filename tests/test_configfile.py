@@ -250,6 +250,16 @@ def test_a_damaged_tokenizer_is_named_and_the_model_runs(damage: str, llama: Pat
         assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
 
 
+@pytest.mark.parametrize("value", ["x", [], {}, [5]])
+def test_a_tokenizer_s_length_of_another_type_is_named_when_it_is_loaded(value: Any, llama: Path) -> None:
+    edit(llama / "tokenizer_config.json", model_max_length=value)
+    with AutoModel.from_pretrained(llama, device="cpu") as model:
+        with pytest.raises(errors.TokenizerNotFoundError, match=r"tokenizer_config\.json says model_max_length="):
+            _ = model.tokenizer
+        edit(llama / "tokenizer_config.json", model_max_length=None)
+        assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
+
+
 @pytest.mark.parametrize("value", [[], [1], "x", 3, None, {"tokenizer_class": 5}, {"tokenizer_class": []}])
 def test_a_tokenizer_config_of_another_type_is_named(value: Any, llama: Path) -> None:
     (llama / "tokenizer_config.json").write_text(json.dumps(value), "utf-8")

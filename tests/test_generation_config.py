@@ -119,6 +119,33 @@ def test_rabbit_run_writes_what_transformers_says(saying: Saying, answer: list[i
     assert capsys.readouterr().out == "".join(chr(31 + token) for token in expected) + "\n"
 
 
+def test_rabbit_run_writes_one_answer_where_several_are_drawn(saying: Saying, rabbit: Any) -> None:
+    folder = saying(do_sample=True, num_return_sequences=2)
+    done = rabbit("run", folder, PROMPT, "--no-chat", "--max-new-tokens", 8, "--device", "cpu")
+    expected = by_transformers(folder, max_new_tokens=8, do_sample=False, num_return_sequences=1)
+    assert (done.code, done.out) == (0, "".join(chr(31 + token) for token in expected) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"force_words_ids": [[3]]}, "Constrained Beam Search"),
+        ({"dola_layers": "low"}, "Dola"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search"),
+        ({"repetition_penalty": -1.0}, "-1.0"),
+        ({"cache_implementation": "quantized"}, "quant"),
+    ],
+)
+def test_rabbit_run_says_where_the_settings_are_that_generate_refuses(
+    saying: Saying, rabbit: Any, fields: dict[str, Any], words: str
+) -> None:
+    done = rabbit("run", saying(**fields), PROMPT, "--no-chat", "--max-new-tokens", 2, "--device", "cpu")
+    said = done.err.splitlines()[-1]
+    assert (done.code, done.out) == (2, "")
+    assert said.startswith("error: generate refuses the settings of the command and of the checkpoint's generation_config.json")
+    assert words in said
+
+
 def test_max_length_bounds_prompt_and_answer(saying: Saying) -> None:
     folder = saying(max_length=11)
     expected = by_transformers(folder, do_sample=False)

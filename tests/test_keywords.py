@@ -166,6 +166,21 @@ def test_dtype() -> None:
             parse_dtype(wrong)
 
 
+@pytest.mark.parametrize("value", ["\0", "x" * 5000, "a\ud800b", "a/" + "y" * 300])
+@pytest.mark.parametrize(
+    "keyword", ["layer_shards_saving_path", "cache_dir", "variant", "subfolder", "revision", "code_revision", "gguf_file"]
+)
+def test_a_name_that_no_file_can_have_is_refused_by_its_keyword(keyword: str, value: str) -> None:
+    with pytest.raises(errors.ConfigurationError, match=f"^{keyword}=.* cannot be") as caught:
+        AutoModel.from_pretrained("any/model", device="cpu", **{keyword: value})
+    assert len(str(caught.value)) < 200
+
+
+def test_a_variant_without_a_name_is_refused() -> None:
+    with pytest.raises(errors.ConfigurationError, match="variant=''"):
+        AutoModel.from_pretrained("any/model", device="cpu", variant="")
+
+
 def test_a_config_is_checked_when_made() -> None:
     with pytest.raises(errors.ConfigurationError, match="'flash' is none of"):
         StreamConfig(device=torch.device("cpu"), attn_implementation="flash")

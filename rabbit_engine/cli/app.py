@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as done:
         if done.code == INTERRUPTED:
             output.note("interrupted")
+        output.finish()
         raise
     except RabbitError as error:
         output.say_error(str(error))

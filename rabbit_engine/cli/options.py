@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import os.path
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from rabbit_engine.names import read_name
-from rabbit_engine.units import parse_bytes
+from rabbit_engine.units import parse_bytes, parse_rate
 
 COLDEST = 1e-3
 """Logits that are divided by less overflow: a lower temperature is greedy."""
@@ -51,13 +52,27 @@ def _check_finite(value: float | None) -> float | None:
 
 
 def check_rate(text: str | None) -> str | None:
-    """Bytes a second: a size above zero."""
+    """Bytes a second, above zero."""
     try:
-        if text is not None and parse_bytes(text) <= 0:
+        if text is not None and parse_rate(text) <= 0:
             raise typer.BadParameter(f"{text}: nothing would ever arrive")
     except ValueError as error:
         raise typer.BadParameter(f'{text} is no rate: write "5GB" for 5 GB a second') from error
     return text
+
+
+def _parse_folder(text: str) -> Path:
+    """An empty text, of which Path makes the current folder, is more likely a variable that is not set."""
+    if not text:
+        raise typer.BadParameter("it is empty: name a folder")
+    if os.path.isfile(text):  # noqa: PTH113 - Path's own raises for a name that is too long
+        raise typer.BadParameter(f"{text} is a file: name a folder")
+    return Path(text)
+
+
+def folder(said: str) -> Any:
+    """An option that takes a folder, there already or not."""
+    return typer.Option(parser=_parse_folder, metavar="<dir>", help=said)
 
 
 def _check_model(name: str) -> str:
@@ -88,9 +103,7 @@ Split = Annotated[
     Literal["auto", "always", "never"],
     typer.Option(help="Make shards first; auto does where the files cannot be streamed as they are.", case_sensitive=False),
 ]
-SavingPath = Annotated[
-    Path | None, typer.Option(file_okay=False, help="Where the shards go; the default is beside the checkpoint.")
-]
+SavingPath = Annotated[Path | None, folder("Where the shards go; the default is beside the checkpoint.")]
 GgufFile = Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Token = Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)]

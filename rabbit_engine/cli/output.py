@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 
 import typer
 
@@ -16,6 +18,9 @@ from rabbit_engine.errors import first_line
 
 _NOT_FOR_USERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 """What libraries tell programmers about their next version."""
+
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write may fail with. The library's own writes and reads have errors of their own: these are stdout's."""
 
 
 def take_any_characters() -> None:
@@ -53,6 +58,25 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
     note(f"warning: {name}{as_options(' '.join(str(message).split()))}")
 
 
+def finish() -> None:
+    """Write what is left for stdout. Exits with 1 where that fails, and says so unless nobody reads it any more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _drop_output()
+        else:
+            say_unexpected(error)
+        sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Python tries again to write what is left as it ends."""
+    with suppress(OSError):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def note(text: str) -> None:
     """A line on stderr."""
     typer.echo(text, err=True)
@@ -64,7 +88,11 @@ def say_error(text: str) -> None:
 
 
 def say_unexpected(error: Exception) -> None:
-    """An error that nobody foresaw: one line, and where it came from if asked for."""
+    """An error that nobody foresaw: one line, and where it came from if asked for. One of stdout is foreseen."""
+    if isinstance(error, OSError) and error.errno in _UNWRITTEN and error.filename is None:
+        _drop_output()
+        say_error(f"the output could not be written: {error.strerror}")
+        return
     if logging.getLogger("rabbit_engine").isEnabledFor(logging.INFO):
         traceback.print_exception(error)
     say_error(f"{type(error).__name__}: {first_line(error)} (rabbit -v ... shows where)")

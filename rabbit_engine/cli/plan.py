@@ -11,7 +11,7 @@ from rich.console import Console
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.plan import Speeds
 from rabbit_engine.report import as_table
-from rabbit_engine.units import parse_bytes
+from rabbit_engine.units import parse_rate
 
 
 def plan(
@@ -22,13 +22,13 @@ def plan(
     dtype: options.Dtype = None,
     disk_rate: Annotated[
         str | None,
-        typer.Option(callback=options.check_rate, help="Bytes a second of the disk, such as 5GB; the default is to measure."),
+        typer.Option(callback=options.check_rate, help="Bytes a second of the disk, such as 5GB/s; the default is to measure."),
     ] = None,
     link_rate: Annotated[
-        str | None, typer.Option(callback=options.check_rate, help="Bytes a second to the device, such as 13GB.")
+        str | None, typer.Option(callback=options.check_rate, help="Bytes a second to the device, such as 13GB/s.")
     ] = None,
     split: options.Split = "auto",
-    saving_path: Annotated[Path | None, typer.Option(help="Where the shards would go.")] = None,
+    saving_path: Annotated[Path | None, options.folder("Where the shards would go.")] = None,
     gguf_file: options.GgufFile = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -42,7 +42,7 @@ def plan(
     config, memory = engine.config, options.parse_memory(max_memory)
     target = config.parse_planned_device(device, lambda wanted: config.parse_max_memory(memory, wanted)[0] is not None)
     device_budget, host_budget = config.parse_max_memory(memory, target)
-    rates = {link: float(parse_bytes(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
+    rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
     found = engine.forecast.forecast(
         model,
         config.SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 
 from rabbit_engine.cli import engine, options
 from rabbit_engine.cli.loading import loaded
-from rabbit_engine.errors import ConfigurationError, first_line
+from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
 def encode(model: Any, prompt: str, chat: bool | None) -> Any:
-    """The prompt as token ids [1, length], through the chat template where there is one (and `chat` does not forbid it)."""
+    """The prompt as token ids [1, length], through the chat template where there is one (and `chat` does not forbid it).
+
+    Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary.
+    """
+    inputs = _tokenized(model, prompt, chat)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    engine.sessions.encoding.require_ids([int(token) for token in inputs["input_ids"].flatten()], vocabulary)
+    return inputs
+
+
+def _tokenized(model: Any, prompt: str, chat: bool | None) -> Any:
     template = getattr(model.tokenizer, "chat_template", None)
     if chat and template is None:
         raise ConfigurationError("this model has no chat template: leave out --chat")
@@ -36,14 +47,31 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
 
 
 def write_answer(model: Any, inputs: Any, **keywords: Any) -> None:
-    """Generate, and write the text as it comes; where the checkpoint asks for beams or several texts, the best one at the end."""
-    config = model.generation_config
-    if all(getattr(config, name, None) in (None, 1) for name in ("num_beams", "num_return_sequences")):
+    """Generate one text, and write it as it comes; where the checkpoint asks for beams, the best one at the end.
+
+    Raises ConfigurationError for settings that `generate` refuses.
+    """
+    if model.generation_config.num_beams in (None, 1):
         streamer = engine.transformers.TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        model.generate(**inputs, streamer=streamer, **keywords)
+        _generate(model, inputs, streamer=streamer, **keywords)
         return
-    found = model.generate(**inputs, **keywords, return_dict_in_generate=False)
+    found = _generate(model, inputs, **keywords, return_dict_in_generate=False)
     typer.echo(model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _generate(model: Any, inputs: Any, **keywords: Any) -> Any:
+    try:
+        return model.generate(**inputs, num_return_sequences=1, **keywords)
+    except RabbitError:
+        raise
+    except (ValueError, ImportError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith(("transformers.generation.", "transformers.cache_utils")):
+            raise
+        raise ConfigurationError(
+            f"generate refuses the settings of the command and of the checkpoint's generation_config.json ({first_line(error)}): "
+            "change them there"
+        ) from error
 
 
 def run(

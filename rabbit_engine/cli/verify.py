@@ -11,7 +11,13 @@ import typer
 from rich.console import Console
 
 from rabbit_engine.cli import engine
-from rabbit_engine.errors import DamagedShardError, ShardsNotFoundError, UnreadableFileError
+from rabbit_engine.errors import (
+    CheckpointNotFoundError,
+    DamagedShardError,
+    HubUnreachableError,
+    ShardsNotFoundError,
+    UnreadableFileError,
+)
 from rabbit_engine.utils.bar import Bar
 
 Result = TypeVar("Result")
@@ -60,7 +66,14 @@ def _find(target: str, revision: str | None) -> tuple[engine.hub.Repo | None, Pa
         return engine.hub.Repo(str(path), folder, (path.name,)), folder / engine.prepare.SHARDS_FOLDER
     target = engine.names.read_name(target).name
     path = Path(target).expanduser()
-    repo = engine.hub.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
+    try:
+        repo = engine.hub.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
+    except HubUnreachableError as error:  # it was not to be asked
+        at = f" at revision {revision}" if revision else ""
+        nearest = engine.names.nearest_path(path)
+        raise CheckpointNotFoundError(
+            f"nothing of {target}{at} is on this machine to verify: it is neither a folder nor in the Hub cache{nearest}"
+        ) from error
     if path.is_dir():
         own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)
         return (repo if own else None), path

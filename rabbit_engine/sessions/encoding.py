@@ -117,12 +117,17 @@ class Encoder:
         yield
 
     def _checked(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise ConfigurationError("the prompt has no tokens: there is nothing to go on from")
-        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
-            raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {self._vocabulary}")
+        require_ids(ids, self._vocabulary)
         return ids
+
+
+def require_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """Raise ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary."""
+    if not ids:
+        raise ConfigurationError("the prompt has no tokens: there is nothing to go on from")
+    wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {vocabulary}")
 
 
 def read_ids(given: Any) -> list[int]:
