@@ -300,9 +300,10 @@ def _set_generation_config(model: Any, generation_config: Any) -> None:
 
 
 def _drop_empty(generation_config: Any) -> None:
-    """Lists that ask for nothing: `generate` refuses them."""
-    for name in ("stop_strings", "bad_words_ids", "sequence_bias"):
-        if not getattr(generation_config, name, None):
+    """Lists that ask for nothing: `generate` refuses them, or fails."""
+    for name in ("stop_strings", "bad_words_ids", "sequence_bias", "eos_token_id"):
+        value = getattr(generation_config, name, None)
+        if isinstance(value, list | dict | str) and not value:
             setattr(generation_config, name, None)
 
 

@@ -113,6 +113,29 @@ def test_a_value_that_makes_no_model_is_refused_by_its_key(key: str, llama: Path
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sliding_window": 10**20},
+        {"max_position_embeddings": -(10**20)},
+        {"eos_token_id": [95, 2**63]},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10**25}},
+    ],
+    ids=json.dumps,
+)
+def test_a_number_of_more_than_64_bits_is_refused_by_its_key(fields: dict[str, Any], llama: Path) -> None:
+    edit(llama / "config.json", **fields)
+    key = next(reversed(fields.get("rope_parameters", fields)))
+    with pytest.raises(errors.UnsupportedArchitectureError, match=rf"config\.json says {key}=-?\d+, which 64 bits do not hold"):
+        AutoModel.from_pretrained(llama, device="cpu")
+
+
+def test_a_tokenizer_s_length_in_a_config_may_be_no_limit(llama: Path) -> None:
+    edit(llama / "config.json", model_max_length=int(1e30), sliding_window=2**40)
+    with AutoModel.from_pretrained(llama, device="cpu") as model:
+        assert model.config.sliding_window == 2**40
+
+
 def test_a_value_that_lets_no_buffer_be_made_is_refused(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
@@ -203,12 +226,66 @@ def test_a_generation_config_that_cannot_be_read_is_damage(text: bytes, llama: P
         ("bad_words_ids", [5]),
         ("cache_implementation", 5),
         ("watermarking_config", "x"),
+        ("watermarking_config", {"bias": "x"}),
+        ("eos_token_id", 2**63),
+        ("eos_token_id", [3, -(10**20)]),
+        ("pad_token_id", 10**20),
+        ("bos_token_id", 10**20),
+        ("forced_bos_token_id", -1),
+        ("forced_bos_token_id", True),
+        ("forced_eos_token_id", -1),
+        ("forced_eos_token_id", True),
+        ("forced_eos_token_id", []),
+        ("forced_eos_token_id", [3, -1]),
+        ("num_beams", 0),
+        ("num_beams", False),
+        ("num_beams", 2.0),
+        ("num_return_sequences", 2.0),
+        ("max_new_tokens", 0),
+        ("max_length", -1),
+        ("max_length", True),
+        ("top_k", True),
+        ("no_repeat_ngram_size", True),
+        ("suppress_tokens", [True]),
+        ("bad_words_ids", [[True]]),
+        ("sequence_bias", {"a": 1.0}),
+        ("sequence_bias", [[3, 1.0]]),
+        ("sequence_bias", [[[3]]]),
+        ("sequence_bias", [[[True], 1.0]]),
+        ("sequence_bias", [[[3], 1]]),
+        ("exponential_decay_length_penalty", [2]),
+        ("exponential_decay_length_penalty", [2, "x"]),
     ],
 )
 def test_a_generation_value_of_another_type_is_refused_by_its_key(key: str, value: Any, llama: Path) -> None:
     edit(llama / "generation_config.json", **{key: value})
-    with pytest.raises(errors.DamagedCheckpointError, match=r"generation_config\.json"):
+    with pytest.raises(errors.DamagedCheckpointError, match=rf"generation_config\.json .*{key}"):
         AutoModel.from_pretrained(llama, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": [95, -1], "pad_token_id": -1, "bos_token_id": True},
+        {"eos_token_id": [], "num_beams": 1.0},
+        {"num_beams": True, "num_return_sequences": 0, "min_length": -1, "min_new_tokens": True},
+        {"suppress_tokens": [-1, 7], "forced_eos_token_id": [95], "sequence_bias": [[[], 1.0], [[3], 2.0]]},
+    ],
+    ids=json.dumps,
+)
+def test_an_odd_generation_value_that_transformers_runs_with_runs(fields: dict[str, Any], llama: Path, ids: torch.Tensor) -> None:
+    edit(llama / "generation_config.json", **fields)
+    expected = transformers.LlamaForCausalLM.from_pretrained(llama).generate(ids, max_new_tokens=4)
+    with AutoModel.from_pretrained(llama, device="cpu") as model:
+        assert model.generate(ids, max_new_tokens=4).tolist() == expected.tolist()
+
+
+def test_an_answer_with_no_token_that_ends_it_needs_no_padding(llama: Path, ids: torch.Tensor) -> None:
+    edit(llama / "generation_config.json", eos_token_id=None, pad_token_id=None)
+    expected = transformers.LlamaForCausalLM.from_pretrained(llama).generate(ids, max_new_tokens=4)
+    edit(llama / "generation_config.json", eos_token_id=[])
+    with AutoModel.from_pretrained(llama, device="cpu") as model:
+        assert model.generate(ids, max_new_tokens=4).tolist() == expected.tolist()
 
 
 def test_a_generation_config_of_the_right_types_generates_as_transformers(llama: Path, ids: torch.Tensor) -> None:

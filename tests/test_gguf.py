@@ -75,6 +75,14 @@ def test_a_count_of_blocks_that_the_file_does_not_hold_is_refused_at_once(
         AutoModel.from_pretrained(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("heads", [3, 5, 64, 97])
+def test_heads_that_do_not_fit_the_tensors_are_named_by_the_file(heads: int, whole: bytes, tmp_path: Path) -> None:
+    at = whole.index(key := b"llama.attention.head_count_kv") + len(key)
+    (tmp_path / "model.gguf").write_bytes(whole[: at + 4] + struct.pack("<I", heads) + whole[at + 8 :])
+    with pytest.raises(errors.DamagedCheckpointError, match=r"model\.gguf"):
+        AutoModel.from_pretrained(tmp_path / "model.gguf", device="cpu")
+
+
 def test_a_pointer_and_a_big_endian_file_are_told(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")

@@ -25,12 +25,15 @@ _COUNT = re.compile(r"(^|_)(layers?|depth|blocks|experts|labels)$")
 _MOST, _MOST_LABELS = 10_000, 1_000_000
 """Of layers and experts, and of labels: ten times what any model has, and still listed in a moment."""
 
+_UNUSED = "model_max_length"
+"""Of tokenizers, where 10**30 is no limit; some are saved with the config too."""
+
 
 def read_config(folder: Path) -> RawConfig:
     """config.json as it is written.
 
     Raises CheckpointNotFoundError where there is none, DamagedCheckpointError where it is no JSON object, and
-    UnsupportedArchitectureError for a number of layers, experts or labels that no model has.
+    UnsupportedArchitectureError for a number of layers, experts or labels that no model has, or of more than 64 bits.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -44,6 +47,8 @@ def read_config(folder: Path) -> RawConfig:
     for key, value in _numbers(raw):
         if value > (_MOST_LABELS if key.endswith("labels") else _MOST) and _COUNT.search(key):
             raise UnsupportedArchitectureError(f"{path} says {key}={value}: no model has so many; download it again")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63 and not key.endswith(_UNUSED):
+            raise UnsupportedArchitectureError(f"{path} says {key}={value}, which 64 bits do not hold; download it again")
     return raw
 
 
@@ -54,6 +59,8 @@ def _numbers(raw: RawConfig) -> Iterator[tuple[str, float]]:
         key, value = left.pop()
         if isinstance(value, dict):
             left += value.items()
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield key, value
 

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import GgufConfig
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.building import config_path
 from rabbit_engine.architectures.fused import SplitQKV
-from rabbit_engine.errors import CompressionUnavailableError, MismatchedWeightsError, first_line
+from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
 from rabbit_engine.extras import missing_extra
 
 logger = logging.getLogger(__name__)
@@ -226,13 +226,19 @@ def gguf_dtype(path: Path) -> torch.dtype:
 def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> Conversion:
     """The conversion of a GGUF file: dequantised by transformers, in `dtype`.
 
-    Architectures that only transformers' older GGUF reader knows are dequantised whole, in memory.
+    Architectures that only transformers' older GGUF reader knows are dequantised whole, in memory. Raises
+    DamagedCheckpointError where it cannot make tensors of what the header says.
     """
     quantizer = _gguf_quantizer(path)
     quantizer.update_dtype(dtype)
     quantizer.preprocess_model(model=skeleton, dtype=dtype, device_map=None, checkpoint_files=[str(path)])
-    with _quiet_progress():
-        tensors = quantizer.get_state_dict(str(path), skeleton)
+    try:
+        with _quiet_progress():
+            tensors = quantizer.get_state_dict(str(path), skeleton)
+    except Exception as error:  # the reader believes the header's numbers, whatever they are
+        raise DamagedCheckpointError(
+            f"{path} cannot be converted: its header does not fit its tensors ({first_line(error)}); download it again"
+        ) from error
     return Conversion(skeleton, tensors, dtype, quantizer)
 
 

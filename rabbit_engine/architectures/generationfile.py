@@ -18,28 +18,68 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _are(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+def _are(fits: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
 
 
-_COUNTS = """max_length max_new_tokens min_length min_new_tokens num_beams num_beam_groups num_return_sequences top_k
-    no_repeat_ngram_size encoder_no_repeat_ngram_size num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_id(value: Any) -> bool:
+    """One below 0 is none: transformers runs with it."""
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def _is_index(value: Any) -> bool:
+    """Of a row of logits, in which a boolean would be a mask."""
+    return _is_id(value) and not isinstance(value, bool) and value >= 0
+
+
+def _is_bias(value: Any) -> bool:
+    """One of `[[[17, 4], -2.5], ...]`; transformers takes no whole number for the bias."""
+    return isinstance(value, list) and len(value) > 1 and _are(_is_index, value[0]) and isinstance(value[1], float)
+
+
+_COUNTS = """max_new_tokens min_length min_new_tokens num_beam_groups
+    encoder_no_repeat_ngram_size num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size
     assistant_early_exit assistant_lookbehind target_lookbehind prefill_chunk_size max_cache_len"""
+_SIZES = "top_k no_repeat_ngram_size"
 _NUMBERS = """temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
     length_penalty diversity_penalty penalty_alpha guidance_scale max_time assistant_confidence_threshold"""
-_ID = "pad_token_id bos_token_id forced_bos_token_id"
-_IDS = "eos_token_id forced_eos_token_id decoder_start_token_id"
+_ID = "pad_token_id bos_token_id"
+_IDS = "eos_token_id decoder_start_token_id"
 _LISTS = "suppress_tokens begin_suppress_tokens"
 
 _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_COUNTS.split(), ("a whole number", _is_count)),
+    **dict.fromkeys(_SIZES.split(), ("a whole number", lambda value: _is_count(value) and value is not True)),
+    "max_length": ("a whole number from 0", lambda value: _is_count(value) and not isinstance(value, bool) and value >= 0),
+    "num_beams": ("a whole number from 1", lambda value: value == 1 or (isinstance(value, int) and value >= 1)),
+    "num_return_sequences": ("a whole number", lambda value: value == 1 or isinstance(value, int)),
     **dict.fromkeys(_NUMBERS.split(), ("a number", _is_number)),
-    **dict.fromkeys(_ID.split(), ("a token id", lambda value: isinstance(value, int))),
-    **dict.fromkeys(_IDS.split(), ("a token id or a list of them", lambda value: _are(int, [value]) or _are(int, value))),
-    **dict.fromkeys(_LISTS.split(), ("a list of token ids", lambda value: _are(int, value))),
-    "bad_words_ids": ("a list of lists of token ids", lambda value: _are(list, value) and all(_are(int, ids) for ids in value)),
-    "stop_strings": ("a text or a list of texts", lambda value: isinstance(value, str) or _are(str, value)),
-    "cache_implementation": ("the name of a cache", lambda value: isinstance(value, str)),
+    **dict.fromkeys(_ID.split(), ("a token id", _is_id)),
+    **dict.fromkeys(_IDS.split(), ("a token id or a list of them", lambda value: _is_id(value) or _are(_is_id, value))),
+    "forced_bos_token_id": ("a token id", _is_index),
+    "forced_eos_token_id": (
+        "a token id or a list of them",
+        lambda value: _is_index(value) or (_are(_is_index, value) and value != []),
+    ),
+    **dict.fromkeys(
+        _LISTS.split(), ("a list of token ids", lambda value: _are(lambda item: _is_id(item) and item is not True, value))
+    ),
+    "bad_words_ids": ("a list of lists of token ids", lambda value: _are(lambda ids: _are(_is_index, ids), value)),
+    "sequence_bias": ("a list of [token ids, bias as a float]", lambda value: value == {} or _are(_is_bias, value)),
+    "exponential_decay_length_penalty": (
+        "a list of a start and a factor",
+        lambda value: _are(_is_number, value) and len(value) > 1,
+    ),
+    "watermarking_config": (
+        "an object with a number as bias",
+        lambda value: isinstance(value, dict) and _is_number(value.get("bias", 0.0)),
+    ),
+    "stop_strings": ("a text or a list of texts", lambda value: _is_text(value) or _are(_is_text, value)),
+    "cache_implementation": ("the name of a cache", _is_text),
 }
 
 
