@@ -346,6 +346,53 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         Options(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("stop_strings", ["x"], "use stop"),
+        ("do_sample", False, "temperature=0"),
+        ("eos_token_id", 5, "stop_token_ids"),
+        ("suppress_tokens", [5], "logit_bias"),
+        ("max_completion_tokens", 5, "max_new_tokens"),
+        ("n", 2, "several times"),
+        ("best_of", 2, "several times"),
+        ("num_beams", 4, "model.generate"),
+        ("guidance_scale", 2.0, "model.generate"),
+        ("logits_processor", [1], "model.generate"),
+        ("stopping_criteria", [1], "use stop"),
+        ("assistant_model", 1, "model.generate"),
+    ],
+)
+def test_an_option_of_generate_is_refused_with_what_to_use(session: Session, name: str, value: Any, instead: str) -> None:
+    for ask in (session.chat, session.generate):
+        with pytest.raises(errors.ConfigurationError, match=rf"^{name} is no option of a session: .*{instead}"):
+            ask("Hi", **{name: value}, max_new_tokens=1)
+
+
+def test_variables_that_the_template_reads_pass_and_those_without_end_do_not(session: Session, monkeypatch: Any) -> None:
+    text = str(session.model.tokenizer.chat_template)
+    monkeypatch.setattr(session.model.tokenizer, "chat_template", text + "{% if do_sample %}{{ 'more' }}{% endif %}{{ '\\n' }}")
+    longer, plain = (session.request("Hi", do_sample=given, max_new_tokens=1).prompt.ids for given in (True, False))
+    assert len(longer) > len(plain)
+    with pytest.raises(errors.ConfigurationError, match=r"^n is no option"):
+        session.request("Hi", n=2)
+    with pytest.raises(errors.ConfigurationError, match="100000 variables"):
+        session.request("Hi", **{f"x{index}": 1 for index in range(100_000)})
+
+
+def test_work_in_the_sessions_thread_that_would_wait_for_it_is_told(session: Session) -> None:
+    waits = (
+        lambda: session.chat("Hi", max_new_tokens=1),
+        lambda: next(session.stream("Hi", max_new_tokens=1)),
+        lambda: asyncio.run(session.achat("Hi", max_new_tokens=1)),
+        lambda: session.call([(lambda: 5, 1)])[0].result(),
+    )
+    for future in session.call([(wait, 1) for wait in waits]):
+        with pytest.raises(errors.ConfigurationError, match="would wait for itself"):
+            future.result(60)
+    assert session.chat("Hi", max_new_tokens=1).tokens
+
+
 def test_wrong_use_is_told(session: Session, model: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="no such option"):
         session.generate("Hi", temprature=1)

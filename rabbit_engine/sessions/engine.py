@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from rabbit_engine.demand import Demand
-from rabbit_engine.errors import QueueFullError, SessionClosedError
+from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClosedError
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
 
@@ -68,6 +68,13 @@ class Engine:
     def require_process(self) -> None:
         """Raise ModelClosedError in a forked child."""
         self._model._assembly.streamer.require_process()
+
+    def require_other_thread(self) -> None:
+        """Raise ConfigurationError in the thread that serves: it cannot wait for what it is to do itself."""
+        if threading.current_thread() is self._thread:
+            raise ConfigurationError(
+                "the session's own thread would wait for itself: ask the model within a call, or the session from another thread"
+            )
 
     @property
     def waiting(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import queue
 import re
@@ -22,10 +21,12 @@ from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitE
 from rabbit_engine.sessions.answer import Answer, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
+from rabbit_engine.sessions.foreign import tell_instead
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import measure_room
+from rabbit_engine.sessions.spelling import nearest
 from rabbit_engine.streaming import PassProgress
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ _TEMPLATE_OWN = frozenset(
 """Keywords of `apply_chat_template`."""
 
 _MOST_TOLD = 100
+_MOST_VARIABLES = 64
+"""Of a chat template, for one conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Events:
     """
 
     def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
+        session.require_other_thread()
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self._session, self._left = session, len(requests)
         self._tickets = session.ask(requests, self._tell, bounded=bounded)
@@ -227,7 +231,9 @@ class Session:
         """The tokens of a text that is to be continued, with those that the tokenizer puts around it."""
         chosen, unknown = self._split(options)
         if unknown:
-            raise ConfigurationError(f"{', '.join(unknown)}: no such option; there are {', '.join(NAMES)}")
+            name, value = next(iter(unknown.items()))
+            _refuse_foreign(name, value)
+            raise ConfigurationError(f"{name}: no such option; there are {', '.join(NAMES)}")
         ids = self._encoder.encode_text(text, special=special_tokens)
         return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
 
@@ -253,8 +259,9 @@ class Session:
     def call(self, works: Sequence[tuple[Callable[[], T], int]]) -> list[Future[T]]:
         """Run every `work()` in the session's thread, in step with the answers: what they ask of the model shares passes.
 
-        With each comes the length in tokens of what it computes. A future that is cancelled is not begun. Raises
-        QueueFullError if the queue is full already; together they may be more than it holds.
+        With each comes the length in tokens of what it computes. A future that is cancelled is not begun. A work may ask the
+        model, but not wait for the session, which raises ConfigurationError there. Raises QueueFullError if the queue is full
+        already; together they may be more than it holds.
         """
         self.require_process()
         if self._engine.is_full:
@@ -294,6 +301,10 @@ class Session:
         """Raise ModelClosedError in a process that was forked after the model was loaded: nothing would ever answer there."""
         self._engine.require_process()
 
+    def require_other_thread(self) -> None:
+        """Raise ConfigurationError in the session's own thread: what waits there for an answer would wait for itself."""
+        self._engine.require_other_thread()
+
     def close(self) -> None:
         """Cancel what is under way and end the thread; the model stays open, as it was before. Safe to call again."""
         self._engine.close()
@@ -323,20 +334,23 @@ class Session:
     def _check_template(self, given: Mapping[str, Any]) -> None:
         """Raise ConfigurationError for what the chat template is not to be given, or an option that is misspelt; tell once of
         what the template does not read."""
+        if len(given) > _MOST_VARIABLES:
+            raise ConfigurationError(f"{len(given)} variables for the chat template are more than {_MOST_VARIABLES}")
         for name in given:
             if name in _TEMPLATE_OWN:
                 raise ConfigurationError(f"{name} is the session's to decide: it makes token ids of the whole conversation")
             if name in _TEMPLATE_KNOWN or self.template_reads(name):
                 continue
-            if nearest := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.8):
-                raise ConfigurationError(f"{name}: no such option; did you mean {nearest[0]}?")
+            _refuse_foreign(name, given[name])
+            if near := nearest(name, NAMES):
+                raise ConfigurationError(f"{name}: no such option; did you mean {near}?")
             if name not in self._told and len(self._told) < _MOST_TOLD:
                 self._told.add(name)
                 logger.warning("%.60s is no option, and the chat template does not read it: it changes nothing", name)
 
     def template_reads(self, name: str) -> bool:
-        """Whether the chat template has a variable of this name."""
-        return re.search(rf"\b{re.escape(name)}\b", str(getattr(self.model.tokenizer, "chat_template", ""))) is not None
+        """Whether the chat template has a variable of this name; the n of `\\n` is none."""
+        return re.search(rf"(?<!\\)\b{re.escape(name)}\b", str(getattr(self.model.tokenizer, "chat_template", ""))) is not None
 
     def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
         return [self.request_text(text, **options) for text in _each(prompts)]
@@ -357,6 +371,7 @@ class Session:
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in their order; the first failure is raised, and cancels the rest."""
+        self.require_other_thread()
         inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         replies: dict[int, Reply] = {}
         tickets = self.ask(requests, lambda index, event: inbox.put((index, event)), bounded=bounded)
@@ -372,6 +387,7 @@ class Session:
         return [replies[index] for index in range(len(requests))]
 
     def _pieces(self, request: Request) -> Generator[str, None, Reply]:
+        self.require_other_thread()
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         tickets = self.ask([request], lambda _, event: inbox.put(event))
         try:
@@ -387,25 +403,26 @@ class Session:
 
 
 class _Promise(Future[T]):
-    """A future that a forked child is told of: the thread that would fulfil it is not there."""
+    """A future that is not waited for where the thread that would fulfil it is not there, or is the one that waits."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
         self._session = session
 
     def result(self, timeout: float | None = None) -> T:
-        """As of any future; raises ModelClosedError in a forked child that would wait."""
-        self._require_process()
+        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        self._require_another()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As of any future; raises ModelClosedError in a forked child that would wait."""
-        self._require_process()
+        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        self._require_another()
         return super().exception(timeout)
 
-    def _require_process(self) -> None:
+    def _require_another(self) -> None:
         if not self.done():
             self._session.require_process()
+            self._session.require_other_thread()
 
 
 def _each(prompts: Any) -> list[Any]:
@@ -419,6 +436,12 @@ def _each(prompts: Any) -> list[Any]:
     if found and isinstance(found[0], int):
         raise ConfigurationError("this is one list of token ids, a list of prompts is needed: put it into brackets")
     return found
+
+
+def _refuse_foreign(name: str, value: Any) -> None:
+    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: the answer would be another."""
+    if value is not None and (instead := tell_instead(name)):
+        raise ConfigurationError(f"{name} is no option of a session: {instead}")
 
 
 def _tell_what_is_left_out(config: Any) -> None:

@@ -1,0 +1,42 @@
+"""Options of `model.generate` and of OpenAI's interface that a session has not, and what it has instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from transformers import GenerationConfig, GenerationMixin
+
+_LENGTH, _SEVERAL = "use max_new_tokens", "give the prompt several times to generate, each with its own seed"
+_INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("max_length", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_time"), _LENGTH),
+        **dict.fromkeys(("min_length", "min_tokens"), "use min_new_tokens"),
+        **dict.fromkeys(("stop_strings", "stop_sequences", "stopping_criteria"), "use stop, or stop_token_ids"),
+        **dict.fromkeys(("n", "best_of", "num_return_sequences"), _SEVERAL),
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "allowed_token_ids"), "use logit_bias"),
+        "do_sample": "use temperature=0 for the likeliest token, or a temperature above for a drawn one",
+        "eos_token_id": "use stop_token_ids",
+        "bad_words_ids": "use bad_words",
+        "top_logprobs": "use logprobs, which is the number of alternatives",
+        "streamer": "use stream",
+        "stream": "use the method stream",
+        "response_format": "there is no constrained decoding: ask for the form in words",
+        "generation_config": "give its values as options",
+    }
+)
+
+
+def tell_instead(name: str) -> str | None:
+    """What to do instead of giving this option; None for one that nothing of that kind has."""
+    return _INSTEAD.get(name, "call model.generate for it") if name in _INSTEAD or name in _names_of_generate() else None
+
+
+@functools.cache
+def _names_of_generate() -> frozenset[str]:
+    """The attributes of a generation config and the parameters of `generate`, as the transformers that is installed has them."""
+    return frozenset(vars(GenerationConfig())) | (
+        set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    )
