@@ -273,7 +273,7 @@ def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) 
 
 def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:
     """That of the folder. Raises DamagedCheckpointError."""
-    require_generation_config(Path(folder))
+    require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
     try:
         model.adjust_generation_fn(
             None, None, None, folder,

@@ -14,6 +14,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
+def _is_whole(value: Any) -> bool:
+    """Where transformers takes no 5.0 for 5; a 0.0 asks for nothing."""
+    return isinstance(value, int) or value == 0
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
@@ -41,10 +46,9 @@ def _is_bias(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and _are(_is_index, value[0]) and isinstance(value[1], float)
 
 
-_COUNTS = """max_new_tokens min_length min_new_tokens num_beam_groups
-    encoder_no_repeat_ngram_size num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size
+_COUNTS = """max_new_tokens num_beam_groups num_assistant_tokens prompt_lookup_num_tokens max_matching_ngram_size
     assistant_early_exit assistant_lookbehind target_lookbehind prefill_chunk_size max_cache_len"""
-_SIZES = "top_k no_repeat_ngram_size"
+_WHOLE = "min_length min_new_tokens encoder_no_repeat_ngram_size"
 _NUMBERS = """temperature top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
     length_penalty diversity_penalty penalty_alpha guidance_scale max_time assistant_confidence_threshold"""
 _ID = "pad_token_id bos_token_id"
@@ -53,7 +57,9 @@ _LISTS = "suppress_tokens begin_suppress_tokens"
 
 _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_COUNTS.split(), ("a whole number", _is_count)),
-    **dict.fromkeys(_SIZES.split(), ("a whole number", lambda value: _is_count(value) and value is not True)),
+    **dict.fromkeys(_WHOLE.split(), ("a whole number", _is_whole)),
+    "no_repeat_ngram_size": ("a whole number", lambda value: _is_whole(value) and value is not True),
+    "top_k": ("a whole number", lambda value: _is_count(value) and value is not True),
     "max_length": ("a whole number from 0", lambda value: _is_count(value) and not isinstance(value, bool) and value >= 0),
     "num_beams": ("a whole number from 1", lambda value: value == 1 or (isinstance(value, int) and value >= 1)),
     "num_return_sequences": ("a whole number", lambda value: value == 1 or isinstance(value, int)),
@@ -83,8 +89,11 @@ _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def require_generation_config(folder: Path) -> None:
-    """Raise DamagedCheckpointError where the folder's generation_config.json cannot be read, or has a value of another type."""
+def require_generation_config(folder: Path, vocabulary: int | None) -> None:
+    """Raise DamagedCheckpointError where the folder's generation_config.json cannot be read, or has a value that cannot be.
+
+    Every id that is forced must be one of `vocabulary`; None is not known.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return
@@ -98,3 +107,6 @@ def require_generation_config(folder: Path) -> None:
     for key, (wanted, fits) in _WANTED.items():
         if raw.get(key) is not None and not fits(raw[key]):
             raise DamagedCheckpointError(f"{path} says {key}={raw[key]!r}, where {wanted} is wanted: {advice}")
+    forced = raw.get("forced_eos_token_id")
+    if forced is not None and max(forced if isinstance(forced, list) else [forced]) >= (vocabulary or 2**63):
+        raise DamagedCheckpointError(f"{path} says forced_eos_token_id={forced!r}, the vocabulary has {vocabulary}: {advice}")
