@@ -186,7 +186,7 @@ _CONFIG_SHAPING = ("no_repeat_ngram_size", "repetition_penalty", "presence_penal
 def _config_model() -> Any:
     """The fields of a generation config that are honoured, with the types and ranges of the request's own, and no others'."""
     types = get_type_hints(_Request, include_extras=True)
-    own = (*_CONFIG_DRAWING, "no_repeat_ngram_size", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    own = (*_CONFIG_DRAWING, *_CONFIG_SHAPING)
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"} | dict(
         zip(own, own, strict=True)
     )
