@@ -223,6 +223,10 @@ def gguf_dtype(path: Path) -> torch.dtype:
     return _gguf_quantizer(path).update_dtype(None)  # type: ignore[no-any-return]
 
 
+_UNFIT = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError)
+"""What comes of numbers that do not fit, and not of the disk, the memory or a missing package."""
+
+
 def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> Conversion:
     """The conversion of a GGUF file: dequantised by transformers, in `dtype`.
 
@@ -235,7 +239,7 @@ def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dty
     try:
         with _quiet_progress():
             tensors = quantizer.get_state_dict(str(path), skeleton)
-    except Exception as error:  # the reader believes the header's numbers, whatever they are
+    except _UNFIT as error:  # the reader believes the header's numbers, whatever they are
         raise DamagedCheckpointError(
             f"{path} cannot be converted: its header does not fit its tensors ({first_line(error)}); download it again"
         ) from error

@@ -20,7 +20,7 @@ def encode(model: Any, prompt: str, chat: bool | None) -> Any:
     """
     inputs = _tokenized(model, prompt, chat)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    engine.sessions.encoding.require_ids([int(token) for token in inputs["input_ids"].flatten()], vocabulary)
+    engine.sessions.encoding.require_ids(inputs["input_ids"].flatten().tolist(), vocabulary)
     return inputs
 
 
