@@ -276,7 +276,7 @@ def test_a_generation_value_of_another_type_is_refused_by_its_key(key: str, valu
         {"eos_token_id": [], "num_beams": 1.0},
         {"num_beams": True, "num_return_sequences": 0, "min_length": -1, "min_new_tokens": True},
         {"min_length": 0.0, "no_repeat_ngram_size": 0.0, "top_k": 50.0, "forced_eos_token_id": 95},
-        {"suppress_tokens": [-1, 7], "forced_eos_token_id": [95], "sequence_bias": [[[], 1.0], [[3], 2.0]]},
+        {"suppress_tokens": [-1, 7], "forced_eos_token_id": [95], "sequence_bias": [[[3, 5], 1.0], [[3], 2.0]]},
     ],
     ids=json.dumps,
 )
