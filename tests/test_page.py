@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_server import NAME, serving, wait_until
 
-from rabbit_engine import Session
+from rabbit_engine import AutoModel, Session
 
 pytestmark = pytest.mark.browser
 
@@ -42,8 +42,13 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def session(smollm_model: Any) -> Iterator[Session]:
-    with Session(smollm_model, max_new_tokens=64) as session:
+def session(smollm: Path, smollm_shards: Path) -> Iterator[Session]:
+    """Of a model that streams nearly all of its weights: the lanes show what is streamed."""
+    memory = {"cpu": "150MB"}
+    with (
+        AutoModel.from_pretrained(smollm, device="cpu", max_memory=memory, layer_shards_saving_path=smollm_shards) as model,
+        Session(model, max_new_tokens=64) as session,
+    ):
         yield session
 
 
