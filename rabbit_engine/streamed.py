@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -68,7 +69,9 @@ class StreamingMixin:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
+            with _LOADING_TOKENIZER:
+                if self._tokenizer is None:
+                    self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
         return self._tokenizer
 
     @tokenizer.setter
@@ -224,6 +227,9 @@ class StreamingMixin:
 
 _NEED_TOKENIZER = ("stop_strings", "token_healing")
 """Of a generation config."""
+
+_LOADING_TOKENIZER = threading.RLock()
+"""Threads that ask for a tokenizer at the same time get the same one; loading it from a GGUF file takes seconds."""
 
 
 def _streams(model: Any) -> bool:

@@ -6,7 +6,9 @@ import copy
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -332,6 +334,14 @@ def test_a_damaged_tokenizer_is_named_and_the_model_runs(damage: str, llama: Pat
         assert model(ids).logits.shape == (1, 12, 96)
         _tokenizer(llama)
         assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
+
+
+def test_threads_that_ask_for_the_tokenizer_at_the_same_time_get_the_same_one(llama: Path) -> None:
+    _tokenizer(llama)
+    with AutoModel.from_pretrained(llama, device="cpu") as model, ThreadPoolExecutor(4) as pool:
+        together = Barrier(4)
+        found = list(pool.map(lambda _: (together.wait(), model.tokenizer)[1], range(4)))
+    assert all(tokenizer is found[0] for tokenizer in found)
 
 
 @pytest.mark.parametrize("value", ["x", [], {}, [5]])

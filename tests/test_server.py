@@ -16,6 +16,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from rabbit_engine.sessions.embedding import Embedder, find_embedder
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2+2?", "Who wrote Hamlet?")
 NAME = "test/smol"
+post, get = (
+    partial(httpx.post, timeout=60),
+    partial(httpx.get, timeout=60),
+)  # httpx itself waits for 5 s: too short on a busy machine
 
 
 @contextmanager
@@ -210,7 +215,7 @@ def test_a_client_that_goes_away_frees_its_place(url: str, session: Session, str
                 if '"content": " ' in line:
                     raise httpx.ReadTimeout("seen enough")
     wait_until(lambda: session.running == 0)
-    assert httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 1}).status_code == 200
+    assert post(f"{url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 1}).status_code == 200
 
 
 def test_a_full_queue_answers_429_and_when_to_come_again(model: Any) -> None:
@@ -218,7 +223,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(model: Any) -> None:
         stream = session.stream("Count to a thousand.", max_new_tokens=1000)
         next(stream)
         for streams in (False, True):
-            answer = httpx.post(f"{url}/v1/chat/completions", json={"model": NAME, "messages": user("Hi"), "stream": streams})
+            answer = post(f"{url}/v1/chat/completions", json={"model": NAME, "messages": user("Hi"), "stream": streams})
             assert answer.status_code == 429
             assert int(answer.headers["Retry-After"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -303,7 +308,7 @@ def test_wrong_requests_get_errors_in_openais_words(
     url: str, status: int, body: Any, path: str, says: str, param: str | None
 ) -> None:
     content = body if isinstance(body, str) else json.dumps(body)
-    answer = httpx.post(f"{url}{path}", content=content, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = post(f"{url}{path}", content=content, headers={"Content-Type": "application/json"})
     found = answer.json()["error"]
     assert answer.status_code == status, found
     assert says in found["message"]
@@ -324,7 +329,7 @@ def test_wrong_requests_get_errors_in_openais_words(
     ],
 )
 def test_odd_requests_that_can_be_answered_are(url: str, body: Any) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}, timeout=60)
+    answer = post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1})
     assert answer.status_code == 200, answer.text
 
 
@@ -334,20 +339,20 @@ def test_too_large_and_of_another_type(url: str) -> None:
             yield b" " * 2**20
 
     json_type = {"Content-Type": "application/json"}
-    assert httpx.post(f"{url}/v1/completions", content=parts(), headers=json_type).status_code == 413
-    assert httpx.post(f"{url}/v1/completions", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.post(f"{url}/v1/completions", content=json.dumps(HI)).status_code == 415  # a page elsewhere can send this
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
-    wrong = httpx.get(f"{url}/lanes?seconds=abc")
+    assert post(f"{url}/v1/completions", content=parts(), headers=json_type).status_code == 413
+    assert post(f"{url}/v1/completions", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert post(f"{url}/v1/completions", content=json.dumps(HI)).status_code == 415  # a page elsewhere can send this
+    assert get(f"{url}/v1/completions").status_code == 405
+    wrong = get(f"{url}/lanes?seconds=abc")
     assert (wrong.status_code, wrong.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_another_name_for_this_machine_is_refused(url: str) -> None:
     """A web page elsewhere may point a name of its own at 127.0.0.1."""
     for host in ("evil.example", "127.0.0.1.evil.example", "[::1", "", "a/health?x="):
-        assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 400
+        assert get(f"{url}/v1/models", headers={"Host": host}).status_code == 400
     for host in ("localhost", "localhost:1234", "127.0.0.1", "[::1]:80"):
-        assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
+        assert get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_garbage_by_the_hundred_and_it_answers_on(url: str, client: openai.OpenAI, session: Session) -> None:
@@ -375,13 +380,13 @@ def test_garbage_by_the_hundred_and_it_answers_on(url: str, client: openai.OpenA
 
 def test_a_key_is_asked_for_and_a_host_of_others_wants_one(session: Session) -> None:
     with serving(session, api_key="secret", local=False) as url:
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert get(f"{url}/health").status_code == 200
         for path in ("/v1/models", "/plan", "/lanes", "/metrics"):
-            assert httpx.get(f"{url}{path}").status_code == 401
-            assert httpx.get(f"{url}{path}", headers={"Authorization": "Bearer wrong"}).status_code == 401
-            assert httpx.get(f"{url}{path}", headers={"Authorization": "Bearer secret"}).status_code == 200
-        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer sécret".encode()}).status_code == 401
-        assert httpx.get(f"{url}/v1/models", headers={"Host": "a/health?x="}).status_code == 401
+            assert get(f"{url}{path}").status_code == 401
+            assert get(f"{url}{path}", headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert get(f"{url}{path}", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert get(f"{url}/v1/models", headers={"Authorization": "Bearer sécret".encode()}).status_code == 401
+        assert get(f"{url}/v1/models", headers={"Host": "a/health?x="}).status_code == 401
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
@@ -402,19 +407,19 @@ def test_a_page_elsewhere_may_use_it_where_that_is_allowed(session: Session) -> 
 
 
 def test_health_metrics_plan_lanes_and_page(url: str, client: openai.OpenAI, model: Any) -> None:
-    assert httpx.get(f"{url}/lanes").json()["lanes"] == []  # recording begins when somebody looks
+    assert get(f"{url}/lanes").json()["lanes"] == []  # recording begins when somebody looks
     client.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=2)
-    lanes = httpx.get(f"{url}/lanes?seconds=30").json()
+    lanes = get(f"{url}/lanes?seconds=30").json()
     assert {"compute", "wait"} <= {row["lane"] for row in lanes["lanes"]}
     assert any(row["lane"].startswith("disk") and row["spans"] for row in lanes["lanes"])
     assert lanes["passes"] == model.profile.passes
-    assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": NAME, "running": 0, "waiting": 0}
-    plan = httpx.get(f"{url}/plan").json()
+    assert get(f"{url}/health").json() == {"status": "ok", "model": NAME, "running": 0, "waiting": 0}
+    plan = get(f"{url}/plan").json()
     assert plan["rows"] == [list(row) for row in model.plan.rows()]
-    metrics = httpx.get(f"{url}/metrics").text
+    metrics = get(f"{url}/metrics").text
     assert f"rabbit_passes_total {float(model.profile.passes)}" in metrics
     assert 'rabbit_requests_total{path="/v1/chat/completions",status="200"}' in metrics
-    page = httpx.get(url)
+    page = get(url)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
@@ -575,6 +580,17 @@ def test_pooling_outside_of_the_checkpoint_is_refused(embedding_folder: Any) -> 
         find_embedder(model)
 
 
+def test_the_tokenizer_is_loaded_before_the_first_request(own_checkpoint: Any, streamed: Any, smollm_model: Any) -> None:
+    folder = own_checkpoint("qwen3")
+    smollm_model.tokenizer.save_pretrained(folder)
+    with Session(streamed(folder)) as session:
+        app = create_app(session, NAME)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        assert session.model.tokenizer("Hello")["input_ids"] == smollm_model.tokenizer("Hello")["input_ids"]
+    assert app.title == "rabbit_engine"
+
+
 def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, smollm_model: Any) -> None:
     """Of a class without a head, as many checkpoints of sentence-transformers are; it cannot chat, and says so."""
     folder = own_checkpoint("qwen3")
@@ -588,8 +604,8 @@ def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, 
     model.tokenizer = smollm_model.tokenizer
     assert type(model).__name__ == "Qwen3Model"
     with Session(model) as session, serving(session) as url:
-        vectors = httpx.post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()["data"]
-        chat = httpx.post(f"{url}/v1/chat/completions", json=HI)
+        vectors = post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()["data"]
+        chat = post(f"{url}/v1/chat/completions", json=HI)
     with torch.no_grad():
         whole = transformers.AutoModel.from_pretrained(folder)(torch.tensor([[5, 6, 7]])).last_hidden_state[0].mean(0)
     torch.testing.assert_close(torch.tensor(vectors[0]["embedding"]), whole, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rabbit_engine import __version__
-from rabbit_engine.errors import ConfigurationError, SessionClosedError
+from rabbit_engine.errors import ConfigurationError, RabbitError, SessionClosedError
 from rabbit_engine.server.answering import Answering
 from rabbit_engine.server.body import LARGE_BODY_BYTES, Incoming, parse_object, read_body
 from rabbit_engine.server.errors import RequestError, as_request_error
@@ -69,6 +69,8 @@ def create_app(
     """The application; `name` is what clients call the model. `local` answers only to names of this machine, so that no web
     page can reach it under a name of its own; `origins` are the pages that may use it from a browser."""
     service = _Service(session, name, api_key, local=local and api_key is None)
+    with suppress(RabbitError):  # without one, token ids can still be completed, and texts say what is missing
+        _ = session.model.tokenizer  # loaded now: the first request need not wait for it
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
     app.add_middleware(_Gate, service=service)
