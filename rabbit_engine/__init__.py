@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
-    from rabbit_engine.model import AutoModel
-    from rabbit_engine.plan import Plan
+    from rabbit_engine.model import AutoModel, StreamingMixin
+    from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
-    from rabbit_engine.streamed import StreamingMixin
     from rabbit_engine.streaming import Profile
 
 __version__ = "0.1.0"
@@ -19,11 +18,11 @@ __all__ = ["AutoModel", "Options", "Plan", "Profile", "RabbitError", "Reply", "S
 _HOMES = {
     "AutoModel": "model",
     "Options": "sessions",
-    "Plan": "plan",
+    "Plan": "planning.plan",
     "Profile": "streaming",
     "Reply": "sessions",
     "Session": "sessions",
-    "StreamingMixin": "streamed",
+    "StreamingMixin": "model",
 }
 """The module of each name that is imported when it is first asked for: most of them load torch and transformers."""
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.jsonvalues import shown
-from rabbit_engine.plan import Speeds
-from rabbit_engine.units import parse_bytes
+from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.utils.platform import find_device
+from rabbit_engine.utils.sizes import parse_bytes
+from rabbit_engine.utils.speeds import Speeds
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 SPLIT_MODES = ("auto", "always", "never")
@@ -118,9 +118,24 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How finely. A module's weights below `least_bytes` travel with their layer; a head's blocks have `most_bytes` at most;
+    what is left of a layer stays resident up to a `rest_share` of it. Experts are cut one by one, or with `by_expert=False`
+    not at all."""
+
+    least_bytes: int = 2**20
+    most_bytes: int = 128 * 2**20
+    rest_share: float = 1 / 12
+    by_expert: bool = True
+
+
+DEFAULT_CUT = Cut()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
     """How a model is run. Budgets are bytes; `None` is what is free, less a margin. `max_seq_len` tokens get room for their
-    cache; `speeds` of `None` are measured."""
+    cache; `speeds` of `None` are measured; `cut` says how finely the model is cut into units."""
 
     device: torch.device
     device_budget_bytes: int | None = None
@@ -131,6 +146,7 @@ class StreamConfig:
     show_layer_progress: bool = False
     max_seq_len: int | None = None
     speeds: Speeds | None = None
+    cut: Cut = DEFAULT_CUT
 
     def __post_init__(self) -> None:
         if self.max_seq_len is not None and (not isinstance(self.max_seq_len, int) or self.max_seq_len < 1):

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rabbit_engine.benchmark import as_markdown, decode_on_cpu, residency
+from rabbit_engine.diagnostics.benchmark import as_markdown, decode_on_cpu, residency
 
 
 def main(

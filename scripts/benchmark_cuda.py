@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine import AutoModel
 from rabbit_engine.architectures import build_skeleton
-from rabbit_engine.benchmark import Record, decode_step, interleaved
-from rabbit_engine.budget import measure_link
-from rabbit_engine.units import format_bytes, format_rate
+from rabbit_engine.diagnostics.benchmark import Record, decode_step, interleaved
+from rabbit_engine.planning.budget import measure_link
 from rabbit_engine.utils.platform import environment
+from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 DEVICE = torch.device("cuda", 0)
 LAYER_BYTES = 1_711_308_800

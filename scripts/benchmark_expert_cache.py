@@ -20,10 +20,10 @@ import typer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rabbit_engine.demo import wheel_file
+from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.streaming import ExpertCache, ExpertLayer, Streamer, Unit
-from rabbit_engine.streaming.routed import decayed_uses
-from rabbit_engine.streaming.unit import Extent
+from rabbit_engine.streaming.binding.routed import decayed_uses
+from rabbit_engine.streaming.transfer.unit import Extent
 
 COUNT, USED, PROMPT, TOKENS, EVERY = 64, 8, 128, 512, 3
 SIZES = (4, 8, 16, 32, 48)

@@ -20,15 +20,15 @@ import torch
 import typer
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from rabbit_engine import AutoModel, assembly
-from rabbit_engine.benchmark import Record, as_markdown, interleaved
-from rabbit_engine.budget import direct_reads
-from rabbit_engine.demo import wheel_file
+from rabbit_engine import AutoModel
+from rabbit_engine.config import Cut
+from rabbit_engine.diagnostics.benchmark import Record, as_markdown, interleaved
+from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.sketch import Cut
-from rabbit_engine.units import format_bytes
+from rabbit_engine.planning.budget import direct_reads
 from rabbit_engine.utils.caches import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
+from rabbit_engine.utils.sizes import format_bytes
 
 DISK = "disk alone: direct reads of a token's bytes, no expert cached"
 WHOLE = "whole layers"
@@ -81,12 +81,8 @@ def words(text: Path, count: int) -> torch.Tensor:
 @contextmanager
 def loaded(model: Path, budget: int, cut: Cut) -> Iterator[Any]:
     """The model in a budget, cut so."""
-    before, assembly.CUT = assembly.CUT, cut
-    try:
-        with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": budget}) as streamed:
-            yield streamed
-    finally:
-        assembly.CUT = before
+    with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": budget}, cut=cut) as streamed:
+        yield streamed
 
 
 def smallest(model: Path, cut: Cut) -> int:

@@ -23,11 +23,11 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.benchmark import Record, make_checkpoint
-from rabbit_engine.demo import wheel_file
+from rabbit_engine.diagnostics.benchmark import Record, make_checkpoint
+from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.units import format_bytes, format_seconds
 from rabbit_engine.utils.platform import environment
+from rabbit_engine.utils.sizes import format_bytes, format_seconds
 
 Tokens = list[list[int]]
 Way = Callable[[Tokens], Tokens]

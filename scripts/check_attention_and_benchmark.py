@@ -25,14 +25,14 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from rabbit_engine import AutoModel
-from rabbit_engine.attention import choose_attention
-from rabbit_engine.attentionbench import PassSample, sample_passes
-from rabbit_engine.benchmark import Record, decode_step, made_up_prompt, prefill
 from rabbit_engine.config import ATTENTION_IMPLEMENTATIONS, parse_device
-from rabbit_engine.demo import MODEL, load_small_model
+from rabbit_engine.diagnostics.attention_benchmark import PassSample, sample_passes
+from rabbit_engine.diagnostics.benchmark import Record, decode_step, made_up_prompt, prefill
+from rabbit_engine.diagnostics.demo import MODEL, load_small_model
 from rabbit_engine.errors import AttentionUnavailableError, BudgetError, RabbitError
-from rabbit_engine.units import format_bytes
+from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.utils.platform import environment, free_memory_bytes, is_flash_attention_available
+from rabbit_engine.utils.sizes import format_bytes
 
 STREAMED, RESIDENT = "weights from disk", "everything resident"
 DECODE, PROMPT = "decoding", "prompt"

@@ -208,8 +208,8 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
     import torch
 
     from rabbit_engine import AutoModel, errors
-    from rabbit_engine.admission import demand_of
-    from rabbit_engine.demand import need_bytes
+    from rabbit_engine.model.admission import demand_of
+    from rabbit_engine.planning.demand import need_bytes
 
     tokens, answer, way = chosen.choice([16, 100, 500]), chosen.choice([3, 3, 40]), chosen.choice(_WAYS)
     inside = tokens + answer if not way and chosen.random() < 0.3 else None

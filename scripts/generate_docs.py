@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rabbit_engine.architectures import Record, read_record
-from rabbit_engine.keywords import KEYWORDS
+from rabbit_engine.utils.keywords import KEYWORDS
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "rabbit"]

@@ -23,9 +23,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rabbit_engine import AutoModel, assembly, directio, errors
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.cli import main
-from rabbit_engine.demo import wheel_file
+from rabbit_engine.diagnostics.demo import wheel_file
+from rabbit_engine.storage import directio
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 transformers.utils.logging.set_verbosity_error()
@@ -123,7 +124,7 @@ def _what_the_smallest_depends_on(folder: Path, keywords: dict[str, Any]) -> str
     files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
     config = folder / "config.json"
     text = config.read_text(encoding="utf-8") if config.is_file() else str(folder)
-    return repr((sorted(keywords.items()), files, text, assembly.CUT, directio._O_DIRECT))
+    return repr((sorted(keywords.items()), files, text, directio._O_DIRECT))
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from rabbit_engine.checkpoints.prepare import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.prepare import prepare
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.listdir"}
 

@@ -9,7 +9,7 @@ import torch
 from transformers import GptOssForCausalLM, LlamaForCausalLM
 
 from rabbit_engine import errors
-from rabbit_engine.attention import choose_attention
+from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.utils.platform import is_flash_attention_available
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from rabbit_engine.attentionbench import one_pass, sample_passes, traced_attention
-from rabbit_engine.benchmark import decode_step
+from rabbit_engine.diagnostics.attention_benchmark import one_pass, sample_passes, traced_attention
+from rabbit_engine.diagnostics.benchmark import decode_step
 from rabbit_engine.streaming import Span, Trace
 from rabbit_engine.utils.platform import is_flash_attention_available
 

@@ -104,7 +104,7 @@ def test_dtype_is_the_checkpoints_own(tmp_path: Path, plain: Any, streamed: Any)
 
 
 def test_gguf_in_a_folder_of_its_own_or_named(smollm: Path, tmp_path: Path) -> None:
-    from rabbit_engine.checkpoints import find_weight_files, only_gguf
+    from rabbit_engine.checkpoints.formats import find_weight_files, only_gguf
 
     assert only_gguf(["a.gguf", "README.md"]) == "a.gguf"
     assert only_gguf(["a.gguf", "b.gguf"]) is None

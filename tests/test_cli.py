@@ -22,13 +22,14 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rabbit_engine
-from rabbit_engine import demo, errors
+from rabbit_engine import errors
 from rabbit_engine.cli import main
 from rabbit_engine.cli.options import check_rate, parse_memory
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
-from rabbit_engine.extras import install_command
-from rabbit_engine.units import parse_rate
+from rabbit_engine.diagnostics import demo
+from rabbit_engine.utils.extras import install_command
+from rabbit_engine.utils.sizes import parse_rate
 
 PACKAGE = Path(rabbit_engine.__file__).parent
 

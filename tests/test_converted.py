@@ -20,9 +20,9 @@ from test_matrix import STEPS, cache_is_filled, logits_are_equal, split_is_whole
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
-from rabbit_engine.architectures.alibi import alibi_slopes
-from rabbit_engine.shards import read_entries, verify_shard
-from rabbit_engine.tensorfiles import read_tensor
+from rabbit_engine.architectures.families.alibi import alibi_slopes
+from rabbit_engine.checkpoints.shards import read_entries, verify_shard
+from rabbit_engine.storage.tensorfiles import read_tensor
 
 BOUND = 1e-4
 

@@ -6,14 +6,13 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from rabbit_engine import errors
-from rabbit_engine.sketch import Cut
+from rabbit_engine.config import Cut
 from rabbit_engine.streaming import Convoy, Dice, Placeholder, share_products
 from rabbit_engine.utils.caches import cache_of
 
@@ -179,10 +178,9 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
     assert all(isinstance(p, Placeholder) for n, p in model.named_parameters() if ".layers." in n and "proj" in n)
 
 
-def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any, monkeypatch: Any) -> None:
+def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any) -> None:
     """Where a layer's rest is held around its matrices, others are inside of it while this one still waits for it."""
-    monkeypatch.setattr("rabbit_engine.assembly.CUT", replace(Cut(), least_bytes=1000, rest_share=0.0))
-    model = streamed(own_checkpoint("gemma3"))
+    model = streamed(own_checkpoint("gemma3"), cut=Cut(least_bytes=1000, rest_share=0.0))
     assert any(size.encloses for size in model._assembly.sketch.sizes)
     asked = prompts(4)
     expected = [scores(model, ids) for ids in asked]

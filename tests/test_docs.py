@@ -21,7 +21,7 @@ from test_keywords import RABBITLLM
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import registry
 from rabbit_engine.cli.app import app
-from rabbit_engine.keywords import RETIRED_KEYWORDS
+from rabbit_engine.utils.keywords import RETIRED_KEYWORDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -17,12 +17,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rabbit_engine import diskrate, doctor, pace
 from rabbit_engine.cli import doctor as cli_doctor
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.diskrate import find_large_file, measure_disk_rate, scratch_file
-from rabbit_engine.doctor import (
+from rabbit_engine.diagnostics import disk_rate as diskrate
+from rabbit_engine.diagnostics import doctor, pace
+from rabbit_engine.diagnostics.disk_rate import find_large_file, measure_disk_rate, scratch_file
+from rabbit_engine.diagnostics.doctor import (
     Cuda,
     Diagnosis,
     Finding,
@@ -34,7 +35,7 @@ from rabbit_engine.doctor import (
     judge_disk,
 )
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.plan import Speeds
+from rabbit_engine.utils.speeds import Speeds
 
 SAMPLE = 3 * 2**20
 CPU = torch.device("cpu")
@@ -224,7 +225,8 @@ def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_nothing_is_left_of_a_run_that_is_ended(number: signal.Signals, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would what it starts
-        "import signal, sys, pathlib, rabbit_engine.diskrate as d; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import signal, sys, pathlib, rabbit_engine.diagnostics.disk_rate as d; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "d.measure_disk_rate(pathlib.Path(sys.argv[1]), 2**27, 500)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
@@ -263,8 +265,8 @@ def test_a_folder_in_memory_is_told_from_a_disk() -> None:
 
 
 def test_reads_through_the_page_cache_are_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rabbit_engine.directio._O_DIRECT", 0)
-    monkeypatch.setattr("rabbit_engine.directio._reasons", {})
+    monkeypatch.setattr("rabbit_engine.storage.directio._O_DIRECT", 0)
+    monkeypatch.setattr("rabbit_engine.storage.directio._reasons", {})
     rate = measure_disk_rate(tmp_path, SAMPLE, 1)
     assert rate.buffered is not None
     assert doctor.judge_direct_reads(rate).status == "warn"

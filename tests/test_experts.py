@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from rabbit_engine import errors
-from rabbit_engine.expertsplan import ExpertsPlan
-from rabbit_engine.planner import place
+from rabbit_engine.planning.experts import ExpertsPlan
+from rabbit_engine.planning.placement import place
+from rabbit_engine.storage.tensorfiles import read_header, write_aligned
 from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExperts, Streamer, Trace, make_unit, route, routed
-from rabbit_engine.streaming.reader import shared_reader
-from rabbit_engine.streaming.rings import PlainRing
-from rabbit_engine.streaming.unit import Extent
-from rabbit_engine.tensorfiles import read_header, write_aligned
+from rabbit_engine.streaming.transfer.reader import shared_reader
+from rabbit_engine.streaming.transfer.rings import PlainRing
+from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.caches import cache_argument, cache_of
 
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]

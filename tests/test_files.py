@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.checkpoints import PickleFile
+from rabbit_engine.checkpoints.formats import PickleFile
+from rabbit_engine.checkpoints.prepare import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.directio import claim_memory
-from rabbit_engine.prepare import prepare
-from rabbit_engine.tensorfiles import read_header
+from rabbit_engine.storage.directio import claim_memory
+from rabbit_engine.storage.tensorfiles import read_header
 
 
 def split(folder: Path, **keywords: Any) -> Any:
@@ -306,7 +306,7 @@ def test_a_split_whose_manifest_lacks_a_layer_is_mended_by_split(
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose split was stopped when one original was deleted; copy it."""
-    from rabbit_engine import splitter
+    from rabbit_engine.checkpoints import splitter
 
     folder, whole, written = families.save("llama", tmp_path_factory.mktemp("interrupted")), splitter.write_shard, []
 

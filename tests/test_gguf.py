@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.gguffiles import check_gguf
+from rabbit_engine.checkpoints.gguf import check_gguf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

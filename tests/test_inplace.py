@@ -188,7 +188,7 @@ def test_on_a_file_system_in_memory(own_checkpoint: Any, plain: Any, streamed: A
 def test_buffered_reads_are_right_and_said_openly(
     own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rabbit_engine import directio
+    from rabbit_engine.storage import directio
 
     monkeypatch.setattr(directio, "_O_DIRECT", 0)
     monkeypatch.setattr(directio, "_reasons", {})

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from rabbit_engine import errors
+from rabbit_engine.checkpoints.hub import find_repo
+from rabbit_engine.checkpoints.integrity import SUMS_NAME, compare_files, record_sums
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import SourceConfig
-from rabbit_engine.hub import find_repo
-from rabbit_engine.integrity import SUMS_NAME, compare_files, record_sums
 
 
 def flip(path: Path, position: int = -9) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from rabbit_engine import AutoModel, errors, keywords
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.model import keywords
 from rabbit_engine.utils import platform
 
 RABBITLLM = {

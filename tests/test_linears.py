@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rabbit_engine import assembly
-from rabbit_engine.sketch import Cut
-from rabbit_engine.streaming.linears import linear
+from rabbit_engine.config import Cut
+from rabbit_engine.streaming.binding.linears import linear
 
 
 class Products(TorchDispatchMode):
@@ -58,11 +57,9 @@ def test_any_input_gives_the_bits_of_a_layer_that_may_be_trained(dtype: torch.dt
 
 
 @pytest.mark.parametrize("cut", [None, Cut(least_bytes=1, most_bytes=2048)], ids=["resident", "in blocks"])
-def test_a_prompt_does_not_copy_the_head(cut: Cut | None, own_checkpoint: Any, streamed: Any, monkeypatch: Any) -> None:
+def test_a_prompt_does_not_copy_the_head(cut: Cut | None, own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama", vocab_size=4096, dtype=torch.bfloat16)
-    if cut is not None:
-        monkeypatch.setattr(assembly, "CUT", cut)
-    model = streamed(folder, **({"max_memory": {"cpu": "10MB"}} if cut is None else {}))
+    model = streamed(folder, **({"max_memory": {"cpu": "10MB"}} if cut is None else {"cut": cut}))
     with torch.no_grad(), Products() as seen:
         model(torch.full((2, 9), 5), logits_to_keep=1)
     assert seen.largest <= 2 * 4096  # the logits of two prompts; the head has 4,096 x 32

@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rabbit_engine import errors, probe
-from rabbit_engine.admission import demand_of
-from rabbit_engine.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
-from rabbit_engine.directio import HUGE_PAGE, claim_memory
-from rabbit_engine.probe import Curve, Probe, fit_curve, run_probe
+from rabbit_engine import errors
+from rabbit_engine.model.admission import demand_of
+from rabbit_engine.planning import probe
+from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
+from rabbit_engine.planning.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
+from rabbit_engine.storage.directio import HUGE_PAGE, claim_memory
+from rabbit_engine.storage.tensorfiles import read_header, same_bytes
 from rabbit_engine.streaming import Trace, claim_ring
-from rabbit_engine.streaming.unit import Extent
-from rabbit_engine.tensorfiles import read_header, same_bytes
+from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils import heap, kernels
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)

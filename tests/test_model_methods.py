@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from rabbit_engine import assembly, errors
-from rabbit_engine.sketch import Cut
+from rabbit_engine import errors
+from rabbit_engine.config import DEFAULT_CUT, Cut
 from rabbit_engine.streaming import TiedRows
 
 HARMLESS: dict[str, Callable[[Any], Any]] = {
@@ -34,11 +34,10 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.fixture(params=["whole head", "head in blocks"])
-def tied(request: Any, checkpoint: Any, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def tied(request: Any, checkpoint: Any, streamed: Any) -> Any:
     """A streamed model with tied embeddings, whose head moves whole or in blocks of rows."""
-    if request.param == "head in blocks":
-        monkeypatch.setattr(assembly, "CUT", Cut(least_bytes=1024, most_bytes=4096))
-    model = streamed(checkpoint("llama_tied"))
+    cut = Cut(least_bytes=1024, most_bytes=4096) if request.param == "head in blocks" else DEFAULT_CUT
+    model = streamed(checkpoint("llama_tied"), cut=cut)
     assert isinstance(model.lm_head.weight, TiedRows) == (request.param == "head in blocks")
     return model
 

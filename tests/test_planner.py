@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rabbit_engine.checkpoints.split_plan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.expertsplan import Routing
-from rabbit_engine.plan import Budget, Plan, Speeds
-from rabbit_engine.planner import UnitSize, place
-from rabbit_engine.splitplan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
+from rabbit_engine.planning.experts import Routing
+from rabbit_engine.planning.placement import UnitSize, place
+from rabbit_engine.planning.plan import Budget, Plan
+from rabbit_engine.utils.speeds import Speeds
 
 
 def layers(*sizes: int) -> list[UnitSize]:

@@ -15,7 +15,7 @@ import pytest
 
 import rabbit_engine
 from rabbit_engine import errors
-from rabbit_engine.units import format_bytes, format_rate, parse_bytes
+from rabbit_engine.utils.sizes import format_bytes, format_rate, parse_bytes
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,7 @@ from rabbit_engine import Session, errors
 from rabbit_engine.server.app import check_exposure, create_app
 from rabbit_engine.server.body import MOST_BODY_BYTES
 from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
-from rabbit_engine.sessions.embedding import Embedder, find_embedder
+from rabbit_engine.tasks.embedding import Embedder, find_embedder
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2+2?", "Who wrote Hamlet?")
 NAME = "test/smol"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
-from rabbit_engine.demand import Demand
+from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions import Options
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from rabbit_engine import errors
+from rabbit_engine.checkpoints.prepare import prepare
+from rabbit_engine.checkpoints.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read_manifest, verify_shard
+from rabbit_engine.checkpoints.splitter import Split
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.prepare import prepare
-from rabbit_engine.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read_manifest, verify_shard
-from rabbit_engine.splitter import Split
-from rabbit_engine.tensorfiles import read_tensor
+from rabbit_engine.storage.tensorfiles import read_tensor
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
 import resource, sys, threading, time
 from pathlib import Path
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.prepare import prepare
+from rabbit_engine.checkpoints.prepare import prepare
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(mode="always"), progress=False)

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from rabbit_engine import directio
 from rabbit_engine.errors import DamagedShardError, ModelClosedError, StreamingError
+from rabbit_engine.storage import directio
+from rabbit_engine.storage.tensorfiles import read_header, read_tensor, write_aligned
 from rabbit_engine.streaming import Streamer, Trace, Unit, fill_all, make_unit, row_blocks
 from rabbit_engine.streaming import streamer as streamer_module
-from rabbit_engine.streaming.arena import Arena
-from rabbit_engine.streaming.reader import Reader, shared_reader
-from rabbit_engine.streaming.rings import READERS, PlainRing
-from rabbit_engine.streaming.unit import Extent
-from rabbit_engine.tensorfiles import read_header, read_tensor, write_aligned
+from rabbit_engine.streaming.transfer.arena import Arena
+from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
+from rabbit_engine.streaming.transfer.rings import READERS, PlainRing
+from rabbit_engine.streaming.transfer.unit import Extent
 
 UNITS = 5
 

@@ -268,7 +268,7 @@ def test_a_process_forked_amid_a_pass_is_told_too(checkpoint: Any, streamed: Any
 
 
 def test_a_load_that_fails_late_leaves_no_thread(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rabbit_engine import assembly
+    from rabbit_engine.model import assembly
 
     def fail(*_: Any) -> None:
         raise Boom

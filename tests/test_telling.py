@@ -15,15 +15,16 @@ from fake_hub import FakeHub
 from rich.console import Console
 
 from rabbit_engine import errors
-from rabbit_engine.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
-from rabbit_engine.forecast import forecast
-from rabbit_engine.plan import Budget, Plan, Speeds
-from rabbit_engine.planner import UnitSize, place
-from rabbit_engine.plotting import plot_trace
+from rabbit_engine.diagnostics.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
+from rabbit_engine.diagnostics.plotting import plot_trace
+from rabbit_engine.planning.forecast import forecast
+from rabbit_engine.planning.placement import UnitSize, place
+from rabbit_engine.planning.plan import Budget, Plan
 from rabbit_engine.streaming import Profile, Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.utils import platform
 from rabbit_engine.utils.bar import Bar
+from rabbit_engine.utils.speeds import Speeds
 
 REPO = "someone/tiny-llama"
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 from conftest import smallest
 from transformers import AutoModelForCausalLM
 
-from rabbit_engine import AutoModel, assembly, errors
-from rabbit_engine.benchmark import make_checkpoint
-from rabbit_engine.sketch import Cut
+from rabbit_engine import AutoModel, errors
+from rabbit_engine.config import DEFAULT_CUT, Cut
+from rabbit_engine.diagnostics.benchmark import make_checkpoint
 from rabbit_engine.streaming import LinearBlocks
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -26,30 +26,29 @@ ROW_BLOCK_BOUND = 2e-6
 """float32: a kernel may order its sums by the shape of the matrix; the largest difference seen was below 1e-6."""
 
 
-@pytest.fixture(params=["fine", "whole layers"])
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "fine":
-        monkeypatch.setattr(assembly, "CUT", FINE)
-    return str(request.param)
+@pytest.fixture(params=[FINE, DEFAULT_CUT], ids=["fine", "whole layers"])
+def cut(request: pytest.FixtureRequest) -> Cut:
+    found: Cut = request.param
+    return found
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "llama_biased", "gemma3", "mixtral", "qwen3_next", "gpt2", "gemma4"])
 def test_any_budget_and_any_cut_is_right(
-    family: str, cut: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, padded: Any
+    family: str, cut: Cut, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, padded: Any
 ) -> None:
     whole = plain(checkpoint(family))
     with torch.no_grad():
         expected, batch = whole(ids).logits, whole(**padded).logits
     tokens = whole.generate(ids, **GREEDY)
-    first = streamed(checkpoint(family)).plan
+    first = streamed(checkpoint(family), cut=cut).plan
     low, high = int(first.budget.device_bytes or 0), first.weights_bytes + first.staging_bytes
     passes = []
     for part in (0, 0.4, 1):
-        model = streamed(checkpoint(family), max_memory={"cpu": low + int((high - low) * part)})
+        model = streamed(checkpoint(family), cut=cut, max_memory={"cpu": low + int((high - low) * part)})
         passes.append(model.plan.pass_bytes)
         with torch.no_grad():
-            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=ROW_BLOCK_BOUND if cut == "fine" else 0)
-            torch.testing.assert_close(model(**padded).logits, batch, rtol=0, atol=ROW_BLOCK_BOUND if cut == "fine" else 0)
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=ROW_BLOCK_BOUND if cut == FINE else 0)
+            torch.testing.assert_close(model(**padded).logits, batch, rtol=0, atol=ROW_BLOCK_BOUND if cut == FINE else 0)
         assert torch.equal(model.generate(ids, **GREEDY), tokens)
     assert passes == sorted(passes, reverse=True)
     assert passes[-1] == 0
@@ -58,22 +57,19 @@ def test_any_budget_and_any_cut_is_right(
 
 @pytest.mark.parametrize("beyond", [1, 4, 1000, 4095])
 def test_a_budget_of_any_number_of_bytes_is_right(
-    beyond: int, cut: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+    beyond: int, cut: Cut, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
 ) -> None:
     """A ring may end anywhere in a page; what lies at its end may not."""
     folder = checkpoint("llama_biased")
-    budget = int(smallest(folder)["cpu"]) + beyond
-    model = streamed(folder, max_memory={"cpu": budget})
+    budget = int(smallest(folder, cut=cut)["cpu"]) + beyond
+    model = streamed(folder, cut=cut, max_memory={"cpu": budget})
     assert model.plan.device_bytes + model.plan.staging_bytes <= budget
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(folder)(ids).logits, rtol=0, atol=ROW_BLOCK_BOUND)
 
 
-def test_a_fine_cut_streams_modules_and_blocks(
-    checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assembly, "CUT", FINE)
-    model = streamed(checkpoint("llama"))
+def test_a_fine_cut_streams_modules_and_blocks(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(checkpoint("llama"), cut=FINE)
     assert isinstance(model.lm_head.weight, LinearBlocks)
     assert "model.layers.1.mlp.up_proj" in model.plan.streamed
     assert "model.layers.1" in model.plan.resident  # its two norms
@@ -84,7 +80,7 @@ def test_a_fine_cut_streams_modules_and_blocks(
     assert model.profile.loads == 8 * len(model.plan.streamed)
 
 
-def test_bytes_a_pass_are_exactly_the_plans(checkpoint: Any, streamed: Any, ids: torch.Tensor, cut: str) -> None:
+def test_bytes_a_pass_are_exactly_the_plans(checkpoint: Any, streamed: Any, ids: torch.Tensor, cut: Cut) -> None:
     model = streamed(checkpoint("mistral"))
     streamer = model._assembly.streamer
     with torch.no_grad():
@@ -99,14 +95,14 @@ def test_bytes_a_pass_are_exactly_the_plans(checkpoint: Any, streamed: Any, ids:
 
 @pytest.mark.parametrize("adapter", ["load_adapter", "PeftModel"])
 def test_lora_over_streamed_modules(
-    adapter: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any, tmp_path: Path, cut: str
+    adapter: str, checkpoint: Any, plain: Any, streamed: Any, ids: Any, tmp_path: Path, cut: Cut
 ) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(plain(checkpoint("llama")), config).save_pretrained(tmp_path)
-    whole, model = plain(checkpoint("llama")), streamed(checkpoint("llama"))
+    whole, model = plain(checkpoint("llama")), streamed(checkpoint("llama"), cut=cut)
     if adapter == "PeftModel":
         whole, tuned = PeftModel.from_pretrained(whole, tmp_path), PeftModel.from_pretrained(model, tmp_path)
     else:
@@ -114,16 +110,13 @@ def test_lora_over_streamed_modules(
         model.load_adapter(str(tmp_path))
         tuned = model
     with torch.no_grad():
-        bound = ROW_BLOCK_BOUND if cut == "fine" else 0
+        bound = ROW_BLOCK_BOUND if cut == FINE else 0
         torch.testing.assert_close(tuned(ids).logits, whole(ids).logits, rtol=0, atol=bound)
     assert torch.equal(tuned.generate(input_ids=ids, **GREEDY), whole.generate(input_ids=ids, **GREEDY))
 
 
-def test_a_schedule_left_early_is_right_afterwards(
-    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assembly, "CUT", FINE)
-    model, whole = streamed(checkpoint("llama")), plain(checkpoint("llama"))
+def test_a_schedule_left_early_is_right_afterwards(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model, whole = streamed(checkpoint("llama"), cut=FINE), plain(checkpoint("llama"))
     with torch.no_grad():
         expected = whole(ids).logits
         hidden = torch.randn(1, 3, 32)
@@ -140,10 +133,9 @@ def test_a_schedule_left_early_is_right_afterwards(
 
 
 def test_a_target_and_an_assistant_side_by_side_waste_nothing(
-    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
 ) -> None:
-    monkeypatch.setattr(assembly, "CUT", FINE)
-    target, assistant = streamed(checkpoint("llama")), streamed(checkpoint("llama_wide_heads"))
+    target, assistant = streamed(checkpoint("llama"), cut=FINE), streamed(checkpoint("llama_wide_heads"), cut=FINE)
     expected = plain(checkpoint("llama")).generate(ids, **{**GREEDY, "max_new_tokens": 30})
     got = target.generate(ids, assistant_model=assistant, **{**GREEDY, "max_new_tokens": 30})
     assert torch.equal(got, expected)
@@ -153,11 +145,8 @@ def test_a_target_and_an_assistant_side_by_side_waste_nothing(
         assert needed <= model.profile.bytes_read <= 1.01 * needed + model.plan.ring_bytes
 
 
-def test_two_threads_over_one_model_and_two_models(
-    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assembly, "CUT", FINE)
-    models = {family: streamed(checkpoint(family)) for family in ("llama", "qwen3")}
+def test_two_threads_over_one_model_and_two_models(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+    models = {family: streamed(checkpoint(family), cut=FINE) for family in ("llama", "qwen3")}
     expected = {family: plain(checkpoint(family)).generate(ids, **GREEDY) for family in models}
     wrong: list[str] = []
 

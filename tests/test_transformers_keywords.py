@@ -21,7 +21,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.keywords import KEYWORDS, OWN_KEYWORDS
+from rabbit_engine.utils.keywords import KEYWORDS, OWN_KEYWORDS
 
 TABLE = {row.name: row for row in KEYWORDS}
 OWN = set(inspect.signature(AutoModel.from_pretrained).parameters)

@@ -29,8 +29,8 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
-from rabbit_engine.extras import missing_extra
-from rabbit_engine.keywords import refuse_unknown
+from rabbit_engine.utils.extras import missing_extra
+from rabbit_engine.utils.keywords import refuse_unknown
 
 logger = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from transformers.utils.quantization_config import GgufConfig
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.building import config_path
-from rabbit_engine.architectures.fused import SplitQKV
+from rabbit_engine.architectures.families.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
-from rabbit_engine.extras import missing_extra
+from rabbit_engine.utils.extras import missing_extra
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rabbit_engine.architectures import baichuan, chatglm, internlm, qwen
 from rabbit_engine.architectures.architecture import Family, RawConfig
+from rabbit_engine.architectures.families import baichuan, chatglm, internlm, qwen
 
 _CONVERTED: list[Family] = [*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIES, *baichuan.FAMILIES]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.tensorfiles import written_whole
+from rabbit_engine.storage.tensorfiles import written_whole
 
 FORMAT, VERSION = "rabbit_engine.chat", 1
 

@@ -10,7 +10,7 @@ from rabbit_engine.chat.interrupt import Interrupt
 from rabbit_engine.chat.screen import Screen
 from rabbit_engine.sessions import Piece, Reply, Request, Session
 from rabbit_engine.streaming import PassProgress
-from rabbit_engine.units import format_rate, format_seconds
+from rabbit_engine.utils.sizes import format_rate, format_seconds
 
 PATIENCE_S = 0.25
 """How long a token may take before the line below tells why."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rabbit_engine.sessions import Reply
-from rabbit_engine.units import format_seconds
+from rabbit_engine.utils.sizes import format_seconds
 
 
 @dataclass(slots=True)

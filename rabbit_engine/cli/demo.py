@@ -7,9 +7,9 @@ import sys
 from rich.console import Console
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.plan import Plan
-from rabbit_engine.report import as_table
-from rabbit_engine.units import format_bytes, format_rate
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.utils.report import as_table
+from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 
 def demo(

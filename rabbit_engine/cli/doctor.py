@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rabbit_engine import __version__
 from rabbit_engine.cli import engine
-from rabbit_engine.units import format_bytes, format_rate, format_seconds
+from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
 _QUICK_BYTES, _QUICK_ROUNDS = 2**28, 3
 _NOTES = (
@@ -37,7 +37,7 @@ def doctor(
     models cannot run.
     """
     place = engine.doctor.find_folder(folder)
-    size, rounds = engine.diskrate.SAMPLE_BYTES, engine.diskrate.ROUNDS
+    size, rounds = engine.disk_rate.SAMPLE_BYTES, engine.disk_rate.ROUNDS
     with Console(stderr=True).status(f"reading from the disk of {place} ..."):
         found = engine.doctor.examine(place, *((_QUICK_BYTES, _QUICK_ROUNDS) if quick else (size, rounds)))
     if as_json:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rabbit_engine.names import read_name
-from rabbit_engine.units import parse_bytes, parse_rate
+from rabbit_engine.checkpoints.names import read_name
+from rabbit_engine.utils.sizes import parse_bytes, parse_rate
 
 COLDEST = 1e-3
 """Logits that are divided by less overflow: a lower temperature is greedy."""

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.plan import Speeds
-from rabbit_engine.report import as_table
-from rabbit_engine.units import parse_rate
+from rabbit_engine.utils.report import as_table
+from rabbit_engine.utils.sizes import parse_rate
+from rabbit_engine.utils.speeds import Speeds
 
 
 def plan(

@@ -10,7 +10,7 @@ import typer
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import loaded
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.extras import missing_extra
+from rabbit_engine.utils.extras import missing_extra
 
 
 def serve(

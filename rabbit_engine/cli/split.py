@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.units import format_bytes
+from rabbit_engine.utils.sizes import format_bytes
 
 
 def split(

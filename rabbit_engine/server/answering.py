@@ -19,7 +19,8 @@ from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from rabbit_engine.server.tools import ToolCall, may_be_call
 from rabbit_engine.server.wire import Wire
-from rabbit_engine.sessions import Embedder, Events, Piece, Reply, Request, Session
+from rabbit_engine.sessions import Events, Piece, Reply, Request, Session
+from rabbit_engine.tasks.embedding import Embedder
 
 SILENCE_S = 10.0
 """A stream says that it is alive after so many seconds without a token."""

@@ -30,7 +30,8 @@ from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
 from rabbit_engine.server.wire import event
-from rabbit_engine.sessions import Events, Session, find_embedder
+from rabbit_engine.sessions import Events, Session
+from rabbit_engine.tasks.embedding import find_embedder
 from rabbit_engine.utils.heap import give_free_memory_back
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Many conversations with one model, each pass of which serves all that are waiting."""
 
 from rabbit_engine.sessions.answer import Piece, Reply
-from rabbit_engine.sessions.embedding import Embedder, find_embedder
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import MOST_ALTERNATIVES, Options
 from rabbit_engine.sessions.prompts import Message
@@ -10,7 +9,6 @@ from rabbit_engine.sessions.session import Events, Request, Session, Ticket
 
 __all__ = [
     "MOST_ALTERNATIVES",
-    "Embedder",
     "Events",
     "Message",
     "Options",
@@ -20,6 +18,5 @@ __all__ = [
     "Session",
     "Ticket",
     "TokenLogprob",
-    "find_embedder",
     "read_messages",
 ]

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from rabbit_engine.demand import Demand
 from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClosedError
+from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rabbit_engine.demand import Demand, most_prompt, need_bytes
-from rabbit_engine.probe import Probe
+from rabbit_engine.planning.demand import Demand, most_prompt, need_bytes
+from rabbit_engine.planning.probe import Probe
 
 _KEPT_FREE = 0.1
 """Of what is free when a session begins: fragments, and whatever else runs."""

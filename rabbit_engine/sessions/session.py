@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 import torch
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.demand import Demand
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
+from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Answer, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job

@@ -1,20 +1,20 @@
 """Weights on their way: disk -> host memory -> ring -> parameter, and away again."""
 
-from rabbit_engine.streaming.binding import Binding, Seat, guard, move, seats_of
-from rabbit_engine.streaming.blocks import LinearBlocks, RowBlock
-from rabbit_engine.streaming.convoy import Convoy, Dice, Rider, rider_on, share_products
-from rabbit_engine.streaming.experts import ExpertCache, ExpertLayer
-from rabbit_engine.streaming.linears import join_rows
-from rabbit_engine.streaming.placeholder import ExpertsAway, Placeholder, StandIns, placeholder_for
-from rabbit_engine.streaming.profile import ExpertsProfile, Profile, UnitProfile
-from rabbit_engine.streaming.progress import PassProgress
-from rabbit_engine.streaming.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
-from rabbit_engine.streaming.routed import RoutedExperts, adapts_routed, route
-from rabbit_engine.streaming.rows import EmbeddingRows
-from rabbit_engine.streaming.streamer import Streamer
-from rabbit_engine.streaming.tied import TiedRows
-from rabbit_engine.streaming.trace import Span, Trace, busy_share, write_chrome_trace
-from rabbit_engine.streaming.unit import Unit, make_unit, row_blocks
+from rabbit_engine.streaming.binding.blocks import LinearBlocks, RowBlock
+from rabbit_engine.streaming.binding.linears import join_rows
+from rabbit_engine.streaming.binding.placeholder import ExpertsAway, Placeholder, StandIns, placeholder_for
+from rabbit_engine.streaming.binding.routed import RoutedExperts, adapts_routed, route
+from rabbit_engine.streaming.binding.rows import EmbeddingRows
+from rabbit_engine.streaming.binding.tied import TiedRows
+from rabbit_engine.streaming.binding.wrapping import Binding, Seat, guard, move, seats_of
+from rabbit_engine.streaming.scheduler import Convoy, Dice, Rider, rider_on, share_products
+from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
+from rabbit_engine.streaming.telemetry.progress import PassProgress
+from rabbit_engine.streaming.telemetry.trace import Span, Trace, busy_share, write_chrome_trace
+from rabbit_engine.streaming.transfer.experts import ExpertCache, ExpertLayer
+from rabbit_engine.streaming.transfer.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
+from rabbit_engine.streaming.transfer.streamer import Streamer
+from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 
 __all__ = [
     "STAGING_BYTES",

@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rabbit_engine.errors import MissingExtraError, TokenizerNotFoundError, first_line
-from rabbit_engine.extras import missing_extra
 from rabbit_engine.tokenization.merges import derive_merges, merged
+from rabbit_engine.utils.extras import missing_extra
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from rabbit_engine.errors import DeviceUnavailableError, first_line
-from rabbit_engine.extras import install_command
+from rabbit_engine.utils.extras import install_command
 
 _AMPERE = (8, 0)
 

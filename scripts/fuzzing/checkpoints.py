@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rabbit_engine import splitter
+from rabbit_engine.checkpoints import splitter
+from rabbit_engine.checkpoints.prepare import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.prepare import prepare
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

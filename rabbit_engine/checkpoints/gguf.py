@@ -1,0 +1,170 @@
+"""GGUF files, checked before anybody parses them: every count, length and place fits the file. Reads the header alone.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsers believe what a header says, and loop or claim
+memory for as long as a flipped bit tells them to.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rabbit_engine.errors import DamagedCheckpointError, MissingExtraError, first_line
+from rabbit_engine.storage.directio import disk_errors, open_unchanged
+from rabbit_engine.storage.jsonvalues import shown
+from rabbit_engine.storage.tensorfiles import advice_for
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_MOST = {"tensors": 2**20, "values": 2**16, "items": 2**24, "strings": 2**22, "dimensions": 4}
+"""Far beyond any model's; what a damaged count says is beyond these, or beyond the file's end."""
+
+
+def check_gguf(path: Path) -> None:
+    """Raise DamagedCheckpointError, saying what is wrong, for a GGUF file that no reader should be given.
+
+    A part of a split file is refused too: transformers reads none. MissingExtraError where the package gguf is not there.
+    """
+    with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+        start = file.read(4)
+        if start != b"GGUF":
+            raise DamagedCheckpointError(f"{path} is no GGUF file, it begins with {shown(start)}: {advice_for(path)}")
+        with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as raw:
+            try:
+                values = _check(_Cursor(raw, 4), _block_sizes(path))
+            except (ValueError, OverflowError, struct.error) as error:
+                problem = "it ends in its header" if isinstance(error, struct.error) else first_line(error)
+                raise DamagedCheckpointError(f"{path} has a damaged GGUF header: {problem}; download it again") from error
+    named = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name)
+    parts = max(int(values.get("split.count", 0)), int(named[1]) if named else 0)
+    if parts > 1:
+        raise DamagedCheckpointError(
+            f"{path} is one of {parts} parts of a model: join them with `llama-gguf-split --merge FIRST_PART OUT` and load that"
+        )
+
+
+def _block_sizes(path: Path) -> Mapping[int, tuple[int, int]]:
+    """ggml's types: (values in a block, bytes of a block)."""
+    try:
+        from gguf.constants import GGML_QUANT_SIZES
+    except ImportError as error:
+        raise MissingExtraError(f"{path} needs the package gguf: pip install gguf") from error
+    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+class _Cursor:
+    """A position in the mapped file. Raises struct.error at its end."""
+
+    def __init__(self, raw: mmap.mmap, position: int) -> None:
+        self.raw, self.position = raw, position
+
+    def number(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self.raw, self.position)
+        self.position += struct.calcsize(form)
+        return value
+
+    def skip(self, nbytes: int) -> None:
+        if nbytes > len(self.raw) - self.position:
+            raise struct.error
+        self.position += nbytes
+
+    def text(self) -> str:
+        start, length = self.position + 8, self.number("<Q")
+        self.skip(length)
+        return self.raw[start : self.position].decode()
+
+    def count(self, form: str, what: str) -> int:
+        found = int(self.number(form))
+        if found > _MOST[what]:
+            raise ValueError(f"it says it has {found} {what}")
+        return found
+
+
+def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[str, Any]:
+    """The header's numbers and strings by key. Raises ValueError, struct.error."""
+    version = cursor.number("<I")
+    if version not in (2, 3):
+        swapped = version & 0xFFFF == 0
+        raise ValueError("it is for big-endian machines" if swapped else f"version {version}, known are 2 and 3")
+    tensors, count = cursor.count("<Q", "tensors"), cursor.count("<Q", "values")
+    values: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.text()
+        if key in values:
+            raise ValueError(f"{shown(key)} is there twice")
+        values[key] = _value(cursor, cursor.number("<I"), key)
+    if not isinstance(values.get("split.count", 0), int):
+        raise ValueError(f"split.count is {shown(values['split.count'])}")
+    _check_blocks(values, tensors)
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {shown(alignment)}, not a power of two")
+    _check_tensors([_tensor(cursor, block_sizes) for _ in range(tensors)], cursor, alignment)
+    return values
+
+
+def _check_blocks(values: Mapping[str, Any], tensors: int) -> None:
+    """A class is built with as many layers as this says, or with its default where it says nothing."""
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("general.architecture is not there")
+    blocks = values.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= tensors:
+        raise ValueError(f"{shown(architecture + '.block_count')} is {shown(blocks)}, and it has {tensors} tensors")
+
+
+def _value(cursor: _Cursor, kind: int, key: str) -> Any:
+    """Read past a value; an integer or a string is returned, of an array its length."""
+    if kind in _SCALARS:
+        value = cursor.number(_SCALARS[kind])
+        if kind == _BOOL and value > 1:
+            raise ValueError(f"{shown(key)} is {value}, neither true nor false")
+        return value
+    if kind == _STRING:
+        return cursor.text()
+    if kind != _ARRAY:
+        raise ValueError(f"{shown(key)} is of type {kind}, which there is not")
+    return _array(cursor, cursor.number("<I"), key)
+
+
+def _array(cursor: _Cursor, kind: int, key: str) -> list[None]:
+    if kind in _SCALARS:
+        cursor.skip(cursor.count("<Q", "items") * struct.calcsize(_SCALARS[kind]))
+    elif kind == _STRING:
+        for _ in range(cursor.count("<Q", "strings")):
+            cursor.text()
+    else:
+        raise ValueError(f"{shown(key)} is an array of type {kind}, which there is not")
+    return []
+
+
+def _tensor(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> tuple[str, int, int]:
+    """(name, offset, bytes) of one row of the table."""
+    name = cursor.text()
+    shape = [cursor.number("<Q") for _ in range(cursor.count("<I", "dimensions"))]
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    if kind not in block_sizes:
+        raise ValueError(f"{shown(name)} is of type {kind}, which there is not")
+    values, nbytes = block_sizes[kind]
+    if not math.prod(shape) or (shape and shape[0] % values):
+        raise ValueError(f"{shown(name)} is {shape[::-1]}, in blocks of {values}")
+    return name, offset, math.prod(shape) // values * nbytes
+
+
+def _check_tensors(tensors: list[tuple[str, int, int]], cursor: _Cursor, alignment: int) -> None:
+    """Names differ, and each lies in the data, aligned and beside the others."""
+    if len({name for name, _, _ in tensors}) < len(tensors):
+        raise ValueError("two tensors have one name")
+    start, end = -(-cursor.position // alignment) * alignment, 0
+    for name, offset, nbytes in sorted(tensors, key=lambda row: row[1]):
+        if offset % alignment or offset < end:
+            raise ValueError(f"{shown(name)} starts at {offset}, in another tensor or not at a multiple of {alignment}")
+        end = offset + nbytes
+        if start + end > len(cursor.raw):
+            raise ValueError(f"it is cut off: {len(cursor.raw)} bytes, {shown(name)} ends at {start + end}")

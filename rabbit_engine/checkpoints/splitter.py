@@ -1,0 +1,342 @@
+"""A checkpoint into shards, once: plan on names, write a shard at a time, resume from what is whole, name them all last.
+
+While it runs, a journal beside the shards holds what the source looked like, so that an interrupted split that has
+already deleted some of its originals can go on. The manifest replaces it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
+
+from rabbit_engine.architectures import (
+    Architecture,
+    Conversion,
+    Target,
+    build_skeleton,
+    corrected_head_dim,
+    find_layout,
+)
+from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
+from rabbit_engine.checkpoints.hub import require_room
+from rabbit_engine.checkpoints.shards import (
+    JOURNAL_NAME,
+    ORIGIN_KEY,
+    Journal,
+    Manifest,
+    ShardRecord,
+    finished_shard,
+    is_shard,
+    read_entries,
+    remove_journal,
+    verify_shard,
+    without_scratch,
+    write_manifest,
+    write_shard,
+)
+from rabbit_engine.checkpoints.split_plan import (
+    ShardPlan,
+    Ties,
+    files_done_after,
+    missing_weights,
+    peak_extra_bytes,
+    plan_shards,
+    settle_ties,
+    tied_together,
+)
+from rabbit_engine.errors import (
+    DamagedShardError,
+    MismatchedWeightsError,
+    ShardsNotWritableError,
+)
+from rabbit_engine.storage.directio import is_file
+from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
+from rabbit_engine.utils.bar import Bar
+
+logger = logging.getLogger(__name__)
+
+DeleteOriginal = Callable[[Path], None]
+
+
+@contextmanager
+def only_one_process(folder: Path) -> Iterator[None]:
+    """Hold the lock of a shards folder; it is freed when its process ends, however it ends. Raises ShardsNotWritableError."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if path.is_symlink():
+        raise ShardsNotWritableError(f"{path} is a link to {path.resolve()}, and nothing is written through it: delete the link")
+    lock = FileLock(path)
+    try:
+        _acquire(lock, folder)
+    except OSError as error:
+        raise ShardsNotWritableError(f"{path} cannot be locked ({error.strerror or error}): give another saving path") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is splitting into %s: waiting for it", folder)
+        lock.acquire()
+
+
+@dataclass(slots=True)
+class Split:
+    """One split of one checkpoint, from the plan to the manifest.
+
+    `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` says
+    are deleted. `delete` removes an original; None keeps them.
+    """
+
+    folder: Path
+    originals: Path
+    source: Mapping[str, Any]
+    tensors: TensorSource
+    skeleton: PreTrainedModel
+    conversion: Conversion
+    dtype: torch.dtype
+    journal: Journal | None = None
+    delete: DeleteOriginal | None = None
+    progress: bool = True
+    _verified: set[str] = field(default_factory=set)
+
+    def run(self) -> Manifest:
+        """Make what is missing. Raises NotEnoughDiskError, MismatchedWeightsError or a CheckpointError."""
+        targets = self.conversion.targets()
+        ties = self._settle_ties(targets)
+        plans = self._plan(targets, ties)
+        journal = self._open_journal(ties)
+        finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
+        self._require_originals(plans, frozenset(finished))
+        self._require_room(plans, frozenset(finished))
+        records = self._write_all(plans, finished, journal)
+        used = sorted({file for plan in plans for file in plan.files})
+        manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused(targets))
+        self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
+        return manifest
+
+    def _settle_ties(self, targets: Mapping[str, Target | None]) -> Ties:
+        if self.journal is not None:
+            return self._ties_of(self.journal)
+        key_of = {target.name: key for key, target in targets.items() if target is not None}
+
+        def equal(first: str, second: str) -> bool:
+            return are_equal(self.tensors.tensors[key_of[first]], self.tensors.tensors[key_of[second]])
+
+        ties = settle_ties(self.skeleton.all_tied_weights_keys, frozenset(key_of), equal)
+        self.tensors.release()
+        return ties
+
+    def _ties_of(self, journal: Journal) -> Ties:
+        """What was settled when the split began. Raises DamagedShardError where the model does not tie these weights."""
+        tied = tied_together(self.skeleton.all_tied_weights_keys)
+        strange = [name for name, stored in journal.shared.items() if stored not in tied.get(name, ())]
+        strange += [name for name in journal.dropped if name not in journal.shared]
+        if strange:
+            raise DamagedShardError(
+                f"{self.folder / JOURNAL_NAME} is damaged: {type(self.skeleton).__name__} does not tie {strange[0]} so; "
+                "give another layer_shards_saving_path, or delete the folder and split again"
+            )
+        return Ties(journal.shared, frozenset(journal.dropped))
+
+    def _plan(self, targets: Mapping[str, Target | None], ties: Ties) -> tuple[ShardPlan, ...]:
+        layout = find_layout(self.skeleton)
+        wanted = {key: target for key, target in targets.items() if target is not None and target.name not in ties.dropped}
+        shard_of_key = {key: layout.shard_of(target.name) for key, target in wanted.items()}
+        converted = {shard_of_key[key] for key, target in wanted.items() if target.converted}
+        stored = {target.name for target in wanted.values()}
+        unsure = {name for name in self.skeleton.state_dict() if layout.shard_of(name) in converted}
+        self._require_all(stored | unsure, ties)
+        sizes: dict[str, list[int]] = {}
+        for name, tensor in self.skeleton.state_dict().items():
+            sizes.setdefault(layout.shard_of(name), []).append(tensor.numel() * tensor.itemsize)
+        return plan_shards(
+            layout.shard_names(),
+            shard_of_key,
+            {key: file_of(self.tensors.tensors[key], self.originals) for key in wanted},
+            {shard: aligned_bytes(found) for shard, found in sizes.items()},
+        )
+
+    def _require_all(self, stored: set[str], ties: Ties) -> None:
+        require_weights(self.skeleton, stored, ties, self.originals)
+
+    def _open_journal(self, ties: Ties) -> Journal:
+        if self.journal is not None:
+            return self.journal
+        without_scratch(self.folder)
+        journal = Journal(
+            self.source, dict(ties.shared), sorted(ties.dropped), journal_rows(self.tensors.tensors, self.originals), []
+        )
+        journal.write(self.folder)
+        return journal
+
+    def _require_originals(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
+        """Raise DamagedShardError for a shard that is damaged or gone after an original it was made from was deleted."""
+        for plan in plans:
+            gone = next((file for file in sorted(plan.files) if not is_file(self.originals / file)), None)
+            if plan.name not in finished and gone is not None:
+                raise DamagedShardError(
+                    f"{self._path(plan)} is damaged or gone, and so is {gone}, which it was made from: "
+                    f"download the checkpoint again and delete {self.folder}"
+                )
+
+    def _require_room(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
+        gone = self.journal.deleted if self.journal else ()
+        freed = {row["name"]: row["bytes"] for row in self.source["files"] if row["name"] not in gone} if self.delete else {}
+        require_room(self.folder, peak_extra_bytes(plans, finished, freed), f"splitting {self.originals.name}")
+
+    def _write_all(
+        self, plans: tuple[ShardPlan, ...], finished: Mapping[str, ShardRecord], journal: Journal
+    ) -> dict[str, ShardRecord]:
+        done_after = files_done_after(plans)
+        records: dict[str, ShardRecord] = {}
+        total = sum(plan.file_bytes for plan in plans)
+        with Bar(desc="Splitting", total=total, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+            for plan in plans:
+                bar.set_postfix_str(plan.name)
+                records[plan.name] = finished.get(plan.name) or self._write(plan)
+                bar.update(plan.file_bytes)
+                if plan is not plans[-1]:  # the last ones go when the manifest is there
+                    self._delete_originals(done_after[plan.name], plans, records, journal)
+        return records
+
+    def _write(self, plan: ShardPlan) -> ShardRecord:
+        try:
+            weights = self.conversion.convert(plan.keys)
+        except MismatchedWeightsError as error:
+            files = ", ".join(str(self.originals / file) for file in sorted(plan.files))
+            raise MismatchedWeightsError(f"{files}: {error}") from error
+        record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
+        self.tensors.release()
+        logger.debug("wrote %s", record.file)
+        return record
+
+    def _delete_originals(
+        self, names: list[str], plans: tuple[ShardPlan, ...], records: Mapping[str, ShardRecord], journal: Journal
+    ) -> None:
+        if self.delete is None:
+            return
+        for name in names:
+            if name not in journal.deleted:
+                self._verify([records[plan.name] for plan in plans if name in plan.files])
+                journal.deleted.append(name)
+                if len(records) < len(plans):
+                    journal.write(self.folder)  # ahead of the deletion: a killed split must know that it may be gone
+            self.delete(self.originals / name)
+
+    def _verify(self, records: list[ShardRecord]) -> None:
+        for record in records:
+            if record.name not in self._verified:
+                verify_shard(self.folder, record)
+                self._verified.add(record.name)
+
+    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties, used: list[str], unused: list[str]) -> Manifest:
+        source = {**self.source, "used": used, "deleted": self.delete is not None, "unused_weights": unused}
+        manifest = Manifest(str(self.dtype).removeprefix("torch."), source, dict(ties.shared), records)
+        self._require_all(set(read_entries(self.folder, manifest)), ties)
+        self._remove_strangers(manifest)
+        write_manifest(self.folder, manifest)
+        remove_journal(self.folder)
+        return manifest
+
+    def _remove_strangers(self, manifest: Manifest) -> None:
+        """Shards of an earlier split of another layout; a file that was not written here stays."""
+        known = {record.file for record in manifest.shards}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in known and is_shard(path):
+                path.unlink()
+
+    def _path(self, plan: ShardPlan) -> Path:
+        return self.folder / f"{plan.name}.safetensors"
+
+    def _origin(self, plan: ShardPlan) -> str:
+        model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
+        return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model})
+
+
+def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties, originals: Path) -> None:
+    """Raise MismatchedWeightsError for weights that are neither stored nor shared."""
+    ignored = skeleton._keys_to_ignore_on_load_missing or ()
+    absent = missing_weights(skeleton.state_dict(), stored, ties.shared, ignored)
+    if absent:
+        rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise MismatchedWeightsError(
+            f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
+            "is it a checkpoint of another class, or a download that stopped?"
+        )
+
+
+def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
+    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them.
+
+    Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
+    """
+    state, tied = model.state_dict(), tied_together(model.all_tied_weights_keys)
+    wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
+    wrong += [
+        name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
+    ]
+    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
+    if wrong:
+        folder = next((entry.path.parent for entry in entries.values()), "the split")
+        raise MismatchedWeightsError(
+            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
+            "it was split for another config or by another transformers, or its manifest is damaged; delete it and split again"
+        )
+
+
+def _fits(weight: torch.Tensor | None, entry: TensorEntry) -> bool:
+    """Whether `entry` can be this weight; some weights stay float32 whatever the model's dtype is."""
+    return weight is not None and tuple(weight.shape) == entry.shape and entry.dtype in (weight.dtype, torch.float32)
+
+
+def file_of(tensor: LazyTensor, originals: Path) -> str:
+    """The original that a tensor lies in, by its name in the folder."""
+    return tensor.path.relative_to(originals).as_posix()
+
+
+def journal_rows(tensors: Mapping[str, LazyTensor], originals: Path) -> list[tuple[str, str, str, list[int]]]:
+    """Every tensor as a journal's row: enough to plan with when its file is gone."""
+    return [(key, file_of(t, originals), DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]
+
+
+def journal_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
+    """The tensors of the originals that are gone: shapes to plan with; every shard made from them is whole."""
+    return {
+        key: SafetensorsTensor(TensorEntry(key, originals / file, 0, 0, TORCH_DTYPES[dtype], tuple(shape)))
+        for key, file, dtype, shape in journal.tensors
+        if file in journal.deleted
+    }
+
+
+def build_for(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes.
+
+    The architecture's config is not changed. Raises what `build_skeleton` does.
+    """
+    cls, config = architecture.cls, architecture.config
+    skeleton = build_skeleton(cls, config, dtype, attn_implementation)
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    head_dim = corrected_head_dim(skeleton.config, wanted, shapes)
+    if head_dim is None:
+        return skeleton
+    config = copy.deepcopy(config)
+    config.get_text_config().head_dim = head_dim
+    return build_skeleton(cls, config, dtype, attn_implementation)

@@ -1,0 +1,83 @@
+"""Where the seconds of a pass go: into attention itself, into waiting for weights, into everything else.
+
+"Attention" is the function that transformers calls between the projections, and nothing else: no projection, no rotary
+embedding, no cache, no making of masks. On a GPU it is the time between two events around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from rabbit_engine.streaming import Span, Trace
+from rabbit_engine.streaming.telemetry.trace import busy_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PassSample:
+    """Seconds of one pass: all of it, in attention (0 where the class asks transformers for none), waiting for weights (this
+    thread, not a GPU), with a read or a copy of weights under way; and the bytes that were read."""
+
+    pass_s: float
+    attention_s: float
+    wait_s: float
+    moving_s: float
+    read_bytes: int
+
+
+@contextmanager
+def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
+    """Record every call of an attention function, of any model, as a span.
+
+    Wrapped where models ask for the function: eager is no entry of the registry but each model's own default.
+    """
+    native = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = native(self, attn_implementation, default)
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            with trace.device_span("attention", attn_implementation, device):
+                return function(*args, **kwargs)
+
+        return attention
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = native  # type: ignore[method-assign]
+
+
+def sample_passes(model: Any, step: Callable[[], None], passes: int) -> PassSample:
+    """Run `step`, a pass of a model loaded with `profiling_mode=True`, so many times; one of them in the mean.
+
+    Recording costs a few microseconds a layer.
+    """
+    trace = model._assembly.trace
+    trace.clear()
+    trace.on = True
+    try:
+        with traced_attention(trace, model._assembly.device), trace.span("pass", "all"):
+            for _ in range(passes):
+                step()
+    finally:
+        trace.on = False
+    return one_pass(trace.spans(), passes)
+
+
+def one_pass(spans: Sequence[Span], passes: int) -> PassSample:
+    """A trace of so many passes, which one span of the lane "pass" encloses, as seconds and bytes of one of them."""
+    whole = next(span for span in spans if span.lane == "pass")
+
+    def seconds(*lanes: str) -> float:
+        own = [span for span in spans if span.lane.split()[0] in lanes]
+        return busy_seconds(own, whole.start_s, whole.end_s) / passes
+
+    read = sum(span.nbytes for span in spans if span.lane.startswith("disk"))
+    return PassSample(seconds("pass"), seconds("attention"), seconds("wait"), seconds("disk", "copy"), read // passes)

@@ -1,0 +1,322 @@
+"""Timed runs into one record type: every condition, every round, interleaved, beside the disk's own rate in the same run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rabbit_engine.model.auto import AutoModel
+from rabbit_engine.planning.budget import direct_reads
+from rabbit_engine.streaming import Span, busy_share
+from rabbit_engine.streaming.transfer.unit import Unit
+from rabbit_engine.utils.caches import cache_argument, cache_of
+from rabbit_engine.utils.platform import environment
+from rabbit_engine.utils.sizes import format_bytes
+
+PROMPT_TOKENS = 16
+STEPS = 3
+RESIDENT = "transformers, resident (the compute alone)"
+DISK = "disk alone: direct reads of the same bytes"
+RING = "ring alone: the same bytes through the ring, nothing computed"
+DECODE = "decoding"
+Lane = Callable[[], None]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One lane of a benchmark: seconds and CPU seconds of every round, bytes a round moves, and what all rounds had in common."""
+
+    lane: str
+    rounds_s: tuple[float, ...]
+    bytes_moved: int
+    conditions: Mapping[str, Any]
+    cpu_s: tuple[float, ...] = ()
+
+    @property
+    def median_s(self) -> float:
+        """The middle round."""
+        return statistics.median(self.rounds_s)
+
+    @property
+    def spread_s(self) -> float:
+        """From the fastest round to the slowest."""
+        return max(self.rounds_s) - min(self.rounds_s)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of the middle round; 0 where nothing moves."""
+        return self.bytes_moved / self.median_s if self.median_s else 0.0
+
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """CPU seconds of the process a gigabyte moved, of the middle round; 0 where nothing moves or nobody counted."""
+        return statistics.median(self.cpu_s) / self.bytes_moved * 1e9 if self.cpu_s and self.bytes_moved else 0.0
+
+    def as_json(self) -> str:
+        """One line, every round in it."""
+        return json.dumps({**asdict(self), "median_s": self.median_s})
+
+
+def make_checkpoint(folder: Path, layers: int, hidden_size: int) -> Path:
+    """A Llama of random bf16 weights, saved by transformers; kept if it is there."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 128,
+        num_key_value_heads=max(1, hidden_size // 512),
+        bos_token_id=1,
+        eos_token_id=None,
+        dtype="bfloat16",
+    )
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).bfloat16()
+        model.save_pretrained(folder, max_shard_size="1GB")
+        del model
+        gc.collect()
+    return folder
+
+
+def evict(folder: Path) -> None:
+    """Drop the page cache of every weight file below `folder`: a round begins with the weights on disk."""
+    for path in folder.rglob("*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane) -> dict[str, list[tuple[float, float]]]:
+    """Run every lane `steps` times a round; `(seconds, CPU seconds)` a step, by lane.
+
+    A lane is warmed by one step outside the clock, and ended by waiting inside it, so that what it reads ahead is its own.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
+    for _ in range(rounds):
+        for name, lane in lanes.items():
+            before()
+            lane()
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                before()
+                lane()
+            seconds[name].append(((time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps))
+    return seconds
+
+
+def made_up_prompt(model: Any, tokens: int) -> torch.Tensor:
+    """int64 [1, tokens] on the model's device: its vocabulary in order, again and again, but for the first two."""
+    words: int = model.config.get_text_config().vocab_size
+    return 2 + torch.arange(tokens, device=model.device)[None] % (words - 2)
+
+
+def prefill(model: Any, ids: torch.Tensor) -> Any:
+    """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
+    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    with torch.no_grad():
+        return cache_of(model(ids, use_cache=True, **last))
+
+
+def decode_step(model: Any, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
+    """One decoded token behind a prompt that is in the cache already."""
+    ids = made_up_prompt(model, prompt_tokens)
+    cache = prefill(model, ids)
+    past = cache_argument(model.forward, cache)
+    can_go_back = _can_go_back(cache)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(ids[:, -1:], use_cache=True, **past)
+        if can_go_back:
+            cache.crop(-1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+
+    return step
+
+
+def _can_go_back(cache: Any) -> bool:
+    """Whether the last token can be taken out again; a state or a full window cannot: then the cache grows by a token a step."""
+    try:
+        cache.crop(-1)
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
+def ring_step(model: Any) -> Lane:
+    """One pass's units through the ring: asked for and let go, nothing computed."""
+    streamer = model._assembly.streamer
+    names = [unit.name for unit in streamer.units]
+
+    def step() -> None:
+        with model._assembly.binding.root_pass():
+            for name in names:
+                streamer.acquire(name)
+                streamer.release(name)
+
+    return step
+
+
+def _settled(model: Any, lane: Lane) -> Lane:
+    """The lane, begun when the model reads nothing ahead any more."""
+
+    def run() -> None:
+        model._assembly.streamer.wait_until_idle()
+        lane()
+
+    return run
+
+
+def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[Record], list[Span], Any]:
+    """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
+
+    Bytes and seconds are a token's, the same one each time: its experts stay cached where there is room. The disk lane reads
+    the same bytes, in the same order, and computes nothing.
+    """
+    with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
+        streamer, trace = model._assembly.streamer, model._assembly.trace
+        trace.on = False
+        chunks = [chunk for unit in (*streamer.units, *_uncached(model)) for chunk in unit.chunks()]
+        step = decode_step(model)
+        lanes: dict[str, Lane] = {DECODE: step}
+        if chunks:
+            ring = {} if model.plan.experts.layers else {RING: ring_step(model)}  # experts do not pass through it
+            lanes = {DISK: _settled(model, direct_reads(chunks)), **ring, DECODE: step}
+        found = interleaved(lanes, rounds, steps, lambda: None)
+        with _tracing(trace):
+            for _ in range(steps):
+                step()
+        moved = sum(chunk.read_bytes for chunk in chunks)
+        conditions = {
+            "model": str(name),
+            "plan": model.plan.reason,
+            "budget": model.plan.budget.device_bytes,
+            **_conditions(steps),
+        }
+        records = [_record(lane, values, moved, conditions) for lane, values in found.items()]
+        return records, trace.spans(), model.plan
+
+
+def _uncached(model: Any) -> list[Unit]:
+    """As many experts of each layer as the same token, again and again, reads each time."""
+    experts = model._assembly.sketch.experts
+    return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
+
+
+@contextmanager
+def _tracing(trace: Any) -> Iterator[None]:
+    trace.clear()
+    trace.on = True
+    try:
+        yield
+    finally:
+        trace.on = False
+
+
+def _conditions(steps: int) -> dict[str, Any]:
+    return {
+        "what": f"a decoded token behind {PROMPT_TOKENS}, {steps} a round",
+        "threads": torch.get_num_threads(),
+        **environment(),
+    }
+
+
+def _record(lane: str, values: Sequence[tuple[float, float]], moved: int, conditions: Mapping[str, Any]) -> Record:
+    return Record(lane, tuple(wall for wall, _ in values), moved, conditions, tuple(cpu for _, cpu in values))
+
+
+def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **keywords: Any) -> list[Record]:
+    """Bytes read and seconds a token as the budget grows: one record a budget, a round a token."""
+    records = []
+    for budget in budgets:
+        with AutoModel.from_pretrained(name, max_memory={"cpu": budget}, device="cpu", **keywords) as model:
+            step = decode_step(model)
+            for _ in range(2):  # the first teaches the order
+                step()
+            model._assembly.streamer.wait_until_idle()
+            before = model.profile.bytes_read
+            found = interleaved({DECODE: step}, steps, 1, lambda: None)[DECODE]
+            model._assembly.streamer.wait_until_idle()
+            read = (model.profile.bytes_read - before) // (2 * steps)
+            conditions = {"budget": budget, "plan_pass_bytes": model.plan.pass_bytes, **_conditions(1)}
+            records.append(_record(f"{format_bytes(budget)} for weights", found, read, conditions))
+    return records
+
+
+def offloaded(folder: Path, layers: int, offload_folder: Path) -> Any:
+    """transformers' own disk offload: every layer on disk, the rest in memory."""
+    device_map: dict[str, Any] = {f"model.layers.{i}": "disk" for i in range(layers)}
+    device_map |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=offload_folder).eval()
+
+
+def resident(folder: Path) -> Any:
+    """The whole model in memory of its own: a map of its files would keep their pages in the cache for the other lanes."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, rounds: int = 5) -> list[Record]:
+    """Seconds a decoded token from a cold page cache, every layer streamed: ours, transformers' disk offload, resident; and
+    the disk alone."""
+    make_checkpoint(folder, layers, hidden_size)
+    head = 2 * 32000 * hidden_size
+    budget: dict[int | str, int | str] = {
+        "cpu": head + 80 * 2**20
+    }  # about what the other keeps: the head, and room for two matrices
+    with (
+        AutoModel.from_pretrained(folder, device="cpu", max_memory=budget) as streamed,
+        AutoModel.from_pretrained(folder, device="cpu", max_memory=budget, prefetching=False) as unhurried,
+    ):
+        chunks = [chunk for unit in streamed._assembly.streamer.units for chunk in unit.chunks()]
+        moved = streamed.plan.pass_bytes
+        lanes = {
+            DISK: _settled(streamed, direct_reads(chunks)),
+            "rabbit_engine": decode_step(streamed),
+            "rabbit_engine, prefetching=False": decode_step(unhurried),
+            "transformers disk offload": decode_step(offloaded(folder, layers, folder / "offload")),
+            RESIDENT: decode_step(resident(folder)),
+        }
+        found = interleaved(lanes, rounds, STEPS, lambda: evict(folder))
+    conditions = {
+        "model": f"Llama, {layers} layers, hidden {hidden_size}, bf16, {format_bytes(moved)} streamed a pass",
+        "page_cache": "dropped before every token, inside the clock",
+        **_conditions(STEPS),
+    }
+    return [_record(name, values, 0 if name == RESIDENT else moved, conditions) for name, values in found.items()]
+
+
+def as_markdown(records: Sequence[Record]) -> str:
+    """A table of medians, with the conditions under it."""
+    lines = ["| lane | s a token | slowest - fastest | GB a token | GB/s | CPU s a GB |", "|---|---|---|---|---|---|"]
+    for record in records:
+        moved = f"{record.bytes_moved / 1e9:.2f} | {record.rate / 1e9:.2f} | {record.cpu_s_per_gb:.2f}"
+        lines.append(
+            f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {moved if record.bytes_moved else '- | - | -'} |"
+        )
+    conditions = "; ".join(f"{name}: {value}" for name, value in records[0].conditions.items())
+    return "\n".join([*lines, "", f"Medians of {len(records[0].rounds_s)} interleaved rounds. {conditions}."])
+
+
+def shares(spans: Sequence[Span]) -> dict[str, float]:
+    """The share of a trace in which each lane was busy."""
+    return {lane: busy_share(spans, lane) for lane in ("disk", "copy", "compute", "wait")}

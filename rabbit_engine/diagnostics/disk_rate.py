@@ -1,0 +1,162 @@
+"""The rate that a folder's disk gives to reads of the readers' own shape: chunks in the order of the file, several under way.
+
+A large file that lies there is read, as weights would be; where there is none, a scratch file is written to the disk first.
+`fio --rw=read --direct=1 --ioengine=libaio --bs=8m --iodepth=6 --iomem_align=2m` has the same shape if its buffers are in huge
+pages as ours are (GLIBC_TUNABLES=glibc.malloc.hugetlb=1); in small pages it may get half.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from rabbit_engine.errors import NotEnoughDiskError
+from rabbit_engine.planning.budget import direct_reads
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason
+from rabbit_engine.streaming.transfer.unit import Extent
+from rabbit_engine.utils.sizes import format_bytes
+
+SAMPLE_BYTES = 2**30
+ROUNDS = 5
+
+_LEAST_BYTES = 2**26
+"""A smaller sample than this says nothing of a fast disk: it is read in a few milliseconds."""
+
+_LEAST_ROUNDS = 3
+_MOST_S = 30.0
+"""After this long a slow disk has been seen enough."""
+
+_MOST_ENTRIES = 20_000
+"""Files looked at in search of a large one."""
+
+_OWN_FILES = Path("/proc/self/fd")
+"""Open files by number, where the system shows them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRate:
+    """Bytes a second of each round, a round being `sample_bytes` of `file` (None: of a scratch file). `buffered` says why the
+    reads went through the page cache, None where they went past it."""
+
+    rounds: tuple[float, ...]
+    sample_bytes: int
+    file: Path | None
+    buffered: str | None
+
+    @property
+    def median(self) -> float:
+        """Bytes a second of the middle round."""
+        return statistics.median(self.rounds)
+
+
+def measure_disk_rate(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS) -> DiskRate:
+    """Time `rounds` rounds (three where the disk is slow) behind one outside the clock, in the folder's largest file or a
+    scratch file.
+
+    Raises NotEnoughDiskError, or OSError where nothing can be written or read.
+    """
+    sample_bytes = max(PAGE, aligned_down(sample_bytes))
+    found = find_large_file(folder, sample_bytes)
+    if found is not None:
+        return _time_rounds(found, found, sample_bytes, rounds)
+    sample_bytes = _room_for(folder, sample_bytes)
+    with scratch_file(folder, sample_bytes) as path:
+        return _time_rounds(path, None, sample_bytes, rounds)
+
+
+def find_large_file(folder: Path, least_bytes: int) -> Path | None:
+    """The first file at or below `folder` with so many bytes on the folder's own disk; None where a short search finds none.
+
+    Files with holes, and those that the file system has compressed, would be read faster than the disk is.
+    """
+    device = folder.stat().st_dev
+    paths = (Path(parent) / name for parent, _, names in os.walk(folder) for name in sorted(names))
+    for path in islice(paths, _MOST_ENTRIES):
+        try:
+            status = path.lstat()
+        except OSError:  # gone meanwhile
+            continue
+        stored = getattr(status, "st_blocks", status.st_size // 512 + 1) * 512
+        whole = stat.S_ISREG(status.st_mode) and status.st_dev == device and stored >= status.st_size >= least_bytes
+        if whole and os.access(path, os.R_OK):
+            return path
+    return None
+
+
+@contextmanager
+def scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
+    """`nbytes` random bytes on the disk of `folder`, gone afterwards. Raises OSError where they cannot be written.
+
+    On Linux the file never has a name: it goes with the process, however that ends.
+    """
+    if _OWN_FILES.is_dir():
+        with tempfile.TemporaryFile(dir=folder) as nameless:
+            _write_random(nameless, nbytes)
+            yield _OWN_FILES / str(nameless.fileno())
+        return
+    number, name = tempfile.mkstemp(dir=folder, prefix="rabbit-scratch-")
+    try:
+        with os.fdopen(number, "wb") as file:
+            _write_random(file, nbytes)
+        yield Path(name)
+    finally:
+        Path(name).unlink()
+
+
+def _write_random(file: IO[Any], nbytes: int) -> None:
+    """Random, so that no file system stores less than it was given; on the disk on return."""
+    generator = torch.Generator().manual_seed(time.time_ns())
+    block = torch.empty(2**21, dtype=torch.int64)
+    for start in range(0, nbytes, block.nbytes):
+        block.random_(generator=generator)
+        file.write(as_bytes(block.view(torch.uint8))[: nbytes - start])
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _room_for(folder: Path, nbytes: int) -> int:
+    """As much of `nbytes` as takes no more than half of what is free."""
+    free = shutil.disk_usage(folder).free
+    room = min(nbytes, aligned_down(free // 2))
+    if room < min(nbytes, _LEAST_BYTES):
+        raise NotEnoughDiskError(f"{folder} has {format_bytes(free)} free, too little for a sample of {format_bytes(nbytes)}")
+    return room
+
+
+def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int) -> DiskRate:
+    """Each round reads the next `sample_bytes` of the file, from its start again behind its end."""
+    _drop_cache(path)
+    starts = range(0, path.stat().st_size - sample_bytes + 1, sample_bytes)
+    rates: list[float] = []
+    begin = time.perf_counter()
+    for index in range(rounds + 1):
+        read = direct_reads(_chunks(path, starts[index % len(starts)], sample_bytes))
+        start = time.perf_counter()
+        read()
+        rates.append(sample_bytes / (time.perf_counter() - start))
+        if index >= _LEAST_ROUNDS and time.perf_counter() - begin > _MOST_S:
+            break
+    return DiskRate(rounds=tuple(rates[1:]), sample_bytes=sample_bytes, file=found, buffered=buffered_reason(path))
+
+
+def _chunks(path: Path, first: int, nbytes: int) -> Sequence[Extent]:
+    return [Extent(path, first + start, min(CHUNK_BYTES, nbytes - start), 0) for start in range(0, nbytes, CHUNK_BYTES)]
+
+
+def _drop_cache(path: Path) -> None:
+    """A read through the page cache is to ask the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,413 @@
+"""What this machine has for running models, what stands in the way, and at what pace they would run: findings, each with what
+to do about it. Asks and measures; prints nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from rabbit_engine import __version__
+from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
+from rabbit_engine.diagnostics.pace import Pace, estimate_paces, measure_products
+from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
+from rabbit_engine.planning.budget import measure_link
+from rabbit_engine.storage.directio import CHUNK_BYTES
+from rabbit_engine.streaming.transfer.rings import READERS
+from rabbit_engine.utils.platform import best_device, free_memory_bytes, is_flash_attention_available
+from rabbit_engine.utils.sizes import format_bytes, format_rate
+from rabbit_engine.utils.speeds import Speeds
+
+Status = Literal["ok", "info", "warn", "fail"]
+Number = int | float | str | bool | None | Sequence[float] | Sequence[str]
+
+_DISTRIBUTION = "rabbit_engine"
+_MAIN_PACKAGES = ("torch", "transformers")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+
+_SLOW_DISK = 1e9
+"""Bytes a second. Below it a model of 7 billion parameters in bf16 takes more than a quarter of a minute a token."""
+
+_SLOW_LINK = 6e9
+"""Bytes a second: less than half of what sixteen lanes of the third PCIe generation give."""
+
+_LITTLE_DISK_BYTES = 20 * 10**9
+"""A model of 7 billion parameters in bf16, and a little."""
+
+_LITTLE_MEMORY_BYTES = 2 * 10**9
+"""A process with torch in it, and the smallest budget of a model of 32 billion parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One named fact: `value` in words, `numbers` for programs (bytes, bytes a second, versions), `advice` where there is
+    something to do. A `warn` costs pace, memory or a feature; with a `fail` models do not run."""
+
+    name: str
+    status: Status
+    value: str
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """Everything that was found. The disk is that of `folder`; `paces` are what well-known models would take on `device`."""
+
+    folder: Path
+    device: str
+    findings: tuple[Finding, ...]
+    paces: tuple[Pace, ...]
+    speeds: Speeds
+    disk_free_bytes: int
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing keeps models from running."""
+        return all(finding.status != "fail" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; rates are bytes a second."""
+        return {
+            "version": __version__,
+            "can_run": self.can_run,
+            "folder": str(self.folder),
+            "disk_free_bytes": self.disk_free_bytes,
+            "device": self.device,
+            "findings": [asdict(finding) for finding in self.findings],
+            "speeds": asdict(self.speeds),
+            "paces": [asdict(pace) for pace in self.paces],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuda:
+    """What torch and the driver say: `built_for` is torch's CUDA (or ROCm), None in a CPU build; `seen` are the GPUs that the
+    driver shows, `devices` those that torch can use, and `problem` why there are none."""
+
+    torch_version: str
+    built_for: str | None
+    devices: tuple[str, ...] = ()
+    driver: str | None = None
+    seen: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def find_folder(folder: Path | None) -> Path:
+    """The folder that was asked for, else the Hub's cache, where shards lie beside their checkpoints; before that is made, the
+    nearest folder above it. Raises ConfigurationError where the one asked for is none."""
+    if folder is not None:
+        if not folder.expanduser().is_dir():
+            raise ConfigurationError(f"{folder} is no folder here: name one where weights lie, or would")
+        return folder.expanduser().resolve()
+    cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+    return next(place for place in (cache, *cache.parents) if place.is_dir()).resolve()
+
+
+def examine(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS) -> Diagnosis:
+    """Every check. The disk of `folder` is read in rounds of `sample_bytes`."""
+    device, free = best_device(), shutil.disk_usage(folder).free
+    asked = _ask_machine(device, folder)
+    disk = _try_disk(folder, sample_bytes, rounds)
+    link, products, computing = _try_device(device)
+    speeds = Speeds(disk=disk.median, link=link, source="measured") if isinstance(disk, DiskRate) else Speeds(link=link)
+    return Diagnosis(
+        folder=folder,
+        device=str(device),
+        findings=(*asked, judge_direct_reads(disk), judge_disk(disk), judge_link(device, link), computing),
+        paces=estimate_paces(device, speeds, products) if products else (),
+        speeds=speeds,
+        disk_free_bytes=free,
+    )
+
+
+def _ask_machine(device: torch.device, folder: Path) -> list[Finding]:
+    """What need not be measured."""
+    return [
+        *check_versions(importlib.metadata.version),
+        judge_cuda(find_cuda()),
+        *check_memory(device),
+        check_flash_attention(),
+        check_bitsandbytes(),
+        check_folder(folder),
+    ]
+
+
+def check_versions(version_of: Callable[[str], str]) -> Iterator[Finding]:
+    """Python and every package that is required, against the ranges in our own metadata."""
+    try:
+        required, pythons = _required(), importlib.metadata.metadata(_DISTRIBUTION)["Requires-Python"]
+    except importlib.metadata.PackageNotFoundError:
+        advice = "pip install -e . where its pyproject.toml lies"
+        yield Finding(name="packages", status="warn", value="ranges unknown: rabbit_engine is not installed", advice=advice)
+        return
+    yield _judge_python(SpecifierSet(pythons or ""))
+    found = {name: _version_or_none(name, version_of) for name in required}
+    for name in _MAIN_PACKAGES:
+        yield _judge_packages(name, [required[name]], found)
+    yield _judge_packages("packages", [need for name, need in required.items() if name not in _MAIN_PACKAGES], found)
+
+
+def _required(extra: str = "") -> dict[str, Requirement]:
+    """Our requirements by name; with `extra` those of it as well."""
+    needs = [Requirement(text) for text in importlib.metadata.requires(_DISTRIBUTION) or ()]
+    return {need.name: need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})}
+
+
+def _version_or_none(name: str, version_of: Callable[[str], str]) -> str | None:
+    try:
+        return version_of(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _judge_python(supported: SpecifierSet) -> Finding:
+    version = platform.python_version()
+    numbers = {"version": version, "supported": str(supported)}
+    if supported.contains(version, prereleases=True):
+        return Finding(name="python", status="ok", value=version, numbers=numbers)
+    advice = f"make a virtual environment with a Python {supported}"
+    return Finding(name="python", status="fail", value=f"{version} is not supported", numbers=numbers, advice=advice)
+
+
+def _judge_packages(name: str, needs: Sequence[Requirement], found: Mapping[str, str | None]) -> Finding:
+    """One finding for all `needs`: `fail` where one is missing or out of its range."""
+    wrong = [need for need in needs if not _fits(need, found[need.name])]
+    words = [f"{need.name} {found[need.name] or 'is missing'}" for need in needs]
+    value = ", ".join(words) if len(words) > 1 else found[needs[0].name] or "missing"
+    numbers: dict[str, Number] = {need.name: found[need.name] for need in needs}
+    if not wrong:
+        return Finding(name=name, status="ok", value=value, numbers=numbers)
+    advice = "pip install " + " ".join(f'"{need.name}{need.specifier}"' for need in wrong)
+    return Finding(name=name, status="fail", value=value, numbers=numbers, advice=advice)
+
+
+def _fits(need: Requirement, version: str | None) -> bool:
+    return version is not None and need.specifier.contains(version, prereleases=True)
+
+
+def find_cuda() -> Cuda:
+    """Asks torch, and the driver by itself: a CPU build of torch cannot see it."""
+    driver, seen = _ask_driver()
+    built_for = torch.version.cuda or torch.version.hip
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if built_for else []
+    problem = _cuda_problem() if built_for and driver and not torch.cuda.is_available() else ""
+    return Cuda(
+        torch_version=torch.__version__,
+        built_for=built_for,
+        devices=() if problem else tuple(devices),
+        driver=driver,
+        seen=seen,
+        problem=problem,
+    )
+
+
+def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
+    """The NVIDIA driver's version and the names of its GPUs; None where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    question = ("--query-gpu=driver_version,name", "--format=csv,noheader")
+    if program is not None:
+        try:
+            done = subprocess.run((program, *question), capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+            rows = [line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line]
+            if rows:
+                return rows[0][0], tuple(name for _, name in rows)
+        except (OSError, subprocess.SubprocessError):  # it is there, but not in order: the kernel may still say a version
+            pass
+    try:
+        match = re.search(r"^NVRM version:.*?\s(\d+\.[\d.]+)", _DRIVER_FILE.read_text())
+    except OSError:
+        match = None
+    return (match[1] if match else None), ()
+
+
+def _cuda_problem() -> str:
+    """Why a torch that is built for CUDA has no device."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "no device is visible"
+
+
+def judge_cuda(cuda: Cuda) -> Finding:
+    """Whether torch uses the GPU that the driver shows."""
+    numbers: dict[str, Number] = {"built_for": cuda.built_for, "driver": cuda.driver, "devices": cuda.devices, "seen": cuda.seen}
+    driver = f"driver {cuda.driver}" if cuda.driver else "no NVIDIA driver"
+    seen = f"{driver} shows {', '.join(cuda.seen)}" if cuda.seen else driver
+    if cuda.devices:
+        value = f"{', '.join(cuda.devices)}; torch is built for {cuda.built_for}, {driver}"
+        return Finding(name="cuda", status="ok", value=value, numbers=numbers)
+    if cuda.driver is None:
+        other = "mps" if best_device().type == "mps" else "the CPU"
+        return Finding(name="cuda", status="info", value=f"{driver} was found: models run on {other}", numbers=numbers)
+    if cuda.built_for is None:
+        value = f"torch {cuda.torch_version} is a CPU build, although {seen}"
+        advice = "pip uninstall torch, then pip install torch as https://pytorch.org/get-started/locally says for CUDA"
+        return Finding(name="cuda", status="warn", value=value, numbers=numbers, advice=advice)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    advice = f"update the driver, or install a torch built for an older CUDA than {cuda.built_for}"
+    advice = advice if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it; else {advice}"
+    value = f"torch cannot use what {seen} ({cuda.problem})"
+    return Finding(name="cuda", status="warn", value=value, numbers=numbers, advice=advice)
+
+
+def check_memory(device: torch.device) -> Iterator[Finding]:
+    """Memory of the GPUs, and of the host as far as this process may have it."""
+    if device.type == "cuda":
+        pairs = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+        yield _judge_memory("vram", [free for free, _ in pairs], [total for _, total in pairs], "nvidia-smi shows what holds it")
+    free, total = free_memory_bytes(torch.device("cpu")), psutil.virtual_memory().total
+    yield _judge_memory("ram", [free], [total], "close what holds it, or raise the limit of this container")
+
+
+def _judge_memory(name: str, free: Sequence[int], total: Sequence[int], advice: str) -> Finding:
+    value = "; ".join(f"{format_bytes(some)} free of {format_bytes(whole)}" for some, whole in zip(free, total, strict=True))
+    little = free[0] < _LITTLE_MEMORY_BYTES
+    return Finding(
+        name=name,
+        status="warn" if little else "ok",
+        value=value,
+        numbers={"free_bytes": free, "total_bytes": total},
+        advice=advice if little else "",
+    )
+
+
+def check_flash_attention() -> Finding:
+    """Whether its kernel runs, or why not."""
+    runs, why = is_flash_attention_available()
+    numbers: dict[str, Number] = {"runs": runs, "version": _version_or_none("flash-attn", importlib.metadata.version)}
+    if runs:
+        return Finding(name="flash-attn", status="ok", value=why, numbers=numbers)
+    broken = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    repair = "pip install --force-reinstall --no-build-isolation flash-attn builds it for this torch; or remove it"
+    advice = repair if broken else "optional: without it attention runs as sdpa"
+    return Finding(name="flash-attn", status="warn" if broken else "info", value=why, numbers=numbers, advice=advice)
+
+
+def check_bitsandbytes() -> Finding:
+    """For information: nothing uses it yet."""
+    version = _version_or_none("bitsandbytes", importlib.metadata.version)
+    value = f"{version or 'not installed'}; not used: this version streams weights in their own dtype"
+    return Finding(name="bitsandbytes", status="info", value=value, numbers={"version": version})
+
+
+def check_folder(folder: Path) -> Finding:
+    """Which disk it is, and whether a model can go there."""
+    free, kind, writable = shutil.disk_usage(folder).free, _file_system(folder), os.access(folder, os.W_OK)
+    numbers: dict[str, Number] = {"free_bytes": free, "file_system": kind, "writable": writable}
+    value = f"{folder} ({kind or 'unknown file system'}), {format_bytes(free)} free"
+    elsewhere = "set HF_HOME to a folder of a local disk, or give --folder"
+    advice = ""
+    if kind in _IN_MEMORY:
+        value, advice = f"{value}: it is memory, no disk", f"weights there take the memory that they should spare: {elsewhere}"
+    elif not writable:
+        value, advice = f"{value}; it cannot be written", f"nothing can be downloaded or split there: {elsewhere}"
+    elif free < _LITTLE_DISK_BYTES:
+        advice = f"free some, a model of 7 billion parameters takes 15 GB: `hf cache prune` helps; or {elsewhere}"
+    return Finding(name="folder", status="warn" if advice else "ok", value=value, numbers=numbers, advice=advice)
+
+
+def _file_system(folder: Path) -> str | None:
+    """Its type, such as "ext4"."""
+    mounted = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
+    nearest = max(mounted, key=lambda part: len(part.mountpoint), default=None)
+    return nearest.fstype if nearest else None
+
+
+def _try_disk(folder: Path, sample_bytes: int, rounds: int) -> DiskRate | str:
+    """The rate, or why there is none."""
+    try:
+        return measure_disk_rate(folder, sample_bytes, rounds)
+    except (OSError, RabbitError) as error:
+        return first_line(error)
+
+
+def judge_direct_reads(disk: DiskRate | str) -> Finding:
+    """Whether reads go past the page cache."""
+    name = "direct reads"
+    if isinstance(disk, str):
+        return Finding(name=name, status="info", value="not known", numbers={"direct": None})
+    if disk.buffered is None:
+        return Finding(name=name, status="ok", value="they work: weights go past the page cache", numbers={"direct": True})
+    value = f"reads go through the page cache: {disk.buffered}"
+    advice = "every byte is copied once more by the CPU: keep weights on a local ext4, xfs or btrfs"
+    return Finding(name=name, status="warn", value=value, numbers={"direct": False}, advice=advice)
+
+
+def judge_disk(disk: DiskRate | str) -> Finding:
+    """How fast weights can come from the folder's disk."""
+    name = "disk rate"
+    if isinstance(disk, str):
+        advice = "give --folder a folder of the disk that weights would lie on, with room for a scratch file"
+        return Finding(name=name, status="warn", value=f"not measured: {disk}", numbers={"rate": None}, advice=advice)
+    slowest, fastest, what = min(disk.rounds), max(disk.rounds), "buffered" if disk.buffered else "direct"
+    numbers: dict[str, Number] = {
+        "rate": disk.median,
+        "slowest": slowest,
+        "fastest": fastest,
+        "rounds": disk.rounds,
+        "sample_bytes": disk.sample_bytes,
+        "read_bytes": CHUNK_BYTES,
+        "reads_at_once": READERS,
+        "direct": disk.buffered is None,
+        "file": str(disk.file) if disk.file else None,
+    }
+    value = (
+        f"{format_rate(disk.median, 1)}, the median of {len(disk.rounds)} rounds ({slowest / 1e9:.2f} to {fastest / 1e9:.2f}): "
+        f"{READERS} {what} reads of {CHUNK_BYTES // 2**20} MiB under way, {format_bytes(disk.sample_bytes)} of "
+        f"{'a file that is there' if disk.file else 'a scratch file'}"
+    )
+    slow = disk.median < _SLOW_DISK
+    advice = "an NVMe disk gives 3 to 14 GB/s: set HF_HOME to a folder on one" if slow else ""
+    return Finding(name=name, status="warn" if slow else "ok", value=value, numbers=numbers, advice=advice)
+
+
+def _try_device(device: torch.device) -> tuple[float, float, Finding]:
+    """Bytes a second of the link to it (0 on a CPU) and of its products, or two zeros; and what is to be said of it."""
+    try:
+        link = 0.0 if device.type == "cpu" else measure_link(device)
+        products = measure_products(device)
+    except RuntimeError as error:  # no memory left, no kernel for this GPU, a driver that went away
+        return 0.0, 0.0, _unusable(device, first_line(error))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or it would lack in the budget
+    value = f"products with one token go through {format_rate(products, 1)} of bf16 weights on {device}"
+    return link, products, Finding(name="compute rate", status="info", value=value, numbers={"rate": products})
+
+
+def _unusable(device: torch.device, problem: str) -> Finding:
+    advice = "free its memory (see nvidia-smi) or install a torch built for it; `rabbit run --device cpu` needs neither"
+    return Finding(name="compute rate", status="fail", value=f"{device} does not compute: {problem}", advice=advice)
+
+
+def judge_link(device: torch.device, rate: float) -> Finding:
+    """How fast weights get to the device."""
+    if device.type == "cpu":
+        return Finding(name="link rate", status="info", value="no copies: the model runs in host memory", numbers={"rate": None})
+    if device.type != "cuda":
+        value = f"not measured on {device}, taken for {format_rate(rate, 1)}"
+        return Finding(name="link rate", status="info", value=value, numbers={"rate": None, "assumed": rate})
+    slow = rate < _SLOW_LINK
+    return Finding(
+        name="link rate",
+        status="warn" if slow else "ok",
+        value=f"{format_rate(rate, 1)} from pinned host memory to {device}",
+        numbers={"rate": rate},
+        advice="the card may sit in a slot of few lanes: nvidia-smi -q shows the link's width" if slow else "",
+    )

@@ -1,0 +1,52 @@
+"""Whether a prompt fits into the memory that is free, asked before `generate` computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.planning.demand import Demand, refuse_beyond
+from rabbit_engine.streaming import rider_on
+
+_USUAL_LENGTH = 20
+"""Tokens of prompt and answer where nobody says how many, as in transformers."""
+
+
+def refuse_what_cannot_fit(assembly: Assembly, prompt: Any, given: Mapping[str, Any], config: Any) -> None:
+    """Raise PromptTooLongError where `generate` for `prompt` ([sequences, tokens], or embeddings) takes more than is free.
+
+    `given` are its keywords, `config` the generation config that holds where they say nothing. A session's requests were
+    admitted already.
+    """
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or rider_on(assembly.binding) is not None:
+        return
+    demand = demand_of(prompt, given, config)
+    refuse_beyond(assembly.sketch.probe, demand, assembly.free_bytes, str(assembly.device))
+
+
+def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> Demand:
+    """What `generate` is asked for: every beam and every answer to the same prompt is a sequence of its own."""
+
+    def asked(name: str) -> Any:
+        return given.get(name, getattr(config, name, None))
+
+    tokens = prompt.shape[1]
+    new = asked("max_new_tokens")
+    answer = new if new is not None else (asked("max_length") or _USUAL_LENGTH) - tokens
+    mask = given.get("attention_mask")
+    return Demand(
+        tokens - _computed_tokens(given),
+        max(1, answer),
+        sequences=len(prompt) * max(asked("num_beams") or 1, asked("num_return_sequences") or 1),
+        padded=isinstance(mask, torch.Tensor) and not bool(mask.all()),
+        chunk=asked("prefill_chunk_size"),
+    )
+
+
+def _computed_tokens(given: Mapping[str, Any]) -> int:
+    """Tokens of the prompt that a cache holds already."""
+    cache = given.get("past_key_values", given.get("cache"))
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

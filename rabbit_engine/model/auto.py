@@ -1,0 +1,332 @@
+"""`AutoModel`: from the keywords that people give to a model that streams."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils.import_utils import is_peft_available
+
+from rabbit_engine.architectures import explain_failures, refuse_past, require_generation_config
+from rabbit_engine.checkpoints.prepare import Prepared, loading_info, prepare
+from rabbit_engine.checkpoints.splitter import build_for
+from rabbit_engine.config import (
+    DEFAULT_CUT,
+    Cut,
+    SourceConfig,
+    SplitConfig,
+    StreamConfig,
+    parse_device,
+    parse_dtype,
+    parse_max_memory,
+    parse_path,
+)
+from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
+from rabbit_engine.model.assembly import assemble
+from rabbit_engine.model.attention import choose_attention
+from rabbit_engine.model.mixin import streamed_class
+from rabbit_engine.planning.trial import require_pass
+from rabbit_engine.streaming import Streamer
+from rabbit_engine.utils.kernels import keep_few_kernels
+from rabbit_engine.utils.keywords import refuse_compression, take_keywords
+from rabbit_engine.utils.sizes import format_bytes, format_rate
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
+
+
+class AutoModel:
+    """Loads any causal language model so that it runs in less memory than it has."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoModel is not constructed: use AutoModel.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | int | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        attn_implementation: str | None = "auto",
+        compression: str | None = None,
+        layer_shards_saving_path: str | Path | None = None,
+        delete_original: bool = False,
+        split: str = "auto",
+        prefetching: bool = True,
+        profiling_mode: bool = False,
+        show_layer_progress: bool = False,
+        max_seq_len: int | None = None,
+        cut: Cut = DEFAULT_CUT,
+        token: str | bool | None = None,
+        hf_token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        device_map: Any = None,
+        torch_dtype: str | torch.dtype | None = None,
+        quantization_config: Any = None,
+        config: Any = None,
+        subfolder: str = "",
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        force_download: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        code_revision: str | None = None,
+        generation_config: Any = None,
+        output_loading_info: bool = False,
+        **other: Any,
+    ) -> Any:
+        """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
+
+        Args:
+            pretrained_model_name_or_path: a repo id or an address of the Hugging Face Hub, a folder, or a `.gguf` file.
+            device: "cuda:0", "mps" or "cpu"; None takes the best there is.
+            dtype: of the weights and of the computation; None keeps the checkpoint's own.
+            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take with all they pass through: the ring, slots for
+                experts, staging buffers. The KV cache and activations come on top, unless `max_seq_len` is given. None is
+                what is free now, less those of `max_seq_len` tokens and a margin for the system.
+            attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
+            compression: comes with a later version; anything but None is refused.
+            layer_shards_saving_path: where the shards go; None puts them beside the checkpoint.
+            delete_original: delete each original weight file once every shard made from it is verified.
+            split: "auto" streams from the original files where these hold the weights as the model has them (safetensors,
+                the same dtype, at most renamed) and splits where not, or where a path for shards is given; "always"
+                splits, "never" refuses what would need a split.
+            prefetching: read the next layer while this one runs.
+            profiling_mode: log every pass at INFO: bytes, rates, seconds waited.
+            show_layer_progress: a progress bar over the weights of each pass.
+            max_seq_len: tokens, prompts and answers together, whose KV cache and activations are set aside for, out of
+                `max_memory` too; None sets aside 1,024 where `max_memory` is None, else nothing. Longer texts run as long as
+                memory lasts.
+            cut: how finely the model is cut into units (`rabbit_engine.config.Cut`); the default suits disks and GPUs.
+            token: for gated and private repos; HF_TOKEN is read too.
+            hf_token: the older spelling of token.
+            revision: branch, tag or commit.
+            cache_dir: of the Hub.
+            local_files_only: download nothing.
+            trust_remote_code: run modelling code that the repository brings.
+            gguf_file: the file to take from a folder or repo with several.
+            device_map: "auto" (also "balanced", "sequential"), or one device.
+            torch_dtype: the older spelling of dtype.
+            quantization_config: refused, as compression.
+            config: a config object, a folder, a file or a repo id, in place of the checkpoint's; an object is not changed.
+            subfolder: the part of the repo or folder to load.
+            variant: of the weight files, as in `model.fp16.safetensors`.
+            use_safetensors: True takes safetensors alone, False pickles alone.
+            force_download: fetch the files again.
+            key_mapping: patterns of stored names, and what they become.
+            code_revision: of code that lies in another repo.
+            generation_config: in place of the checkpoint's.
+            output_loading_info: return the model and what transformers tells of the weights: missing, unexpected, mismatched.
+            other: attributes of the config, such as `use_cache=False`; keywords of transformers that mean nothing here, or are
+                refused with the reason (docs/migrating.md lists all); and those of other libraries, named once in a warning.
+
+        Raises:
+            RabbitError: a ConfigurationError, CheckpointError or ShardError that says what to do.
+        """
+        overrides = take_keywords(other)
+        refuse_compression(compression, quantization_config)
+        target = parse_device(device, device_map)
+        device_budget, host_budget = parse_max_memory(max_memory, target)
+        source = SourceConfig(
+            token=token if token is not None else hf_token,
+            revision=revision,
+            cache_dir=parse_path("cache_dir", cache_dir),
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
+            subfolder=subfolder or "",
+            variant=variant,
+            use_safetensors=use_safetensors,
+            force_download=force_download,
+            key_mapping=key_mapping or {},
+            code_revision=code_revision,
+            config=config,
+            overrides=overrides,
+        )
+        splitting = SplitConfig(
+            mode=split,
+            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+            saving_path=parse_path("layer_shards_saving_path", layer_shards_saving_path),
+            delete_original=delete_original,
+        )
+        stream = StreamConfig(
+            device=target,
+            device_budget_bytes=device_budget,
+            host_budget_bytes=host_budget,
+            attn_implementation=choose_named(attn_implementation, config),
+            prefetching=prefetching,
+            profiling_mode=profiling_mode,
+            show_layer_progress=show_layer_progress,
+            max_seq_len=max_seq_len,
+            cut=cut,
+        )
+        model = load(pretrained_model_name_or_path, source, splitting, stream)
+        _load_own_adapter(model)
+        if generation_config is not None:
+            _set_generation_config(model, generation_config)
+        return (model, loading_info(model._prepared)) if output_loading_info else model
+
+    @classmethod
+    def from_config(cls, *_: Any, **__: Any) -> NoReturn:
+        """Raises TypeError: a model that is made from its config alone has no weights to stream."""
+        raise TypeError(
+            "AutoModel.from_config would make random weights, and there are none to stream: use "
+            "transformers.AutoModelForCausalLM.from_config, or from_pretrained(name, config=config)"
+        )
+
+
+def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
+    """Prepare the shards, build the class without weights, and set its weights streaming."""
+    keep_few_kernels()  # before choose_attention computes something
+    prepared = prepare(name, source, split)
+    choice = choose_attention(stream.attn_implementation, prepared.architecture.cls, prepared.dtype, stream.device)
+    shapes = {name: entry.shape for name, entry in prepared.entries.items()}
+    try:
+        streamed = replace(prepared.architecture, cls=streamed_class(prepared.architecture.cls))  # type: ignore[arg-type]
+        model: Any = build_for(streamed, prepared.dtype, shapes, choice.name)
+    except RabbitError:
+        raise
+    except (ValueError, ImportError) as error:
+        if choice.name is None:
+            raise
+        raise AttentionUnavailableError(
+            f"attn_implementation={choice.name!r} does not work for {prepared.architecture.cls.__name__}: {error}"
+        ) from error
+    _tell_head_dim(model.config, prepared)
+    _set_names(model, str(name), prepared, source)
+    with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
+        model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
+    _require_pass(model, prepared)
+    refuse_past(model, prepared.architecture)
+    explain_failures(model)
+    weakref.finalize(model, model._assembly.streamer.abandon)
+    if stream.profiling_mode:
+        model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)
+    logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
+    logger.info("plan of %s:\n%s", name, model.plan)
+    return model
+
+
+def _load_own_adapter(model: Any) -> None:
+    """Apply the adapter that lies next to the weights, as transformers does where peft is installed.
+
+    Raises ConfigurationError for a repo of the Hub, where transformers would load the adapter's base model instead, and
+    DamagedCheckpointError for an adapter that cannot be loaded.
+    """
+    repo = model._prepared.repo
+    if _ADAPTER not in repo.names:
+        return
+    if not is_peft_available():
+        logger.warning("the adapter in %s is not applied: pip install peft", repo.folder)
+        return
+    try:
+        if repo.commit is not None:
+            raise ConfigurationError(
+                f"{repo.name} holds a model and an adapter: load the base model that its {_ADAPTER} names, then "
+                f"model.load_adapter({repo.name!r})"
+            )
+        model.load_adapter(str(repo.folder))
+    except RabbitError:
+        model.close()
+        raise
+    except Exception as error:  # peft's code meets whatever the files say
+        model.close()
+        raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
+
+
+def _require_pass(model: Any, prepared: Prepared) -> None:
+    try:
+        require_pass(prepared.architecture, prepared.dtype, model._assembly.sketch.probe)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _tell_head_dim(config: Any, prepared: Prepared) -> None:
+    said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (prepared.architecture.config, config))
+    if used != said:
+        logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
+
+
+def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) -> None:
+    """Its name, generation config and the way to its tokenizer, from the checkpoint's folder."""
+    model._prepared = prepared
+    model.name_or_path = model.config.name_or_path = name
+    folder = str(prepared.repo.folder)
+    model._tokenizer_source = {
+        "pretrained_model_name_or_path": folder,
+        "trust_remote_code": source.trust_remote_code,
+        **({"gguf_file": prepared.gguf_file} if prepared.gguf_file else {}),
+    }
+    if model.can_generate() and prepared.gguf_file is None:
+        _read_generation_config(model, folder, source)
+        _end_at(model.generation_config, prepared.architecture.chat_ends)
+
+
+def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:
+    """That of the folder. Raises DamagedCheckpointError."""
+    require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
+    try:
+        model.adjust_generation_fn(
+            None, None, None, folder,
+            cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
+            subfolder="", trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
+        _drop_empty(model.generation_config)
+    except Exception as error:  # the code of a config class meets any value
+        raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
+
+
+def choose_named(attn_implementation: str | None, config: Any) -> str:
+    """The attention that is asked for by keyword, else in the caller's config object, else "auto"."""
+    if attn_implementation not in (None, "auto"):
+        return str(attn_implementation)
+    return getattr(config, "_attn_implementation", None) or "auto"
+
+
+def _set_generation_config(model: Any, generation_config: Any) -> None:
+    if not isinstance(generation_config, GenerationConfig):
+        raise ConfigurationError(f"generation_config={generation_config!r} is no GenerationConfig of transformers")
+    model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+    _drop_empty(model.generation_config)
+
+
+def _drop_empty(generation_config: Any) -> None:
+    """Lists that ask for nothing: `generate` refuses them, or fails."""
+    for name in ("stop_strings", "bad_words_ids", "sequence_bias", "eos_token_id"):
+        value = getattr(generation_config, name, None)
+        if isinstance(value, list | dict | str) and not value:
+            setattr(generation_config, name, None)
+
+
+def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:
+    """Let an answer end at `tokens` too."""
+    eos = generation_config.eos_token_id
+    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokens:
+        generation_config.eos_token_id = list(dict.fromkeys([*known, *tokens]))
+
+
+def _log_pass(streamer: Streamer, seconds: float) -> None:
+    profile = streamer.profile()
+    logger.info(
+        "pass %d: %.2f s; so far %s read at %s, waited %.2f s",
+        profile.passes,
+        seconds,
+        format_bytes(profile.bytes_read),
+        format_rate(profile.bytes_read, profile.read_s),
+        profile.wait_s,
+    )

@@ -1,0 +1,294 @@
+"""The streamed model: transformers' own class, whose weights come and go. Only here is it subclassed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+
+from rabbit_engine.architectures import capped_length, keeps_tuples
+from rabbit_engine.checkpoints.prepare import Prepared
+from rabbit_engine.errors import (
+    CannotCopyError,
+    CannotLoadStateError,
+    CannotMoveError,
+    CannotPickleError,
+    CannotResizeError,
+    CannotSaveError,
+    MissingExtraError,
+    RabbitError,
+    TokenizerNotFoundError,
+    first_line,
+)
+from rabbit_engine.model.adapters import load_checked
+from rabbit_engine.model.admission import refuse_what_cannot_fit
+from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
+from rabbit_engine.tokenization import build_tokenizer
+
+
+class StreamingMixin:
+    """What a streamed model has beside its transformers class, and what it refuses.
+
+    `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
+    """
+
+    _assembly: Assembly
+    _prepared: Prepared
+    _tokenizer_source: Mapping[str, Any]
+    _tokenizer: Any = None
+    _attention_reason: str
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided: what is resident, streamed and read by row, and the memory that takes."""
+        return self._assembly.plan
+
+    @property
+    def profile(self) -> Profile:
+        """Passes, units, bytes and seconds since the model was loaded."""
+        return self._assembly.streamer.profile()
+
+    @property
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now, for another thread to show; None between passes."""
+        return self._assembly.binding.progress()
+
+    @property
+    def active_attention_implementation(self) -> str:
+        """The attention implementation in use: "flash_attention_2", "sdpa" or "eager"."""
+        return self.config._attn_implementation  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
+        if self._tokenizer is None:
+            with _LOADING_TOKENIZER:
+                if self._tokenizer is None:
+                    self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def close(self) -> None:
+        """End the reader's thread and free the weights' memory. Safe to call again; using the model then raises."""
+        self._assembly.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with its tensors moved to the model's device.
+
+        A converted model that computes a number of positions right ends its answer there. The tokenizer, which stop strings
+        and token healing need, need not be given. Raises PromptTooLongError, before anything is computed, where the caches
+        and activations take more memory than is free.
+        """
+        device = self._assembly.device
+        positions = self._prepared.architecture.positions
+        prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
+        config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
+            kwargs["tokenizer"] = self.tokenizer
+        if positions is not None and prompt is not None:
+            kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
+        refuse_what_cannot_fit(self._assembly, prompt, kwargs, config)
+        return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `load_adapter`.
+
+        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, for an
+        adapter of experts' own weights while these are read one by one, and for one that brings other values of a streamed
+        weight along. Raises WeightNotLoadedError that names the kind of adapter (DoRA, PiSSA ...) which reads those it adapts.
+        """
+        load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing while weights are streamed: those that the checkpoint ties are one already."""
+        if not _streams(self):
+            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `resize_token_embeddings`; raises CannotResizeError where weights are streamed and the size changes."""
+        now = self.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
+        step = pad_to_multiple_of or 1
+        wanted = -(-(new_num_tokens or now) // step) * step
+        if wanted != now and _streams(self):
+            raise CannotResizeError(
+                f"cannot resize the embeddings from {now} to {wanted} tokens: they are streamed from disk. Resize with "
+                "transformers.AutoModelForCausalLM, save, and load the result; for padding alone set "
+                "tokenizer.pad_token = tokenizer.eos_token"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # type: ignore[misc]
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """transformers' `set_input_embeddings`; raises CannotResizeError for another module while weights are streamed."""
+        _refuse_other(self, value, self.get_input_embeddings())  # type: ignore[attr-defined]
+        super().set_input_embeddings(value)  # type: ignore[misc]
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """transformers' `set_output_embeddings`; raises CannotResizeError for another module while weights are streamed."""
+        _refuse_other(self, new_embeddings, self.get_output_embeddings())  # type: ignore[attr-defined]
+        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
+
+    def get_compiled_call(self, *_: Any, **__: Any) -> Any:
+        """Streamed weights are not there when a compiler looks: the call as it is."""
+        return self.__call__  # type: ignore[operator]
+
+    def _apply(self, *_: Any, **__: Any) -> NoReturn:
+        raise CannotMoveError(
+            f"a streamed model stays on {self._assembly.device} in {self._prepared.dtype}: "
+            "load it with device= and dtype= as you want them"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Allowed for the device and dtype the model has. Raises CannotMoveError."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
+        if same_device and dtype in (None, self._prepared.dtype):
+            return self
+        return self._apply()
+
+    def cuda(self, device: Any = None) -> Self:
+        """`to` a CUDA device."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> Self:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def half(self, *_: Any) -> Self:
+        """`to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def float(self, *_: Any) -> Self:
+        """`to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> Self:
+        """`to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def double(self) -> Self:
+        """`to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def type(self, dst_type: Any) -> Self:
+        """Raises CannotMoveError unless it is the dtype the model has."""
+        return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
+
+    def to_empty(self, **_: Any) -> NoReturn:
+        """Raises CannotMoveError."""
+        self._apply()
+
+    def __copy__(self) -> NoReturn:
+        raise CannotCopyError("a streamed model owns a thread and slots: load it a second time instead of copying it")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CannotPickleError("a streamed model cannot be pickled: send its name, and load it where it is needed")
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotSaveError."""
+        raise CannotSaveError(
+            f"the weights of a streamed model are on disk already, in {self._prepared.folder}: copy the original checkpoint "
+            "or that folder; an adapter is saved by PeftModel.save_pretrained"
+        )
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotSaveError."""
+        self.save_pretrained()
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CannotLoadStateError."""
+        raise CannotLoadStateError(
+            "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
+            "an adapter goes in by model.load_adapter"
+        )
+
+
+_NEED_TOKENIZER = ("stop_strings", "token_healing")
+"""Of a generation config."""
+
+_LOADING_TOKENIZER = threading.RLock()
+"""Threads that ask for a tokenizer at the same time get the same one; loading it from a GGUF file takes seconds."""
+
+
+def _streams(model: Any) -> bool:
+    """Whether any weight of the model is away between passes."""
+    return any(isinstance(weight, Placeholder) for weight in model.parameters())
+
+
+def _refuse_other(model: Any, module: Any, present: Any) -> None:
+    if module is not present and _streams(model):
+        raise CannotResizeError(
+            "cannot put other embeddings into a model whose weights are streamed: change and save it with "
+            "transformers.AutoModelForCausalLM, and load the result"
+        )
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device(device.type, device.index or 0)
+
+
+def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
+    """The tokenizer of the checkpoint's folder: built from the files of a family that is converted, else `AutoTokenizer`.
+
+    A tokenizer.json beside them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
+    MissingExtraError.
+    """
+    folder = Path(source["pretrained_model_name_or_path"])
+    try:
+        if converted is None:
+            return _checked(AutoTokenizer.from_pretrained(**source), folder)
+        if (folder / "tokenizer.json").is_file():
+            return _checked(AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False}), folder)
+        return build_tokenizer(converted, folder)
+    except RabbitError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
+    except Exception as error:  # the code of any tokenizer meets any file; `tokenizers` itself raises plain Exception
+        raise TokenizerNotFoundError(
+            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
+            "the model itself runs; set model.tokenizer, or pass token ids"
+        ) from error
+
+
+def _checked(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer itself, which compares the length of every text with a number. Raises TokenizerNotFoundError without one."""
+    most = getattr(tokenizer, "model_max_length", 0)
+    if not isinstance(most, int | float):
+        raise TokenizerNotFoundError(
+            f"{folder}/tokenizer_config.json says model_max_length={most!r}, where a number is wanted: mend it or download it "
+            "again; the model itself runs, with token ids or a model.tokenizer that is set"
+        )
+    return tokenizer
+
+
+@functools.cache
+def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both.
+
+    A class of a repository that keeps its cache in tuples makes it itself: `generate` gives it none.
+    """
+    makes_its_cache = {"_supports_default_dynamic_cache": classmethod(lambda _: False)} if keeps_tuples(cls) else {}
+    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__, **makes_its_cache})

@@ -1,0 +1,155 @@
+"""Byte counts of experts that are read as they are routed to, and a room shared among their layers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rabbit_engine.utils.sizes import format_bytes
+
+BUSY_BYTES = 64 * 2**20
+"""What keeps four reads of 8 MiB under way while four have arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A layer's experts: `count` of them, of which a token uses `used`. One takes `nbytes` of memory, and its read asks the
+    disk for `read_bytes`."""
+
+    count: int
+    used: int
+    nbytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """The experts of layer `name` that are read as they are routed to, and how many of them may be cached where."""
+
+    name: str
+    routing: Routing
+    on_device: int = 0
+    in_host: int = 0
+
+    @property
+    def uncached(self) -> int:
+        """How many of a token's experts come from disk, at best."""
+        return max(0, self.routing.used - self.on_device - self.in_host)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """Slots of `slot_bytes`, each for one expert: `passing` ones for experts on their way, and the layers' caches."""
+
+    layers: tuple[LayerExperts, ...] = ()
+    slot_bytes: int = 0
+    passing: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the slots on the device."""
+        return self.slot_bytes * (self.passing + sum(layer.on_device for layer in self.layers))
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the slots in host memory."""
+        return self.slot_bytes * sum(layer.in_host for layer in self.layers)
+
+    @property
+    def most_bytes(self) -> int:
+        """What a token's experts ask the disk for when none is cached."""
+        return sum(layer.routing.used * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def least_bytes(self) -> int:
+        """The same when as many of them as can be are cached."""
+        return sum(layer.uncached * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def all_bytes(self) -> int:
+        """What reading every expert once asks the disk for: the most that a prompt, however long, needs."""
+        return sum(layer.routing.count * layer.routing.read_bytes for layer in self.layers)
+
+    @property
+    def link_bytes(self) -> int:
+        """What a token's experts move to the device when none is cached there."""
+        return sum(layer.routing.used * layer.routing.nbytes for layer in self.layers)
+
+    @property
+    def least_link_bytes(self) -> int:
+        """The same when as many of them as can be are cached there."""
+        return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
+
+    @property
+    def text(self) -> str:
+        """How many are cached, of how many, and how many a token uses."""
+        device, host = (sum(getattr(layer, name) for layer in self.layers) for name in ("on_device", "in_host"))
+        count, used = (sum(getattr(layer.routing, name) for layer in self.layers) for name in ("count", "used"))
+        beside = f", {host} in host memory" if host else ""
+        return (
+            f"{used} of {count} a token, each of up to {format_bytes(self.slot_bytes)}; {device} cached on the device{beside} "
+            f"({format_bytes(self.device_bytes + self.host_bytes)} with {self.passing} on their way)"
+        )
+
+
+NO_EXPERTS = ExpertsPlan()
+"""Of a model without any, or with all of them resident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Slots of `nbytes` for the experts of `layers`, each (name, routing): `fewest` must be free for those on their way,
+    `wanted` keep the readers busy."""
+
+    layers: tuple[tuple[str, Routing], ...] = ()
+    nbytes: int = 0
+    fewest: int = 0
+    wanted: int = 0
+
+    @property
+    def least_bytes(self) -> int:
+        """Without these no expert comes."""
+        return self.fewest * self.nbytes
+
+    def passing(self, room: int) -> int:
+        """How many for experts on their way, in so many bytes."""
+        return min(self.wanted, room // self.nbytes) if self.layers else 0
+
+    def shared(self, names: Sequence[str], passing: int, device_room: int, host_room: int) -> ExpertsPlan:
+        """As many cached experts in every layer, one more or less: on the device first, then in host memory.
+
+        Every layer is the same to a token, and one pool for all of them was no better (docs/benchmarks.md). What is left over
+        goes to the first of `layers`; the plan has them in the order of `names`.
+        """
+        if not self.layers:
+            return NO_EXPERTS
+        counts = [routing.count for _, routing in self.layers]
+        on_device = _evenly(counts, max(0, device_room) // self.nbytes)
+        in_host = _evenly([count - here for count, here in zip(counts, on_device, strict=True)], max(0, host_room) // self.nbytes)
+        shares = zip(self.layers, on_device, in_host, strict=True)
+        found = {name: LayerExperts(name, routing, here, there) for (name, routing), here, there in shares}
+        return ExpertsPlan(tuple(found[name] for name in names), self.nbytes, passing)
+
+
+def slots_for(layers: Sequence[tuple[str, Routing]]) -> Slots:
+    """Slots as large as the largest expert; at least two, so that one runs while the next arrives."""
+    if not layers:
+        return Slots()
+    routings = [routing for _, routing in layers]
+    nbytes, most = max(routing.nbytes for routing in routings), max(routing.count for routing in routings)
+    busy = min(BUSY_BYTES, sum(routing.nbytes * routing.count for routing in routings) // 8)
+    fewest = min(2, most)
+    return Slots(tuple(layers), nbytes, fewest, min(most, max(fewest, 1 + -(-busy // nbytes))))
+
+
+def _evenly(most: Sequence[int], total: int) -> list[int]:
+    """`total` shared as evenly as can be, each share at most its `most`; what is left over goes to the first ones."""
+    shares = [0] * len(most)
+    while total > 0 and any(share < limit for share, limit in zip(shares, most, strict=True)):
+        wanting = [index for index, share in enumerate(shares) if share < most[index]]
+        step = max(1, total // len(wanting))
+        for index in wanting[:total]:
+            taken = min(step, most[index] - shares[index])
+            shares[index] += taken
+            total -= taken
+    return shares

@@ -1,0 +1,317 @@
+"""A model without weights cut into units: what moves together, what must stay, what is read by row. Nothing is read.
+
+A large weight of a module whose forward runs alone is a unit of its own, so that the ring need only hold two of these and
+not two layers. What is small in a layer stays; where nothing is large the layer moves whole. A head is cut by rows, and
+experts are units of their own, read as they are routed to, where their class has transformers' experts interface.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rabbit_engine.architectures import Layout, find_layout
+from rabbit_engine.checkpoints.splitter import require_fit
+from rabbit_engine.config import DEFAULT_CUT, Cut
+from rabbit_engine.planning.experts import Routing
+from rabbit_engine.planning.placement import Role, UnitSize
+from rabbit_engine.planning.probe import Probe, has_experts_interface, run_probe
+from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
+from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
+
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Each weight of the model: where it is stored (`entries`, ties resolved), where it sits, and whose it is."""
+
+    entries: Mapping[str, TensorEntry]
+    seats: Mapping[str, Seat]
+    owned: Mapping[str, Sequence[str]]
+
+    def stored(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """The entries behind `names`, each once."""
+        return {self.entries[name].name: self.entries[name] for name in names}
+
+    def names_in(self, module: str) -> list[str]:
+        """The module's own weights."""
+        return [name for name in self.entries if name.rpartition(".")[0] == module]
+
+    def unit(self, unit_name: str, names: Iterable[str]) -> Unit:
+        """The weights `names`, as they are read."""
+        return make_unit(unit_name, list(self.stored(names).values()))
+
+    def chairs(self, entry_name: str, module: str = "") -> list[Seat]:
+        """Every seat in `module` that an entry fills: more than one where weights are tied."""
+        inside = f"{module}." if module else ""
+        return [self.seats[name] for name, entry in self.entries.items() if entry.name == entry_name and name.startswith(inside)]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `first` to `stop` of the head, which are the unit `unit`."""
+
+    first: int
+    stop: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A model's units in the order of a pass, with their sizes and the modules they belong to.
+
+    `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
+    the experts of each module whose experts can be read one by one, in their order; `whole_experts` the classes where they
+    cannot, and why.
+    """
+
+    layout: Layout
+    weights: Weights
+    probe: Probe
+    units: Mapping[str, Unit]
+    sizes: tuple[UnitSize, ...]
+    modules: Mapping[str, str]
+    head: str | None
+    blocks: tuple[Block, ...]
+    embedding: str | None
+    experts: Mapping[str, tuple[Unit, ...]]
+    whole_experts: Mapping[str, str]
+
+
+def draw(
+    model: PreTrainedModel,
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+    cut: Cut = DEFAULT_CUT,
+    device_type: str = "cpu",
+) -> Sketch:
+    """Cut `model` (on the meta device) into units of its stored `entries`, to run on such a device.
+
+    Raises MismatchedWeightsError where they are not this model's.
+    """
+    layout = find_layout(model)
+    weights = _locate(model, layout, entries, ties)
+    drawing = _Drawing(model, layout, weights, run_probe(model, device_type), cut)
+    drawing.add_towers()
+    drawing.add_layers()
+    drawing.add_head()
+    drawing.add_others()
+    return drawing.finish()
+
+
+def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and ties of a model whose files nobody has: its own shapes and dtypes, in no file."""
+    from pathlib import Path
+
+    ties = {target: source for target, source in model.all_tied_weights_keys.items() if target != source}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    nowhere = Path("/")
+    entries, offset = {}, 0
+    for name, tensor in state.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        entries[name] = TensorEntry(name, nowhere, offset, nbytes, tensor.dtype, tuple(tensor.shape))
+        offset += nbytes + -nbytes % 4096
+    return entries, ties
+
+
+def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> Weights:
+    require_fit(model, entries, ties)
+    state = model.state_dict()
+    found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if ties.get(target) != source and ties.get(source) != target:
+            model.all_tied_weights_keys.pop(target)  # stored with different values: not tied, as in transformers
+    owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
+    for name in found:
+        owned[layout.shard_of(name)].append(name)
+    return Weights(found, seats_of(model, list(found)), owned)
+
+
+class _Drawing:
+    """A sketch in the making."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
+        self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
+        self._run_order = {name: index for index, name in enumerate(probe.alone)}
+        self._users = Counter(entry.name for entry in weights.entries.values())
+        self._units: dict[str, Unit] = {}
+        self._sizes: list[UnitSize] = []
+        self._modules: dict[str, str] = {}
+        self._blocks: list[Block] = []
+        self._experts: dict[str, tuple[Unit, ...]] = {}
+        self._whole_experts: dict[str, str] = {}
+
+    def _add(
+        self,
+        name: str,
+        unit: Unit,
+        *,
+        streamed: bool,
+        module: str | None = None,
+        encloses: bool = False,
+        rare: bool = False,
+    ) -> None:
+        role: Role = "streamed" if streamed else "resident"
+        self._units[name] = unit
+        self._sizes.append(UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare))
+        if module is not None:
+            self._modules[name] = module
+
+    def add_towers(self) -> None:
+        """The blocks that only an image runs, each whole: no text shows how they run inside."""
+        for block in self._layout.towers:
+            names = self._weights.owned[block]
+            if names:
+                self._add(block, self._weights.unit(block, names), streamed=True, module=block, rare=True)
+
+    def add_layers(self) -> None:
+        """Every layer: its large modules, and the rest."""
+        for layer in self._layout.layers:
+            names = self._weights.owned[layer]
+            if names:
+                self._add_layer(layer, names)
+
+    def _add_layer(self, layer: str, names: Sequence[str]) -> None:
+        owners: dict[str, list[str]] = {}
+        for name in names:
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+        experts = {owner: found for owner, found in owners.items() if self._are_experts(owner, found)}
+        dense = [name for name in names if name.rpartition(".")[0] not in experts]
+        leaves = self._large_leaves(layer, {owner: found for owner, found in owners.items() if owner not in experts})
+        inside = {name for found in leaves.values() for name in found}
+        rest = self._weights.unit(layer, [name for name in dense if name not in inside])
+        total = sum(self._weights.entries[name].nbytes for name in dense)
+        if rest.pieces:
+            stays = bool(leaves) and rest.weight_bytes <= total * self._cut.rest_share
+            self._add(layer, rest, streamed=not stays, module=layer, encloses=bool(leaves))
+        for leaf, found in leaves.items():
+            self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf)
+        for owner, found in experts.items():
+            self._add_experts(owner, found)
+
+    def _large_leaves(self, layer: str, owners: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """The layer's modules that run alone, are large, and share nothing, in the order they run: module -> its weights."""
+        large = [leaf for leaf, found in owners.items() if leaf != layer and self._is_unit(leaf, found)]
+        return {leaf: owners[leaf] for leaf in sorted(large, key=self._run_order.__getitem__)}
+
+    def _are_experts(self, owner: str, names: Sequence[str]) -> bool:
+        """Whether the weights `names` of module `owner` are stacks of experts that can be read one by one."""
+        module: Any = self._model.get_submodule(owner)
+        has_interface = has_experts_interface(module)
+        if not has_interface and "Expert" not in type(module).__name__:
+            return False
+        problem = (
+            self._not_by_expert(owner, module, names) if has_interface else "transformers gives this class no experts interface"
+        )
+        if problem:
+            self._whole_experts[type(module).__name__] = problem
+        return problem is None
+
+    def _not_by_expert(self, owner: str, module: Any, names: Sequence[str]) -> str | None:
+        """Why a module with the interface cannot have its experts read one by one, or None."""
+        entries = [self._weights.entries[name] for name in names]
+        if not self._cut.by_expert:
+            return "as asked"
+        if owner in self._probe.outside:
+            return "its weights are used outside of it"
+        if any(entry.shape[:1] != (module.num_experts,) or self._users[entry.name] > 1 for entry in entries):
+            return "its weights are no stacks of experts of its own"
+        return None
+
+    def _add_experts(self, owner: str, names: Sequence[str]) -> None:
+        """The experts of a module, each as a unit, and the module as one for where everything stays."""
+        module: Any = self._model.get_submodule(owner)
+        whole = self._weights.unit(owner, names)
+        rows = zip(*(each_row(self._weights.entries[name]) for name in names), strict=True)
+        experts = tuple(make_unit(f"{owner}[{index}]", entries) for index, entries in enumerate(rows))
+        largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
+        used = min(self._probe.routed.get(owner) or _said_to_use(module), module.num_experts)
+        routing = Routing(module.num_experts, used, largest, most_read)
+        self._units[owner], self._experts[owner] = whole, experts
+        self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing))
+
+    def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
+        entries = [self._weights.entries[name] for name in names]
+        return (
+            leaf in self._run_order
+            and not self._beside_own_weights(leaf)
+            and sum(entry.nbytes for entry in entries) >= self._cut.least_bytes
+            and all(self._users[entry.name] == 1 for entry in entries)
+        )
+
+    def _beside_own_weights(self, leaf: str) -> bool:
+        """Whether the module above has weights of its own: on a GPU such a one (a state space, a linear attention) may hand
+        its children's weights to one fused kernel, which no pass on the meta device shows."""
+        above = self._model.get_submodule(leaf.rpartition(".")[0])
+        return any(True for _ in above.parameters(recurse=False))
+
+    def add_head(self) -> None:
+        """The head, cut by rows into blocks that are no larger than a layer's largest unit where it is a plain matrix."""
+        head = self._layout.head
+        names = self._weights.owned[head] if head else []
+        if head is None or not names:
+            return
+        weight, rest = f"{head}.weight", [name for name in names if name != f"{head}.weight"]
+        largest = max((size.nbytes for size in self._sizes if size.role == "streamed"), default=self._cut.most_bytes)
+        most = min(self._cut.most_bytes, max(largest, self._cut.least_bytes))
+        plain = isinstance(self._model.get_submodule(head), nn.Linear) and weight in names
+        blocks = row_blocks(self._weights.entries[weight], most) if plain else []
+        if len(blocks) < 2:
+            self._add(head, self._weights.unit(head, names), streamed=True, module=head)
+            return
+        for first, stop, entry in blocks:
+            name = f"{head}[{first}:{stop}]"
+            self._add(name, make_unit(name, [entry]), streamed=True)
+            self._blocks.append(Block(first, stop, name))
+        if rest:
+            self._add(f"{head} (rest)", self._weights.unit(head, rest), streamed=False)
+
+    def add_others(self) -> None:
+        """What belongs to no layer and no head: the embedding by row, everything else resident."""
+        head = self._weights.stored(self._weights.owned[self._layout.head]) if self._layout.head else {}
+        for module, names in self._weights.owned.items():
+            if not names or module in (*self._layout.towers, *self._layout.layers, self._layout.head):
+                continue
+            own = [name for name in names if self._weights.entries[name].name not in head]
+            unit = self._weights.unit(module, own)
+            if module == self._layout.embedding and self._embedding():
+                self._units[module] = unit
+                self._sizes.insert(0, UnitSize(module, "embedding", unit.nbytes, unit.read_bytes))
+            else:
+                self._add(module, unit, streamed=False)
+
+    def _embedding(self) -> str | None:
+        """The weight of a plain embedding, which rows can be read of."""
+        module = self._layout.embedding
+        if module is None or not isinstance(self._model.get_submodule(module), nn.Embedding):
+            return None
+        names = self._weights.owned[module]
+        return names[0] if len(names) == 1 else None
+
+    def finish(self) -> Sketch:
+        """What was drawn."""
+        head = f"{self._layout.head}.weight" if self._blocks else None
+        return Sketch(
+            self._layout,
+            self._weights,
+            self._probe,
+            self._units,
+            tuple(self._sizes),
+            self._modules,
+            head,
+            tuple(self._blocks),
+            self._embedding(),
+            self._experts,
+            self._whole_experts,
+        )
+
+
+def _said_to_use(module: Any) -> int:
+    """How many experts a token uses by the config, where no pass showed it; all of them where that does not tell either."""
+    return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)

@@ -1,0 +1,33 @@
+"""Which key of a config lets no pass work: found on the meta device, where a model's probe failed."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rabbit_engine.architectures import Architecture, blame_for_model, build_skeleton, config_path, is_remote
+from rabbit_engine.errors import UnsupportedArchitectureError
+from rabbit_engine.planning.probe import Probe, run_probe
+
+
+def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -> None:
+    """Raise UnsupportedArchitectureError where a key of the config makes every pass fail: without that key one works.
+
+    Most models whose probe failed only object to tensors without values, and are left alone.
+    """
+    cls, config = architecture.cls, architecture.config
+    if not probe.failure or _is_of_the_device(probe.failure) or is_remote(cls):
+        return
+    blamed = blame_for_model(config, lambda other: _pass(cls, other, dtype))
+    if blamed:
+        raise UnsupportedArchitectureError(f"{config_path(config)}: no pass of {cls.__name__} works: {probe.failure}{blamed}")
+
+
+def _pass(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:
+    failure = run_probe(build_skeleton(cls, config, dtype)).failure
+    if failure:
+        raise RuntimeError(failure)
+
+
+def _is_of_the_device(failure: str) -> bool:
+    return failure.startswith("NotImplementedError") or "meta" in failure.lower()

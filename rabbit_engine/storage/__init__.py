@@ -1,0 +1,1 @@
+"""Bytes on disk: direct reads, safetensors headers and tensors, and checked JSON."""

@@ -1,0 +1,226 @@
+"""Reads past the page cache, into memory that was claimed once. Knows files and bytes, no tensors' names.
+
+A model that is read anew every pass never finds its pages in the cache (a cyclic scan evicts what it needs next), and
+filling the cache costs a copy and the memory of everybody else. So files are read with O_DIRECT where the system has it,
+with F_NOCACHE on macOS, else buffered with the kernel told to drop the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import mmap
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from rabbit_engine.errors import BudgetError, MissingFileError, RabbitError, UnreadableFileError
+from rabbit_engine.utils.sizes import format_bytes
+
+PAGE = 4096
+"""What direct reads are aligned to: file offsets, memory and lengths. The largest logical block of today's disks."""
+
+CHUNK_BYTES = 8 * 2**20
+"""One read. Several are under way at once, so that the disk always has the next one."""
+
+HUGE_PAGE = 2 * 2**20
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_O_BINARY = getattr(os, "O_BINARY", 0)
+_O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+def aligned_down(count: int) -> int:
+    """The page boundary at or before `count`."""
+    return count - count % PAGE
+
+
+def aligned_up(count: int) -> int:
+    """The page boundary at or after `count`."""
+    return count + -count % PAGE
+
+
+def claim_memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] on the CPU, page-aligned, zeroed, given back to the system when the last view of it dies.
+
+    In huge pages where the system has them: a direct read into 4 KiB pages is cut into many small requests, and got a third
+    of the rate on the disk it was measured on (docs/benchmarks.md). The last part of a huge page is in small ones: it takes
+    no more memory than was asked for. Private memory: shared memory rarely gets huge pages.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    try:
+        return _claim(nbytes)
+    except (OSError, MemoryError) as cause:
+        raise BudgetError(
+            f"the system refuses {format_bytes(nbytes)} of memory ({cause}): give less in max_memory, or end what else runs"
+        ) from cause
+
+
+def _claim(nbytes: int) -> torch.Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.frombuffer(mmap.mmap(-1, aligned_up(nbytes)), dtype=torch.uint8, count=nbytes)
+    spare = HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+    memory = mmap.mmap(-1, aligned_up(nbytes) + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE if spare else 0
+    if spare:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE)
+    return whole[start : start + nbytes]
+
+
+def as_bytes(flat: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor [n] on the CPU, writable in place."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def buffered_reason(path: Path) -> str | None:
+    """Why reads of `path` go through the page cache, or None where they go past it."""
+    if sys.platform == "darwin":
+        return None
+    with disk_errors(path):
+        device = path.stat().st_dev
+    if device not in _reasons:
+        _reasons[device] = _ask(path)
+    return _reasons[device]
+
+
+_reasons: dict[int, str | None] = {}
+"""By device of the file system; asked once each."""
+
+
+def _ask(path: Path) -> str | None:
+    """Whether the file system reads directly, by trying."""
+    if not _O_DIRECT:
+        return f"{sys.platform} has no O_DIRECT"
+    memory = claim_memory(PAGE)
+    try:
+        with io.FileIO(os.open(path, os.O_RDONLY | _O_DIRECT), "rb") as file:
+            file.readinto(as_bytes(memory))
+    except OSError as error:
+        return f"the file system refuses direct reads ({errno.errorcode.get(error.errno or 0, error)})"
+    return None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file. Raises UnreadableFileError where this user may not even know."""
+    with disk_errors(path):
+        return path.is_file()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of `path`, as an error of ours that names it: UnreadableFileError or MissingFileError."""
+    try:
+        yield
+    except RabbitError:
+        raise
+    except OSError as cause:
+        raise unreadable(path, cause) from cause
+
+
+def unreadable(path: Path, cause: OSError) -> RabbitError:
+    """The error for what the system says of `path`."""
+    if isinstance(cause, FileNotFoundError | NotADirectoryError):
+        return MissingFileError(f"{path} is gone: put it back or download it again, then load the model again")
+    return UnreadableFileError(f"{path} cannot be read ({_answer(cause)}){_ADVICE.get(cause.errno or 0, '')}")
+
+
+_ADVICE = {
+    errno.EIO: ": the disk fails, copy the file to another one or download it again",
+    errno.ENOMEM: ": the system is out of memory, give less in max_memory or end what else runs",
+    errno.EACCES: ": let this user read it",
+    errno.EPERM: ": let this user read it",
+    errno.EISDIR: ": put the file in the folder's place",
+    errno.EMFILE: ": too many files are open, raise `ulimit -n`",
+}
+
+
+def _answer(cause: OSError) -> str:
+    """`EIO, Input/output error`."""
+    name = errno.errorcode.get(cause.errno or 0)
+    return f"{name}, {cause.strerror}" if name else str(cause) or type(cause).__name__
+
+
+def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError], *, direct: bool = False) -> io.FileIO:
+    """The file, unbuffered. Raises `error` where it is another one than when its header was read, or is not a plain file."""
+    flags = os.O_RDONLY | _O_BINARY | _O_NONBLOCK | (_O_DIRECT if direct else 0)  # a pipe in its place must not block
+    with disk_errors(path):
+        file = io.FileIO(os.open(path, flags), "rb")
+        try:
+            _require_unchanged(file, path, stamp, error)
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | None, error: type[RabbitError]) -> None:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path} is not a plain file: put the model's file in its place")
+    if stamp is not None and stamp != stamp_of(file):
+        raise error(f"{path} was replaced while in use: load the model again")
+
+
+def stamp_of(file: io.FileIO) -> tuple[int, int]:
+    """What tells an open file from another one, or from itself before it was changed: its inode and time of change."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_mtime_ns
+
+
+def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError], needed: int | None = None) -> None:
+    """Fill `buffer` from the file's position, or at least its first `needed` bytes where the file ends there.
+
+    Raises `error` when the file ends first, UnreadableFileError when the disk fails.
+    """
+    needed = len(buffer) if needed is None else needed
+    done = 0
+    with disk_errors(path):
+        while done < needed:
+            count = _read_some(file, buffer[done:])
+            if not count:
+                raise error(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
+            done += count
+
+
+def _read_some(file: io.RawIOBase, buffer: memoryview) -> int | None:
+    """One read; a signal that interrupts it is no failure."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            return file.readinto(buffer)
+
+
+def read_pages(
+    path: Path,
+    stamp: tuple[int, int] | None,
+    offset: int,
+    nbytes: int,
+    memory: memoryview,
+    error: type[RabbitError],
+    *,
+    direct: bool,
+) -> None:
+    """Read `nbytes` at `offset` of `path`, and what else lies in their pages, into `memory`.
+
+    `memory[0]` becomes the byte at `aligned_down(offset)`; it must be page-aligned and hold whole pages. With
+    `direct=False` the read is buffered and its pages are dropped from the cache afterwards.
+    """
+    start, end = aligned_down(offset), offset + nbytes
+    last = aligned_up(end) if direct else end
+    with open_unchanged(path, stamp, error, direct=direct) as file, disk_errors(path):
+        if direct and sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
+        file.seek(start)
+        read_into(file, memory[: last - start], path, error, end - start)
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)

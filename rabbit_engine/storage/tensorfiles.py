@@ -1,0 +1,319 @@
+"""Safetensors files, byte by byte: check a header, read a tensor, write an aligned file. Knows nothing of models.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header, then the data.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from rabbit_engine.errors import RabbitError, UnreadableFileError, first_line
+from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
+from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
+
+ALIGNMENT = PAGE
+"""Every tensor we write starts on a multiple of this: what direct reads ask for."""
+
+PAD_PREFIX = "__pad__."
+CHECKSUM_KEY = "data_xxh3_128"
+COPY_BYTES = 16 * 2**20
+_COMPARED_BYTES = 2**20
+"""Read of each at a time, while a model loads: its smallest budget may be 3 MB."""
+
+_LFS_POINTER = b"version https://git-lfs"
+_HEADER_LIMIT = 100_000_000
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`.
+
+    `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know. Where a
+    tensor is stored in several `parts`, its bytes are theirs, one behind another, and `path` and `offset` are the first one's.
+    """
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stamp: tuple[int, int] | None = None
+    parts: tuple[TensorEntry, ...] = ()
+
+    @property
+    def places(self) -> tuple[TensorEntry, ...]:
+        """Where its bytes lie, in their order: its parts, or itself."""
+        return self.parts or (self,)
+
+    def rows(self, first: int, stop: int) -> TensorEntry:
+        """Rows `first` to `stop` (along dimension 0), as a tensor of their own."""
+        row_bytes = self.nbytes // self.shape[0]
+        begin, end, position, found = first * row_bytes, stop * row_bytes, 0, []
+        for place in self.places:
+            low, high = max(begin - position, 0), min(end - position, place.nbytes)
+            if low < high:
+                found.append(replace(place, offset=place.offset + low, nbytes=high - low))
+            position += place.nbytes
+        name, shape = f"{self.name}[{first}:{stop}]", (stop - first, *self.shape[1:])
+        return gathered(name, self.dtype, shape, found)
+
+
+def each_row(entry: TensorEntry) -> list[TensorEntry]:
+    """Every row of a tensor (along dimension 0) as one of its own; a row may be whole parts of it."""
+    count = entry.shape[0]
+    step = len(entry.parts) // count
+    groups = [entry.parts[step * index : step * (index + 1)] for index in range(count)]
+    if not step or any(sum(part.nbytes for part in group) * count != entry.nbytes for group in groups):
+        return [entry.rows(index, index + 1) for index in range(count)]
+    shape = (1, *entry.shape[1:])
+    return [gathered(f"{entry.name}[{index}:{index + 1}]", entry.dtype, shape, group) for index, group in enumerate(groups)]
+
+
+def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequence[TensorEntry]) -> TensorEntry:
+    """The tensor whose bytes are those of `places`, one behind another."""
+    nbytes = sum(place.nbytes for place in places)
+    first, parts = places[0], tuple(places) if len(places) > 1 else ()
+    return TensorEntry(name, first.path, first.offset, nbytes, dtype, shape, first.stamp, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors file's header: its tensors in file order, its metadata, and where its data starts and ends."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+    checksum: str
+
+
+def read_header(path: Path, error: type[RabbitError], advice: str = "") -> Header:
+    """Read and check a safetensors header: names, dtypes, shapes and offsets agree, and the file is exactly as long as they say.
+
+    Raises `error`, naming the file and by how much it differs; MissingFileError and UnreadableFileError for the file itself.
+    """
+    with open_unchanged(path, None, error) as file, disk_errors(path):
+        status = os.fstat(file.fileno())
+        prefix = _read_up_to(file, 8)
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size > min(_HEADER_LIMIT, status.st_size - 8):
+            wanted = f"{status.st_size} bytes, its header would need {8 + size}"
+            raise error(f"{path} is no whole safetensors file ({wanted}): {advice or advice_for(path)}")
+        raw = _read_up_to(file, size)
+    start = 8 + size
+    try:
+        metadata, tensors = _parse_header(path, raw, start, (status.st_ino, status.st_mtime_ns))
+        _require_contiguous(tensors, start)
+    except (ValueError, KeyError, TypeError) as cause:
+        raise error(f"{path} has a damaged safetensors header: {first_line(cause)}; {advice or 'download it again'}") from cause
+    problem = _wrong_length(tensors, start, status.st_size)
+    if problem is not None:
+        raise error(f"{path} {problem}; {advice or 'download it again'}")
+    return Header(path, tensors, metadata, start, status.st_size, xxhash.xxh3_128_hexdigest(prefix + raw))
+
+
+def _read_up_to(file: io.FileIO, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (more := file.read(count - len(found))):
+        found += more
+    return found
+
+
+def advice_for(path: Path) -> str:
+    """What to do about a file that is not of its format: by what stands in its place."""
+    with open_unchanged(path, None, UnreadableFileError) as file, disk_errors(path):
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return "it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
+    return "it looks like a web page, download it again" if start.lstrip()[:1] == b"<" else "download it again"
+
+
+def _parse_header(
+    path: Path, raw: bytes, start: int, stamp: tuple[int, int]
+) -> tuple[Mapping[str, str], tuple[TensorEntry, ...]]:
+    table = Fields.of(parse(raw), "the header")
+    metadata = table.texts("__metadata__") if table.values.get("__metadata__") is not None else {}
+    rows = ((name, row) for name, row in table.values.items() if name != "__metadata__")
+    entries = (_entry(path, name, Fields.of(row, name), start, stamp) for name, row in rows)
+    return metadata, tuple(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)))
+
+
+def _entry(path: Path, name: str, row: Fields, data_start: int, stamp: tuple[int, int]) -> TensorEntry:
+    begin, end = counts(row.take("data_offsets"), f"{name}.data_offsets")
+    shape, kind = counts(row.take("shape"), f"{name}.shape"), row.text("dtype")
+    if kind not in TORCH_DTYPES:
+        raise ValueError(f"{name} is of dtype {shown(kind)}, known are {', '.join(TORCH_DTYPES)}")
+    dtype = TORCH_DTYPES[kind]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is {list(shape)} {kind} in {end - begin} bytes")
+    if math.prod(filter(None, shape)) >= 2**63:
+        raise ValueError(f"{name} is {list(shape)}, more than can be counted")
+    return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape, stamp)
+
+
+def _require_contiguous(tensors: Sequence[TensorEntry], start: int) -> None:
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            raise ValueError(f"{tensor.name} starts at {tensor.offset}, expected {position}")
+        position += tensor.nbytes
+
+
+def _wrong_length(tensors: Sequence[TensorEntry], start: int, file_bytes: int) -> str | None:
+    position = start + sum(tensor.nbytes for tensor in tensors)
+    if position == file_bytes:
+        return None
+    return f"is {'cut off' if file_bytes < position else 'too long'}: {file_bytes} bytes, its header says {position}"
+
+
+def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
+    """The tensor in memory of its own (no map of the file stays behind). Raises `error` when bytes are missing."""
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+    position = 0
+    for place in entry.places:
+        with open_unchanged(place.path, place.stamp, error) as file:
+            file.seek(place.offset)
+            read_into(file, as_bytes(flat[position : position + place.nbytes]), place.path, error)
+        position += place.nbytes
+    return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]) -> bool:
+    """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if first.parts or second.parts:
+        return torch.equal(read_tensor(first, error).view(torch.uint8), read_tensor(second, error).view(torch.uint8))
+    pieces = [bytearray(_COMPARED_BYTES), bytearray(_COMPARED_BYTES)]
+    with open_unchanged(first.path, first.stamp, error) as one, open_unchanged(second.path, second.stamp, error) as other:
+        for position in range(0, first.nbytes, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, first.nbytes - position)
+            views = [memoryview(piece)[:size] for piece in pieces]
+            for file, entry, view in zip((one, other), (first, second), views, strict=True):
+                file.seek(entry.offset + position)
+                read_into(file, view, entry.path, error)
+            if views[0] != views[1]:
+                return False
+    return True
+
+
+def holds(entry: TensorEntry, values: torch.Tensor, error: type[RabbitError]) -> bool:
+    """Whether a stored tensor has the shape and, in its dtype, bit for bit the values of another."""
+    if tuple(values.shape) != entry.shape:
+        return False
+    flat = values.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
+    if entry.parts:
+        return torch.equal(read_tensor(entry, error).reshape(-1).view(torch.uint8), flat)
+    raw, piece = as_bytes(flat), memoryview(bytearray(min(_COMPARED_BYTES, entry.nbytes)))
+    with open_unchanged(entry.path, entry.stamp, error) as file:
+        file.seek(entry.offset)
+        for position in range(0, entry.nbytes, _COMPARED_BYTES):
+            read = piece[: entry.nbytes - position]
+            read_into(file, read, entry.path, error)
+            if raw[position : position + len(read)] != read:
+                return False
+    return True
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder."""
+    scratch = path.with_name(f".{path.name}.scratch")
+    scratch.unlink(missing_ok=True)
+    try:
+        with scratch.open("x+b") as file:  # a new file: never through a link that somebody put there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and commits a rename without it
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_aligned(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose header vouches for its data: `metadata` and the xxh3 of everything behind the header.
+
+    The header is padded with spaces and each tensor with a small named pad tensor (the format allows no holes), so
+    that every tensor starts on a 4,096-byte boundary: reads need no copy and kernels see aligned weights.
+    """
+    _, data_start = _render_header(tensors, {**metadata, CHECKSUM_KEY: "0" * 32})
+    digest = xxhash.xxh3_128()
+    with written_whole(path) as file:
+        file.seek(data_start)
+        for tensor in tensors.values():
+            _write_padded(file, digest, tensor)
+        header, _ = _render_header(tensors, {**metadata, CHECKSUM_KEY: digest.hexdigest()})
+        file.seek(0)
+        file.write(header)
+
+
+def _write_padded(file: BinaryIO, digest: Any, tensor: torch.Tensor) -> None:
+    raw = as_bytes(tensor.contiguous().reshape(-1).view(torch.uint8))
+    for start in range(0, len(raw), COPY_BYTES):
+        digest.update(raw[start : start + COPY_BYTES])
+        file.write(raw[start : start + COPY_BYTES])
+    padding = bytes(_padding(len(raw)))
+    digest.update(padding)
+    file.write(padding)
+
+
+def aligned_bytes(sizes: Sequence[int]) -> int:
+    """About how large an aligned file with tensors of these sizes is: each padded, and a header."""
+    header = 8 + 160 * (2 * len(sizes) + 4)
+    return header + _padding(header) + sum(size + _padding(size) for size in sizes)
+
+
+def _padding(size: int) -> int:
+    return -size % ALIGNMENT
+
+
+def _render_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for index, (name, tensor) in enumerate(tensors.items()):
+        position = _add_row(
+            table, name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), position, tensor.numel() * tensor.itemsize
+        )
+        if pad := _padding(position):
+            position = _add_row(table, f"{PAD_PREFIX}{index}", "U8", [pad], position, pad)
+    body = json.dumps(table, separators=(",", ":")).encode()
+    body += b" " * _padding(8 + len(body))
+    return len(body).to_bytes(8, "little") + body, 8 + len(body)
+
+
+def _add_row(table: dict[str, Any], name: str, dtype: str, shape: list[int], begin: int, nbytes: int) -> int:
+    table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + nbytes]}
+    return begin + nbytes

@@ -1,0 +1,1 @@
+"""Puts units into a model: placeholders, wrapped forwards, blocks of rows, routed experts."""

@@ -1,0 +1,137 @@
+"""What a sparse layer computes, one expert at a time as it arrives: a function of transformers' experts interface.
+
+The interface (`transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`) lets `config._experts_implementation` choose who
+computes `experts(hidden_states, top_k_index, top_k_weights)`. Only a module whose experts are streamed has a config that
+chooses this one: others keep the implementation that transformers chose, which `generate` may change.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from rabbit_engine.errors import StreamingError
+from rabbit_engine.streaming.binding.wrapping import Binding, refuse_gradients
+from rabbit_engine.streaming.transfer.experts import HALF_LIFE_TOKENS, ExpertCache
+from rabbit_engine.streaming.transfer.unit import Unit
+
+IMPLEMENTATION = "rabbit_engine"
+"""The name in the interface."""
+
+
+class RoutedExperts:
+    """The experts `units` of a module, whose weights are brought as they are routed to."""
+
+    def __init__(self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding) -> None:
+        self._name, self._units, self._cache, self._binding = name, units, cache, binding
+
+    def run(
+        self, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, experts a token]: [tokens, hidden].
+
+        Each expert's results go to places of their own and are summed at the end, in the order of `top_k_index`: the bits do
+        not depend on which expert came first. The rows of an expert have the order they have in transformers' `grouped_mm`
+        (`torch.sort` of the indices, which is not stable), as kernels round by the place of a row.
+        """
+        refuse_gradients(self._name, module, (hidden_states, top_k_weights), {})
+        tokens, used = top_k_index.shape
+        order = torch.sort(top_k_index.reshape(-1)).indices
+        chosen = top_k_index.cpu()  # the only wait for a device
+        counts = torch.bincount(chosen.reshape(-1), minlength=module.num_experts)[: module.num_experts].tolist()
+        starts = list(itertools.accumulate(counts, initial=0))
+        results: torch.Tensor | None = None
+        length = self._binding.length_of(tokens)
+        uses = decayed_uses(chosen, counts, length)
+        with self._binding.alone(), self._cache.lend(self._name, uses, length) as arrivals:
+            for index, memory in arrivals:
+                with self._binding.computing(self._units[index].name):
+                    pairs = order[starts[index] : starts[index + 1]]
+                    states = hidden_states[pairs // used]
+                    result = run_expert(module, self._weights(index, memory), states, len(order))
+                    if results is None:  # an index past the last expert is nobody's, and adds nothing
+                        results = result.new_zeros(len(order), result.shape[-1])
+                    results[pairs] = result
+        if results is None:
+            return torch.zeros_like(hidden_states)
+        weighted = results * top_k_weights.reshape(-1, 1)
+        return weighted.view(tokens, used, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _weights(self, index: int, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """An expert's weights under the names of the module's stacks of them."""
+        pieces = self._units[index].pieces
+        return {piece.entry.name.rpartition("[")[0].rpartition(".")[2]: piece.view(memory)[0] for piece in pieces}
+
+
+def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:
+    """How often each expert is used, `counts` times in all, as it weighs when the pass is over.
+
+    `top_k_index` [sequences * length, experts a token] is on the CPU.
+    """
+    tokens, used = top_k_index.shape
+    uses: Sequence[float] = counts
+    if length > 1:
+        ages = (length - 1 - torch.arange(tokens, device="cpu") % length) / HALF_LIFE_TOKENS
+        weights = torch.exp2(-ages).repeat_interleave(used)
+        uses = torch.bincount(top_k_index.reshape(-1), weights, minlength=len(counts)).tolist()
+    return {index: uses[index] for index, count in enumerate(counts) if count}
+
+
+def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor, all_rows: int) -> torch.Tensor:
+    """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm.
+
+    `all_rows` are those of all experts, which transformers' `grouped_mm` runs through the gate together.
+    """
+    up = _project(module, weights, "gate_up_proj" if module.has_gate else "up_proj", states)
+    if not module.has_gate:
+        inner = module.act_fn(up)
+    elif len(up) == 1 < all_rows:  # half of one row is contiguous, half of several is not: GELU has a kernel for each
+        inner = module._apply_gate(torch.cat([up, up]))[:1]
+    else:
+        inner = module._apply_gate(up)
+    result = _project(module, weights, "down_proj", inner)
+    return module.post_expert_norm(result) if getattr(module, "has_post_expert_norm", False) else result
+
+
+def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the weights, also under autocast, as transformers' grouped kernels do."""
+    matrix = weights[name]
+    states = states.to(matrix.dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        result = states @ matrix if module.is_transposed else functional.linear(states, matrix)
+    return result + weights[f"{name}_bias"] if module.has_bias else result
+
+
+def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """The function of the interface: the module's own stream of experts."""
+    experts: RoutedExperts | None = getattr(module, "routed_experts", None)
+    if experts is None:
+        raise StreamingError(
+            f'experts_implementation="{IMPLEMENTATION}" is for models that stream: load this one with rabbit_engine.AutoModel, '
+            "or choose another implementation"
+        )
+    return experts.run(module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_routed)
+
+
+def adapts_routed(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT is set on a stack of experts that are streamed: it would change all of them at once."""
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    return any(hasattr(inside, "routed_experts") for wrapper in wrappers for inside in wrapper.modules())
+
+
+def route(module: nn.Module, experts: RoutedExperts) -> None:
+    """Let `experts` compute what `module` is asked for."""
+    chosen: Any = module
+    chosen.routed_experts = experts
+    chosen.config = copy.deepcopy(chosen.config)
+    chosen.config._experts_implementation = IMPLEMENTATION

@@ -1,0 +1,45 @@
+"""An embedding that stays on disk: its forward reads the rows of the ids it is given, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from rabbit_engine.errors import DamagedShardError
+from rabbit_engine.storage.directio import as_bytes, open_unchanged, read_into
+from rabbit_engine.streaming.binding.placeholder import Placeholder
+
+
+class EmbeddingRows(Placeholder):
+    """The weight of an embedding, [vocabulary, width], in a shard; `torch.nn.functional.embedding` on it reads rows."""
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of int64 `ids` [n] on the CPU: [n, width]. Raises IndexError past the vocabulary, as torch does."""
+        rows, row_bytes = self.shape[0], self.entry.nbytes // max(1, self.shape[0])
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+            span = f"{int(ids.min())} to {int(ids.max())}"
+            raise IndexError(f"index out of range in self: {self.weight_name} has {rows} rows, the ids go from {span}")
+        table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
+        with open_unchanged(self.entry.path, self.entry.stamp, DamagedShardError) as file:
+            for index, row in enumerate(ids.tolist()):
+                file.seek(self.entry.offset + row * row_bytes)
+                read_into(file, as_bytes(table[index]), self.entry.path, DamagedShardError)
+        return table.view(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer `embedding(weight, ids)`; everything else raises as for any weight that is away."""
+        if func is torch.ops.aten.embedding.default:
+            weight, ids = args[0], args[1]
+            needed, position = torch.unique(ids.cpu(), return_inverse=True)
+            table = weight.read(needed).to(weight.device)
+            return functional.embedding(position.to(weight.device), table)
+        if func is torch.ops.aten.select.int and args[1] == 0:  # Gemma 4 takes the row of its padding token by hand
+            weight, row = args[0], args[2] % args[0].shape[0]
+            return weight.read(torch.tensor([row], device="cpu"))[0].to(weight.device)
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -1,0 +1,351 @@
+"""Units and the modules they belong to: weights appear as parameters while the module runs, and are placeholders else.
+
+The forwards are wrapped, not hooked: a `finally` also sees KeyboardInterrupt, which torch's `always_call` hooks do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import nn
+
+from rabbit_engine.errors import CannotExportError, CannotTrainError
+from rabbit_engine.streaming.binding.placeholder import StandIns
+from rabbit_engine.streaming.scheduler import rider_on
+from rabbit_engine.streaming.telemetry.progress import PassProgress
+from rabbit_engine.streaming.telemetry.trace import Trace
+from rabbit_engine.streaming.transfer.streamer import Streamer
+from rabbit_engine.streaming.transfer.unit import Unit
+from rabbit_engine.utils.bar import Bar
+
+_PLACES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a weight sits: an attribute of a module (the object: names change under adapters), in one of its tables."""
+
+    module: nn.Module
+    attribute: str
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The module's parameters or buffers, whichever holds this one."""
+        module = self.module
+        return module._buffers if self.attribute in module._buffers else module._parameters
+
+    @property
+    def holds_parameter(self) -> bool:
+        """Whether a parameter sits here now, not a buffer."""
+        return self.attribute in self.module._parameters
+
+    def seat(self, tensor: torch.Tensor) -> None:
+        """Put `tensor` there."""
+        self.table[self.attribute] = tensor
+
+
+def seats_of(model: nn.Module, names: Sequence[str]) -> dict[str, Seat]:
+    """The seat of each weight of the model's state dict."""
+    return {name: Seat(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
+
+
+class BoundUnit:
+    """A unit, the seats of its weights, and what stands in for them while they are away."""
+
+    def __init__(self, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
+        self.unit = unit
+        self._seats = [seats[piece.entry.name] for piece in unit.pieces]
+        self._are_parameters = [seats[0].holds_parameter for seats in self._seats]
+        pairs = zip(unit.pieces, self._are_parameters, strict=True)
+        self._away = [stand_ins.stand_in(piece.entry, is_parameter) for piece, is_parameter in pairs]
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self.take_away()
+
+    def bring(self, place: int, memory: torch.Tensor) -> None:
+        """Seat views of the ring. They are kept for the places where a unit often lies: rebinding costs 0.1
+        microseconds, a new Parameter 8."""
+        if place not in self._views:
+            if len(self._views) == _PLACES:
+                self._views.clear()
+            self._views[place] = [self._view(index, memory) for index in range(len(self._seats))]
+        self._seat(self._views[place])
+
+    def _view(self, index: int, memory: torch.Tensor) -> torch.Tensor:
+        view = self.unit.pieces[index].view(memory)
+        return nn.Parameter(view, requires_grad=False) if self._are_parameters[index] else view
+
+    def take_away(self) -> None:
+        """Seat the placeholders."""
+        self._seat(self._away)
+
+    def _seat(self, tensors: Sequence[torch.Tensor]) -> None:
+        for seats, tensor in zip(self._seats, tensors, strict=True):
+            for seat in seats:
+                seat.seat(tensor)
+
+    def forget(self) -> None:
+        """Drop the views, so that the ring's memory can go."""
+        self.take_away()
+        self._views.clear()
+
+
+class Binding:
+    """All bound units of a model, and the one lock under which its forwards run.
+
+    A pass is a thread's own, or that of a convoy, whose riders are as many flows in one thread.
+    """
+
+    def __init__(
+        self,
+        streamer: Streamer,
+        device: torch.device,
+        trace: Trace,
+        *,
+        layers: Sequence[str] = (),
+        show_progress: bool = False,
+    ) -> None:
+        self._streamer = streamer
+        self._device = device
+        self._trace = trace
+        self._bytes = {unit.name: unit.nbytes for unit in streamer.units}
+        self._units: dict[str, BoundUnit] = {}
+        self._lock = threading.RLock()
+        self._sequences: dict[Any, int] = {}
+        """How many sequences the pass of each flow has; a flow is a greenlet, every thread's own is one."""
+
+        self._show_progress = show_progress
+        self._bar: Bar | None = None
+        self._layers = layers
+        self._layer_of = {name: _layer_of(name, layers) for name in self._bytes}
+        self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
+        self.on_pass: Callable[[float], None] = lambda _: None
+
+    def bind(self, module: nn.Module, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
+        """Stream `unit` whenever `module` runs."""
+        bound = BoundUnit(unit, seats, stand_ins)
+        self._units[unit.name] = bound
+        native = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            refuse_gradients(unit.name, module, args, kwargs)
+            self._streamer.require_open()  # a forked process inherits locks that nobody there will free
+            with self._lock:  # held already inside a root pass; for callers of a layer alone
+                place, memory = self._acquire(unit.name)  # before the try: what was not acquired is not ours to release
+                try:
+                    bound.bring(place, memory)
+                    with self.computing(unit.name):
+                        return native(*args, **kwargs)
+                finally:
+                    if self._release(unit.name):
+                        bound.take_away()
+
+        module.forward = not_compiled(run, native)
+
+    @contextmanager
+    def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
+        """The only weight of a unit that belongs to no module of its own, while the block runs."""
+        self._streamer.require_open()
+        with self._lock:
+            _, memory = self._acquire(unit.name)
+            try:
+                with self.computing(unit.name):
+                    yield unit.pieces[0].view(memory)
+            finally:
+                self._release(unit.name)
+
+    def _acquire(self, name: str) -> tuple[int, torch.Tensor]:
+        rider = rider_on(self)
+        if rider is not None:
+            rider.await_unit(name)
+        self._layer = max(self._layer, self._layer_of[name])
+        with self._trace.span("wait", name):
+            return self._streamer.acquire(name)
+
+    def _release(self, name: str) -> bool:
+        gone = self._streamer.release(name)
+        if gone and self._bar is not None:
+            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.update(self._bytes[name])
+        return gone
+
+    def hold(self, name: str) -> None:
+        """Bring a unit for all riders of a convoy."""
+        self._layer = max(self._layer, self._layer_of[name])
+        with self._trace.span("wait", name):
+            self._streamer.acquire(name)
+
+    def let_go(self, name: str) -> None:
+        """They have all gone on from it."""
+        if self._release(name) and name in self._units:
+            self._units[name].take_away()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread at a time; a root pass holds the lock already, callers of a module alone do not."""
+        self._streamer.require_open()
+        with self._lock:
+            yield
+
+    @contextmanager
+    def computing(self, name: str) -> Iterator[None]:
+        """Count what the unit's module takes: on a GPU the launching alone, whose own time is in the trace."""
+        start = time.perf_counter()
+        with self._trace.device_span("compute", name, self._device):
+            yield
+        self._streamer.count_compute(name, time.perf_counter() - start)
+
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now; None between passes. Any thread may ask."""
+        began = self._began_s
+        if not began:
+            return None
+        read = self._streamer.bytes_read - self._read_before
+        elapsed = time.perf_counter() - began
+        return PassProgress(self._layer, len(self._layers), max(0, read), elapsed, self._last_pass_s)
+
+    def length_of(self, tokens: int) -> int:
+        """How long each sequence of this pass is, of so many tokens in all."""
+        sequences = self._sequences.get(getcurrent(), 1)
+        return tokens // sequences if tokens % sequences == 0 else tokens
+
+    @contextmanager
+    def root_pass(self, sequences: int = 1) -> Iterator[None]:
+        """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
+        self._streamer.require_open()
+        flow, rider = getcurrent(), rider_on(self)
+        if flow in self._sequences:  # a part of the model, within the model's own
+            yield
+            return
+        if rider is not None:
+            rider.await_pass()
+        with nullcontext() if rider is not None else self._pass():
+            try:
+                self._sequences[flow] = sequences
+                yield
+            finally:
+                self._sequences.pop(flow, None)
+                if rider is not None:
+                    rider.begin_own_time()
+
+    def convoy_pass(self) -> AbstractContextManager[None]:
+        """The pass of all riders of a convoy."""
+        return self._pass()
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        self._streamer.require_open()
+        with self._lock:
+            start = time.perf_counter()
+            try:
+                self._begin()
+                yield
+            finally:
+                self._end(time.perf_counter() - start)
+
+    def _begin(self) -> None:
+        self._streamer.require_open()
+        self._take_all_away()
+        self._layer, self._read_before = 0, self._streamer.bytes_read
+        self._began_s = time.perf_counter()
+        if self._show_progress:
+            total = sum(self._bytes.values())
+            self._bar = Bar(desc="layers", total=total, leave=False, unit="B", unit_scale=True, unit_divisor=1000)
+
+    def _end(self, seconds: float) -> None:
+        self._began_s, self._last_pass_s = 0.0, seconds
+        self._take_all_away()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._streamer.count_pass(seconds)
+        self.on_pass(seconds)
+
+    def _take_all_away(self) -> None:
+        for bound in self._units.values():  # not only those held: an interrupt may have struck between release and here
+            bound.take_away()
+        self._streamer.release_all()
+
+    def forget(self) -> None:
+        """Drop every view of the ring."""
+        with self._lock:
+            for bound in self._units.values():
+                bound.forget()
+
+
+def _layer_of(unit: str, layers: Sequence[str]) -> int:
+    """Which layer, from 1, the unit is a part of; 0 for what belongs to none."""
+    return next((index for index, layer in enumerate(layers, 1) if f"{unit}.".startswith(f"{layer}.")), 0)
+
+
+def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
+    """Run the module's forward as a root pass, with its tensors moved to `device`; its signature stays."""
+    native = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with binding.root_pass(_sequences_in(args, kwargs)):
+            return native(*move(args, device), **move(kwargs, device))
+
+    module.forward = not_compiled(run, native)
+
+
+def not_compiled(run: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` under the name and signature of `native`. A compiler that traces a caller calls it, and compiles nothing inside.
+
+    Raises CannotExportError where it would be recorded.
+    """
+    call = torch.compiler.disable(run, reason="streamed weights are not there when a compiler looks")
+
+    @functools.wraps(native)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise CannotExportError(
+                "a trace would record what the slots hold now in place of the streamed weights: "
+                "make it from transformers.AutoModelForCausalLM"
+            )
+        return call(*args, **kwargs)  # inside of another function: torch.compile(model.forward) undoes the outermost
+
+    return torch.compiler.disable(forward, recursive=False)  # type: ignore[no-any-return]
+
+
+def _sequences_in(args: Any, kwargs: Any) -> int:
+    """How many sequences a forward is given: the first dimension of its ids or embeddings."""
+    inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((max(1, len(given)) for given in inputs if isinstance(given, torch.Tensor) and given.dim() > 1), 1)
+
+
+def move(values: Any, device: torch.device) -> Any:
+    """Tensors in lists, tuples and dicts, on `device`; other objects (caches, outputs) as they are."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device)
+    if type(values) is dict:
+        return {key: move(value, device) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(move(value, device) for value in values)
+    return values
+
+
+def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif type(values) in (list, tuple, dict):
+        for value in values.values() if type(values) is dict else values:
+            yield from _tensors_in(value)
+
+
+def refuse_gradients(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Raise CannotTrainError where autograd would record through a slot that is overwritten behind its back."""
+    if not torch.is_grad_enabled():
+        return
+    if any(tensor.requires_grad for tensor in (*_tensors_in((args, kwargs)), *module.parameters())):
+        raise CannotTrainError(
+            f"{name} would record gradients: streamed layers run forwards only. "
+            "Use torch.no_grad(), or train with a model that is loaded whole"
+        )

@@ -1,0 +1,1 @@
+"""What was measured while weights moved: profile, trace and progress."""

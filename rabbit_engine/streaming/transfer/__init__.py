@@ -1,0 +1,1 @@
+"""Moves units from disk or host memory into a ring on the device."""

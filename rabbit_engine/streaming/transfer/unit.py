@@ -1,0 +1,166 @@
+"""What moves as one: some weights of a module, where they lie on disk and where they go in memory. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, aligned_up
+from rabbit_engine.storage.tensorfiles import TensorEntry
+
+KERNEL_ALIGNMENT = 16
+"""Weights start on a multiple of this: float32 kernels round otherwise at 8 mod 16, and equal bits are promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` of `path` from `offset`, into memory at `place`; `stamp` tells the file from one that replaced it.
+
+    One that is `beside` another shares a page of memory with it.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    place: int
+    stamp: tuple[int, int] | None = None
+    beside: bool = False
+
+    @property
+    def in_pages(self) -> bool:
+        """Whether whole pages of the file can be read to where they go; else they go through a staging buffer."""
+        return self.place % PAGE == self.offset % PAGE and not self.beside
+
+    @property
+    def read_bytes(self) -> int:
+        """What a read of it asks the disk for: whole pages."""
+        return aligned_up(self.offset + self.nbytes) - aligned_down(self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One weight of a unit: a view of its memory."""
+
+    entry: TensorEntry
+    place: int
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The weight in `memory` (uint8 [unit.nbytes]), without a copy."""
+        flat = memory[self.place : self.place + self.entry.nbytes]
+        return flat.view(self.entry.dtype).view(self.entry.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A named list of extents, and the weights they hold once read. `nbytes` of memory, whole pages."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, without what aligns them."""
+        return sum(piece.entry.nbytes for piece in self.pieces)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a read of the unit asks the disk for: whole pages of its files."""
+        return sum(extent.read_bytes for extent in self.extents)
+
+    def chunks(self) -> tuple[Extent, ...]:
+        """The extents cut into reads of at most CHUNK_BYTES, at page boundaries of the file."""
+        return tuple(chunk for extent in self.extents for chunk in _cut(extent))
+
+    def staged_chunks(self) -> tuple[Extent, ...]:
+        """Those of them that go through a staging buffer, also on a CPU."""
+        return tuple(chunk for extent in self.extents if not extent.in_pages for chunk in _cut(extent))
+
+
+def _cut(extent: Extent) -> Iterator[Extent]:
+    position, end = extent.offset, extent.offset + extent.nbytes
+    while position < end:
+        stop = min(end, aligned_down(position) + CHUNK_BYTES)
+        yield replace(extent, offset=position, nbytes=stop - position, place=extent.place + position - extent.offset)
+        position = stop
+
+
+def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
+    """Lay the weights out so that each starts on a 16-byte boundary, and neighbours on disk become one read.
+
+    An extent lies in memory as it lies in its file's pages where that aligns its weights, so that it is read without a copy.
+    The parts of a weight that is stored in several places come to lie one behind another.
+    """
+    pieces: list[Piece] = []
+    extents: list[Extent] = []
+    end = 0
+    for entry in sorted(entries, key=lambda e: (str(e.path), e.offset)):
+        first, *others = entry.places
+        grown = _grown(extents[-1], first) if extents else None
+        if grown is not None:
+            extents[-1] = grown
+            place = grown.place + first.offset - grown.offset
+        else:
+            place = aligned_up(end) + (0 if first.offset % KERNEL_ALIGNMENT else first.offset % PAGE)
+            extents.append(_extent(first, place))
+        pieces.append(Piece(entry, place))
+        end = place + first.nbytes
+        for part in others:
+            _append(extents, part, end)
+            end += part.nbytes
+    return Unit(name, tuple(pieces), tuple(extents), aligned_up(end))
+
+
+def _extent(entry: TensorEntry, place: int) -> Extent:
+    return Extent(entry.path, entry.offset, entry.nbytes, place, entry.stamp)
+
+
+def _grown(last: Extent, entry: TensorEntry) -> Extent | None:
+    """`last` with `entry` in it, where it follows in the same file and comes to lie on a boundary; else None."""
+    gap = entry.offset - (last.offset + last.nbytes)
+    aligned = (last.place + entry.offset - last.offset) % KERNEL_ALIGNMENT == 0
+    if last.path != entry.path or not 0 <= gap < PAGE or not aligned:
+        return None
+    return replace(last, nbytes=entry.offset + entry.nbytes - last.offset)
+
+
+def _append(extents: list[Extent], part: TensorEntry, place: int) -> None:
+    """Add `part`, which must lie at `place`: to the last extent where it follows that in its file, else as one of its own.
+
+    What it and the last extent have in one page of memory is split off from each: a read of whole pages would spoil the other.
+    """
+    last, following = extents[-1], _extent(part, place)
+    if last.path == part.path and part.offset - last.offset == place - last.place == last.nbytes:
+        extents[-1] = replace(last, nbytes=last.nbytes + part.nbytes)
+        return
+    shared = place % PAGE
+    if shared and last.in_pages:
+        extents[-1:] = _halves(last, last.nbytes - shared, beside=1)
+    extents += _halves(following, PAGE - shared, beside=0) if shared and following.in_pages else [following]
+
+
+def _halves(extent: Extent, nbytes: int, *, beside: int) -> list[Extent]:
+    """The extent cut behind `nbytes`, its half number `beside` (0 or 1) marked so; one half where there is nothing to cut."""
+    if nbytes <= 0 or nbytes >= extent.nbytes:
+        return [replace(extent, beside=True)]
+    rest = replace(extent, offset=extent.offset + nbytes, nbytes=extent.nbytes - nbytes, place=extent.place + nbytes)
+    halves = [replace(extent, nbytes=nbytes), rest]
+    halves[beside] = replace(halves[beside], beside=True)
+    return halves
+
+
+def row_blocks(entry: TensorEntry, most_bytes: int) -> list[tuple[int, int, TensorEntry]]:
+    """A matrix cut by rows: `(first row, row behind the last, the rows as a weight of their own)`, each at most `most_bytes`.
+
+    Blocks are of about equal size; a row that is larger than `most_bytes` is a block.
+    """
+    rows = entry.shape[0]
+    row_bytes = entry.nbytes // rows
+    count = -(-rows // max(1, most_bytes // row_bytes))
+    bounds = [rows * index // count for index in range(count + 1)]
+    return [(first, stop, entry.rows(first, stop)) for first, stop in pairwise(bounds)]

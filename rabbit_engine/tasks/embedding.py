@@ -1,0 +1,80 @@
+"""Vectors of texts, from checkpoints that say how: sentence-transformers' files beside the weights.
+
+`modules.json` lists the steps; `1_Pooling/config.json` says how hidden states become one vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
+from rabbit_engine.storage.directio import disk_errors, open_unchanged
+from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
+
+_POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "pooling_mode_lasttoken": lambda states: states[-1],
+    "pooling_mode_cls_token": lambda states: states[0],
+    "pooling_mode_mean_tokens": lambda states: states.mean(dim=0),
+    "pooling_mode_max_tokens": lambda states: states.max(dim=0).values,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Embedder:
+    """Hidden states [length, width] into a vector [width]."""
+
+    pooling: str
+    normalizes: bool
+
+    def embed(self, model: Any, ids: Sequence[int]) -> torch.Tensor:
+        """The vector of a text, float32 [width] on the CPU."""
+        states = model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
+        vector = _POOLING[self.pooling](states[0].float()).cpu()
+        return functional.normalize(vector, dim=0) if self.normalizes else vector
+
+
+def find_embedder(model: Any) -> Embedder | None:
+    """How the checkpoint embeds; None where it does not say that it does.
+
+    Raises ConfigurationError for a way unknown here, DamagedCheckpointError for files that cannot be read.
+    """
+    path = Path(model._prepared.repo.folder) / "modules.json"
+    if not path.is_file():
+        return None
+    with _parsed(path) as listed:
+        steps = {step.text("type").rpartition(".")[2]: step for step in Fields({"steps": listed}).rows("steps")}
+        folder = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
+    unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ConfigurationError(f"{path} embeds in steps that are unknown here: {', '.join(sorted(unknown))}")
+    return Embedder(_find_pooling(path.parent / folder / "config.json"), "Normalize" in steps) if steps else None
+
+
+def _find_pooling(path: Path) -> str:
+    with _parsed(path) as listed:
+        config = Fields.of(listed)
+        modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
+        named = config.optional_text("pooling_mode")
+    if named is not None:  # the newer files name it
+        modes = [f"pooling_mode_{ {'lasttoken': 'lasttoken', 'cls': 'cls_token'}.get(named, f'{named}_tokens') }"]
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise ConfigurationError(f"{path} pools in a way that is unknown here: {', '.join(modes) or 'none is named'}")
+    return modes[0]
+
+
+@contextmanager
+def _parsed(path: Path) -> Iterator[Any]:
+    """The JSON of a file; what is wrong with it or with its values is an error that names it."""
+    try:
+        with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+            raw = file.read()
+        yield parse(raw)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): download it again") from error
