@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine import AutoModel
 from rabbit_engine.architectures import build_skeleton
-from rabbit_engine.diagnostics.benchmark import Record, decode_step, interleaved
+from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, interleaved
 from rabbit_engine.planning.budget import measure_link
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes, format_rate
@@ -92,7 +92,7 @@ def resident_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor | None:
     return logits
 
 
-def run(folder: Path, cap: int, host_bytes: int, ids: torch.Tensor, expected: torch.Tensor | None, rounds: int) -> Record:
+def run(folder: Path, cap: int, host_bytes: int, ids: torch.Tensor, expected: torch.Tensor | None, rounds: int) -> BenchmarkRow:
     """One cap and one host budget; `rounds` interleaved with a pinned copy."""
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), DEVICE)
@@ -121,10 +121,10 @@ def run(folder: Path, cap: int, host_bytes: int, ids: torch.Tensor, expected: to
     gc.collect()
     torch.cuda.empty_cache()
     lane = f"{cap / 2**30:.0f} GiB, {'from disk' if plan.pass_bytes else 'from host memory'}"
-    return Record(lane, tuple(wall for wall, _ in found), plan.link_bytes, conditions, tuple(cpu for _, cpu in found))
+    return BenchmarkRow(lane, tuple(wall for wall, _ in found), plan.link_bytes, conditions, tuple(cpu for _, cpu in found))
 
 
-def as_table(records: list[Record]) -> str:
+def as_table(records: list[BenchmarkRow]) -> str:
     """A row a record."""
     lines = [
         "| cap | s a pass | over the link | of a pinned copy | peak on device (planned) | logits |",

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rabbit_engine import AutoModel
 from rabbit_engine.config import Cut
-from rabbit_engine.diagnostics.benchmark import Record, as_markdown, interleaved
+from rabbit_engine.diagnostics.benchmark import BenchmarkRow, as_markdown, interleaved
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import direct_reads
@@ -115,7 +115,7 @@ def budgets(model: Path) -> dict[str, tuple[int, Cut]]:
     whole, routed = Cut(by_expert=False), Cut()
     with loaded(model, smallest(model, routed), routed) as first:
         plan = first.plan
-        dense = sum(size.nbytes for size in first._assembly.sketch.sizes if size.role in ("streamed", "resident"))
+        dense = sum(size.nbytes for size in first._assembly.partition.sizes if size.role in ("streamed", "resident"))
         cached = sum(layer.routing.count for layer in plan.experts.layers) * plan.experts.slot_bytes
         beside = dense + plan.staging_bytes + 16 * plan.experts.slot_bytes
     lanes = {WHOLE: (smallest(model, whole), whole), "routed, smallest budget": (smallest(model, routed), routed)}
@@ -125,7 +125,7 @@ def budgets(model: Path) -> dict[str, tuple[int, Cut]]:
     return lanes
 
 
-def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int) -> tuple[list[Record], list[str]]:
+def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int) -> tuple[list[BenchmarkRow], list[str]]:
     """All lanes behind a prompt, interleaved; and what each said of its experts at the end."""
     lanes: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -133,9 +133,9 @@ def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int
         for name, (budget, cut) in budgets(model).items():
             walks[name] = Walk(stack.enter_context(loaded(model, budget, cut)), ids, prompt)
         before = {name: walk.model.profile for name, walk in walks.items()}
-        sketch = walks["routed, smallest budget"].model._assembly.sketch
+        partition = walks["routed, smallest budget"].model._assembly.partition
         dense = walks["routed, smallest budget"].model._assembly.streamer.units
-        routed = [unit for units in sketch.experts.values() for unit in units[:8]]
+        routed = [unit for units in partition.experts.values() for unit in units[:8]]
         chunks = [chunk for unit in (*dense, *routed) for chunk in unit.chunks()]
         lanes = {DISK: direct_reads(chunks), **walks}
         found = interleaved(lanes, rounds, steps, lambda: None)
@@ -153,11 +153,11 @@ def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int
                 notes.append(f"{name}: {format_bytes(budget)} for weights, {cached}")
             conditions = {"model": str(model.name), "what": f"{steps} tokens a round behind {prompt}", **environment()}
             wall, cpu = tuple(wall for wall, _ in values), tuple(cpu for _, cpu in values)
-            records.append(Record(name, wall, moved, {**conditions, "budget": budget}, cpu))
+            records.append(BenchmarkRow(name, wall, moved, {**conditions, "budget": budget}, cpu))
         return records, notes
 
 
-def cold(model: Path, ids: torch.Tensor, rounds: int, steps: int) -> Record:
+def cold(model: Path, ids: torch.Tensor, rounds: int, steps: int) -> BenchmarkRow:
     """A fresh model a round, half of the experts to be cached and none yet, behind a prompt of one token."""
     budget, cut = budgets(model)["routed, 50% of the experts cached"]
     seconds, cpus, moved = [], [], 0
@@ -171,7 +171,7 @@ def cold(model: Path, ids: torch.Tensor, rounds: int, steps: int) -> Record:
             cpus.append((time.process_time() - cpu) / steps)
             moved = (fresh.profile.bytes_read - read) // steps
     conditions = {"model": str(model.name), "what": f"{steps} tokens behind the first, loaded afresh", **environment()}
-    return Record("routed, half cached, the first tokens after loading", tuple(seconds), moved, conditions, tuple(cpus))
+    return BenchmarkRow("routed, half cached, the first tokens after loading", tuple(seconds), moved, conditions, tuple(cpus))
 
 
 def main(

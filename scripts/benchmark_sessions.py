@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.diagnostics.benchmark import Record, make_checkpoint
+from rabbit_engine.diagnostics.benchmark import BenchmarkRow, make_checkpoint
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.utils.platform import environment
@@ -135,7 +135,7 @@ def _time(lane: Lane, asked: Tokens, alone: Tokens, result: Result) -> None:
     result.equal = sum(one == other[: len(one)] for one, other in zip(answers, alone, strict=False))
 
 
-def as_table(records: Sequence[Record]) -> Table:
+def as_table(records: Sequence[BenchmarkRow]) -> Table:
     """Medians and spreads."""
     table = Table("texts", "lane", "seconds", "spread", "passes", "read", "tokens/s", "equal")
     for record in records:
@@ -153,10 +153,10 @@ def as_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def as_record(result: Result, conditions: dict[str, Any]) -> Record:
+def as_record(result: Result, conditions: dict[str, Any]) -> BenchmarkRow:
     """The project's one record type."""
     told = {"texts": result.texts, "passes": result.passes, "tokens": result.tokens, "equal": result.equal}
-    return Record(result.lane, tuple(result.seconds), result.bytes_read, {**conditions, **told})
+    return BenchmarkRow(result.lane, tuple(result.seconds), result.bytes_read, {**conditions, **told})
 
 
 def main(

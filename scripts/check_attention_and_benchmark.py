@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from rabbit_engine import AutoModel
 from rabbit_engine.config import ATTENTION_IMPLEMENTATIONS, parse_device
 from rabbit_engine.diagnostics.attention_benchmark import PassSample, sample_passes
-from rabbit_engine.diagnostics.benchmark import Record, decode_step, made_up_prompt, prefill
+from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, made_up_prompt, prefill
 from rabbit_engine.diagnostics.demo import MODEL, load_small_model
 from rabbit_engine.errors import AttentionUnavailableError, BudgetError, RabbitError
 from rabbit_engine.model.attention import choose_attention
@@ -149,7 +149,7 @@ def lanes_of(placement: str, models: Mapping[str, Any], contexts: Sequence[int])
     return lanes
 
 
-def measure(lanes: Mapping[Lane, tuple[Any, Step]], rounds: int, passes: int) -> list[Record]:
+def measure(lanes: Mapping[Lane, tuple[Any, Step]], rounds: int, passes: int) -> list[BenchmarkRow]:
     """Every lane once a round, behind a pass of one token outside the clock: a prompt once, a decoded token `passes` times."""
     found: dict[Lane, list[PassSample]] = {lane: [] for lane in lanes}
     for index in range(rounds):
@@ -161,7 +161,7 @@ def measure(lanes: Mapping[Lane, tuple[Any, Step]], rounds: int, passes: int) ->
     return [record_of(lane, samples) for lane, samples in found.items()]
 
 
-def record_of(lane: Lane, samples: Sequence[PassSample]) -> Record:
+def record_of(lane: Lane, samples: Sequence[PassSample]) -> BenchmarkRow:
     """Every round of a lane; shares are of a pass, median by median."""
     pass_s = statistics.median(one.pass_s for one in samples)
     parts = {name: [getattr(one, f"{name}_s") for one in samples] for name in ("attention", "wait", "moving")}
@@ -174,7 +174,7 @@ def record_of(lane: Lane, samples: Sequence[PassSample]) -> Record:
     }
     read = round(statistics.median(one.read_bytes for one in samples))
     name = f"{lane.placement}, {lane.phase}, {lane.implementation}, {lane.tokens} tokens"
-    return Record(name, tuple(one.pass_s for one in samples), read, conditions)
+    return BenchmarkRow(name, tuple(one.pass_s for one in samples), read, conditions)
 
 
 def figure(value: float) -> str:
@@ -182,7 +182,7 @@ def figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def as_row(record: Record) -> str:
+def as_row(record: BenchmarkRow) -> str:
     """A lane's medians as a row below HEADER."""
     c = record.conditions
     tokens = c["tokens"] if c["phase"] == PROMPT else 1
@@ -193,7 +193,7 @@ def as_row(record: Record) -> str:
     return f"| {name} | {c['tokens']} | {figure(tokens / record.median_s)} | {spread} | {known} | {c['wait_share']:.1%} |"
 
 
-def as_tables(records: Sequence[Record], errors: Mapping[str, AttentionUnavailableError]) -> str:
+def as_tables(records: Sequence[BenchmarkRow], errors: Mapping[str, AttentionUnavailableError]) -> str:
     """A table for each placement and phase; what does not work has a row in each."""
     left_out = [f"| {name} | | left out: {error} | | | | |" for name, error in errors.items()]
     lines: list[str] = []
@@ -206,7 +206,7 @@ def as_tables(records: Sequence[Record], errors: Mapping[str, AttentionUnavailab
     return "\n".join([*lines, f"Medians of {len(records[0].rounds_s)} interleaved rounds. {conditions}."])
 
 
-def share_text(record: Record) -> str:
+def share_text(record: BenchmarkRow) -> str:
     """Attention's share of a pass, with the figures it is made of."""
     c = record.conditions
     what = f"a decoded token behind {c['tokens']} tokens" if c["phase"] == DECODE else f"a prompt of {c['tokens']} tokens"
@@ -216,9 +216,9 @@ def share_text(record: Record) -> str:
     return f"{c['attention_share']:.2%} of {what} ({attention:.4g} ms of {whole:.4g} ms)"
 
 
-def conclusion(records: Sequence[Record], requested: str) -> str:
+def conclusion(records: Sequence[BenchmarkRow], requested: str) -> str:
     """Attention's share at the longest context, of the implementation asked for; of a streamed token last."""
-    longest: dict[tuple[str, str], Record] = {}
+    longest: dict[tuple[str, str], BenchmarkRow] = {}
     for record in records:  # contexts ascend
         if record.conditions["implementation"] == requested:
             longest[record.conditions["placement"], record.conditions["phase"]] = record
@@ -250,7 +250,7 @@ def no_room(whole_bytes: int, count: int, free_bytes: int) -> str | None:
     return f"{RESIDENT}: left out, {count} models take {format_bytes(count * whole_bytes)} of {format_bytes(free_bytes)} free"
 
 
-def benchmark(load: Loader, models: Mapping[str, Any], contexts: Sequence[int], rounds: int, passes: int) -> list[Record]:
+def benchmark(load: Loader, models: Mapping[str, Any], contexts: Sequence[int], rounds: int, passes: int) -> list[BenchmarkRow]:
     """The streamed `models`, then the same with everything resident where there is room."""
     first = next(iter(models.values()))
     device, whole_bytes = first._assembly.device, first.plan.weights_bytes + first.plan.staging_bytes
@@ -291,7 +291,7 @@ def main(
         print(
             *(f"| {row.implementation} | {'yes' if row.works else 'no'} | {row.reason} |" for row in rows), sep="\n", flush=True
         )
-        records: list[Record] = []
+        records: list[BenchmarkRow] = []
         if benchmark_:
             lengths = parse_contexts(contexts, models[attn_implementation])
             records = benchmark(load, models, lengths, rounds, tokens)

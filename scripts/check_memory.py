@@ -226,7 +226,7 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
         prompt = torch.randint(3, 100, (1, tokens))
         model.generate(prompt, **asked)
         demand = demand_of(prompt, asked, model.generation_config)
-        need = 0 if inside else need_bytes(model._assembly.sketch.probe, demand)
+        need = 0 if inside else need_bytes(model._assembly.partition.probe, demand)
     grown = _resident("VmHWM") - before
     beyond = grown - budget - need
     how = f"{tokens} tokens, {answer} to come{', inside' if inside else ''} {way or ''}"

@@ -190,15 +190,15 @@ def screen_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Screen, Te
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_line_below_leaves_no_trace_in_the_text(screen_of: Any, seed: int) -> None:
-    dice = random.Random(seed)
+    random_stream = random.Random(seed)
     alphabet = ["a", "b c", "\n", "\n\n", "word ", "ten chars.", "日本", "字"] if seed % 2 else ["日本", "字", "\n"]
-    pieces = [dice.choice(alphabet) for _ in range(60)]
+    pieces = [random_stream.choice(alphabet) for _ in range(60)]
     if seed % 2:  # pyte draws half of a wide character that does not fit its row; terminals begin another
         pieces = [piece for piece in pieces if piece.isascii()]
     (screen, terminal), (_, plain) = screen_of(10, 5), screen_of(10, 5)
     for piece in pieces:
-        if dice.random() < 0.7:
-            screen.show(f"layer {dice.randrange(80)} of 80")
+        if random_stream.random() < 0.7:
+            screen.show(f"layer {random_stream.randrange(80)} of 80")
         screen.write(piece)
         plain.write(piece)
     screen.show("layer 80 of 80")

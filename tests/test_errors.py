@@ -12,7 +12,7 @@ _LINE = re.compile(r"^(?P<indent>[│ ]*)(?:[├└]── )?(?P<name>\w+Error)(
 
 
 def _drawn() -> list[tuple[str, str, str | None]]:
-    """(class, its parent, the built-in error it is too) of each line of the drawing."""
+    """(class, its parent, the built-in error it is too) of each line of the partitioner."""
     rows, above = [], dict[int, str]()
     for line in (errors.__doc__ or "").split("```")[1].strip().splitlines():
         found = _LINE.match(line)

@@ -42,7 +42,7 @@ MIDDLE = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 
 def middle_budget(streamed: Any, folder: Path, share: float) -> dict[int | str, int | str]:
     """The smallest budget in which `share` of all experts are cached, found by halving."""
     model = streamed(folder)
-    plan, sizes = model.plan, model._assembly.sketch.sizes
+    plan, sizes = model.plan, model._assembly.partition.sizes
     low, high = int(plan.budget.device_bytes) - 1, plan.weights_bytes + plan.staging_bytes
     while high - low > 1:
         middle = (low + high) // 2
@@ -185,7 +185,7 @@ def test_the_bytes_read_are_those_of_the_routed_experts(
     assert all(layer.on_device == 0 and layer.routing.used == 4 for layer in model.plan.experts.layers)
     seen, _ = routing_of(model)
     model.generate(ids, **GREEDY)
-    units = model._assembly.sketch.experts
+    units = model._assembly.partition.experts
     asked = [(name, index) for name, indices in seen for index in indices.unique().tolist()]
     profile = model.profile
     assert sum(layer.bytes_read for layer in profile.experts.values()) == sum(units[n][i].read_bytes for n, i in asked)

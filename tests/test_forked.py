@@ -16,7 +16,7 @@ import talking
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
-from rabbit_engine.streaming import Dice
+from rabbit_engine.streaming import RandomStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 
@@ -84,7 +84,7 @@ def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -
     held, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with binding._lock, streamer._lock, session._engine._changed, session._encoder._setting_up, Dice._turn:
+        with binding._lock, streamer._lock, session._engine._changed, session._encoder._setting_up, RandomStream._turn:
             held.set()
             go_on.wait(30)
 
@@ -149,7 +149,7 @@ def test_a_child_that_loads_its_own_model_draws_although_others_drew_at_the_fork
         with AutoModel.from_pretrained(folder, device="cpu") as model, Session(model, exact=False) as own:
             assert own.generate(["abc"], seed=4, max_new_tokens=5)[0].tokens == expected
 
-    with Dice._turn:
+    with RandomStream._turn:
         assert outcome_in_a_child(draw) == "nothing"
 
 

@@ -100,7 +100,7 @@ def test_static_cache_is_not_compiled(checkpoint: Any, plain: Any, streamed: Any
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_session_serves_many_texts_in_one_pass(checkpoint: Any, streamed: Any, smollm_model: Any, exact: bool) -> None:
-    """Seeded drawing too: the device's generator travels with its rider."""
+    """Seeded drawing too: the device's generator travels with its fiber."""
     model = streamed(checkpoint("llama"), device="cuda:0")
     asked = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
     options = {**GREEDY, "eos_token_id": [2, 95]}  # the tokenizer's own, which a session heeds, is 2

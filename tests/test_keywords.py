@@ -10,8 +10,7 @@ import torch
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory
-from rabbit_engine.model import keywords
-from rabbit_engine.utils import platform
+from rabbit_engine.utils import keywords, platform
 
 RABBITLLM = {
     "max_seq_len": 512,

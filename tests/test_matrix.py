@@ -169,7 +169,9 @@ def read_of(model: Any, words: str) -> int:
 
 def test_the_plan_says_what_an_image_costs(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("gemma3_image"))
-    tower = sum(unit.nbytes for name, unit in model._assembly.sketch.units.items() if "vision_tower" in name and "layers" in name)
+    tower = sum(
+        unit.nbytes for name, unit in model._assembly.partition.units.items() if "vision_tower" in name and "layers" in name
+    )
     assert model.plan.rare_bytes == tower
     assert dict(model.plan.rows())["for images"].endswith("more from disk")
     model(input_ids=families.picture("gemma3_image")["input_ids"][:, :5])

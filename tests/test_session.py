@@ -423,7 +423,7 @@ def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, stream
 
 
 def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
-    probe = model._assembly.sketch.probe
+    probe = model._assembly.partition.probe
     one = Room(0, probe).need([Demand(100, 100)])
     room = Room(2 * one, probe, positions=8192)
     assert room.fits([Demand(100, 100)])
@@ -433,7 +433,7 @@ def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
 
 
 def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any) -> None:
-    probe = model._assembly.sketch.probe
+    probe = model._assembly.partition.probe
     small = Room(Room(0, probe).need([Demand(8, 4)]) + 1, probe, positions=8192)
     monkeypatch.setattr("rabbit_engine.sessions.session.measure_room", lambda *_: small)
     running: list[int] = []

@@ -33,7 +33,7 @@ def _print_now(text: str) -> None:
     sys.stdout.flush()
 
 
-def _rows(answer: engine.demo.Answer) -> list[tuple[str, str]]:
+def _rows(answer: engine.demo.DemoResult) -> list[tuple[str, str]]:
     plan, profile = answer.plan, answer.profile
     held = f"{format_bytes(plan.device_bytes)} on {plan.device}: a ring of {format_bytes(plan.ring_bytes)} and "
     return [

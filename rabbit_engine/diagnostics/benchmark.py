@@ -35,7 +35,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class BenchmarkRow:
     """One lane of a benchmark: seconds and CPU seconds of every round, bytes a round moves, and what all rounds had in common."""
 
     lane: str
@@ -184,7 +184,7 @@ def _settled(model: Any, lane: Lane) -> Lane:
     return run
 
 
-def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[Record], list[Span], Any]:
+def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[BenchmarkRow], list[Span], Any]:
     """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
 
     Bytes and seconds are a token's, the same one each time: its experts stay cached where there is room. The disk lane reads
@@ -216,7 +216,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
 
 def _uncached(model: Any) -> list[Unit]:
     """As many experts of each layer as the same token, again and again, reads each time."""
-    experts = model._assembly.sketch.experts
+    experts = model._assembly.partition.experts
     return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
 
 
@@ -238,11 +238,11 @@ def _conditions(steps: int) -> dict[str, Any]:
     }
 
 
-def _record(lane: str, values: Sequence[tuple[float, float]], moved: int, conditions: Mapping[str, Any]) -> Record:
-    return Record(lane, tuple(wall for wall, _ in values), moved, conditions, tuple(cpu for _, cpu in values))
+def _record(lane: str, values: Sequence[tuple[float, float]], moved: int, conditions: Mapping[str, Any]) -> BenchmarkRow:
+    return BenchmarkRow(lane, tuple(wall for wall, _ in values), moved, conditions, tuple(cpu for _, cpu in values))
 
 
-def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **keywords: Any) -> list[Record]:
+def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **keywords: Any) -> list[BenchmarkRow]:
     """Bytes read and seconds a token as the budget grows: one record a budget, a round a token."""
     records = []
     for budget in budgets:
@@ -275,7 +275,7 @@ def resident(folder: Path) -> Any:
     return model
 
 
-def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, rounds: int = 5) -> list[Record]:
+def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, rounds: int = 5) -> list[BenchmarkRow]:
     """Seconds a decoded token from a cold page cache, every layer streamed: ours, transformers' disk offload, resident; and
     the disk alone."""
     make_checkpoint(folder, layers, hidden_size)
@@ -305,7 +305,7 @@ def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, round
     return [_record(name, values, 0 if name == RESIDENT else moved, conditions) for name, values in found.items()]
 
 
-def as_markdown(records: Sequence[Record]) -> str:
+def as_markdown(records: Sequence[BenchmarkRow]) -> str:
     """A table of medians, with the conditions under it."""
     lines = ["| lane | s a token | slowest - fastest | GB a token | GB/s | CPU s a GB |", "|---|---|---|---|---|---|"]
     for record in records:

@@ -28,7 +28,7 @@ QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DemoResult:
     """The question's answer and what it took; seconds cover generation, not loading."""
 
     source: str
@@ -83,7 +83,7 @@ def ask(
     max_new_tokens: int = 24,
     on_loaded: Callable[[Plan], None] = lambda _: None,
     **keywords: Any,
-) -> Answer:
+) -> DemoResult:
     """Ask the small model, in MEMORY unless `max_memory` says otherwise; `on_text` gets the text as it comes."""
     if keywords.get("max_memory") is None:
         keywords["max_memory"] = {0: MEMORY, "cpu": MEMORY}
@@ -98,4 +98,4 @@ def ask(
         seconds = time.perf_counter() - start
         new = output[0, inputs["input_ids"].shape[1] :]
         text = model.tokenizer.decode(new, skip_special_tokens=True)
-        return Answer(source, text, len(new), seconds, model.plan, model.profile)
+        return DemoResult(source, text, len(new), seconds, model.plan, model.profile)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, budget_for, reserved_bytes
-from rabbit_engine.planning.partition import Sketch, draw, unread_entries
+from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
 from rabbit_engine.planning.placement import UnitSize, place
 from rabbit_engine.planning.plan import Budget, Plan
 from rabbit_engine.utils.speeds import Speeds
@@ -81,16 +81,16 @@ def estimate_paces(device: torch.device, speeds: Speeds, products: float) -> tup
 
 def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:
     """The plan of `shape` within the budget of `stream`, in seconds a token."""
-    sketch = _draw(AutoConfig.for_model(**shape))
-    budget, four_bit = budget_for(sketch, stream), [_in_four_bits(size) for size in sketch.sizes]
-    plan = _plan(sketch.sizes, stream, budget)
+    partition = _partition(AutoConfig.for_model(**shape))
+    budget, four_bit = budget_for(partition, stream), [_in_four_bits(size) for size in partition.sizes]
+    plan = _plan(partition.sizes, stream, budget)
     four_bit_plan = _plan(four_bit, stream, budget)
-    compute_s = _active_bytes(sketch.sizes) / products
+    compute_s = _active_bytes(partition.sizes) / products
     return Pace(
         model=name,
-        parameters=sum(_elements(entry.shape) for entry in sketch.weights.entries.values()),
-        weights_bytes=sum(size.nbytes for size in sketch.sizes),
-        smallest_bytes=_smallest_bytes(sketch, stream, budget),
+        parameters=sum(_elements(entry.shape) for entry in partition.weights.entries.values()),
+        weights_bytes=sum(size.nbytes for size in partition.sizes),
+        smallest_bytes=_smallest_bytes(partition, stream, budget),
         pass_bytes=plan.pass_bytes if plan else None,
         token_s=(max(plan.least_pass_s, compute_s), max(plan.pass_s, compute_s)) if plan else None,
         bound="memory" if plan is None else plan.bound if plan.pass_s > compute_s else "compute",
@@ -111,10 +111,10 @@ def measure_products(device: torch.device) -> float:
     return weight.nbytes / statistics.median(seconds[1:])
 
 
-def _draw(config: Any) -> Sketch:
+def _partition(config: Any) -> Partition:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return draw(model, *unread_entries(model))
+    return partition_model(model, *unread_entries(model))
 
 
 def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Plan | None:
@@ -125,12 +125,12 @@ def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Pl
         return None
 
 
-def _smallest_bytes(sketch: Sketch, stream: StreamConfig, budget: Budget) -> int:
+def _smallest_bytes(partition: Partition, stream: StreamConfig, budget: Budget) -> int:
     """What the refusal of an empty budget asks for, with what the tokens take."""
-    reserved = reserved_bytes(sketch.probe, stream.max_seq_len or DEFAULT_TOKENS)
+    reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
     empty = replace(budget, device_bytes=0, given_bytes=0, reserved_bytes=reserved, host_bytes=None)
     try:
-        place(sketch.sizes, str(stream.device), empty)
+        place(partition.sizes, str(stream.device), empty)
     except BudgetError as error:
         return error.smallest_bytes
     return 0

@@ -9,7 +9,7 @@ import torch
 
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.demand import Demand, refuse_beyond
-from rabbit_engine.streaming import rider_on
+from rabbit_engine.streaming import fiber_on
 
 _USUAL_LENGTH = 20
 """Tokens of prompt and answer where nobody says how many, as in transformers."""
@@ -21,10 +21,10 @@ def refuse_what_cannot_fit(assembly: Assembly, prompt: Any, given: Mapping[str, 
     `given` are its keywords, `config` the generation config that holds where they say nothing. A session's requests were
     admitted already.
     """
-    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or rider_on(assembly.binding) is not None:
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(assembly.binding) is not None:
         return
     demand = demand_of(prompt, given, config)
-    refuse_beyond(assembly.sketch.probe, demand, assembly.free_bytes, str(assembly.device))
+    refuse_beyond(assembly.partition.probe, demand, assembly.free_bytes, str(assembly.device))
 
 
 def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> Demand:

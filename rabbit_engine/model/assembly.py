@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import initialize
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.planning.decide import plan_for
-from rabbit_engine.planning.partition import Sketch, draw
+from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
@@ -40,8 +40,8 @@ from rabbit_engine.streaming import (
     make_unit,
     pin,
     route,
-    seats_of,
     unpin,
+    weight_refs,
 )
 from rabbit_engine.utils.heap import give_large_blocks_back
 from rabbit_engine.utils.platform import free_memory_bytes
@@ -54,7 +54,7 @@ class Assembly:
     """The running parts of a streamed model."""
 
     plan: Plan
-    sketch: Sketch
+    partition: Partition
     device: torch.device
     streamer: Streamer
     binding: Binding
@@ -71,9 +71,9 @@ class Assembly:
             return
         self.streamer.close()
         self.binding.forget()
-        weights, stand_ins = self.sketch.weights, StandIns(self.device)
-        for name, seat in weights.seats.items():
-            seat.seat(stand_ins.stand_in(weights.entries[name], seat.holds_parameter))
+        weights, stand_ins = self.partition.weights, StandIns(self.device)
+        for name, ref in weights.refs.items():
+            ref.set(stand_ins.stand_in(weights.entries[name], ref.holds_parameter))
 
 
 def assemble(
@@ -84,13 +84,13 @@ def assemble(
     Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
     """
     give_large_blocks_back()
-    sketch = draw(model, entries, ties, stream.cut, stream.device.type)
-    plan = plan_for(sketch, stream)
+    partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
+    plan = plan_for(partition, stream)
     trace = Trace(on=stream.profiling_mode, device=stream.device)
-    builder = _Builder(model, sketch, plan, stream, trace)
+    builder = _Builder(model, partition, plan, stream, trace)
     try:
-        builder.seat_residents()
-        _initialize_rest(model, sketch, stream.device)
+        builder.set_residents()
+        _initialize_rest(model, partition, stream.device)
         return builder.set_streaming()
     except BaseException:
         builder.close()
@@ -100,10 +100,10 @@ def assemble(
 class _Builder:
     """Puts one model together; `close` undoes what was claimed so far."""
 
-    def __init__(self, model: PreTrainedModel, sketch: Sketch, plan: Plan, stream: StreamConfig, trace: Trace) -> None:
-        self._model, self._sketch, self._plan, self._stream, self._trace = model, sketch, plan, stream, trace
+    def __init__(self, model: PreTrainedModel, partition: Partition, plan: Plan, stream: StreamConfig, trace: Trace) -> None:
+        self._model, self._partition, self._plan, self._stream, self._trace = model, partition, plan, stream, trace
         self._ring = claim_ring(stream.device, plan.device_bytes, trace)
-        self._residents = _one_behind_another(_resident_units(sketch, plan))
+        self._residents = _one_behind_another(_resident_units(partition, plan))
         self._stand_ins = StandIns(stream.device)
         self._streamer: Streamer | None = None
         self._host_memory: list[torch.Tensor] = []
@@ -116,28 +116,28 @@ class _Builder:
             self._ring.close()
             _unpin_all(self._host_memory)
 
-    def seat_residents(self) -> None:
-        """Read what stays to the beginning of the ring's memory, and seat it wherever it is shared."""
+    def set_residents(self) -> None:
+        """Read what stays to the beginning of the ring's memory, and ref it wherever it is shared."""
         fill_all(self._ring, self._residents)
-        block_units = {block.unit for block in self._sketch.blocks}
+        block_units = {block.unit for block in self._partition.blocks}
         for unit, start in self._residents:
             if unit.name not in block_units:
                 memory = self._ring.view(start, unit.nbytes)
-                for piece in unit.pieces:
-                    self._seat_everywhere(piece.entry.name, piece.view(memory))
+                for weight in unit.weights:
+                    self._set_everywhere(weight.entry.name, weight.view(memory))
 
-    def _seat_everywhere(self, entry_name: str, tensor: torch.Tensor) -> None:
-        chairs = self._sketch.weights.chairs(entry_name)
-        shared = nn.Parameter(tensor, requires_grad=False) if chairs[0].holds_parameter else tensor
+    def _set_everywhere(self, entry_name: str, tensor: torch.Tensor) -> None:
+        refs_to = self._partition.weights.refs_to(entry_name)
+        shared = nn.Parameter(tensor, requires_grad=False) if refs_to[0].holds_parameter else tensor
         shared._is_hf_initialized = True  # type: ignore[attr-defined]
-        for seat in chairs:
-            seat.seat(shared)
+        for ref in refs_to:
+            ref.set(shared)
 
     def set_streaming(self) -> Assembly:
         """Claim host memory, start the streamer, and bind every streamed unit to its module."""
-        sketch, device = self._sketch, self._stream.device
+        partition, device = self._partition, self._stream.device
         join_rows(self._model)  # before units are bound: inside of their forwards
-        moving = [sketch.units[name] for name in sketch.units if name in {*self._plan.streamed, *self._plan.host}]
+        moving = [partition.units[name] for name in partition.units if name in {*self._plan.streamed, *self._plan.host}]
         experts = self._claim_experts()
         streamer = Streamer(
             moving,
@@ -145,35 +145,35 @@ class _Builder:
             self._plan.ring_bytes,
             base=self._plan.resident_bytes + self._plan.experts.device_bytes,
             host=self._fill_host(),
-            rare={size.name for size in sketch.sizes if size.rare},
+            rare={size.name for size in partition.sizes if size.rare},
             experts=experts,
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
             at_close=[partial(_unpin_all, self._host_memory), *([experts.free] if experts is not None else [])],
         )
         self._streamer = streamer
-        layers, show_progress = sketch.layout.layers, self._stream.show_layer_progress
+        layers, show_progress = partition.layout.layers, self._stream.show_layer_progress
         binding = Binding(streamer, device, self._trace, layers=layers, show_progress=show_progress)
-        self._seat_head(binding)
-        self._seat_embedding()
+        self._set_head(binding)
+        self._set_embedding()
         for unit in moving:
-            module = sketch.modules.get(unit.name)
+            module = partition.modules.get(unit.name)
             if module is not None:
-                seats = {piece.entry.name: sketch.weights.chairs(piece.entry.name, module) for piece in unit.pieces}
-                binding.bind(self._model.get_submodule(module), unit, seats, self._stand_ins)
+                refs = {weight.entry.name: partition.weights.refs_to(weight.entry.name, module) for weight in unit.weights}
+                binding.bind(self._model.get_submodule(module), unit, refs, self._stand_ins)
         if experts is not None:
             self._route_experts(experts, binding)
-        self._seat_tied_elsewhere()
+        self._set_tied_elsewhere()
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
-        return Assembly(self._plan, sketch, device, streamer, binding, self._trace, self._ring)
+        return Assembly(self._plan, partition, device, streamer, binding, self._trace, self._ring)
 
-    def _seat_tied_elsewhere(self) -> None:
+    def _set_tied_elsewhere(self) -> None:
         """A weight that another module streams, in the modules that share it."""
-        for name, seat in self._sketch.weights.seats.items():
-            if seat.holds_parameter and seat.table[seat.attribute].device.type == "meta":
-                seat.seat(self._stand_ins.stand_in(self._sketch.weights.entries[name], True))
+        for name, ref in self._partition.weights.refs.items():
+            if ref.holds_parameter and ref.table[ref.attribute].device.type == "meta":
+                ref.set(self._stand_ins.stand_in(self._partition.weights.entries[name], True))
 
     def _claim_experts(self) -> ExpertCache | None:
         """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which
@@ -185,24 +185,24 @@ class _Builder:
             host = claim_ring(torch.device("cpu"), plan.host_bytes, self._trace)
             self._pin(host.view(0, plan.host_bytes))
         layers = [
-            ExpertLayer(layer.name, self._sketch.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
+            ExpertLayer(layer.name, self._partition.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
             for layer in plan.layers
         ]
         slots, base = plan.device_bytes // plan.slot_bytes, self._plan.resident_bytes
         return ExpertCache(layers, self._ring, slots, plan.slot_bytes, base=base, host=host, trace=self._trace)
 
     def _route_experts(self, cache: ExpertCache, binding: Binding) -> None:
-        weights = self._sketch.weights
+        weights = self._partition.weights
         for layer in self._plan.experts.layers:
             for name in weights.names_in(layer.name):
-                seat = weights.seats[name]
-                seat.seat(self._stand_ins.stand_in(weights.entries[name], seat.holds_parameter, ExpertsAway))
-            experts = RoutedExperts(layer.name, self._sketch.experts[layer.name], cache, binding)
+                ref = weights.refs[name]
+                ref.set(self._stand_ins.stand_in(weights.entries[name], ref.holds_parameter, ExpertsAway))
+            experts = RoutedExperts(layer.name, self._partition.experts[layer.name], cache, binding)
             route(self._model.get_submodule(layer.name), experts)
 
     def _fill_host(self) -> dict[str, torch.Tensor]:
         """Read what stays in host memory, and pin it where the device copies from pinned memory."""
-        units = [self._sketch.units[name] for name in self._plan.host]
+        units = [self._partition.units[name] for name in self._plan.host]
         if not units:
             return {}
         nbytes = sum(unit.nbytes for unit in units)
@@ -217,31 +217,31 @@ class _Builder:
             self._host_memory.append(pin(memory))
         return memory
 
-    def _seat_head(self, binding: Binding) -> None:
+    def _set_head(self, binding: Binding) -> None:
         """A head in blocks: those that stay are views, the others are borrowed as they arrive."""
-        sketch, device = self._sketch, self._stream.device
+        partition, device = self._partition, self._stream.device
         starts = {unit.name: start for unit, start in self._residents}
-        if sketch.head is None or sketch.head in starts:
+        if partition.head is None or partition.head in starts:
             return
         blocks = []
-        for block in sketch.blocks:
-            unit = sketch.units[block.unit]
+        for block in partition.blocks:
+            unit = partition.units[block.unit]
             borrow = _resident(self._ring, unit, starts[unit.name]) if unit.name in starts else partial(binding.borrow, unit)
             blocks.append(RowBlock(block.first, block.stop, borrow))
-        entry, embedding = sketch.weights.entries[sketch.head], sketch.embedding
-        tied = embedding is not None and sketch.weights.entries[embedding].name == entry.name
+        entry, embedding = partition.weights.entries[partition.head], partition.embedding
+        tied = embedding is not None and partition.weights.entries[embedding].name == entry.name
         weight = (TiedRows if tied else LinearBlocks)(entry, device, blocks)
-        sketch.weights.seats[sketch.head].seat(self._stand_ins.add(weight))
+        partition.weights.refs[partition.head].set(self._stand_ins.add(weight))
 
-    def _seat_embedding(self) -> None:
+    def _set_embedding(self) -> None:
         """The embedding by row, unless it stays, or shares its memory with a head that does."""
-        sketch = self._sketch
-        if sketch.embedding is None or sketch.layout.embedding not in self._plan.by_row:
+        partition = self._partition
+        if partition.embedding is None or partition.layout.embedding not in self._plan.by_row:
             return
-        entry, seat = sketch.weights.entries[sketch.embedding], sketch.weights.seats[sketch.embedding]
-        if isinstance(seat.table[seat.attribute], nn.Parameter) and seat.table[seat.attribute].device.type != "meta":
+        entry, ref = partition.weights.entries[partition.embedding], partition.weights.refs[partition.embedding]
+        if isinstance(ref.table[ref.attribute], nn.Parameter) and ref.table[ref.attribute].device.type != "meta":
             return
-        seat.seat(self._stand_ins.add(EmbeddingRows(entry, self._stream.device)))
+        ref.set(self._stand_ins.add(EmbeddingRows(entry, self._stream.device)))
 
 
 def _unpin_all(memory: list[torch.Tensor]) -> None:
@@ -252,18 +252,18 @@ def _unpin_all(memory: list[torch.Tensor]) -> None:
 def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:
     @contextmanager
     def borrow() -> Iterator[torch.Tensor]:
-        yield unit.pieces[0].view(ring.view(start, unit.nbytes))
+        yield unit.weights[0].view(ring.view(start, unit.nbytes))
 
     return borrow
 
 
-def _resident_units(sketch: Sketch, plan: Plan) -> list[Unit]:
+def _resident_units(partition: Partition, plan: Plan) -> list[Unit]:
     """What stays. A head whose every block stays is not cut: its module runs as it is."""
-    found = [sketch.units[name] for name in plan.resident]
-    blocks = {block.unit for block in sketch.blocks}
-    if sketch.head is None or not blocks <= set(plan.resident):
+    found = [partition.units[name] for name in plan.resident]
+    blocks = {block.unit for block in partition.blocks}
+    if partition.head is None or not blocks <= set(plan.resident):
         return found
-    whole = make_unit(sketch.head, [sketch.weights.entries[sketch.head]])
+    whole = make_unit(partition.head, [partition.weights.entries[partition.head]])
     return [unit for unit in found if unit.name not in blocks] + [whole]
 
 
@@ -276,13 +276,13 @@ def _one_behind_another(units: Sequence[Unit]) -> list[tuple[Unit, int]]:
     return starts
 
 
-def _initialize_rest(model: PreTrainedModel, sketch: Sketch, device: torch.device) -> None:
+def _initialize_rest(model: PreTrainedModel, partition: Partition, device: torch.device) -> None:
     """What no checkpoint holds, made as transformers makes it: non-persistent buffers, weights that may be missing."""
-    rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(sketch.weights.entries))
+    rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(partition.weights.entries))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in rest:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    for seat in seats_of(model, sorted(rest)).values():
-        empty = torch.empty_like(seat.table[seat.attribute], device=device)
-        seat.seat(nn.Parameter(empty, requires_grad=False) if seat.holds_parameter else empty)
+    for ref in weight_refs(model, sorted(rest)).values():
+        empty = torch.empty_like(ref.table[ref.attribute], device=device)
+        ref.set(nn.Parameter(empty, requires_grad=False) if ref.holds_parameter else empty)
     initialize(model)

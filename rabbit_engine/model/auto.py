@@ -249,7 +249,7 @@ def _load_own_adapter(model: Any) -> None:
 
 def _require_pass(model: Any, prepared: Prepared) -> None:
     try:
-        require_pass(prepared.architecture, prepared.dtype, model._assembly.sketch.probe)
+        require_pass(prepared.architecture, prepared.dtype, model._assembly.partition.probe)
     except BaseException:
         model.close()
         raise

@@ -14,7 +14,7 @@ import torch
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.planning.demand import Demand, need_bytes
-from rabbit_engine.planning.partition import Sketch
+from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.plan import Budget
 from rabbit_engine.planning.probe import Probe
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
@@ -46,12 +46,12 @@ def reserved_bytes(probe: Probe, tokens: int) -> int:
     return need_bytes(probe, Demand(tokens, 0))
 
 
-def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
+def budget_for(partition: Partition, stream: StreamConfig) -> Budget:
     """The budget that was given, or what is free now less a margin for the cache, activations and the system.
 
     A given one is for weights and what they pass through, unless `max_seq_len` asks for room for tokens in it.
     """
-    reserved = reserved_bytes(sketch.probe, stream.max_seq_len or DEFAULT_TOKENS)
+    reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
     given = stream.device_budget_bytes
     if given is not None:
         reserved = reserved if stream.max_seq_len else 0
@@ -62,12 +62,12 @@ def budget_for(sketch: Sketch, stream: StreamConfig) -> Budget:
     if stream.device.type == "cpu":
         return Budget(
             device_bytes=device,
-            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(sketch, loading=True)), default=0),
+            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in _misaligned(partition, loading=True)), default=0),
             reserved_bytes=reserved,
             given_bytes=given,
         )
     buffers = 2 * READERS if stream.device.type == "cuda" else READERS
-    buffers += READERS if sketch.experts else 0  # on their way into host memory
+    buffers += READERS if partition.experts else 0  # on their way into host memory
     return Budget(
         device_bytes=device,
         host_bytes=_host_bytes(stream),
@@ -85,35 +85,39 @@ def _host_bytes(stream: StreamConfig) -> int:
     return min(host, pinned_limit_bytes()) if stream.device.type == "cuda" else host
 
 
-def _misaligned(sketch: Sketch, *, loading: bool = False) -> list[Extent]:
+def _misaligned(partition: Partition, *, loading: bool = False) -> list[Extent]:
     """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need;
     or also those of `loading`, when the experts of a layer and a head that is cut may be read as one."""
-    apart = _rows(sketch) if loading else _rows(sketch) | set(sketch.experts)
-    units = [unit for name, unit in sketch.units.items() if name not in apart]
-    experts = [unit for units in sketch.experts.values() for unit in units]
-    head = [make_unit(sketch.head, [sketch.weights.entries[sketch.head]])] if loading and sketch.head is not None else []
+    apart = _rows(partition) if loading else _rows(partition) | set(partition.experts)
+    units = [unit for name, unit in partition.units.items() if name not in apart]
+    experts = [unit for units in partition.experts.values() for unit in units]
+    head = (
+        [make_unit(partition.head, [partition.weights.entries[partition.head]])] if loading and partition.head is not None else []
+    )
     return [chunk for unit in (*units, *experts, *head) for chunk in unit.staged_chunks()]
 
 
-def _rows(sketch: Sketch) -> set[str]:
-    return {size.name for size in sketch.sizes if size.role == "embedding"}
+def _rows(partition: Partition) -> set[str]:
+    return {size.name for size in partition.sizes if size.role == "embedding"}
 
 
-def read_notes(sketch: Sketch, device: torch.device) -> list[str]:
+def read_notes(partition: Partition, device: torch.device) -> list[str]:
     """What the reader of a plan should know of the files: how they are read, what must be realigned."""
-    paths = {place.path for entry in sketch.weights.entries.values() for place in entry.places}
+    paths = {place.path for entry in partition.weights.entries.values() for place in entry.places}
     reasons = {buffered_reason(path) for path in paths if path.is_file()}
     notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
-    moved = sum(chunk.nbytes for chunk in _misaligned(sketch)) if device.type == "cpu" else 0
+    moved = sum(chunk.nbytes for chunk in _misaligned(partition)) if device.type == "cpu" else 0
     if moved:
         why = "off a 16-byte boundary in their files, or joined from parts"
         notes.append(f"{format_bytes(moved)} are moved once more while they are read: {why}")
     return notes
 
 
-def whole_experts_notes(sketch: Sketch) -> list[str]:
+def whole_experts_notes(partition: Partition) -> list[str]:
     """Which classes of experts move whole, all of a layer's for every token, and why."""
-    return [f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in sketch.whole_experts.items()]
+    return [
+        f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in partition.whole_experts.items()
+    ]
 
 
 def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes: int | None = None) -> Speeds:

@@ -15,7 +15,7 @@ from rabbit_engine.checkpoints.splitter import build_for
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.decide import plan_for
-from rabbit_engine.planning.partition import draw, unread_entries
+from rabbit_engine.planning.partition import partition_model, unread_entries
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.sizes import format_bytes
@@ -31,7 +31,7 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     shapes, found, note = _entries(request)
     model = build_for(request.architecture, request.dtype, shapes)
     entries, ties = found or unread_entries(model)
-    plan = plan_for(draw(model, entries, ties, stream.cut, stream.device.type), stream)
+    plan = plan_for(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
     return replace(plan, notes=(*plan.notes, note))
 
 

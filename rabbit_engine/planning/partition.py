@@ -22,7 +22,7 @@ from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.placement import Role, UnitSize
 from rabbit_engine.planning.probe import Probe, has_experts_interface, run_probe
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
-from rabbit_engine.streaming import Seat, Unit, make_unit, row_blocks, seats_of
+from rabbit_engine.streaming import Unit, WeightRef, make_unit, row_blocks, weight_refs
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
@@ -32,7 +32,7 @@ class Weights:
     """Each weight of the model: where it is stored (`entries`, ties resolved), where it sits, and whose it is."""
 
     entries: Mapping[str, TensorEntry]
-    seats: Mapping[str, Seat]
+    refs: Mapping[str, WeightRef]
     owned: Mapping[str, Sequence[str]]
 
     def stored(self, names: Iterable[str]) -> dict[str, TensorEntry]:
@@ -47,10 +47,10 @@ class Weights:
         """The weights `names`, as they are read."""
         return make_unit(unit_name, list(self.stored(names).values()))
 
-    def chairs(self, entry_name: str, module: str = "") -> list[Seat]:
-        """Every seat in `module` that an entry fills: more than one where weights are tied."""
+    def refs_to(self, entry_name: str, module: str = "") -> list[WeightRef]:
+        """Every ref in `module` that an entry fills: more than one where weights are tied."""
         inside = f"{module}." if module else ""
-        return [self.seats[name] for name, entry in self.entries.items() if entry.name == entry_name and name.startswith(inside)]
+        return [self.refs[name] for name, entry in self.entries.items() if entry.name == entry_name and name.startswith(inside)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class Partition:
     """A model's units in the order of a pass, with their sizes and the modules they belong to.
 
     `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
@@ -84,25 +84,25 @@ class Sketch:
     whole_experts: Mapping[str, str]
 
 
-def draw(
+def partition_model(
     model: PreTrainedModel,
     entries: Mapping[str, TensorEntry],
     ties: Mapping[str, str],
     cut: Cut = DEFAULT_CUT,
     device_type: str = "cpu",
-) -> Sketch:
+) -> Partition:
     """Cut `model` (on the meta device) into units of its stored `entries`, to run on such a device.
 
     Raises MismatchedWeightsError where they are not this model's.
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
-    drawing = _Drawing(model, layout, weights, run_probe(model, device_type), cut)
-    drawing.add_towers()
-    drawing.add_layers()
-    drawing.add_head()
-    drawing.add_others()
-    return drawing.finish()
+    partitioner = _Partitioner(model, layout, weights, run_probe(model, device_type), cut)
+    partitioner.add_towers()
+    partitioner.add_layers()
+    partitioner.add_head()
+    partitioner.add_others()
+    return partitioner.finish()
 
 
 def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -130,11 +130,11 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
     owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
     for name in found:
         owned[layout.shard_of(name)].append(name)
-    return Weights(found, seats_of(model, list(found)), owned)
+    return Weights(found, weight_refs(model, list(found)), owned)
 
 
-class _Drawing:
-    """A sketch in the making."""
+class _Partitioner:
+    """A partition in the making."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
         self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
@@ -187,7 +187,7 @@ class _Drawing:
         inside = {name for found in leaves.values() for name in found}
         rest = self._weights.unit(layer, [name for name in dense if name not in inside])
         total = sum(self._weights.entries[name].nbytes for name in dense)
-        if rest.pieces:
+        if rest.weights:
             stays = bool(leaves) and rest.weight_bytes <= total * self._cut.rest_share
             self._add(layer, rest, streamed=not stays, module=layer, encloses=bool(leaves))
         for leaf, found in leaves.items():
@@ -294,10 +294,10 @@ class _Drawing:
         names = self._weights.owned[module]
         return names[0] if len(names) == 1 else None
 
-    def finish(self) -> Sketch:
+    def finish(self) -> Partition:
         """What was drawn."""
         head = f"{self._layout.head}.weight" if self._blocks else None
-        return Sketch(
+        return Partition(
             self._layout,
             self._weights,
             self._probe,

@@ -15,7 +15,7 @@ import torch
 from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClosedError
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.room import Room
-from rabbit_engine.streaming import Convoy, Dice, Rider, share_products
+from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_products
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Job:
     on_end: Callable[[BaseException | None], None]
     demand: Demand
     seed: int | None = None
-    rider: Rider | None = field(default=None, repr=False)
+    fiber: Fiber | None = field(default=None, repr=False)
     cancelled: bool = False
     is_computed: bool = False
 
@@ -40,14 +40,14 @@ class Job:
 class Engine:
     """Serves jobs in their order: each begins with the next pass that there is room for, `most` at a time.
 
-    `queue` more may wait. `exact` gives each the bits it would get alone; without, riders share their matrix products.
+    `queue` more may wait. `exact` gives each the bits it would get alone; without, fibers share their matrix products.
     """
 
     def __init__(self, model: Any, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
         self._model, self._room = model, room
         self._most, self._queue = most, queue
         binding = model._assembly.binding
-        self._convoy = Convoy(binding, shares=not exact)
+        self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -127,8 +127,8 @@ class Engine:
             waited = job in self._waiting
             if waited:
                 self._waiting.remove(job)
-            elif job.rider is not None:
-                job.rider.stop(Cancelled())
+            elif job.fiber is not None:
+                job.fiber.stop(Cancelled())
             self._changed.notify_all()
         if waited:
             _tell(job, Cancelled())
@@ -140,8 +140,8 @@ class Engine:
         with self._changed:
             self._closed = True
             for job in self._running:
-                if job.rider is not None:
-                    job.rider.stop(SessionClosedError("the session was closed before the answer was there"))
+                if job.fiber is not None:
+                    job.fiber.stop(SessionClosedError("the session was closed before the answer was there"))
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -153,7 +153,7 @@ class Engine:
         return max(1.0, pass_s * fewest / 2)
 
     def _serve(self) -> None:
-        torch.set_grad_enabled(False)  # for all riders: they share the thread's switch
+        torch.set_grad_enabled(False)  # for all fibers: they share the thread's switch
         try:
             while self._wait_for_work():
                 self._admit()
@@ -164,7 +164,7 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._closed or self._waiting or self._convoy.riders):
+            while not (self._closed or self._waiting or self._scheduler.fibers):
                 self._changed.wait()
             return not self._closed
 
@@ -172,7 +172,7 @@ class Engine:
         with self._changed:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
-        self._convoy.stop(SessionClosedError("the session was closed before the answer was there"))
+        self._scheduler.stop(SessionClosedError("the session was closed before the answer was there"))
         self._settle()
         for job in waiting:
             _tell(job, SessionClosedError("the session was closed before the answer was begun"))
@@ -180,10 +180,10 @@ class Engine:
     def _admit(self) -> None:
         """Let jobs begin, in their order, as long as there is room beside those that run."""
         while (job := self._next()) is not None:
-            dice = Dice(job.seed, self._model.device) if job.seed is not None else None
-            job.rider = self._convoy.add(job.work, dice)
+            random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
+            job.fiber = self._scheduler.add(job.work, random_stream)
             if job.cancelled:
-                job.rider.stop(Cancelled())
+                job.fiber.stop(Cancelled())
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -196,22 +196,22 @@ class Engine:
             return self._running[-1]
 
     def _run_pass(self) -> None:
-        if self._convoy.riders:
+        if self._scheduler.fibers:
             try:
-                self._convoy.run_pass()
+                self._scheduler.run_pass()
             except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: everybody's
-                self._convoy.stop(error)
+                self._scheduler.stop(error)
         for job in self._running:
             job.is_computed = True  # its prompt: it takes the first pass
         self._settle()
 
     def _settle(self) -> None:
         """Tell those who wait for jobs that are over."""
-        done = [job for job in self._running if job.rider is not None and job.rider.dead]
+        done = [job for job in self._running if job.fiber is not None and job.fiber.dead]
         with self._changed:
             self._running = [job for job in self._running if job not in done]
         for job in done:
-            _tell(job, job.rider.failure)  # type: ignore[union-attr]
+            _tell(job, job.fiber.failure)  # type: ignore[union-attr]
 
 
 def _leave() -> None:

@@ -153,7 +153,7 @@ class Session:
         self.model = model
         self._overflow = overflow
         self._told: set[str] = set()
-        probe = model._assembly.sketch.probe
+        probe = model._assembly.partition.probe
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
             logger.warning("%s keeps %s in its modules: its answers are given one at a time", type(model).__name__, why)

@@ -6,8 +6,8 @@ from rabbit_engine.streaming.binding.placeholder import ExpertsAway, Placeholder
 from rabbit_engine.streaming.binding.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.binding.rows import EmbeddingRows
 from rabbit_engine.streaming.binding.tied import TiedRows
-from rabbit_engine.streaming.binding.wrapping import Binding, Seat, guard, move, seats_of
-from rabbit_engine.streaming.scheduler import Convoy, Dice, Rider, rider_on, share_products
+from rabbit_engine.streaming.binding.wrapping import Binding, WeightRef, guard, move, weight_refs
+from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Span, Trace, busy_share, write_chrome_trace
@@ -19,22 +19,21 @@ from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 __all__ = [
     "STAGING_BYTES",
     "Binding",
-    "Convoy",
-    "Dice",
     "EmbeddingRows",
     "ExpertCache",
     "ExpertLayer",
     "ExpertsAway",
     "ExpertsProfile",
+    "Fiber",
     "LinearBlocks",
     "PassProgress",
     "Placeholder",
     "Profile",
-    "Rider",
+    "RandomStream",
     "Ring",
     "RoutedExperts",
     "RowBlock",
-    "Seat",
+    "Scheduler",
     "Span",
     "StandIns",
     "Streamer",
@@ -42,9 +41,11 @@ __all__ = [
     "Trace",
     "Unit",
     "UnitProfile",
+    "WeightRef",
     "adapts_routed",
     "busy_share",
     "claim_ring",
+    "fiber_on",
     "fill_all",
     "guard",
     "join_rows",
@@ -52,11 +53,10 @@ __all__ = [
     "move",
     "pin",
     "placeholder_for",
-    "rider_on",
     "route",
     "row_blocks",
-    "seats_of",
     "share_products",
     "unpin",
+    "weight_refs",
     "write_chrome_trace",
 ]

@@ -1,10 +1,10 @@
 """Many texts in one pass: each runs transformers' own forward, and all of them go through the layers together.
 
-A rider is a coroutine (a greenlet) that runs one generation and switches away wherever it needs a unit that has to come.
-When everybody has got so far, the unit is brought once, and one rider after another computes with it. So each runs the same
+A fiber is a coroutine (a greenlet) that runs one generation and switches away wherever it needs a unit that has to come.
+When everybody has got so far, the unit is brought once, and one fiber after another computes with it. So each runs the same
 kernels on the same shapes as it would alone, and gets the same bits; what they share is the way of the weights.
 
-`share_products` goes on to what Yu et al. (Orca, OSDI 2022) call selective batching: riders also meet at every linear layer,
+`share_products` goes on to what Yu et al. (Orca, OSDI 2022) call selective batching: fibers also meet at every linear layer,
 which then runs once over the tokens of all. That is faster where computing is what takes the time, and gives the equality of
 bits up: a kernel may order its sums by the number of rows.
 """
@@ -25,10 +25,10 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 
-class Road(Protocol):
-    """What riders travel on: the units of a model."""
+class UnitSource(Protocol):
+    """What fibers travel on: the units of a model."""
 
-    def convoy_pass(self) -> AbstractContextManager[None]:
+    def scheduled_pass(self) -> AbstractContextManager[None]:
         """Within the block one pass runs, whoever's."""
         ...
 
@@ -46,16 +46,16 @@ _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True, eq=False)
 class _Product:
-    """What a rider wants of a linear layer: [..., inputs] into [..., outputs]."""
+    """What a fiber wants of a linear layer: [..., inputs] into [..., outputs]."""
 
     forward: _Forward
     states: torch.Tensor
     result: torch.Tensor | None = None
 
 
-class Dice:
-    """The random numbers of one rider. torch has one generator a device for everybody: between the passes of its rider it
-    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`. Riders of all convoys
+class RandomStream:
+    """The random numbers of one fiber. torch has one generator a device for everybody: between the passes of its fiber it
+    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`. Fibers of all schedulers
     take turns; a thread that draws by itself meanwhile draws from whatever is there."""
 
     _turn = threading.Lock()
@@ -93,15 +93,17 @@ class Dice:
             torch.get_device_module(self._device).set_rng_state(state)
 
 
-class Rider(greenlet):
-    """One generation, `work()`, in the thread of its convoy; `failure` is what it raised."""
+class Fiber(greenlet):
+    """One generation, `work()`, in the thread of its scheduler; `failure` is what it raised."""
 
-    def __init__(self, work: Callable[[], None], road: Road, dice: Dice | None = None, *, shares: bool = False) -> None:
+    def __init__(
+        self, work: Callable[[], None], source: UnitSource, random_stream: RandomStream | None = None, *, shares: bool = False
+    ) -> None:
         super().__init__(self._run)
         self.failure: BaseException | None = None
         self._work = work
-        self._road = road
-        self._dice, self._has_dice = dice, False
+        self._source = source
+        self._random_stream, self._has_random_stream = random_stream, False
         self.shares = shares
         self._wants: str | _Product | None = None
         self._stopped_by: BaseException | None = None
@@ -118,23 +120,23 @@ class Rider(greenlet):
 
     def begin_own_time(self) -> None:
         """Called when its pass is over: until it waits for the next, it runs alone."""
-        if self._dice is not None and not self._has_dice:
-            self._has_dice = True
-            self._dice.take()
+        if self._random_stream is not None and not self._has_random_stream:
+            self._has_random_stream = True
+            self._random_stream.take()
 
     def _end_own_time(self) -> None:
-        if self._dice is not None and self._has_dice:
-            self._has_dice = False
-            self._dice.put_back()
+        if self._random_stream is not None and self._has_random_stream:
+            self._has_random_stream = False
+            self._random_stream.put_back()
 
     @property
     def wants(self) -> str | _Product | None:
         """The unit or the product it waits for, within a pass."""
         return self._wants
 
-    def travels_on(self, road: Road) -> bool:
-        """Whether this is the road that its convoy takes: that of a second model, which its work calls, is not."""
-        return self._road is road
+    def travels_on(self, source: UnitSource) -> bool:
+        """Whether this is the source that its scheduler takes: that of a second model, which its work calls, is not."""
+        return self._source is source
 
     def stop(self, reason: BaseException) -> None:
         """Raise `reason` in its work, at the next unit or pass that it waits for. Any thread may call this."""
@@ -162,7 +164,7 @@ class Rider(greenlet):
         """Called in its work: `forward(states)`, computed with those of others."""
         product = _Product(forward, states)
         self._wait(product)
-        assert product.result is not None  # noqa: S101 - else its convoy stopped it
+        assert product.result is not None  # noqa: S101 - else its scheduler stopped it
         return product.result
 
     def _wait(self, wanted: str | _Product | None) -> None:
@@ -173,86 +175,86 @@ class Rider(greenlet):
             self._wants = None
 
 
-def rider_on(road: Road) -> Rider | None:
-    """The rider that runs now, if it travels on this road."""
+def fiber_on(source: UnitSource) -> Fiber | None:
+    """The fiber that runs now, if it travels on this source."""
     current = getcurrent()
-    return current if isinstance(current, Rider) and current.travels_on(road) else None
+    return current if isinstance(current, Fiber) and current.travels_on(source) else None
 
 
-class Convoy:
-    """Runs riders pass by pass, in the thread that calls it; with `shares` they meet where `share_products` lets them."""
+class Scheduler:
+    """Runs fibers pass by pass, in the thread that calls it; with `shares` they meet where `share_products` lets them."""
 
-    def __init__(self, road: Road, *, shares: bool = False) -> None:
-        self._road, self._shares = road, shares
-        self._riders: list[Rider] = []
+    def __init__(self, source: UnitSource, *, shares: bool = False) -> None:
+        self._source, self._shares = source, shares
+        self._fibers: list[Fiber] = []
 
     @property
-    def riders(self) -> int:
+    def fibers(self) -> int:
         """How many have work left."""
-        return len(self._riders)
+        return len(self._fibers)
 
-    def add(self, work: Callable[[], None], dice: Dice | None = None) -> Rider:
-        """Take a rider in, and run it to its first pass."""
-        rider = Rider(work, self._road, dice, shares=self._shares)
-        rider.resume()
-        self._riders.append(rider)
+    def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
+        """Take a fiber in, and run it to its first pass."""
+        fiber = Fiber(work, self._source, random_stream, shares=self._shares)
+        fiber.resume()
+        self._fibers.append(fiber)
         self._forget_the_done()
-        return rider
+        return fiber
 
     def stop(self, reason: BaseException) -> None:
         """Raise `reason` in everybody's work."""
-        for rider in self._riders:
-            rider.stop(reason)
-            rider.resume()
+        for fiber in self._fibers:
+            fiber.stop(reason)
+            fiber.resume()
         self._forget_the_done()
 
     def run_pass(self) -> None:
         """One pass of everybody; those who end or fail on the way do not hold the others up."""
-        aboard = tuple(self._riders)
-        with self._road.convoy_pass():
-            for rider in aboard:
-                rider.resume()
-            while waiting := [rider for rider in aboard if rider.wants is not None]:
+        aboard = tuple(self._fibers)
+        with self._source.scheduled_pass():
+            for fiber in aboard:
+                fiber.resume()
+            while waiting := [fiber for fiber in aboard if fiber.wants is not None]:
                 if isinstance(waiting[0].wants, _Product):
                     _multiply(waiting)
                 else:
                     self._bring(waiting)
         self._forget_the_done()
 
-    def _bring(self, waiting: list[Rider]) -> None:
+    def _bring(self, waiting: list[Fiber]) -> None:
         """Bring what the first one waits for, and let all go on that wait for the same. A unit that cannot be read fails
         the first one: for the next it is tried again."""
         name = waiting[0].wants
         assert isinstance(name, str)  # noqa: S101 - those that wait for a unit
         try:
-            self._road.hold(name)
+            self._source.hold(name)
         except Exception as error:  # noqa: BLE001 - raised where the unit is asked for
             waiting[0].stop(error)
             waiting[0].resume()
             return
         try:
-            for rider in waiting:
-                if rider.wants == name:
-                    rider.resume()
+            for fiber in waiting:
+                if fiber.wants == name:
+                    fiber.resume()
         finally:
-            self._road.let_go(name)
+            self._source.let_go(name)
 
     def _forget_the_done(self) -> None:
-        self._riders = [rider for rider in self._riders if not rider.dead]
+        self._fibers = [fiber for fiber in self._fibers if not fiber.dead]
 
 
-def _multiply(waiting: list[Rider]) -> None:
+def _multiply(waiting: list[Fiber]) -> None:
     """Run the layer that the first one waits at, once for all that wait at it, and let them go on."""
     first = waiting[0].wants
-    wants = [(rider, rider.wants) for rider in waiting]
-    met = [(rider, want) for rider, want in wants if isinstance(want, _Product) and want.forward is first.forward]  # type: ignore[union-attr]
+    wants = [(fiber, fiber.wants) for fiber in waiting]
+    met = [(fiber, want) for fiber, want in wants if isinstance(want, _Product) and want.forward is first.forward]  # type: ignore[union-attr]
     try:
         _compute([product for _, product in met])
     except Exception as error:  # noqa: BLE001 - raised in each one's own layer
-        for rider, _ in met:
-            rider.stop(error)
-    for rider, _ in met:
-        rider.resume()
+        for fiber, _ in met:
+            fiber.stop(error)
+    for fiber, _ in met:
+        fiber.resume()
 
 
 def _compute(products: list[_Product]) -> None:
@@ -262,15 +264,15 @@ def _compute(products: list[_Product]) -> None:
         product.result = output.reshape(*product.states.shape[:-1], output.shape[-1])
 
 
-def share_products(model: nn.Module, road: Road) -> Callable[[], None]:
-    """Let riders on `road` whose convoy shares meet at every linear layer of the model; all others run it as before.
+def share_products(model: nn.Module, source: UnitSource) -> Callable[[], None]:
+    """Let fibers on `source` whose scheduler shares meet at every linear layer of the model; all others run it as before.
 
     What it returns gives the layers their own forward back, once for every call of this.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     with _meeting_points:
         for layer in layers:
-            _meet_at(layer, road)
+            _meet_at(layer, source)
     return functools.partial(_part_at, layers)
 
 
@@ -278,22 +280,22 @@ _meeting_points = threading.Lock()
 
 
 class _Meeting:
-    """The forward of a linear layer at which riders meet; `users` sessions want it."""
+    """The forward of a linear layer at which fibers meet; `users` sessions want it."""
 
-    def __init__(self, layer: nn.Linear, road: Road) -> None:
+    def __init__(self, layer: nn.Linear, source: UnitSource) -> None:
         self.own = layer.__dict__.get("forward")
         self.users = 0
-        self._native, self._road = layer.forward, road
+        self._native, self._source = layer.forward, source
         functools.update_wrapper(self, layer.forward)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the parameter's name in torch
-        rider = rider_on(self._road)
-        return rider.await_product(self._native, input) if rider is not None and rider.shares else self._native(input)
+        fiber = fiber_on(self._source)
+        return fiber.await_product(self._native, input) if fiber is not None and fiber.shares else self._native(input)
 
 
-def _meet_at(layer: nn.Linear, road: Road) -> None:
+def _meet_at(layer: nn.Linear, source: UnitSource) -> None:
     if not isinstance(layer.__dict__.get("forward"), _Meeting):
-        layer.forward = _Meeting(layer, road)  # type: ignore[method-assign]
+        layer.forward = _Meeting(layer, source)  # type: ignore[method-assign]
     layer.forward.users += 1  # type: ignore[attr-defined]
 
 
@@ -319,7 +321,7 @@ def _renew_locks() -> None:
     """A forked child inherits locks that no thread of its own will free, and may load a model of its own."""
     global _meeting_points
     _meeting_points = threading.Lock()
-    Dice._turn = threading.Lock()
+    RandomStream._turn = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

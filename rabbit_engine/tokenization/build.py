@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rabbit_engine.errors import ConfigurationError, TokenizerNotFoundError
 from rabbit_engine.tokenization.classes import FastTokenizer, Manner, PieceTokenizer
-from rabbit_engine.tokenization.families import BAICHUAN, CHATGLM2, CHATGLM3, GLM4, INTERNLM, INTERNLM2, QWEN, Family
+from rabbit_engine.tokenization.families import BAICHUAN, CHATGLM2, CHATGLM3, GLM4, INTERNLM, INTERNLM2, QWEN, TokenizerFamily
 from rabbit_engine.tokenization.pieces import USER_DEFINED, PieceModel, convert, open_processor, read_pieces
 from rabbit_engine.tokenization.ranks import convert_ranks, looks_like_ranks, read_ranks
 from rabbit_engine.tokenization.settings import Settings, read_attributes, read_settings
@@ -72,7 +72,7 @@ def _build_chatglm(settings: Settings) -> PreTrainedTokenizerBase:
     return _build_from_pieces(_chatglm_generation(settings), settings)
 
 
-def _chatglm_generation(settings: Settings) -> Family:
+def _chatglm_generation(settings: Settings) -> TokenizerFamily:
     """ChatGLM2 and ChatGLM3 share model files; the code beside them, or the names in the configs, tell which it is."""
     code = settings.folder / "tokenization_chatglm.py"
     said = code.read_text("utf-8", errors="replace") if code.is_file() else ""
@@ -104,7 +104,7 @@ def _build_baichuan(settings: Settings) -> PreTrainedTokenizerBase:
     )
 
 
-def _build_from_ranks(family: Family, settings: Settings) -> PreTrainedTokenizerBase:
+def _build_from_ranks(family: TokenizerFamily, settings: Settings) -> PreTrainedTokenizerBase:
     ranks = read_ranks(_find(settings.folder, family.file))
     specials = _read_specials(family, settings, {}, len(ranks))
     tokenizer = convert_ranks(ranks, family.commands, digits=family.digits, nfc=family.nfc)
@@ -115,7 +115,7 @@ def _build_from_ranks(family: Family, settings: Settings) -> PreTrainedTokenizer
 
 
 def _build_from_pieces(
-    family: Family, settings: Settings, model: PieceModel | None = None, roles: Mapping[str, int] | None = None
+    family: TokenizerFamily, settings: Settings, model: PieceModel | None = None, roles: Mapping[str, int] | None = None
 ) -> PreTrainedTokenizerBase:
     model = model or read_pieces(_find(settings.folder, family.file))
     specials = _read_specials(family, settings, {piece: index for index, piece in enumerate(model.pieces)}, len(model.pieces))
@@ -143,7 +143,7 @@ def _agrees(tokenizer: Tokenizer, model: PieceModel) -> bool:
     return all(processor.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
 
 
-def _read_specials(family: Family, settings: Settings, pieces: Mapping[str, int], count: int) -> _Specials:
+def _read_specials(family: TokenizerFamily, settings: Settings, pieces: Mapping[str, int], count: int) -> _Specials:
     """`pieces` by name, `count` of them or of ranks. A special token without an id gets the next one."""
     said = {} if family.parses == "none" else settings.tokenizer
     attributes = read_attributes(said, family.attributes)
@@ -163,14 +163,14 @@ def _read_specials(family: Family, settings: Settings, pieces: Mapping[str, int]
 
 
 def _parsed_attributes(
-    family: Family, settings: Settings, attributes: Mapping[str, AddedToken], parsed: Mapping[str, AddedToken]
+    family: TokenizerFamily, settings: Settings, attributes: Mapping[str, AddedToken], parsed: Mapping[str, AddedToken]
 ) -> dict[str, AddedToken]:
     kept = {"named": attributes.keys(), "configured": settings.tokenizer.keys()}.get(family.parses, ())
     found = [token for name, token in attributes.items() if name in kept and token.content not in parsed]
     return {token.content: token for token in reversed(found)}  # of two with one text the first counts
 
 
-def _manner(family: Family, specials: _Specials, count: int) -> Manner:
+def _manner(family: TokenizerFamily, specials: _Specials, count: int) -> Manner:
     """As transformers 4 decodes: tokens that were added, or come after the vocabulary, stand apart unless they are attributes.
 
     `count`: of pieces or ranks.
@@ -188,7 +188,7 @@ def _manner(family: Family, specials: _Specials, count: int) -> Manner:
     )
 
 
-def _layouts(family: Family, settings: Settings, specials: _Specials) -> tuple[list[str], list[str]]:
+def _layouts(family: TokenizerFamily, settings: Settings, specials: _Specials) -> tuple[list[str], list[str]]:
     """Special tokens around one text, "$A", and around a pair, "$A" and "$B"."""
     marks = {name: token.content for name, token in specials.attributes.items()}
     bos = [marks["bos_token"]] if family.adds_bos and settings.tokenizer.get("add_bos_token", True) else []
@@ -217,7 +217,7 @@ def _fast(tokenizer: Tokenizer, manner: Manner, specials: _Specials, settings: S
     return made  # type: ignore[no-any-return]
 
 
-def _keywords(family: Family, settings: Settings, specials: _Specials) -> dict[str, Any]:
+def _keywords(family: TokenizerFamily, settings: Settings, specials: _Specials) -> dict[str, Any]:
     known = {token.content for token in specials.attributes.values()}
     extra = [*family.commands] if family.parses in ("none", "configured") and specials.hidden else []
     extra += [token.content for token in specials.additional]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizer, TokenizersBackend
 from transformers.tokenization_python import Trie
 
 from rabbit_engine.errors import CannotSaveError, ConfigurationError
-from rabbit_engine.tokenization.families import Family
+from rabbit_engine.tokenization.families import TokenizerFamily
 from rabbit_engine.tokenization.pieces import literals, open_processor
 from rabbit_engine.tokenization.spelling import SPELLINGS, Part, Speller
 
@@ -32,7 +32,7 @@ class Manner:
     When decoded those in `apart` stand between spaces, and those in `silent` say nothing.
     """
 
-    family: Family
+    family: TokenizerFamily
     names: Mapping[int, str]
     markup: Mapping[str, int]
     apart: frozenset[str] = frozenset()

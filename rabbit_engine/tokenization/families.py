@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class TokenizerFamily:
     """One generation of tokenizers: the same code, whatever the vocabulary.
 
     `commands` get the ids after the vocabulary, in this order; `front` and `back` stand around a text, `pair_back` around
@@ -74,7 +74,7 @@ _RESERVED = """{% for message in messages -%}
 {%- elif not loop.first %}{{ raise_exception('Baichuan knows a system message at the start, and user and assistant') }}
 {%- endif %}{{ cut }}{{ message.content }}{{ cut }}{% endfor %}{% if add_generation_prompt %}ASSISTANT{% endif %}"""
 
-CHATGLM2 = Family(
+CHATGLM2 = TokenizerFamily(
     name="ChatGLM2",
     file="tokenizer.model",
     commands=("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
@@ -86,7 +86,7 @@ CHATGLM2 = Family(
     padding_side="left",
     chat_template=_ROUNDS,
 )
-CHATGLM3 = Family(
+CHATGLM3 = TokenizerFamily(
     name="ChatGLM3",
     file="tokenizer.model",
     commands=CHATGLM2.commands + _GLM_ROLES,
@@ -97,7 +97,7 @@ CHATGLM3 = Family(
     padding_side="left",
     chat_template="[gMASK]sop" + _ROLES.replace("TOOLS", _GLM3_TOOLS),
 )
-GLM4 = Family(
+GLM4 = TokenizerFamily(
     name="GLM-4",
     file="tokenizer.model",
     commands=(
@@ -112,7 +112,7 @@ GLM4 = Family(
     digits="{1,3}",
     chat_template="[gMASK]<sop>" + _ROLES.replace("TOOLS", _GLM4_TOOLS),
 )
-QWEN = Family(
+QWEN = TokenizerFamily(
     name="QWen",
     file="qwen.tiktoken",
     commands=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205))),
@@ -121,7 +121,7 @@ QWEN = Family(
     nfc=True,
     chat_template=_CHATML_V1,
 )
-INTERNLM = Family(
+INTERNLM = TokenizerFamily(
     name="InternLM",
     file="tokenizer.model",
     attributes={**_LLAMA_LIKE, "pad_token": "</s>"},
@@ -131,7 +131,7 @@ INTERNLM = Family(
     content="template",
     chat_template=_BOT,
 )
-INTERNLM2 = Family(
+INTERNLM2 = TokenizerFamily(
     name="InternLM2",
     file="tokenizer.model",
     attributes=INTERNLM.attributes,
@@ -141,7 +141,7 @@ INTERNLM2 = Family(
     content="template",
     chat_template=_CHATML_V2,
 )
-BAICHUAN = Family(
+BAICHUAN = TokenizerFamily(
     name="Baichuan",
     file="tokenizer.model",
     attributes={**_LLAMA_LIKE, "pad_token": "<unk>"},

@@ -66,8 +66,8 @@ class RoutedExperts:
 
     def _weights(self, index: int, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """An expert's weights under the names of the module's stacks of them."""
-        pieces = self._units[index].pieces
-        return {piece.entry.name.rpartition("[")[0].rpartition(".")[2]: piece.view(memory)[0] for piece in pieces}
+        weights = self._units[index].weights
+        return {weight.entry.name.rpartition("[")[0].rpartition(".")[2]: weight.view(memory)[0] for weight in weights}
 
 
 def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from rabbit_engine.errors import CannotExportError, CannotTrainError
 from rabbit_engine.streaming.binding.placeholder import StandIns
-from rabbit_engine.streaming.scheduler import rider_on
+from rabbit_engine.streaming.scheduler import fiber_on
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.streamer import Streamer
@@ -30,7 +30,7 @@ _PLACES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WeightRef:
     """Where a weight sits: an attribute of a module (the object: names change under adapters), in one of its tables."""
 
     module: nn.Module
@@ -47,49 +47,49 @@ class Seat:
         """Whether a parameter sits here now, not a buffer."""
         return self.attribute in self.module._parameters
 
-    def seat(self, tensor: torch.Tensor) -> None:
+    def set(self, tensor: torch.Tensor) -> None:
         """Put `tensor` there."""
         self.table[self.attribute] = tensor
 
 
-def seats_of(model: nn.Module, names: Sequence[str]) -> dict[str, Seat]:
-    """The seat of each weight of the model's state dict."""
-    return {name: Seat(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
+def weight_refs(model: nn.Module, names: Sequence[str]) -> dict[str, WeightRef]:
+    """The ref of each weight of the model's state dict."""
+    return {name: WeightRef(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
 
 
 class BoundUnit:
-    """A unit, the seats of its weights, and what stands in for them while they are away."""
+    """A unit, the refs of its weights, and what stands in for them while they are away."""
 
-    def __init__(self, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
+    def __init__(self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns) -> None:
         self.unit = unit
-        self._seats = [seats[piece.entry.name] for piece in unit.pieces]
-        self._are_parameters = [seats[0].holds_parameter for seats in self._seats]
-        pairs = zip(unit.pieces, self._are_parameters, strict=True)
-        self._away = [stand_ins.stand_in(piece.entry, is_parameter) for piece, is_parameter in pairs]
+        self._refs = [refs[weight.entry.name] for weight in unit.weights]
+        self._are_parameters = [refs[0].holds_parameter for refs in self._refs]
+        pairs = zip(unit.weights, self._are_parameters, strict=True)
+        self._away = [stand_ins.stand_in(weight.entry, is_parameter) for weight, is_parameter in pairs]
         self._views: dict[int, list[torch.Tensor]] = {}
         self.take_away()
 
     def bring(self, place: int, memory: torch.Tensor) -> None:
-        """Seat views of the ring. They are kept for the places where a unit often lies: rebinding costs 0.1
+        """WeightRef views of the ring. They are kept for the places where a unit often lies: rebinding costs 0.1
         microseconds, a new Parameter 8."""
         if place not in self._views:
             if len(self._views) == _PLACES:
                 self._views.clear()
-            self._views[place] = [self._view(index, memory) for index in range(len(self._seats))]
+            self._views[place] = [self._view(index, memory) for index in range(len(self._refs))]
         self._seat(self._views[place])
 
     def _view(self, index: int, memory: torch.Tensor) -> torch.Tensor:
-        view = self.unit.pieces[index].view(memory)
+        view = self.unit.weights[index].view(memory)
         return nn.Parameter(view, requires_grad=False) if self._are_parameters[index] else view
 
     def take_away(self) -> None:
-        """Seat the placeholders."""
+        """WeightRef the placeholders."""
         self._seat(self._away)
 
     def _seat(self, tensors: Sequence[torch.Tensor]) -> None:
-        for seats, tensor in zip(self._seats, tensors, strict=True):
-            for seat in seats:
-                seat.seat(tensor)
+        for refs, tensor in zip(self._refs, tensors, strict=True):
+            for ref in refs:
+                ref.set(tensor)
 
     def forget(self) -> None:
         """Drop the views, so that the ring's memory can go."""
@@ -100,7 +100,7 @@ class BoundUnit:
 class Binding:
     """All bound units of a model, and the one lock under which its forwards run.
 
-    A pass is a thread's own, or that of a convoy, whose riders are as many flows in one thread.
+    A pass is a thread's own, or that of a scheduler, whose fibers are as many flows in one thread.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class Binding:
         self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
         self.on_pass: Callable[[float], None] = lambda _: None
 
-    def bind(self, module: nn.Module, unit: Unit, seats: Mapping[str, Sequence[Seat]], stand_ins: StandIns) -> None:
+    def bind(self, module: nn.Module, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns) -> None:
         """Stream `unit` whenever `module` runs."""
-        bound = BoundUnit(unit, seats, stand_ins)
+        bound = BoundUnit(unit, refs, stand_ins)
         self._units[unit.name] = bound
         native = module.forward
 
@@ -157,14 +157,14 @@ class Binding:
             _, memory = self._acquire(unit.name)
             try:
                 with self.computing(unit.name):
-                    yield unit.pieces[0].view(memory)
+                    yield unit.weights[0].view(memory)
             finally:
                 self._release(unit.name)
 
     def _acquire(self, name: str) -> tuple[int, torch.Tensor]:
-        rider = rider_on(self)
-        if rider is not None:
-            rider.await_unit(name)
+        fiber = fiber_on(self)
+        if fiber is not None:
+            fiber.await_unit(name)
         self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
             return self._streamer.acquire(name)
@@ -177,7 +177,7 @@ class Binding:
         return gone
 
     def hold(self, name: str) -> None:
-        """Bring a unit for all riders of a convoy."""
+        """Bring a unit for all fibers of a scheduler."""
         self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
             self._streamer.acquire(name)
@@ -220,23 +220,23 @@ class Binding:
     def root_pass(self, sequences: int = 1) -> Iterator[None]:
         """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
         self._streamer.require_open()
-        flow, rider = getcurrent(), rider_on(self)
+        flow, fiber = getcurrent(), fiber_on(self)
         if flow in self._sequences:  # a part of the model, within the model's own
             yield
             return
-        if rider is not None:
-            rider.await_pass()
-        with nullcontext() if rider is not None else self._pass():
+        if fiber is not None:
+            fiber.await_pass()
+        with nullcontext() if fiber is not None else self._pass():
             try:
                 self._sequences[flow] = sequences
                 yield
             finally:
                 self._sequences.pop(flow, None)
-                if rider is not None:
-                    rider.begin_own_time()
+                if fiber is not None:
+                    fiber.begin_own_time()
 
-    def convoy_pass(self) -> AbstractContextManager[None]:
-        """The pass of all riders of a convoy."""
+    def scheduled_pass(self) -> AbstractContextManager[None]:
+        """The pass of all fibers of a scheduler."""
         return self._pass()
 
     @contextmanager

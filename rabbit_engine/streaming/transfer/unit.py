@@ -42,7 +42,7 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class UnitWeight:
     """One weight of a unit: a view of its memory."""
 
     entry: TensorEntry
@@ -59,14 +59,14 @@ class Unit:
     """A named list of extents, and the weights they hold once read. `nbytes` of memory, whole pages."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    weights: tuple[UnitWeight, ...]
     extents: tuple[Extent, ...]
     nbytes: int
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights alone, without what aligns them."""
-        return sum(piece.entry.nbytes for piece in self.pieces)
+        return sum(weight.entry.nbytes for weight in self.weights)
 
     @property
     def read_bytes(self) -> int:
@@ -96,7 +96,7 @@ def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
     An extent lies in memory as it lies in its file's pages where that aligns its weights, so that it is read without a copy.
     The parts of a weight that is stored in several places come to lie one behind another.
     """
-    pieces: list[Piece] = []
+    weights: list[UnitWeight] = []
     extents: list[Extent] = []
     end = 0
     for entry in sorted(entries, key=lambda e: (str(e.path), e.offset)):
@@ -108,12 +108,12 @@ def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
         else:
             place = aligned_up(end) + (0 if first.offset % KERNEL_ALIGNMENT else first.offset % PAGE)
             extents.append(_extent(first, place))
-        pieces.append(Piece(entry, place))
+        weights.append(UnitWeight(entry, place))
         end = place + first.nbytes
         for part in others:
             _append(extents, part, end)
             end += part.nbytes
-    return Unit(name, tuple(pieces), tuple(extents), aligned_up(end))
+    return Unit(name, tuple(weights), tuple(extents), aligned_up(end))
 
 
 def _extent(entry: TensorEntry, place: int) -> Extent:

@@ -13,7 +13,7 @@ import torch
 
 from rabbit_engine import errors
 from rabbit_engine.config import Cut
-from rabbit_engine.streaming import Convoy, Dice, Placeholder, share_products
+from rabbit_engine.streaming import Placeholder, RandomStream, Scheduler, share_products
 from rabbit_engine.utils.caches import cache_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -25,7 +25,7 @@ FAMILIES = (
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
-    """As in the thread of a session, whose riders share torch's switch."""
+    """As in the thread of a session, whose fibers share torch's switch."""
     with torch.no_grad():
         yield
 
@@ -38,9 +38,9 @@ def prompts(count: int, lengths: tuple[int, ...] = (7, 3, 12, 5)) -> list[torch.
 
 def ride(
     model: Any, works: list[Callable[[], Any]], seeds: list[int | None] | None = None, *, shares: bool = False
-) -> tuple[list[Any], Convoy]:
-    """Run all of them in a convoy: what they returned, or raised."""
-    convoy = Convoy(model._assembly.binding, shares=shares)
+) -> tuple[list[Any], Scheduler]:
+    """Run all of them in a scheduler: what they returned, or raised."""
+    scheduler = Scheduler(model._assembly.binding, shares=shares)
     found: list[Any] = [None] * len(works)
 
     def run(index: int) -> Callable[[], None]:
@@ -49,13 +49,13 @@ def ride(
 
         return work
 
-    riders = [
-        convoy.add(run(index), Dice(seed, model.device) if seed is not None else None)
+    fibers = [
+        scheduler.add(run(index), RandomStream(seed, model.device) if seed is not None else None)
         for index, seed in enumerate(seeds or [None] * len(works))
     ]
-    while convoy.riders:
-        convoy.run_pass()
-    return [rider.failure or result for rider, result in zip(riders, found, strict=True)], convoy
+    while scheduler.fibers:
+        scheduler.run_pass()
+    return [fiber.failure or result for fiber, result in zip(fibers, found, strict=True)], scheduler
 
 
 def scores(model: Any, ids: torch.Tensor, **keywords: Any) -> torch.Tensor:
@@ -93,19 +93,19 @@ def test_one_that_comes_later_joins_the_next_pass_and_leaves_alone(checkpoint: A
     long, short = prompts(2)
     expected = [scores(model, long, max_new_tokens=9), scores(model, short, max_new_tokens=3)]
     found: dict[str, torch.Tensor] = {}
-    convoy, passes = Convoy(model._assembly.binding), model.profile.passes
-    convoy.add(lambda: found.update(long=scores(model, long, max_new_tokens=9)))
+    scheduler, passes = Scheduler(model._assembly.binding), model.profile.passes
+    scheduler.add(lambda: found.update(long=scores(model, long, max_new_tokens=9)))
     for _ in range(4):
-        convoy.run_pass()
-    convoy.add(lambda: found.update(short=scores(model, short, max_new_tokens=3)))
-    while convoy.riders:
-        convoy.run_pass()
+        scheduler.run_pass()
+    scheduler.add(lambda: found.update(short=scores(model, short, max_new_tokens=3)))
+    while scheduler.fibers:
+        scheduler.run_pass()
     assert model.profile.passes - passes == 9
     assert torch.equal(found["long"], expected[0])
     assert torch.equal(found["short"], expected[1])
 
 
-def test_a_seed_draws_as_it_does_alone_and_leaves_the_others_dice_as_they_were(checkpoint: Any, streamed: Any) -> None:
+def test_a_seed_draws_as_it_does_alone_and_leaves_the_others_random_numbers_as_they_were(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     asked, sampled = prompts(3), {"do_sample": True, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": 95}
     alone = []
@@ -159,9 +159,9 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
     ids, other = prompts(2)
     expected = scores(model, other)
     found: list[torch.Tensor] = []
-    convoy = Convoy(model._assembly.binding)
-    stopped = convoy.add(lambda: scores(model, ids))
-    convoy.add(lambda: found.append(scores(model, other)))
+    scheduler = Scheduler(model._assembly.binding)
+    stopped = scheduler.add(lambda: scores(model, ids))
+    scheduler.add(lambda: found.append(scores(model, other)))
     seen: list[int] = []
 
     def interrupt(*_: Any) -> None:
@@ -170,8 +170,8 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
             stopped.stop(KeyboardInterrupt())
 
     model.model.layers[1].register_forward_pre_hook(interrupt)
-    while convoy.riders:
-        convoy.run_pass()
+    while scheduler.fibers:
+        scheduler.run_pass()
     assert isinstance(stopped.failure, KeyboardInterrupt)
     assert torch.equal(found[0], expected)
     assert model._assembly.streamer.held == ()
@@ -181,48 +181,48 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
 def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any) -> None:
     """Where a layer's rest is held around its matrices, others are inside of it while this one still waits for it."""
     model = streamed(own_checkpoint("gemma3"), cut=Cut(least_bytes=1000, rest_share=0.0))
-    assert any(size.encloses for size in model._assembly.sketch.sizes)
+    assert any(size.encloses for size in model._assembly.partition.sizes)
     asked = prompts(4)
     expected = [scores(model, ids) for ids in asked]
-    convoy, found = Convoy(model._assembly.binding), dict[int, torch.Tensor]()
-    riders = [
-        convoy.add(lambda index=index, ids=ids: found.update({index: scores(model, ids)})) for index, ids in enumerate(asked)
+    scheduler, found = Scheduler(model._assembly.binding), dict[int, torch.Tensor]()
+    fibers = [
+        scheduler.add(lambda index=index, ids=ids: found.update({index: scores(model, ids)})) for index, ids in enumerate(asked)
     ]
     seen: list[int] = []
 
     def interrupt(*_: Any) -> None:
         seen.append(1)
         if len(seen) == 1:
-            riders[1].stop(KeyboardInterrupt())
+            fibers[1].stop(KeyboardInterrupt())
 
     model.model.layers[0].input_layernorm.register_forward_pre_hook(interrupt)  # the first is inside, the second is not
-    while convoy.riders:
-        convoy.run_pass()
-    assert [type(rider.failure) for rider in riders] == [type(None), KeyboardInterrupt, type(None), type(None)]
+    while scheduler.fibers:
+        scheduler.run_pass()
+    assert [type(fiber.failure) for fiber in fibers] == [type(None), KeyboardInterrupt, type(None), type(None)]
     assert all(torch.equal(found[index], expected[index]) for index in (0, 2, 3))
 
 
 def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     caches: list[Any] = []
-    convoy = Convoy(model._assembly.binding)
+    scheduler = Scheduler(model._assembly.binding)
 
     def keep(_: Any, args: Any, kwargs: Any) -> None:
         caches.append(weakref.ref(cache_of(kwargs)))
 
     model.model.register_forward_pre_hook(keep, with_kwargs=True)
-    rider = convoy.add(lambda: scores(model, prompts(1)[0]))
-    convoy.run_pass()
+    fiber = scheduler.add(lambda: scores(model, prompts(1)[0]))
+    scheduler.run_pass()
     gc.disable()
     try:
-        rider.stop(KeyboardInterrupt())
-        convoy.run_pass()
+        fiber.stop(KeyboardInterrupt())
+        scheduler.run_pass()
         assert caches[-1]() is None
     finally:
         gc.enable()
 
 
-def test_seeds_hold_beside_another_convoy(checkpoint: Any, streamed: Any) -> None:
+def test_seeds_hold_beside_another_scheduler(checkpoint: Any, streamed: Any) -> None:
     sampled = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 95}
     models, asked = [streamed(checkpoint("llama")) for _ in range(2)], prompts(2)
     alone = []
@@ -246,15 +246,15 @@ def test_seeds_hold_beside_another_convoy(checkpoint: Any, streamed: Any) -> Non
 
 def test_a_model_that_is_closed_fails_them_all(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
-    convoy = Convoy(model._assembly.binding)
-    riders = [convoy.add(lambda: scores(model, prompts(1)[0])) for _ in range(2)]
-    convoy.run_pass()
+    scheduler = Scheduler(model._assembly.binding)
+    fibers = [scheduler.add(lambda: scores(model, prompts(1)[0])) for _ in range(2)]
+    scheduler.run_pass()
     model.close()
     with pytest.raises(errors.ModelClosedError):
-        convoy.run_pass()
-    convoy.stop(errors.ModelClosedError("closed"))
-    assert [type(rider.failure) for rider in riders] == [errors.ModelClosedError] * 2
-    assert convoy.riders == 0
+        scheduler.run_pass()
+    scheduler.stop(errors.ModelClosedError("closed"))
+    assert [type(fiber.failure) for fiber in fibers] == [errors.ModelClosedError] * 2
+    assert scheduler.fibers == 0
 
 
 def test_another_thread_takes_its_turn(checkpoint: Any, streamed: Any) -> None:
@@ -263,12 +263,12 @@ def test_another_thread_takes_its_turn(checkpoint: Any, streamed: Any) -> None:
     expected = model.generate(ids, **GREEDY).tolist()
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(model.generate(ids, **GREEDY).tolist()))
-    convoy = Convoy(model._assembly.binding)
-    convoy.add(lambda: answers.append(model.generate(ids, **GREEDY).tolist()))
-    convoy.run_pass()
+    scheduler = Scheduler(model._assembly.binding)
+    scheduler.add(lambda: answers.append(model.generate(ids, **GREEDY).tolist()))
+    scheduler.run_pass()
     thread.start()
-    while convoy.riders:
-        convoy.run_pass()
+    while scheduler.fibers:
+        scheduler.run_pass()
     thread.join(60)
     assert answers == [expected] * 2
 
@@ -289,7 +289,7 @@ def test_shared_products_agree_within_rounding(own_checkpoint: Any, streamed: An
     share_products(model, model._assembly.binding)
     together, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked], shares=True)
     exact, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked])
-    assert all(torch.equal(one, other) for one, other in zip(alone, exact, strict=True))  # another convoy does not share
+    assert all(torch.equal(one, other) for one, other in zip(alone, exact, strict=True))  # another scheduler does not share
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for one, ids in zip(alone, asked, strict=True):
