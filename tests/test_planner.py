@@ -89,6 +89,22 @@ def test_staging_is_part_of_the_budget() -> None:
         place(FOUR, "cuda:0", Budget(device_bytes=300, host_bytes=99, host_staging_bytes=100))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_scratch_for_decoding_is_set_aside_within_the_budget(device: str) -> None:
+    """A layer keeps its own scratch while one unit inside of it decodes; what stays is decoded before use as well."""
+    around = [UnitSize(f"rest{index}", "streamed", 10, encloses=True, scratch_bytes=size) for index, size in enumerate((20, 30))]
+    inside = [UnitSize(f"l{index}", "streamed", 100, scratch_bytes=size) for index, size in enumerate((200, 400, 0))]
+    plan = place([NORM, *around, *inside], device, Budget(device_bytes=701))
+    assert (plan.scratch_bytes, plan.resident_bytes + plan.ring_bytes) == (430, 1 + 10 + 10 + 210)
+    assert plan.device_bytes == 661  # 40 are left: less than one of the others
+    assert dict(plan.rows())["scratch for decoding"] == f"430 B on {device}"
+    assert place([NORM, *around, *inside], device).device_bytes == 321 + 430
+    with pytest.raises(BudgetError) as caught:
+        place([NORM, *around, *inside], device, Budget(device_bytes=640))
+    assert caught.value.smallest_bytes == 1 + 210 + 430
+    assert "scratch for decoding" not in dict(place(FOUR, device, Budget(device_bytes=300)).rows())
+
+
 def test_residents_are_spread_evenly_over_the_depth() -> None:
     units = layers(*[100] * 80)  # the ring is two of them: too small for four reads of 8 MiB anyway
     for kept in (8, 20, 40, 60):

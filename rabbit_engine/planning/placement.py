@@ -26,7 +26,8 @@ class UnitSize:
     A `streamed` one passes through the ring unless there is room for it to stay; an `embedding` is read by row unless
     there is room for everything; a `resident` must stay. One that `encloses` is held while units inside of it are asked
     for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay. The `experts` of a
-    layer are read as they are routed to, with `routing`, unless there is room for everything.
+    layer are read as they are routed to, with `routing`, unless there is room for everything. One whose weights are stored
+    encoded takes `scratch_bytes` of the device while it is used.
     """
 
     name: str
@@ -36,6 +37,7 @@ class UnitSize:
     encloses: bool = False
     rare: bool = False
     routing: Routing | None = None
+    scratch_bytes: int = 0
 
     @property
     def disk_bytes(self) -> int:
@@ -67,8 +69,9 @@ def place(
     that works.
     """
     _check_host(device, budget)
-    staging = budget.host_staging_bytes if device == "cpu" else 0
-    placed = _place_all(units, budget, staging) or _place_some(units, device, budget, staging)
+    scratch = _scratch_bytes(units)
+    apart = scratch + (budget.host_staging_bytes if device == "cpu" else 0)
+    placed = _place_all(units, budget, apart) or _place_some(units, device, budget, apart)
     embeddings, experts = [unit for unit in units if unit.role == "embedding"], placed.experts
     stays = [unit for unit in units if unit.role == "resident"] + placed.device + (embeddings if placed.embedding_stays else [])
     chosen = {unit.name for unit in stays}
@@ -85,6 +88,7 @@ def place(
         host_bytes=sum(unit.nbytes for unit in placed.host) + experts.host_bytes,
         staging_bytes=budget.host_staging_bytes,
         ring_bytes=placed.ring_bytes,
+        scratch_bytes=scratch,
         pass_bytes=sum(unit.disk_bytes for unit in placed.disk if not unit.rare) + experts.most_bytes,
         link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving if not unit.rare) + experts.link_bytes,
         load_bytes=sum(unit.disk_bytes for unit in (*stays, *placed.host)),
@@ -106,21 +110,27 @@ def _check_host(device: str, budget: Budget) -> None:
         )
 
 
-def _place_all(units: Sequence[UnitSize], budget: Budget, staging: int) -> _Placed | None:
+def _scratch_bytes(units: Sequence[UnitSize]) -> int:
+    """The most scratch in use at once: a unit that encloses others keeps its own while one inside of it runs."""
+    around, inside = ([unit.scratch_bytes for unit in units if unit.encloses is encloses] for encloses in (True, False))
+    return max(around, default=0) + max(inside, default=0)
+
+
+def _place_all(units: Sequence[UnitSize], budget: Budget, apart: int) -> _Placed | None:
     """Everything on the device, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
     streamed = [unit for unit in units if unit.role in ("streamed", "experts")]
-    without = staging + sum(unit.nbytes for unit in units if unit.role != "embedding")
+    without = apart + sum(unit.nbytes for unit in units if unit.role != "embedding")
     if budget.device_bytes is not None and without > budget.device_bytes:
         return None
-    whole = staging + sum(unit.nbytes for unit in units)
+    whole = apart + sum(unit.nbytes for unit in units)
     return _Placed(streamed, [], [], 0, budget.device_bytes is None or whole <= budget.device_bytes)
 
 
-def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, staging: int) -> _Placed:
+def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, apart: int) -> _Placed:
     assert budget.device_bytes is not None  # noqa: S101 - without a bound everything fits
     dense, layers = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts"))
     slots = slots_for([(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None])
-    fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + staging
+    fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + apart
     dense_bytes = sum(unit.nbytes for unit in dense)
     smallest, wanted = _ring_bytes(dense)
     least = slots.least_bytes + (min(smallest, dense_bytes) if layers else smallest)  # all may stay beside moving experts

@@ -36,7 +36,7 @@ UNBOUNDED = Budget()
 class Plan(Report):
     """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
     but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move; `rare_bytes` come from disk on top of a
-    pass's where an image runs.
+    pass's where an image runs. Into `scratch_bytes` units whose weights are stored encoded are decoded.
 
     Where experts are read as they are routed to, `pass_bytes` and `link_bytes` are a token's with none of its experts
     cached, and `least_pass_bytes` with as many as can be.
@@ -60,11 +60,12 @@ class Plan(Report):
     notes: tuple[str, ...] = ()
     rare_bytes: int = 0
     experts: ExpertsPlan = NO_EXPERTS
+    scratch_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
-        """The weight memory claimed on the device, once, at load."""
-        return self.resident_bytes + self.ring_bytes + self.experts.device_bytes
+        """The weight memory claimed on the device, once, at load: residents, slots, the ring, and scratch behind it."""
+        return self.resident_bytes + self.experts.device_bytes + self.ring_bytes + self.scratch_bytes
 
     @property
     def least_pass_bytes(self) -> int:
@@ -150,6 +151,7 @@ class Plan(Report):
         reserved = f", {format_bytes(self.budget.reserved_bytes)} set aside before" if self.budget.reserved_bytes else ""
         in_host = format_bytes(self.host_bytes - self.experts.host_bytes)
         host = [("in host memory", f"{_units(self.host)}, {in_host}")] if self.host else []
+        scratch = [("scratch for decoding", f"{format_bytes(self.scratch_bytes)} on {self.device}")] if self.scratch_bytes else []
         staging = [("staging", format_bytes(self.staging_bytes))] if self.staging_bytes else []
         link = [("over the link", f"{format_bytes(self.link_bytes)} a pass")] if self.link_bytes else []
         dense = self.pass_bytes - self.experts.most_bytes
@@ -166,6 +168,7 @@ class Plan(Report):
             *link,
             *([("for images", f"{format_bytes(self.rare_bytes)} more from disk")] if self.rare_bytes else []),
             ("ring", f"{format_bytes(self.ring_bytes)} on {self.device}"),
+            *scratch,
             *staging,
             *[("note", note) for note in self.notes],
             *prompt,
