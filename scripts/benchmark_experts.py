@@ -26,7 +26,7 @@ from rabbit_engine.diagnostics.benchmark import BenchmarkRow, as_markdown, inter
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import direct_reads
-from rabbit_engine.utils.caches import cache_argument, cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes
 

@@ -27,7 +27,7 @@ from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExp
 from rabbit_engine.streaming.transfer.reader import shared_reader
 from rabbit_engine.streaming.transfer.rings import PlainRing
 from rabbit_engine.streaming.transfer.unit import Extent
-from rabbit_engine.utils.caches import cache_argument, cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
 SPARSE = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 SPARSE += ["phimoe", "glm4_moe", "jamba"]

@@ -13,7 +13,7 @@ import transformers
 from transformers import GenerationMixin, PreTrainedModel
 
 from rabbit_engine.streaming import Placeholder
-from rabbit_engine.utils.caches import cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_of
 
 FAMILIES = list(families.FAMILIES)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

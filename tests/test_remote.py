@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.utils.caches import cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_of
 
 CODE = """
 import torch

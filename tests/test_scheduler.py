@@ -14,7 +14,7 @@ import torch
 from rabbit_engine import errors
 from rabbit_engine.config import Cut
 from rabbit_engine.streaming import Placeholder, RandomStream, Scheduler, share_products
-from rabbit_engine.utils.caches import cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 FAMILIES = (

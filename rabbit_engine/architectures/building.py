@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers import initialization as init
 
 from rabbit_engine.architectures.blame import blame_for_model
 from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.remote import is_remote, misfit, rename_caches, written_for
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
+from rabbit_engine.transformers_bridge.building import build_without_weights, initialize_the_rest
 
 
 def build_skeleton(
@@ -49,10 +48,7 @@ def construct(
     cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The model on the meta device. Raises whatever the class does."""
-    config = config_for(cls, copy.deepcopy(config))
-    keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"), init.meta_device_safe_creation_ops():
-        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **keywords).eval()
+    model = build_without_weights(cls, config_for(cls, copy.deepcopy(config)), dtype, attn_implementation)
     mend_faults(model)
     rename_caches(model)
     return model
@@ -61,7 +57,7 @@ def construct(
 def initialize(model: PreTrainedModel) -> None:
     """Let transformers make what it marked as not loaded. Raises UnsupportedArchitectureError where the class cannot."""
     try:
-        model.initialize_weights()
+        initialize_the_rest(model)
     except (MemoryError, RabbitError):
         raise
     except Exception as error:  # the code of any class meets any value

@@ -13,7 +13,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.errors import RabbitError, UnsupportedArchitectureError, first_line
-from rabbit_engine.utils.caches import CACHE_NAMES, cache_keyword
+from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_keyword
 
 _MODULES = "transformers_modules"
 """Where transformers puts the code of repositories."""

@@ -14,6 +14,7 @@ from rabbit_engine.checkpoints.split_plan import settle_ties
 from rabbit_engine.checkpoints.splitter import build_for, require_weights
 from rabbit_engine.errors import DamagedCheckpointError, MismatchedWeightsError
 from rabbit_engine.storage.tensorfiles import TensorEntry, gathered, same_bytes
+from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 
 Equal = Callable[[TensorEntry, TensorEntry], bool]
 
@@ -53,7 +54,7 @@ def original_entries(
         if problem or entry.name in entries:
             raise NotInPlaceError(f"{entry.name}: {problem or 'two tensors of this name'}")
         entries[entry.name] = entry
-    tied = skeleton.all_tied_weights_keys
+    tied = tied_weights(skeleton)
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
     require_weights(skeleton, kept, ties, folder)

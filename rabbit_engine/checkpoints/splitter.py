@@ -60,6 +60,7 @@ from rabbit_engine.errors import (
 )
 from rabbit_engine.storage.directio import is_file
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
+from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 from rabbit_engine.utils.bar import Bar
 
 logger = logging.getLogger(__name__)
@@ -135,13 +136,13 @@ class Split:
         def equal(first: str, second: str) -> bool:
             return are_equal(self.tensors.tensors[key_of[first]], self.tensors.tensors[key_of[second]])
 
-        ties = settle_ties(self.skeleton.all_tied_weights_keys, frozenset(key_of), equal)
+        ties = settle_ties(tied_weights(self.skeleton), frozenset(key_of), equal)
         self.tensors.release()
         return ties
 
     def _ties_of(self, journal: Journal) -> Ties:
         """What was settled when the split began. Raises DamagedShardError where the model does not tie these weights."""
-        tied = tied_together(self.skeleton.all_tied_weights_keys)
+        tied = tied_together(tied_weights(self.skeleton))
         strange = [name for name, stored in journal.shared.items() if stored not in tied.get(name, ())]
         strange += [name for name in journal.dropped if name not in journal.shared]
         if strange:
@@ -283,7 +284,7 @@ def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties
 
     Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
     """
-    state, tied = model.state_dict(), tied_together(model.all_tied_weights_keys)
+    state, tied = model.state_dict(), tied_together(tied_weights(model))
     wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
     wrong += [
         name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from rabbit_engine.streaming import Span, Trace
 from rabbit_engine.streaming.telemetry.trace import busy_seconds
+from rabbit_engine.transformers_bridge.attention import AttentionFunction, wrapped_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +32,17 @@ class PassSample:
 
 @contextmanager
 def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
-    """Record every call of an attention function, of any model, as a span.
+    """Record every call of an attention function, of any model, as a span."""
 
-    Wrapped where models ask for the function: eager is no entry of the registry but each model's own default.
-    """
-    native = AttentionInterface.get_interface
-
-    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        function = native(self, attn_implementation, default)
-
+    def traced(name: str, function: AttentionFunction) -> AttentionFunction:
         def attention(*args: Any, **kwargs: Any) -> Any:
-            with trace.device_span("attention", attn_implementation, device):
+            with trace.device_span("attention", name, device):
                 return function(*args, **kwargs)
 
         return attention
 
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-    try:
+    with wrapped_attention(traced):
         yield
-    finally:
-        AttentionInterface.get_interface = native  # type: ignore[method-assign]
 
 
 def sample_passes(model: Any, step: Callable[[], None], passes: int) -> PassSample:

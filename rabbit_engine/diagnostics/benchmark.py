@@ -20,7 +20,7 @@ from rabbit_engine.model.auto import AutoModel
 from rabbit_engine.planning.budget import direct_reads
 from rabbit_engine.streaming import Span, busy_share
 from rabbit_engine.streaming.transfer.unit import Unit
-from rabbit_engine.utils.caches import cache_argument, cache_of
+from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -128,9 +128,8 @@ def made_up_prompt(model: Any, tokens: int) -> torch.Tensor:
 
 def prefill(model: Any, ids: torch.Tensor) -> Any:
     """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     with torch.no_grad():
-        return cache_of(model(ids, use_cache=True, **last))
+        return cache_of(model(ids, use_cache=True, **last_logits_argument(model.forward)))
 
 
 def decode_step(model: Any, prompt_tokens: int = PROMPT_TOKENS) -> Lane:

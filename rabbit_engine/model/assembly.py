@@ -43,6 +43,7 @@ from rabbit_engine.streaming import (
     unpin,
     weight_refs,
 )
+from rabbit_engine.transformers_bridge.building import mark_loaded
 from rabbit_engine.utils.heap import give_large_blocks_back
 from rabbit_engine.utils.platform import free_memory_bytes
 
@@ -129,7 +130,7 @@ class _Builder:
     def _set_everywhere(self, entry_name: str, tensor: torch.Tensor) -> None:
         refs_to = self._partition.weights.refs_to(entry_name)
         shared = nn.Parameter(tensor, requires_grad=False) if refs_to[0].holds_parameter else tensor
-        shared._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_loaded(shared)
         for ref in refs_to:
             ref.set(shared)
 
@@ -281,7 +282,7 @@ def _initialize_rest(model: PreTrainedModel, partition: Partition, device: torch
     rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(partition.weights.entries))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in rest:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_loaded(tensor)
     for ref in weight_refs(model, sorted(rest)).values():
         empty = torch.empty_like(ref.table[ref.attribute], device=device)
         ref.set(nn.Parameter(empty, requires_grad=False) if ref.holds_parameter else empty)

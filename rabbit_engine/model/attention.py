@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rabbit_engine.errors import AttentionUnavailableError
+from rabbit_engine.transformers_bridge.attention import has_flash_attention, has_sdpa
 from rabbit_engine.utils.platform import is_flash_attention_available
 
 
@@ -34,13 +35,13 @@ def choose_attention(
     problem = _flash_problem(cls, dtype, device, flash)
     if requested == "flash_attention_2" and problem is not None:
         raise AttentionUnavailableError(f'attn_implementation="flash_attention_2" does not work here: {problem}; use "auto"')
-    if requested == "sdpa" and not cls._supports_sdpa:
+    if requested == "sdpa" and not has_sdpa(cls):
         raise AttentionUnavailableError(f'{cls.__name__} has no sdpa attention; use attn_implementation="eager" or "auto"')
     if requested != "auto":
         return AttentionChoice(requested, "asked for")
     if problem is None:
         return AttentionChoice("flash_attention_2", flash()[1])
-    fallback = "sdpa" if cls._supports_sdpa else f"eager, as {cls.__name__} has no sdpa"
+    fallback = "sdpa" if has_sdpa(cls) else f"eager, as {cls.__name__} has no sdpa"
     return AttentionChoice(None, f"{fallback}; no flash attention: {problem}")
 
 
@@ -51,7 +52,7 @@ def _flash_problem(
         return f"the device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {str(dtype).removeprefix('torch.')}, it wants float16 or bfloat16"
-    if not (getattr(cls, "_supports_flash_attn", False) or getattr(cls, "_supports_flash_attn_2", False)):
+    if not has_flash_attention(cls):
         return f"{cls.__name__} does not support it"
     available, reason = flash()
     return None if available else reason

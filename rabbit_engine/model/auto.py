@@ -34,6 +34,7 @@ from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Streamer
+from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.utils.kernels import keep_few_kernels
 from rabbit_engine.utils.keywords import refuse_compression, take_keywords
 from rabbit_engine.utils.sizes import format_bytes, format_rate
@@ -294,7 +295,7 @@ def choose_named(attn_implementation: str | None, config: Any) -> str:
     """The attention that is asked for by keyword, else in the caller's config object, else "auto"."""
     if attn_implementation not in (None, "auto"):
         return str(attn_implementation)
-    return getattr(config, "_attn_implementation", None) or "auto"
+    return attention_of(config) or "auto"
 
 
 def _set_generation_config(model: Any, generation_config: Any) -> None:

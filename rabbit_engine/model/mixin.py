@@ -31,6 +31,7 @@ from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer
+from rabbit_engine.transformers_bridge.attention import attention_of
 
 
 class StreamingMixin:
@@ -63,7 +64,7 @@ class StreamingMixin:
     @property
     def active_attention_implementation(self) -> str:
         """The attention implementation in use: "flash_attention_2", "sdpa" or "eager"."""
-        return self.config._attn_implementation  # type: ignore[attr-defined, no-any-return]
+        return str(attention_of(self.config))  # type: ignore[attr-defined]
 
     @property
     def tokenizer(self) -> Any:

@@ -23,6 +23,7 @@ from rabbit_engine.planning.placement import Role, UnitSize
 from rabbit_engine.planning.probe import Probe, has_experts_interface, run_probe
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
 from rabbit_engine.streaming import Unit, WeightRef, make_unit, row_blocks, weight_refs
+from rabbit_engine.transformers_bridge.tied_weights import tied_weights, untie
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
@@ -109,7 +110,7 @@ def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict
     """Entries and ties of a model whose files nobody has: its own shapes and dtypes, in no file."""
     from pathlib import Path
 
-    ties = {target: source for target, source in model.all_tied_weights_keys.items() if target != source}
+    ties = tied_weights(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
     nowhere = Path("/")
     entries, offset = {}, 0
@@ -124,9 +125,9 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
     require_fit(model, entries, ties)
     state = model.state_dict()
     found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
-    for target, source in list(model.all_tied_weights_keys.items()):
+    for target, source in tied_weights(model).items():
         if ties.get(target) != source and ties.get(source) != target:
-            model.all_tied_weights_keys.pop(target)  # stored with different values: not tied, as in transformers
+            untie(model, target)  # stored with different values: not tied, as in transformers
     owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
     for name in found:
         owned[layout.shard_of(name)].append(name)

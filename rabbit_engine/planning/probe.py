@@ -7,7 +7,6 @@ wrong for several families (the cache of latent and linear attention); what runs
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 import warnings
@@ -29,7 +28,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import first_line
-from rabbit_engine.utils.caches import cache_argument, cache_of
+from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
+from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,7 @@ class _Prompt:
 def _prompt(model: PreTrainedModel, watch: _Watch, tokens: int) -> _Prompt:
     watch.end_phases()
     before, operations = watch.live_bytes, watch.operations
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_only)
+    output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_logits_argument(model.forward))
     own = before + _cache_bytes(cache_of(output))
     layers, *after = (max(0, peak - own) for peak in watch.end_phases())
     return _Prompt(tokens, output, watch.operations - operations, (layers, max(after, default=0)))
@@ -348,21 +347,15 @@ ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_without_values)
 @contextmanager
 def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
     """sdpa runs on the meta device, flash attention does not; nor do all kernels for experts."""
-    models = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     modules: list[Any] = [module for module in model.modules() if has_experts_interface(module)]
     routed = {id(module.config): module.config for module in modules}
-    attention = [(config, config._attn_implementation) for config in models.values()]
     experts = [(config, config._experts_implementation_internal) for config in routed.values()]
     try:
-        for config, name in attention:
-            if name not in ("eager", "sdpa"):
-                config._attn_implementation = "sdpa"
         for config, _ in experts:
             config._experts_implementation_internal = _EXPERTS
-        yield
+        with sdpa_for_flash_attention(model):
+            yield
     finally:
-        for config, name in attention:
-            config._attn_implementation = name
         for config, implementation in experts:
             config._experts_implementation_internal = implementation
 

@@ -15,7 +15,8 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rabbit_engine.errors import UnsupportedOperationError
-from rabbit_engine.utils.caches import cache_keyword
+from rabbit_engine.transformers_bridge.attention import without_flash_attention
+from rabbit_engine.transformers_bridge.forwards import cache_keyword
 
 _CACHE = str(cache_keyword(LlamaAttention.forward))
 
@@ -99,12 +100,11 @@ class NoRotation(nn.Module):
         return ones, torch.zeros_like(ones)
 
 
+@without_flash_attention
 class AlibiLlamaModel(LlamaModel):
     """LlamaModel without rotation, its attention ALiBi's."""
 
     config_class = AlibiLlamaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
 
     def __init__(self, config: AlibiLlamaConfig) -> None:
         super().__init__(config)
@@ -114,12 +114,11 @@ class AlibiLlamaModel(LlamaModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
 
+@without_flash_attention
 class AlibiLlamaForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM over AlibiLlamaModel. Continuous batching is refused: its packed prompts know no distances."""
 
     config_class = AlibiLlamaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
 
     def __init__(self, config: AlibiLlamaConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What transformers calls a text's keys and values: `cache` from 5.24 on, `past_key_values` or `cache_params` before that."""
+"""What a model's forward takes and gives, by the names of the transformers that is installed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "past_key_value")
-"""Newest first."""
+"""What a text's keys and values are called, newest first: `cache` in layers since transformers 5.24."""
 
 
-def cache_keyword(method: Callable[..., Any]) -> str | None:
-    """The keyword that a forward takes a cache by; None where it names none."""
-    parameters = inspect.signature(method).parameters
+def cache_keyword(forward: Callable[..., Any]) -> str | None:
+    """The keyword by which a forward takes a cache; None where it names none."""
+    parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
@@ -29,3 +29,8 @@ def cache_argument(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
     """The keyword argument that hands `cache` to a forward; empty where there is no cache or the forward takes none."""
     name = cache_keyword(forward)
     return {} if name is None or cache is None else {name: cache}
+
+
+def last_logits_argument(forward: Callable[..., Any]) -> dict[str, int]:
+    """The keyword argument that has a forward run its head on the last position alone; empty where it always runs on all."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}

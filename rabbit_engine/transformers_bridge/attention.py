@@ -1,0 +1,67 @@
+"""Which attention function a model runs, which ones its class can run, and where it looks them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+AttentionFunction = Callable[..., Any]
+
+Class = TypeVar("Class", bound=type[PreTrainedModel])
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The attention implementation that a config names ("sdpa", "eager", ...); None where nobody chose one yet."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def has_sdpa(cls: type[PreTrainedModel]) -> bool:
+    """Whether every attention of the class can run as torch's `scaled_dot_product_attention`."""
+    return bool(cls._supports_sdpa)
+
+
+def has_flash_attention(cls: type[PreTrainedModel]) -> bool:
+    """Whether the class can run flash attention; classes of a repository may say so by an older name."""
+    return any(getattr(cls, name, False) for name in ("_supports_flash_attn", "_supports_flash_attn_2"))
+
+
+def without_flash_attention(cls: Class) -> Class:
+    """A class decorator: the attention needs a mask that only sdpa and eager take."""
+    cls._supports_flash_attn = cls._supports_flex_attn = False
+    return cls
+
+
+@contextmanager
+def sdpa_for_flash_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let every part of `model` run sdpa where it would run a kernel of another kind than sdpa or eager."""
+    parts = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, attention_of(config)) for config in parts.values()]
+    try:
+        for config, name in before:
+            if name not in ("eager", "sdpa"):
+                config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+@contextmanager
+def wrapped_attention(wrap: Callable[[str, AttentionFunction], AttentionFunction]) -> Iterator[None]:
+    """Let all models run `wrap(name, function)` in place of the attention function that they look up.
+
+    Wrapped where models look it up: eager is no entry of the registry but each model's own default.
+    """
+    native = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
+        return wrap(attn_implementation, native(self, attn_implementation, default))
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = native  # type: ignore[method-assign]
