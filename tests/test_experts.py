@@ -23,9 +23,10 @@ from rabbit_engine import errors
 from rabbit_engine.planning.experts import ExpertsPlan
 from rabbit_engine.planning.placement import place
 from rabbit_engine.storage.tensorfiles import read_header, write_aligned
-from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExperts, Streamer, Trace, make_unit, route, routed
+from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExperts, Streamer, Trace, make_unit, route
+from rabbit_engine.streaming.binding import routed
+from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 from rabbit_engine.streaming.transfer.reader import shared_reader
-from rabbit_engine.streaming.transfer.rings import PlainRing
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
@@ -521,9 +522,9 @@ def bring(cache: ExpertCache, units: list[Any], *indices: int) -> None:
         found = []
         for index, memory in arrivals:
             found.append(index)
-            for piece in units[index].pieces:
-                width = piece.entry.shape[1]
-                assert torch.equal(piece.view(memory)[0], torch.arange(index * width, (index + 1) * width, dtype=torch.float32))
+            for weight in units[index].weights:
+                width = weight.entry.shape[1]
+                assert torch.equal(weight.view(memory)[0], torch.arange(index * width, (index + 1) * width, dtype=torch.float32))
     assert sorted(found) == sorted(indices)
 
 

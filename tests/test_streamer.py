@@ -20,10 +20,11 @@ from rabbit_engine.errors import DamagedShardError, ModelClosedError, StreamingE
 from rabbit_engine.storage import directio
 from rabbit_engine.storage.tensorfiles import read_header, read_tensor, write_aligned
 from rabbit_engine.streaming import Streamer, Trace, Unit, fill_all, make_unit, row_blocks
-from rabbit_engine.streaming import streamer as streamer_module
+from rabbit_engine.streaming.transfer import streamer as streamer_module
 from rabbit_engine.streaming.transfer.arena import Arena
+from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
-from rabbit_engine.streaming.transfer.rings import READERS, PlainRing
+from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
 
 UNITS = 5
@@ -85,7 +86,7 @@ def use(streamer: Streamer, units: list[Unit], index: int) -> None:
     place, memory = streamer.acquire(f"u{index}")
     ring: Any = streamer._ring
     ring.busy.add(place)
-    by_name = {piece.entry.name: piece.view(memory) for piece in units[index].pieces}
+    by_name = {weight.entry.name: weight.view(memory) for weight in units[index].weights}
     assert torch.equal(by_name["weight"], torch.full((3000,), float(index)))
     assert torch.equal(by_name["bias"], torch.full((7,), index + 0.5))
     ring.busy.discard(place)
@@ -94,12 +95,12 @@ def use(streamer: Streamer, units: list[Unit], index: int) -> None:
 
 def test_a_unit_is_one_read_of_aligned_weights(units: list[Unit]) -> None:
     assert all(len(unit.extents) == 1 and unit.nbytes % 4096 == 0 for unit in units)
-    assert all(piece.place % 4096 == 0 for unit in units for piece in unit.pieces)
+    assert all(weight.place % 4096 == 0 for unit in units for weight in unit.weights)
     assert all(extent.in_pages for unit in units for extent in unit.extents)
 
 
 def test_extents_of_two_files_do_not_overlap(units: list[Unit]) -> None:
-    entries = [piece.entry for unit in units[:2] for piece in unit.pieces]
+    entries = [weight.entry for unit in units[:2] for weight in unit.weights]
     unit = make_unit("both", entries)
     assert len(unit.extents) == 2
     first, second = unit.extents
@@ -413,13 +414,13 @@ def test_weights_off_a_boundary_are_moved_onto_one(tmp_path: Path) -> None:
     entries = read_header(path, DamagedShardError).tensors
     assert all(entry.offset % 16 == 8 for entry in entries)
     unit = make_unit("odd", entries)
-    assert all(piece.place % 16 == 0 for piece in unit.pieces)
+    assert all(weight.place % 16 == 0 for weight in unit.weights)
     ring = PlainRing(torch.device("cpu"), unit.nbytes, Trace())
     fill_all(ring, [(unit, 0)])
-    for piece in unit.pieces:
-        view = piece.view(ring.view(0, unit.nbytes))
+    for weight in unit.weights:
+        view = weight.view(ring.view(0, unit.nbytes))
         assert view.data_ptr() % 16 == 0
-        assert torch.equal(view, tensors[piece.entry.name])
+        assert torch.equal(view, tensors[weight.entry.name])
 
 
 @pytest.mark.parametrize("most", [1, 4096, 10_000, 10**9])

@@ -27,7 +27,7 @@ from rabbit_engine.diagnostics.pace import Pace, estimate_paces, measure_product
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.planning.budget import measure_link
 from rabbit_engine.storage.directio import CHUNK_BYTES
-from rabbit_engine.streaming.transfer.rings import READERS
+from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.utils.platform import best_device, free_memory_bytes, is_flash_attention_available
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 from rabbit_engine.utils.speeds import Speeds

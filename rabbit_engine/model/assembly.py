@@ -38,9 +38,7 @@ from rabbit_engine.streaming import (
     guard,
     join_rows,
     make_unit,
-    pin,
     route,
-    unpin,
     weight_refs,
 )
 from rabbit_engine.transformers_bridge.building import mark_loaded
@@ -78,17 +76,24 @@ class Assembly:
 
 
 def assemble(
-    model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str], stream: StreamConfig
+    model: PreTrainedModel,
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+    stream: StreamConfig,
+    *,
+    decide: Callable[[Partition, StreamConfig], Plan] = plan_for,
+    claim: Callable[[torch.device, int, Trace], Ring] = claim_ring,
 ) -> Assembly:
     """Fill the skeleton `model`: residents on the device, the embedding by row, everything else streamed.
 
+    `decide` makes the plan, `claim` the ring of the device: a device that is not the machine's brings its own.
     Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
     """
     give_large_blocks_back()
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
-    plan = plan_for(partition, stream)
+    plan = decide(partition, stream)
     trace = Trace(on=stream.profiling_mode, device=stream.device)
-    builder = _Builder(model, partition, plan, stream, trace)
+    builder = _Builder(model, partition, plan, stream, trace, claim(stream.device, plan.device_bytes, trace))
     try:
         builder.set_residents()
         _initialize_rest(model, partition, stream.device)
@@ -101,13 +106,14 @@ def assemble(
 class _Builder:
     """Puts one model together; `close` undoes what was claimed so far."""
 
-    def __init__(self, model: PreTrainedModel, partition: Partition, plan: Plan, stream: StreamConfig, trace: Trace) -> None:
+    def __init__(
+        self, model: PreTrainedModel, partition: Partition, plan: Plan, stream: StreamConfig, trace: Trace, ring: Ring
+    ) -> None:
         self._model, self._partition, self._plan, self._stream, self._trace = model, partition, plan, stream, trace
-        self._ring = claim_ring(stream.device, plan.device_bytes, trace)
+        self._ring = ring
         self._residents = _one_behind_another(_resident_units(partition, plan))
         self._stand_ins = StandIns(stream.device)
         self._streamer: Streamer | None = None
-        self._host_memory: list[torch.Tensor] = []
 
     def close(self) -> None:
         """End the streamer, or free the ring alone."""
@@ -115,7 +121,6 @@ class _Builder:
             self._streamer.close()
         else:
             self._ring.close()
-            _unpin_all(self._host_memory)
 
     def set_residents(self) -> None:
         """Read what stays to the beginning of the ring's memory, and ref it wherever it is shared."""
@@ -150,7 +155,7 @@ class _Builder:
             experts=experts,
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
-            at_close=[partial(_unpin_all, self._host_memory), *([experts.free] if experts is not None else [])],
+            at_close=[experts.free] if experts is not None else [],
         )
         self._streamer = streamer
         layers, show_progress = partition.layout.layers, self._stream.show_layer_progress
@@ -184,7 +189,7 @@ class _Builder:
             return None
         if plan.host_bytes:
             host = claim_ring(torch.device("cpu"), plan.host_bytes, self._trace)
-            self._pin(host.view(0, plan.host_bytes))
+            self._ring.pin(host.view(0, plan.host_bytes))
         layers = [
             ExpertLayer(layer.name, self._partition.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
             for layer in plan.layers
@@ -202,21 +207,15 @@ class _Builder:
             route(self._model.get_submodule(layer.name), experts)
 
     def _fill_host(self) -> dict[str, torch.Tensor]:
-        """Read what stays in host memory, and pin it where the device copies from pinned memory."""
+        """Read what stays in host memory, and pin it for the device."""
         units = [self._partition.units[name] for name in self._plan.host]
         if not units:
             return {}
         nbytes = sum(unit.nbytes for unit in units)
         ring = claim_ring(torch.device("cpu"), nbytes, self._trace)
         fill_all(ring, _one_behind_another(units))
-        memory = self._pin(ring.view(0, nbytes))
+        memory = self._ring.pin(ring.view(0, nbytes))
         return {unit.name: memory[start : start + unit.nbytes] for unit, start in _one_behind_another(units)}
-
-    def _pin(self, memory: torch.Tensor) -> torch.Tensor:
-        """Page-lock memory that the device copies from, where that is a thing."""
-        if self._stream.device.type == "cuda":
-            self._host_memory.append(pin(memory))
-        return memory
 
     def _set_head(self, binding: Binding) -> None:
         """A head in blocks: those that stay are views, the others are borrowed as they arrive."""
@@ -243,11 +242,6 @@ class _Builder:
         if isinstance(ref.table[ref.attribute], nn.Parameter) and ref.table[ref.attribute].device.type != "meta":
             return
         ref.set(self._stand_ins.add(EmbeddingRows(entry, self._stream.device)))
-
-
-def _unpin_all(memory: list[torch.Tensor]) -> None:
-    while memory:
-        unpin(memory.pop())
 
 
 def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from rabbit_engine.config import (
     parse_path,
 )
 from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
-from rabbit_engine.model.assembly import assemble
+from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.planning.trial import require_pass
@@ -189,8 +189,14 @@ class AutoModel:
         )
 
 
-def load(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Any:
-    """Prepare the shards, build the class without weights, and set its weights streaming."""
+def load(
+    name: str | Path,
+    source: SourceConfig,
+    split: SplitConfig,
+    stream: StreamConfig,
+    assemble: Callable[..., Assembly] = assemble,
+) -> Any:
+    """Prepare the shards, build the class without weights, and set its weights streaming, as `assemble` does it."""
     keep_few_kernels()  # before choose_attention computes something
     prepared = prepare(name, source, split)
     choice = choose_attention(stream.attn_implementation, prepared.architecture.cls, prepared.dtype, stream.device)

@@ -20,7 +20,7 @@ from rabbit_engine.planning.probe import Probe
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import STAGING_BYTES, make_unit
-from rabbit_engine.streaming.transfer.rings import READERS
+from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
 from rabbit_engine.utils.sizes import format_bytes

@@ -11,8 +11,9 @@ from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fi
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Span, Trace, busy_share, write_chrome_trace
+from rabbit_engine.streaming.transfer.claim import claim_ring
 from rabbit_engine.streaming.transfer.experts import ExpertCache, ExpertLayer
-from rabbit_engine.streaming.transfer.rings import STAGING_BYTES, Ring, claim_ring, fill_all, pin, unpin
+from rabbit_engine.streaming.transfer.ring import STAGING_BYTES, Ring, fill_all
 from rabbit_engine.streaming.transfer.streamer import Streamer
 from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 
@@ -51,12 +52,10 @@ __all__ = [
     "join_rows",
     "make_unit",
     "move",
-    "pin",
     "placeholder_for",
     "route",
     "row_blocks",
     "share_products",
-    "unpin",
     "weight_refs",
     "write_chrome_trace",
 ]

@@ -59,6 +59,11 @@ def _device_problem(device: torch.device) -> str | None:
     return None
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether the device copies while it computes, behind its caller's back: neither the CPU nor MPS, which has one queue."""
+    return device.type not in ("cpu", "mps")
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Bytes that can be claimed on `device` now; host memory also heeds the cgroup's limit, and what torch keeps of a GPU's
     for its next tensors counts as free."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.utils.platform import has_streams
+
 MOST_SPANS = 200_000
 """Older ones are forgotten: about 30 MB."""
 
@@ -40,18 +42,18 @@ class Trace:
     def __init__(self, *, on: bool = False, device: torch.device | None = None) -> None:
         self.on = on
         self._origin = time.perf_counter()
-        self._device_origin: torch.cuda.Event | None = None
+        self._device_origin: torch.Event | None = None
         self._spans: deque[tuple[str, str, Any, Any, int]] = deque(maxlen=MOST_SPANS)
         self._lock = threading.Lock()
         if on:
             self.start(device)
 
     def start(self, device: torch.device | None = None) -> None:
-        """Record from now on. On a CUDA device its clock is set beside ours once."""
-        if device is not None and device.type == "cuda" and self._device_origin is None:
-            torch.cuda.synchronize(device)
-            self._device_origin = self.device_mark(torch.cuda.current_stream(device))
-            torch.cuda.synchronize(device)
+        """Record from now on. The clock of a device that has streams is read together with ours once."""
+        if device is not None and has_streams(device) and self._device_origin is None:
+            torch.accelerator.synchronize(device)
+            self._device_origin = _device_mark(torch.accelerator.current_stream(device))
+            torch.accelerator.synchronize(device)
             self._origin = time.perf_counter()
             self.clear()
         self.on = True
@@ -94,27 +96,23 @@ class Trace:
             self.add(lane, name, start, time.perf_counter(), nbytes)
 
     @contextmanager
-    def device_span(self, lane: str, name: str, device: torch.device) -> Iterator[None]:
-        """Record what the block takes on the device: between two events of its current stream where it has streams."""
-        if not self.on or device.type != "cuda":
-            with self.span(lane, name):
+    def device_span(self, lane: str, name: str, device: torch.device, nbytes: int = 0, stream: Any = None) -> Iterator[None]:
+        """Record what the block takes on the device: between two events of `stream`, else of its current one, where it has
+        streams."""
+        if not self.on or not has_streams(device):
+            with self.span(lane, name, nbytes):
                 yield
             return
-        begin = self.device_mark(torch.cuda.current_stream(device))
+        stream = stream or torch.accelerator.current_stream(device)
+        begin = _device_mark(stream)
         yield
-        self.add(lane, name, begin, self.device_mark(torch.cuda.current_stream(device)))
+        self.add(lane, name, begin, _device_mark(stream), nbytes)
 
     def add(self, lane: str, name: str, start: Any, end: Any, nbytes: int = 0) -> None:
-        """A span between two readings of `time.perf_counter`, or two of `device_mark`."""
+        """A span between two readings of `time.perf_counter`, or two events of the device that keep time."""
         if self.on:
             with self._lock:
                 self._spans.append((lane, name, start, end, nbytes))
-
-    def device_mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """A CUDA event that keeps time, recorded in `stream`."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -135,6 +133,12 @@ class Trace:
             return mark - self._origin
         mark.synchronize()
         return float(self._device_origin.elapsed_time(mark)) / 1000  # type: ignore[union-attr]
+
+
+def _device_mark(stream: torch.Stream) -> torch.Event:
+    event = torch.Event(stream.device, enable_timing=True)
+    event.record(stream)
+    return event
 
 
 def busy_seconds(spans: Iterable[Span], start_s: float, end_s: float) -> float:

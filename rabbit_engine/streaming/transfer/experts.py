@@ -22,7 +22,7 @@ from rabbit_engine.errors import ModelClosedError, RabbitError, StreamingError
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.reader import Job, shared_reader
-from rabbit_engine.streaming.transfer.rings import Mark, Ring
+from rabbit_engine.streaming.transfer.ring import Mark, Ring
 from rabbit_engine.streaming.transfer.unit import Extent, Unit
 
 HALF_LIFE_TOKENS = 32

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from rabbit_engine.streaming.transfer.rings import READERS
+from rabbit_engine.streaming.transfer.ring import READERS
 
 Job = Callable[[int], Callable[[], None]]
 """`job(lane)` reads, without the lock; what it returns is called with the lock held."""

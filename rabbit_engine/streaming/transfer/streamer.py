@@ -25,7 +25,7 @@ from rabbit_engine.streaming.telemetry.profile import Profile, UnitProfile
 from rabbit_engine.streaming.transfer.arena import Arena
 from rabbit_engine.streaming.transfer.experts import ExpertCache
 from rabbit_engine.streaming.transfer.reader import Job, Reader, shared_reader
-from rabbit_engine.streaming.transfer.rings import Mark, Ring
+from rabbit_engine.streaming.transfer.ring import Mark, Ring
 from rabbit_engine.streaming.transfer.unit import Extent, Unit
 
 
