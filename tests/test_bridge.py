@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,28 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MergeModulelist,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WeightConverter,
+    modeling_gguf_pytorch_utils,
 )
 
-from rabbit_engine.transformers_bridge import attention, building, forwards, tied_weights
+from rabbit_engine.transformers_bridge import (
+    attention,
+    building,
+    forwards,
+    gguf,
+    loading,
+    progress,
+    quantizers,
+    tied_weights,
+    weight_transforms,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
@@ -159,3 +180,155 @@ def test_what_is_marked_as_loaded_keeps_its_values_and_the_rest_is_made() -> Non
     assert model.lm_head.weight.eq(7).all()
     assert model.model.norm.weight.equal(whole.model.norm.weight)
     assert model.model.rotary_emb.inv_freq.equal(whole.model.rotary_emb.inv_freq)
+
+
+# weight transforms
+
+
+def test_stored_names_become_the_models_by_renamings_and_then_one_converter() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    names = weight_transforms.NameMap(model, weight_transforms.transforms_for(model))
+    place = names.place_of("model.layers.1.block_sparse_moe.experts.0.w3.weight")
+    assert place is not None
+    assert place.converter is not None
+    assert (place.weight, place.source) == ("model.layers.1.mlp.experts.gate_up_proj", 1)
+    assert [type(step).__name__ for step in place.converter.operations] == ["MergeModulelist", "Concatenate"]
+    assert [step.dim for step in place.converter.operations] == [0, 1]
+    router = names.place_of("model.layers.1.block_sparse_moe.gate.weight")
+    assert router == weight_transforms.Place("model.layers.1.mlp.gate.weight")
+
+
+def test_a_base_models_name_gets_its_prefix_and_a_strange_one_has_no_place() -> None:
+    names = weight_transforms.NameMap(llama(), [])
+    assert names.place_of("layers.0.mlp.up_proj.weight") == weight_transforms.Place("model.layers.0.mlp.up_proj.weight")
+    assert names.place_of("mean.weight") is None
+    assert names.renamed("norm.weight") == "model.norm.weight"
+
+
+def test_transforms_of_ones_own_come_first_and_are_copies() -> None:
+    own = weight_transforms.WeightRenaming(r"^blocks\.", "model.layers.")
+    transforms = weight_transforms.transforms_for(llama(), first=[own])
+    assert transforms[0] is not own
+    assert weight_transforms.as_values(transforms[0]) == [[r"^blocks\."], ["model.layers."], []]
+    place = weight_transforms.NameMap(llama(), transforms).place_of("blocks.0.mlp.up_proj.weight")
+    assert place == weight_transforms.Place("model.layers.0.mlp.up_proj.weight")
+
+
+def test_a_converter_says_its_operations_by_value() -> None:
+    stack = WeightConverter("experts.*.up.weight", "experts.up", [MergeModulelist(dim=0)])
+    assert weight_transforms.as_values(stack)[:2] == [["experts.*.up.weight"], ["experts.up"]]
+    assert weight_transforms.as_values(stack)[2][0].startswith("MergeModulelist(dim=0")
+
+
+def test_layers_are_loaded_in_the_order_of_their_numbers() -> None:
+    assert weight_transforms.in_loading_order(["h.10.w", "h.2.w"]) == ["h.2.w", "h.10.w"]
+
+
+# loading
+
+
+def test_tensors_become_weights_and_the_model_stays_empty() -> None:
+    whole = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    model = building.build_without_weights(MixtralForCausalLM, whole.config, torch.bfloat16)
+    transforms = weight_transforms.transforms_for(model)
+    gate_up = whole.model.layers[0].mlp.experts.gate_up_proj.detach()
+    stored = {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight": half
+        for expert in (1, 0)
+        for name, half in zip(("w1", "w3"), gate_up[expert].chunk(2), strict=True)
+    }
+    loaded = loading.load_weights(model, stored, torch.bfloat16, transforms)
+    assert list(loaded.weights) == ["model.layers.0.mlp.experts.gate_up_proj"]
+    assert loaded.weights["model.layers.0.mlp.experts.gate_up_proj"].equal(gate_up.bfloat16())
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def test_what_does_not_fit_is_told_and_not_raised() -> None:
+    model = building.build_without_weights(LlamaForCausalLM, LlamaConfig(**SIZES), torch.float32)
+    loaded = loading.load_weights(model, {"model.norm.weight": torch.ones(3)}, torch.float32, [])
+    assert [(name, tuple(got), tuple(wanted)) for name, got, wanted in loaded.mismatched] == [("model.norm.weight", (3,), (16,))]
+    stack = WeightConverter("norm.*.weight", "norm.weight", [MergeModulelist(dim=0)])
+    stored = {"model.norm.0.weight": torch.ones(3), "model.norm.1.weight": torch.ones(5)}
+    (failed,) = loading.load_weights(model, stored, torch.float32, [stack]).failed.items()
+    assert failed[0] == "model.norm.weight"
+    assert "stack expects each tensor to be equal size" in failed[1]
+
+
+def test_some_weights_keep_float32() -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1)
+    model = building.build_without_weights(T5ForConditionalGeneration, config, torch.float16)
+    dtypes = loading.weight_dtypes(model, torch.float16)
+    kept = {name.rpartition("DenseReluDense.")[2] for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {"wo.weight"}
+    stored = {name: torch.ones(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith("decoder.block")}
+    loaded = loading.load_weights(model, stored, torch.float16, [])
+    assert {name: tensor.dtype for name, tensor in loaded.weights.items()} == {name: dtypes[name] for name in stored}
+
+
+def test_a_class_says_what_may_be_missing_and_what_may_be_unused() -> None:
+    model = llama()
+    assert loading.may_be_missing(model) == ()
+    unused = loading.may_be_unused(model)
+    assert unused.search("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert not unused.search("model.layers.0.self_attn.q_norm.weight")
+    assert not unused.search("model.layers.0.mlp.up_proj.weight_scale_inv")
+    assert loading.may_be_unused(model, dequantizes=True).search("model.layers.0.mlp.up_proj.weight_scale_inv")
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=1))
+    assert loading.may_be_unused(gpt2).search("h.0.attn.bias")
+
+
+# quantisers
+
+
+def test_eight_bit_floats_are_loaded_as_what_their_scales_make_of_them() -> None:
+    quantizer = quantizers.open_dequantizer({"quant_method": "fp8", "weight_block_size": [8, 8]})
+    model = building.build_without_weights(LlamaForCausalLM, LlamaConfig(**SIZES), torch.float32)
+    values = torch.arange(24 * 16).reshape(24, 16).remainder(7).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0], [0.5, 4.0], [8.0, 0.25]])
+    name = "model.layers.0.mlp.up_proj.weight"
+    transforms = weight_transforms.transforms_for(model, quantizer)
+    loaded = loading.load_weights(model, {name: values, f"{name}_scale_inv": scales}, torch.float32, transforms, quantizer)
+    expected = values.float() * scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert loaded.weights[name].equal(expected)
+
+
+def test_a_quantisation_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match="made-up"):
+        quantizers.open_dequantizer({"quant_method": "made-up"})
+
+
+# progress
+
+
+def test_progress_bars_are_away_for_a_while(capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.logging.enable_progress_bar()
+    try:
+        with progress.without_progress_bars():
+            assert not transformers.logging.is_progress_bar_enabled()
+            list(modeling_gguf_pytorch_utils.tqdm(range(2)))
+        assert transformers.logging.is_progress_bar_enabled()
+        assert capfd.readouterr().err == ""
+    finally:
+        transformers.logging.disable_progress_bar()
+
+
+# gguf
+
+
+def test_a_gguf_files_tensors_are_dequantised_where_they_are_taken(tmp_path: Path) -> None:
+    from fuzzing.checkpoints import gguf as write_gguf
+
+    write_gguf(tmp_path)
+    path = tmp_path / "model.gguf"
+    whole = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    file = gguf.GgufFile(path)
+    assert file.dtype() == whole.dtype
+    model = building.build_without_weights(LlamaForCausalLM, whole.config, torch.float32)
+    tensors = file.open_tensors(model, torch.float32)
+    transforms = weight_transforms.transforms_for(model, file.quantizer)
+    names = weight_transforms.NameMap(model, transforms)
+    for key in tensors:
+        place = names.place_of(key)
+        if place is not None:
+            loaded = loading.load_weights(model, {key: tensors[key]}, torch.float32, transforms, file.quantizer).weights
+            assert loaded[place.weight].equal(whole.state_dict()[place.weight]), key

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightTransform
+
+from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform, as_values
 
 RawConfig = Mapping[str, Any]
 """A config.json as it is written."""
@@ -42,11 +43,7 @@ class Architecture:
         """
         if not self.transforms and self.quantization is None:
             return None
-        steps = [
-            [list(step.source_patterns), list(step.target_patterns), [repr(op) for op in getattr(step, "operations", ())]]
-            for step in self.transforms
-        ]
-        return [self.cls.__name__, steps, self.quantization]
+        return [self.cls.__name__, [as_values(transform) for transform in self.transforms], self.quantization]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

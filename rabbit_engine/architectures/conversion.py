@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, modeling_gguf_pytorch_utils
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
-from transformers.utils import logging as transformers_logging
-from transformers.utils.quantization_config import GgufConfig
+from transformers import Concatenate, MergeModulelist, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.building import config_path
 from rabbit_engine.architectures.families.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
+from rabbit_engine.transformers_bridge.gguf import GgufFile
+from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
+from rabbit_engine.transformers_bridge.quantizers import Quantizer, open_dequantizer
+from rabbit_engine.transformers_bridge.weight_transforms import (
+    NameMap,
+    Place,
+    WeightTransform,
+    in_loading_order,
+    transforms_for,
+)
 from rabbit_engine.utils.extras import missing_extra
 
 logger = logging.getLogger(__name__)
@@ -65,7 +55,7 @@ class Target:
     stack: tuple[int, int] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class Conversion:
     """transformers' own loading, applied to any group of a checkpoint's keys.
 
@@ -75,23 +65,26 @@ class Conversion:
     skeleton: PreTrainedModel
     tensors: Mapping[str, Any]
     dtype: torch.dtype
-    quantizer: Any = None
+    quantizer: Quantizer | None = None
     transforms: Sequence[WeightTransform] = ()
     family: str | None = None
-    _mapping: list[Any] | None = None
+
+    @cached_property
+    def _all_transforms(self) -> list[WeightTransform]:
+        return transforms_for(self.skeleton, self.quantizer, first=self.transforms)
+
+    @cached_property
+    def _names(self) -> NameMap:
+        return NameMap(self.skeleton, self._all_transforms)
+
+    @cached_property
+    def _dtypes(self) -> Mapping[str, torch.dtype]:
+        return weight_dtypes(self.skeleton, self.dtype)
 
     def targets(self) -> dict[str, Target | None]:
         """checkpoint key -> the weight of the model it goes into; None for a key the model has no use for."""
-        mapping = self._transforms()
-        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
-        converters = [t for t in mapping if isinstance(t, WeightConverter)]
-        state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
-        found: dict[str, Target | None] = {}
-        for key in sorted(self.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = rename_source_key(key, [], [], prefix, state)
-            found[key] = self._target(name, pattern) if name in state else None
+        places = {key: self._names.place_of(key) for key in in_loading_order(self.tensors)}
+        found = {key: None if place is None else self._target(place) for key, place in places.items()}
         self._require_used(found)
         self._require_scales(found)
         return found
@@ -108,23 +101,8 @@ class Conversion:
 
     def unused(self, targets: Mapping[str, Target | None]) -> list[str]:
         """The stored weights that have no place in the model, as transformers counts: but for those its class ignores."""
-        ignored = self._ignored()
-        return [key for key, target in targets.items() if target is None and not ignored.search(self._renamed(key))]
-
-    def _ignored(self) -> re.Pattern[str]:
-        """Names that transformers does not miss: the class's own, buffers that older versions stored, scales once undone."""
-        patterns = list(self.skeleton._keys_to_ignore_on_load_unexpected or ())
-        buffers = [name for name, _ in self.skeleton.named_buffers()]
-        patterns += [
-            re.escape(name) for name in ("rotary_emb.inv_freq", "position_ids") if any(b.endswith(name) for b in buffers)
-        ]
-        patterns += [r"_scale_inv$", r"_scales$"] if self.quantizer is not None else []
-        return re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
-
-    def _renamed(self, key: str) -> str:
-        """`key` in the model's words, as far as there are any."""
-        renamings = [t for t in self._transforms() if isinstance(t, WeightRenaming)]
-        return rename_source_key(key, renamings, [], self.skeleton.base_model_prefix, self.skeleton.state_dict())[0]
+        ignored = may_be_unused(self.skeleton, dequantizes=self.quantizer is not None)
+        return [key for key, target in targets.items() if target is None and not ignored.search(self._names.renamed(key))]
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
         """Eight-bit floats mean nothing without the scales that a quantization_config would tell of."""
@@ -136,66 +114,37 @@ class Conversion:
                         "how it is scaled: use the unquantised repository"
                     )
 
-    def _target(self, name: str, pattern: str | None) -> Target:
-        """`pattern` is the source pattern of the converter that made `name`, its first target; None where none did."""
-        converters = [t for t in self._transforms() if isinstance(t, WeightConverter) and pattern in t.source_patterns]
-        if pattern is None or not converters:
-            return Target(name, pattern is not None)
-        converter, operations = converters[0], [(type(step), getattr(step, "dim", None)) for step in converters[0].operations]
-        if operations in _STACKS:
-            return Target(name, True, stack=(converter.source_patterns.index(pattern), len(converter.source_patterns)))
-        if len(operations) != 1 or not isinstance(converter.operations[0], SplitQKV):
-            return Target(name, True)
-        names = [name.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
-        return Target(name, True, tuple(zip(names, converter.operations[0].rows(self.skeleton.config), strict=True)))
-
-    def _transforms(self) -> list[Any]:
-        if self._mapping is None:
-            own = copy.deepcopy(list(self.transforms))
-            self._mapping = own + get_model_conversion_mapping(self.skeleton, None, self.quantizer)
-        return self._mapping
+    def _target(self, place: Place) -> Target:
+        converter = place.converter
+        if converter is None:
+            return Target(place.weight, False)
+        steps = converter.operations
+        if [(type(step), getattr(step, "dim", None)) for step in steps] in _STACKS:
+            return Target(place.weight, True, stack=(place.source, len(converter.source_patterns)))
+        if len(steps) != 1 or not isinstance(steps[0], SplitQKV):
+            return Target(place.weight, True)
+        first, *_ = converter.target_patterns
+        names = [place.weight.replace(first, target) for target in converter.target_patterns]
+        return Target(place.weight, True, tuple(zip(names, steps[0].rows(self.skeleton.config), strict=True)))
 
     def differs(self, name: str, tensor: Any) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
-        weight = self.skeleton.get_parameter_or_buffer(name)
-        dtype = _planned(self.skeleton._get_dtype_plan(self.dtype), name, weight.dtype)
+        weight, dtype = self.skeleton.get_parameter_or_buffer(name), self._dtypes[name]
         if tensor.dtype != dtype:
             return f"{tensor.dtype} is stored, {dtype} is wanted"
         if tuple(tensor.shape) != tuple(weight.shape):
             return f"{list(tensor.shape)} is stored, {list(weight.shape)} is wanted"
         return None
 
-    def convert(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def convert(self, keys: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.
 
         Raises MismatchedWeightsError; a file that cannot be read raises its own error.
         """
-        before = dict(self.skeleton.state_dict(keep_vars=True))
-        plan = self.skeleton._get_dtype_plan(self.dtype)
-        load_config = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=plan,
-            hf_quantizer=self.quantizer,
-            weight_mapping=copy.deepcopy(self._transforms()),
-        )
-        try:
-            with _quiet_progress():
-                info, _ = convert_and_load_state_dict_in_model(
-                    self.skeleton, {key: self.tensors[key] for key in keys}, load_config
-                )
-            _raise_mismatches(info)
-            made = {
-                name: self.skeleton.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys
-            }
-            # dequantising leaves some as they are stored
-            return {name: tensor.to(_planned(plan, name, before[name].dtype)) for name, tensor in made.items()}
-        finally:
-            _restore(self.skeleton, before)
-
-
-def _planned(plan: Mapping[str, torch.dtype], name: str, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, unless the class's plan has another for this weight: some stay float32 whatever the model's is."""
-    return next((kept for pattern, kept in plan.items() if re.search(pattern, name)), dtype)
+        tensors = {key: self.tensors[key] for key in keys}
+        loaded = load_weights(self.skeleton, tensors, self.dtype, self._all_transforms, self.quantizer)
+        _raise_mismatches(loaded)
+        return loaded.weights
 
 
 def open_conversion(
@@ -211,16 +160,16 @@ def open_conversion(
     return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms, architecture.family)
 
 
-def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Any:
+def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Quantizer:
     try:
-        return AutoHfQuantizer.from_config({**quantization, "dequantize": True}, pre_quantized=True)
+        return open_dequantizer(quantization)
     except (ValueError, TypeError, AttributeError) as error:
         raise CompressionUnavailableError(f"{path}: quantization_config cannot be read: {first_line(error)}") from error
 
 
 def gguf_dtype(path: Path) -> torch.dtype:
     """The dtype transformers gives a GGUF checkpoint: its own where it is plain floats, float32 where it is quantised."""
-    return _gguf_quantizer(path).update_dtype(None)  # type: ignore[no-any-return]
+    return _open_gguf(path).dtype()
 
 
 _UNFIT = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError)
@@ -233,17 +182,14 @@ def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dty
     Architectures that only transformers' older GGUF reader knows are dequantised whole, in memory. Raises
     DamagedCheckpointError where it cannot make tensors of what the header says.
     """
-    quantizer = _gguf_quantizer(path)
-    quantizer.update_dtype(dtype)
-    quantizer.preprocess_model(model=skeleton, dtype=dtype, device_map=None, checkpoint_files=[str(path)])
+    file = _open_gguf(path)
     try:
-        with _quiet_progress():
-            tensors = quantizer.get_state_dict(str(path), skeleton)
+        tensors = file.open_tensors(skeleton, dtype)
     except _UNFIT as error:  # the reader believes the header's numbers, whatever they are
         raise DamagedCheckpointError(
             f"{path} cannot be converted: its header does not fit its tensors ({first_line(error)}); download it again"
         ) from error
-    return Conversion(skeleton, tensors, dtype, quantizer)
+    return Conversion(skeleton, tensors, dtype, file.quantizer)
 
 
 def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
@@ -253,45 +199,17 @@ def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
         logger.warning("%d weights of the checkpoint have no place in %s and are not used: %s", len(unused), cls.__name__, listed)
 
 
-def _gguf_quantizer(path: Path) -> Any:
+def _open_gguf(path: Path) -> GgufFile:
     try:
-        quantizer = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=str(path)))
-        quantizer.read_header(str(path))
+        return GgufFile(path)
     except ImportError as error:
         raise missing_extra(str(path), "gguf", error) from error
-    return quantizer
 
 
-def _raise_mismatches(info: Any) -> None:
-    if info.mismatched_keys:
-        rows = "; ".join(
-            f"{name} is {list(got)}, the model's is {list(want)}" for name, got, want in sorted(info.mismatched_keys)
-        )
+def _raise_mismatches(loaded: Loaded) -> None:
+    if loaded.mismatched:
+        rows = "; ".join(f"{name} is {list(got)}, the model's is {list(want)}" for name, got, want in loaded.mismatched)
         raise MismatchedWeightsError(f"weights of another shape than the config says: {rows}")
-    if info.conversion_errors:
-        name, text = next(iter(info.conversion_errors.items()))
+    if loaded.failed:
+        name, text = next(iter(loaded.failed.items()))
         raise MismatchedWeightsError(f"{name} could not be converted: {text.strip().splitlines()[-1]}")
-
-
-def _restore(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        owner, _, attribute = name.rpartition(".")
-        module = skeleton.get_submodule(owner)
-        table = module._buffers if attribute in module._buffers else module._parameters
-        table[attribute] = tensor  # type: ignore[assignment]
-    skeleton._weight_conversions = None  # type: ignore[assignment]
-
-
-@contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """transformers' own bar would start anew for every shard; that of its GGUF reader asks nobody."""
-    gguf_reader: Any = modeling_gguf_pytorch_utils
-    enabled, gguf_bar = transformers_logging.is_progress_bar_enabled(), getattr(gguf_reader, "tqdm", tqdm)
-    transformers_logging.disable_progress_bar()
-    gguf_reader.tqdm = functools.partial(gguf_bar, disable=True)
-    try:
-        yield
-    finally:
-        gguf_reader.tqdm = gguf_bar
-        if enabled:
-            transformers_logging.enable_progress_bar()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.core_model_loading import WeightRenaming
 
 from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedArchitectureError, first_line
+from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

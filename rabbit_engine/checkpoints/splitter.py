@@ -60,6 +60,7 @@ from rabbit_engine.errors import (
 )
 from rabbit_engine.storage.directio import is_file
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
+from rabbit_engine.transformers_bridge.loading import may_be_missing
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 from rabbit_engine.utils.bar import Bar
 
@@ -269,7 +270,7 @@ class Split:
 
 def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties, originals: Path) -> None:
     """Raise MismatchedWeightsError for weights that are neither stored nor shared."""
-    ignored = skeleton._keys_to_ignore_on_load_missing or ()
+    ignored = may_be_missing(skeleton)
     absent = missing_weights(skeleton.state_dict(), stored, ties.shared, ignored)
     if absent:
         rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
@@ -289,7 +290,7 @@ def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties
     wrong += [
         name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
     ]
-    wrong += missing_weights(state, entries, ties, model._keys_to_ignore_on_load_missing or ())
+    wrong += missing_weights(state, entries, ties, may_be_missing(model))
     if wrong:
         folder = next((entry.path.parent for entry in entries.values()), "the split")
         raise MismatchedWeightsError(

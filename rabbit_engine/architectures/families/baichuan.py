@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.core_model_loading import WeightConverter
+from transformers import LlamaConfig, LlamaForCausalLM, WeightConverter
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.families.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import GlmConfig, GlmForCausalLM
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers import GlmConfig, GlmForCausalLM, WeightConverter
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.families.fused import SplitGroupedQKV, SplitQKV
 from rabbit_engine.architectures.families.rawconfig import QKV, common, refuse, require, require_plain_weights
 from rabbit_engine.errors import UnsupportedArchitectureError
+from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PretrainedConfig
-from transformers.core_model_loading import ConversionOps
+from transformers import ConversionOps, PretrainedConfig
 
 
 class _FromOne(ConversionOps):

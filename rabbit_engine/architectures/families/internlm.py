@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WeightConverter
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.families.fused import SplitGroupedQKV
 from rabbit_engine.architectures.families.rawconfig import QKV, common, llama_sizes, refuse
+from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 _VOCABULARY, _END_OF_ANSWER = 103168, 103028
 """Of InternLM's released tokenizer; the token is written <eoa>."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, WeightConverter
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.families.fused import SplitQKV
 from rabbit_engine.architectures.families.rawconfig import QKV, common, refuse, require, word
+from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 _TRANSFORMS = (
     WeightRenaming(r"^transformer\.wte\.", "model.embed_tokens."),

@@ -1,0 +1,45 @@
+"""A GGUF file as transformers reads it: its dtype, and its tensors, dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GgufConfig, PreTrainedModel
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+from rabbit_engine.transformers_bridge.progress import without_progress_bars
+from rabbit_engine.transformers_bridge.quantizers import Quantizer
+
+
+class GgufFile:
+    """A GGUF file whose header has been read. Raises ImportError where the package gguf is not installed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._quantizer = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=self._path))
+        self._quantizer.read_header(self._path)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What dequantises the file's tensors while they are loaded."""
+        return self._quantizer
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that transformers loads the file in: its own where it is plain floats, float32 where it is quantised."""
+        dtype: torch.dtype = self._quantizer.update_dtype(None)
+        return dtype
+
+    def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Any]:
+        """The file's tensors by key, each read when it is taken as `tensors[key][...]`, to be loaded into `model` as `dtype`.
+
+        Architectures that only transformers' older reader knows are dequantised whole, in memory. The reader raises anything
+        where the header's numbers are wrong.
+        """
+        self._quantizer.update_dtype(dtype)
+        self._quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[self._path])
+        with without_progress_bars():
+            tensors: Mapping[str, Any] = self._quantizer.get_state_dict(self._path, model)
+        return tensors

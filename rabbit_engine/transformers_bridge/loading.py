@@ -1,0 +1,88 @@
+"""Tensors into the weights of a model, as `from_pretrained` loads them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from rabbit_engine.transformers_bridge.progress import without_progress_bars
+from rabbit_engine.transformers_bridge.quantizers import Quantizer
+from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The weights that were made, by the model's names, on the CPU, in the shapes and dtypes of the model.
+
+    `mismatched` are (weight, shape that was stored, shape of the model's); `failed` maps a weight to what went wrong.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def weight_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """weight -> its dtype in a model that is loaded as `dtype`; a class may keep some in float32."""
+    plan = model._get_dtype_plan(dtype)
+    return {
+        name: next((kept for pattern, kept in plan.items() if re.search(pattern, name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def may_be_missing(model: PreTrainedModel) -> tuple[str, ...]:
+    """Patterns of the weights that a checkpoint need not have: the class makes them itself."""
+    return tuple(model._keys_to_ignore_on_load_missing or ())
+
+
+def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pattern[str]:
+    """What matches the stored weights, in the model's words, for which the model has no place and transformers misses none.
+
+    Those are the class's own, buffers that older versions stored, and scales where these are undone.
+    """
+    buffers = [name for name, _ in model.named_buffers()]
+    stored_once = [name for name in ("rotary_emb.inv_freq", "position_ids") if any(buffer.endswith(name) for buffer in buffers)]
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, stored_once)]
+    patterns += [r"_scale_inv$", r"_scales$"] if dequantizes else []
+    return re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
+
+
+def load_weights(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    transforms: Sequence[WeightTransform],
+    quantizer: Quantizer | None = None,
+) -> Loaded:
+    """Read `tensors` (by `tensors[key][...]`) and make of them the weights that they are. `model`, on meta, stays as it is."""
+    before, wanted = dict(model.state_dict(keep_vars=True)), weight_dtypes(model, dtype)
+    own: Any = copy.deepcopy(list(transforms))  # each counts which tensors it was used for
+    plan = model._get_dtype_plan(dtype)
+    config = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, hf_quantizer=quantizer, weight_mapping=own)
+    try:
+        with without_progress_bars():
+            info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+        if info.mismatched_keys or info.conversion_errors:
+            return Loaded({}, sorted(info.mismatched_keys), info.conversion_errors)
+        made = {name: model.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys}
+        return Loaded({name: tensor.to(wanted[name]) for name, tensor in made.items()})  # dequantising leaves some as stored
+    finally:
+        _put_back(model, before)
+
+
+def _put_back(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        table: Any = module._buffers if attribute in module._buffers else module._parameters
+        table[attribute] = tensor
+    model._weight_conversions = None  # type: ignore[assignment]

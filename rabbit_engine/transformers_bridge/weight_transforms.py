@@ -1,0 +1,74 @@
+"""What transformers does to a checkpoint's tensors by their names: renamings in turn, then at most one converter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform, dot_natural_key, rename_source_key
+
+from rabbit_engine.transformers_bridge.quantizers import Quantizer
+
+__all__ = ["NameMap", "Place", "WeightRenaming", "WeightTransform", "as_values", "in_loading_order", "transforms_for"]
+
+
+def transforms_for(
+    model: PreTrainedModel, quantizer: Quantizer | None = None, first: Iterable[WeightTransform] = ()
+) -> list[WeightTransform]:
+    """Copies of the transforms `first`, then those that transformers has for this model and the quantiser of its checkpoint."""
+    return [*copy.deepcopy(list(first)), *get_model_conversion_mapping(model, None, quantizer)]
+
+
+def as_values(transform: WeightTransform) -> list[list[str]]:
+    """What a transform does, as plain values: its source patterns, its target patterns and its operations."""
+    operations = [repr(operation) for operation in getattr(transform, "operations", ())]
+    return [list(transform.source_patterns), list(transform.target_patterns), operations]
+
+
+def in_loading_order(keys: Iterable[str]) -> list[str]:
+    """A checkpoint's keys as transformers takes them: numbers in names count, so layer 2 comes before layer 10."""
+    return sorted(keys, key=dot_natural_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored tensor goes: into `weight` as it is, or through `converter`, whose source number `source` it is.
+
+    `weight` is the first of the weights that the converter makes.
+    """
+
+    weight: str
+    converter: WeightConverter | None = None
+    source: int = 0
+
+
+class NameMap:
+    """The keys of a checkpoint in the words of `model`, by `transforms`."""
+
+    def __init__(self, model: PreTrainedModel, transforms: Sequence[WeightTransform]) -> None:
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._prefix, self._state = model.base_model_prefix, model.state_dict()
+
+    def place_of(self, key: str) -> Place | None:
+        """The weight that the tensor stored as `key` goes into; None where the model has no place for it."""
+        name, pattern = self._rename(key, self._renamings, self._converters)
+        if name not in self._state and key in self._state:
+            name, pattern = self._rename(key, [], [])
+        if name not in self._state:
+            return None
+        if pattern is None:
+            return Place(name)
+        converter = next(found for found in self._converters if pattern in found.source_patterns)
+        return Place(name, converter, converter.source_patterns.index(pattern))
+
+    def renamed(self, key: str) -> str:
+        """`key` in the model's words, as far as there are any."""
+        return self._rename(key, self._renamings, [])[0]
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        return rename_source_key(key, renamings, converters, self._prefix, self._state)
