@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from rabbit_engine import AutoModel
 from rabbit_engine.architectures import build_skeleton
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, interleaved
-from rabbit_engine.planning.budget import measure_link
+from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 

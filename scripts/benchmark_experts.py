@@ -25,7 +25,7 @@ from rabbit_engine.config import Cut
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, as_markdown, interleaved
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.budget import direct_reads
+from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes

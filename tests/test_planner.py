@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from rabbit_engine.checkpoints.split_plan import files_done_after, missing_weights, peak_extra_bytes, plan_shards, settle_ties
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.experts import Routing
-from rabbit_engine.planning.placement import UnitSize, place
-from rabbit_engine.planning.plan import Budget, Plan
+from rabbit_engine.planning.placement import place, place_in
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import TEXTS, Budget, Tenant, Tier, UnitSize, tenants_of
 from rabbit_engine.utils.speeds import Speeds
 
 
@@ -129,6 +130,69 @@ def test_the_reason_tells_what_bounds_a_pass() -> None:
     assert ("streamed", "0 units, 0 B a pass from disk") in link.rows()
 
 
+def gpus(first: int, second: int, host: int, remote: int) -> list[Tier]:
+    """Two GPUs that compute, host memory, another machine's memory that comes through the host's, and the disk."""
+    return [
+        Tier("cuda:0", first, holds=frozenset({"weights", "experts", "caches"})),
+        Tier("cuda:1", second),
+        Tier("host", host, rate=25.0),
+        Tier("node-2", remote, rate=10.0, via="host"),
+        Tier("disk", rate=2.0, via="host"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("memory", "on_first", "on_second", "in_host", "remote", "from_disk", "bound_by"),
+    [
+        pytest.param((301, 400, 0, 0), 2, 4, 0, 0, 0, None, id="a stretch of the model on each GPU"),
+        pytest.param((201, 100, 0, 0), 1, 1, 0, 0, 3, "disk", id="the ring is on the first"),
+        pytest.param((301, 0, 0, 100), 2, 0, 0, 1, 2, "disk", id="a layer each from where there is room"),
+        pytest.param((201, 100, 100, 200), 1, 1, 1, 2, 0, "node-2", id="the next tier when one is full"),
+        pytest.param((201, 100, 300, 300), 1, 1, 3, 0, 0, "host", id="the fastest tier first"),
+    ],
+)
+def test_a_second_gpu_and_another_machine_are_tiers_of_a_plan(
+    memory: tuple[int, int, int, int],
+    on_first: int,
+    on_second: int,
+    in_host: int,
+    remote: int,
+    from_disk: int,
+    bound_by: str | None,
+) -> None:
+    tiers = gpus(*memory)
+    plan = place_in([EMBED, NORM, *layers(100, 100, 100, 100)], tiers)
+    kept = [len(plan.kept(tier.name)) for tier in tiers]
+    assert kept == [on_first, on_second, in_host, remote, from_disk + len(plan.by_row)]
+    slowest = plan.slowest()
+    assert (slowest and slowest.name) == bound_by
+    moved = {tier.name: plan.moved_bytes(tier) for tier in tiers}
+    assert moved == {
+        "cuda:0": 0,
+        "cuda:1": 0,
+        "host": 100 * (in_host + remote + from_disk),
+        "node-2": 100 * remote,
+        "disk": 100 * from_disk,
+    }
+    assert plan.pass_s == max(moved["host"] / 25, moved["node-2"] / 10, moved["disk"] / 2)
+    assert all(tier.nbytes is None or plan.held_bytes(tier.name) <= tier.nbytes for tier in tiers)
+    assert ("on cuda:1" in dict(plan.rows())) == (on_second > 0)
+
+
+def test_caches_of_texts_live_beside_the_weights_of_a_tier() -> None:
+    plan = place(FOUR, "cuda:0", Budget(device_bytes=301, reserved_bytes=50, host_bytes=100))
+    assert (plan.tiers[0].nbytes, plan.held_bytes("cuda:0")) == (351, 351)
+    assert Tenant(TEXTS, "cuda:0", 50) in plan.tenants
+    elsewhere = [
+        Tier("cuda:0", 301),
+        Tier("host", 250, rate=25.0, holds=frozenset({"weights", "caches"})),
+        Tier("disk", rate=2.0),
+    ]
+    moved = place_in(FOUR, elsewhere, tenants_of(elsewhere, Budget(reserved_bytes=50)))
+    assert (moved.held_bytes("cuda:0"), moved.held_bytes("host")) == (301, 250)
+    assert (len(moved.resident), len(moved.host), len(moved.streamed)) == (2, 2, 1)
+
+
 sizes = st.integers(1, 10**12)
 models = st.builds(
     lambda streamed, embed, rest: [*layers(*streamed), UnitSize("embed", "embedding", embed), UnitSize("rest", "resident", rest)],
@@ -230,6 +294,14 @@ def test_host_memory_holds_experts_behind_the_device() -> None:
     assert "0 B (every expert cached that can be) to 80 B (none) a pass" in ample.reason
     with pytest.raises(BudgetError, match="221"):
         place(SPARSE, "cuda:0", Budget(device_bytes=220))
+
+
+def test_a_tier_that_is_not_for_experts_caches_none() -> None:
+    tiers = gpus(471, 100, 100, 100)
+    tiers[1] = Tier("cuda:1", 100, holds=frozenset({"weights"}))
+    plan = place_in(SPARSE, tiers)
+    assert [sum(layer.cached[index] for layer in plan.experts.layers) for index in range(4)] == [2, 0, 10, 10]
+    assert plan.tier_of["l3"] == "cuda:0"
 
 
 sparse_models = st.builds(

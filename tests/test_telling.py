@@ -19,8 +19,9 @@ from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.diagnostics.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.diagnostics.plotting import plot_trace
 from rabbit_engine.planning.forecast import forecast
-from rabbit_engine.planning.placement import UnitSize, place
-from rabbit_engine.planning.plan import Budget, Plan
+from rabbit_engine.planning.placement import place
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.streaming import Profile, Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.utils import platform
 from rabbit_engine.utils.bar import Bar

@@ -11,11 +11,15 @@ import psutil
 import pytest
 import torch
 from conftest import smallest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.config import DEFAULT_CUT, Cut
+from rabbit_engine.config import DEFAULT_CUT, Cut, StreamConfig
 from rabbit_engine.diagnostics.benchmark import make_checkpoint
+from rabbit_engine.model.assembly import assemble
+from rabbit_engine.planning.partition import unread_entries
+from rabbit_engine.planning.placement import place_in
+from rabbit_engine.planning.tiers import Tier
 from rabbit_engine.streaming import LinearBlocks
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -206,3 +210,16 @@ def test_a_budget_below_the_smallest_loses_nothing(large: Path) -> None:
         AutoModel.from_pretrained(large, device="cpu", max_memory={"cpu": "1MB"})
     with AutoModel.from_pretrained(large, device="cpu", max_memory={"cpu": caught.value.smallest_bytes}) as model:
         assert model.plan.device_bytes + model.plan.staging_bytes <= caught.value.smallest_bytes
+
+
+def test_a_plan_with_another_machines_memory_is_refused_by_name(checkpoint: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint("llama")))
+    tiers = [Tier("cpu", 10**9), Tier("node-2", 10**9, rate=1e10), Tier("disk", rate=1e9)]
+    with pytest.raises(errors.ConfigurationError, match="cannot be kept on node-2 yet"):
+        assemble(
+            model,
+            *unread_entries(model),
+            StreamConfig(device=torch.device("cpu")),
+            decide=lambda partition, _: place_in(partition.sizes, tiers),
+        )

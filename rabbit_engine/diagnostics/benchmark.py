@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine.model.auto import AutoModel
-from rabbit_engine.planning.budget import direct_reads
 from rabbit_engine.streaming import Span, busy_share
+from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
 from rabbit_engine.utils.platform import environment

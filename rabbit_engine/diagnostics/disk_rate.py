@@ -23,8 +23,8 @@ from typing import IO, Any
 import torch
 
 from rabbit_engine.errors import NotEnoughDiskError
-from rabbit_engine.planning.budget import direct_reads
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason
+from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.sizes import format_bytes
 

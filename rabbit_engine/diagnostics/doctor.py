@@ -25,8 +25,8 @@ from rabbit_engine import __version__
 from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
 from rabbit_engine.diagnostics.pace import Pace, estimate_paces, measure_products
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
-from rabbit_engine.planning.budget import measure_link
 from rabbit_engine.storage.directio import CHUNK_BYTES
+from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.utils.platform import best_device, free_memory_bytes, is_flash_attention_available
 from rabbit_engine.utils.sizes import format_bytes, format_rate

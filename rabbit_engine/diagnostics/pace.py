@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, budget_for, reserved_bytes
+from rabbit_engine.planning.decide import find_free_memory
 from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
-from rabbit_engine.planning.placement import UnitSize, place
-from rabbit_engine.planning.plan import Budget, Plan
+from rabbit_engine.planning.placement import place
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.utils.speeds import Speeds
 
 _FOUR_BIT_SHARE = 4.5 / 16
@@ -82,7 +84,8 @@ def estimate_paces(device: torch.device, speeds: Speeds, products: float) -> tup
 def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:
     """The plan of `shape` within the budget of `stream`, in seconds a token."""
     partition = _partition(AutoConfig.for_model(**shape))
-    budget, four_bit = budget_for(partition, stream), [_in_four_bits(size) for size in partition.sizes]
+    budget = budget_for(partition, stream, find_free_memory(stream))
+    four_bit = [_in_four_bits(size) for size in partition.sizes]
     plan = _plan(partition.sizes, stream, budget)
     four_bit_plan = _plan(four_bit, stream, budget)
     compute_s = _active_bytes(partition.sizes) / products

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import initialize
 from rabbit_engine.config import StreamConfig
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import DISK, HOST
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
     Binding,
@@ -87,11 +89,13 @@ def assemble(
     """Fill the skeleton `model`: residents on the device, the embedding by row, everything else streamed.
 
     `decide` makes the plan, `claim` the ring of the device: a device that is not the machine's brings its own.
-    Raises BudgetError before memory is claimed, MismatchedWeightsError where the files are not this model's.
+    Raises BudgetError, and ConfigurationError for tiers that weights cannot be kept in yet, before memory is claimed;
+    MismatchedWeightsError where the files are not this model's.
     """
     give_large_blocks_back()
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
     plan = decide(partition, stream)
+    _require_tiers(plan)
     trace = Trace(on=stream.profiling_mode, device=stream.device)
     builder = _Builder(model, partition, plan, stream, trace, claim(stream.device, plan.device_bytes, trace))
     try:
@@ -101,6 +105,14 @@ def assemble(
     except BaseException:
         builder.close()
         raise
+
+
+def _require_tiers(plan: Plan) -> None:
+    unknown = [tier.name for tier in plan.tiers[1:] if tier.name not in (HOST, DISK)]
+    if unknown:
+        raise ConfigurationError(
+            f"weights cannot be kept on {', '.join(unknown)} yet: plan for {plan.device}, host memory and the disk"
+        )
 
 
 class _Builder:

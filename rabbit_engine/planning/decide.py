@@ -1,22 +1,56 @@
-"""The plan of a model whose weights are located: its budget, the speeds of the links, and where each unit goes."""
+"""The plan of a model whose weights are located. Only here is the machine asked; what follows from its answers is pure."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.planning.budget import budget_for, read_notes, speeds_for, whole_experts_notes
+from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.storage.directio import buffered_reason
+from rabbit_engine.streaming.transfer.measure import speeds_for
+from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
+from rabbit_engine.utils.sizes import format_bytes
 
 
 def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is claimed."""
     entries = list(partition.weights.entries.values())
-    budget = budget_for(partition, stream)
+    budget = budget_for(partition, stream, find_free_memory(stream))
     on_cpu = stream.device.type == "cpu"
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.device_bytes if on_cpu else None)
-    plan = place(partition.sizes, str(stream.device), budget, speeds, read_notes(partition, stream.device))
+    plan = place(partition.sizes, str(stream.device), budget, speeds, _read_notes(partition, stream.device))
     moves = plan.bound != "compute"
-    return replace(plan, notes=(*plan.notes, *whole_experts_notes(partition))) if moves else plan
+    return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
+
+
+def find_free_memory(stream: StreamConfig) -> FreeMemory:
+    """What is free now. A device with a budget of its own is not asked: it may not be here."""
+    return FreeMemory(
+        device_bytes=0 if stream.device_budget_bytes is not None else free_memory_bytes(stream.device),
+        host_bytes=free_memory_bytes(torch.device("cpu")),
+        pinned_bytes=pinned_limit_bytes(),
+    )
+
+
+def _read_notes(partition: Partition, device: torch.device) -> list[str]:
+    """What the reader of a plan should know of the files: how they are read, what must be realigned."""
+    paths = {place.path for entry in partition.weights.entries.values() for place in entry.places}
+    reasons = {buffered_reason(path) for path in paths if path.is_file()}
+    notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
+    moved = sum(chunk.nbytes for chunk in misaligned(partition)) if device.type == "cpu" else 0
+    if moved:
+        why = "off a 16-byte boundary in their files, or joined from parts"
+        notes.append(f"{format_bytes(moved)} are moved once more while they are read: {why}")
+    return notes
+
+
+def _whole_experts_notes(partition: Partition) -> list[str]:
+    """Which classes of experts move whole, all of a layer's for every token, and why."""
+    return [
+        f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in partition.whole_experts.items()
+    ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rabbit_engine.utils.sizes import format_bytes
-
 BUSY_BYTES = 64 * 2**20
 """What keeps four reads of 8 MiB under way while four have arrived."""
 
@@ -24,17 +22,27 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """The experts of layer `name` that are read as they are routed to, and how many of them may be cached where."""
+    """The experts of layer `name` that are read as they are routed to, and how many of them may be `cached` in each tier ahead
+    of the disk: on the device first."""
 
     name: str
     routing: Routing
-    on_device: int = 0
-    in_host: int = 0
+    cached: tuple[int, ...] = (0,)
+
+    @property
+    def on_device(self) -> int:
+        """How many are cached where they are used."""
+        return self.cached[0]
+
+    @property
+    def in_host(self) -> int:
+        """How many are cached behind the device."""
+        return sum(self.cached[1:])
 
     @property
     def uncached(self) -> int:
         """How many of a token's experts come from disk, at best."""
-        return max(0, self.routing.used - self.on_device - self.in_host)
+        return max(0, self.routing.used - sum(self.cached))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +53,19 @@ class ExpertsPlan:
     slot_bytes: int = 0
     passing: int = 0
 
+    def tier_bytes(self, index: int) -> int:
+        """Memory of the slots in a tier, of those ahead of the disk; those for experts on their way are in the first."""
+        cached = sum(layer.cached[index] for layer in self.layers)
+        return self.slot_bytes * (cached + (self.passing if index == 0 else 0))
+
     @property
     def device_bytes(self) -> int:
         """Memory of the slots on the device."""
-        return self.slot_bytes * (self.passing + sum(layer.on_device for layer in self.layers))
+        return self.tier_bytes(0)
 
     @property
     def host_bytes(self) -> int:
-        """Memory of the slots in host memory."""
+        """Memory of the slots behind the device."""
         return self.slot_bytes * sum(layer.in_host for layer in self.layers)
 
     @property
@@ -80,17 +93,6 @@ class ExpertsPlan:
         """The same when as many of them as can be are cached there."""
         return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
 
-    @property
-    def text(self) -> str:
-        """How many are cached, of how many, and how many a token uses."""
-        device, host = (sum(getattr(layer, name) for layer in self.layers) for name in ("on_device", "in_host"))
-        count, used = (sum(getattr(layer.routing, name) for layer in self.layers) for name in ("count", "used"))
-        beside = f", {host} in host memory" if host else ""
-        return (
-            f"{used} of {count} a token, each of up to {format_bytes(self.slot_bytes)}; {device} cached on the device{beside} "
-            f"({format_bytes(self.device_bytes + self.host_bytes)} with {self.passing} on their way)"
-        )
-
 
 NO_EXPERTS = ExpertsPlan()
 """Of a model without any, or with all of them resident."""
@@ -115,19 +117,21 @@ class Slots:
         """How many for experts on their way, in so many bytes."""
         return min(self.wanted, room // self.nbytes) if self.layers else 0
 
-    def shared(self, names: Sequence[str], passing: int, device_room: int, host_room: int) -> ExpertsPlan:
-        """As many cached experts in every layer, one more or less: on the device first, then in host memory.
+    def shared(self, names: Sequence[str], passing: int, rooms: Sequence[int]) -> ExpertsPlan:
+        """As many cached experts in every layer, one more or less, in the bytes that each tier has room for, the first first.
 
         Every layer is the same to a token, and one pool for all of them was no better (docs/benchmarks.md). What is left over
         goes to the first of `layers`; the plan has them in the order of `names`.
         """
         if not self.layers:
             return NO_EXPERTS
-        counts = [routing.count for _, routing in self.layers]
-        on_device = _evenly(counts, max(0, device_room) // self.nbytes)
-        in_host = _evenly([count - here for count, here in zip(counts, on_device, strict=True)], max(0, host_room) // self.nbytes)
-        shares = zip(self.layers, on_device, in_host, strict=True)
-        found = {name: LayerExperts(name, routing, here, there) for (name, routing), here, there in shares}
+        left = [routing.count for _, routing in self.layers]
+        shares: list[list[int]] = []
+        for room in rooms:
+            shares.append(_evenly(left, max(0, room) // self.nbytes))
+            left = [count - here for count, here in zip(left, shares[-1], strict=True)]
+        cached = zip(self.layers, zip(*shares, strict=True), strict=True)
+        found = {name: LayerExperts(name, routing, counts) for (name, routing), counts in cached}
         return ExpertsPlan(tuple(found[name] for name in names), self.nbytes, passing)
 
 

@@ -1,113 +1,132 @@
-"""Byte counts and budgets into a `Plan`. Pure: no torch, no I/O; a test needs no device."""
+"""Units and tiers into a `Plan`. Pure: no torch, no I/O; a test needs no device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.experts import BUSY_BYTES, NO_EXPERTS, ExpertsPlan, Routing, slots_for
-from rabbit_engine.planning.plan import UNBOUNDED, Budget, Plan
+from rabbit_engine.planning.experts import BUSY_BYTES, NO_EXPERTS, ExpertsPlan, Slots, slots_for
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import (
+    HOST,
+    RING,
+    SCRATCH,
+    STAGING,
+    TEXTS,
+    UNBOUNDED,
+    Budget,
+    Tenant,
+    Tier,
+    UnitSize,
+    tenants_of,
+    tiers_of,
+)
 from rabbit_engine.utils.sizes import format_bytes
 from rabbit_engine.utils.speeds import ASSUMED, Speeds
-
-Role = Literal["streamed", "embedding", "resident", "experts"]
 
 PAGE = 4096
 _GOLDEN = 0.6180339887498949
 _ENDLESS = 2**62
 
 
-@dataclass(frozen=True, slots=True)
-class UnitSize:
-    """What a unit of weights is to the model, and how many bytes of memory it takes.
+def place(
+    units: Sequence[UnitSize], device: str, budget: Budget = UNBOUNDED, speeds: Speeds = ASSUMED, notes: Iterable[str] = ()
+) -> Plan:
+    """`place_in` the device, host memory and the disk. Raises BudgetError, with the smallest budget that works."""
+    tiers = tiers_of(device, budget, speeds)
+    return place_in(units, tiers, tenants_of(tiers, budget), source=speeds.source, notes=notes, given_bytes=budget.given_bytes)
 
-    A `streamed` one passes through the ring unless there is room for it to stay; an `embedding` is read by row unless
-    there is room for everything; a `resident` must stay. One that `encloses` is held while units inside of it are asked
-    for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay. The `experts` of a
-    layer are read as they are routed to, with `routing`, unless there is room for everything. One whose weights are stored
-    encoded takes `scratch_bytes` of the device while it is used.
+
+def place_in(
+    units: Sequence[UnitSize],
+    tiers: Sequence[Tier],
+    tenants: Sequence[Tenant] = (),
+    *,
+    source: str = "given",
+    notes: Iterable[str] = (),
+    given_bytes: int | None = None,
+) -> Plan:
+    """Decide which tier keeps each of `units`, which come in the order of a pass. `tiers` go from the fastest to the disk.
+
+    The ring is as small as hides the longest gap; every other byte is for what stays, spread evenly over the depth of the
+    model, in the fastest tier first and the next one next. Who stays is chosen in one fixed order, so more
+    memory never means more bytes a pass. What every pass needs stays before any expert does: a byte of it saves a byte
+    a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
+    that works; it tells of `given_bytes` where the caller gave the device so many.
     """
-
-    name: str
-    role: Role
-    nbytes: int
-    read_bytes: int | None = None
-    encloses: bool = False
-    rare: bool = False
-    routing: Routing | None = None
-    scratch_bytes: int = 0
-
-    @property
-    def disk_bytes(self) -> int:
-        """What a read of it asks the disk for."""
-        return self.nbytes if self.read_bytes is None else self.read_bytes
+    scratch = _scratch_bytes(units)
+    held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]
+    _check_host(tiers, held)
+    memory = _Memory(tuple(tiers), tuple(held), given_bytes)
+    placed = _place_all(units, memory) or _place_some(units, memory)
+    ring = [Tenant(RING, tiers[0].name, placed.ring_bytes)] if placed.ring_bytes else []
+    return Plan(
+        tiers=memory.tiers,
+        units=tuple(units),
+        tier_of={unit.name: placed.tier_of.get(unit.name, tiers[-1].name) for unit in units},
+        tenants=(*held, *ring),
+        experts=placed.experts,
+        source=source,
+        notes=tuple(notes),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A choice of who stays where."""
+    """A choice of what stays ahead of the disk, and where."""
 
-    device: list[UnitSize]
-    host: list[UnitSize]
-    disk: list[UnitSize]
-    ring_bytes: int
-    embedding_stays: bool = False
+    tier_of: Mapping[str, str]
+    ring_bytes: int = 0
     experts: ExpertsPlan = NO_EXPERTS
 
 
-def place(
-    units: Sequence[UnitSize], device: str, budget: Budget = UNBOUNDED, speeds: Speeds = ASSUMED, notes: Iterable[str] = ()
-) -> Plan:
-    """Decide what is resident, in the order of a pass.
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """The tiers, and what is set aside in them before any weight is placed."""
 
-    The ring is as small as hides the longest gap; every other byte of the budget is a resident, spread evenly over the
-    depth of the model, the device's memory first and the host's next. Who stays is chosen in one fixed order, so more
-    memory never means more bytes a pass. What every pass needs stays before any expert does: a byte of it saves a byte
-    a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
-    that works.
-    """
-    _check_host(device, budget)
-    scratch = _scratch_bytes(units)
-    apart = scratch + (budget.host_staging_bytes if device == "cpu" else 0)
-    placed = _place_all(units, budget, apart) or _place_some(units, device, budget, apart)
-    embeddings, experts = [unit for unit in units if unit.role == "embedding"], placed.experts
-    stays = [unit for unit in units if unit.role == "resident"] + placed.device + (embeddings if placed.embedding_stays else [])
-    chosen = {unit.name for unit in stays}
-    moving = [*placed.host, *placed.disk]
-    host = {unit.name for unit in placed.host}
-    disk = [unit.name for unit in placed.disk]
-    return Plan(
-        device=device,
-        resident=tuple(unit.name for unit in units if unit.name in chosen),
-        host=tuple(unit.name for unit in units if unit.name in host),
-        streamed=tuple(disk),
-        by_row=tuple(unit.name for unit in embeddings if not placed.embedding_stays),
-        resident_bytes=sum(unit.nbytes for unit in stays),
-        host_bytes=sum(unit.nbytes for unit in placed.host) + experts.host_bytes,
-        staging_bytes=budget.host_staging_bytes,
-        ring_bytes=placed.ring_bytes,
-        scratch_bytes=scratch,
-        pass_bytes=sum(unit.disk_bytes for unit in placed.disk if not unit.rare) + experts.most_bytes,
-        link_bytes=0 if device == "cpu" else sum(unit.nbytes for unit in moving if not unit.rare) + experts.link_bytes,
-        load_bytes=sum(unit.disk_bytes for unit in (*stays, *placed.host)),
-        weights_bytes=sum(unit.nbytes for unit in units),
-        budget=budget,
-        speeds=speeds,
-        notes=tuple(notes),
-        rare_bytes=sum(unit.disk_bytes for unit in placed.disk if unit.rare),
-        experts=experts,
-    )
+    tiers: tuple[Tier, ...]
+    tenants: tuple[Tenant, ...]
+    given_bytes: int | None
+
+    @property
+    def device(self) -> str:
+        """The first tier."""
+        return self.tiers[0].name
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the caches of texts take of the device."""
+        return sum(tenant.nbytes for tenant in self.tenants if (tenant.name, tenant.tier) == (TEXTS, self.device))
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the device has for weights and the buffers they pass through."""
+        nbytes = self.tiers[0].nbytes
+        return _ENDLESS if nbytes is None else max(0, nbytes - self.reserved_bytes)
+
+    @property
+    def buffers_bytes(self) -> int:
+        """What those buffers take of the device."""
+        return sum(tenant.nbytes for tenant in self.tenants if tenant.tier == self.device) - self.reserved_bytes
+
+    def room(self, tier: Tier) -> int:
+        """Bytes of the tier for weights that stay."""
+        if tier.name == self.device:
+            return self.budget_bytes - self.buffers_bytes
+        taken = sum(tenant.nbytes for tenant in self.tenants if tenant.tier == tier.name)
+        return (_ENDLESS if tier.nbytes is None else tier.nbytes) - taken
 
 
-def _check_host(device: str, budget: Budget) -> None:
-    if device != "cpu" and budget.host_bytes is not None and budget.host_staging_bytes > budget.host_bytes:
-        raise BudgetError(
-            f"reading through host memory needs {format_bytes(budget.host_staging_bytes)}, the budget for the CPU is "
-            f'{format_bytes(budget.host_bytes)}: give max_memory={{"cpu": {budget.host_staging_bytes}}} or more',
-            budget.host_staging_bytes,
-        )
+def _check_host(tiers: Sequence[Tier], tenants: Sequence[Tenant]) -> None:
+    staging = sum(tenant.nbytes for tenant in tenants if (tenant.name, tenant.tier) == (STAGING, HOST))
+    for tier in tiers:
+        if tier.name == HOST and tier.nbytes is not None and staging > tier.nbytes:
+            raise BudgetError(
+                f"reading through host memory needs {format_bytes(staging)}, the budget for the CPU is "
+                f'{format_bytes(tier.nbytes)}: give max_memory={{"cpu": {staging}}} or more',
+                staging,
+            )
 
 
 def _scratch_bytes(units: Sequence[UnitSize]) -> int:
@@ -116,67 +135,73 @@ def _scratch_bytes(units: Sequence[UnitSize]) -> int:
     return max(around, default=0) + max(inside, default=0)
 
 
-def _place_all(units: Sequence[UnitSize], budget: Budget, apart: int) -> _Placed | None:
-    """Everything on the device, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
-    streamed = [unit for unit in units if unit.role in ("streamed", "experts")]
-    without = apart + sum(unit.nbytes for unit in units if unit.role != "embedding")
-    if budget.device_bytes is not None and without > budget.device_bytes:
-        return None
-    whole = apart + sum(unit.nbytes for unit in units)
-    return _Placed(streamed, [], [], 0, budget.device_bytes is None or whole <= budget.device_bytes)
+def _place_all(units: Sequence[UnitSize], memory: _Memory) -> _Placed | None:
+    """Everything where it is used, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
+    rooms = {tier.name: memory.room(tier) for tier in memory.tiers if tier.computes}
+    packed = _packed(units, rooms) or _packed([unit for unit in units if unit.role != "embedding"], rooms)
+    return None if packed is None else _Placed(packed)
 
 
-def _place_some(units: Sequence[UnitSize], device: str, budget: Budget, apart: int) -> _Placed:
-    assert budget.device_bytes is not None  # noqa: S101 - without a bound everything fits
-    dense, layers = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts"))
+def _packed(units: Sequence[UnitSize], rooms: Mapping[str, int]) -> dict[str, str] | None:
+    """One stretch of the units for each tier, in their order; None where they do not fit."""
+    found: dict[str, str] = {}
+    left = iter(units)
+    unit = next(left, None)
+    for tier, room in rooms.items():
+        while unit is not None and unit.nbytes <= room:
+            found[unit.name], room = tier, room - unit.nbytes
+            unit = next(left, None)
+    return found if unit is None else None
+
+
+def _place_some(units: Sequence[UnitSize], memory: _Memory) -> _Placed:
+    """Residents, a ring and slots on the device; then as much of the rest as has room, tier by tier."""
+    dense, layers, residents = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts", "resident"))
     slots = slots_for([(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None])
-    fixed = sum(unit.nbytes for unit in units if unit.role == "resident") + apart
-    dense_bytes = sum(unit.nbytes for unit in dense)
+    room = memory.room(memory.tiers[0]) - _nbytes(residents)
     smallest, wanted = _ring_bytes(dense)
-    least = slots.least_bytes + (min(smallest, dense_bytes) if layers else smallest)  # all may stay beside moving experts
-    room = budget.device_bytes - fixed
+    least = slots.least_bytes + (min(smallest, _nbytes(dense)) if layers else smallest)  # all may stay if experts move
     if room < least:
-        everything = dense_bytes + sum(unit.nbytes for unit in layers)  # takes no ring, and may be less
-        room_for = f"a ring{' and slots for experts' if layers else ''} of {format_bytes(least)}"
-        raise _too_small(device, fixed + min(least, everything), room_for, budget)
-    all_stay = bool(layers) and room >= dense_bytes + slots.least_bytes
+        raise _too_small(memory, _nbytes(residents) + min(least, _nbytes(dense) + _nbytes(layers)), least, bool(layers))
+    all_stay = bool(layers) and room >= _nbytes(dense) + slots.least_bytes
     ring = 0 if all_stay else min(wanted, room - slots.least_bytes)
-    free = room - ring - slots.least_bytes
-    order = [unit for rare in (False, True) for unit in _spread([unit for unit in dense if unit.rare is rare])]
-    on_device, in_host = _tiers(order, free, device, budget)
-    free -= sum(unit.nbytes for unit in on_device)
-    passing = slots.passing(slots.least_bytes + free)
-    free -= (passing - slots.fewest) * slots.nbytes
-    free_host = _room_in_host(device, budget) - sum(unit.nbytes for unit in in_host)
-    return _Placed(
-        [unit for unit in dense if unit in on_device],
-        [unit for unit in dense if unit in in_host],
-        [unit for unit in dense if unit not in on_device and unit not in in_host],
-        ring,
-        experts=slots.shared([unit.name for unit in layers], passing, free, free_host),
-    )
+    rooms = {tier.name: memory.room(tier) for tier in memory.tiers[:-1]} | {memory.device: room - ring - slots.least_bytes}
+    kept = _keep(dense, memory.tiers, rooms)
+    experts = _cache_experts([unit.name for unit in layers], slots, memory.tiers[:-1], _left(dense, kept, rooms))
+    return _Placed({unit.name: memory.device for unit in residents} | kept, ring, experts)
 
 
-def _tiers(order: Sequence[UnitSize], room: int, device: str, budget: Budget) -> tuple[set[UnitSize], set[UnitSize]]:
-    """Who stays on the device and who in host memory.
+def _cache_experts(names: Sequence[str], slots: Slots, tiers: Sequence[Tier], left: Mapping[str, int]) -> ExpertsPlan:
+    """The room that dense weights left, to experts: those on their way first, then a cache in each tier that holds any."""
+    device = left[tiers[0].name]
+    passing = slots.passing(slots.least_bytes + device)
+    rooms = {**left, tiers[0].name: device - (passing - slots.fewest) * slots.nbytes}
+    return slots.shared(names, passing, [rooms[tier.name] if "experts" in tier.holds else 0 for tier in tiers])
 
-    The device takes the beginning of the order, the host what fits of the rest. Room left on the device, less than its next
-    unit, goes to units of the host (on a CPU to any): so neither link ever carries more because either has more room.
+
+def _keep(dense: Sequence[UnitSize], tiers: Sequence[Tier], rooms: Mapping[str, int]) -> dict[str, str]:
+    """Where weights are used goes the beginning of the order, into each other tier what fits of the rest. Room left where they
+    are used, less than the next unit, goes to units of the tier behind (of the disk on a CPU): so no link ever carries
+    more because a tier has more room.
     """
-    on_device = _beginning(order, room)
-    rest = [unit for unit in order if unit not in on_device]
-    in_host = _fill(rest, _room_in_host(device, budget))
-    left = room - sum(unit.nbytes for unit in on_device)
-    promoted = _fill(rest if device == "cpu" else [unit for unit in rest if unit in in_host], left)
-    return on_device | promoted, in_host - promoted
+    order = [unit for rare in (False, True) for unit in _spread([unit for unit in dense if unit.rare is rare])]
+    kept: dict[str, str] = {}
+    holding = [tier for tier in tiers[:-1] if "weights" in tier.holds]
+    for tier in holding:
+        rest = [unit for unit in order if unit.name not in kept]
+        take = _beginning if tier.computes else _fill
+        kept |= dict.fromkeys(_names(take(rest, rooms[tier.name])), tier.name)
+    behind = next(tier.name for tier in (*holding, tiers[-1]) if not tier.computes)
+    for tier in holding:
+        if tier.computes:
+            promoted = [unit for unit in order if kept.get(unit.name, tiers[-1].name) == behind]
+            kept |= dict.fromkeys(_names(_fill(promoted, _left(dense, kept, rooms)[tier.name])), tier.name)
+    return kept
 
 
-def _room_in_host(device: str, budget: Budget) -> int:
-    if device == "cpu":
-        return 0
-    if budget.host_bytes is None:
-        return _ENDLESS
-    return budget.host_bytes - budget.host_staging_bytes
+def _left(dense: Sequence[UnitSize], kept: Mapping[str, str], rooms: Mapping[str, int]) -> dict[str, int]:
+    """What is left of each tier's room."""
+    return {tier: room - _nbytes(unit for unit in dense if kept.get(unit.name) == tier) for tier, room in rooms.items()}
 
 
 def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
@@ -197,14 +222,16 @@ def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
     return smallest, wanted - wanted % PAGE if wanted > smallest + PAGE else smallest
 
 
-def _too_small(device: str, weights: int, room_for: str, budget: Budget) -> BudgetError:
-    given = budget.device_bytes if budget.given_bytes is None else budget.given_bytes
-    beside = 0 if budget.given_bytes is None else budget.reserved_bytes
-    for_tokens = f" and {format_bytes(beside)} for the tokens of max_seq_len" if beside else ""
+def _too_small(memory: _Memory, weights: int, least: int, has_experts: bool) -> BudgetError:
+    room_for = f"a ring{' and slots for experts' if has_experts else ''} of {format_bytes(least)}"
+    weights += memory.buffers_bytes
+    given = memory.budget_bytes if memory.given_bytes is None else memory.given_bytes
+    reserved = 0 if memory.given_bytes is None else memory.reserved_bytes
+    for_tokens = f" and {format_bytes(reserved)} for the tokens of max_seq_len" if reserved else ""
     return BudgetError(
-        f"{device} needs {format_bytes(weights)} for weights ({room_for} and what must stay){for_tokens}, "
-        f"the budget is {format_bytes(given or 0)}: give max_memory={{{_place_name(device)}: {weights + beside}}} or more",
-        weights + beside,
+        f"{memory.device} needs {format_bytes(weights)} for weights ({room_for} and what must stay){for_tokens}, the budget is "
+        f"{format_bytes(given)}: give max_memory={{{_place_name(memory.device)}: {weights + reserved}}} or more",
+        weights + reserved,
     )
 
 
@@ -218,23 +245,31 @@ def _spread(units: Sequence[UnitSize]) -> list[UnitSize]:
     return sorted(units, key=lambda unit: keys[unit.name])
 
 
-def _beginning(order: Sequence[UnitSize], room: int) -> set[UnitSize]:
-    """Take from the beginning as long as it fits. More room takes the same and more, so the host's share cannot suffer."""
-    taken: set[UnitSize] = set()
+def _beginning(order: Sequence[UnitSize], room: int) -> list[UnitSize]:
+    """Take from the beginning as long as it fits. More room takes the same and more, so the next tier cannot suffer."""
+    taken = []
     for unit in order:
         room -= unit.nbytes
         if room < 0:
             break
-        taken.add(unit)
+        taken.append(unit)
     return taken
 
 
-def _fill(order: Sequence[UnitSize], room: int) -> set[UnitSize]:
+def _fill(order: Sequence[UnitSize], room: int) -> list[UnitSize]:
     """Take each that still fits. In a fixed order, more room never takes fewer bytes: where two rooms first differ, the
     larger takes one that the smaller could not."""
-    taken: set[UnitSize] = set()
+    taken = []
     for unit in order:
         if unit.nbytes <= room:
-            taken.add(unit)
+            taken.append(unit)
             room -= unit.nbytes
     return taken
+
+
+def _names(units: Iterable[UnitSize]) -> list[str]:
+    return [unit.name for unit in units]
+
+
+def _nbytes(units: Iterable[UnitSize]) -> int:
+    return sum(unit.nbytes for unit in units)

@@ -1,66 +1,141 @@
-"""What was decided: the budget it was decided for, the plan, and how a person reads it."""
+"""What was decided: which tier keeps each unit, and what follows from that for a pass. Its text stands in `report`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from rabbit_engine.planning import report
 from rabbit_engine.planning.experts import NO_EXPERTS, ExpertsPlan
+from rabbit_engine.planning.tiers import HOST, RING, SCRATCH, STAGING, TEXTS, Budget, Tenant, Tier, UnitSize
 from rabbit_engine.utils.report import Report
-from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 from rabbit_engine.utils.speeds import Speeds
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Bytes that weights and the buffers they pass through may take on the device and in host memory; `None` is no bound. On a
-    CPU both are one: `device_bytes`.
-
-    `host_staging_bytes` are the buffers that reads go through (on a CPU only those of misaligned weights),
-    `reserved_bytes` what was set aside for the cache and activations before this budget was made, out of `given_bytes`
-    where the caller gave those.
-    """
-
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    host_staging_bytes: int = 0
-    reserved_bytes: int = 0
-    given_bytes: int | None = None
-
-
-UNBOUNDED = Budget()
+Bound = Literal["disk", "link", "compute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan(Report):
-    """What stays on the device and in host memory, what comes from disk, and what a pass costs. All bytes are of memory,
-    but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move; `rare_bytes` come from disk on top of a
-    pass's where an image runs. Into `scratch_bytes` units whose weights are stored encoded are decoded.
+    """`tier_of` maps each unit to the tier that keeps it, of `tiers` from the fastest to the one that holds every weight.
 
-    Where experts are read as they are routed to, `pass_bytes` and `link_bytes` are a token's with none of its experts
-    cached, and `least_pass_bytes` with as many as can be.
+    The first tier is the device that computes. `units` come in the order of a pass. What else takes memory of a tier are
+    `tenants`: caches of texts, the ring, scratch for decoding, staging; and slots of `experts` that are read as they are
+    routed to. All bytes are of memory, but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move.
+    With such experts `pass_bytes` and `link_bytes` are a token's with none of them cached, `least_pass_bytes` with as many
+    as can be. `source` says how the rates are known.
     """
 
-    device: str
-    resident: tuple[str, ...]
-    host: tuple[str, ...]
-    streamed: tuple[str, ...]
-    by_row: tuple[str, ...]
-    resident_bytes: int
-    host_bytes: int
-    staging_bytes: int
-    ring_bytes: int
-    pass_bytes: int
-    link_bytes: int
-    load_bytes: int
-    weights_bytes: int
-    budget: Budget
-    speeds: Speeds
-    notes: tuple[str, ...] = ()
-    rare_bytes: int = 0
+    tiers: tuple[Tier, ...]
+    units: tuple[UnitSize, ...]
+    tier_of: Mapping[str, str]
+    tenants: tuple[Tenant, ...]
     experts: ExpertsPlan = NO_EXPERTS
-    scratch_bytes: int = 0
+    source: str = "assumed"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> str:
+        """Where the model computes."""
+        return self.tiers[0].name
+
+    @property
+    def _disk(self) -> Tier:
+        return self.tiers[-1]
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that the plan was made for, as device and host."""
+        first, host = self.tiers[0], next((tier for tier in self.tiers if tier.name == HOST), None)
+        texts, staging = self.reserved_bytes, self.staging_bytes
+        return Budget(
+            device_bytes=None if first.nbytes is None else max(0, first.nbytes - texts),
+            host_bytes=host.nbytes if host else None,
+            host_staging_bytes=staging,
+            reserved_bytes=texts,
+        )
+
+    @property
+    def speeds(self) -> Speeds:
+        """The rates that the plan was made for."""
+        link = next((tier.rate for tier in self.tiers if tier.name == HOST), None)
+        return Speeds(disk=self._disk.rate or 0.0, link=link if link and link < math.inf else 0.0, source=self.source)
+
+    def kept(self, tier: str) -> tuple[UnitSize, ...]:
+        """The units that `tier` keeps, in the order of a pass."""
+        return tuple(unit for unit in self.units if self.tier_of[unit.name] == tier)
+
+    def held_bytes(self, tier: str) -> int:
+        """The memory that a tier gives to units, tenants and slots; of the last one nothing: it is where the files are."""
+        index = [tier.name for tier in self.tiers].index(tier)
+        if index == len(self.tiers) - 1:
+            return 0
+        tenants = sum(tenant.nbytes for tenant in self.tenants if tenant.tier == tier)
+        return _nbytes(self.kept(tier)) + tenants + self.experts.tier_bytes(index)
+
+    def tenant_bytes(self, name: str) -> int:
+        """What the tenants of that name take."""
+        return sum(tenant.nbytes for tenant in self.tenants if tenant.name == name)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The units that stay on the device."""
+        return _names(self.kept(self.device))
+
+    @property
+    def host(self) -> tuple[str, ...]:
+        """The units that wait in host memory."""
+        return _names(self.kept(HOST))
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The units that come from disk as a whole."""
+        return _names(self._from_disk)
+
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """The embeddings of which rows are read."""
+        return tuple(unit.name for unit in self.kept(self._disk.name) if unit.role == "embedding")
+
+    @property
+    def _from_disk(self) -> list[UnitSize]:
+        return [unit for unit in self.kept(self._disk.name) if unit.role == "streamed"]
+
+    @property
+    def weights_bytes(self) -> int:
+        """The weights of the model."""
+        return _nbytes(self.units)
+
+    @property
+    def resident_bytes(self) -> int:
+        """The weights that stay on the device, without cached experts."""
+        return _nbytes(self.kept(self.device))
+
+    @property
+    def host_bytes(self) -> int:
+        """The weights in host memory, with cached experts."""
+        return _nbytes(self.kept(HOST)) + self.experts.host_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """What streamed units pass through, on the device."""
+        return self.tenant_bytes(RING)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Into this, on the device, units whose weights are stored encoded are decoded."""
+        return self.tenant_bytes(SCRATCH)
+
+    @property
+    def staging_bytes(self) -> int:
+        """The buffers in host memory that reads go through."""
+        return self.tenant_bytes(STAGING)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Set aside for the caches and activations of texts."""
+        return self.tenant_bytes(TEXTS)
 
     @property
     def device_bytes(self) -> int:
@@ -68,50 +143,100 @@ class Plan(Report):
         return self.resident_bytes + self.experts.device_bytes + self.ring_bytes + self.scratch_bytes
 
     @property
+    def load_bytes(self) -> int:
+        """What is read from disk once, at load."""
+        return sum(unit.disk_bytes for unit in self.units if self.tier_of[unit.name] != self._disk.name)
+
+    def moved_bytes(self, tier: Tier, *, cached: bool = False) -> int:
+        """What a pass brings over the link of `tier`, its own units and those that come through it: with no expert cached, or
+        with as many `cached` as can be."""
+        if tier.computes:
+            return 0
+        sources = {other.name for other in self.tiers if tier.name in self._path(other)}
+        moving = [unit for unit in self.units if self.tier_of[unit.name] in sources and unit.role == "streamed" and not unit.rare]
+        experts = self.experts
+        if tier == self._disk:
+            return sum(unit.disk_bytes for unit in moving) + (experts.least_bytes if cached else experts.most_bytes)
+        routed = experts.least_link_bytes if cached else experts.link_bytes
+        return _nbytes(moving) + (routed if self._disk.name in sources else 0)
+
+    def _path(self, tier: Tier) -> list[str]:
+        """The tier and those that its bytes come through."""
+        found = [tier.name]
+        while tier.via is not None:
+            tier = next(other for other in self.tiers if other.name == tier.via)
+            found.append(tier.name)
+        return found
+
+    def link_seconds(self, tier: Tier, *, cached: bool = False) -> float:
+        """Seconds a pass that the link of `tier` needs at its own rate."""
+        return self.moved_bytes(tier, cached=cached) / tier.rate if tier.rate is not None else 0.0
+
+    def slowest(self, *, cached: bool = False) -> Tier | None:
+        """The tier whose link a pass waits for, of equals the last; None where nothing moves."""
+        if not any(self.moved_bytes(tier, cached=cached) for tier in self.tiers):
+            return None
+        return max(reversed(self.tiers), key=lambda tier: self.link_seconds(tier, cached=cached))
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a pass reads from disk."""
+        return self.moved_bytes(self._disk)
+
+    @property
     def least_pass_bytes(self) -> int:
         """Bytes from disk a token at best; `pass_bytes` where no experts are cached."""
-        return self.pass_bytes - self.experts.most_bytes + self.experts.least_bytes
+        return self.moved_bytes(self._disk, cached=True)
+
+    @property
+    def link_bytes(self) -> int:
+        """What a pass copies from host memory to the device; 0 on a CPU."""
+        return sum(self.moved_bytes(tier) for tier in self.tiers if tier.name == HOST)
 
     @property
     def least_link_bytes(self) -> int:
         """Bytes to the device a token at best."""
-        return max(0, self.link_bytes - self.experts.link_bytes + self.experts.least_link_bytes)
+        return sum(self.moved_bytes(tier, cached=True) for tier in self.tiers if tier.name == HOST)
+
+    @property
+    def rare_bytes(self) -> int:
+        """What comes from disk on top of a pass's where an image runs."""
+        return sum(unit.disk_bytes for unit in self._from_disk if unit.rare)
 
     @property
     def disk_s(self) -> float:
         """Seconds a pass that the disk needs at its own rate."""
-        return self.pass_bytes / self.speeds.disk
+        return self.link_seconds(self._disk)
 
     @property
     def link_s(self) -> float:
         """Seconds a pass that the copies to the device need; 0 on a CPU."""
-        return self.link_bytes / self.speeds.link if self.speeds.link else 0.0
+        return sum((self.link_seconds(tier) for tier in self.tiers if tier.name == HOST), 0.0)
 
     @property
     def pass_s(self) -> float:
         """Seconds that the slowest link needs for a pass, with no expert cached."""
-        return max(self.disk_s, self.link_s)
-
-    @property
-    def bound(self) -> Literal["disk", "link", "compute"]:
-        """What a pass waits for."""
-        if not self.pass_bytes and not self.link_bytes:
-            return "compute"
-        return "disk" if self.disk_s >= self.link_s else "link"
+        return max(map(self.link_seconds, self.tiers))
 
     @property
     def least_pass_s(self) -> float:
         """Seconds a pass at best, with as many of its experts cached as can be."""
-        link_s = self.least_link_bytes / self.speeds.link if self.speeds.link else 0.0
-        return max(self.least_pass_bytes / self.speeds.disk, link_s)
+        return max(self.link_seconds(tier, cached=True) for tier in self.tiers)
 
     @property
-    def least_bound(self) -> Literal["disk", "link", "compute"]:
+    def bound(self) -> Bound:
+        """What a pass waits for."""
+        return self._bound(self.slowest())
+
+    @property
+    def least_bound(self) -> Bound:
         """What a pass waits for at best."""
-        if not self.least_pass_bytes and not self.least_link_bytes:
+        return self._bound(self.slowest(cached=True))
+
+    def _bound(self, slowest: Tier | None) -> Bound:
+        if slowest is None:
             return "compute"
-        on_disk = self.least_pass_bytes / self.speeds.disk >= self.least_pass_s
-        return "disk" if on_disk else "link"
+        return "disk" if slowest == self._disk else "link"
 
     @property
     def prompt_bytes(self) -> int:
@@ -126,59 +251,19 @@ class Plan(Report):
     @property
     def reason(self) -> str:
         """One line: what a pass costs, and why."""
-        if self.bound == "compute":
-            return "everything fits: no weight moves after loading, a token takes what its computation takes"
-        rate = format_rate(self.speeds.disk if self.bound == "disk" else self.speeds.link, 1)
-        link = "the disk" if self.bound == "disk" else f"the link to {self.device}"
-        moved = format_bytes(self.pass_bytes if self.bound == "disk" else self.link_bytes)
-        beside = "" if self.pass_bytes else ", no disk in the loop"
-        certain = "at least" if self.speeds.source == "given" else "about"  # a short sample may err either way
-        seconds = format_seconds(self.pass_s)
-        if self.least_pass_s < self.pass_s:
-            least = self.least_pass_bytes if self.bound == "disk" else self.least_link_bytes
-            moved = f"{format_bytes(least)} (every expert cached that can be) to {moved} (none)"
-            other = self.least_bound != self.bound and self.least_bound != "compute"
-            seconds = f"{format_seconds(self.least_pass_s)}{f' (bound by the {self.least_bound})' if other else ''} to {seconds}"
-        return (
-            f"{moved} a pass over {link} at {rate} ({self.speeds.source}){beside}: "
-            f"{certain} {seconds} a token, the first after {format_seconds(self.first_token_s)}"
-        )
+        return report.reason(self)
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as a table: what, and how much of it."""
-        budget = self.budget.device_bytes
-        given = "not bounded" if budget is None else format_bytes(budget)
-        reserved = f", {format_bytes(self.budget.reserved_bytes)} set aside before" if self.budget.reserved_bytes else ""
-        in_host = format_bytes(self.host_bytes - self.experts.host_bytes)
-        host = [("in host memory", f"{_units(self.host)}, {in_host}")] if self.host else []
-        scratch = [("scratch for decoding", f"{format_bytes(self.scratch_bytes)} on {self.device}")] if self.scratch_bytes else []
-        staging = [("staging", format_bytes(self.staging_bytes))] if self.staging_bytes else []
-        link = [("over the link", f"{format_bytes(self.link_bytes)} a pass")] if self.link_bytes else []
-        dense = self.pass_bytes - self.experts.most_bytes
-        experts = [("experts", self.experts.text)] if self.experts.layers else []
-        prompt = [("a prompt", f"{format_bytes(self.prompt_bytes)} at most: each expert once")] if experts else []
-        return [
-            ("weights", format_bytes(self.weights_bytes)),
-            ("budget", f"{given} on {self.device} for weights and what they pass through{reserved}"),
-            ("resident", f"{_units(self.resident)}, {format_bytes(self.resident_bytes)} on {self.device}"),
-            *host,
-            ("by row", ", ".join(self.by_row) or "nothing"),
-            ("streamed", f"{len(self.streamed)} units, {format_bytes(dense)} a pass from disk"),
-            *experts,
-            *link,
-            *([("for images", f"{format_bytes(self.rare_bytes)} more from disk")] if self.rare_bytes else []),
-            ("ring", f"{format_bytes(self.ring_bytes)} on {self.device}"),
-            *scratch,
-            *staging,
-            *[("note", note) for note in self.notes],
-            *prompt,
-            ("a pass", self.reason),
-        ]
+        return report.rows(self)
 
     def __repr__(self) -> str:
-        held, moved = format_bytes(self.device_bytes), format_bytes(self.pass_bytes)
-        return f"<Plan on {self.device}: {format_bytes(self.weights_bytes)} of weights, {held} held, {moved} a pass from disk>"
+        return report.line(self)
 
 
-def _units(names: Sequence[str]) -> str:
-    return f"{len(names)} unit" + ("" if len(names) == 1 else "s")
+def _names(units: Iterable[UnitSize]) -> tuple[str, ...]:
+    return tuple(unit.name for unit in units)
+
+
+def _nbytes(units: Iterable[UnitSize]) -> int:
+    return sum(unit.nbytes for unit in units)

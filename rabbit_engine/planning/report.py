@@ -1,0 +1,106 @@
+"""A plan as a person reads it: rows of a table, and a line of what a pass costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rabbit_engine.planning.experts import ExpertsPlan
+from rabbit_engine.planning.tiers import HOST
+from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from rabbit_engine.planning.plan import Plan
+    from rabbit_engine.planning.tiers import Tier, UnitSize
+
+Rows = list[tuple[str, str]]
+
+
+def rows(plan: Plan) -> Rows:
+    """The plan as a table: what, and how much of it."""
+    moves = plan.moved_bytes(plan.tiers[-1]) - plan.experts.most_bytes
+    return [
+        ("weights", format_bytes(plan.weights_bytes)),
+        ("budget", _budget(plan)),
+        ("resident", f"{_held(plan.kept(plan.device))} on {plan.device}"),
+        *_between(plan),
+        ("by row", ", ".join(plan.by_row) or "nothing"),
+        ("streamed", f"{len(plan.streamed)} units, {format_bytes(moves)} a pass from disk"),
+        *([("experts", experts_text(plan.experts))] if plan.experts.layers else []),
+        *([("over the link", f"{format_bytes(plan.link_bytes)} a pass")] if plan.link_bytes else []),
+        *([("for images", f"{format_bytes(plan.rare_bytes)} more from disk")] if plan.rare_bytes else []),
+        ("ring", f"{format_bytes(plan.ring_bytes)} on {plan.device}"),
+        *([("scratch for decoding", f"{format_bytes(plan.scratch_bytes)} on {plan.device}")] if plan.scratch_bytes else []),
+        *([("staging", format_bytes(plan.staging_bytes))] if plan.staging_bytes else []),
+        *[("note", note) for note in plan.notes],
+        *([("a prompt", f"{format_bytes(plan.prompt_bytes)} at most: each expert once")] if plan.experts.layers else []),
+        ("a pass", reason(plan)),
+    ]
+
+
+def _budget(plan: Plan) -> str:
+    given = plan.budget.device_bytes
+    amount = "not bounded" if given is None else format_bytes(given)
+    reserved = f", {format_bytes(plan.reserved_bytes)} set aside before" if plan.reserved_bytes else ""
+    return f"{amount} on {plan.device} for weights and what they pass through{reserved}"
+
+
+def _between(plan: Plan) -> Rows:
+    """The units that tiers between the device and the disk keep."""
+    kept = [(tier, plan.kept(tier.name)) for tier in plan.tiers[1:-1]]
+    return [("in host memory" if tier.name == HOST else f"on {tier.name}", _held(units)) for tier, units in kept if units]
+
+
+def experts_text(experts: ExpertsPlan) -> str:
+    """How many experts are cached, of how many, and how many a token uses."""
+    device, host = (sum(getattr(layer, name) for layer in experts.layers) for name in ("on_device", "in_host"))
+    count, used = (sum(getattr(layer.routing, name) for layer in experts.layers) for name in ("count", "used"))
+    and_host = f", {host} in host memory" if host else ""
+    held = format_bytes(experts.device_bytes + experts.host_bytes)
+    return (
+        f"{used} of {count} a token, each of up to {format_bytes(experts.slot_bytes)}; {device} cached on the device{and_host} "
+        f"({held} with {experts.passing} on their way)"
+    )
+
+
+def reason(plan: Plan) -> str:
+    """One line: what a pass costs, and why."""
+    slowest = plan.slowest()
+    if slowest is None:
+        return "everything fits: no weight moves after loading, a token takes what its computation takes"
+    rate = format_rate(slowest.rate or 0.0, 1)
+    no_disk = "" if plan.pass_bytes else ", no disk in the loop"
+    certain = "at least" if plan.source == "given" else "about"  # a short sample may err either way
+    moved, seconds = _cost(plan, slowest)
+    return (
+        f"{moved} a pass over {_link(plan, slowest)} at {rate} ({plan.source}){no_disk}: "
+        f"{certain} {seconds} a token, the first after {format_seconds(plan.first_token_s)}"
+    )
+
+
+def _cost(plan: Plan, slowest: Tier) -> tuple[str, str]:
+    """Bytes and seconds of a pass: from those at best, where experts can be cached, to those at worst."""
+    moved, seconds = format_bytes(plan.moved_bytes(slowest)), format_seconds(plan.pass_s)
+    if plan.least_pass_s >= plan.pass_s:
+        return moved, seconds
+    least = format_bytes(plan.moved_bytes(slowest, cached=True))
+    other = plan.least_bound not in (plan.bound, "compute")
+    at_best = f"{format_seconds(plan.least_pass_s)}{f' (bound by the {plan.least_bound})' if other else ''}"
+    return f"{least} (every expert cached that can be) to {moved} (none)", f"{at_best} to {seconds}"
+
+
+def _link(plan: Plan, slowest: Tier) -> str:
+    if slowest == plan.tiers[-1]:
+        return "the disk"
+    return f"the link to {plan.device}" if slowest.name == HOST else f"the link from {slowest.name}"
+
+
+def line(plan: Plan) -> str:
+    """The plan as a debugger shows it."""
+    held, moved = format_bytes(plan.device_bytes), format_bytes(plan.pass_bytes)
+    return f"<Plan on {plan.device}: {format_bytes(plan.weights_bytes)} of weights, {held} held, {moved} a pass from disk>"
+
+
+def _held(units: Sequence[UnitSize]) -> str:
+    plural = "" if len(units) == 1 else "s"
+    return f"{len(units)} unit{plural}, {format_bytes(sum(unit.nbytes for unit in units))}"

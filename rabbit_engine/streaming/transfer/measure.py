@@ -1,0 +1,94 @@
+"""How fast this machine's links are: direct reads from its disk, copies to its device."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from rabbit_engine.errors import DamagedShardError
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.streaming.transfer.ring import READERS
+from rabbit_engine.streaming.transfer.unit import Extent
+from rabbit_engine.utils.speeds import Speeds
+
+_SAMPLE_CHUNKS = 24
+_SMALLEST_SAMPLE = 2**20
+_ASSUMED_LINK = 12e9
+
+
+def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes: int | None = None) -> Speeds:
+    """The links' rates, measured in a fraction of a second and in `most_bytes` of host memory where there is enough to read,
+    else assumed."""
+    link = 0.0 if device.type == "cpu" else measure_link(device)
+    disk = measure_disk(entries, most_bytes)
+    return Speeds(link=link) if disk is None else Speeds(disk=disk, link=link, source="measured")
+
+
+def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) -> float | None:
+    """Bytes a second of direct reads, as many at once as the readers have, from the largest file, the better
+    of two samples; None for small ones, or where `most_bytes` hold no read that a disk is fast with."""
+    sizes: Counter[Path] = Counter()
+    for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share theirs
+        if place.path.is_file():
+            sizes[place.path] += place.nbytes
+    if not sizes:
+        return None
+    path, nbytes = sizes.most_common(1)[0]
+    count = min(_SAMPLE_CHUNKS, nbytes // CHUNK_BYTES)
+    read_bytes = CHUNK_BYTES if most_bytes is None else min(CHUNK_BYTES, aligned_down(most_bytes // READERS) - 2 * PAGE)
+    if count < READERS or read_bytes < _SMALLEST_SAMPLE:
+        return None
+    step = aligned_down(nbytes // count)
+    read = direct_reads([Extent(path, index * step, read_bytes, 0) for index in range(count)])
+    best = 0.0
+    for _ in range(2):  # the first wakes a disk that sleeps
+        start = time.perf_counter()
+        read()
+        best = max(best, count * read_bytes / (time.perf_counter() - start))
+    return best
+
+
+def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
+    """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
+    buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    buffer_bytes = max((chunk.nbytes for chunk in chunks), default=0) + 2 * PAGE
+    for _ in range(READERS):
+        buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
+    direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
+
+    def read(chunk: Extent) -> None:
+        buffer = buffers.get()
+        try:
+            read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, DamagedShardError, direct=direct[chunk.path])
+        finally:
+            buffers.put(buffer)
+
+    def read_all() -> None:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="rabbit-loader") as pool:
+            for _ in pool.map(read, chunks):
+                pass
+
+    return read_all
+
+
+def measure_link(device: torch.device) -> float:
+    """Bytes a second of a pinned copy to a CUDA device: the best of three of 64 MiB; an assumption for other devices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _ASSUMED_LINK
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(2**26, dtype=torch.uint8, device=device)
+    best = 0.0
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(device)
+        best = max(best, host.nbytes / (time.perf_counter() - start))
+    return best
