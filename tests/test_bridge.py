@@ -26,10 +26,12 @@ from transformers import (
     WeightConverter,
     modeling_gguf_pytorch_utils,
 )
+from transformers.integrations.moe import use_experts_implementation
 
 from rabbit_engine.transformers_bridge import (
     attention,
     building,
+    experts,
     forwards,
     gguf,
     loading,
@@ -332,3 +334,79 @@ def test_a_gguf_files_tensors_are_dequantised_where_they_are_taken(tmp_path: Pat
         if place is not None:
             loaded = loading.load_weights(model, {key: tensors[key]}, torch.float32, transforms, file.quantizer).weights
             assert loaded[place.weight].equal(whole.state_dict()[place.weight]), key
+
+
+# experts
+
+
+def mixtral(implementation: str = "eager") -> Any:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, experts_implementation=implementation)).eval()
+
+
+def counted_experts(calls: list[tuple[int, ...]]) -> experts.ExpertsFunction:
+    """What the interface documents, one token and expert at a time, in no kernel of transformers."""
+
+    def run(module: Any, states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(indices.shape))
+        first = getattr(module, experts.first_projection(module))
+        result = torch.zeros_like(states)
+        for token, chosen in enumerate(indices.tolist()):
+            for rank, expert in enumerate(chosen):
+                inner = experts.activated(module, states[token : token + 1] @ first[expert].T)
+                down = experts.finished(module, inner @ module.down_proj[expert].T)
+                result[token] += weights[token, rank] * down[0]
+        return result
+
+    return run
+
+
+def test_a_function_of_the_interface_computes_the_experts_of_the_module_that_chose_it() -> None:
+    model, calls = mixtral(), []
+    expected = model(IDS).logits
+    experts.register_experts_function("rabbit_engine_test", counted_experts(calls))
+    experts.choose_experts_function(model.model.layers[0].mlp.experts, "rabbit_engine_test")
+    torch.testing.assert_close(model(IDS).logits, expected)
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert calls == [(3, 2), (3, 2)]
+
+
+def test_experts_are_computed_by_another_function_for_a_while() -> None:
+    model, calls = mixtral(), []
+    experts.register_experts_function("rabbit_engine_test", counted_experts(calls))
+    with experts.experts_computed_by(model, "rabbit_engine_test"):
+        model(IDS)
+    model(IDS)
+    assert (len(calls), model.get_experts_implementation()) == (2, {"": "eager"})
+
+
+def test_modules_with_the_interface_are_known() -> None:
+    module = mixtral().model.layers[0].mlp.experts
+    assert experts.has_experts_interface(module)
+    assert (module.num_experts, module.has_gate, module.has_bias, module.is_transposed) == (3, True, False, False)
+    assert (module.gate_up_proj.shape, module.down_proj.shape) == ((3, 48, 16), (3, 16, 24))
+    assert not experts.has_experts_interface(llama().model.layers[0].mlp)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_expert_without_a_gate_is_activated_alone(rows: int) -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = 2, torch.nn.functional.relu
+            self.post_expert_norm = torch.nn.LayerNorm(4)
+
+        def forward(self, *_: Any) -> None:
+            pass
+
+    flags = inspect.signature(use_experts_implementation).parameters
+    module: Any = use_experts_implementation(Experts, has_gate=False)(MixtralConfig())
+    up = torch.randn(rows, 4)
+    assert experts.first_projection(module) == "up_proj"
+    assert experts.activated(module, up).equal(up.relu())
+    assert experts.finished(module, up).equal(up)
+    if "has_post_expert_norm" in flags:
+        module = use_experts_implementation(Experts, has_gate=False, has_post_expert_norm=True)(MixtralConfig())
+        assert experts.finished(module, up).equal(module.post_expert_norm(up))

@@ -19,10 +19,11 @@ from rabbit_engine.architectures import Layout, find_layout
 from rabbit_engine.checkpoints.splitter import require_fit
 from rabbit_engine.config import DEFAULT_CUT, Cut
 from rabbit_engine.planning.experts import Routing
-from rabbit_engine.planning.probe import Probe, has_experts_interface, run_probe
+from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.planning.tiers import Role, UnitSize
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
 from rabbit_engine.streaming import Unit, WeightRef, make_unit, row_blocks, weight_refs
+from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights, untie
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")

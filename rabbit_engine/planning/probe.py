@@ -24,11 +24,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import first_line
 from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
+from rabbit_engine.transformers_bridge.experts import (
+    experts_computed_by,
+    first_projection,
+    has_experts_interface,
+    register_experts_function,
+)
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
 
 logger = logging.getLogger(__name__)
@@ -190,11 +195,6 @@ def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
     return Probe(alone, *costs, vocabulary, frozenset(watch.reached), watch.routed)
 
 
-def has_experts_interface(module: nn.Module) -> bool:
-    """Whether transformers' `ALL_EXPERTS_FUNCTIONS` may compute this module's experts: its decorator leaves these attributes."""
-    return all(hasattr(module, name) for name in ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_experts"))
-
-
 def _is_leaf(module: nn.Module) -> bool:
     alone = has_experts_interface(module) or not any(True for _ in module.children())
     return alone and any(True for _ in module.parameters(recurse=False))
@@ -332,7 +332,7 @@ def _experts_without_values(
 ) -> torch.Tensor:
     """A function of the experts interface that makes results of the right shapes: grouped kernels refuse the meta device."""
     tokens, used = top_k_index.shape
-    up = module.gate_up_proj if module.has_gate else module.up_proj
+    up = getattr(module, first_projection(module))
     rows = hidden_states.repeat_interleave(used, dim=0)
     inner = rows.new_empty(len(rows), up.shape[-1 if module.is_transposed else 1])
     result = rows.new_empty(rows.shape) * top_k_weights.reshape(-1, 1)
@@ -341,23 +341,14 @@ def _experts_without_values(
 
 
 _EXPERTS = "rabbit_engine_probe"
-ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_without_values)
+register_experts_function(_EXPERTS, _experts_without_values)
 
 
 @contextmanager
 def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
     """sdpa runs on the meta device, flash attention does not; nor do all kernels for experts."""
-    modules: list[Any] = [module for module in model.modules() if has_experts_interface(module)]
-    routed = {id(module.config): module.config for module in modules}
-    experts = [(config, config._experts_implementation_internal) for config in routed.values()]
-    try:
-        for config, _ in experts:
-            config._experts_implementation_internal = _EXPERTS
-        with sdpa_for_flash_attention(model):
-            yield
-    finally:
-        for config, implementation in experts:
-            config._experts_implementation_internal = implementation
+    with sdpa_for_flash_attention(model), experts_computed_by(model, _EXPERTS):
+        yield
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """What a sparse layer computes, one expert at a time as it arrives: a function of transformers' experts interface.
 
-The interface (`transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`) lets `config._experts_implementation` choose who
-computes `experts(hidden_states, top_k_index, top_k_weights)`. Only a module whose experts are streamed has a config that
-chooses this one: others keep the implementation that transformers chose, which `generate` may change.
+The interface lets a module's config choose who computes `experts(hidden_states, top_k_index, top_k_weights)`. Only a module
+whose experts are streamed has a config that chooses this one: others keep the function that transformers chose, which
+`generate` may change.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rabbit_engine.errors import StreamingError
 from rabbit_engine.streaming.binding.wrapping import Binding, refuse_gradients
 from rabbit_engine.streaming.transfer.experts import HALF_LIFE_TOKENS, ExpertCache
 from rabbit_engine.streaming.transfer.unit import Unit
+from rabbit_engine.transformers_bridge.experts import (
+    ExpertsModule,
+    activated,
+    choose_experts_function,
+    finished,
+    first_projection,
+    register_experts_function,
+)
 
 IMPLEMENTATION = "rabbit_engine"
 """The name in the interface."""
@@ -33,7 +39,7 @@ class RoutedExperts:
         self._name, self._units, self._cache, self._binding = name, units, cache, binding
 
     def run(
-        self, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, experts a token]: [tokens, hidden].
 
@@ -84,23 +90,19 @@ def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) 
     return {index: uses[index] for index, count in enumerate(counts) if count}
 
 
-def run_expert(module: Any, weights: Mapping[str, torch.Tensor], states: torch.Tensor, all_rows: int) -> torch.Tensor:
+def run_expert(module: ExpertsModule, weights: Mapping[str, torch.Tensor], states: torch.Tensor, all_rows: int) -> torch.Tensor:
     """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm.
 
     `all_rows` are those of all experts, which transformers' `grouped_mm` runs through the gate together.
     """
-    up = _project(module, weights, "gate_up_proj" if module.has_gate else "up_proj", states)
-    if not module.has_gate:
-        inner = module.act_fn(up)
-    elif len(up) == 1 < all_rows:  # half of one row is contiguous, half of several is not: GELU has a kernel for each
-        inner = module._apply_gate(torch.cat([up, up]))[:1]
-    else:
-        inner = module._apply_gate(up)
-    result = _project(module, weights, "down_proj", inner)
-    return module.post_expert_norm(result) if getattr(module, "has_post_expert_norm", False) else result
+    up = _project(module, weights, first_projection(module), states)
+    alone = module.has_gate and len(up) == 1 < all_rows
+    # half of one row is contiguous, half of several is not: GELU has a kernel for each
+    inner = activated(module, torch.cat([up, up]))[:1] if alone else activated(module, up)
+    return finished(module, _project(module, weights, "down_proj", inner))
 
 
-def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
+def _project(module: ExpertsModule, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
     """In the dtype of the weights, also under autocast, as transformers' grouped kernels do."""
     matrix = weights[name]
     states = states.to(matrix.dtype)
@@ -109,7 +111,9 @@ def _project(module: Any, weights: Mapping[str, torch.Tensor], name: str, states
     return result + weights[f"{name}_bias"] if module.has_bias else result
 
 
-def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def run_routed(
+    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """The function of the interface: the module's own stream of experts."""
     experts: RoutedExperts | None = getattr(module, "routed_experts", None)
     if experts is None:
@@ -120,7 +124,7 @@ def run_routed(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tens
     return experts.run(module, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_routed)
+register_experts_function(IMPLEMENTATION, run_routed)
 
 
 def adapts_routed(model: nn.Module) -> bool:
@@ -133,5 +137,4 @@ def route(module: nn.Module, experts: RoutedExperts) -> None:
     """Let `experts` compute what `module` is asked for."""
     chosen: Any = module
     chosen.routed_experts = experts
-    chosen.config = copy.deepcopy(chosen.config)
-    chosen.config._experts_implementation = IMPLEMENTATION
+    choose_experts_function(chosen, IMPLEMENTATION)

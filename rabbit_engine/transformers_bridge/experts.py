@@ -1,0 +1,81 @@
+"""The experts interface of sparse layers: a function, chosen by name in a module's config, computes all its experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(module, hidden states [tokens, hidden], indices and weights [tokens, experts a token]) -> [tokens, hidden]."""
+
+_MARKS = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_experts")
+"""What the decorator of a class of experts, and the class, leave on a module."""
+
+
+class ExpertsModule(nn.Module):
+    """The face of a module with the interface, for type checkers alone: no module is an instance.
+
+    Its stacks of weights are `gate_up_proj` or `up_proj` and `down_proj`, [experts, outputs, inputs], or [experts, inputs,
+    outputs] where `is_transposed`, and `..._bias` [experts, outputs] where `has_bias`.
+    """
+
+    config: PretrainedConfig
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+
+
+def has_experts_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
+    """Whether a function of the interface may compute this module's experts."""
+    return all(hasattr(module, name) for name in _MARKS)
+
+
+def register_experts_function(name: str, function: ExpertsFunction) -> None:
+    """Let the config of any module choose `function` by `name`."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def choose_experts_function(module: ExpertsModule, name: str) -> None:
+    """Let the function `name` compute `module` alone, which gets a config of its own: the model may choose another afterwards."""
+    module.config = copy.deepcopy(module.config)
+    module.config._experts_implementation = name
+
+
+@contextmanager
+def experts_computed_by(model: nn.Module, name: str) -> Iterator[None]:
+    """Let the function `name` compute all experts of `model` meanwhile."""
+    configs: list[Any] = [module.config for module in model.modules() if has_experts_interface(module)]
+    before = {id(config): (config, config._experts_implementation_internal) for config in configs}
+    try:
+        for config, _ in before.values():
+            config._experts_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before.values():
+            config._experts_implementation_internal = implementation
+
+
+def first_projection(module: ExpertsModule) -> str:
+    """The name of the stack of weights that the hidden states meet first."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def activated(module: ExpertsModule, up: torch.Tensor) -> torch.Tensor:
+    """The first projection's result [rows, outputs] through the activation, and the gate if there is one: [rows, width]."""
+    return module._apply_gate(up) if module.has_gate else module.act_fn(up)
+
+
+def finished(module: ExpertsModule, down: torch.Tensor) -> torch.Tensor:
+    """The second projection's result [rows, hidden], normed where the class norms each expert's."""
+    return module.post_expert_norm(down) if getattr(module, "has_post_expert_norm", False) else down
