@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rabbit_engine.checkpoints.prepare import prepare
+from rabbit_engine.checkpoints import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.listdir"}

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
-from rabbit_engine.checkpoints.prepare import open_request
+from rabbit_engine.checkpoints import open_request
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import SourceConfig, SplitConfig
 

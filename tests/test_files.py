@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.checkpoints import prepare
 from rabbit_engine.checkpoints.formats import PickleFile
-from rabbit_engine.checkpoints.prepare import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.storage.directio import claim_memory
 from rabbit_engine.storage.tensorfiles import read_header

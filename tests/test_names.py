@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.checkpoints.names import Address, read_name
+from rabbit_engine.utils.names import Address, read_name
 
 HUB = "https://huggingface.co"
 

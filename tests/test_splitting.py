@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rabbit_engine import errors
-from rabbit_engine.checkpoints.prepare import prepare
+from rabbit_engine.checkpoints import prepare
 from rabbit_engine.checkpoints.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read_manifest, verify_shard
 from rabbit_engine.checkpoints.splitter import Split
 from rabbit_engine.config import SourceConfig, SplitConfig
@@ -267,7 +267,7 @@ def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
 import resource, sys, threading, time
 from pathlib import Path
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.checkpoints.prepare import prepare
+from rabbit_engine.checkpoints import prepare
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(mode="always"), progress=False)

@@ -53,6 +53,7 @@ def test_a_forecast_is_what_loading_decides(family: str, split: str, own_checkpo
 @pytest.fixture
 def hub(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     with FakeHub(repos={REPO: checkpoint("llama")}).running() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
         monkeypatch.setattr(
             huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -81,7 +81,8 @@ class Conversion:
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return weight_dtypes(self.skeleton, self.dtype)
 
-    def targets(self) -> dict[str, Target | None]:
+    @cached_property
+    def targets(self) -> Mapping[str, Target | None]:
         """checkpoint key -> the weight of the model it goes into; None for a key the model has no use for."""
         places = {key: self._names.place_of(key) for key in in_loading_order(self.tensors)}
         found = {key: None if place is None else self._target(place) for key, place in places.items()}
@@ -99,10 +100,10 @@ class Conversion:
                 "not converted"
             )
 
-    def unused(self, targets: Mapping[str, Target | None]) -> list[str]:
+    def unused(self) -> list[str]:
         """The stored weights that have no place in the model, as transformers counts: but for those its class ignores."""
         ignored = may_be_unused(self.skeleton, dequantizes=self.quantizer is not None)
-        return [key for key, target in targets.items() if target is None and not ignored.search(self._names.renamed(key))]
+        return [key for key, target in self.targets.items() if target is None and not ignored.search(self._names.renamed(key))]
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
         """Eight-bit floats mean nothing without the scales that a quantization_config would tell of."""

@@ -1,1 +1,39 @@
-"""From a model's name to its files: the Hub, file formats, shards, the splitter, and streaming in place."""
+"""From a model's name to its files: the Hub, file formats, shards, and the one resolution that loading and planning share."""
+
+from rabbit_engine.checkpoints.hub import Repo, find_repo
+from rabbit_engine.checkpoints.integrity import checked_files, compare_files, record_sums
+from rabbit_engine.checkpoints.prepare import execute, loading_info, prepare
+from rabbit_engine.checkpoints.reading import HEADERS_ONLY, WHOLE_FILES
+from rabbit_engine.checkpoints.request import SHARDS_FOLDER, Request, open_request
+from rabbit_engine.checkpoints.resolve import InPlace, MustSplit, Resolution, Shards, Source, Streamable, resolve
+from rabbit_engine.checkpoints.shards import find_splits, read_manifest, verify_shard
+from rabbit_engine.checkpoints.skeleton import Build, build_plain, require_fit
+
+__all__ = [
+    "HEADERS_ONLY",
+    "SHARDS_FOLDER",
+    "WHOLE_FILES",
+    "Build",
+    "InPlace",
+    "MustSplit",
+    "Repo",
+    "Request",
+    "Resolution",
+    "Shards",
+    "Source",
+    "Streamable",
+    "build_plain",
+    "checked_files",
+    "compare_files",
+    "execute",
+    "find_repo",
+    "find_splits",
+    "loading_info",
+    "open_request",
+    "prepare",
+    "read_manifest",
+    "record_sums",
+    "require_fit",
+    "resolve",
+    "verify_shard",
+]

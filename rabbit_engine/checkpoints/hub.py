@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from rabbit_engine.checkpoints.names import nearest_path
 from rabbit_engine.config import SourceConfig
 from rabbit_engine.errors import (
     CheckpointError,
@@ -39,6 +38,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.storage.directio import disk_errors, is_file
 from rabbit_engine.storage.jsonvalues import file_name
 from rabbit_engine.storage.tensorfiles import TORCH_DTYPES, TensorEntry
+from rabbit_engine.utils.names import nearest_path
 from rabbit_engine.utils.sizes import format_bytes
 
 HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]

@@ -6,9 +6,8 @@ already deleted some of its originals can go on. The manifest replaces it.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,8 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from rabbit_engine.architectures import (
-    Architecture,
-    Conversion,
-    Target,
-    build_skeleton,
-    corrected_head_dim,
-    find_layout,
-)
-from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
+from rabbit_engine.architectures import Conversion, Target, find_layout
+from rabbit_engine.checkpoints.formats import LazyTensor, TensorSource, are_equal, digest
 from rabbit_engine.checkpoints.hub import require_room
 from rabbit_engine.checkpoints.shards import (
     JOURNAL_NAME,
@@ -43,11 +35,11 @@ from rabbit_engine.checkpoints.shards import (
     write_manifest,
     write_shard,
 )
+from rabbit_engine.checkpoints.skeleton import require_weights
 from rabbit_engine.checkpoints.split_plan import (
     ShardPlan,
     Ties,
     files_done_after,
-    missing_weights,
     peak_extra_bytes,
     plan_shards,
     settle_ties,
@@ -59,8 +51,7 @@ from rabbit_engine.errors import (
     ShardsNotWritableError,
 )
 from rabbit_engine.storage.directio import is_file
-from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorEntry, aligned_bytes
-from rabbit_engine.transformers_bridge.loading import may_be_missing
+from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, aligned_bytes
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 from rabbit_engine.utils.bar import Bar
 
@@ -106,7 +97,6 @@ class Split:
     originals: Path
     source: Mapping[str, Any]
     tensors: TensorSource
-    skeleton: PreTrainedModel
     conversion: Conversion
     dtype: torch.dtype
     journal: Journal | None = None
@@ -114,9 +104,14 @@ class Split:
     progress: bool = True
     _verified: set[str] = field(default_factory=set)
 
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model that is split, on the meta device."""
+        return self.conversion.skeleton
+
     def run(self) -> Manifest:
         """Make what is missing. Raises NotEnoughDiskError, MismatchedWeightsError or a CheckpointError."""
-        targets = self.conversion.targets()
+        targets = self.conversion.targets
         ties = self._settle_ties(targets)
         plans = self._plan(targets, ties)
         journal = self._open_journal(ties)
@@ -125,7 +120,7 @@ class Split:
         self._require_room(plans, frozenset(finished))
         records = self._write_all(plans, finished, journal)
         used = sorted({file for plan in plans for file in plan.files})
-        manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused(targets))
+        manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused())
         self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
         return manifest
 
@@ -268,42 +263,6 @@ class Split:
         return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model})
 
 
-def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties, originals: Path) -> None:
-    """Raise MismatchedWeightsError for weights that are neither stored nor shared."""
-    ignored = may_be_missing(skeleton)
-    absent = missing_weights(skeleton.state_dict(), stored, ties.shared, ignored)
-    if absent:
-        rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        raise MismatchedWeightsError(
-            f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
-            "is it a checkpoint of another class, or a download that stopped?"
-        )
-
-
-def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
-    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them.
-
-    Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
-    """
-    state, tied = model.state_dict(), tied_together(tied_weights(model))
-    wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
-    wrong += [
-        name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
-    ]
-    wrong += missing_weights(state, entries, ties, may_be_missing(model))
-    if wrong:
-        folder = next((entry.path.parent for entry in entries.values()), "the split")
-        raise MismatchedWeightsError(
-            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
-            "it was split for another config or by another transformers, or its manifest is damaged; delete it and split again"
-        )
-
-
-def _fits(weight: torch.Tensor | None, entry: TensorEntry) -> bool:
-    """Whether `entry` can be this weight; some weights stay float32 whatever the model's dtype is."""
-    return weight is not None and tuple(weight.shape) == entry.shape and entry.dtype in (weight.dtype, torch.float32)
-
-
 def file_of(tensor: LazyTensor, originals: Path) -> str:
     """The original that a tensor lies in, by its name in the folder."""
     return tensor.path.relative_to(originals).as_posix()
@@ -312,33 +271,3 @@ def file_of(tensor: LazyTensor, originals: Path) -> str:
 def journal_rows(tensors: Mapping[str, LazyTensor], originals: Path) -> list[tuple[str, str, str, list[int]]]:
     """Every tensor as a journal's row: enough to plan with when its file is gone."""
     return [(key, file_of(t, originals), DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]
-
-
-def journal_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
-    """The tensors of the originals that are gone: shapes to plan with; every shard made from them is whole."""
-    return {
-        key: SafetensorsTensor(TensorEntry(key, originals / file, 0, 0, TORCH_DTYPES[dtype], tuple(shape)))
-        for key, file, dtype, shape in journal.tensors
-        if file in journal.deleted
-    }
-
-
-def build_for(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    shapes: Mapping[str, tuple[int, ...]],
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """The skeleton whose head_dim is the checkpoint's own: `shapes` maps the model's weight names to stored shapes.
-
-    The architecture's config is not changed. Raises what `build_skeleton` does.
-    """
-    cls, config = architecture.cls, architecture.config
-    skeleton = build_skeleton(cls, config, dtype, attn_implementation)
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    head_dim = corrected_head_dim(skeleton.config, wanted, shapes)
-    if head_dim is None:
-        return skeleton
-    config = copy.deepcopy(config)
-    config.get_text_config().head_dim = head_dim
-    return build_skeleton(cls, config, dtype, attn_implementation)

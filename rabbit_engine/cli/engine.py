@@ -13,15 +13,11 @@ if TYPE_CHECKING:
 
     from rabbit_engine import architectures as architectures
     from rabbit_engine import chat as chat
+    from rabbit_engine import checkpoints as checkpoints
     from rabbit_engine import config as config
     from rabbit_engine import model as model
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
-    from rabbit_engine.checkpoints import hub as hub
-    from rabbit_engine.checkpoints import integrity as integrity
-    from rabbit_engine.checkpoints import names as names
-    from rabbit_engine.checkpoints import prepare as prepare
-    from rabbit_engine.checkpoints import shards as shards
     from rabbit_engine.diagnostics import benchmark as benchmark
     from rabbit_engine.diagnostics import demo as demo
     from rabbit_engine.diagnostics import disk_rate as disk_rate
@@ -35,21 +31,17 @@ _MODULES = {
     "architectures": "rabbit_engine.architectures",
     "benchmark": "rabbit_engine.diagnostics.benchmark",
     "chat": "rabbit_engine.chat",
+    "checkpoints": "rabbit_engine.checkpoints",
     "config": "rabbit_engine.config",
     "demo": "rabbit_engine.diagnostics.demo",
     "disk_rate": "rabbit_engine.diagnostics.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",
     "forecast": "rabbit_engine.planning.forecast",
-    "hub": "rabbit_engine.checkpoints.hub",
-    "integrity": "rabbit_engine.checkpoints.integrity",
     "listen": "rabbit_engine.server.listen",
     "model": "rabbit_engine.model",
-    "names": "rabbit_engine.checkpoints.names",
     "pace": "rabbit_engine.diagnostics.pace",
     "plotting": "rabbit_engine.diagnostics.plotting",
-    "prepare": "rabbit_engine.checkpoints.prepare",
     "sessions": "rabbit_engine.sessions",
-    "shards": "rabbit_engine.checkpoints.shards",
     "streaming": "rabbit_engine.streaming",
     "torch": "torch",
     "transformers": "transformers",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rabbit_engine.checkpoints.names import read_name
+from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_bytes, parse_rate
 
 COLDEST = 1e-3

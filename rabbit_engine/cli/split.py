@@ -23,7 +23,7 @@ def split(
     """Split MODEL into one shard a layer; goes on where an interrupted split stopped, and makes damaged shards anew."""
     output.note(f"reading the headers of {model} ...")
     config = engine.config
-    prepared = engine.prepare.prepare(
+    prepared = engine.checkpoints.prepare(
         model,
         config.SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
         config.SplitConfig(

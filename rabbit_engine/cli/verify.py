@@ -19,6 +19,7 @@ from rabbit_engine.errors import (
     UnreadableFileError,
 )
 from rabbit_engine.utils.bar import Bar
+from rabbit_engine.utils.names import nearest_path, read_name
 
 Result = TypeVar("Result")
 
@@ -46,8 +47,8 @@ def verify(
     if record:
         if repo is None or repo.commit is not None:
             raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: there is nothing to record")
-        path = _with_bar(repo, lambda on_bytes: engine.integrity.record_sums(repo, on_bytes))
-        print(f"recorded {len(engine.integrity.checked_files(repo))} files in {path}")
+        path = _with_bar(repo, lambda on_bytes: engine.checkpoints.record_sums(repo, on_bytes))
+        print(f"recorded {len(engine.checkpoints.checked_files(repo))} files in {path}")
         return
     tally = _Tally()
     for folder in _splits(root, repo):
@@ -58,36 +59,36 @@ def verify(
         raise typer.Exit(1)
 
 
-def _find(target: str, revision: str | None) -> tuple[engine.hub.Repo | None, Path]:
+def _find(target: str, revision: str | None) -> tuple[engine.checkpoints.Repo | None, Path]:
     """The checkpoint, if there is one, and the folder that splits lie in or below."""
     path = Path(target).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         folder = path.parent.resolve()
-        return engine.hub.Repo(str(path), folder, (path.name,)), folder / engine.prepare.SHARDS_FOLDER
-    target = engine.names.read_name(target).name
+        return engine.checkpoints.Repo(str(path), folder, (path.name,)), folder / engine.checkpoints.SHARDS_FOLDER
+    target = read_name(target).name
     path = Path(target).expanduser()
     try:
-        repo = engine.hub.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
+        repo = engine.checkpoints.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
     except HubUnreachableError as error:  # it was not to be asked
         at = f" at revision {revision}" if revision else ""
-        nearest = engine.names.nearest_path(path)
+        nearest = nearest_path(path)
         raise CheckpointNotFoundError(
             f"nothing of {target}{at} is on this machine to verify: it is neither a folder nor in the Hub cache{nearest}"
         ) from error
     if path.is_dir():
         own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)
         return (repo if own else None), path
-    return repo, repo.folder.parent.parent / engine.prepare.SHARDS_FOLDER
+    return repo, repo.folder.parent.parent / engine.checkpoints.SHARDS_FOLDER
 
 
 def _is_split(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() and not (folder / "config.json").is_file()
 
 
-def _splits(root: Path, repo: engine.hub.Repo | None) -> list[Path]:
+def _splits(root: Path, repo: engine.checkpoints.Repo | None) -> list[Path]:
     """The splits, which must be there where there is no checkpoint."""
     try:
-        return engine.shards.find_splits(root)
+        return engine.checkpoints.find_splits(root)
     except ShardsNotFoundError:
         if repo is None:
             raise
@@ -95,12 +96,12 @@ def _splits(root: Path, repo: engine.hub.Repo | None) -> list[Path]:
 
 
 def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
-    manifest = engine.shards.read_manifest(folder)
+    manifest = engine.checkpoints.read_manifest(folder)
     assert manifest is not None  # noqa: S101 - find_splits lists folders that hold one
     damaged = 0
     for shard in manifest.shards:
         try:
-            engine.shards.verify_shard(folder, shard)
+            engine.checkpoints.verify_shard(folder, shard)
         except (DamagedShardError, UnreadableFileError) as error:
             damaged += 1
             console.print(f"damaged: {error}", markup=False)
@@ -109,8 +110,8 @@ def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
     print(f"{folder}: {len(manifest.shards) - damaged} of {len(manifest.shards)} shards are whole")
 
 
-def _verify_originals(repo: engine.hub.Repo, target: str, console: Console, tally: _Tally) -> None:
-    states = _with_bar(repo, lambda on_bytes: list(engine.integrity.compare_files(repo, on_bytes)))
+def _verify_originals(repo: engine.checkpoints.Repo, target: str, console: Console, tally: _Tally) -> None:
+    states = _with_bar(repo, lambda on_bytes: list(engine.checkpoints.compare_files(repo, on_bytes)))
     for state in states:
         if state.state == "damaged":
             console.print(f"damaged: {state.said}", markup=False)
@@ -127,7 +128,7 @@ def _verify_originals(repo: engine.hub.Repo, target: str, console: Console, tall
         console.print(f"unrecorded: {names}; `rabbit verify --record {target}` records their sums as they are now", markup=False)
 
 
-def _with_bar(repo: engine.hub.Repo, work: Callable[[engine.integrity.OnBytes], Result]) -> Result:
-    total = sum((repo.folder / name).stat().st_size for name in engine.integrity.checked_files(repo))
+def _with_bar(repo: engine.checkpoints.Repo, work: Callable[[Callable[[int], object]], Result]) -> Result:
+    total = sum((repo.folder / name).stat().st_size for name in engine.checkpoints.checked_files(repo))
     with Bar(desc="Verifying", total=total, unit="B", unit_scale=True, disable=None) as bar:
         return work(bar.update)

@@ -6,17 +6,21 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
-from rabbit_engine.architectures import explain_failures, refuse_past, require_generation_config
-from rabbit_engine.checkpoints.prepare import Prepared, loading_info, prepare
-from rabbit_engine.checkpoints.splitter import build_for
+from rabbit_engine.architectures import (
+    Architecture,
+    build_skeleton,
+    explain_failures,
+    refuse_past,
+    require_generation_config,
+)
+from rabbit_engine.checkpoints import Streamable, execute, loading_info, resolve
 from rabbit_engine.config import (
     DEFAULT_CUT,
     Cut,
@@ -196,22 +200,11 @@ def load(
     stream: StreamConfig,
     assemble: Callable[..., Assembly] = assemble,
 ) -> Any:
-    """Prepare the shards, build the class without weights, and set its weights streaming, as `assemble` does it."""
+    """Resolve where the weights come from, split where that must be, and set them streaming, as `assemble` does it."""
     keep_few_kernels()  # before choose_attention computes something
-    prepared = prepare(name, source, split)
-    choice = choose_attention(stream.attn_implementation, prepared.architecture.cls, prepared.dtype, stream.device)
-    shapes = {name: entry.shape for name, entry in prepared.entries.items()}
-    try:
-        streamed = replace(prepared.architecture, cls=streamed_class(prepared.architecture.cls))  # type: ignore[arg-type]
-        model: Any = build_for(streamed, prepared.dtype, shapes, choice.name)
-    except RabbitError:
-        raise
-    except (ValueError, ImportError) as error:
-        if choice.name is None:
-            raise
-        raise AttentionUnavailableError(
-            f"attn_implementation={choice.name!r} does not work for {prepared.architecture.cls.__name__}: {error}"
-        ) from error
+    build = functools.partial(_build_streamed, stream=stream)
+    model: Any
+    prepared, model = execute(resolve(name, source, split, build=build), build)
     _tell_head_dim(model.config, prepared)
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
@@ -222,9 +215,27 @@ def load(
     weakref.finalize(model, model._assembly.streamer.abandon)
     if stream.profiling_mode:
         model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)
-    logger.info("attention: %s (%s)", model.active_attention_implementation, choice.reason)
+    logger.info("attention: %s (%s)", model.active_attention_implementation, model._attention_reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model
+
+
+def _build_streamed(architecture: Architecture, dtype: torch.dtype, *, stream: StreamConfig) -> PreTrainedModel:
+    """The class that streams, on the meta device, with the attention that is chosen. Raises AttentionUnavailableError."""
+    choice = choose_attention(stream.attn_implementation, architecture.cls, dtype, stream.device)
+    try:
+        cls = streamed_class(architecture.cls)  # type: ignore[arg-type]
+        model: Any = build_skeleton(cls, architecture.config, dtype, choice.name)
+    except RabbitError:
+        raise
+    except (ValueError, ImportError) as error:
+        if choice.name is None:
+            raise
+        raise AttentionUnavailableError(
+            f"attn_implementation={choice.name!r} does not work for {architecture.cls.__name__}: {error}"
+        ) from error
+    model._attention_reason = choice.reason
+    return model  # type: ignore[no-any-return]
 
 
 def _load_own_adapter(model: Any) -> None:
@@ -254,7 +265,7 @@ def _load_own_adapter(model: Any) -> None:
         raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
 
-def _require_pass(model: Any, prepared: Prepared) -> None:
+def _require_pass(model: Any, prepared: Streamable) -> None:
     try:
         require_pass(prepared.architecture, prepared.dtype, model._assembly.partition.probe)
     except BaseException:
@@ -262,13 +273,13 @@ def _require_pass(model: Any, prepared: Prepared) -> None:
         raise
 
 
-def _tell_head_dim(config: Any, prepared: Prepared) -> None:
+def _tell_head_dim(config: Any, prepared: Streamable) -> None:
     said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (prepared.architecture.config, config))
     if used != said:
         logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
 
 
-def _set_names(model: Any, name: str, prepared: Prepared, source: SourceConfig) -> None:
+def _set_names(model: Any, name: str, prepared: Streamable, source: SourceConfig) -> None:
     """Its name, generation config and the way to its tokenizer, from the checkpoint's folder."""
     model._prepared = prepared
     model.name_or_path = model.config.name_or_path = name

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
 from rabbit_engine.architectures import capped_length, keeps_tuples
-from rabbit_engine.checkpoints.prepare import Prepared
+from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.errors import (
     CannotCopyError,
     CannotLoadStateError,
@@ -41,7 +41,7 @@ class StreamingMixin:
     """
 
     _assembly: Assembly
-    _prepared: Prepared
+    _prepared: Streamable
     _tokenizer_source: Mapping[str, Any]
     _tokenizer: Any = None
     _attention_reason: str

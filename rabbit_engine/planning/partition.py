@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
-from rabbit_engine.checkpoints.splitter import require_fit
+from rabbit_engine.checkpoints import require_fit
 from rabbit_engine.config import DEFAULT_CUT, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.probe import Probe, run_probe

@@ -12,8 +12,7 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rabbit_engine.checkpoints import splitter
-from rabbit_engine.checkpoints.prepare import prepare
+from rabbit_engine.checkpoints import prepare, splitter
 from rabbit_engine.config import SourceConfig, SplitConfig
 
 SIZES: dict[str, Any] = {

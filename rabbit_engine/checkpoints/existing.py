@@ -1,0 +1,139 @@
+"""What an earlier run left in the folder for shards: a whole split of this source, an interrupted one, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rabbit_engine.checkpoints.formats import (
+    LazyTensor,
+    SafetensorsTensor,
+    TensorSource,
+    WeightFiles,
+    changed_files,
+    digest,
+    fingerprint,
+)
+from rabbit_engine.checkpoints.reading import Reading
+from rabbit_engine.checkpoints.request import Request
+from rabbit_engine.checkpoints.shards import Journal, Manifest, read_entries, read_journal, read_manifest
+from rabbit_engine.errors import CheckpointNotFoundError, DamagedShardError, HubUnreachableError, ShardError
+from rabbit_engine.storage.tensorfiles import TORCH_DTYPES, TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """`manifest` and its `entries` where a whole split of this source is there, else the `journal` of one to resume.
+
+    `problem` says why what is there cannot be used; `interrupted` is true where any split was, of this source or another.
+    """
+
+    manifest: Manifest | None = None
+    entries: Mapping[str, TensorEntry] = field(default_factory=dict)
+    journal: Journal | None = None
+    interrupted: bool = False
+    problem: str = ""
+
+
+def find_existing(request: Request, *, repair: bool) -> Existing:
+    """What is in the folder for shards; reads headers alone.
+
+    Raises DamagedShardError for a damaged split, which is a `problem` where it is to be repaired, and ShardError for one
+    of another source whose originals are deleted.
+    """
+    problem = ""
+    try:
+        manifest = read_manifest(request.folder)
+        changed = "" if manifest is None else _difference(request, manifest)
+        if manifest is not None and not changed:
+            return Existing(manifest, read_entries(request.folder, manifest))
+        if changed:
+            problem = f"the source of {request.folder} has changed ({changed}): splitting again"
+    except DamagedShardError as error:
+        if not repair:
+            raise
+        problem = str(error)
+    journal = read_journal(request.folder)
+    usable = journal if journal is not None and _is_of_source(request, journal) else None
+    return Existing(journal=usable, interrupted=journal is not None, problem=problem)
+
+
+def open_remaining(request: Request, files: WeightFiles, journal: Journal | None, reading: Reading) -> TensorSource:
+    """The tensors of safetensors files or pickles; of those that an interrupted split has deleted, the shapes alone."""
+    if journal is None:
+        return reading.open(request.repo, files, request.source)
+    found = reading.open(request.repo, remaining_files(files, journal), request.source)
+    return replace(found, tensors={**found.tensors, **_deleted_tensors(journal, request.repo.folder)})
+
+
+def remaining_files(files: WeightFiles, journal: Journal | None) -> WeightFiles:
+    """The files that an interrupted split has not deleted."""
+    deleted = journal.deleted if journal is not None else ()
+    return replace(files, names=tuple(name for name in files.names if name not in deleted))
+
+
+def _deleted_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
+    """The tensors of the originals that are gone: shapes to plan with; every shard made from them is whole."""
+    return {
+        key: SafetensorsTensor(TensorEntry(key, originals / file, 0, 0, TORCH_DTYPES[dtype], tuple(shape)))
+        for key, file, dtype, shape in journal.tensors
+        if file in journal.deleted
+    }
+
+
+def source_fingerprint(request: Request, files: WeightFiles) -> dict[str, Any]:
+    """The source's fingerprint, with the conversion that makes shards of it where there is one."""
+    found = fingerprint(request.repo.folder, files, request.repo.commit)
+    conversion = _conversion(request)
+    return found if conversion is None else {**found, "conversion": conversion}
+
+
+def _conversion(request: Request) -> str | None:
+    conversion = request.architecture.conversion()
+    return None if conversion is None else digest({"conversion": conversion})
+
+
+def _difference(request: Request, manifest: Manifest) -> str:
+    """What differs from the source that the split was made from; nothing where it is the same."""
+    changed = changed_files(request.repo.folder, manifest.source)
+    others = _other_names(request, manifest.source)
+    converted_so = manifest.source.get("conversion") == _conversion(request)
+    if not changed and not others and converted_so and manifest.source["commit"] == request.repo.commit:
+        return ""
+    what = ", ".join(changed or others) or (f"commit {request.repo.commit}" if converted_so else "how it is converted")
+    if manifest.source["deleted"]:
+        raise ShardError(
+            f"{request.folder} was made from another source ({what} differs) whose originals were deleted: "
+            "it may be the only copy; give another layer_shards_saving_path, or delete it yourself"
+        )
+    return what
+
+
+def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
+    """Weight files that are here now and were not part of the split; what lies beside deleted originals is no news."""
+    if source.get("deleted"):
+        return []
+    try:
+        names = request.weight_files().names
+    except (CheckpointNotFoundError, HubUnreachableError):  # all originals are gone: the split is what there is
+        return []
+    known = {row["name"] for row in source["files"]}
+    return [name for name in names if name not in known]
+
+
+def _is_of_source(request: Request, journal: Journal) -> bool:
+    """Whether an interrupted split is of this very source."""
+    changed = (
+        changed_files(request.repo.folder, journal.source)
+        or (not journal.deleted and _other_names(request, journal.source))
+        or journal.source["commit"] != request.repo.commit
+        or journal.source.get("conversion") != _conversion(request)
+    )
+    if changed and journal.deleted:
+        raise ShardError(
+            f"{request.folder} is half a split of another source whose originals are deleted: "
+            "give another layer_shards_saving_path, or delete it yourself"
+        )
+    return not changed

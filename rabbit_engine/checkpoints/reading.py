@@ -1,0 +1,57 @@
+"""How far a resolution looks into weight files: loading fetches and opens them, a plan reads headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rabbit_engine.checkpoints.formats import SafetensorsTensor, TensorSource, WeightFiles, check_present, open_tensors
+from rabbit_engine.checkpoints.hub import Repo, fetch_weights, read_remote_headers
+from rabbit_engine.config import SourceConfig
+from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError
+from rabbit_engine.storage.tensorfiles import TensorEntry, same_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """`open` returns the tensors of weight files, none of them read; `equal` compares two stored tensors.
+
+    With `headers_only` no weight file is downloaded, and offsets in remote files count from the start of their data: such
+    tensors cannot be read.
+    """
+
+    open: Callable[[Repo, WeightFiles, SourceConfig], TensorSource]
+    equal: Callable[[TensorEntry, TensorEntry], bool]
+    headers_only: bool
+
+
+def _fetch_tensors(repo: Repo, files: WeightFiles, source: SourceConfig) -> TensorSource:
+    """Fetch the files that are not here yet, and open them."""
+    fetch_weights(repo, files.names, source)
+    check_present(repo.folder, files)
+    return open_tensors(repo.folder, files)
+
+
+def _equal_in_files(first: TensorEntry, second: TensorEntry) -> bool:
+    return same_bytes(first, second, DamagedCheckpointError)
+
+
+def _read_headers(repo: Repo, files: WeightFiles, source: SourceConfig) -> TensorSource:
+    """The headers of safetensors files, here or on the Hub; the tensors of local pickles."""
+    if all((repo.folder / name).is_file() for name in files.names):
+        return open_tensors(repo.folder, files)
+    if repo.commit is None:
+        check_present(repo.folder, files)
+    if files.format != "safetensors":
+        raise ConfigurationError(f"{repo.name} holds pickles and its config names no dtype: say dtype=")
+    entries = read_remote_headers(repo, files.names, source)
+    return TensorSource({entry.name: SafetensorsTensor(entry) for entry in entries})
+
+
+def _taken_as_equal(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether stored copies of a tied weight differ is known when they are read; hardly any checkpoint's do."""
+    return first.shape == second.shape
+
+
+WHOLE_FILES = Reading(_fetch_tensors, _equal_in_files, headers_only=False)
+HEADERS_ONLY = Reading(_read_headers, _taken_as_equal, headers_only=True)

@@ -1,0 +1,209 @@
+"""From the name of a model to what was asked for, found: its repo, class, dtype, and the folder its split lies in or would."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from rabbit_engine.architectures import Architecture, Wishes, find_architecture, gguf_dtype, read_given_config, stated_dtype
+from rabbit_engine.checkpoints.formats import (
+    WeightFiles,
+    digest,
+    find_weight_files,
+    first_floating_dtype,
+    only_gguf,
+    require_one_gguf,
+)
+from rabbit_engine.checkpoints.gguf import check_gguf
+from rabbit_engine.checkpoints.hub import Repo, fetch_weights, find_repo, weights_not_cached
+from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
+from rabbit_engine.checkpoints.shards import read_journal, read_manifest
+from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, DamagedShardError
+from rabbit_engine.utils.names import read_name
+
+SHARDS_FOLDER = "rabbit_shards"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for, found: the model's repo, class and dtype, and the folder that its split lies in or would."""
+
+    repo: Repo
+    source: SourceConfig = field(repr=False)
+    architecture: Architecture = field(repr=False)
+    dtype: torch.dtype
+    folder: Path
+    gguf_file: str | None
+    split: SplitConfig
+
+    @property
+    def asks_for_split(self) -> bool:
+        """Whether shards are wanted even where the original files would do."""
+        return self.split.mode == "always" or self.split.delete_original or self.split.saving_path is not None
+
+    def weight_files(self) -> WeightFiles:
+        """The weight files to load. Raises what the function of this name does."""
+        return weight_files(self.repo, self.gguf_file, self.source)
+
+
+def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, reading: Reading = WHOLE_FILES) -> Request:
+    """Find the repo, the class and the dtype of `name`; weight files are looked into where the config names no dtype."""
+    name, source = _resolve_name(name, source)
+    repo = find_repo(name, source)
+    root = shards_root(repo, split.saving_path)
+    gguf_file = source.gguf_file or _only_gguf(repo, root, source)
+    if gguf_file is not None:
+        _open_gguf(repo, gguf_file, source, split)
+    else:
+        require_one_gguf(repo.names, str(repo.folder))
+    if source.force_download and repo.commit is not None:  # once: what comes later finds the new files
+        fetch_weights(repo, weight_files(repo, gguf_file, source).names, source)
+        source = replace(source, force_download=False)
+    architecture = find_architecture(repo.folder, _wishes(source), gguf_file=gguf_file)
+    dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, reading)
+    folder = root / split_name(dtype, gguf_file, source, repo.names)
+    return Request(repo, source, architecture, dtype, folder, gguf_file, split)
+
+
+def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
+    prefix = _split_prefix(None, source, repo.names)
+    return None if source.variant is not None or _deleted_dtype(root, prefix) else only_gguf(repo.names)
+
+
+def _wishes(source: SourceConfig) -> Wishes:
+    """What the caller wants of the config and its class; a config that is given by name is read."""
+    config = source.config
+    if config is not None and not isinstance(config, PretrainedConfig):
+        config = read_given_config(_config_place(config, source), source.trust_remote_code)
+    return Wishes(
+        config=config,
+        overrides=source.overrides,
+        key_mapping=source.key_mapping,
+        code_revision=source.code_revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def _config_place(name: Any, source: SourceConfig) -> Path:
+    """The file or folder of a config that is given by path or repo id."""
+    if not isinstance(name, str | PathLike):
+        raise ConfigurationError(f"config={name!r} is no config: give a config object, a folder, a file or a repo id")
+    path = Path(name).expanduser()
+    other = replace(source, config=None, subfolder="", variant=None, gguf_file=None, revision=None)
+    return path if path.is_file() else find_repo(str(name), other).folder
+
+
+def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
+    """Fetch the file and check its header. Raises ConfigurationError and what CheckpointError fits."""
+    if split.delete_original:
+        raise ConfigurationError(
+            f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
+        )
+    if not any(name.lower().endswith(".gguf") for name in repo.names):
+        if repo.only_cached:
+            raise weights_not_cached(repo)
+        raise CheckpointNotFoundError(f"{repo.name} has no GGUF files: leave out gguf_file={gguf_file!r}")
+    weight_files(repo, gguf_file, source)
+    fetch_weights(repo, [gguf_file], source)
+    check_gguf(repo.folder / gguf_file)
+
+
+def _resolve_name(name: str | Path, source: SourceConfig) -> tuple[str, SourceConfig]:
+    """A repo id or a folder, and `source` with what the name says of the part. Raises ConfigurationError where they disagree."""
+    address = read_name(name)
+    said = {key: value for key, value in asdict(address).items() if key != "name" and value is not None}
+    for key, value in said.items():
+        asked = getattr(source, key)
+        if asked not in (None, "", value):
+            raise ConfigurationError(f"{name} says {key}={value!r}, and {key}={asked!r} is given: leave out one of them")
+    return address.name, replace(source, **said)
+
+
+def shards_root(repo: Repo, saving_path: Path | None) -> Path:
+    """Where the splits of `repo` lie: below `saving_path`, else beside the checkpoint (in the repo's cache).
+
+    Below `saving_path` each repo at a commit, and each folder on this machine, has a place of its own.
+    """
+    part = f"--{repo.subfolder.replace('/', '--')}" if repo.subfolder else ""
+    if saving_path is not None:
+        place = digest({"folder": str(repo.folder)})[:8]
+        name = f"{repo.name.replace('/', '--')}-{repo.commit[:8]}{part}" if repo.commit else f"{repo.folder.name}-{place}"
+        return saving_path.expanduser().resolve() / name
+    return repo.cache / SHARDS_FOLDER / f"{repo.commit}{part}" if repo.commit else repo.folder / SHARDS_FOLDER
+
+
+def split_name(dtype: torch.dtype, gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
+    """The folder of one split among those of a checkpoint: its dtype, behind what tells the files it was made from."""
+    return _split_prefix(gguf_file, source, names) + str(dtype).removeprefix("torch.")
+
+
+def _split_prefix(gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
+    if gguf_file is not None:
+        return f"{Path(gguf_file).stem}-"
+    pickled = source.use_safetensors is False and any(name.endswith(".safetensors") for name in names)
+    variant = [] if source.variant is None else [f"variant.{source.variant}"]
+    return "".join(f"{part}-" for part in (*variant, *(["pickles"] if pickled else [])))
+
+
+def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
+    """The dtype of a split below `root`, finished or not, whose originals are gone: it is what the model is now."""
+    for folder in sorted(path for path in root.glob(f"{glob.escape(prefix)}*") if path.is_dir()):
+        try:
+            manifest, journal = read_manifest(folder), read_journal(folder)
+        except DamagedShardError:  # said, or mended, where this split is asked for
+            continue
+        if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
+            return getattr(torch, folder.name.removeprefix(prefix), None)
+    return None
+
+
+def _own_dtype(
+    repo: Repo,
+    config: PretrainedConfig,
+    gguf_file: str | None,
+    source: SourceConfig,
+    root: Path,
+    reading: Reading,
+) -> torch.dtype:
+    """The checkpoint's own dtype as transformers finds it: the config's, else that of its first floating-point tensor."""
+    said = stated_dtype(config)
+    if said is not None:
+        return said
+    if gguf_file is not None:
+        return gguf_dtype(repo.folder / gguf_file)
+    deleted = _deleted_dtype(root, _split_prefix(None, source, repo.names))
+    if deleted is not None:
+        return deleted
+    files = weight_files(repo, None, source)
+    found = first_floating_dtype(reading.open(repo, files, source), files, repo.folder)
+    if not found.is_floating_point or found.itemsize == 1:
+        raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: say dtype=")
+    return found
+
+
+def weight_files(repo: Repo, gguf_file: str | None, source: SourceConfig) -> WeightFiles:
+    """The weight files of a repo that `source` asks for.
+
+    Raises CheckpointNotFoundError, or HubUnreachableError where only the cache was looked at.
+    """
+    where = str(repo.folder) if repo.commit is None else "/".join(filter(None, (repo.name, repo.subfolder)))
+    try:
+        return find_weight_files(
+            repo.names, repo.read_text, gguf_file, where, variant=source.variant, use_safetensors=source.use_safetensors
+        )
+    except CheckpointNotFoundError as error:
+        if (
+            repo.only_cached
+            and gguf_file is None
+            and not any(name.endswith((".gguf", "adapter_config.json")) for name in repo.names)
+        ):
+            raise weights_not_cached(repo) from error
+        raise

@@ -1,0 +1,225 @@
+"""Where a model's weights come from, decided once: from its own files, from shards, or from shards that must be made first.
+
+Nothing is written here. Loading executes what is resolved, `rabbit plan` prints it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rabbit_engine.architectures import Architecture, Conversion
+from rabbit_engine.checkpoints.existing import Existing, find_existing, open_remaining
+from rabbit_engine.checkpoints.hub import Repo
+from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
+from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
+from rabbit_engine.checkpoints.request import Request, open_request
+from rabbit_engine.checkpoints.shards import Journal, Manifest
+from rabbit_engine.checkpoints.skeleton import Build, build_for_entries, build_plain, map_names, require_fit
+from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.errors import ConfigurationError, MismatchedWeightsError
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.utils.sizes import format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """What all sources know of the model."""
+
+    request: Request
+
+    @property
+    def repo(self) -> Repo:
+        """The checkpoint's folder and files."""
+        return self.request.repo
+
+    @property
+    def architecture(self) -> Architecture:
+        """The class and its config."""
+        return self.request.architecture
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the computation."""
+        return self.request.dtype
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The GGUF file that the model is, in its folder."""
+        return self.request.gguf_file
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace(_Resolved):
+    """The original files hold the weights as the model has them.
+
+    `entries` are the stored weights by their names in the model, `ties` the weights that share them; `unused` are stored
+    names that have no place in the model, and `download_bytes` the weights in files that are not on this machine.
+    """
+
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+    ties: Mapping[str, str]
+    unused: tuple[str, ...] = ()
+    download_bytes: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return self.repo.folder
+
+    @property
+    def manifest(self) -> None:
+        """There is none: nothing was split."""
+        return
+
+    def __str__(self) -> str:
+        download = f", after a download of {format_bytes(self.download_bytes)}" if self.download_bytes else ""
+        return f"streamed from the original files{download}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shards(_Resolved):
+    """A whole split of the checkpoint is there."""
+
+    manifest: Manifest = field(repr=False)
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self.request.folder
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Weights to the stored ones that they share."""
+        return self.manifest.ties
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names that were stored and have no place in the model."""
+        return self.manifest.unused_weights
+
+    def __str__(self) -> str:
+        return f"streamed from the shards in {self.folder}"
+
+
+@dataclass(frozen=True, slots=True)
+class MustSplit(_Resolved):
+    """Shards are made first, because of `reason`; with a `journal` the interrupted split that wrote it is resumed.
+
+    `replaces` is the manifest of a split that is there and does not fit the model.
+    """
+
+    reason: str
+    journal: Journal | None = field(default=None, repr=False)
+    replaces: Manifest | None = field(default=None, repr=False)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted split goes on."""
+        return self.journal is not None
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards will lie."""
+        return self.request.folder
+
+    def __str__(self) -> str:
+        return f"split first, into {self.folder} ({self.reason})"
+
+
+Streamable = InPlace | Shards
+Source = InPlace | Shards | MustSplit
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A source with what it was decided by: the model on the meta device, and the map of the checkpoint's names to its own.
+
+    A source that streams has its `model`; one that must be split has both or neither. A resolution of headers alone is for
+    printing: its tensors cannot be read.
+    """
+
+    source: Source
+    model: PreTrainedModel | None = field(default=None, repr=False)
+    conversion: Conversion | None = field(default=None, repr=False)
+
+
+def resolve(
+    name: str | Path,
+    source: SourceConfig,
+    split: SplitConfig,
+    *,
+    reading: Reading = WHOLE_FILES,
+    build: Build = build_plain,
+    repair: bool = False,
+) -> Resolution:
+    """Where the weights of `name` (a folder, a GGUF file or a repo id) come from.
+
+    `repair` takes a damaged split for none. Raises ConfigurationError where `split="never"` and shards must be made,
+    CheckpointError and ShardError.
+    """
+    request = open_request(name, source, split, reading)
+    existing = Existing() if split.mode == "never" else find_existing(request, repair=repair)
+    if existing.problem:
+        logger.warning("%s", existing.problem)
+    resolution = _from_shards(request, existing, build, repair) or _from_originals(request, existing, reading, build)
+    if split.mode == "never" and isinstance(resolution.source, MustSplit):
+        raise ConfigurationError(f'split="never", but {request.repo.name} must be split: {resolution.source.reason}')
+    return resolution
+
+
+def _from_shards(request: Request, existing: Existing, build: Build, repair: bool) -> Resolution | None:
+    if existing.manifest is None:
+        return None
+    model = build_for_entries(request.architecture, request.dtype, existing.entries, build)
+    if repair:
+        try:
+            require_fit(model, existing.entries, existing.manifest.ties)
+        except MismatchedWeightsError as error:
+            logger.warning("%s", error)
+            return None
+    return Resolution(Shards(request, existing.manifest, existing.entries), model)
+
+
+def _from_originals(request: Request, existing: Existing, reading: Reading, build: Build) -> Resolution:
+    """In place where the files allow it and no split is wanted; else why not, and the split that is to be made."""
+    files = request.weight_files()
+    begun, problem = _begun(existing), not_plain(files)
+    asked = "as asked" if request.asks_for_split else ""
+    if problem or ((begun or asked) and not reading.headers_only):  # nothing is fetched for a folder that may not be writable
+        return Resolution(_must_split(request, existing, begun or problem or asked))
+    tensors = open_remaining(request, files, existing.journal, reading).tensors
+    conversion = map_names(request.architecture, request.dtype, tensors, build)
+    source: Source
+    try:
+        source = _in_place(request, conversion, reading)
+    except NotInPlaceError as error:
+        problem = str(error)
+    if begun or problem or asked:
+        source = _must_split(request, existing, begun or problem or asked)
+    return Resolution(source, conversion.skeleton, conversion)
+
+
+def _begun(existing: Existing) -> str:
+    if existing.journal is not None:
+        return "an interrupted split is resumed"
+    return "an interrupted split of other files is there" if existing.interrupted else ""
+
+
+def _must_split(request: Request, existing: Existing, reason: str) -> MustSplit:
+    return MustSplit(request, reason, existing.journal, existing.manifest)
+
+
+def _in_place(request: Request, conversion: Conversion, reading: Reading) -> InPlace:
+    entries, ties = original_entries(conversion, request.repo.folder, reading.equal)
+    away = {path for path in {entry.path for entry in entries.values()} if not path.is_file()}
+    download_bytes = sum(entry.nbytes for entry in entries.values() if entry.path in away)
+    return InPlace(request, entries, ties, tuple(conversion.unused()), download_bytes)

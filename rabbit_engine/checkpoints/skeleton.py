@@ -1,0 +1,109 @@
+"""The model on the meta device that a checkpoint is held against: built once, with the checkpoint's own head_dim."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rabbit_engine.architectures import (
+    Architecture,
+    Conversion,
+    build_skeleton,
+    corrected_head_dim,
+    open_conversion,
+    require_layers,
+)
+from rabbit_engine.checkpoints.formats import LazyTensor
+from rabbit_engine.checkpoints.split_plan import Ties, missing_weights, tied_together
+from rabbit_engine.errors import MismatchedWeightsError
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.transformers_bridge.loading import may_be_missing
+from rabbit_engine.transformers_bridge.tied_weights import tied_weights
+
+Build = Callable[[Architecture, torch.dtype], PreTrainedModel]
+"""Builds an architecture's model on the meta device: loading builds the class that streams, with its attention chosen."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def build_plain(architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture's own class, with transformers' choice of attention."""
+    return build_skeleton(architecture.cls, architecture.config, dtype)
+
+
+def build_for_entries(
+    architecture: Architecture, dtype: torch.dtype, entries: Mapping[str, TensorEntry], build: Build
+) -> PreTrainedModel:
+    """The model whose weights `entries` are. Raises MismatchedWeightsError for more layers than there are entries."""
+    require_layers(architecture.config, entries)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return _with_head_dim(build(architecture, dtype), architecture, dtype, shapes, build)
+
+
+def map_names(architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor], build: Build) -> Conversion:
+    """The map from a checkpoint's names to the model's, around the one model that it is made with.
+
+    Raises MismatchedWeightsError for more layers than the checkpoint has tensors.
+    """
+    require_layers(architecture.config, tensors)
+    conversion = open_conversion(architecture, build(architecture, dtype), tensors, dtype)
+    shapes = {
+        target.name: tuple(tensors[key].shape)
+        for key, target in conversion.targets.items()
+        if target is not None and not target.converted
+    }
+    model = _with_head_dim(conversion.skeleton, architecture, dtype, shapes, build)
+    return conversion if model is conversion.skeleton else open_conversion(architecture, model, tensors, dtype)
+
+
+def _with_head_dim(
+    model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, shapes: Shapes, build: Build
+) -> PreTrainedModel:
+    """The model itself, or one with the head_dim that the stored shapes have. The architecture's config is not changed."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    head_dim = corrected_head_dim(model.config, wanted, shapes)
+    if head_dim is None:
+        return model
+    config = copy.deepcopy(architecture.config)
+    config.get_text_config().head_dim = head_dim
+    return build(replace(architecture, config=config), dtype)
+
+
+def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties, originals: Path) -> None:
+    """Raise MismatchedWeightsError for weights that are neither stored nor shared."""
+    absent = missing_weights(skeleton.state_dict(), stored, ties.shared, may_be_missing(skeleton))
+    if absent:
+        rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise MismatchedWeightsError(
+            f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
+            "is it a checkpoint of another class, or a download that stopped?"
+        )
+
+
+def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
+    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them.
+
+    Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
+    """
+    state, tied = model.state_dict(), tied_together(tied_weights(model))
+    wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
+    wrong += [
+        name for name, stored in ties.items() if stored not in tied.get(name, ()) or not _fits(state.get(name), entries[stored])
+    ]
+    wrong += missing_weights(state, entries, ties, may_be_missing(model))
+    if wrong:
+        folder = next((entry.path.parent for entry in entries.values()), "the split")
+        raise MismatchedWeightsError(
+            f"{folder} does not fit {type(model).__name__} ({wrong[0]} and {len(wrong) - 1} more): "
+            "it was split for another config or by another transformers, or its manifest is damaged; delete it and split again"
+        )
+
+
+def _fits(weight: torch.Tensor | None, entry: TensorEntry) -> bool:
+    """Whether `entry` can be this weight; some weights stay float32 whatever the model's dtype is."""
+    return weight is not None and tuple(weight.shape) == entry.shape and entry.dtype in (weight.dtype, torch.float32)
