@@ -25,6 +25,7 @@ from rabbit_engine.config import Cut
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, as_markdown, interleaved
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.errors import BudgetError
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 from rabbit_engine.utils.platform import environment
@@ -115,7 +116,7 @@ def budgets(model: Path) -> dict[str, tuple[int, Cut]]:
     whole, routed = Cut(by_expert=False), Cut()
     with loaded(model, smallest(model, routed), routed) as first:
         plan = first.plan
-        dense = sum(size.nbytes for size in first._assembly.partition.sizes if size.role in ("streamed", "resident"))
+        dense = sum(size.nbytes for size in runtime_of(first).partition.sizes if size.role in ("streamed", "resident"))
         cached = sum(layer.routing.count for layer in plan.experts.layers) * plan.experts.slot_bytes
         beside = dense + plan.staging_bytes + 16 * plan.experts.slot_bytes
     lanes = {WHOLE: (smallest(model, whole), whole), "routed, smallest budget": (smallest(model, routed), routed)}
@@ -133,8 +134,8 @@ def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int
         for name, (budget, cut) in budgets(model).items():
             walks[name] = Walk(stack.enter_context(loaded(model, budget, cut)), ids, prompt)
         before = {name: walk.model.profile for name, walk in walks.items()}
-        partition = walks["routed, smallest budget"].model._assembly.partition
-        dense = walks["routed, smallest budget"].model._assembly.streamer.units
+        partition = runtime_of(walks["routed, smallest budget"].model).partition
+        dense = runtime_of(walks["routed, smallest budget"].model).transfer.units
         routed = [unit for units in partition.experts.values() for unit in units[:8]]
         chunks = [chunk for unit in (*dense, *routed) for chunk in unit.chunks()]
         lanes = {DISK: direct_reads(chunks), **walks}
@@ -143,7 +144,7 @@ def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int
         for name, values in found.items():
             moved, budget = sum(chunk.read_bytes for chunk in chunks), 0
             if name in walks:
-                walks[name].model._assembly.streamer.wait_until_idle()
+                runtime_of(walks[name].model).transfer.wait_until_idle()
                 after = walks[name].model.profile
                 moved = (after.bytes_read - before[name].bytes_read) // (after.passes - before[name].passes)
                 budget = walks[name].model.plan.budget.device_bytes

@@ -31,6 +31,7 @@ from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, made_
 from rabbit_engine.diagnostics.demo import MODEL, load_small_model
 from rabbit_engine.errors import AttentionUnavailableError, BudgetError, RabbitError
 from rabbit_engine.model.attention import choose_attention
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.utils.platform import environment, free_memory_bytes, is_flash_attention_available
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -110,7 +111,7 @@ def checks(models: Mapping[str, Any], errors: Mapping[str, AttentionUnavailableE
 
 def facts(model: Any, requested: str, source: str) -> str:
     """What the choice depends on, and what it is, a line each."""
-    device, dtype, cls = model._assembly.device, model._prepared.dtype, model._prepared.architecture.cls
+    device, dtype, cls = runtime_of(model).device, runtime_of(model).dtype, runtime_of(model).architecture.cls
     gpu = "no CUDA device"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(0)
@@ -253,7 +254,7 @@ def no_room(whole_bytes: int, count: int, free_bytes: int) -> str | None:
 def benchmark(load: Loader, models: Mapping[str, Any], contexts: Sequence[int], rounds: int, passes: int) -> list[BenchmarkRow]:
     """The streamed `models`, then the same with everything resident where there is room."""
     first = next(iter(models.values()))
-    device, whole_bytes = first._assembly.device, first.plan.weights_bytes + first.plan.staging_bytes
+    device, whole_bytes = runtime_of(first).device, first.plan.weights_bytes + first.plan.staging_bytes
     records = measure(lanes_of(STREAMED, models, contexts), rounds, passes)
     reason = no_room(whole_bytes, len(models), free_memory_bytes(device))
     if reason is not None:

@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rabbit_engine.model.runtime import runtime_of
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -226,7 +228,7 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
         prompt = torch.randint(3, 100, (1, tokens))
         model.generate(prompt, **asked)
         demand = demand_of(prompt, asked, model.generation_config)
-        need = 0 if inside else need_bytes(model._assembly.partition.probe, demand)
+        need = 0 if inside else need_bytes(runtime_of(model).partition.probe, demand)
     grown = _resident("VmHWM") - before
     beyond = grown - budget - need
     how = f"{tokens} tokens, {answer} to come{', inside' if inside else ''} {way or ''}"

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from rabbit_engine.diagnostics.attention_benchmark import one_pass, sample_passes, traced_attention
 from rabbit_engine.diagnostics.benchmark import decode_step
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import Span, Trace
 from rabbit_engine.utils.platform import is_flash_attention_available
 
@@ -161,7 +162,7 @@ def test_parts_of_a_pass_are_not_more_than_the_pass(checkpoint: Callable[[str], 
     assert 0 < found.wait_s < found.pass_s
     assert 0 < found.moving_s <= found.pass_s
     assert found.attention_s + found.wait_s < found.pass_s
-    assert not model._assembly.trace.on
+    assert not runtime_of(model).trace.on
 
 
 def test_reads_that_overlap_count_once_and_what_lies_outside_the_passes_not_at_all() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, Qwen2Config
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.model.runtime import runtime_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -160,6 +161,6 @@ def test_a_load_changes_no_config_of_the_caller(qwen: Path, ids: torch.Tensor) -
     before = AutoConfig.from_pretrained(qwen).to_dict()
     for _ in range(2):
         with AutoModel.from_pretrained(qwen, device="cpu") as model:
-            assert model._prepared.architecture.config.head_dim == 4
+            assert runtime_of(model).architecture.config.head_dim == 4
             assert model.config.head_dim != 4 or not hasattr(model.config, "head_dim")
     assert AutoConfig.from_pretrained(qwen).to_dict() == before

@@ -23,6 +23,7 @@ from rabbit_engine.architectures import build_skeleton
 from rabbit_engine.checkpoints import open_request
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.model.runtime import runtime_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -201,7 +202,7 @@ def test_the_checkpoint_s_head_dim_changes_no_config(saved: Path, llama: Path, i
     request = open_request(llama, SourceConfig(), SplitConfig())
     with AutoModel.from_pretrained(llama, device="cpu") as model:
         torch.testing.assert_close(model(ids).logits, expected)
-        assert model._prepared.architecture.config.head_dim == request.architecture.config.head_dim == 4
+        assert runtime_of(model).architecture.config.head_dim == request.architecture.config.head_dim == 4
         assert model.config.head_dim == 8
 
 

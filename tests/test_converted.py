@@ -22,6 +22,7 @@ from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
 from rabbit_engine.architectures.families.alibi import alibi_slopes
 from rabbit_engine.checkpoints.shards import read_entries, verify_shard
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.tensorfiles import read_tensor
 
 BOUND = 1e-4
@@ -29,7 +30,7 @@ BOUND = 1e-4
 
 def resident(model: Any) -> Any:
     """The class that `model` was converted to, whole in memory, with the weights of its shards: the streamed one's oracle."""
-    prepared = model._prepared
+    prepared = runtime_of(model).checkpoint
     whole = build_skeleton(prepared.architecture.cls, prepared.architecture.config, prepared.dtype).to_empty(device="cpu")
     entries = read_entries(prepared.folder, prepared.manifest)
     whole.load_state_dict({name: read_tensor(entry, AssertionError) for name, entry in entries.items()})
@@ -82,8 +83,8 @@ def test_converted_family_computes_what_its_authors_code_does(
         model = streamed(matrix.ORACLES / folder, layer_shards_saving_path=tmp_path, dtype="float32")
         assert row.cls in json.loads((matrix.ORACLES / folder / "config.json").read_text())["architectures"]
         assert model.plan.streamed
-        for shard in model._prepared.manifest.shards:
-            verify_shard(model._prepared.folder, shard)
+        for shard in runtime_of(model).checkpoint.manifest.shards:
+            verify_shard(runtime_of(model).checkpoint.folder, shard)
         differences.append(largest_difference(model, expected))
         greedy_is_the_authors(model, expected)
         padding_changes_nothing(model, expected)
@@ -95,7 +96,7 @@ def test_converted_family_computes_what_its_authors_code_does(
     record(
         row.models,
         row.cls,
-        runs_as=model._prepared.architecture.cls.__name__,
+        runs_as=runtime_of(model).architecture.cls.__name__,
         oracle=f"the authors' code, {len(row.folders)} variant{'s' if len(row.folders) > 1 else ''}",
         split="verified",
         logits=f"within {max(differences):.0e}" if any(differences) else "equal",
@@ -160,7 +161,7 @@ def test_rows_of_a_fused_projection_are_streamed_from_where_they_lie(folder: str
     expected = load_file(matrix.ORACLES / folder / "expected.safetensors")
     model = streamed(matrix.ORACLES / folder, split="never")
     assert model.plan.streamed
-    assert model._prepared.manifest is None
+    assert runtime_of(model).checkpoint.manifest is None
     largest_difference(model, expected)
     greedy_is_the_authors(model, expected)
 

@@ -21,6 +21,7 @@ from test_keywords import RABBITLLM
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import registry
 from rabbit_engine.cli.app import app
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.utils.keywords import RETIRED_KEYWORDS
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_a_family_is_added_as_the_page_says(own_checkpoint: Any, plain: Any, str
     whole = plain(folder)
     as_yi(folder)
     model = streamed(folder)
-    assert model._prepared.manifest is None, "streamed from its original files"
+    assert runtime_of(model).checkpoint.manifest is None, "streamed from its original files"
     with torch.no_grad():
         assert torch.equal(model(ids).logits, whole(ids).logits)
     raw = json.loads((folder / "config.json").read_text())

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from rabbit_engine import errors
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.experts import ExpertsPlan
 from rabbit_engine.planning.placement import place
 from rabbit_engine.storage.tensorfiles import read_header, write_aligned
@@ -43,7 +44,7 @@ MIDDLE = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 
 def middle_budget(streamed: Any, folder: Path, share: float) -> dict[int | str, int | str]:
     """The smallest budget in which `share` of all experts are cached, found by halving."""
     model = streamed(folder)
-    plan, sizes = model.plan, model._assembly.partition.sizes
+    plan, sizes = model.plan, runtime_of(model).partition.sizes
     low, high = int(plan.budget.device_bytes) - 1, plan.weights_bytes + plan.staging_bytes
     while high - low > 1:
         middle = (low + high) // 2
@@ -186,7 +187,7 @@ def test_the_bytes_read_are_those_of_the_routed_experts(
     assert all(layer.on_device == 0 and layer.routing.used == 4 for layer in model.plan.experts.layers)
     seen, _ = routing_of(model)
     model.generate(ids, **GREEDY)
-    units = model._assembly.partition.experts
+    units = runtime_of(model).partition.experts
     asked = [(name, index) for name, indices in seen for index in indices.unique().tolist()]
     profile = model.profile
     assert sum(layer.bytes_read for layer in profile.experts.values()) == sum(units[n][i].read_bytes for n, i in asked)
@@ -239,7 +240,7 @@ def test_everything_cached_reads_nothing_more(own_checkpoint: Any, streamed: Any
     with torch.no_grad():
         for _ in range(3):
             model(prompt[:, :4])
-        model._assembly.streamer.wait_until_idle()
+        runtime_of(model).transfer.wait_until_idle()
         read = sum(layer.read for layer in model.profile.experts.values())
         model(prompt[:, :4])
     assert sum(layer.read for layer in model.profile.experts.values()) == read
@@ -264,12 +265,12 @@ def test_the_plan_gives_a_range_and_holds(own_checkpoint: Any, streamed: Any, id
     assert " (every expert cached that can be) to " in dict(plan.rows())["a pass"]
     past = cache_argument(model.forward, cache_of(model(ids)))
     for token in range(5, 15):
-        model._assembly.streamer.wait_until_idle()
+        runtime_of(model).transfer.wait_until_idle()
         before = model.profile.bytes_read
         model(torch.tensor([[token]]), **past)
-        model._assembly.streamer.wait_until_idle()
+        runtime_of(model).transfer.wait_until_idle()
         assert plan.least_pass_bytes <= model.profile.bytes_read - before <= plan.pass_bytes
-    assert model._assembly.binding is not None
+    assert runtime_of(model).binding is not None
     assert plan.device_bytes + plan.staging_bytes <= int(plan.budget.device_bytes)
 
 
@@ -294,7 +295,7 @@ def test_jetmoe_moves_whole_too(tmp_path: Path, plain: Any, streamed: Any, ids: 
 
 def failing(model: Any, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> Counter[str]:
     """Reads of `name` fail once."""
-    ring, tries = model._assembly.streamer._ring, Counter[str]()
+    ring, tries = runtime_of(model).ring, Counter[str]()
     native = ring.fill
 
     def fill(chunk: Extent, start: int, after: Any, unit: str, lane: int) -> None:
@@ -366,7 +367,7 @@ def test_an_interrupt_amid_the_experts_leaves_nothing_behind(
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts >= 8
-    cache = model._assembly.streamer._experts
+    cache = runtime_of(model).transfer._experts
     kept = sum(len(layer.kept()) for layer in cache._layers.values())
     assert len(cache._free) == cache._slots - kept
 
@@ -620,7 +621,7 @@ def test_a_model_closed_amid_a_pass_says_so(own_checkpoint: Any, streamed: Any, 
         calls["all"] += 1
         if calls["all"] == 3:
             threading.Thread(target=model.close).start()
-            while not model._assembly.streamer._freed:
+            while not runtime_of(model).transfer._freed:
                 time.sleep(0.01)
         return native(*args)
 
@@ -642,7 +643,7 @@ def test_a_batch_is_as_long_as_one_of_its_sequences(own_checkpoint: Any, streame
     model = streamed(own_checkpoint("mixtral"))
     with torch.no_grad():
         model(**padded)
-    ages = {layer.age for layer in model._assembly.streamer._experts._layers.values()}
+    ages = {layer.age for layer in runtime_of(model).transfer._experts._layers.values()}
     assert ages == {padded["input_ids"].shape[1] / routed.HALF_LIFE_TOKENS}
 
 

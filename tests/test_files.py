@@ -21,6 +21,7 @@ from rabbit_engine import AutoModel, errors
 from rabbit_engine.checkpoints import prepare
 from rabbit_engine.checkpoints.formats import PickleFile
 from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.directio import claim_memory
 from rabbit_engine.storage.tensorfiles import read_header
 
@@ -418,7 +419,7 @@ def test_a_link_in_a_scratch_files_place_is_not_written_through(own_checkpoint: 
 def test_something_else_in_a_files_place_while_in_use(place: str, own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = own_checkpoint("llama")
     model = streamed(folder, split="never", prefetching=False)
-    victim = model._assembly.streamer.units[1].extents[0].path
+    victim = runtime_of(model).transfer.units[1].extents[0].path
     kept = victim.with_suffix(".kept")
     victim.rename(kept)
     if place == "folder":

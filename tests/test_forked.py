@@ -16,6 +16,7 @@ import talking
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import RandomStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
@@ -80,7 +81,7 @@ def test_a_child_that_uses_a_session_is_told_at_once(session: Session, use: str)
 
 @pytest.mark.parametrize("use", ["generate", "chat", "encode"])
 def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -> None:
-    binding, streamer = session.model._assembly.binding, session.model._assembly.streamer
+    binding, streamer = runtime_of(session.model).binding, runtime_of(session.model).transfer
     held, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import smallest
 
 from rabbit_engine import Session
+from rabbit_engine.model.runtime import runtime_of
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -74,7 +75,7 @@ def test_from_disk_and_from_host_memory(host: str, tmp_path: Path, plain: Any, s
     assert (model.plan.pass_bytes > 0) == (host == "120MB")
     for _ in range(3):
         assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids.cuda(), **GREEDY))
-    assert {span.lane.split()[0] for span in model._assembly.trace.spans()} >= {"copy", "compute"}
+    assert {span.lane.split()[0] for span in runtime_of(model).trace.spans()} >= {"copy", "compute"}
 
 
 def test_memory_stays_within_the_plan(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:

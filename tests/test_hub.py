@@ -16,6 +16,7 @@ from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import errors
+from rabbit_engine.model.runtime import runtime_of
 
 REPO = "someone/tiny-llama"
 
@@ -46,7 +47,8 @@ def test_repo_streams_and_only_needed_files_travel(
     assert names.isdisjoint({"consolidated.00.safetensors", "pytorch_model.bin", "README.md"})
     assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= names
     assert model.name_or_path == REPO
-    assert model._prepared.folder == tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards" / COMMIT / "float32"
+    folder = runtime_of(model).checkpoint.folder
+    assert folder == tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards" / COMMIT / "float32"
 
 
 def test_second_load_downloads_no_weights_and_works_offline(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
@@ -73,7 +75,7 @@ def test_a_part_of_a_repo_in_a_variant_is_fetched_alone_and_split_by_itself(
     assert torch.equal(model(ids).logits, want)
     assert {name for name, _ in hub.served if name.endswith(".safetensors")} == {"onnx/part/model.fp16.safetensors"}
     shards = tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards"
-    assert model._prepared.folder == shards / f"{COMMIT}--onnx--part" / "variant.fp16-float32"
+    assert runtime_of(model).checkpoint.folder == shards / f"{COMMIT}--onnx--part" / "variant.fp16-float32"
     assert torch.equal(streamed(f"https://hf.co/{REPO}/tree/main/onnx/part", **{**wanted, "subfolder": ""})(ids).logits, want)
     assert not torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", split="always")(ids).logits, want)
 
@@ -86,7 +88,7 @@ def test_files_are_fetched_again_as_asked(hub: FakeHub, tmp_path: Path, streamed
     names = [name for name, _ in hub.served]
     assert {"config.json", "model.safetensors.index.json"} <= set(names)
     assert len([name for name in names if name.endswith(".safetensors")]) == len(
-        list(again._prepared.repo.folder.glob("*.safetensors"))
+        list(runtime_of(again).checkpoint.repo.folder.glob("*.safetensors"))
     )
 
 
@@ -104,7 +106,7 @@ def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path
 
 def test_interrupted_download_goes_on(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
     hub.cut_after = 10_000
-    folder = streamed(REPO, cache_dir=tmp_path / "cache")._prepared.repo.folder
+    folder = runtime_of(streamed(REPO, cache_dir=tmp_path / "cache")).checkpoint.repo.folder
     assert 10_000 in [size for _, size in hub.served]
     for original in hub.repos[REPO].glob("model-*.safetensors"):
         assert (folder / original.name).read_bytes() == original.read_bytes()
@@ -156,7 +158,7 @@ def test_another_commit_is_another_split(
     streamed(REPO, cache_dir=tmp_path / "cache", split="always")
     monkeypatch.setattr(fake_hub, "COMMIT", "f" * 40)
     model = streamed(REPO, cache_dir=tmp_path / "cache", split="always")
-    assert model._prepared.folder.parent.name == "f" * 40
+    assert runtime_of(model).checkpoint.folder.parent.name == "f" * 40
 
 
 @pytest.mark.network
@@ -192,7 +194,7 @@ def test_a_relative_cache_survives_a_change_of_folder(
     before = model(ids).logits
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(model(ids).logits, before)
-    assert model._prepared.folder.is_absolute()
+    assert runtime_of(model).checkpoint.folder.is_absolute()
 
 
 @pytest.mark.parametrize("index", [True, False])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import errors
+from rabbit_engine.model.runtime import runtime_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 ORACLES = Path(__file__).parent / "data" / "oracles"
@@ -30,11 +31,11 @@ def test_a_plain_checkpoint_is_streamed_where_it_lies(
     folder = own_checkpoint(family)
     before = files_of(folder)
     model = streamed(folder, split="never")
-    assert model._prepared.manifest is None
+    assert runtime_of(model).checkpoint.manifest is None
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(folder)(ids).logits)
     assert files_of(folder) == before
-    assert streamed(folder)._prepared.manifest is None
+    assert runtime_of(streamed(folder)).checkpoint.manifest is None
 
 
 def test_every_weight_is_aligned_for_the_kernels(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
@@ -78,7 +79,7 @@ def test_what_must_be_split_is_split_or_refused(
         streamed(folder, split="never", **keywords)
     assert not (folder / "rabbit_shards").exists()
     model = streamed(folder, **keywords)
-    assert model._prepared.manifest is not None
+    assert runtime_of(model).checkpoint.manifest is not None
     model(ids)
 
 
@@ -90,7 +91,7 @@ def test_pickles_are_split(own_checkpoint: Any, streamed: Any) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
     with pytest.raises(errors.ConfigurationError, match=r"pytorch_model\.bin is no safetensors file"):
         streamed(folder, split="never")
-    assert streamed(folder)._prepared.manifest is not None
+    assert runtime_of(streamed(folder)).checkpoint.manifest is not None
 
 
 def test_a_path_for_shards_asks_for_a_split(own_checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
@@ -106,9 +107,9 @@ def test_a_path_for_shards_asks_for_a_split(own_checkpoint: Any, streamed: Any, 
 
 def test_a_split_that_is_there_is_used(own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama")
-    assert streamed(folder, split="always")._prepared.manifest is not None
-    assert streamed(folder)._prepared.manifest is not None
-    assert streamed(folder, split="never")._prepared.manifest is None
+    assert runtime_of(streamed(folder, split="always")).checkpoint.manifest is not None
+    assert runtime_of(streamed(folder)).checkpoint.manifest is not None
+    assert runtime_of(streamed(folder, split="never")).checkpoint.manifest is None
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -140,7 +141,7 @@ def test_a_file_that_changes_under_a_model_is_an_error(own_checkpoint: Any, stre
     folder = own_checkpoint("llama")
     model = streamed(folder, split="never", prefetching=False)
     expected = model.generate(ids, **GREEDY)
-    victim = model._assembly.streamer.units[1].extents[0].path
+    victim = runtime_of(model).transfer.units[1].extents[0].path
     whole, times = victim.read_bytes(), victim.stat()
     victim.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(errors.DamagedShardError, match=f"{victim.name} was replaced while in use"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Heli
 
 from rabbit_engine.architectures import KNOWN, mend_faults
 from rabbit_engine.checkpoints.shards import read_entries, verify_shard
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.tensorfiles import read_tensor
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
 
@@ -34,7 +35,7 @@ def oracle(folder: Path, image: bool = False) -> Any:
 
 def split_is_whole(model: Any, plain: Any) -> str:
     """Every shard verifies and holds transformers' own weights."""
-    prepared = model._prepared
+    prepared = runtime_of(model).checkpoint
     for shard in prepared.manifest.shards:
         verify_shard(prepared.folder, shard)
     state = plain.state_dict()
@@ -103,7 +104,7 @@ def test_family_is_equal_to_transformers(
     folder = checkpoint(row.family)
     plain = oracle(folder)
     model = streamed(folder, layer_shards_saving_path=tmp_path)
-    assert model._prepared.architecture.cls.__name__ == row.cls == type(plain).__name__
+    assert runtime_of(model).architecture.cls.__name__ == row.cls == type(plain).__name__
     assert len(model.plan.streamed) > 2, model.plan
     prompt = {"input_ids": ids}
     record(
@@ -170,7 +171,7 @@ def read_of(model: Any, words: str) -> int:
 def test_the_plan_says_what_an_image_costs(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("gemma3_image"))
     tower = sum(
-        unit.nbytes for name, unit in model._assembly.partition.units.items() if "vision_tower" in name and "layers" in name
+        unit.nbytes for name, unit in runtime_of(model).partition.units.items() if "vision_tower" in name and "layers" in name
     )
     assert model.plan.rare_bytes == tower
     assert dict(model.plan.rows())["for images"].endswith("more from disk")

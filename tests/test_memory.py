@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from rabbit_engine import errors
 from rabbit_engine.model.admission import demand_of
+from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning import probe
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
 from rabbit_engine.planning.probe import Curve, Probe, fit_curve, run_probe
@@ -126,9 +127,9 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_computed(
     checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(checkpoint("llama"))
-    probe = model._assembly.partition.probe
+    probe = runtime_of(model).partition.probe
     free = need_bytes(probe, Demand(7, 4)) + KEPT_FREE_BYTES
-    monkeypatch.setattr(type(model._assembly), "free_bytes", lambda _: free)
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: free)
     with pytest.raises(errors.PromptTooLongError, match=r"a prompt of 7 tokens: .* max_seq_len=16, which"):
         model.generate(ids, max_new_tokens=4)
     assert model.profile.passes == 0
@@ -187,7 +188,7 @@ def test_a_head_that_stays_is_staged_within_the_plan(own_checkpoint: Any, stream
     """Its blocks may lie right where the whole does not; buffers for it are in the budget all the same."""
     model = streamed(own_checkpoint("llama", vocab_size=1000), max_memory={"cpu": "10MB"})
     plan = model.plan
-    staged = [chunk.read_bytes for unit in model._assembly.partition.units.values() for chunk in unit.staged_chunks()]
+    staged = [chunk.read_bytes for unit in runtime_of(model).partition.units.values() for chunk in unit.staged_chunks()]
     assert plan.staging_bytes >= 6 * max(staged, default=0)
     assert plan.device_bytes + plan.staging_bytes <= 10**7
 

@@ -13,6 +13,7 @@ import torch
 
 from rabbit_engine import errors
 from rabbit_engine.config import Cut
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import Placeholder, RandomStream, Scheduler, share_products
 from rabbit_engine.transformers_bridge.forwards import cache_of
 
@@ -40,7 +41,7 @@ def ride(
     model: Any, works: list[Callable[[], Any]], seeds: list[int | None] | None = None, *, shares: bool = False
 ) -> tuple[list[Any], Scheduler]:
     """Run all of them in a scheduler: what they returned, or raised."""
-    scheduler = Scheduler(model._assembly.binding, shares=shares)
+    scheduler = Scheduler(runtime_of(model).binding, shares=shares)
     found: list[Any] = [None] * len(works)
 
     def run(index: int) -> Callable[[], None]:
@@ -93,7 +94,7 @@ def test_one_that_comes_later_joins_the_next_pass_and_leaves_alone(checkpoint: A
     long, short = prompts(2)
     expected = [scores(model, long, max_new_tokens=9), scores(model, short, max_new_tokens=3)]
     found: dict[str, torch.Tensor] = {}
-    scheduler, passes = Scheduler(model._assembly.binding), model.profile.passes
+    scheduler, passes = Scheduler(runtime_of(model).binding), model.profile.passes
     scheduler.add(lambda: found.update(long=scores(model, long, max_new_tokens=9)))
     for _ in range(4):
         scheduler.run_pass()
@@ -138,7 +139,7 @@ def test_an_unreadable_unit_fails_who_asks_for_it_and_the_next_reads_it_again(
     model = streamed(checkpoint("llama"), prefetching=False)
     ids = prompts(1)[0]
     expected = scores(model, ids)
-    ring, failures = model._assembly.streamer._ring, [errors.DamagedShardError("a bad sector")]
+    ring, failures = runtime_of(model).ring, [errors.DamagedShardError("a bad sector")]
     fill = ring.fill
 
     def failing(chunk: Any, *rest: Any) -> None:
@@ -151,7 +152,7 @@ def test_an_unreadable_unit_fails_who_asks_for_it_and_the_next_reads_it_again(
     assert isinstance(first, errors.DamagedShardError)
     assert torch.equal(second, expected)
     assert torch.equal(third, expected)
-    assert model._assembly.streamer.held == ()
+    assert runtime_of(model).transfer.held == ()
 
 
 def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any, streamed: Any) -> None:
@@ -159,7 +160,7 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
     ids, other = prompts(2)
     expected = scores(model, other)
     found: list[torch.Tensor] = []
-    scheduler = Scheduler(model._assembly.binding)
+    scheduler = Scheduler(runtime_of(model).binding)
     stopped = scheduler.add(lambda: scores(model, ids))
     scheduler.add(lambda: found.append(scores(model, other)))
     seen: list[int] = []
@@ -174,17 +175,17 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
         scheduler.run_pass()
     assert isinstance(stopped.failure, KeyboardInterrupt)
     assert torch.equal(found[0], expected)
-    assert model._assembly.streamer.held == ()
+    assert runtime_of(model).transfer.held == ()
     assert all(isinstance(p, Placeholder) for n, p in model.named_parameters() if ".layers." in n and "proj" in n)
 
 
 def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any) -> None:
     """Where a layer's rest is held around its matrices, others are inside of it while this one still waits for it."""
     model = streamed(own_checkpoint("gemma3"), cut=Cut(least_bytes=1000, rest_share=0.0))
-    assert any(size.encloses for size in model._assembly.partition.sizes)
+    assert any(size.encloses for size in runtime_of(model).partition.sizes)
     asked = prompts(4)
     expected = [scores(model, ids) for ids in asked]
-    scheduler, found = Scheduler(model._assembly.binding), dict[int, torch.Tensor]()
+    scheduler, found = Scheduler(runtime_of(model).binding), dict[int, torch.Tensor]()
     fibers = [
         scheduler.add(lambda index=index, ids=ids: found.update({index: scores(model, ids)})) for index, ids in enumerate(asked)
     ]
@@ -205,7 +206,7 @@ def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: 
 def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     caches: list[Any] = []
-    scheduler = Scheduler(model._assembly.binding)
+    scheduler = Scheduler(runtime_of(model).binding)
 
     def keep(_: Any, args: Any, kwargs: Any) -> None:
         caches.append(weakref.ref(cache_of(kwargs)))
@@ -246,7 +247,7 @@ def test_seeds_hold_beside_another_scheduler(checkpoint: Any, streamed: Any) -> 
 
 def test_a_model_that_is_closed_fails_them_all(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
-    scheduler = Scheduler(model._assembly.binding)
+    scheduler = Scheduler(runtime_of(model).binding)
     fibers = [scheduler.add(lambda: scores(model, prompts(1)[0])) for _ in range(2)]
     scheduler.run_pass()
     model.close()
@@ -263,7 +264,7 @@ def test_another_thread_takes_its_turn(checkpoint: Any, streamed: Any) -> None:
     expected = model.generate(ids, **GREEDY).tolist()
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(model.generate(ids, **GREEDY).tolist()))
-    scheduler = Scheduler(model._assembly.binding)
+    scheduler = Scheduler(runtime_of(model).binding)
     scheduler.add(lambda: answers.append(model.generate(ids, **GREEDY).tolist()))
     scheduler.run_pass()
     thread.start()
@@ -286,7 +287,7 @@ def test_shared_products_agree_within_rounding(own_checkpoint: Any, streamed: An
     model = streamed(own_checkpoint(family))
     asked = prompts(4)
     alone = [scores(model, ids) for ids in asked]
-    share_products(model, model._assembly.binding)
+    share_products(model, runtime_of(model).binding)
     together, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked], shares=True)
     exact, _ = ride(model, [lambda ids=ids: scores(model, ids) for ids in asked])
     assert all(torch.equal(one, other) for one, other in zip(alone, exact, strict=True))  # another scheduler does not share
@@ -298,7 +299,7 @@ def test_shared_products_agree_within_rounding(own_checkpoint: Any, streamed: An
 
 def test_an_error_in_a_shared_product_is_everybodys(own_checkpoint: Any, streamed: Any) -> None:
     model = streamed(own_checkpoint("llama"))
-    share_products(model, model._assembly.binding)
+    share_products(model, runtime_of(model).binding)
     layer = model.model.layers[0].self_attn.q_proj
 
     def fail(*_: Any) -> None:

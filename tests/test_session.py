@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions import Options
 from rabbit_engine.sessions.encoding import Encoder
@@ -423,7 +424,7 @@ def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, stream
 
 
 def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
-    probe = model._assembly.partition.probe
+    probe = runtime_of(model).partition.probe
     one = Room(0, probe).need([Demand(100, 100)])
     room = Room(2 * one, probe, positions=8192)
     assert room.fits([Demand(100, 100)])
@@ -433,14 +434,14 @@ def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
 
 
 def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any) -> None:
-    probe = model._assembly.partition.probe
+    probe = runtime_of(model).partition.probe
     small = Room(Room(0, probe).need([Demand(8, 4)]) + 1, probe, positions=8192)
     monkeypatch.setattr("rabbit_engine.sessions.session.measure_room", lambda *_: small)
     running: list[int] = []
     with Session(model) as session:
-        model._assembly.binding.on_pass = lambda _: running.append(session.running)
+        runtime_of(model).binding.on_pass = lambda _: running.append(session.running)
         replies = session.generate(["One two three four", "Five six seven"], max_new_tokens=4)
-        model._assembly.binding.on_pass = lambda _: None
+        runtime_of(model).binding.on_pass = lambda _: None
     assert len(replies) == 2
     assert set(running) == {1}
 

@@ -15,6 +15,7 @@ from simulated import SimulatedAccelerator, Watch, load_simulated
 
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import LinearBlocks, RandomStream, Scheduler
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -74,7 +75,7 @@ def prompts(count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_many_texts_in_one_pass_have_the_tokens_they_have_alone(family: str, checkpoint: Any, plain: Any, simulated: Any) -> None:
     whole, model = plain(checkpoint(family)), simulated(checkpoint(family), in_host=40_000)
-    scheduler, found = Scheduler(model._assembly.binding), dict[int, Any]()
+    scheduler, found = Scheduler(runtime_of(model).binding), dict[int, Any]()
 
     def work(index: int, ids: torch.Tensor) -> Callable[[], None]:
         return lambda: found.update({index: model.generate(ids, **GREEDY).tolist()})
@@ -122,7 +123,7 @@ def test_a_pass_that_ends_anywhere_leaves_no_bytes_in_use(
             model(ids)
             continue
         ended += 1
-        assert model._assembly.streamer.held == ()
+        assert runtime_of(model).transfer.held == ()
     assert ended >= len(linears) // 2
     for hook in hooks:
         hook.remove()

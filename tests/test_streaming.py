@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import EmbeddingRows, Placeholder
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -55,7 +56,7 @@ def test_peak_weight_memory_is_two_layers_and_the_residents(checkpoint: Any, str
 
 
 def shard(model: Any, layer: int) -> Path:
-    return model._prepared.folder / f"model.layers.{layer}.safetensors"
+    return runtime_of(model).checkpoint.folder / f"model.layers.{layer}.safetensors"
 
 
 def test_shards_are_ordinary_aligned_safetensors_in_the_models_names(checkpoint: Any, plain: Any, streamed: Any) -> None:
@@ -135,7 +136,7 @@ def test_after_an_exception_in_a_layer_nothing_stays(
     with pytest.raises(error):
         model.generate(ids, **GREEDY)
     assert loaded(model) == []
-    assert model._assembly.streamer.held == ()
+    assert runtime_of(model).transfer.held == ()
     handle.remove()
     assert torch.equal(model.generate(ids, **GREEDY), plain(checkpoint("llama")).generate(ids, **GREEDY))
 
@@ -155,7 +156,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_loaded(checkpoint: Any, plain: Any,
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
         assert loaded(model) == []
-        assert model._assembly.streamer.held == ()
+        assert runtime_of(model).transfer.held == ()
     assert interrupted > 5
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
@@ -284,7 +285,7 @@ def test_loading_in_inference_mode(checkpoint: Any, plain: Any, streamed: Any, i
     expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
     with torch.inference_mode():
         model = streamed(checkpoint("llama"))
-        assert not model._assembly.streamer._ring.view(0, 1).is_inference()
+        assert not runtime_of(model).ring.view(0, 1).is_inference()
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
@@ -313,7 +314,7 @@ def test_close_ends_threads_and_frees_weights(checkpoint: Any, ids: torch.Tensor
     with AutoModel.from_pretrained(checkpoint("llama"), device="cpu", max_memory=budget) as model:
         model.generate(ids, **GREEDY)
         assert any(thread.name == "rabbit-reader" for thread in threading.enumerate())
-        ring = weakref.ref(model._assembly.streamer._ring._memory)
+        ring = weakref.ref(runtime_of(model).ring._memory)
     assert set(threading.enumerate()) == before
     gc.collect()
     assert ring() is None

@@ -18,6 +18,7 @@ from rabbit_engine import errors
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.diagnostics.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.diagnostics.plotting import plot_trace
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
@@ -101,7 +102,7 @@ def test_the_profile_counts_by_unit(checkpoint: Any, streamed: Any, ids: torch.T
     model = streamed(checkpoint("llama"), profiling_mode=True)
     for _ in range(3):
         model(ids)
-    model._assembly.streamer.wait_until_idle()
+    runtime_of(model).transfer.wait_until_idle()
     profile = model.profile
     assert profile.passes == 3
     for name in model.plan.streamed:
@@ -113,7 +114,7 @@ def test_the_profile_counts_by_unit(checkpoint: Any, streamed: Any, ids: torch.T
     assert 0 < profile.read_s <= sum(unit.read_s for unit in profile.units.values()) + 0.05  # what overlaps counts once
     assert profile.rows()[0][1].startswith("3, ")
     assert str(profile).splitlines()[0] == f"passes  {profile.rows()[0][1]}"
-    lanes = {span.lane.split()[0] for span in model._assembly.trace.spans()}
+    lanes = {span.lane.split()[0] for span in runtime_of(model).trace.spans()}
     assert lanes >= {"disk", "compute", "wait"}
 
 

@@ -17,6 +17,7 @@ from rabbit_engine import AutoModel, errors
 from rabbit_engine.config import DEFAULT_CUT, Cut, StreamConfig
 from rabbit_engine.diagnostics.benchmark import make_checkpoint
 from rabbit_engine.model.assembly import assemble
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.partition import unread_entries
 from rabbit_engine.planning.placement import place_in
 from rabbit_engine.planning.tiers import Tier
@@ -78,7 +79,7 @@ def test_a_fine_cut_streams_modules_and_blocks(checkpoint: Any, streamed: Any, i
     assert "model.layers.1.mlp.up_proj" in model.plan.streamed
     assert "model.layers.1" in model.plan.resident  # its two norms
     assert sum(name.startswith("lm_head[") for name in model.plan.streamed) > 3
-    largest = max(unit.nbytes for unit in model._assembly.streamer.units)
+    largest = max(unit.nbytes for unit in runtime_of(model).transfer.units)
     assert model.plan.ring_bytes == 2 * largest < model.plan.weights_bytes / 5
     model.generate(ids, **GREEDY)
     assert model.profile.loads == 8 * len(model.plan.streamed)
@@ -86,7 +87,7 @@ def test_a_fine_cut_streams_modules_and_blocks(checkpoint: Any, streamed: Any, i
 
 def test_bytes_a_pass_are_exactly_the_plans(checkpoint: Any, streamed: Any, ids: torch.Tensor, cut: Cut) -> None:
     model = streamed(checkpoint("mistral"))
-    streamer = model._assembly.streamer
+    streamer = runtime_of(model).transfer
     with torch.no_grad():
         model(ids)
         streamer.wait_until_idle()
@@ -132,7 +133,7 @@ def test_a_schedule_left_early_is_right_afterwards(checkpoint: Any, plain: Any, 
             with pytest.raises(KeyError, match="early"):
                 model(ids)
             handle.remove()
-            assert model._assembly.streamer.held == ()
+            assert runtime_of(model).transfer.held == ()
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=ROW_BLOCK_BOUND)
 
 
@@ -144,7 +145,7 @@ def test_a_target_and_an_assistant_side_by_side_waste_nothing(
     got = target.generate(ids, assistant_model=assistant, **{**GREEDY, "max_new_tokens": 30})
     assert torch.equal(got, expected)
     for model in (target, assistant):
-        model._assembly.streamer.wait_until_idle()
+        runtime_of(model).transfer.wait_until_idle()
         needed = model.profile.passes * model.plan.pass_bytes
         assert needed <= model.profile.bytes_read <= 1.01 * needed + model.plan.ring_bytes
 

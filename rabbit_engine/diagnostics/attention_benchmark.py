@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import Span, Trace
 from rabbit_engine.streaming.telemetry.trace import busy_seconds
 from rabbit_engine.transformers_bridge.attention import AttentionFunction, wrapped_attention
@@ -50,11 +51,11 @@ def sample_passes(model: Any, step: Callable[[], None], passes: int) -> PassSamp
 
     Recording costs a few microseconds a layer.
     """
-    trace = model._assembly.trace
+    trace = runtime_of(model).trace
     trace.clear()
     trace.on = True
     try:
-        with traced_attention(trace, model._assembly.device), trace.span("pass", "all"):
+        with traced_attention(trace, runtime_of(model).device), trace.span("pass", "all"):
             for _ in range(passes):
                 step()
     finally:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine.model.auto import AutoModel
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import Span, busy_share
 from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Unit
@@ -161,11 +162,11 @@ def _can_go_back(cache: Any) -> bool:
 
 def ring_step(model: Any) -> Lane:
     """One pass's units through the ring: asked for and let go, nothing computed."""
-    streamer = model._assembly.streamer
+    streamer = runtime_of(model).transfer
     names = [unit.name for unit in streamer.units]
 
     def step() -> None:
-        with model._assembly.binding.root_pass():
+        with runtime_of(model).binding.root_pass():
             for name in names:
                 streamer.acquire(name)
                 streamer.release(name)
@@ -177,7 +178,7 @@ def _settled(model: Any, lane: Lane) -> Lane:
     """The lane, begun when the model reads nothing ahead any more."""
 
     def run() -> None:
-        model._assembly.streamer.wait_until_idle()
+        runtime_of(model).transfer.wait_until_idle()
         lane()
 
     return run
@@ -190,7 +191,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
     the same bytes, in the same order, and computes nothing.
     """
     with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
-        streamer, trace = model._assembly.streamer, model._assembly.trace
+        streamer, trace = runtime_of(model).transfer, runtime_of(model).trace
         trace.on = False
         chunks = [chunk for unit in (*streamer.units, *_uncached(model)) for chunk in unit.chunks()]
         step = decode_step(model)
@@ -215,7 +216,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
 
 def _uncached(model: Any) -> list[Unit]:
     """As many experts of each layer as the same token, again and again, reads each time."""
-    experts = model._assembly.partition.experts
+    experts = runtime_of(model).partition.experts
     return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
 
 
@@ -249,10 +250,10 @@ def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **ke
             step = decode_step(model)
             for _ in range(2):  # the first teaches the order
                 step()
-            model._assembly.streamer.wait_until_idle()
+            runtime_of(model).transfer.wait_until_idle()
             before = model.profile.bytes_read
             found = interleaved({DECODE: step}, steps, 1, lambda: None)[DECODE]
-            model._assembly.streamer.wait_until_idle()
+            runtime_of(model).transfer.wait_until_idle()
             read = (model.profile.bytes_read - before) // (2 * steps)
             conditions = {"budget": budget, "plan_pass_bytes": model.plan.pass_bytes, **_conditions(1)}
             records.append(_record(f"{format_bytes(budget)} for weights", found, read, conditions))
@@ -286,7 +287,7 @@ def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, round
         AutoModel.from_pretrained(folder, device="cpu", max_memory=budget) as streamed,
         AutoModel.from_pretrained(folder, device="cpu", max_memory=budget, prefetching=False) as unhurried,
     ):
-        chunks = [chunk for unit in streamed._assembly.streamer.units for chunk in unit.chunks()]
+        chunks = [chunk for unit in runtime_of(streamed).transfer.units for chunk in unit.chunks()]
         moved = streamed.plan.pass_bytes
         lanes = {
             DISK: _settled(streamed, direct_reads(chunks)),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rabbit_engine.errors import CannotLoadStateError, WeightNotLoadedError
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import ExpertsAway, Placeholder, adapts_routed
 
 _WHOLE = "give max_memory room for the whole model"
@@ -43,7 +44,7 @@ def _what_is_wrong(model: Any, away: list[tuple[nn.Module, str, Placeholder]], i
         return f"the adapter brings {changed[0]} with other values than the checkpoint's, and that weight is streamed: {_WHOLE}"
     if adapts_routed(model):
         return f"the adapter changes experts: {ExpertsAway.advice}"
-    family, lost = model._prepared.architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
+    family, lost = runtime_of(model).architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
     if family is not None and lost:
         return (
             f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(model).__name__} has under "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, refuse_beyond
 from rabbit_engine.streaming import fiber_on
 
@@ -15,16 +15,16 @@ _USUAL_LENGTH = 20
 """Tokens of prompt and answer where nobody says how many, as in transformers."""
 
 
-def refuse_what_cannot_fit(assembly: Assembly, prompt: Any, given: Mapping[str, Any], config: Any) -> None:
+def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, Any], config: Any) -> None:
     """Raise PromptTooLongError where `generate` for `prompt` ([sequences, tokens], or embeddings) takes more than is free.
 
     `given` are its keywords, `config` the generation config that holds where they say nothing. A session's requests were
     admitted already.
     """
-    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(assembly.binding) is not None:
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(runtime.binding) is not None:
         return
     demand = demand_of(prompt, given, config)
-    refuse_beyond(assembly.partition.probe, demand, assembly.free_bytes, str(assembly.device))
+    refuse_beyond(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device))
 
 
 def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> Demand:

@@ -28,6 +28,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.model.adapters import load_checked
 from rabbit_engine.model.admission import refuse_what_cannot_fit
 from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer
@@ -105,7 +106,7 @@ class StreamingMixin:
             kwargs["tokenizer"] = self.tokenizer
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
-        refuse_what_cannot_fit(self._assembly, prompt, kwargs, config)
+        refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError, RabbitError, SessionClosedError
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server.answering import Answering
 from rabbit_engine.server.body import LARGE_BODY_BYTES, Incoming, parse_object, read_body
 from rabbit_engine.server.errors import RequestError, as_request_error
@@ -151,7 +152,8 @@ class _Service:
         self._lanes = Lanes(session)
         self.ending = asyncio.Event()
         self._large = asyncio.Semaphore(1)
-        self._answering = Answering(session, name, find_embedder(session.model), self._metrics, self.ending)
+        embedder = find_embedder(runtime_of(session.model).checkpoint.repo.folder)
+        self._answering = Answering(session, name, embedder, self._metrics, self.ending)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -187,7 +189,7 @@ class _Service:
 
     async def health(self) -> JSONResponse:
         """Whether it can answer."""
-        closed = self._session.model._assembly.streamer.closed
+        closed = runtime_of(self._session.model).transfer.closed
         body = {"status": "closed" if closed else "ok", "model": self._name, "running": self._session.running}
         return JSONResponse({**body, "waiting": self._session.waiting}, 503 if closed else 200)
 

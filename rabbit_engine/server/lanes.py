@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.sessions import Session
 
 MOST_SECONDS = 60.0
@@ -21,7 +22,7 @@ class Lanes:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._trace = session.model._assembly.trace
+        self._trace = runtime_of(session.model).trace
         self._own = not self._trace.on  # a trace that was on already belongs to somebody else
         self._lock = threading.Lock()
         self._looked_s = 0.0

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClosedError
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_products
@@ -46,7 +47,7 @@ class Engine:
     def __init__(self, model: Any, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
         self._model, self._room = model, room
         self._most, self._queue = most, queue
-        binding = model._assembly.binding
+        binding = runtime_of(model).binding
         self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -63,11 +64,11 @@ class Engine:
     @property
     def forked(self) -> bool:
         """Whether this process was forked after the model was loaded: the thread did not follow, a lock may be held for ever."""
-        return bool(self._model._assembly.streamer.forked)
+        return bool(runtime_of(self._model).transfer.forked)
 
     def require_process(self) -> None:
         """Raise ModelClosedError in a forked child."""
-        self._model._assembly.streamer.require_process()
+        runtime_of(self._model).transfer.require_process()
 
     def require_other_thread(self) -> None:
         """Raise ConfigurationError in the thread that serves: it cannot wait for what it is to do itself."""

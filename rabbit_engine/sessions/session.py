@@ -17,6 +17,7 @@ import torch
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Answer, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
@@ -141,19 +142,17 @@ class Session:
         overflow: Overflow = "refuse",
         exact: bool = True,
     ) -> None:
-        if not hasattr(model, "_assembly"):
-            raise ConfigurationError("a Session is for a model of rabbit_engine: load it with rabbit_engine.AutoModel")
+        runtime = runtime_of(model)
         if overflow not in ("refuse", "truncate"):
             raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
         if not all(isinstance(count, int) for count in (max_requests, max_queue, max_new_tokens)):
             raise ConfigurationError("max_requests, max_queue and max_new_tokens are whole numbers")
         if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
             raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
-        model._assembly.streamer.require_open()
+        runtime.transfer.require_open()
         self.model = model
         self._overflow = overflow
         self._told: set[str] = set()
-        probe = model._assembly.partition.probe
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
             logger.warning("%s keeps %s in its modules: its answers are given one at a time", type(model).__name__, why)
@@ -161,7 +160,7 @@ class Session:
         self.most_requests = max_requests + max_queue
         """As many may be under way and wait at a time."""
 
-        self._room = measure_room(model._assembly.free_bytes(), probe, _positions(model))
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model))
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
@@ -488,5 +487,5 @@ def _own(failure: BaseException) -> BaseException:
 
 def _positions(model: Any) -> int | None:
     """How many positions the model was made for, or computes right."""
-    found = (stated_positions(model.config), model._prepared.architecture.positions)
+    found = (stated_positions(model.config), runtime_of(model).architecture.positions)
     return min((limit for limit in found if limit), default=None)

@@ -40,21 +40,21 @@ class Embedder:
         return functional.normalize(vector, dim=0) if self.normalizes else vector
 
 
-def find_embedder(model: Any) -> Embedder | None:
-    """How the checkpoint embeds; None where it does not say that it does.
+def find_embedder(folder: Path) -> Embedder | None:
+    """How the checkpoint in `folder` embeds; None where it does not say that it does.
 
     Raises ConfigurationError for a way unknown here, DamagedCheckpointError for files that cannot be read.
     """
-    path = Path(model._prepared.repo.folder) / "modules.json"
+    path = folder / "modules.json"
     if not path.is_file():
         return None
     with _parsed(path) as listed:
         steps = {step.text("type").rpartition(".")[2]: step for step in Fields({"steps": listed}).rows("steps")}
-        folder = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
+        part = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
     unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ConfigurationError(f"{path} embeds in steps that are unknown here: {', '.join(sorted(unknown))}")
-    return Embedder(_find_pooling(path.parent / folder / "config.json"), "Normalize" in steps) if steps else None
+    return Embedder(_find_pooling(folder / part / "config.json"), "Normalize" in steps) if steps else None
 
 
 def _find_pooling(path: Path) -> str:

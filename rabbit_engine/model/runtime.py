@@ -1,0 +1,84 @@
+"""The running parts of a streamed model behind one typed face: what sessions, servers and benchmarks work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rabbit_engine.architectures import Architecture
+from rabbit_engine.checkpoints.prepare import Prepared
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.planning.partition import Partition
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.streaming import Binding, Ring, Streamer, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A streamed model's parts: `checkpoint` is where it comes from (class, dtype, files), `assembly` what runs it."""
+
+    checkpoint: Prepared
+    assembly: Assembly
+
+    @property
+    def architecture(self) -> Architecture:
+        """The class, its config, and what is known of its family."""
+        return self.checkpoint.architecture
+
+    @property
+    def plan(self) -> Plan:
+        """Which tier keeps each unit, and what a pass costs."""
+        return self.assembly.plan
+
+    @property
+    def partition(self) -> Partition:
+        """The model cut into units, and the probe of what a text takes."""
+        return self.assembly.partition
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.assembly.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the computation."""
+        return self.checkpoint.dtype
+
+    @property
+    def transfer(self) -> Streamer:
+        """What moves units: its threads, its queue, its counts."""
+        return self.assembly.streamer
+
+    @property
+    def ring(self) -> Ring:
+        """The memory on the device that weights stay in and pass through."""
+        return self.assembly.ring
+
+    @property
+    def binding(self) -> Binding:
+        """The forwards that ask for units, and the pass that runs now."""
+        return self.assembly.binding
+
+    @property
+    def trace(self) -> Trace:
+        """Spans of reads, copies and computation."""
+        return self.assembly.trace
+
+    def free_bytes(self) -> int:
+        """What caches and activations may take now."""
+        return self.assembly.free_bytes()
+
+    def close(self) -> None:
+        """End the reading and free the weights' memory. Safe to call again."""
+        self.assembly.close()
+
+
+def runtime_of(model: object) -> Runtime:
+    """What runs `model`, also where PEFT wraps it. Raises ConfigurationError for one that rabbit_engine did not load."""
+    assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_prepared", None)
+    if not isinstance(assembly, Assembly) or checkpoint is None:
+        raise ConfigurationError(f"{type(model).__name__} is no model of rabbit_engine: load it with rabbit_engine.AutoModel")
+    return Runtime(checkpoint, assembly)
