@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.architectures import Architecture
-from rabbit_engine.checkpoints.prepare import Prepared
+from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.partition import Partition
@@ -19,7 +19,7 @@ from rabbit_engine.streaming import Binding, Ring, Streamer, Trace
 class Runtime:
     """A streamed model's parts: `checkpoint` is where it comes from (class, dtype, files), `assembly` what runs it."""
 
-    checkpoint: Prepared
+    checkpoint: Streamable
     assembly: Assembly
 
     @property
