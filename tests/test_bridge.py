@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssForCausalLM,
@@ -29,17 +36,25 @@ from transformers import (
 from transformers.integrations.moe import use_experts_implementation
 
 from rabbit_engine.transformers_bridge import (
+    adapters,
     attention,
+    auto_classes,
     building,
     experts,
+    faults,
     forwards,
+    generation,
     gguf,
     loading,
     progress,
     quantizers,
+    remote_code,
+    rotary,
     tied_weights,
+    tokenization,
     weight_transforms,
 )
+from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -410,3 +425,247 @@ def test_an_expert_without_a_gate_is_activated_alone(rows: int) -> None:
     if "has_post_expert_norm" in flags:
         module = use_experts_implementation(Experts, has_gate=False, has_post_expert_norm=True)(MixtralConfig())
         assert experts.finished(module, up).equal(module.post_expert_norm(up))
+
+
+# auto classes
+
+
+def test_an_auto_class_has_classes_for_a_config_and_their_names() -> None:
+    config = LlamaConfig(**SIZES)
+    assert auto_classes.classes_for(AutoModelForCausalLM, config) == [LlamaForCausalLM]
+    assert auto_classes.classes_for(AutoModelForImageTextToText, config) == []
+    assert {"LlamaForCausalLM", "GPT2LMHeadModel"} <= set(auto_classes.class_names(AutoModelForCausalLM))
+    assert {"LlamaForSequenceClassification"} <= set(auto_classes.class_names(transformers.AutoModelForSequenceClassification))
+
+
+def test_every_auto_class_of_models_is_listed() -> None:
+    found = auto_classes.auto_model_classes()
+    assert {transformers.AutoModel, AutoModelForCausalLM, transformers.AutoModelForMaskedLM} <= set(found)
+    names = [name for auto in found for name in auto_classes.class_names(auto)]
+    assert len(names) > 500
+    assert all(isinstance(name, str) for name in names)
+
+
+# remote code
+
+CODE = """
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = LlamaConfig
+    _supports_cache_class = True
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        raise ValueError("not for this version")
+"""
+
+
+def test_a_class_of_a_repositorys_code_is_imported_and_generates(tmp_path: Path) -> None:
+    (tmp_path / "modeling_own.py").write_text(CODE)
+    found = remote_code.import_class("modeling_own.OwnForCausalLM", tmp_path)
+    cls = remote_code.as_generating_class(found)
+    assert (remote_code.is_remote(found), remote_code.is_remote(cls), remote_code.is_remote(LlamaForCausalLM)) == (
+        True,
+        True,
+        False,
+    )
+    assert issubclass(cls, GenerationMixin)
+    assert remote_code.says_it_takes_cache_objects(cls)
+    with pytest.raises(ValueError, match="not for this version") as caught:
+        cls(LlamaConfig(**SIZES)).prepare_inputs_for_generation(IDS)
+    assert remote_code.came_through_remote_code(caught.value)
+    with pytest.raises(ValueError, match="max_new_tokens") as caught:
+        llama().generate(IDS, max_new_tokens=-1)
+    assert not remote_code.came_through_remote_code(caught.value)
+
+
+# generation
+
+
+def test_a_folders_generation_config_becomes_the_models(tmp_path: Path) -> None:
+    GenerationConfig(temperature=0.25, do_sample=True, eos_token_id=[7, 9]).save_pretrained(tmp_path)
+    model = llama()
+    generation.read_generation_config(model, tmp_path)
+    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.25, [7, 9])
+
+
+def test_a_folder_without_one_gives_what_its_config_says(tmp_path: Path) -> None:
+    LlamaConfig(**SIZES, eos_token_id=11).save_pretrained(tmp_path)
+    model = llama()
+    generation.read_generation_config(model, tmp_path)
+    assert model.generation_config.eos_token_id == 11
+
+
+def test_a_class_that_makes_its_own_cache_gets_none() -> None:
+    given: list[Any] = []
+
+    @generation.without_cache_objects
+    class Own(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            given.append(kwargs.get(forwards.cache_keyword(LlamaForCausalLM.forward) or ""))
+            return super().forward(*args, **kwargs)
+
+    Own(LlamaConfig(**SIZES)).eval().generate(IDS, max_new_tokens=1, pad_token_id=0)
+    assert given == [None]
+
+
+def test_settings_that_generate_refuses_are_told_from_errors_of_the_model() -> None:
+    for settings in ({"max_new_tokens": -1}, {"num_beams": 1, "num_return_sequences": 2, "do_sample": False}):
+        with pytest.raises(ValueError, match=r"max_new_tokens|num_return_sequences") as caught:
+            llama().generate(IDS, **settings)
+        assert generation.refused_by_generate(caught.value)
+    model = llama()
+    model.model.layers[0].forward = lambda *_, **__: int("no number")
+    with pytest.raises(ValueError, match="no number") as caught:
+        model.generate(IDS, max_new_tokens=1)
+    assert not generation.refused_by_generate(caught.value)
+
+
+# adapters
+
+
+def test_an_adapter_leaves_without_a_trace(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    assert adapters.can_load_adapters()
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(tmp_path)
+    model = llama()
+    expected = model(IDS).logits
+    for name in ("one", "two"):
+        model.load_adapter(str(tmp_path), adapter_name=name)
+    adapted = model(IDS).logits
+    assert not adapted.equal(expected)
+    adapters.remove_adapter(model, "one")
+    assert list(model.peft_config) == ["two"]
+    adapters.remove_adapter(model, "two")
+    assert model(IDS).logits.equal(expected)
+    model.load_adapter(str(tmp_path), adapter_name="one")
+    assert model(IDS).logits.equal(adapted)
+
+
+# rotary
+
+
+def test_frequencies_stand_still_for_a_while() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = llama(rope_parameters=rope, max_position_embeddings=4)
+    module, states = model.model.rotary_emb, torch.zeros(1, 1, 16)
+    near, far = torch.tensor([[3]]), torch.tensor([[3, 40]])
+    expected = module(states, near)[0]
+    with rotary.fixed_frequencies(model):
+        assert module(states, far)[0][:, :1].equal(expected)
+        model.to("meta")(IDS.to("meta"))
+    assert module.rope_type == "dynamic"
+    moved = llama(rope_parameters=rope, max_position_embeddings=4).model.rotary_emb
+    assert not moved(states, far)[0][:, :1].equal(expected)
+
+
+# llama
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mask_of_ones_own_is_what_a_llama_attends_by(implementation: str) -> None:
+    """With the causal mask written out it is Llama, cache and padding included."""
+    seen_and_keys: list[tuple[int, int]] = []
+
+    class Causal(MaskedLlamaAttention):
+        def mask(self, mask: Any, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
+            seen_and_keys.append((seen, keys))
+            queries = states.shape[1]
+            allowed = torch.arange(keys)[None] <= torch.arange(seen, seen + queries)[:, None]
+            if mask is not None:
+                allowed = allowed & (mask if mask.dtype == torch.bool else mask == 0)
+            return torch.zeros(1, 1, queries, keys).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+    model, own = llama(attn_implementation=implementation), llama(attn_implementation=implementation)
+    for index, layer in enumerate(own.model.layers):
+        layer.self_attn = Causal(own.config, index)
+    own.load_state_dict(model.state_dict())
+    own.eval()
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    steps = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    scores = {"output_logits": True, "return_dict_in_generate": True}
+    expected, found = (each.generate(IDS.repeat(2, 1), **steps, **scores) for each in (model, own))
+    assert found.sequences.equal(expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+    assert seen_and_keys == [(0, 3)] * 2 + [(3, 4)] * 2 + [(4, 5)] * 2
+
+
+# tokenization
+
+
+def test_a_text_is_cut_at_the_longest_of_the_words() -> None:
+    parts = tokenization.split_at(["<a>", "<a><b>", "x"], "<a><b>y<a>xz")
+    assert parts == ["<a><b>", "y", "<a>", "x", "z"] or parts == ["", "<a><b>", "y", "<a>", "x", "z"]
+    assert "".join(parts) == "<a><b>y<a>xz"
+
+
+class Upper(tokenization.RustTokenizer):
+    def prepared(self, text: Any) -> Any:
+        return [part.upper() for part in text] if isinstance(text, list) else text and text.upper()
+
+    def decoded(self, token_ids: list[int], *, skip_special_tokens: bool, **kwargs: Any) -> str:
+        return f"{token_ids} {skip_special_tokens} {sorted(kwargs)}"
+
+
+def test_a_rust_tokenizer_prepares_texts_and_decodes_as_it_says() -> None:
+    words = Tokenizer(WordLevel({"A": 0, "B": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = Upper(tokenizer_object=words)
+    assert tokenizer("a b")["input_ids"] == [0, 1]
+    assert tokenizer("a", "b")["input_ids"] == [0, 1]
+    assert tokenizer(["a", "b c"])["input_ids"] == [[0], [1, 2]]
+    assert tokenizer.decode(torch.tensor([1, 0])) == "[1, 0] False []"
+    assert tokenizer.decode(1, skip_special_tokens=True, spaces_between_special_tokens=False) == (
+        "[1] True ['spaces_between_special_tokens']"
+    )
+    assert [text.split(" False")[0] for text in tokenizer.batch_decode([[0], [1, 2]])] == ["[0]", "[1, 2]"]
+    assert isinstance(tokenizer.backend_tokenizer, Tokenizer)
+
+
+class Letters(tokenization.PythonTokenizer):
+    vocab_size = 26
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + index): index for index in range(26)}
+
+    def pieces_of(self, text: str) -> list[str]:
+        return list(text)
+
+    def id_of(self, piece: str) -> int:
+        return ord(piece) - 97
+
+    def piece_of(self, index: int) -> str:
+        return chr(97 + index)
+
+    def decoded(self, token_ids: list[int], *, skip_special_tokens: bool, **_: Any) -> str:
+        return "-".join(map(self.piece_of, token_ids))
+
+
+def test_a_python_tokenizer_is_its_pieces_and_their_ids() -> None:
+    tokenizer = Letters()
+    assert tokenizer("abz")["input_ids"] == [0, 1, 25]
+    assert tokenizer.tokenize("ab") == ["a", "b"]
+    assert (tokenizer.convert_tokens_to_ids(["c"]), tokenizer.convert_ids_to_tokens([2])) == ([2], ["c"])
+    assert (tokenizer.decode([0, 1]), tokenizer.decode(2), tokenizer.batch_decode([[0], [1]])) == ("a-b", "c", ["a", "b"])
+
+
+# faults
+
+
+def test_an_output_of_llama_4s_text_model_can_be_asked_for_images() -> None:
+    sizes = {
+        **SIZES,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size_mlp": 24,
+        "num_local_experts": 2,
+        "pad_token_id": 0,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 28}
+    vision |= {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    config = transformers.Llama4Config(text_config={**sizes, "pad_token_id": 0}, vision_config=vision)
+    model = building.build_without_weights(transformers.Llama4ForConditionalGeneration, config, torch.float32)
+    faults.mend_faults(model)
+    output = model.language_model(IDS.to("meta"))
+    assert output.image_outputs is None
+    assert output.logits.shape == (1, 3, 32)

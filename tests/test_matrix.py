@@ -13,11 +13,12 @@ import torch
 from families import IMAGE_TEXT
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, HeliumConfig, HeliumForCausalLM
 
-from rabbit_engine.architectures import KNOWN, mend_faults
+from rabbit_engine.architectures import KNOWN
 from rabbit_engine.checkpoints.shards import read_entries, verify_shard
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.tensorfiles import read_tensor
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
+from rabbit_engine.transformers_bridge.faults import mend_faults
 
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 Record = Callable[..., None]

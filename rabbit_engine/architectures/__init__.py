@@ -13,14 +13,13 @@ from rabbit_engine.architectures.conversion import (
     open_gguf_conversion,
     warn_of_unused,
 )
-from rabbit_engine.architectures.faults import mend_faults
 from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
 from rabbit_engine.architectures.record import Proof, Record, read_record
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
-from rabbit_engine.architectures.remote import explain_failures, is_remote, keeps_tuples
+from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
 from rabbit_engine.architectures.wishes import Wishes, read_given_config
 
 __all__ = [
@@ -47,9 +46,7 @@ __all__ = [
     "find_layout",
     "gguf_dtype",
     "initialize",
-    "is_remote",
     "keeps_tuples",
-    "mend_faults",
     "open_conversion",
     "open_gguf_conversion",
     "read_given_config",

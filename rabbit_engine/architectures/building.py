@@ -10,10 +10,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.blame import blame_for_model
-from rabbit_engine.architectures.faults import mend_faults
-from rabbit_engine.architectures.remote import is_remote, misfit, rename_caches, written_for
+from rabbit_engine.architectures.remote import misfit, rename_caches, written_for
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
 from rabbit_engine.transformers_bridge.building import build_without_weights, initialize_the_rest
+from rabbit_engine.transformers_bridge.faults import mend_faults
+from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
 def build_skeleton(

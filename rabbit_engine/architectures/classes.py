@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
 from rabbit_engine.architectures.blame import blame_for_config
@@ -29,6 +27,7 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
+from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
 from rabbit_engine.utils.keywords import refuse_unknown
 
@@ -189,12 +188,11 @@ def _find_class(config: PretrainedConfig, folder: Path, wishes: Wishes) -> type[
 def _remote_class(reference: str, folder: Path, config: PretrainedConfig, code_revision: str | None) -> type[PreTrainedModel]:
     repo, _, name = reference.rpartition("--")
     try:
-        found: Any = get_class_from_dynamic_module(name, repo or str(folder), code_revision=code_revision)
+        found = import_class(name, repo or folder, code_revision)
     except ImportError as error:
         raise _import_failed(folder, config.to_dict(), None, error) from error
     except Exception as error:  # the repository's own code runs as it is imported
         raise misfit(written_for(config), "while it was imported", error) from error
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UnsupportedArchitectureError(f"{folder}: {name} is no model of transformers")
-    found.register_for_auto_class(auto_class=AutoModelForCausalLM)
-    return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
+    return as_generating_class(found)

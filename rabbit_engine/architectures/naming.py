@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
 
 from rabbit_engine.architectures.architecture import RawConfig
 from rabbit_engine.errors import DamagedCheckpointError, UnsupportedArchitectureError
+from rabbit_engine.transformers_bridge.auto_classes import AutoClass, auto_model_classes, class_names, classes_for
 
 GENERATING = (AutoModelForCausalLM, AutoModelForImageTextToText)
 """The auto classes whose models run here."""
@@ -78,7 +78,7 @@ def _reference(config: PretrainedConfig, auto_map: Mapping[str, str]) -> str | N
     for auto in GENERATING:
         if auto_map.get(auto.__name__):
             return auto_map[auto.__name__]
-        if type(config) in auto._model_mapping:
+        if classes_for(auto, config):
             return None
     return None
 
@@ -106,10 +106,9 @@ def _plain(name: str) -> str:
     return name.removeprefix(_WRAPPER).casefold()
 
 
-def _classes(config: PretrainedConfig, autos: tuple[Any, ...]) -> list[type[PreTrainedModel]]:
+def _classes(config: PretrainedConfig, autos: tuple[AutoClass, ...]) -> list[type[PreTrainedModel]]:
     """The classes that the auto classes have for this config."""
-    found = [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
-    return [cls for item in found for cls in (item if isinstance(item, (list, tuple)) else (item,))]
+    return [cls for auto in autos for cls in classes_for(auto, config)]
 
 
 def _refusal(config: PretrainedConfig, folder: Path, named: tuple[str, ...], generating: list[type[PreTrainedModel]]) -> str:
@@ -139,9 +138,9 @@ def _own_code(config: PretrainedConfig) -> str:
     return "; it brings its own code: read it, then give trust_remote_code=True" if getattr(config, "auto_map", None) else ""
 
 
-def _auto_class(name: str) -> Any:
+def _auto_class(name: str) -> AutoClass | None:
     """The auto class whose models include class `name`, else the one its name ends like; None where it says nothing."""
-    autos = [getattr(transformers, auto) for auto in dir(transformers) if auto.startswith("AutoModel")]
+    autos = auto_model_classes()
     listed = next((auto for auto in (*GENERATING, AutoModelForSeq2SeqLM, *autos) if _plain(name) in _names(auto)), None)
     if listed is None and "For" not in name:
         return AutoModel if name.endswith("Model") and not name.endswith(_HEADS_WITHOUT_FOR) else None
@@ -149,8 +148,6 @@ def _auto_class(name: str) -> Any:
     return listed or next((auto for ending, auto in endings.items() if name.endswith(ending)), None)
 
 
-def _names(auto: Any) -> set[str]:
+def _names(auto: AutoClass) -> set[str]:
     """The names of the classes that an auto class knows, in plain letters."""
-    found = getattr(auto, "_model_mapping", None)
-    names = found._model_mapping.values() if found is not None else ()
-    return {_plain(name) for item in names for name in ((item,) if isinstance(item, str) else item)}
+    return {_plain(name) for name in class_names(auto)}

@@ -14,17 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.errors import RabbitError, UnsupportedArchitectureError, first_line
 from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_keyword
-
-_MODULES = "transformers_modules"
-"""Where transformers puts the code of repositories."""
+from rabbit_engine.transformers_bridge.remote_code import came_through_remote_code, is_remote, says_it_takes_cache_objects
 
 MISFITS = (AttributeError, AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 """What code raises that meets another transformers than the one it was written for."""
-
-
-def is_remote(cls: type) -> bool:
-    """Whether a class comes from a repository's own code."""
-    return cls.__module__.startswith(_MODULES)
 
 
 def keeps_tuples(cls: type[PreTrainedModel]) -> bool:
@@ -32,7 +25,7 @@ def keeps_tuples(cls: type[PreTrainedModel]) -> bool:
 
     Such a class neither says that it takes a cache object nor mentions one in its code.
     """
-    if not is_remote(cls) or getattr(cls, "_supports_cache_class", False):
+    if not is_remote(cls) or says_it_takes_cache_objects(cls):
         return False
     return re.search(r"\b(\w+)?Cache\b", Path(inspect.getfile(cls)).read_text(encoding="utf-8", errors="replace")) is None
 
@@ -98,17 +91,8 @@ def _explained(method: Callable[..., Any], written: str | None) -> Callable[...,
         except RabbitError:
             raise
         except MISFITS as error:
-            if not _is_of_the_repository(error):
+            if not came_through_remote_code(error):
                 raise
             raise misfit(written, f"in {method.__name__}", error) from error
 
     return call
-
-
-def _is_of_the_repository(error: BaseException) -> bool:
-    """Whether the repository's code stands anywhere between the call and the error."""
-    trace, found = error.__traceback__, False
-    while trace is not None:
-        found = found or str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_MODULES)
-        trace = trace.tb_next
-    return found

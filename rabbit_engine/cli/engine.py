@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import plotting as plotting
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
+    from rabbit_engine.transformers_bridge import generation as generation
 
 _MODULES = {
     "architectures": "rabbit_engine.architectures",
@@ -37,6 +38,7 @@ _MODULES = {
     "disk_rate": "rabbit_engine.diagnostics.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",
     "forecast": "rabbit_engine.planning.forecast",
+    "generation": "rabbit_engine.transformers_bridge.generation",
     "listen": "rabbit_engine.server.listen",
     "model": "rabbit_engine.model",
     "pace": "rabbit_engine.diagnostics.pace",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from typing import Annotated, Any
 
 import typer
@@ -65,8 +64,7 @@ def _generate(model: Any, inputs: Any, **keywords: Any) -> Any:
     except RabbitError:
         raise
     except (ValueError, ImportError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not str(frame.f_globals.get("__name__")).startswith(("transformers.generation.", "transformers.cache_utils")):
+        if not engine.generation.refused_by_generate(error):
             raise
         raise ConfigurationError(
             f"generate refuses the settings of the command and of the checkpoint's generation_config.json ({first_line(error)}): "

@@ -10,6 +10,7 @@ from torch import nn
 from rabbit_engine.errors import CannotLoadStateError, WeightNotLoadedError
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import ExpertsAway, Placeholder, adapts_routed
+from rabbit_engine.transformers_bridge.adapters import remove_adapter
 
 _WHOLE = "give max_memory room for the whole model"
 _INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -33,7 +34,7 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
         ) from error
     wrong = _what_is_wrong(model, away, info)
     if wrong:
-        _remove(model, name)
+        remove_adapter(model, name)
         raise CannotLoadStateError(wrong)
     return info
 
@@ -69,16 +70,6 @@ def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
         if given is not None and not isinstance(given, Placeholder) and not weight.holds(given):
             changed.append(weight.weight_name)
     return changed
-
-
-def _remove(model: Any, name: str) -> None:
-    """As transformers' `delete_adapter`, which may ask for a newer peft than there is."""
-    from peft.functional import delete_adapter
-
-    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
-    if not model.peft_config:
-        del model.peft_config
-        model._hf_peft_config_loaded = False
 
 
 def _kind_of(source: Any, given: Mapping[str, Any]) -> str:

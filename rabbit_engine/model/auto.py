@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils.import_utils import is_peft_available
 
 from rabbit_engine.architectures import (
     Architecture,
@@ -38,7 +37,9 @@ from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Streamer
+from rabbit_engine.transformers_bridge.adapters import can_load_adapters
 from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.generation import read_generation_config
 from rabbit_engine.utils.kernels import keep_few_kernels
 from rabbit_engine.utils.keywords import refuse_compression, take_keywords
 from rabbit_engine.utils.sizes import format_bytes, format_rate
@@ -247,7 +248,7 @@ def _load_own_adapter(model: Any) -> None:
     repo = model._prepared.repo
     if _ADAPTER not in repo.names:
         return
-    if not is_peft_available():
+    if not can_load_adapters():
         logger.warning("the adapter in %s is not applied: pip install peft", repo.folder)
         return
     try:
@@ -298,11 +299,7 @@ def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> No
     """That of the folder. Raises DamagedCheckpointError."""
     require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
     try:
-        model.adjust_generation_fn(
-            None, None, None, folder,
-            cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
-            subfolder="", trust_remote_code=source.trust_remote_code,
-        )  # fmt: skip
+        read_generation_config(model, folder, trust_remote_code=source.trust_remote_code)
         _drop_empty(model.generation_config)
     except Exception as error:  # the code of a config class meets any value
         raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error

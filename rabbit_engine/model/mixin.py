@@ -33,6 +33,7 @@ from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.generation import without_cache_objects
 
 
 class StreamingMixin:
@@ -292,5 +293,5 @@ def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     A class of a repository that keeps its cache in tuples makes it itself: `generate` gives it none.
     """
-    makes_its_cache = {"_supports_default_dynamic_cache": classmethod(lambda _: False)} if keeps_tuples(cls) else {}
-    return type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__, **makes_its_cache})
+    made = type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__})
+    return without_cache_objects(made) if keeps_tuples(cls) else made

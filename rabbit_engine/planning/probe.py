@@ -35,6 +35,7 @@ from rabbit_engine.transformers_bridge.experts import (
     register_experts_function,
 )
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
+from rabbit_engine.transformers_bridge.rotary import fixed_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
         with (
             torch.no_grad(),
             _unchanged(model),
+            fixed_frequencies(model),
             _chosen_kernels(model),
             _watched(leaves, watch),
             torch.device("meta"),
@@ -302,16 +304,9 @@ class _Answers(TorchFunctionMode):
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
     """What forwards keep in their modules is put back: a rotary embedding's frequencies, which would be without values, and
-    the hooks by which transformers captures outputs.
-
-    Rotary embeddings that look at positions, which have no values here, stand still meanwhile.
-    """
+    the hooks by which transformers captures outputs."""
     before = {module: (dict(vars(module)), _tables(module)) for module in model.modules()}
     try:
-        for module in before:
-            kind = getattr(module, "rope_type", None)
-            if kind is not None:
-                vars(module)["rope_type"] = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
         yield
     finally:
         for module, (attributes, tables) in before.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rabbit_engine.architectures import Architecture, blame_for_model, build_skeleton, config_path, is_remote
+from rabbit_engine.architectures import Architecture, blame_for_model, build_skeleton, config_path
 from rabbit_engine.errors import UnsupportedArchitectureError
 from rabbit_engine.planning.probe import Probe, run_probe
+from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
 def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -15,6 +14,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
 from rabbit_engine.sessions.text import TextFlow
+from rabbit_engine.transformers_bridge.generation import refused_by_generate
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -88,7 +88,7 @@ class Answer(StoppingCriteria):
         except RabbitError:
             raise
         except ValueError as error:
-            if self._tokens or not _is_of_generate(error):
+            if self._tokens or not refused_by_generate(error):
                 raise
             raise ConfigurationError(
                 f"generate refuses these settings: {first_line(error)}; they are the request's and the checkpoint's "
@@ -155,12 +155,6 @@ class Answer(StoppingCriteria):
         strings = self._model.generation_config.stop_strings or ()
         told = self._model.tokenizer.decode(self._tokens) if strings else ""
         return self._tokens[-1] in self._ends or told.endswith((strings,) if isinstance(strings, str) else tuple(strings))
-
-
-def _is_of_generate(error: ValueError) -> bool:
-    """Whether `generate` itself raised it, and not the model."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("transformers.generation.")
 
 
 def add_to_checkpoint(model: Any, options: Options) -> dict[str, Any]:

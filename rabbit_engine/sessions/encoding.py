@@ -105,7 +105,7 @@ class Encoder:
     @contextmanager
     def _turn(self, tokenizer: Any) -> Iterator[None]:
         """A tokenizer of the Rust library serves many threads, but is set up by one; another kind serves one at a time."""
-        backend = getattr(tokenizer, "_tokenizer", None)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         with self._setting_up:
             if not isinstance(backend, Tokenizer):
                 yield
@@ -163,7 +163,7 @@ def read_token_lengths(tokenizer: Any) -> TokenLengths:
 
     Of other kinds it says nothing: a whole unknown word may be one token.
     """
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer) or not isinstance(backend.model, models.BPE):
         return TokenLengths()
     normalizer = json.loads(backend.normalizer.__getstate__())["type"] if backend.normalizer is not None else None

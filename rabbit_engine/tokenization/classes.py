@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizer, TokenizersBackend
-from transformers.tokenization_python import Trie
 
 from rabbit_engine.errors import CannotSaveError, ConfigurationError
 from rabbit_engine.tokenization.families import TokenizerFamily
 from rabbit_engine.tokenization.pieces import literals, open_processor
 from rabbit_engine.tokenization.spelling import SPELLINGS, Part, Speller
+from rabbit_engine.transformers_bridge.tokenization import PythonTokenizer, RustTokenizer, split_at
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +104,10 @@ class FamilyMixin:
         )
         return packed if return_dict else packed["input_ids"]
 
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *_: Any, **kwargs: Any) -> str:
+    def decoded(self, token_ids: list[int], *, skip_special_tokens: bool, **kwargs: Any) -> str:
         """As the family's own code decodes; `skip_special_tokens` leaves out every special token."""
         manner, texts, run = self._manner, list[str](), list[int]()
-        for index in [token_ids] if isinstance(token_ids, int) else token_ids:
+        for index in token_ids:
             name = manner.names.get(index)
             if name in manner.apart and not skip_special_tokens:
                 texts += [text for text in (self._spelled(run), name) if text]
@@ -169,11 +168,8 @@ def _guarded(value: Any, markup: re.Pattern[str], guard: str) -> Any:
     return value
 
 
-class FastTokenizer(FamilyMixin, TokenizersBackend):
+class FastTokenizer(FamilyMixin, RustTokenizer):
     """Over a `tokenizers.Tokenizer`: offsets, and one file when saved."""
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return super()._encode_plus(self._composed(text), self._composed(text_pair), *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """One that AutoTokenizer loads and that gives the same ids.
@@ -189,23 +185,23 @@ class FastTokenizer(FamilyMixin, TokenizersBackend):
         finally:
             self.chat_template = template
 
-    def _composed(self, text: Any) -> Any:
+    def prepared(self, text: Any) -> Any:
         """`text` in NFC by Python's tables where `tokenizers`' older ones give something else; else as it is, for the offsets."""
         if isinstance(text, (list, tuple)):
-            return type(text)(self._composed(item) for item in text)
+            return type(text)(self.prepared(item) for item in text)
         if not (self._manner.family.nfc and isinstance(text, str)) or text.isascii():
             return text
         composed = unicodedata.normalize("NFC", text)
         return text if composed == self.backend_tokenizer.normalizer.normalize_str(text) else composed
 
     def _text_ids(self, text: str) -> list[int]:
-        backend, text = self.backend_tokenizer, self._composed(text)
+        backend, text = self.backend_tokenizer, self.prepared(text)
         text = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
         splits = [text] if backend.pre_tokenizer is None else [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for split in splits for token in backend.model.tokenize(split)]
 
 
-class PieceTokenizer(FamilyMixin, PreTrainedTokenizer):
+class PieceTokenizer(FamilyMixin, PythonTokenizer):
     """Over sentencepiece itself, where `tokenizers` cannot do exactly the same: no offsets, and slower."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
@@ -236,38 +232,38 @@ class PieceTokenizer(FamilyMixin, PreTrainedTokenizer):
     def tokenize(self, text: str, *_: Any, **kwargs: Any) -> list[str]:
         """Tokens of `text`, with special tokens where they are parsed."""
         if kwargs.get("split_special_tokens", False):
-            return self._tokenize(text)
-        trie = Trie(*[list(self._parsed)])
-        parts = trie.split(text)
+            return self.pieces_of(text)
+        parts = split_at(self._parsed, text)
         for index, part in enumerate(parts):
             if part in self._parsed:
                 _settle(parts, index, self._parsed[part])
-        tokens = [[part] if part in self._parsed else self._tokenize(part) for part in parts if part]
+        tokens = [[part] if part in self._parsed else self.pieces_of(part) for part in parts if part]
         return [token for group in tokens for token in group]
 
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
+    def pieces_of(self, text: str) -> list[str]:
+        """A text without special tokens, in pieces."""
         return list(self._processor.encode(text, out_type=str))
 
     def _text_ids(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
 
-    def _convert_token_to_id(self, token: str) -> int:
-        return self._ids[token] if token in self._ids else int(self._processor.piece_to_id(token))
+    def id_of(self, piece: str) -> int:
+        """The id of a piece or special token."""
+        return self._ids[piece] if piece in self._ids else int(self._processor.piece_to_id(piece))
 
-    def _convert_id_to_token(self, index: int) -> str:
+    def piece_of(self, index: int) -> str:
+        """The piece or special token of an id."""
         return self._manner.names.get(index) or str(self._processor.id_to_piece(index))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Tokens as text."""
-        return self._decode([self._convert_token_to_id(token) for token in tokens])
+        return self.decoded([self.id_of(token) for token in tokens], skip_special_tokens=False)
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
         """One text or a pair with the special tokens around it."""
         texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
         layout = self._layouts[token_ids_1 is not None]
-        return [
-            index for name in layout for index in texts.get(name) or ([] if name in texts else [self._convert_token_to_id(name)])
-        ]
+        return [index for name in layout for index in texts.get(name) or ([] if name in texts else [self.id_of(name)])]
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Raises CannotSaveError: what loads it elsewhere would make other ids of it."""

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.transformers_bridge.attention import without_flash_attention
-from rabbit_engine.transformers_bridge.forwards import cache_keyword
-
-_CACHE = str(cache_keyword(LlamaAttention.forward))
+from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention
 
 
 class AlibiLlamaConfig(LlamaConfig):
@@ -57,34 +54,13 @@ def alibi_mask(
     return bias.masked_fill(~(key_at <= query_at if mask is None else mask), lowest)
 
 
-class AlibiAttention(LlamaAttention):
+class AlibiAttention(MaskedLlamaAttention):
     """Llama's attention with ALiBi's scores in its mask."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Llama's, whose layers hand everything over by keyword."""
-        queries = hidden_states.shape[1]
-        seen, keys = 0, queries
-        cache: Cache | None = kwargs.get(_CACHE)
-        if cache is not None:
-            seen = int(cache.get_seq_length(self.layer_idx))
-            keys = int(cache.get_mask_sizes(queries, self.layer_idx)[0])
-        mask = alibi_mask(
-            attention_mask,
-            self.config.num_attention_heads,
-            seen,
-            queries,
-            keys,
-            hidden_states.dtype,
-            hidden_states.device,
-        )
-        result: tuple[torch.Tensor, torch.Tensor] = super().forward(hidden_states, position_embeddings, mask, **kwargs)
-        return result
+    def mask(self, mask: torch.Tensor | None, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
+        """Those of `alibi_mask`."""
+        heads = self.config.num_attention_heads
+        return alibi_mask(mask, heads, seen, states.shape[1], keys, states.dtype, states.device)
 
 
 class NoRotation(nn.Module):

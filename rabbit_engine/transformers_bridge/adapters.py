@@ -1,0 +1,22 @@
+"""Adapters of PEFT, as transformers' models carry them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.import_utils import is_peft_available
+
+
+def can_load_adapters() -> bool:
+    """Whether peft is installed."""
+    return bool(is_peft_available())
+
+
+def remove_adapter(model: Any, name: str) -> None:
+    """Take an adapter out, and with the last one every trace. `delete_adapter` may ask for a newer peft than there is."""
+    from peft.functional import delete_adapter
+
+    delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False

@@ -1,0 +1,31 @@
+"""Which classes the auto classes of transformers have for a config, and by which names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+AutoClass = Any
+"""`transformers.AutoModel`, `AutoModelForCausalLM` and the like: they share no public base."""
+
+
+def auto_model_classes() -> list[AutoClass]:
+    """Every auto class of models that the installed transformers has."""
+    return [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
+
+
+def classes_for(auto: AutoClass, config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    """What `auto` builds of such a config, the default first; empty where it knows none."""
+    if type(config) not in auto._model_mapping:
+        return []
+    found = auto._model_mapping[type(config)]
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def class_names(auto: AutoClass) -> list[str]:
+    """The names of all classes that `auto` builds; none of them is imported for it."""
+    mapping = getattr(auto, "_model_mapping", None)  # an alias of a removed class may have none
+    named = mapping._model_mapping.values() if mapping is not None else ()
+    return [name for item in named for name in ((item,) if isinstance(item, str) else item)]
