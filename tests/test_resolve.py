@@ -15,6 +15,7 @@ import families
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -97,6 +98,23 @@ def load_telling(folder: Path) -> None:
     model, info = AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": "1MB"}, output_loading_info=True)
     model.close()
     assert info == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def test_a_split_of_a_version_that_noted_no_unused_weights_tells_the_same(own_checkpoint: Any) -> None:
+    folder = own_checkpoint("llama")
+    path = next(folder.glob("*-of-*.safetensors"))
+    save_file({**load_file(path), "score.weight": torch.ones(2, 32)}, path, metadata={"format": "pt"})
+    kept = {"device": "cpu", "max_memory": {"cpu": "1MB"}, "split": "always", "output_loading_info": True}
+    model, told = AutoModel.from_pretrained(folder, **kept)
+    model.close()
+    assert told["unexpected_keys"] == {"score.weight"}
+    manifest = folder / "rabbit_shards" / "float32" / "manifest.json"
+    written = json.loads(manifest.read_text())
+    del written["source"]["unused_weights"]
+    manifest.write_text(json.dumps(written))
+    model, again = AutoModel.from_pretrained(folder, **kept)
+    model.close()
+    assert again == told
 
 
 def test_a_split_is_made_with_the_map_that_it_was_decided_by(own_checkpoint: Any, built: list[str]) -> None:

@@ -112,7 +112,7 @@ def _difference(request: Request, manifest: Manifest) -> str:
 
 
 def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
-    """Weight files that are here now and were not part of the split; what lies beside deleted originals is no news."""
+    """Weight files that are here now and were not part of the split; files next to deleted originals do not count."""
     if source.get("deleted"):
         return []
     try:

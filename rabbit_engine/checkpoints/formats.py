@@ -294,7 +294,7 @@ class PickleFile:
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def release(self) -> None:
-        """Let go of the map; a file that could not be mapped stays, as reading it anew for each layer would cost more."""
+        """Let go of the map; a file that could not be mapped stays, as reading it again for each layer would cost more."""
         if self._mapped:
             self._loaded = None
 

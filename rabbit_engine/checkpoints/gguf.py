@@ -158,7 +158,7 @@ def _tensor(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> tupl
 
 
 def _check_tensors(tensors: list[tuple[str, int, int]], cursor: _Cursor, alignment: int) -> None:
-    """Names differ, and each lies in the data, aligned and beside the others."""
+    """Names differ, and each lies in the data, aligned and apart from the others."""
     if len({name for name, _, _ in tensors}) < len(tensors):
         raise ValueError("two tensors have one name")
     start, end = -(-cursor.position // alignment) * alignment, 0

@@ -45,44 +45,45 @@ def prepare(
     return execute(resolve(name, source, split, repair=repair), progress=progress)[0]
 
 
-def execute(resolution: Resolution, build: Build = build_plain, *, progress: bool = True) -> tuple[Streamable, PreTrainedModel]:
+def execute(resolution: Resolution, *, progress: bool = True) -> tuple[Streamable, PreTrainedModel]:
     """Do what was resolved (by whole files); the source to stream from, and its model on the meta device.
 
     Raises CheckpointError and ShardError.
     """
     source, model = resolution.source, resolution.model
     if isinstance(source, MustSplit):
-        if not source.request.asks_for_split and not source.resumes:
-            logger.info("%s cannot be streamed as it is: %s", source.repo.name, source.reason)
-        source, model = _split(source, resolution.conversion, build, progress), None
+        source, model = _split(source, resolution, progress), None
     if isinstance(source, Shards) and source.request.split.delete_original and _originals(source):
         source = _delete_all(source)
     if isinstance(source, InPlace):
         logger.info("%s is streamed from its original files", source.repo.name)
     warn_of_unused(source.unused, source.architecture.cls)
     if model is None:  # a split converts with a model of its own
-        model = build_for_entries(source.architecture, source.dtype, source.entries, build)
+        model = build_for_entries(source.architecture, source.dtype, source.entries, resolution.build)
     return source, model
 
 
-def _split(source: MustSplit, conversion: Conversion | None, build: Build, progress: bool) -> Shards:
+def _split(source: MustSplit, resolution: Resolution, progress: bool) -> Shards:
     """Make the shards, or take those that another process has made meanwhile."""
     request = source.request
+    if not request.asks_for_split and not source.resumes:
+        logger.info("%s cannot be streamed as it is: %s", request.repo.name, source.reason)
     make_folder(request.folder)
     with only_one_process(request.folder):
         now = find_existing(request, repair=True)
         if now.manifest is not None and now.manifest != source.replaces:
             return Shards(request, now.manifest, now.entries)
         logger.info("converting %s once, into %s", request.repo.name, request.folder)
-        split = _open_split(request, now.journal, conversion if now.journal == source.journal else None, build)
+        mapped = resolution.conversion if now.journal == source.journal else None
+        split = _open_split(request, now.journal, mapped, resolution.build)
         manifest = replace(split, progress=progress).run()
     return Shards(request, manifest, read_entries(request.folder, manifest))
 
 
-def _open_split(request: Request, journal: Journal | None, conversion: Conversion | None, build: Build) -> Split:
+def _open_split(request: Request, journal: Journal | None, mapped: Conversion | None, build: Build) -> Split:
     files = request.weight_files()
-    if conversion is not None:
-        tensors = TensorSource(conversion.tensors)
+    if mapped is not None:
+        conversion, tensors = mapped, TensorSource(mapped.tensors)
     elif files.format == "gguf":
         conversion, tensors = _open_gguf(request, files, build)
     else:

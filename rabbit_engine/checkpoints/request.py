@@ -102,7 +102,7 @@ def _config_place(name: Any, source: SourceConfig) -> Path:
 
 
 def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
-    """Fetch the file and check its header. Raises ConfigurationError and what CheckpointError fits."""
+    """Fetch the file and check its header. Raises ConfigurationError and the CheckpointError that fits."""
     if split.delete_original:
         raise ConfigurationError(
             f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
@@ -128,7 +128,7 @@ def _resolve_name(name: str | Path, source: SourceConfig) -> tuple[str, SourceCo
 
 
 def shards_root(repo: Repo, saving_path: Path | None) -> Path:
-    """Where the splits of `repo` lie: below `saving_path`, else beside the checkpoint (in the repo's cache).
+    """Where the splits of `repo` lie: below `saving_path`, else next to the checkpoint (in the repo's cache).
 
     Below `saving_path` each repo at a commit, and each folder on this machine, has a place of its own.
     """
@@ -141,7 +141,7 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
 
 
 def split_name(dtype: torch.dtype, gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
-    """The folder of one split among those of a checkpoint: its dtype, behind what tells the files it was made from."""
+    """The folder of one split among those of a checkpoint: what tells the files it was made from, and its dtype."""
     return _split_prefix(gguf_file, source, names) + str(dtype).removeprefix("torch.")
 
 

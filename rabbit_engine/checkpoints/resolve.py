@@ -143,11 +143,12 @@ Source = InPlace | Shards | MustSplit
 class Resolution:
     """A source with what it was decided by: the model on the meta device, and the map of the checkpoint's names to its own.
 
-    A source that streams has its `model`; one that must be split has both or neither. A resolution of headers alone is for
-    printing: its tensors cannot be read.
+    A source that streams has its `model`; one that must be split has both or neither, and `build` makes the model of its
+    shards. A resolution of headers alone is for printing: its tensors cannot be read.
     """
 
     source: Source
+    build: Build = field(repr=False)
     model: PreTrainedModel | None = field(default=None, repr=False)
     conversion: Conversion | None = field(default=None, repr=False)
 
@@ -186,7 +187,7 @@ def _from_shards(request: Request, existing: Existing, build: Build, repair: boo
         except MismatchedWeightsError as error:
             logger.warning("%s", error)
             return None
-    return Resolution(Shards(request, existing.manifest, existing.entries), model)
+    return Resolution(Shards(request, existing.manifest, existing.entries), build, model)
 
 
 def _from_originals(request: Request, existing: Existing, reading: Reading, build: Build) -> Resolution:
@@ -195,7 +196,7 @@ def _from_originals(request: Request, existing: Existing, reading: Reading, buil
     begun, problem = _begun(existing), not_plain(files)
     asked = "as asked" if request.asks_for_split else ""
     if problem or ((begun or asked) and not reading.headers_only):  # nothing is fetched for a folder that may not be writable
-        return Resolution(_must_split(request, existing, begun or problem or asked))
+        return Resolution(_must_split(request, existing, begun or problem or asked), build)
     tensors = open_remaining(request, files, existing.journal, reading).tensors
     conversion = map_names(request.architecture, request.dtype, tensors, build)
     source: Source
@@ -205,7 +206,7 @@ def _from_originals(request: Request, existing: Existing, reading: Reading, buil
         problem = str(error)
     if begun or problem or asked:
         source = _must_split(request, existing, begun or problem or asked)
-    return Resolution(source, conversion.skeleton, conversion)
+    return Resolution(source, build, conversion.skeleton, conversion)
 
 
 def _begun(existing: Existing) -> str:

@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """One line of the manifest: a shard, its file beside the manifest, and what `verify` compares."""
+    """One line of the manifest: a shard, its file next to the manifest, and what `verify` compares."""
 
     name: str
     file: str

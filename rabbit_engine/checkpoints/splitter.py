@@ -1,6 +1,6 @@
 """A checkpoint into shards, once: plan on names, write a shard at a time, resume from what is whole, name them all last.
 
-While it runs, a journal beside the shards holds what the source looked like, so that an interrupted split that has
+While it runs, a journal next to the shards holds what the source looked like, so that an interrupted split that has
 already deleted some of its originals can go on. The manifest replaces it.
 """
 

@@ -20,7 +20,7 @@ def split(
     token: options.Token = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Split MODEL into one shard a layer; goes on where an interrupted split stopped, and makes damaged shards anew."""
+    """Split MODEL into one shard a layer; resumes an interrupted split, and rebuilds damaged shards."""
     output.note(f"reading the headers of {model} ...")
     config = engine.config
     prepared = engine.checkpoints.prepare(

@@ -205,7 +205,7 @@ def load(
     keep_few_kernels()  # before choose_attention computes something
     build = functools.partial(_build_streamed, stream=stream)
     model: Any
-    prepared, model = execute(resolve(name, source, split, build=build), build)
+    prepared, model = execute(resolve(name, source, split, build=build))
     _tell_head_dim(model.config, prepared)
     _set_names(model, str(name), prepared, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid

@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(
 """Names of weight files and their indexes: the variant, the kind, the variant of an index."""
 
 _AT_REVISION = ("tree", "blob", "resolve", "raw", "commit")
-_BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_NEXT_TO_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def read_name(name: Any) -> Address:
     if os.path.isdir(path):  # noqa: PTH112
         return Address(str(path) if "\\" in text else text)
     if _must_be_path(text):
-        raise CheckpointNotFoundError(f"{path} does not exist{_beside(path)}")
+        raise CheckpointNotFoundError(f"{path} does not exist{_likely(path)}")
     return Address(text.rstrip("/"))
 
 
@@ -72,7 +72,7 @@ def _must_be_path(text: str) -> bool:
 _GIVE = "give a folder, a .gguf file, or a repo id (organisation/name)"
 
 
-def _beside(path: Path) -> str:
+def _likely(path: Path) -> str:
     """What may have been meant: the GGUF files of a folder where one is missing, else the nearest name."""
     if path.suffix.lower() == ".gguf" and path.parent.is_dir():
         found = sorted(other.name for other in path.parent.glob("*.gguf"))
@@ -89,7 +89,7 @@ def _read_file(path: Path) -> Address:
         return Address(folder, gguf_file=path.name)
     if weights is not None and (path.parent / "config.json").is_file():
         return replace(weights, name=folder)
-    if path.name in _BESIDE_WEIGHTS:
+    if path.name in _NEXT_TO_WEIGHTS:
         return Address(folder)
     raise CheckpointNotFoundError(f"{path} is a file: give the folder of a model, which has a config.json, or a .gguf file")
 
