@@ -114,6 +114,7 @@ OWN_KEYWORDS = (
     "profiling_mode",
     "show_layer_progress",
     "max_seq_len",
+    "cut",
     "hf_token",
 )
 """Keywords that transformers does not have."""
