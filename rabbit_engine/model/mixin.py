@@ -45,7 +45,7 @@ class StreamingMixin:
     _assembly: Assembly
     _prepared: Streamable
     _tokenizer_source: Mapping[str, Any]
-    _tokenizer: Any = None
+    _own_tokenizer: Any = None
     _attention_reason: str
 
     @property
@@ -71,15 +71,15 @@ class StreamingMixin:
     @property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
-        if self._tokenizer is None:
+        if self._own_tokenizer is None:
             with _LOADING_TOKENIZER:
-                if self._tokenizer is None:
-                    self._tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
-        return self._tokenizer
+                if self._own_tokenizer is None:
+                    self._own_tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
+        return self._own_tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._own_tokenizer = tokenizer
 
     def close(self) -> None:
         """End the reader's thread and free the weights' memory. Safe to call again; using the model then raises."""

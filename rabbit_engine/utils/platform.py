@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
@@ -153,13 +154,11 @@ def _flash_kernel_problem() -> str | None:
 
 def environment() -> dict[str, str]:
     """Versions and machine, for records and bug reports."""
-    import transformers
-
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": str(psutil.cpu_count()),
         "ram": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
