@@ -33,7 +33,7 @@ from rabbit_engine.transformers_bridge import (
     rotary,
     tied_weights,
 )
-from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention
+from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention, replace_attention
 
 PACKAGE = Path(rabbit_engine.__file__).parent
 
@@ -316,7 +316,35 @@ def test_frequencies_stand_still_for_a_while() -> None:
     assert not moved(states, far)[0][:, :1].equal(expected)
 
 
+def test_positions_are_seen_before_the_first_layer() -> None:
+    model, seen = llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(["layer"]))
+    rotary.on_positions(model, lambda positions: seen.append(positions.tolist()))
+    cache = forwards.cache_of(model(IDS, use_cache=True))
+    model(IDS[:, :1], **forwards.cache_argument(model.forward, cache))
+    assert seen == [[[0, 1, 2]], ["layer"], [[3]], ["layer"]]
+
+
 # llama
+
+
+def test_a_llama_turns_by_the_rotary_embedding_that_it_is_given() -> None:
+    class Still(torch.nn.Module):
+        def forward(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            ones = states.new_ones(*position_ids.shape, 8)
+            return ones, torch.zeros_like(ones)
+
+    class Unmasked(MaskedLlamaAttention):
+        def mask(self, mask: Any, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
+            return torch.zeros(1, 1, states.shape[1], keys)
+
+    model = llama()
+    weights = model.state_dict()
+    replace_attention(model.model, Unmasked, Still())
+    model.load_state_dict(weights)
+    model.eval()
+    backwards = model(IDS.flip(1)).logits.flip(1)
+    torch.testing.assert_close(model(IDS).logits, backwards)  # without positions and mask the order means nothing
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -334,8 +362,7 @@ def test_a_mask_of_ones_own_is_what_a_llama_attends_by(implementation: str) -> N
             return torch.zeros(1, 1, queries, keys).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
     model, own = llama(attn_implementation=implementation), llama(attn_implementation=implementation)
-    for index, layer in enumerate(own.model.layers):
-        layer.self_attn = Causal(own.config, index)
+    replace_attention(own.model, Causal, own.model.rotary_emb)
     own.load_state_dict(model.state_dict())
     own.eval()
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])

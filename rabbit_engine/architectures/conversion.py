@@ -78,6 +78,10 @@ class Conversion:
         return NameMap(self.skeleton, self._all_transforms)
 
     @cached_property
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        return self.skeleton.state_dict()
+
+    @cached_property
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return weight_dtypes(self.skeleton, self.dtype)
 
@@ -130,7 +134,7 @@ class Conversion:
 
     def differs(self, name: str, tensor: Any) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
-        weight, dtype = self.skeleton.get_parameter_or_buffer(name), self._dtypes[name]
+        weight, dtype = self._state[name], self._dtypes[name]
         if tensor.dtype != dtype:
             return f"{tensor.dtype} is stored, {dtype} is wanted"
         if tuple(tensor.shape) != tuple(weight.shape):

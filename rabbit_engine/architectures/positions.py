@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.errors import TextTooLongError
+from rabbit_engine.transformers_bridge.rotary import on_positions
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,10 @@ def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], 
 def refuse_past(model: PreTrainedModel, architecture: Architecture) -> None:
     """Have `model` raise TextTooLongError, before its first layer, for a position that it would compute differently."""
     if architecture.positions is not None:
-        rotary: Any = model.base_model.rotary_emb
-        rotary.register_forward_pre_hook(partial(_check, architecture), with_kwargs=True)
+        on_positions(model, partial(_check, architecture))
 
 
-def _check(architecture: Architecture, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+def _check(architecture: Architecture, position_ids: torch.Tensor) -> None:
     last = int(position_ids.max())
     if architecture.positions is not None and last >= architecture.positions:
         raise TextTooLongError(

@@ -1,11 +1,12 @@
-"""Llama's attention, where a family computes the same but for the mask."""
+"""The parts of a Llama that a family of the same computation puts others in place of."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import Cache
+from torch import nn
+from transformers import Cache, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rabbit_engine.transformers_bridge.forwards import cache_keyword
@@ -14,7 +15,7 @@ _CACHE = str(cache_keyword(LlamaAttention.forward))
 
 
 class MaskedLlamaAttention(LlamaAttention):
-    """Llama's attention with a mask that the subclass makes. It goes in as `layer.self_attn`."""
+    """Llama's attention with a mask that the subclass makes."""
 
     def mask(self, mask: torch.Tensor | None, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
         """Scores to add, [1 or batch, heads, queries, keys], where `seen` of the keys came before the queries.
@@ -41,3 +42,14 @@ class MaskedLlamaAttention(LlamaAttention):
         mask = self.mask(attention_mask, hidden_states, seen, keys)
         result: tuple[torch.Tensor, torch.Tensor] = super().forward(hidden_states, position_embeddings, mask, **kwargs)
         return result
+
+
+def replace_attention(model: LlamaModel, kind: type[MaskedLlamaAttention], rotary: nn.Module) -> None:
+    """Let every layer attend by `kind`, whose queries and keys turn by `rotary`: (states, position ids) -> cos, sin.
+
+    cos and sin are [batch, queries, head_dim]. `model` is one that its class is still constructing.
+    """
+    model.rotary_emb = rotary  # type: ignore[assignment]
+    for index, layer in enumerate(model.layers):
+        layer.self_attn = kind(model.config, index)
+    model.post_init()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.transformers_bridge.attention import without_flash_attention
-from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention
+from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention, replace_attention
 
 
 class AlibiLlamaConfig(LlamaConfig):
@@ -84,10 +84,7 @@ class AlibiLlamaModel(LlamaModel):
 
     def __init__(self, config: AlibiLlamaConfig) -> None:
         super().__init__(config)
-        self.rotary_emb: nn.Module = NoRotation(int(config.head_dim or 0))  # type: ignore[assignment]
-        for index, layer in enumerate(self.layers):
-            layer.self_attn = AlibiAttention(config, index)
-        self.post_init()  # type: ignore[no-untyped-call]
+        replace_attention(self, AlibiAttention, NoRotation(int(config.head_dim or 0)))
 
 
 @without_flash_attention
