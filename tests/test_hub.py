@@ -150,6 +150,15 @@ def test_disk_is_counted_before_the_download(
     assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write: /proc")
+def test_a_folder_for_shards_that_cannot_be_written_is_said_before_the_download(
+    hub: FakeHub, tmp_path: Path, streamed: Any
+) -> None:
+    with pytest.raises(errors.ShardsNotWritableError, match="layer_shards_saving_path"):
+        streamed(REPO, cache_dir=tmp_path / "cache", layer_shards_saving_path="/proc/rabbit")
+    assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
+
+
 def test_another_commit_is_another_split(
     hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

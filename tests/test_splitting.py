@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from rabbit_engine import errors
-from rabbit_engine.checkpoints import prepare
+from rabbit_engine.checkpoints import prepare, splitter
 from rabbit_engine.checkpoints.shards import JOURNAL_NAME, MANIFEST_NAME, read_entries, read_manifest, verify_shard
-from rabbit_engine.checkpoints.splitter import Split
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.storage.tensorfiles import read_tensor
 
@@ -78,15 +77,15 @@ def test_killed_while_deleting_originals_loses_nothing(
 def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = own_checkpoint("llama")
     written: list[str] = []
-    native = Split._write
+    native = splitter.write_shard
 
-    def write(self: Split, plan: Any) -> Any:
-        written.append(plan.name)
+    def write(path: Path, *arguments: Any) -> Any:
+        written.append(path.stem)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return native(self, plan)
+        return native(path, *arguments)
 
-    monkeypatch.setattr(Split, "_write", write)
+    monkeypatch.setattr(splitter, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         split(folder)
     split(folder)
@@ -267,7 +266,7 @@ def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
 import resource, sys, threading, time
 from pathlib import Path
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.checkpoints import prepare
+from rabbit_engine.checkpoints import prepare, splitter
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 prepare(Path(sys.argv[2]), SourceConfig(), SplitConfig(mode="always"), progress=False)
@@ -292,14 +291,14 @@ def test_interrupted_split_of_another_checkpoint_is_not_gone_on_with(
     own_checkpoint: Any, streamed: Any, plain: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_checkpoint("llama")
-    native = Split._write
+    native = splitter.write_shard
 
-    def write(self: Split, plan: Any) -> Any:
-        if plan.name == "model.layers.1":
+    def write(path: Path, *arguments: Any) -> Any:
+        if path.stem == "model.layers.1":
             raise KeyboardInterrupt
-        return native(self, plan)
+        return native(path, *arguments)
 
-    monkeypatch.setattr(Split, "_write", write)
+    monkeypatch.setattr(splitter, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         split(folder)
     monkeypatch.undo()
