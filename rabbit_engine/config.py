@@ -222,7 +222,11 @@ def _same_device(first: Any, second: Any) -> bool:
     return len(devices) == 1
 
 
-def parse_max_memory(max_memory: Mapping[int | str, int | str] | None, device: torch.device) -> tuple[int | None, int | None]:
+MaxMemory = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
+"""`{0: "8GiB", "cpu": "24GiB"}`: bytes of each device, as a number or a text."""
+
+
+def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tuple[int | None, int | None]:
     """transformers' `{0: "8GiB", "cpu": "24GiB"}` into `(device bytes, host bytes)`; None where nothing was said."""
     if max_memory is None:
         return None, None

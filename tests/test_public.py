@@ -8,13 +8,15 @@ import pickle
 import re
 import subprocess
 import sys
+import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rabbit_engine
-from rabbit_engine import errors
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.utils.sizes import format_bytes, format_rate, parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,25 @@ def test_type_checkers_see_the_names_where_they_come_from() -> None:
 
 def test_types_are_shipped() -> None:
     assert (ROOT / "rabbit_engine" / "py.typed").is_file()
+
+
+def test_what_an_editor_completes_is_what_from_pretrained_takes_and_returns() -> None:
+    model, with_info = (found.__func__ for found in typing.get_overloads(AutoModel.from_pretrained))  # classmethods
+    taken, shown = inspect.signature(AutoModel.from_pretrained), inspect.signature(model)
+    assert [*taken.parameters] == [*shown.parameters][1:]  # without cls
+    for name, parameter in taken.parameters.items():
+        assert parameter.default == shown.parameters[name].default
+        assert name == "output_loading_info" or parameter.annotation == shown.parameters[name].annotation
+    assert (shown.return_annotation, inspect.signature(with_info).parameters["output_loading_info"].annotation) == (
+        "StreamedModel",
+        "Literal[True]",
+    )
+
+
+def test_no_two_classes_share_a_name() -> None:
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "rabbit_engine").rglob("*.py")]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:

@@ -4,7 +4,7 @@ from rabbit_engine.checkpoints.hub import Repo, find_repo
 from rabbit_engine.checkpoints.integrity import checked_files, compare_files, record_sums
 from rabbit_engine.checkpoints.prepare import execute, loading_info, prepare
 from rabbit_engine.checkpoints.reading import HEADERS_ONLY, WHOLE_FILES
-from rabbit_engine.checkpoints.request import SHARDS_FOLDER, Request, open_request
+from rabbit_engine.checkpoints.request import SHARDS_FOLDER, ModelRequest, open_request
 from rabbit_engine.checkpoints.resolve import InPlace, MustSplit, Resolution, Shards, Source, Streamable, resolve
 from rabbit_engine.checkpoints.shards import find_splits, read_manifest, verify_shard
 from rabbit_engine.checkpoints.skeleton import Build, build_plain, require_fit
@@ -15,9 +15,9 @@ __all__ = [
     "WHOLE_FILES",
     "Build",
     "InPlace",
+    "ModelRequest",
     "MustSplit",
     "Repo",
-    "Request",
     "Resolution",
     "Shards",
     "Source",

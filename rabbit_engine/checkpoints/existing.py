@@ -17,7 +17,7 @@ from rabbit_engine.checkpoints.formats import (
     fingerprint,
 )
 from rabbit_engine.checkpoints.reading import Reading
-from rabbit_engine.checkpoints.request import Request
+from rabbit_engine.checkpoints.request import ModelRequest
 from rabbit_engine.checkpoints.shards import Journal, Manifest, read_entries, read_journal, read_manifest
 from rabbit_engine.errors import CheckpointNotFoundError, DamagedShardError, HubUnreachableError, ShardError
 from rabbit_engine.storage.tensorfiles import TORCH_DTYPES, TensorEntry
@@ -37,7 +37,7 @@ class Existing:
     problem: str = ""
 
 
-def find_existing(request: Request, *, repair: bool) -> Existing:
+def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
     """What is in the folder for shards; reads headers alone.
 
     Raises DamagedShardError for a damaged split, which is a `problem` where it is to be repaired, and ShardError for one
@@ -60,7 +60,7 @@ def find_existing(request: Request, *, repair: bool) -> Existing:
     return Existing(journal=usable, interrupted=journal is not None, problem=problem)
 
 
-def open_remaining(request: Request, files: WeightFiles, journal: Journal | None, reading: Reading) -> TensorSource:
+def open_remaining(request: ModelRequest, files: WeightFiles, journal: Journal | None, reading: Reading) -> TensorSource:
     """The tensors of safetensors files or pickles; of those that an interrupted split has deleted, the shapes alone."""
     if journal is None:
         return reading.open(request.repo, files, request.source)
@@ -83,19 +83,19 @@ def _deleted_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]
     }
 
 
-def source_fingerprint(request: Request, files: WeightFiles) -> dict[str, Any]:
+def source_fingerprint(request: ModelRequest, files: WeightFiles) -> dict[str, Any]:
     """The source's fingerprint, with the conversion that makes shards of it where there is one."""
     found = fingerprint(request.repo.folder, files, request.repo.commit)
     conversion = _conversion(request)
     return found if conversion is None else {**found, "conversion": conversion}
 
 
-def _conversion(request: Request) -> str | None:
+def _conversion(request: ModelRequest) -> str | None:
     conversion = request.architecture.conversion()
     return None if conversion is None else digest({"conversion": conversion})
 
 
-def _difference(request: Request, manifest: Manifest) -> str:
+def _difference(request: ModelRequest, manifest: Manifest) -> str:
     """What differs from the source that the split was made from; nothing where it is the same."""
     changed = changed_files(request.repo.folder, manifest.source)
     others = _other_names(request, manifest.source)
@@ -111,7 +111,7 @@ def _difference(request: Request, manifest: Manifest) -> str:
     return what
 
 
-def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
+def _other_names(request: ModelRequest, source: Mapping[str, Any]) -> list[str]:
     """Weight files that are here now and were not part of the split; files next to deleted originals do not count."""
     if source.get("deleted"):
         return []
@@ -123,7 +123,7 @@ def _other_names(request: Request, source: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _is_of_source(request: Request, journal: Journal) -> bool:
+def _is_of_source(request: ModelRequest, journal: Journal) -> bool:
     """Whether an interrupted split is of this very source."""
     changed = (
         changed_files(request.repo.folder, journal.source)

@@ -15,7 +15,7 @@ from rabbit_engine.checkpoints.existing import find_existing, open_remaining, so
 from rabbit_engine.checkpoints.formats import GgufTensor, TensorSource, WeightFiles, check_present
 from rabbit_engine.checkpoints.hub import delete_original, fetch_weights
 from rabbit_engine.checkpoints.reading import WHOLE_FILES
-from rabbit_engine.checkpoints.request import Request
+from rabbit_engine.checkpoints.request import ModelRequest
 from rabbit_engine.checkpoints.resolve import InPlace, MustSplit, Resolution, Shards, Streamable, resolve
 from rabbit_engine.checkpoints.shards import (
     Journal,
@@ -80,7 +80,7 @@ def _split(source: MustSplit, resolution: Resolution, progress: bool) -> Shards:
     return Shards(request, manifest, read_entries(request.folder, manifest))
 
 
-def _open_split(request: Request, journal: Journal | None, mapped: Conversion | None, build: Build) -> Split:
+def _open_split(request: ModelRequest, journal: Journal | None, mapped: Conversion | None, build: Build) -> Split:
     files = request.weight_files()
     if mapped is not None:
         conversion, tensors = mapped, TensorSource(mapped.tensors)
@@ -101,7 +101,7 @@ def _open_split(request: Request, journal: Journal | None, mapped: Conversion | 
     )
 
 
-def _open_gguf(request: Request, files: WeightFiles, build: Build) -> tuple[Conversion, TensorSource]:
+def _open_gguf(request: ModelRequest, files: WeightFiles, build: Build) -> tuple[Conversion, TensorSource]:
     fetch_weights(request.repo, files.names, request.source)
     check_present(request.repo.folder, files)
     path = request.repo.folder / files.names[0]

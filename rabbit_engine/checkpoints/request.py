@@ -33,7 +33,7 @@ SHARDS_FOLDER = "rabbit_shards"
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ModelRequest:
     """What was asked for, found: the model's repo, class and dtype, and the folder that its split lies in or would."""
 
     repo: Repo
@@ -54,7 +54,7 @@ class Request:
         return weight_files(self.repo, self.gguf_file, self.source)
 
 
-def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, reading: Reading = WHOLE_FILES) -> Request:
+def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, reading: Reading = WHOLE_FILES) -> ModelRequest:
     """Find the repo, the class and the dtype of `name`; weight files are looked into where the config names no dtype."""
     name, source = _resolve_name(name, source)
     repo = find_repo(name, source)
@@ -70,7 +70,7 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
     architecture = find_architecture(repo.folder, _wishes(source), gguf_file=gguf_file)
     dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, reading)
     folder = root / split_name(dtype, gguf_file, source, repo.names)
-    return Request(repo, source, architecture, dtype, folder, gguf_file, split)
+    return ModelRequest(repo, source, architecture, dtype, folder, gguf_file, split)
 
 
 def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:

@@ -18,7 +18,7 @@ from rabbit_engine.checkpoints.existing import Existing, find_existing, open_rem
 from rabbit_engine.checkpoints.hub import Repo
 from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
-from rabbit_engine.checkpoints.request import Request, open_request
+from rabbit_engine.checkpoints.request import ModelRequest, open_request
 from rabbit_engine.checkpoints.shards import Journal, Manifest
 from rabbit_engine.checkpoints.skeleton import Build, build_for_entries, build_plain, map_names, require_fit
 from rabbit_engine.config import SourceConfig, SplitConfig
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class _Resolved:
     """What all sources know of the model."""
 
-    request: Request
+    request: ModelRequest
 
     @property
     def repo(self) -> Repo:
@@ -177,7 +177,7 @@ def resolve(
     return resolution
 
 
-def _from_shards(request: Request, existing: Existing, build: Build, repair: bool) -> Resolution | None:
+def _from_shards(request: ModelRequest, existing: Existing, build: Build, repair: bool) -> Resolution | None:
     if existing.manifest is None:
         return None
     model = build_for_entries(request.architecture, request.dtype, existing.entries, build)
@@ -190,7 +190,7 @@ def _from_shards(request: Request, existing: Existing, build: Build, repair: boo
     return Resolution(Shards(request, existing.manifest, existing.entries), build, model)
 
 
-def _from_originals(request: Request, existing: Existing, reading: Reading, build: Build) -> Resolution:
+def _from_originals(request: ModelRequest, existing: Existing, reading: Reading, build: Build) -> Resolution:
     """In place where the files allow it and no split is wanted; else why not, and the split that is to be made."""
     files = request.weight_files()
     begun, problem = _begun(existing), not_plain(files)
@@ -215,11 +215,11 @@ def _begun(existing: Existing) -> str:
     return "an interrupted split of other files is there" if existing.interrupted else ""
 
 
-def _must_split(request: Request, existing: Existing, reason: str) -> MustSplit:
+def _must_split(request: ModelRequest, existing: Existing, reason: str) -> MustSplit:
     return MustSplit(request, reason, existing.journal, existing.manifest)
 
 
-def _in_place(request: Request, conversion: Conversion, reading: Reading) -> InPlace:
+def _in_place(request: ModelRequest, conversion: Conversion, reading: Reading) -> InPlace:
     entries, ties = original_entries(conversion, request.repo.folder, reading.equal)
     away = {path for path in {entry.path for entry in entries.values()} if not path.is_file()}
     download_bytes = sum(entry.nbytes for entry in entries.values() if entry.path in away)

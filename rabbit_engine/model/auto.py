@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -23,6 +23,7 @@ from rabbit_engine.checkpoints import Streamable, execute, loading_info, resolve
 from rabbit_engine.config import (
     DEFAULT_CUT,
     Cut,
+    MaxMemory,
     SourceConfig,
     SplitConfig,
     StreamConfig,
@@ -44,6 +45,9 @@ from rabbit_engine.utils.kernels import keep_few_kernels
 from rabbit_engine.utils.keywords import refuse_compression, take_keywords
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
+if TYPE_CHECKING:
+    from rabbit_engine.model.streamed import StreamedModel
+
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
@@ -55,6 +59,7 @@ class AutoModel:
     def __init__(self) -> None:
         raise TypeError("AutoModel is not constructed: use AutoModel.from_pretrained(name)")
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
@@ -62,7 +67,53 @@ class AutoModel:
         *,
         device: str | int | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        max_memory: Mapping[int | str, int | str] | None = None,
+        max_memory: MaxMemory | None = None,
+        attn_implementation: str | None = "auto",
+        compression: str | None = None,
+        layer_shards_saving_path: str | Path | None = None,
+        delete_original: bool = False,
+        split: str = "auto",
+        prefetching: bool = True,
+        profiling_mode: bool = False,
+        show_layer_progress: bool = False,
+        max_seq_len: int | None = None,
+        cut: Cut = DEFAULT_CUT,
+        token: str | bool | None = None,
+        hf_token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        device_map: Any = None,
+        torch_dtype: str | torch.dtype | None = None,
+        quantization_config: Any = None,
+        config: Any = None,
+        subfolder: str = "",
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        force_download: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        code_revision: str | None = None,
+        generation_config: Any = None,
+        output_loading_info: Literal[False] = False,
+        **other: Any,
+    ) -> StreamedModel: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, output_loading_info: Literal[True], **keywords: Any
+    ) -> tuple[StreamedModel, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | int | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_memory: MaxMemory | None = None,
         attn_implementation: str | None = "auto",
         compression: str | None = None,
         layer_shards_saving_path: str | Path | None = None,
@@ -93,7 +144,7 @@ class AutoModel:
         generation_config: Any = None,
         output_loading_info: bool = False,
         **other: Any,
-    ) -> Any:
+    ) -> StreamedModel | tuple[StreamedModel, dict[str, Any]]:
         """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
 
         Args:

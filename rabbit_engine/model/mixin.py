@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from rabbit_engine.architectures import capped_length, keeps_tuples
 from rabbit_engine.checkpoints import Streamable
@@ -28,12 +28,20 @@ from rabbit_engine.errors import (
 from rabbit_engine.model.adapters import load_checked
 from rabbit_engine.model.admission import refuse_what_cannot_fit
 from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.generation import without_cache_objects
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _documented_as(original: Callable[..., Any]) -> Callable[[Method], Method]:
+    """`functools.wraps`, with the method's own type."""
+    return cast("Callable[[Method], Method]", functools.wraps(original))
 
 
 class StreamingMixin:
@@ -69,16 +77,16 @@ class StreamingMixin:
         return str(attention_of(self.config))  # type: ignore[attr-defined]
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
         if self._own_tokenizer is None:
             with _LOADING_TOKENIZER:
                 if self._own_tokenizer is None:
                     self._own_tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
-        return self._own_tokenizer
+        return self._own_tokenizer  # type: ignore[no-any-return]
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
+    def tokenizer(self, tokenizer: Decoder) -> None:
         self._own_tokenizer = tokenizer
 
     def close(self) -> None:
@@ -91,7 +99,7 @@ class StreamingMixin:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @functools.wraps(GenerationMixin.generate)
+    @_documented_as(GenerationMixin.generate)
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its tensors moved to the model's device.
 

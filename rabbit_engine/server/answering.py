@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -69,7 +68,7 @@ class Answering:
         """Ask for them now. Raises QueueFullError."""
         return self._session.events(requests)
 
-    async def chat(self, asked: ChatRequest, events: Events, count: int) -> dict[str, Any]:
+    async def chat(self, asked: ChatRequest, events: Events, count: int) -> dict[str, object]:
         """A whole chat answer."""
         wire, replies = Wire("chat.completion", self._name, self._session.model.tokenizer), await self._replies(events, count)
         choices = []
@@ -78,14 +77,14 @@ class Answering:
             choices.append(words.chat_choice(wire, index, reply, text, calls))
         return wire.body(choices, replies)
 
-    async def text(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> dict[str, Any]:
+    async def text(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> dict[str, object]:
         """A whole completion."""
         wire = Wire("text_completion", self._name, self._session.model.tokenizer)
         replies = await self._replies(events, len(requests))
         choices = [self._text_choice(wire, asked, requests[index], index, reply) for index, reply in enumerate(replies)]
         return {**wire.body(choices, replies), "usage": words.usage_of_prompts(replies, asked.choices)}
 
-    def _text_choice(self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply) -> dict[str, Any]:
+    def _text_choice(self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply) -> dict[str, object]:
         logprobs = None if reply.logprobs is None else wire.legacy_logprobs(reply.logprobs)
         text = self._echo(asked, request) + reply.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": words.reason(reply)}
@@ -183,7 +182,7 @@ class Answering:
                     await pending
             await events.aclose()
 
-    async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, object]:
         """Vectors of texts."""
         embedder, model = self._embedder, self._session.model
         assert embedder is not None  # noqa: S101 - `embedding_prompts` refuses
@@ -212,7 +211,7 @@ def _reseeded(request: Request, index: int) -> Request:
     return request if seed is None else replace(request, options=replace(request.options, seed=seed + index))
 
 
-def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, Any]]:
+def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, object]]:
     if text:
         yield {"content": text}
     for index, call in enumerate(calls):

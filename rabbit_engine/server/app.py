@@ -197,7 +197,7 @@ class _Service:
         """For Prometheus."""
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def plan(self) -> dict[str, Any]:
+    async def plan(self) -> dict[str, object]:
         """What was decided for the model."""
         plan = self._session.model.plan
         return {
@@ -207,20 +207,20 @@ class _Service:
             "version": __version__,
         }
 
-    async def show_lanes(self, seconds: float = 10.0) -> dict[str, Any]:
+    async def show_lanes(self, seconds: float = 10.0) -> dict[str, object]:
         """What the disk, the copies and the computing did in the last seconds, and where the pass is."""
         return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), MOST_SECONDS))
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> dict[str, object]:
         """The one there is."""
         return {"object": "list", "data": [self._card()]}
 
-    async def model(self, model: str) -> dict[str, Any]:
+    async def model(self, model: str) -> dict[str, object]:
         """The card of a model."""
         self._check_model(model)
         return self._card()
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self) -> dict[str, object]:
         return {
             "id": self._name,
             "object": "model",

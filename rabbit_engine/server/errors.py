@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
@@ -34,7 +33,7 @@ class RequestError(Exception):
         known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         return known.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """The JSON body."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.sessions import Session
@@ -30,7 +29,7 @@ class Lanes:
         self._seen_s = 0.0
         self._timer: threading.Timer | None = None
 
-    def show(self, seconds: float) -> dict[str, Any]:
+    def show(self, seconds: float) -> dict[str, object]:
         """The last seconds: by lane what was busy as [start, end, bytes, busy seconds], in the trace's clock."""
         self._look()
         now = self._trace.now_s
@@ -69,7 +68,7 @@ class Lanes:
                     spans.pop(0)
             return {lane: [list(span) for span in spans] for lane, spans in self._lanes.items()}
 
-    def _progress(self) -> dict[str, Any] | None:
+    def _progress(self) -> dict[str, object] | None:
         found = self._session.progress
         if found is None:
             return None

@@ -8,8 +8,8 @@ import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.server.tools import ToolCall
 from rabbit_engine.sessions import Piece, Reply, TokenLogprob
 
@@ -22,34 +22,34 @@ KEEP_ALIVE = ": the weights are on their way\n\n"
 class Wire:
     """Bodies and chunks of one request: `kind` is "chat.completion" or "text_completion"."""
 
-    def __init__(self, kind: str, model: str, tokenizer: Any) -> None:
-        self._kind, self._tokenizer = kind, tokenizer
+    def __init__(self, kind: str, model: str, decoder: Decoder) -> None:
+        self._kind, self._decoder = kind, decoder
         prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
         self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def body(self, choices: Sequence[Mapping[str, Any]], replies: Sequence[Reply]) -> dict[str, Any]:
+    def body(self, choices: Sequence[Mapping[str, object]], replies: Sequence[Reply]) -> dict[str, object]:
         """A whole answer."""
         return {**self._head, "object": self._kind, "choices": list(choices), "usage": usage(replies)}
 
-    def chunk(self, choice: Mapping[str, Any] | None = None, counts: Mapping[str, Any] | None = None) -> str:
+    def chunk(self, choice: Mapping[str, object] | None = None, counts: Mapping[str, object] | None = None) -> str:
         """One event of a stream."""
         kind = "chat.completion.chunk" if self._kind == "chat.completion" else self._kind
         body = {**self._head, "object": kind, "choices": [] if choice is None else [choice]}
         return event({**body, "usage": counts} if counts is not None else body)
 
-    def logprobs(self, pieces: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def logprobs(self, pieces: Sequence[TokenLogprob]) -> dict[str, object]:
         """As chats have them: a list of tokens."""
         return {"content": [self._token(found) for found in pieces], "refusal": None}
 
-    def _token(self, found: TokenLogprob) -> dict[str, Any]:
+    def _token(self, found: TokenLogprob) -> dict[str, object]:
         top = [self._spelled(token, logprob) for token, logprob in found.top]
         return {**self._spelled(found.token, found.logprob), "top_logprobs": top}
 
-    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
+    def _spelled(self, token: int, logprob: float) -> dict[str, object]:
         text = self._text(token)
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
-    def legacy_logprobs(self, pieces: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+    def legacy_logprobs(self, pieces: Sequence[TokenLogprob], offset: int = 0) -> dict[str, object]:
         """As completions have them: lists side by side. `offset` is where the first token's text begins."""
         texts = [self._text(found.token) for found in pieces]
         starts = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
@@ -61,27 +61,26 @@ class Wire:
         }
 
     def _text(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
+        return str(self._decoder.decode([token]))
 
 
-def event(body: Mapping[str, Any]) -> str:
+def event(body: Mapping[str, object]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+def usage(replies: Sequence[Reply]) -> dict[str, object]:
     """Token counts. A prompt that is answered several times counts once, as it is given once."""
     prompt = max((reply.prompt_tokens for reply in replies), default=0)
     return _usage(prompt, sum(len(reply.tokens) for reply in replies))
 
 
-def usage_of_prompts(replies: Sequence[Reply], choices: int) -> dict[str, Any]:
+def usage_of_prompts(replies: Sequence[Reply], choices: int) -> dict[str, object]:
     """The same for several prompts, each answered `choices` times."""
     return _usage(sum(reply.prompt_tokens for reply in replies[::choices]), sum(len(reply.tokens) for reply in replies))
 
 
-def _usage(prompt: int, answer: int) -> dict[str, Any]:
+def _usage(prompt: int, answer: int) -> dict[str, object]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
@@ -90,9 +89,9 @@ def reason(reply: Reply) -> str:
     return _REASONS.get(reply.finish_reason, reply.finish_reason)
 
 
-def chat_choice(wire: Wire, index: int, reply: Reply, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+def chat_choice(wire: Wire, index: int, reply: Reply, text: str, calls: Sequence[ToolCall]) -> dict[str, object]:
     """A choice of a whole chat answer."""
-    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
         message["tool_calls"] = [tool_call(call) for call in calls]
     return {
@@ -103,7 +102,7 @@ def chat_choice(wire: Wire, index: int, reply: Reply, text: str, calls: Sequence
     }
 
 
-def tool_call(call: ToolCall) -> dict[str, Any]:
+def tool_call(call: ToolCall) -> dict[str, object]:
     """A call of a function."""
     return {
         "id": f"call_{uuid.uuid4().hex[:24]}",
@@ -112,7 +111,7 @@ def tool_call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def chat_delta(wire: Wire, index: int, delta: Mapping[str, Any], piece: Piece | None = None, ended: str | None = None) -> str:
+def chat_delta(wire: Wire, index: int, delta: Mapping[str, object], piece: Piece | None = None, ended: str | None = None) -> str:
     """An event of a chat's stream."""
     found = piece.logprob if piece is not None else None
     logprobs = None if found is None else wire.logprobs([found])

@@ -10,12 +10,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, first_line
+from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.tokenization.ranks import byte_characters
 
 _PREFIX_CHARACTERS = 4
@@ -31,10 +31,10 @@ class Encoder:
     A text that must have more than `most` tokens is refused by its length, or by its beginning; None tokenises all of it.
     """
 
-    def __init__(self, model: Any, vocabulary: int, most: int | None) -> None:
+    def __init__(self, model: SessionModel, vocabulary: int, most: int | None) -> None:
         self._model, self._vocabulary, self._most = model, vocabulary, most
         self._setting_up = threading.Lock()
-        self._lengths: tuple[Any, TokenLengths] = None, TokenLengths()
+        self._lengths: tuple[TextTokenizer | None, TokenLengths] = None, TokenLengths()
 
     def encode_text(self, text: str | Sequence[int], *, special: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens the tokenizer adds unless `special` is False; ids stay.
@@ -43,7 +43,7 @@ class Encoder:
         """
         return self._checked(self._tokens(text, special=special) if isinstance(text, str) else read_ids(text))
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, object]], template: Mapping[str, object]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins; `template` goes to the chat template (tools and the like).
 
         Raises ConfigurationError where there is no template, or where it refuses the messages; PromptTooLongError.
@@ -80,7 +80,7 @@ class Encoder:
                 size *= 2
         return encode(text)
 
-    def _lengths_of(self, tokenizer: Any) -> TokenLengths:
+    def _lengths_of(self, tokenizer: TextTokenizer) -> TokenLengths:
         known, lengths = self._lengths
         if known is not tokenizer:  # the caller may set another
             lengths = read_token_lengths(tokenizer)
@@ -94,7 +94,7 @@ class Encoder:
                 "for: shorten it, or load the model with a larger max_seq_len if memory is the limit"
             )
 
-    def _encode(self, tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    def _encode(self, tokenizer: TextTokenizer, text: str, *, special: bool) -> list[int]:
         quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
         try:
             with self._turn(tokenizer):
@@ -103,7 +103,7 @@ class Encoder:
             raise ConfigurationError(f"the tokenizer cannot read this text: {first_line(error)}") from error
 
     @contextmanager
-    def _turn(self, tokenizer: Any) -> Iterator[None]:
+    def _turn(self, tokenizer: TextTokenizer) -> Iterator[None]:
         """A tokenizer of the Rust library serves many threads, but is set up by one; another kind serves one at a time."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         with self._setting_up:
@@ -130,7 +130,7 @@ def require_ids(ids: Sequence[int], vocabulary: int) -> None:
         raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {vocabulary}")
 
 
-def read_ids(given: Any) -> list[int]:
+def read_ids(given: object) -> list[int]:
     """A list, tuple, tensor [length] or array of whole numbers. Raises ConfigurationError for anything else."""
     values = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(values, list | tuple | range):
@@ -158,7 +158,7 @@ class TokenLengths:
         return int((len(text) - sum(map(text.count, self.dropped))) / self.longest)
 
 
-def read_token_lengths(tokenizer: Any) -> TokenLengths:
+def read_token_lengths(tokenizer: TextTokenizer) -> TokenLengths:
     """What the vocabulary says of a byte-level BPE, whose words fall into bytes if need be.
 
     Of other kinds it says nothing: a whole unknown word may be one token.

@@ -8,11 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClosedError
+from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.room import Room
@@ -44,10 +45,11 @@ class Engine:
     `queue` more may wait. `exact` gives each the bits it would get alone; without, fibers share their matrix products.
     """
 
-    def __init__(self, model: Any, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
+    def __init__(self, model: SessionModel, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
         self._model, self._room = model, room
         self._most, self._queue = most, queue
-        binding = runtime_of(model).binding
+        runtime = runtime_of(model)
+        self._transfer, binding = runtime.transfer, runtime.binding
         self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -64,11 +66,11 @@ class Engine:
     @property
     def forked(self) -> bool:
         """Whether this process was forked after the model was loaded: the thread did not follow, a lock may be held for ever."""
-        return bool(runtime_of(self._model).transfer.forked)
+        return self._transfer.forked
 
     def require_process(self) -> None:
         """Raise ModelClosedError in a forked child."""
-        runtime_of(self._model).transfer.require_process()
+        self._transfer.require_process()
 
     def require_other_thread(self) -> None:
         """Raise ConfigurationError in the thread that serves: it cannot wait for what it is to do itself."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.sessions.spelling import nearest
@@ -47,7 +46,7 @@ _MOST_UNKNOWN = 64
 """Other keys, and other roles, that the messages of a conversation may have."""
 
 
-def read_messages(given: Any) -> list[dict[str, Any]]:
+def read_messages(given: object) -> list[dict[str, object]]:
     """A conversation in any of the forms above; a bare text is the user's.
 
     Raises ConfigurationError that begins with the place, as `messages.0.content: ...`.
@@ -63,7 +62,7 @@ def read_messages(given: Any) -> list[dict[str, Any]]:
     return [_read(message, where) for where, message in found]
 
 
-def read_content(content: Any, where: str) -> str:
+def read_content(content: object, where: str) -> str:
     """The text of a message's content: None is an empty one, parts are joined by line ends."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -78,7 +77,7 @@ def read_content(content: Any, where: str) -> str:
     return "\n".join(_part(part, where) for part in content)
 
 
-def _unify(one: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _unify(one: object, where: str) -> Iterator[tuple[str, dict[str, object]]]:
     """Messages as dictionaries, each with its place."""
     if isinstance(one, tuple | list):
         yield from ((where, message) for message in _split_pair(one, where))
@@ -87,7 +86,7 @@ def _unify(one: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield where, {name: value for name, value in message.items() if name not in _NOT_FOR_TEMPLATES}
 
 
-def _check_spelling(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _check_spelling(found: Sequence[tuple[str, Mapping[str, object]]]) -> None:
     """Refuse keys and roles that are known ones misspelt; of each name the first place counts, so that this takes no time."""
     keys = {
         str(key): f"{where}.{str(key)[:60]}"
@@ -109,7 +108,7 @@ def _refuse_misspelt(places: Mapping[str, str], meant: Collection[str], known: C
             raise ConfigurationError(f"{places[name]}: {name[:60]!r} is not known: did you mean {near!r}?")
 
 
-def _read(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _read(message: dict[str, object], where: str) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str):
         raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant; this one has none")
@@ -126,7 +125,7 @@ def _read(message: dict[str, Any], where: str) -> dict[str, Any]:
     return message
 
 
-def _require_no_content(message: Mapping[str, Any], role: str, where: str) -> None:
+def _require_no_content(message: Mapping[str, object], role: str, where: str) -> None:
     """An answer may be of calls alone; everybody else says something, if only an empty text."""
     elsewhere = next((name for name in _MEANT_FOR_CONTENT if message.get(name)), None)
     if elsewhere is not None:
@@ -135,29 +134,29 @@ def _require_no_content(message: Mapping[str, Any], role: str, where: str) -> No
         raise ConfigurationError(f"{where}.content: a message of the role {role} needs a content, this one has none")
 
 
-def _names_role(given: Any) -> bool:
+def _names_role(given: object) -> bool:
     return isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], str) and given[0] in _ROLES
 
 
-def _split_pair(pair: Sequence[Any], where: str) -> Iterator[dict[str, Any]]:
+def _split_pair(pair: Sequence[object], where: str) -> Iterator[dict[str, object]]:
     if len(pair) != 2:
         raise ConfigurationError(f"{where}: a pair of role and content, or of user and assistant, has 2 items, not {len(pair)}")
     if _names_role(pair):
-        yield {"role": _ROLES[pair[0]], "content": pair[1]}
+        yield {"role": _ROLES[str(pair[0])], "content": pair[1]}
         return
     for role, content in zip(("user", "assistant"), pair, strict=True):
         if content is not None:  # an answer that is still to come
             yield {"role": role, "content": content}
 
 
-def _attributes(one: Any) -> dict[str, Any]:
+def _attributes(one: object) -> dict[str, object]:
     dump = getattr(one, "model_dump", None)  # pydantic's, as the openai package's messages are
     if callable(dump):
         return dict(dump(exclude_none=True))
     return {name: value for name in _ATTRIBUTES if (value := getattr(one, name, None)) is not None}
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
@@ -169,7 +168,7 @@ def _part(part: Any, where: str) -> str:
     return text
 
 
-def _name_part(part: Mapping[str, Any], kind: Any) -> str:
+def _name_part(part: Mapping[str, object], kind: object) -> str:
     if kind is not None:
         return f"a part of type {kind!r}{_of_file(part)}"
     if isinstance(component := part.get("component"), str):  # Gradio's
@@ -177,18 +176,18 @@ def _name_part(part: Mapping[str, Any], kind: Any) -> str:
     return f"the file {name}" if (name := _file_name(part)) else f"a part with the keys {', '.join(map(str, part))[:80]}"
 
 
-def _refuse_files(files: Any, where: str) -> None:
+def _refuse_files(files: object, where: str) -> None:
     if files:
         first = files[0] if isinstance(files, list | tuple) else files
         raise ConfigurationError(f"{where}: the file {_describe(first)} cannot be read here, only text can")
 
 
-def _of_file(value: Any) -> str:
+def _of_file(value: object) -> str:
     name = _file_name(value)
     return f" ({name})" if name else ""
 
 
-def _file_name(value: Any) -> str | None:
+def _file_name(value: object) -> str | None:
     """Of a file as Gradio or OpenAI's clients hand it over, alone or first of a list."""
     if isinstance(value, list | tuple) and value:
         return _file_name(value[0])
@@ -200,22 +199,21 @@ def _file_name(value: Any) -> str | None:
     return _file_name(inner)
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     """A file by its name, everything else by its type."""
     path = value.get("path") if isinstance(value, Mapping) else getattr(value, "path", value)
     return path if isinstance(path, str) else f"a value of type {type(value).__name__}"
 
 
-def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def _read_calls(calls: object, where: str) -> list[dict[str, object]]:
     if not isinstance(calls, list):
         raise ConfigurationError(f"{where}: a list of calls is needed, not {type(calls).__name__}")
     return [_with_object(call, where) for call in calls]
 
 
-def _with_object(call: Any, where: str) -> dict[str, Any]:
+def _with_object(call: object, where: str) -> dict[str, object]:
     """Templates write the arguments themselves, and take them as an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
         raise ConfigurationError(f"{where}: a call names its function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -118,7 +118,7 @@ class Options:
         return found | {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _texts(name: str, given: Any) -> tuple[str, ...]:
+def _texts(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """One text or several, none of them empty."""
     found = (given,) if isinstance(given, str) else tuple(given)
     if not all(isinstance(text, str) for text in found):
@@ -128,14 +128,14 @@ def _texts(name: str, given: Any) -> tuple[str, ...]:
     return found
 
 
-def _check_bias(given: Any) -> None:
+def _check_bias(given: object) -> None:
     if not isinstance(given, Mapping) or not all(isinstance(token, numbers.Integral) for token in given):
         raise ConfigurationError(f"logit_bias={given!r} does not map token ids to numbers")
     if not all(_is_number(bias) and abs(bias) <= 100 for bias in given.values()):
         raise ConfigurationError("logit_bias is from -100 to 100")
 
 
-def _token_id(given: Any) -> int:
+def _token_id(given: object) -> int:
     if isinstance(given, bool) or not isinstance(given, int):
         raise ConfigurationError(f"stop_token_ids are whole numbers, {given!r} is none")
     return given

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.sessions.encoding import Encoder
 
 logger = logging.getLogger(__name__)
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 Overflow = Literal["refuse", "truncate"]
 
 
@@ -65,7 +65,7 @@ def fit_messages(
     limits: Limits,
     asked: int | None,
     overflow: Overflow,
-    template: Mapping[str, Any] | None = None,
+    template: Mapping[str, object] | None = None,
 ) -> Prompt:
     """A conversation; where it is too long and that is allowed, its oldest turns are left out, but for what the system
     says at its beginning, and then the beginning of the last message."""
@@ -82,14 +82,14 @@ def fit_messages(
     return Prompt(ids, limits.answer_tokens(len(ids), asked), whole - len(ids))
 
 
-def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, object]]], bool]) -> list[dict[str, object]]:
     """The system's messages at the beginning and as many of the last turns as fit, one at least; a turn begins with the
     user's message, so that what is left is a conversation still."""
     start = next((index for index, message in enumerate(messages) if message.get("role") not in ("system", "developer")), 0)
     turns = [index for index, message in enumerate(messages) if index >= start and message.get("role") == "user"]
     least, most = 0, max(0, len(turns) - 1)  # turns to leave out: `most` are enough, or nothing is
 
-    def without(count: int) -> list[dict[str, Any]]:
+    def without(count: int) -> list[dict[str, object]]:
         rest = messages[turns[count] :] if turns else messages[start:]
         return [dict(message) for message in (*messages[:start], *rest)]
 
@@ -99,7 +99,7 @@ def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, Any]
     return without(most)
 
 
-def _shorten(encoder: Encoder, message: dict[str, Any], excess: int) -> bool:
+def _shorten(encoder: Encoder, message: dict[str, object], excess: int) -> bool:
     """Leave out so many tokens at the beginning of its text; False when there is nothing to leave out."""
     content = message.get("content")
     if not isinstance(content, str) or not content:

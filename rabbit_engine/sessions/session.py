@@ -9,20 +9,23 @@ import re
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
+from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
+from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
-from rabbit_engine.sessions.answer import Answer, Piece, Reply
+from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import tell_instead
+from rabbit_engine.sessions.generation import Generation, ends_of
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
-Chat = str | Message | Sequence[Any]
+Chat = str | Message | Sequence[object]
 """A user's words, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
 
 
@@ -134,7 +137,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: SessionModel,
         *,
         max_requests: int = 16,
         max_queue: int = 64,
@@ -293,8 +296,7 @@ class Session:
     @property
     def progress(self) -> PassProgress | None:
         """Where the pass is that runs now."""
-        found: PassProgress | None = self.model.progress
-        return found
+        return self.model.progress
 
     def require_process(self) -> None:
         """Raise ModelClosedError in a process that was forked after the model was loaded: nothing would ever answer there."""
@@ -356,17 +358,23 @@ class Session:
 
     def _job(self, request: Request, index: int, tell: Tell) -> Job:
         prompt = request.prompt
-        answer = Answer(self.model, prompt.ids, request.options, prompt.answer_tokens, partial(tell, index))
+        ends = ends_of(self.model, request.options, prompt.answer_tokens)
+        text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
+        generation = Generation(self.model, prompt.ids, request.options, ends, text.take)
+
+        def answer() -> None:
+            text.begin()
+            generation.run()
 
         def end(failure: BaseException | None) -> None:
             if failure is not None and not isinstance(failure, Cancelled):
                 tell(index, _own(failure))
                 return
-            if rest := answer.rest():
+            if rest := text.rest():
                 tell(index, Piece(rest))
-            tell(index, replace(answer.reply(cancelled=failure is not None), cut_tokens=prompt.cut_tokens))
+            tell(index, text.reply(len(prompt.ids), prompt.cut_tokens, cancelled=failure is not None))
 
-        return Job(answer.run, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
+        return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in their order; the first failure is raised, and cancels the rest."""
@@ -424,7 +432,7 @@ class _Promise(Future[T]):
             self._session.require_other_thread()
 
 
-def _each(prompts: Any) -> list[Any]:
+def _each(prompts: object) -> list[str | Sequence[int]]:
     """Every prompt by itself. Raises ConfigurationError for what is no list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
@@ -437,13 +445,13 @@ def _each(prompts: Any) -> list[Any]:
     return found
 
 
-def _refuse_foreign(name: str, value: Any) -> None:
+def _refuse_foreign(name: str, value: object) -> None:
     """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: the answer would be another."""
     if value is not None and (instead := tell_instead(name)):
         raise ConfigurationError(f"{name} is no option of a session: {instead}")
 
 
-def _tell_what_is_left_out(config: Any) -> None:
+def _tell_what_is_left_out(config: GenerationConfig) -> None:
     """A session draws or takes the likeliest token: beams and several answers at once are for `generate`."""
     given = {name: getattr(config, name, None) for name in ("num_beams", "num_return_sequences")}
     left_out = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, 1))
@@ -463,7 +471,7 @@ def _computing(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
     return Job(run, end, Demand(tokens, 0))
 
 
-def keeps_state(model: Any) -> str | None:
+def keeps_state(model: SessionModel) -> str | None:
     """What a model remembers beside its cache, so that texts must not take turns within it; None where nothing does."""
     kinds = [kind for module in model.modules() if (kind := getattr(module, "rope_type", None)) is not None]
     if any("dynamic" in (kind.values() if isinstance(kind, Mapping) else (kind,)) for kind in kinds):
@@ -485,7 +493,7 @@ def _own(failure: BaseException) -> BaseException:
     return error
 
 
-def _positions(model: Any) -> int | None:
+def _positions(model: SessionModel) -> int | None:
     """How many positions the model was made for, or computes right."""
     found = (stated_positions(model.config), runtime_of(model).architecture.positions)
     return min((limit for limit in found if limit), default=None)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from rabbit_engine.model.protocols import Decoder
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no whole character yet."""
 
 
 class TextFlow:
-    """The text of an answer, piece by piece: together the pieces are what the tokenizer makes of all its tokens at once,
+    """The text of an answer, piece by piece: together the pieces are what the decoder makes of all its tokens at once,
     up to the first of `stops`.
 
     A piece is held back while it is half a character, or may be the beginning of a stop. `include_stop` leaves the stop in
@@ -18,9 +19,9 @@ class TextFlow:
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = (), *, include_stop: bool = False, skip_special: bool = True
+        self, decoder: Decoder, stops: Sequence[str] = (), *, include_stop: bool = False, skip_special: bool = True
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = decoder
         self._stops = tuple(stops)
         self._include_stop, self._skip_special = include_stop, skip_special
         self._tokens: list[int] = []
@@ -56,8 +57,7 @@ class TextFlow:
         return self._decode(self._tokens[self._context :])[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False)
-        return text
+        return str(self._decoder.decode(tokens, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False))
 
     def _pass_on(self, new: str) -> str:
         """What of the held and the new text no stop can reach any more."""

@@ -15,7 +15,7 @@ import functools
 import os
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -264,7 +264,14 @@ def _compute(products: list[_Product]) -> None:
         product.result = output.reshape(*product.states.shape[:-1], output.shape[-1])
 
 
-def share_products(model: nn.Module, source: UnitSource) -> Callable[[], None]:
+class HasModules(Protocol):
+    """A model, or what wraps one."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Its modules, at any depth."""
+
+
+def share_products(model: HasModules, source: UnitSource) -> Callable[[], None]:
     """Let fibers on `source` whose scheduler shares meet at every linear layer of the model; all others run it as before.
 
     What it returns gives the layers their own forward back, once for every call of this.

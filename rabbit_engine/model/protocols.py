@@ -1,0 +1,71 @@
+"""What sessions, servers and chats need of a model and its tokenizer, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.streaming import PassProgress, Profile
+
+
+class Decoder(Protocol):
+    """Token ids into text."""
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> Any:
+        """The text of a list of ids."""
+
+
+class TextTokenizer(Decoder, Protocol):
+    """Text into token ids, and back. A chat template and special tokens are asked for where there are any."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """`input_ids` of a text, among other things."""
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool = True, return_dict: bool = True, **given: Any) -> Any:
+        """A conversation in the model's own form: text, or `input_ids` among other things."""
+
+
+class SessionModel(Protocol):
+    """A model whose answers a session gives: what `AutoModel.from_pretrained` returns, or PEFT around it."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The checkpoint's, as the class reads it."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How it answers where a request does not say; only a model that generates has one."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The checkpoint's, or the one that was set. Raises TokenizerNotFoundError."""
+
+    @property
+    def plan(self) -> Plan:
+        """Which tier keeps each unit, and what a pass costs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def profile(self) -> Profile:
+        """Passes, bytes and seconds since it was loaded."""
+
+    @property
+    def progress(self) -> PassProgress | None:
+        """Where the pass is that runs now."""
+
+    def can_generate(self) -> bool:
+        """Whether it makes texts, and not only vectors of them."""
+
+    def generate(self, inputs: torch.Tensor, **keywords: Any) -> object:
+        """transformers' `generate`."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Its modules, itself the first."""
