@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.transformers_bridge.attention import attention_of
 
 
 class Workspace:
@@ -128,7 +129,7 @@ def stream(whole: PreTrainedModel) -> Any:
     """A streamed model with the weights, dtype and attention of `whole`."""
     checkpoint = Current.workspace.new_folder()
     whole.save_pretrained(checkpoint)
-    return load(checkpoint, dtype=whole.dtype, attn_implementation=whole.config._attn_implementation)
+    return load(checkpoint, dtype=whole.dtype, attn_implementation=attention_of(whole.config))
 
 
 class StreamedType(type):

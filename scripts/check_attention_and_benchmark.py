@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers.utils import logging as transformers_logging
+from transformers import logging as transformers_logging
 
 from rabbit_engine import AutoModel
 from rabbit_engine.config import ATTENTION_IMPLEMENTATIONS, parse_device

@@ -274,7 +274,9 @@ def test_a_variable_that_the_template_does_not_read_is_refused_or_told(client: T
 def test_special_tokens_of_a_completion_can_be_left_out(client: TestClient, model: Any, monkeypatch: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    monkeypatch.setattr(model.tokenizer._tokenizer, "post_processor", TemplateProcessing("<s> $A", None, [("<s>", talking.BOS)]))
+    monkeypatch.setattr(
+        model.tokenizer.backend_tokenizer, "post_processor", TemplateProcessing("<s> $A", None, [("<s>", talking.BOS)])
+    )
     asked = {"model": "mine", "prompt": "abc", "max_tokens": 1}
     for special, tokens in ((True, 4), (False, 3)):
         found = client.post("/v1/completions", json={**asked, "add_special_tokens": special}).json()

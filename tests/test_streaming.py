@@ -513,8 +513,7 @@ def test_state_dict_has_the_names_and_no_weights(checkpoint: Any, plain: Any, st
 
 
 def test_continuous_batching_over_a_streamed_model(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
-    from transformers import GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # its default fills the memory that is free
 

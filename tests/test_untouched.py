@@ -27,9 +27,14 @@ def model(folder: Path) -> Any:
 
 
 def state_of(tokenizer: Any) -> dict[str, Any]:
-    own = {name: value for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    own = {name: value for name, value in vars(tokenizer).items() if value is not tokenizer.backend_tokenizer}
     return copy.deepcopy(
-        {**own, "padding": tokenizer.padding_side, "template": tokenizer.chat_template, "rust": tokenizer._tokenizer.to_str()}
+        {
+            **own,
+            "padding": tokenizer.padding_side,
+            "template": tokenizer.chat_template,
+            "rust": tokenizer.backend_tokenizer.to_str(),
+        }
     )
 
 
