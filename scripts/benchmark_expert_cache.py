@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rabbit_engine.diagnostics.demo import wheel_file
-from rabbit_engine.streaming import ExpertCache, ExpertLayer, Streamer, Unit
+from rabbit_engine.streaming import ExpertLayer, ExpertSlots, Transfer, Unit
 from rabbit_engine.streaming.binding.routed import decayed_uses
 from rabbit_engine.streaming.transfer.unit import Extent
 
@@ -46,20 +46,21 @@ def ours(routing: Routing, places: int) -> Iterator[bool]:
     """The library's own cache."""
     units = [Unit(f"l[{index}]", (), (Extent(Path("nowhere"), 0, 1, 0),), 0) for index in range(COUNT)]
     ring: Any = NoRing()
-    cache = ExpertCache([ExpertLayer("l", units, USED, places)], ring, places + COUNT, 0)
-    streamer = Streamer([], ring, 0, experts=cache)
+    slots = ExpertSlots(layers=[ExpertLayer("l", units, USED, places)], count=places + COUNT, nbytes=1)
+    transfer = Transfer([], ring, 0, slots=slots)
+    assert transfer.experts is not None
     read = 0
     for step in [routing[:PROMPT], *([token] for token in routing[PROMPT:])]:
         indices = torch.tensor(step)
         counts = torch.bincount(indices.reshape(-1), minlength=COUNT).tolist()
-        with cache.lend("l", decayed_uses(indices, counts, len(step)), len(step)) as arrivals:
+        with transfer.experts.lend("l", decayed_uses(indices, counts, len(step)), len(step)) as arrivals:
             for _ in arrivals:
                 pass
-        now = cache.profile.experts["l"].read
+        now = transfer.profile().experts["l"].read
         if len(step) == 1:
             yield from (place >= now - read for place in range(USED))
         read = now
-    streamer.close()
+    transfer.close()
 
 
 def least_recent(routing: Routing, places: int) -> Iterator[bool]:

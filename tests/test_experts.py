@@ -24,10 +24,9 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.experts import ExpertsPlan
 from rabbit_engine.planning.placement import place
 from rabbit_engine.storage.tensorfiles import read_header, write_aligned
-from rabbit_engine.streaming import Binding, ExpertCache, ExpertLayer, RoutedExperts, Streamer, Trace, make_unit, route
+from rabbit_engine.streaming import Binding, ExpertLayer, ExpertSlots, RoutedExperts, Trace, Transfer, make_unit, route
 from rabbit_engine.streaming.binding import routed
 from rabbit_engine.streaming.transfer.plain_ring import PlainRing
-from rabbit_engine.streaming.transfer.reader import shared_reader
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
@@ -367,9 +366,9 @@ def test_an_interrupt_amid_the_experts_leaves_nothing_behind(
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts >= 8
-    cache = runtime_of(model).transfer._experts
-    kept = sum(len(layer.kept()) for layer in cache._layers.values())
-    assert len(cache._free) == cache._slots - kept
+    cache, plan = runtime_of(model).transfer.experts, model.plan.experts
+    kept = sum(len(layer.kept()) for layer in cache.layers.values())
+    assert cache.free_slots == plan.device_bytes // plan.slot_bytes - kept
 
 
 def test_a_closed_model_says_so(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
@@ -467,18 +466,17 @@ def test_every_flag_of_the_interface_is_honoured(flags: dict[str, bool], tmp_pat
     units = [make_unit(f"layer[{index}]", [entry.rows(index, index + 1) for entry in entries]) for index in range(6)]
     slot, cpu = max(unit.nbytes for unit in units), torch.device("cpu")
     ring = PlainRing(cpu, 4 * slot, Trace())
-    cache = ExpertCache([ExpertLayer("layer", units, 2, 2)], ring, 4, slot)
-    streamer = Streamer([], ring, 0, experts=cache)
+    transfer = Transfer([], ring, 0, slots=ExpertSlots(layers=[ExpertLayer("layer", units, 2, 2)], count=4, nbytes=slot))
     states, weights = torch.randn(20, 32), torch.rand(20, 2)
     indices = torch.rand(20, 6).topk(2).indices
     with torch.no_grad():
         expected = module(states, indices, weights)
         for name in stacks:
             delattr(module, name)
-        route(module, RoutedExperts("layer", units, cache, Binding(streamer, cpu, Trace())))
+        route(module, RoutedExperts("layer", units, transfer.experts, Binding(transfer, cpu, Trace())))
         for _ in range(2):
             assert torch.equal(module(states, indices, weights), expected)
-    streamer.close()
+    transfer.close()
 
 
 # The cache alone: two tiers on one device, as a GPU has them.
@@ -497,26 +495,24 @@ def layer_units(tmp_path: Path) -> list[Any]:
 
 
 @pytest.fixture
-def make_cache(layer_units: list[Any]) -> Iterator[Callable[..., tuple[ExpertCache, Streamer]]]:
-    streamers: list[Streamer] = []
+def make_transfer(layer_units: list[Any]) -> Iterator[Callable[..., Transfer]]:
+    made: list[Transfer] = []
 
-    def make(on_device: int, in_host: int, used: int = 2, passing: int = 2) -> tuple[ExpertCache, Streamer]:
-        slot = max(unit.nbytes for unit in layer_units)
-        cpu = torch.device("cpu")
-        ring = PlainRing(cpu, slot * (passing + on_device), Trace())
-        host = PlainRing(cpu, slot * in_host, Trace()) if in_host else None
-        cache = ExpertCache([ExpertLayer("l", layer_units, used, on_device, in_host)], ring, passing + on_device, slot, host=host)
-        streamers.append(Streamer([], ring, 0, experts=cache, at_close=[cache.free]))
-        return cache, streamers[-1]
+    def make(on_device: int, in_host: int, used: int = 2, passing: int = 2) -> Transfer:
+        slot, count = max(unit.nbytes for unit in layer_units), passing + on_device
+        ring = PlainRing(torch.device("cpu"), slot * count, Trace())
+        host = PlainRing(torch.device("cpu"), slot * in_host, Trace()) if in_host else None
+        layers = [ExpertLayer("l", layer_units, used, on_device, in_host)]
+        made.append(Transfer([], ring, 0, slots=ExpertSlots(layers=layers, count=count, nbytes=slot, host=host)))
+        return made[-1]
 
     yield make
-    for streamer in streamers:
-        streamer.close()
-    assert not set(streamers) & set(shared_reader()._sources)  # others' models may be open
+    for transfer in made:
+        transfer.close()
 
 
-def bring(cache: ExpertCache, units: list[Any], *indices: int) -> None:
-    with cache.lend("l", dict.fromkeys(indices, 1.0), 1) as arrivals:
+def bring(transfer: Transfer, units: list[Any], *indices: int) -> None:
+    with transfer.experts.lend("l", dict.fromkeys(indices, 1.0), 1) as arrivals:
         found = []
         for index, memory in arrivals:
             found.append(index)
@@ -526,17 +522,21 @@ def bring(cache: ExpertCache, units: list[Any], *indices: int) -> None:
     assert sorted(found) == sorted(indices)
 
 
+def kept(transfer: Transfer) -> set[int]:
+    return {expert.index for expert in transfer.experts.layers["l"].kept()}
+
+
 @pytest.mark.parametrize("tiers", [(0, 0), (3, 0), (0, 3), (2, 3), (12, 0), (5, 7)])
-def test_any_two_tiers_bring_the_right_bytes(tiers: tuple[int, int], make_cache: Any, layer_units: Any) -> None:
-    cache, streamer = make_cache(*tiers)
+def test_any_two_tiers_bring_the_right_bytes(tiers: tuple[int, int], make_transfer: Any, layer_units: Any) -> None:
+    transfer = make_transfer(*tiers)
     generator = torch.Generator().manual_seed(4)
     for _ in range(60):
-        bring(cache, layer_units, *torch.randperm(COUNT, generator=generator)[:3].tolist())
-    bring(cache, layer_units, *range(COUNT))
-    profile = streamer.profile().experts["l"]
-    kept = cache._layers["l"].kept()
-    assert len(kept) == sum(tiers)
-    assert sum(expert.host >= 0 for expert in kept) == tiers[1]
+        bring(transfer, layer_units, *torch.randperm(COUNT, generator=generator)[:3].tolist())
+    bring(transfer, layer_units, *range(COUNT))
+    profile = transfer.profile().experts["l"]
+    stay = transfer.experts.layers["l"].kept()
+    assert len(stay) == sum(tiers)
+    assert sum(expert.in_host for expert in stay) == tiers[1]
     assert (profile.hit_rate > 0) == (sum(tiers) > 0)
     assert (profile.bytes_copied > 0) == (tiers[1] > 0)
     assert profile.read <= profile.used
@@ -544,34 +544,33 @@ def test_any_two_tiers_bring_the_right_bytes(tiers: tuple[int, int], make_cache:
         assert profile.read == COUNT
 
 
-def test_the_least_used_goes_and_uses_fade(make_cache: Any, layer_units: Any) -> None:
-    cache, _ = make_cache(4, 0)
-    kept = lambda: {expert.index for expert in cache._layers["l"].kept()}  # noqa: E731
+def test_the_least_used_goes_and_uses_fade(make_transfer: Any, layer_units: Any) -> None:
+    transfer = make_transfer(4, 0)
     for _ in range(10):
-        bring(cache, layer_units, 0, 1)
-    bring(cache, layer_units, 2, 3)
-    bring(cache, layer_units, 4)
-    assert {0, 1, 4} <= kept()
+        bring(transfer, layer_units, 0, 1)
+    bring(transfer, layer_units, 2, 3)
+    bring(transfer, layer_units, 4)
+    assert {0, 1, 4} <= kept(transfer)
     for _ in range(100):
-        bring(cache, layer_units, 5, 6)
-    bring(cache, layer_units, 7, 8)
-    assert kept() == {5, 6, 7, 8}
+        bring(transfer, layer_units, 5, 6)
+    bring(transfer, layer_units, 7, 8)
+    assert kept(transfer) == {5, 6, 7, 8}
 
 
-def test_a_layer_that_keeps_less_than_a_token_uses_keeps_the_most_used(make_cache: Any, layer_units: Any) -> None:
-    cache, streamer = make_cache(2, 0, used=3)
+def test_a_layer_that_keeps_less_than_a_token_uses_keeps_the_most_used(make_transfer: Any, layer_units: Any) -> None:
+    transfer = make_transfer(2, 0, used=3)
     for turn in range(12):
-        bring(cache, layer_units, 0, 1, 2 + turn % 10)
-    assert {expert.index for expert in cache._layers["l"].kept()} == {0, 1}
-    assert streamer.profile().experts["l"].read <= 2 + 12 + 2
+        bring(transfer, layer_units, 0, 1, 2 + turn % 10)
+    assert kept(transfer) == {0, 1}
+    assert transfer.profile().experts["l"].read <= 2 + 12 + 2
 
 
-def test_a_prompt_warms_the_cache_with_what_it_used_most(make_cache: Any, layer_units: Any) -> None:
-    cache, _ = make_cache(3, 0)
-    bring(cache, layer_units, 0, 1, 2)
-    with cache.lend("l", {index: float(index) for index in range(COUNT)}, 40) as arrivals:
+def test_a_prompt_warms_the_cache_with_what_it_used_most(make_transfer: Any, layer_units: Any) -> None:
+    transfer = make_transfer(3, 0)
+    bring(transfer, layer_units, 0, 1, 2)
+    with transfer.experts.lend("l", {index: float(index) for index in range(COUNT)}, 40) as arrivals:
         assert len(list(arrivals)) == COUNT
-    assert {expert.index for expert in cache._layers["l"].kept()} == {9, 10, 11}
+    assert kept(transfer) == {9, 10, 11}
 
 
 class SlowRing(PlainRing):
@@ -595,18 +594,17 @@ def test_a_read_that_nobody_waits_for_spoils_no_other_expert(layer_units: Any) -
     slot = max(unit.nbytes for unit in layer_units)
     ring = SlowRing(torch.device("cpu"), slot * 4, Trace())
     ring.slow, ring.gate, ring.entered = {"l[1]"}, threading.Event(), threading.Event()
-    cache = ExpertCache([ExpertLayer("l", layer_units, 1, 2)], ring, 4, slot)
-    streamer = Streamer([], ring, 0, experts=cache)
-    with suppress(KeyboardInterrupt), cache.lend("l", {0: 1.0, 1: 1.0}, 1):
+    transfer = Transfer([], ring, 0, slots=ExpertSlots(layers=[ExpertLayer("l", layer_units, 1, 2)], count=4, nbytes=slot))
+    with suppress(KeyboardInterrupt), transfer.experts.lend("l", {0: 1.0, 1: 1.0}, 1):
         assert ring.entered.wait(20)
         raise KeyboardInterrupt
     timer = threading.Timer(0.3, ring.let_through)
     timer.start()
     for _ in range(3):
         for indices in ((2, 3), (4, 5), (0, 1), (2, 1)):
-            bring(cache, layer_units, *indices)
+            bring(transfer, layer_units, *indices)
     timer.join()
-    streamer.close()
+    transfer.close()
 
 
 def test_a_model_closed_amid_a_pass_says_so(own_checkpoint: Any, streamed: Any, ids: Any, monkeypatch: Any) -> None:
@@ -618,7 +616,7 @@ def test_a_model_closed_amid_a_pass_says_so(own_checkpoint: Any, streamed: Any, 
         calls["all"] += 1
         if calls["all"] == 3:
             threading.Thread(target=model.close).start()
-            while not runtime_of(model).transfer._freed:
+            while runtime_of(model).ring.view(0, 1).numel() != 0:
                 time.sleep(0.01)
         return native(*args)
 
@@ -640,7 +638,7 @@ def test_a_batch_is_as_long_as_one_of_its_sequences(own_checkpoint: Any, streame
     model = streamed(own_checkpoint("mixtral"))
     with torch.no_grad():
         model(**padded)
-    ages = {layer.age for layer in runtime_of(model).transfer._experts._layers.values()}
+    ages = {layer.age for layer in runtime_of(model).transfer.experts.layers.values()}
     assert ages == {padded["input_ids"].shape[1] / routed.HALF_LIFE_TOKENS}
 
 

@@ -18,6 +18,7 @@ import torch
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import RandomStream
+from rabbit_engine.streaming.transfer.reader import shared_reader
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 
@@ -81,11 +82,11 @@ def test_a_child_that_uses_a_session_is_told_at_once(session: Session, use: str)
 
 @pytest.mark.parametrize("use", ["generate", "chat", "encode"])
 def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -> None:
-    binding, streamer = runtime_of(session.model).binding, runtime_of(session.model).transfer
+    binding, reader = runtime_of(session.model).binding, shared_reader()
     held, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with binding._lock, streamer._lock, session._engine._changed, session._encoder._setting_up, RandomStream._turn:
+        with binding._lock, reader.lock, session._engine._changed, session._encoder._setting_up, RandomStream._turn:
             held.set()
             go_on.wait(30)
 

@@ -240,7 +240,7 @@ def test_the_service_in_a_forked_child_says_why_it_cannot_answer(session: Sessio
     from fastapi.testclient import TestClient
 
     with TestClient(app.create_app(session, "mine"), base_url="http://localhost") as client:
-        monkeypatch.setattr(runtime_of(session.model).transfer, "_process", -1)  # as a child sees it
+        monkeypatch.setattr(runtime_of(session.model).transfer._machine, "_process", -1)  # as a child sees it
         answer = client.post("/v1/completions", json={**ENDLESS, "max_tokens": 1})
         assert answer.status_code == 503
         assert "forked" in answer.json()["error"]["message"]

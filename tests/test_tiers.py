@@ -87,14 +87,14 @@ def test_a_fine_cut_streams_modules_and_blocks(checkpoint: Any, streamed: Any, i
 
 def test_bytes_a_pass_are_exactly_the_plans(checkpoint: Any, streamed: Any, ids: torch.Tensor, cut: Cut) -> None:
     model = streamed(checkpoint("mistral"))
-    streamer = runtime_of(model).transfer
+    transfer = runtime_of(model).transfer
     with torch.no_grad():
         model(ids)
-        streamer.wait_until_idle()
+        transfer.wait_until_idle()
         before = model.profile.bytes_read
         for _ in range(5):
             model(ids)
-        streamer.wait_until_idle()
+        transfer.wait_until_idle()
     assert model.profile.bytes_read - before == 5 * model.plan.pass_bytes
 
 

@@ -162,14 +162,14 @@ def _can_go_back(cache: Any) -> bool:
 
 def ring_step(model: Any) -> Lane:
     """One pass's units through the ring: asked for and let go, nothing computed."""
-    streamer = runtime_of(model).transfer
-    names = [unit.name for unit in streamer.units]
+    transfer = runtime_of(model).transfer
+    names = [unit.name for unit in transfer.units]
 
     def step() -> None:
         with runtime_of(model).binding.root_pass():
             for name in names:
-                streamer.acquire(name)
-                streamer.release(name)
+                transfer.acquire(name)
+                transfer.release(name)
 
     return step
 
@@ -191,9 +191,9 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
     the same bytes, in the same order, and computes nothing.
     """
     with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
-        streamer, trace = runtime_of(model).transfer, runtime_of(model).trace
+        transfer, trace = runtime_of(model).transfer, runtime_of(model).trace
         trace.on = False
-        chunks = [chunk for unit in (*streamer.units, *_uncached(model)) for chunk in unit.chunks()]
+        chunks = [chunk for unit in (*transfer.units, *_uncached(model)) for chunk in unit.chunks()]
         step = decode_step(model)
         lanes: dict[str, Lane] = {DECODE: step}
         if chunks:

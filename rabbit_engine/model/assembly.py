@@ -26,14 +26,16 @@ from rabbit_engine.streaming import (
     ExpertCache,
     ExpertLayer,
     ExpertsAway,
+    ExpertSlots,
+    HostPlace,
     LinearBlocks,
     Ring,
     RoutedExperts,
     RowBlock,
     StandIns,
-    Streamer,
     TiedRows,
     Trace,
+    Transfer,
     Unit,
     claim_ring,
     fill_all,
@@ -57,7 +59,7 @@ class Assembly:
     plan: Plan
     partition: Partition
     device: torch.device
-    streamer: Streamer
+    transfer: Transfer
     binding: Binding
     trace: Trace
     ring: Ring
@@ -68,9 +70,9 @@ class Assembly:
 
     def close(self) -> None:
         """End the reading, free the ring and what stays in it. A forked child has nothing to end: it returns at once."""
-        if self.streamer.forked:
+        if self.transfer.forked:
             return
-        self.streamer.close()
+        self.transfer.close()
         self.binding.forget()
         weights, stand_ins = self.partition.weights, StandIns(self.device)
         for name, ref in weights.refs.items():
@@ -125,12 +127,12 @@ class _Builder:
         self._ring = ring
         self._residents = _one_behind_another(_resident_units(partition, plan))
         self._stand_ins = StandIns(stream.device)
-        self._streamer: Streamer | None = None
+        self._transfer: Transfer | None = None
 
     def close(self) -> None:
-        """End the streamer, or free the ring alone."""
-        if self._streamer is not None:
-            self._streamer.close()
+        """End the transfer, or free the ring alone."""
+        if self._transfer is not None:
+            self._transfer.close()
         else:
             self._ring.close()
 
@@ -152,26 +154,24 @@ class _Builder:
             ref.set(shared)
 
     def set_streaming(self) -> Assembly:
-        """Claim host memory, start the streamer, and bind every streamed unit to its module."""
+        """Claim host memory, start the transfer, and bind every streamed unit to its module."""
         partition, device = self._partition, self._stream.device
         join_rows(self._model)  # before units are bound: inside of their forwards
         moving = [partition.units[name] for name in partition.units if name in {*self._plan.streamed, *self._plan.host}]
-        experts = self._claim_experts()
-        streamer = Streamer(
+        transfer = self._transfer = Transfer(
             moving,
             self._ring,
             self._plan.ring_bytes,
-            base=self._plan.resident_bytes + self._plan.experts.device_bytes,
+            start=self._plan.resident_bytes + self._plan.experts.device_bytes,
             host=self._fill_host(),
             rare={size.name for size in partition.sizes if size.rare},
-            experts=experts,
+            slots=self._claim_slots(),
             prefetching=self._stream.prefetching,
             rates=(self._plan.speeds.disk, self._plan.speeds.link),
-            at_close=[experts.free] if experts is not None else [],
+            trace=self._trace,
         )
-        self._streamer = streamer
         layers, show_progress = partition.layout.layers, self._stream.show_layer_progress
-        binding = Binding(streamer, device, self._trace, layers=layers, show_progress=show_progress)
+        binding = Binding(transfer, device, self._trace, layers=layers, show_progress=show_progress)
         self._set_head(binding)
         self._set_embedding()
         for unit in moving:
@@ -179,13 +179,13 @@ class _Builder:
             if module is not None:
                 refs = {weight.entry.name: partition.weights.refs_to(weight.entry.name, module) for weight in unit.weights}
                 binding.bind(self._model.get_submodule(module), unit, refs, self._stand_ins)
-        if experts is not None:
-            self._route_experts(experts, binding)
+        if transfer.experts is not None:
+            self._route_experts(transfer.experts, binding)
         self._set_tied_elsewhere()
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
-        return Assembly(self._plan, partition, device, streamer, binding, self._trace, self._ring)
+        return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring)
 
     def _set_tied_elsewhere(self) -> None:
         """A weight that another module streams, in the modules that share it."""
@@ -193,7 +193,7 @@ class _Builder:
             if ref.holds_parameter and ref.table[ref.attribute].device.type == "meta":
                 ref.set(self._stand_ins.stand_in(self._partition.weights.entries[name], True))
 
-    def _claim_experts(self) -> ExpertCache | None:
+    def _claim_slots(self) -> ExpertSlots | None:
         """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which
         may be of any size: reads go to whole pages."""
         plan, host = self._plan.experts, None
@@ -206,8 +206,8 @@ class _Builder:
             ExpertLayer(layer.name, self._partition.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
             for layer in plan.layers
         ]
-        slots, base = plan.device_bytes // plan.slot_bytes, self._plan.resident_bytes
-        return ExpertCache(layers, self._ring, slots, plan.slot_bytes, base=base, host=host, trace=self._trace)
+        count, start = plan.device_bytes // plan.slot_bytes, self._plan.resident_bytes
+        return ExpertSlots(layers=layers, count=count, nbytes=plan.slot_bytes, start=start, host=host)
 
     def _route_experts(self, cache: ExpertCache, binding: Binding) -> None:
         weights = self._partition.weights
@@ -218,16 +218,17 @@ class _Builder:
             experts = RoutedExperts(layer.name, self._partition.experts[layer.name], cache, binding)
             route(self._model.get_submodule(layer.name), experts)
 
-    def _fill_host(self) -> dict[str, torch.Tensor]:
+    def _fill_host(self) -> dict[str, HostPlace]:
         """Read what stays in host memory, and pin it for the device."""
         units = [self._partition.units[name] for name in self._plan.host]
         if not units:
             return {}
         nbytes = sum(unit.nbytes for unit in units)
         ring = claim_ring(torch.device("cpu"), nbytes, self._trace)
-        fill_all(ring, _one_behind_another(units))
-        memory = self._ring.pin(ring.view(0, nbytes))
-        return {unit.name: memory[start : start + unit.nbytes] for unit, start in _one_behind_another(units)}
+        starts = _one_behind_another(units)
+        fill_all(ring, starts)
+        self._ring.pin(ring.view(0, nbytes))
+        return {unit.name: HostPlace(ring, start, filled=True) for unit, start in starts}
 
     def _set_head(self, binding: Binding) -> None:
         """A head in blocks: those that stay are views, the others are borrowed as they arrive."""

@@ -37,7 +37,7 @@ from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.planning.trial import require_pass
-from rabbit_engine.streaming import Streamer
+from rabbit_engine.streaming import Transfer
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.generation import read_generation_config
@@ -264,9 +264,9 @@ def load(
     _require_pass(model, prepared)
     refuse_past(model, prepared.architecture)
     explain_failures(model)
-    weakref.finalize(model, model._assembly.streamer.abandon)
+    weakref.finalize(model, model._assembly.transfer.abandon)
     if stream.profiling_mode:
-        model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.streamer)
+        model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.transfer)
     logger.info("attention: %s (%s)", model.active_attention_implementation, model._attention_reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model
@@ -386,8 +386,8 @@ def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:
         generation_config.eos_token_id = list(dict.fromkeys([*known, *tokens]))
 
 
-def _log_pass(streamer: Streamer, seconds: float) -> None:
-    profile = streamer.profile()
+def _log_pass(transfer: Transfer, seconds: float) -> None:
+    profile = transfer.profile()
     logger.info(
         "pass %d: %.2f s; so far %s read at %s, waited %.2f s",
         profile.passes,

@@ -64,7 +64,7 @@ class StreamingMixin:
     @property
     def profile(self) -> Profile:
         """Passes, units, bytes and seconds since the model was loaded."""
-        return self._assembly.streamer.profile()
+        return self._assembly.transfer.profile()
 
     @property
     def progress(self) -> PassProgress | None:

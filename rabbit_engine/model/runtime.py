@@ -12,7 +12,7 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.plan import Plan
-from rabbit_engine.streaming import Binding, Ring, Streamer, Trace
+from rabbit_engine.streaming import Binding, Ring, Trace, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class Runtime:
         return self.checkpoint.dtype
 
     @property
-    def transfer(self) -> Streamer:
+    def transfer(self) -> Transfer:
         """What moves units: its threads, its queue, its counts."""
-        return self.assembly.streamer
+        return self.assembly.transfer
 
     @property
     def ring(self) -> Ring:

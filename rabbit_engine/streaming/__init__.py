@@ -12,9 +12,11 @@ from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, U
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.streaming.transfer.claim import claim_ring
-from rabbit_engine.streaming.transfer.experts import ExpertCache, ExpertLayer
+from rabbit_engine.streaming.transfer.entry import HostPlace
+from rabbit_engine.streaming.transfer.experts import ExpertCache, ExpertSlots
 from rabbit_engine.streaming.transfer.ring import STAGING_BYTES, Ring, fill_all
-from rabbit_engine.streaming.transfer.streamer import Streamer
+from rabbit_engine.streaming.transfer.slots import ExpertLayer
+from rabbit_engine.streaming.transfer.transfer import Transfer
 from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "EmbeddingRows",
     "ExpertCache",
     "ExpertLayer",
+    "ExpertSlots",
     "ExpertsAway",
     "ExpertsProfile",
     "Fiber",
+    "HostPlace",
     "LinearBlocks",
     "PassProgress",
     "Placeholder",
@@ -37,9 +41,9 @@ __all__ = [
     "Scheduler",
     "Span",
     "StandIns",
-    "Streamer",
     "TiedRows",
     "Trace",
+    "Transfer",
     "Unit",
     "UnitProfile",
     "WeightRef",

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from rabbit_engine.errors import StreamingError
 from rabbit_engine.streaming.binding.wrapping import Binding, refuse_gradients
-from rabbit_engine.streaming.transfer.experts import HALF_LIFE_TOKENS, ExpertCache
+from rabbit_engine.streaming.transfer.experts import ExpertCache
+from rabbit_engine.streaming.transfer.slots import HALF_LIFE_TOKENS
 from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.transformers_bridge.experts import (
     ExpertsModule,

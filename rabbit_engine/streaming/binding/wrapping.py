@@ -22,7 +22,7 @@ from rabbit_engine.streaming.binding.placeholder import StandIns
 from rabbit_engine.streaming.scheduler import fiber_on
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Trace
-from rabbit_engine.streaming.transfer.streamer import Streamer
+from rabbit_engine.streaming.transfer.transfer import Transfer
 from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.utils.bar import Bar
 
@@ -105,17 +105,17 @@ class Binding:
 
     def __init__(
         self,
-        streamer: Streamer,
+        transfer: Transfer,
         device: torch.device,
         trace: Trace,
         *,
         layers: Sequence[str] = (),
         show_progress: bool = False,
     ) -> None:
-        self._streamer = streamer
+        self._transfer = transfer
         self._device = device
         self._trace = trace
-        self._bytes = {unit.name: unit.nbytes for unit in streamer.units}
+        self._bytes = {unit.name: unit.nbytes for unit in transfer.units}
         self._units: dict[str, BoundUnit] = {}
         self._lock = threading.RLock()
         self._sequences: dict[Any, int] = {}
@@ -136,7 +136,7 @@ class Binding:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
-            self._streamer.require_open()  # a forked process inherits locks that nobody there will free
+            self._transfer.require_open()  # a forked process inherits locks that nobody there will free
             with self._lock:  # held already inside a root pass; for callers of a layer alone
                 place, memory = self._acquire(unit.name)  # before the try: what was not acquired is not ours to release
                 try:
@@ -152,7 +152,7 @@ class Binding:
     @contextmanager
     def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
         """The only weight of a unit that belongs to no module of its own, while the block runs."""
-        self._streamer.require_open()
+        self._transfer.require_open()
         with self._lock:
             _, memory = self._acquire(unit.name)
             try:
@@ -167,10 +167,10 @@ class Binding:
             fiber.await_unit(name)
         self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
-            return self._streamer.acquire(name)
+            return self._transfer.acquire(name)
 
     def _release(self, name: str) -> bool:
-        gone = self._streamer.release(name)
+        gone = self._transfer.release(name)
         if gone and self._bar is not None:
             self._bar.set_postfix_str(name, refresh=False)
             self._bar.update(self._bytes[name])
@@ -180,7 +180,7 @@ class Binding:
         """Bring a unit for all fibers of a scheduler."""
         self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
-            self._streamer.acquire(name)
+            self._transfer.acquire(name)
 
     def let_go(self, name: str) -> None:
         """They have all gone on from it."""
@@ -190,7 +190,7 @@ class Binding:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One thread at a time; a root pass holds the lock already, callers of a module alone do not."""
-        self._streamer.require_open()
+        self._transfer.require_open()
         with self._lock:
             yield
 
@@ -200,14 +200,14 @@ class Binding:
         start = time.perf_counter()
         with self._trace.device_span("compute", name, self._device):
             yield
-        self._streamer.count_compute(name, time.perf_counter() - start)
+        self._transfer.count_compute(name, time.perf_counter() - start)
 
     def progress(self) -> PassProgress | None:
         """Where the pass is that runs now; None between passes. Any thread may ask."""
         began = self._began_s
         if not began:
             return None
-        read = self._streamer.bytes_read - self._read_before
+        read = self._transfer.bytes_read - self._read_before
         elapsed = time.perf_counter() - began
         return PassProgress(self._layer, len(self._layers), max(0, read), elapsed, self._last_pass_s)
 
@@ -219,7 +219,7 @@ class Binding:
     @contextmanager
     def root_pass(self, sequences: int = 1) -> Iterator[None]:
         """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
-        self._streamer.require_open()
+        self._transfer.require_open()
         flow, fiber = getcurrent(), fiber_on(self)
         if flow in self._sequences:  # a part of the model, within the model's own
             yield
@@ -241,7 +241,7 @@ class Binding:
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
-        self._streamer.require_open()
+        self._transfer.require_open()
         with self._lock:
             start = time.perf_counter()
             try:
@@ -251,9 +251,9 @@ class Binding:
                 self._end(time.perf_counter() - start)
 
     def _begin(self) -> None:
-        self._streamer.require_open()
+        self._transfer.require_open()
         self._take_all_away()
-        self._layer, self._read_before = 0, self._streamer.bytes_read
+        self._layer, self._read_before = 0, self._transfer.bytes_read
         self._began_s = time.perf_counter()
         if self._show_progress:
             total = sum(self._bytes.values())
@@ -265,13 +265,13 @@ class Binding:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._streamer.count_pass(seconds)
+        self._transfer.count_pass(seconds)
         self.on_pass(seconds)
 
     def _take_all_away(self) -> None:
         for bound in self._units.values():  # not only those held: an interrupt may have struck between release and here
             bound.take_away()
-        self._streamer.release_all()
+        self._transfer.release_all()
 
     def forget(self) -> None:
         """Drop every view of the ring."""

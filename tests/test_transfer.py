@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupting import interrupt_at
 from safetensors.torch import save
 
 from rabbit_engine.errors import DamagedShardError, ModelClosedError, StreamingError
 from rabbit_engine.storage import directio
 from rabbit_engine.storage.tensorfiles import read_header, read_tensor, write_aligned
-from rabbit_engine.streaming import Streamer, Trace, Unit, fill_all, make_unit, row_blocks
-from rabbit_engine.streaming.transfer import streamer as streamer_module
+from rabbit_engine.streaming import HostPlace, Trace, Transfer, Unit, fill_all, make_unit, row_blocks
 from rabbit_engine.streaming.transfer.arena import Arena
 from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
@@ -31,31 +31,38 @@ UNITS = 5
 
 
 class CountingRing(PlainRing):
-    """Counts the units filled, and refuses to fill bytes that are in use."""
+    """Counts the units filled, and refuses to fill bytes that are in use, or that are being filled."""
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(torch.device("cpu"), nbytes, Trace())
         self.filled: list[str] = []
         self.busy: set[int] = set()
+        self.filling: set[int] = set()
+        self.faults: list[str] = []
         self.delay = 0.0
         self.fail: Callable[[str], Exception | None] = lambda _: None
 
     def fill(self, chunk: Extent, start: int, after: Any, name: str, lane: int) -> None:
-        assert start not in self.busy
+        if start in self.busy or start in self.filling:
+            self.faults.append(name)
         self.filled.append(name)
-        time.sleep(self.delay)
-        error = self.fail(name)
-        if error is not None:
-            raise error
-        super().fill(chunk, start, after, name, lane)
+        self.filling.add(start)
+        try:
+            time.sleep(self.delay)
+            error = self.fail(name)
+            if error is not None:
+                raise error
+            super().fill(chunk, start, after, name, lane)
+        finally:
+            self.filling.discard(start)
 
 
 def ring_of(units: list[Unit], count: int = 2) -> CountingRing:
     return CountingRing(count * max(unit.nbytes for unit in units))
 
 
-def stream(units: list[Unit], ring: CountingRing, **keywords: Any) -> Streamer:
-    return Streamer(units, ring, ring.view(0, 10**9).nbytes, **keywords)
+def transfer_of(units: list[Unit], ring: CountingRing, **keywords: Any) -> Transfer:
+    return Transfer(units, ring, ring.view(0, 10**9).nbytes, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +83,21 @@ def ring(units: list[Unit]) -> CountingRing:
 
 
 @pytest.fixture
-def streamer(units: list[Unit], ring: CountingRing) -> Iterator[Streamer]:
-    made = stream(units, ring)
+def transfer(units: list[Unit], ring: CountingRing) -> Iterator[Transfer]:
+    made = transfer_of(units, ring)
     yield made
     made.close()
+    assert ring.faults == []
 
 
-def use(streamer: Streamer, units: list[Unit], index: int) -> None:
-    place, memory = streamer.acquire(f"u{index}")
-    ring: Any = streamer._ring
+def use(transfer: Transfer, ring: CountingRing, units: list[Unit], index: int) -> None:
+    place, memory = transfer.acquire(f"u{index}")
     ring.busy.add(place)
     by_name = {weight.entry.name: weight.view(memory) for weight in units[index].weights}
     assert torch.equal(by_name["weight"], torch.full((3000,), float(index)))
     assert torch.equal(by_name["bias"], torch.full((7,), index + 0.5))
     ring.busy.discard(place)
-    streamer.release(f"u{index}")
+    transfer.release(f"u{index}")
 
 
 def test_a_unit_is_one_read_of_aligned_weights(units: list[Unit]) -> None:
@@ -107,19 +114,19 @@ def test_extents_of_two_files_do_not_overlap(units: list[Unit]) -> None:
     assert second.place >= first.place + first.nbytes
 
 
-def test_a_cyclic_pass_reads_each_unit_once_and_wastes_nothing(streamer: Streamer, units: list[Unit], ring: CountingRing) -> None:
+def test_a_cyclic_pass_reads_each_unit_once_and_wastes_nothing(transfer: Transfer, units: list[Unit], ring: CountingRing) -> None:
     for _ in range(4):
         for index in range(UNITS):
-            use(streamer, units, index)
+            use(transfer, ring, units, index)
     assert len(ring.filled) <= 4 * UNITS + 2
-    assert streamer.profile().loads == 4 * UNITS
+    assert transfer.profile().loads == 4 * UNITS
 
 
-def test_another_order_is_learned(streamer: Streamer, units: list[Unit], ring: CountingRing) -> None:
+def test_another_order_is_learned(transfer: Transfer, units: list[Unit], ring: CountingRing) -> None:
     order = [0, 3, 1]
     for _ in range(10):
         for index in order:
-            use(streamer, units, index)
+            use(transfer, ring, units, index)
     assert set(ring.filled[-15:]) == {"u0", "u3", "u1"}
 
 
@@ -127,49 +134,49 @@ def test_another_order_is_learned(streamer: Streamer, units: list[Unit], ring: C
 @given(order=st.lists(st.integers(0, UNITS - 1), max_size=40), prefetching=st.booleans(), count=st.integers(1, 4))
 def test_any_order_gives_the_right_weights(units: list[Unit], order: list[int], prefetching: bool, count: int) -> None:
     ring = ring_of(units, count)
-    made = stream(units, ring, prefetching=prefetching)
+    made = transfer_of(units, ring, prefetching=prefetching)
     try:
         for index in order:
-            use(made, units, index)
+            use(made, ring, units, index)
         if not prefetching:
             assert len(ring.filled) == len(order)
     finally:
         made.close()
 
 
-def test_held_twice_is_read_once_and_released_last(streamer: Streamer) -> None:
-    first, second = streamer.acquire("u1"), streamer.acquire("u1")
+def test_held_twice_is_read_once_and_released_last(transfer: Transfer) -> None:
+    first, second = transfer.acquire("u1"), transfer.acquire("u1")
     assert first[0] == second[0]
-    assert not streamer.release("u1")
-    assert streamer.held == ("u1",)
-    assert streamer.release("u1")
-    assert not streamer.release("u1")
+    assert not transfer.release("u1")
+    assert transfer.held == ("u1",)
+    assert transfer.release("u1")
+    assert not transfer.release("u1")
 
 
-def test_more_units_at_once_than_slots_is_an_error_not_a_deadlock(streamer: Streamer) -> None:
-    streamer.acquire("u0")
-    streamer.acquire("u3")
+def test_more_units_at_once_than_slots_is_an_error_not_a_deadlock(transfer: Transfer) -> None:
+    transfer.acquire("u0")
+    transfer.acquire("u3")
     with pytest.raises(StreamingError, match="u1 is asked for inside u0 and u3"):
-        streamer.acquire("u1")
-    streamer.release_all()
-    assert streamer.held == ()
+        transfer.acquire("u1")
+    transfer.release_all()
+    assert transfer.held == ()
 
 
 def test_an_error_lives_where_it_is_asked_for_and_is_tried_again(units: list[Unit], ring: CountingRing) -> None:
     broken = True
     ring.fail = lambda name: OSError("no such block") if name == "u1" and broken else None
-    streamer = stream(units, ring)
+    transfer = transfer_of(units, ring)
     try:
         for _ in range(3):
-            use(streamer, units, 0)
+            use(transfer, ring, units, 0)
             with pytest.raises(OSError, match="no such block"):
-                streamer.acquire("u1")
-            assert streamer.held == ()
+                transfer.acquire("u1")
+            assert transfer.held == ()
         broken = False
         for index in (0, 1, 2, 0, 1):
-            use(streamer, units, index)
+            use(transfer, ring, units, index)
     finally:
-        streamer.close()
+        transfer.close()
 
 
 def test_a_prefetch_that_failed_once_is_tried_again_when_it_matters(units: list[Unit], ring: CountingRing) -> None:
@@ -182,14 +189,14 @@ def test_a_prefetch_that_failed_once_is_tried_again_when_it_matters(units: list[
         return None
 
     ring.fail = fail_once
-    streamer = stream(units, ring)
+    transfer = transfer_of(units, ring)
     try:
-        use(streamer, units, 0)
+        use(transfer, ring, units, 0)
         wait_until(lambda: bool(failed))
         for index in (1, 2, 3, 4, 0, 1):
-            use(streamer, units, index)
+            use(transfer, ring, units, index)
     finally:
-        streamer.close()
+        transfer.close()
 
 
 def wait_until(done: Callable[[], bool]) -> None:
@@ -201,88 +208,81 @@ def wait_until(done: Callable[[], bool]) -> None:
 
 def test_a_slow_reader_is_waited_for(units: list[Unit], ring: CountingRing) -> None:
     ring.delay = 0.02
-    streamer = stream(units, ring)
+    transfer = transfer_of(units, ring)
     try:
         for index in (0, 1, 2, 3, 4, 2, 0):
-            use(streamer, units, index)
-        assert streamer.profile().wait_s > 0.02
+            use(transfer, ring, units, index)
+        assert transfer.profile().wait_s > 0.02
     finally:
-        streamer.close()
+        transfer.close()
 
 
-@pytest.mark.parametrize("strike", ["before", "amid", "after"])
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_interrupt_while_a_unit_is_dropped_hands_no_byte_out_twice(
-    strike: str, which: int, units: list[Unit], ring: CountingRing
-) -> None:
-    """The entry whose read is under way when Ctrl-C strikes keeps its place until the read has ended."""
-    ring.delay = 0.05
-    streamer = stream(units, ring)
-    native, calls = streamer._drop_first, itertools.count()
-
-    def interrupted() -> None:
-        mine = next(calls) == which
-        if strike == "amid" and mine:
-            streamer._queue[0].state = "dropped"
-        elif strike == "after" or not mine:
-            native()
-        if mine:
-            raise KeyboardInterrupt
-
-    try:
-        use(streamer, units, 0)
-        wait_until(lambda: bool(streamer._under_way))  # u1 is there, u2 is being read
-        streamer._drop_first = interrupted  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            streamer.acquire("u3")
-        streamer._drop_first = native  # type: ignore[method-assign]
-        with streamer._lock:
-            streamer.release_all()
-            assert {entry.place for entry in streamer._under_way.values()} <= set(streamer._arena._taken)
-        for index in (which + 1, 3, 4, 0, 2, 1):
-            use(streamer, units, index)
-    finally:
-        streamer.close()
+def test_an_interrupt_at_any_line_hands_no_byte_out_twice(units: list[Unit]) -> None:
+    """What is dropped, while it is read, for a unit that is asked for out of order keeps its place until the read has ended."""
+    for line in itertools.count(1):
+        ring = ring_of(units, 3)
+        ring.delay = 0.002
+        transfer = transfer_of(units, ring)
+        try:
+            use(transfer, ring, units, 0)
+            wait_until(lambda ring=ring: "u2" in ring.filled)  # u1 is there, u2 is being read
+            interrupted = interrupt_at(line, lambda ring=ring, transfer=transfer: use(transfer, ring, units, 4))
+            ring.busy.clear()
+            transfer.release_all()
+            assert transfer.held == ()
+            for index in (line % UNITS, 3, 4, 0, 2, 1):
+                use(transfer, ring, units, index)
+        finally:
+            transfer.close()
+        assert ring.faults == []
+        if not interrupted:
+            break
+    assert line > 40
 
 
 def test_a_unit_asked_for_inside_another_is_an_error_also_when_it_was_foreseen(units: list[Unit]) -> None:
-    streamer = stream(units, ring_of(units, 1))
+    ring = ring_of(units, 1)
+    transfer = transfer_of(units, ring)
     try:
-        streamer.acquire("u0")
-        wait_until(lambda: not streamer._under_way)
+        transfer.acquire("u0")
+        transfer.wait_until_idle()
         with pytest.raises(StreamingError, match="u1 is asked for inside u0"):
-            streamer.acquire("u1")
-        streamer.release_all()
-        use(streamer, units, 1)
+            transfer.acquire("u1")
+        transfer.release_all()
+        use(transfer, ring, units, 1)
     finally:
-        streamer.close()
+        transfer.close()
 
 
-def test_an_interrupted_close_can_be_repeated(units: list[Unit], ring: CountingRing, monkeypatch: pytest.MonkeyPatch) -> None:
+class InterruptedReader(Reader):
+    """Leaving it is interrupted the first time."""
+
+    interrupts = 1
+
+    def leave(self, source: Any) -> None:
+        self.interrupts -= 1
+        if self.interrupts == 0:
+            raise KeyboardInterrupt
+        super().leave(source)
+
+
+def test_an_interrupted_close_can_be_repeated(units: list[Unit], ring: CountingRing) -> None:
     ring.delay = 0.05
-    freed: list[int] = []
-    streamer = stream(units, ring, at_close=[lambda: freed.append(1)])
-    use(streamer, units, 0)
-    native = streamer._reader.leave
-
-    def interrupted(source: Any) -> None:
-        monkeypatch.setattr(streamer._reader, "leave", native)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(streamer._reader, "leave", interrupted)
+    host = PlainRing(torch.device("cpu"), units[4].nbytes, Trace())
+    transfer = transfer_of(units, ring, host={"u4": HostPlace(host, 0, filled=True)}, reader=InterruptedReader())
+    use(transfer, ring, units, 0)
     with pytest.raises(KeyboardInterrupt):
-        streamer.close()
-    streamer.close()
-    streamer.close()
-    assert freed == [1]
-    assert ring.view(0, 1).numel() == 0
+        transfer.close()
+    assert ring.view(0, 1).numel() == 1
+    transfer.close()
+    transfer.close()
+    assert ring.view(0, 1).numel() == host.view(0, 1).numel() == 0
 
 
 @pytest.mark.parametrize("started", [0, 1, 3])
 def test_threads_that_cannot_start_leave_nothing_behind(started: int, units: list[Unit], monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader of this test's own, as another test's model may keep the shared one running."""
-    reader, native, starts = Reader(), threading.Thread.start, itertools.count()
-    monkeypatch.setattr(streamer_module, "shared_reader", lambda: reader)
+    reader, native, starts, before = Reader(), threading.Thread.start, itertools.count(), threading.active_count()
 
     def start(thread: threading.Thread) -> None:
         if next(starts) == started:
@@ -291,17 +291,21 @@ def test_threads_that_cannot_start_leave_nothing_behind(started: int, units: lis
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="new thread"):
-        stream(units, ring_of(units))
-    assert reader._sources == []
+        transfer_of(units, ring_of(units), reader=reader)
+    assert threading.active_count() == before
     monkeypatch.setattr(threading.Thread, "start", native)
-    streamer = stream(units, ring_of(units))
+    ring = ring_of(units)
+    transfer = transfer_of(units, ring, reader=reader)
     for index in range(UNITS):
-        use(streamer, units, index)
-    assert sum(thread.is_alive() for thread in reader._threads.values()) == READERS
-    streamer.close()
+        use(transfer, ring, units, index)
+    assert threading.active_count() == before + READERS
+    transfer.close()
+    assert threading.active_count() == before
 
 
-def test_short_reads_are_read_on(units: list[Unit], monkeypatch: pytest.MonkeyPatch, streamer: Streamer) -> None:
+def test_short_reads_are_read_on(
+    units: list[Unit], monkeypatch: pytest.MonkeyPatch, transfer: Transfer, ring: CountingRing
+) -> None:
     native = directio.read_into
     asked: list[int] = []
 
@@ -315,7 +319,7 @@ def test_short_reads_are_read_on(units: list[Unit], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(directio, "read_into", lambda file, *rest: native(Stingy(file), *rest))
     for index in range(UNITS):
-        use(streamer, units, index)
+        use(transfer, ring, units, index)
     assert len(asked) > UNITS
 
 
@@ -341,16 +345,16 @@ def test_what_a_model_waits_for_is_read_ahead_of_prefetches(units: list[Unit]) -
     reader.join(prefetches)
     ring = ring_of(units)
     ring.fail = lambda name: order.append(name)  # type: ignore[func-returns-value, return-value]
-    streamer = stream(units, ring, prefetching=False)
+    transfer = transfer_of(units, ring, prefetching=False)
     try:
         wait_until(lambda: len(order) > 2 * READERS)
         for index in (3, 0, 2):
             with reader.lock:
                 before = len(order)
-            use(streamer, units, index)
+            use(transfer, ring, units, index)
             assert order[before:].index(f"u{index}") <= READERS  # only what was under way
     finally:
-        streamer.close()
+        transfer.close()
         reader.leave(prefetches)
 
 
@@ -362,19 +366,19 @@ def test_close_wakes_who_waits_and_ends_the_threads(units: list[Unit], ring: Cou
         go.wait(10)
 
     ring.fill = slow  # type: ignore[method-assign]
-    streamer = stream(units, ring)
+    transfer = transfer_of(units, ring)
     seen: list[BaseException] = []
 
     def ask() -> None:
         try:
-            streamer.acquire("u0")
+            transfer.acquire("u0")
         except ModelClosedError as error:
             seen.append(error)
 
     asker = threading.Thread(target=ask)
     asker.start()
     entered.wait(10)
-    closer = threading.Thread(target=streamer.close)
+    closer = threading.Thread(target=transfer.close)
     closer.start()
     go.set()
     closer.join(10)
@@ -382,7 +386,7 @@ def test_close_wakes_who_waits_and_ends_the_threads(units: list[Unit], ring: Cou
     assert len(seen) == 1
     assert not closer.is_alive()
     with pytest.raises(ModelClosedError):
-        streamer.acquire("u0")
+        transfer.acquire("u0")
 
 
 @settings(max_examples=200, deadline=None)
