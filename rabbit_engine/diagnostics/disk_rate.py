@@ -41,7 +41,7 @@ _MOST_S = 30.0
 _MOST_ENTRIES = 20_000
 """Files looked at in search of a large one."""
 
-_OWN_FILES = Path("/proc/self/fd")
+OWN_FILES = Path("/proc/self/fd")
 """Open files by number, where the system shows them."""
 
 
@@ -71,7 +71,7 @@ def measure_disk_rate(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: in
     found = find_large_file(folder, sample_bytes)
     if found is not None:
         return _time_rounds(found, found, sample_bytes, rounds)
-    sample_bytes = _room_for(folder, sample_bytes)
+    sample_bytes = room_for(folder, sample_bytes)
     with scratch_file(folder, sample_bytes) as path:
         return _time_rounds(path, None, sample_bytes, rounds)
 
@@ -96,15 +96,15 @@ def find_large_file(folder: Path, least_bytes: int) -> Path | None:
 
 
 @contextmanager
-def scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
+def scratch_file(folder: Path, nbytes: int, own_files: Path = OWN_FILES) -> Iterator[Path]:
     """`nbytes` random bytes on the disk of `folder`, gone afterwards. Raises OSError where they cannot be written.
 
     On Linux the file never has a name: it goes with the process, however that ends.
     """
-    if _OWN_FILES.is_dir():
+    if own_files.is_dir():
         with tempfile.TemporaryFile(dir=folder) as nameless:
             _write_random(nameless, nbytes)
-            yield _OWN_FILES / str(nameless.fileno())
+            yield own_files / str(nameless.fileno())
         return
     number, name = tempfile.mkstemp(dir=folder, prefix="rabbit-scratch-")
     try:
@@ -126,7 +126,7 @@ def _write_random(file: IO[Any], nbytes: int) -> None:
     os.fsync(file.fileno())
 
 
-def _room_for(folder: Path, nbytes: int) -> int:
+def room_for(folder: Path, nbytes: int) -> int:
     """As much of `nbytes` as takes no more than half of what is free."""
     free = shutil.disk_usage(folder).free
     room = min(nbytes, aligned_down(free // 2))
@@ -142,7 +142,7 @@ def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int)
     rates: list[float] = []
     begin = time.perf_counter()
     for index in range(rounds + 1):
-        read = direct_reads(_chunks(path, starts[index % len(starts)], sample_bytes))
+        read = direct_reads(sample_chunks(path, starts[index % len(starts)], sample_bytes))
         start = time.perf_counter()
         read()
         rates.append(sample_bytes / (time.perf_counter() - start))
@@ -151,7 +151,8 @@ def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int)
     return DiskRate(rounds=tuple(rates[1:]), sample_bytes=sample_bytes, file=found, buffered=buffered_reason(path))
 
 
-def _chunks(path: Path, first: int, nbytes: int) -> Sequence[Extent]:
+def sample_chunks(path: Path, first: int, nbytes: int) -> Sequence[Extent]:
+    """`nbytes` from `first`, in reads of the size that weights are read in."""
     return [Extent(path, first + start, min(CHUNK_BYTES, nbytes - start), 0) for start in range(0, nbytes, CHUNK_BYTES)]
 
 

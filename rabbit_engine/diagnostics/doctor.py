@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from rabbit_engine import __version__
 from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
-from rabbit_engine.diagnostics.pace import Pace, estimate_paces, measure_products
+from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Shape, estimate_paces, measure_products
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.storage.directio import CHUNK_BYTES
 from rabbit_engine.streaming.transfer.measure import measure_link
@@ -37,7 +37,7 @@ Number = int | float | str | bool | None | Sequence[float] | Sequence[str]
 
 _DISTRIBUTION = "rabbit_engine"
 _MAIN_PACKAGES = ("torch", "transformers")
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 _SLOW_DISK = 1e9
@@ -119,8 +119,10 @@ def find_folder(folder: Path | None) -> Path:
     return next(place for place in (cache, *cache.parents) if place.is_dir()).resolve()
 
 
-def examine(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS) -> Diagnosis:
-    """Every check. The disk of `folder` is read in rounds of `sample_bytes`."""
+def examine(
+    folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS, shapes: Mapping[str, Shape] = KNOWN_SHAPES
+) -> Diagnosis:
+    """Every check, and the pace of models of these `shapes`. The disk of `folder` is read in rounds of `sample_bytes`."""
     device, free = best_device(), shutil.disk_usage(folder).free
     asked = _ask_machine(device, folder)
     disk = _try_disk(folder, sample_bytes, rounds)
@@ -130,7 +132,7 @@ def examine(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS
         folder=folder,
         device=str(device),
         findings=(*asked, judge_direct_reads(disk), judge_disk(disk), judge_link(device, link), computing),
-        paces=estimate_paces(device, speeds, products) if products else (),
+        paces=estimate_paces(device, speeds, products, shapes) if products else (),
         speeds=speeds,
         disk_free_bytes=free,
     )
@@ -203,7 +205,7 @@ def _fits(need: Requirement, version: str | None) -> bool:
 
 def find_cuda() -> Cuda:
     """Asks torch, and the driver by itself: a CPU build of torch cannot see it."""
-    driver, seen = _ask_driver()
+    driver, seen = ask_driver()
     built_for = torch.version.cuda or torch.version.hip
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if built_for else []
     problem = _cuda_problem() if built_for and driver and not torch.cuda.is_available() else ""
@@ -217,7 +219,7 @@ def find_cuda() -> Cuda:
     )
 
 
-def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
+def ask_driver(version_file: Path = DRIVER_FILE) -> tuple[str | None, tuple[str, ...]]:
     """The NVIDIA driver's version and the names of its GPUs; None where there is no driver."""
     program = shutil.which("nvidia-smi")
     question = ("--query-gpu=driver_version,name", "--format=csv,noheader")
@@ -230,7 +232,7 @@ def _ask_driver() -> tuple[str | None, tuple[str, ...]]:
         except (OSError, subprocess.SubprocessError):  # it is there, but not in order: the kernel may still say a version
             pass
     try:
-        match = re.search(r"^NVRM version:.*?\s(\d+\.[\d.]+)", _DRIVER_FILE.read_text())
+        match = re.search(r"^NVRM version:.*?\s(\d+\.[\d.]+)", version_file.read_text())
     except OSError:
         match = None
     return (match[1] if match else None), ()

@@ -75,10 +75,12 @@ class Pace:
     four_bit_token_s: float | None
 
 
-def estimate_paces(device: torch.device, speeds: Speeds, products: float) -> tuple[Pace, ...]:
-    """Every known shape on `device` in what memory is free now; `products` is what `measure_products` found."""
+def estimate_paces(
+    device: torch.device, speeds: Speeds, products: float, shapes: Mapping[str, Shape] = KNOWN_SHAPES
+) -> tuple[Pace, ...]:
+    """Each of `shapes` on `device` in what memory is free now; `products` is what `measure_products` found."""
     stream = StreamConfig(device=device, speeds=speeds)
-    return tuple(estimate_pace(name, shape, stream, products) for name, shape in KNOWN_SHAPES.items())
+    return tuple(estimate_pace(name, shape, stream, products) for name, shape in shapes.items())
 
 
 def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:

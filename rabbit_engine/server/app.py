@@ -30,6 +30,7 @@ from rabbit_engine.server.errors import RequestError, as_request_error
 from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
+from rabbit_engine.server.timeouts import USUAL, Timeouts
 from rabbit_engine.server.wire import event
 from rabbit_engine.sessions import Events, Session
 from rabbit_engine.tasks.embedding import find_embedder
@@ -66,11 +67,17 @@ def check_exposure(host: str, api_key: str | None) -> None:
 
 
 def create_app(
-    session: Session, name: str, *, api_key: str | None = None, origins: Sequence[str] = (), local: bool = True
+    session: Session,
+    name: str,
+    *,
+    api_key: str | None = None,
+    origins: Sequence[str] = (),
+    local: bool = True,
+    timeouts: Timeouts = USUAL,
 ) -> FastAPI:
     """The application; `name` is what clients call the model. `local` answers only to names of this machine, so that no web
     page can reach it under a name of its own; `origins` are the pages that may use it from a browser."""
-    service = _Service(session, name, api_key, local=local and api_key is None)
+    service = _Service(session, name, api_key, local=local and api_key is None, timeouts=timeouts)
     with suppress(RabbitError):  # without one, token ids can still be completed, and texts say what is missing
         _ = session.model.tokenizer  # loaded now: the first request need not wait for it
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
@@ -121,7 +128,7 @@ class _Gate:
             else:
                 answer = _answer_error(error)
                 if answer.status_code < 500 and answer.status_code != 408:
-                    await incoming.drain()
+                    await incoming.drain(self._service.timeouts.drain_s)
                 await answer(scope, receive, sending)
         finally:
             self._service.count(scope, status)
@@ -145,8 +152,9 @@ class _Gate:
 
 
 class _Service:
-    def __init__(self, session: Session, name: str, api_key: str | None, *, local: bool) -> None:
+    def __init__(self, session: Session, name: str, api_key: str | None, *, local: bool, timeouts: Timeouts) -> None:
         self._session, self._name, self._api_key, self._local = session, name, api_key, local
+        self.timeouts = timeouts
         self._created = int(time.time())
         self._metrics = Metrics(session)
         self._lanes = Lanes(session)
@@ -256,13 +264,13 @@ class _Service:
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which the client of transformers asks for first: it is loaded."""
-        self._check_model(str(parse_object(await read_body(request)).get("model", "")))
+        self._check_model(str(parse_object(await read_body(request, self.timeouts.body_s)).get("model", "")))
         body = event({"status": "ready", "model": self._name, "cached": True})
         return Response(body, media_type="text/event-stream")
 
     async def _take(self, request: Request, kind: type[Kind], prepare: Callable[[Kind], T]) -> tuple[Kind, T]:
         """What is asked, and what `prepare` makes of it: parsed, checked and tokenised beside the loop, large ones in turn."""
-        body = await read_body(request)
+        body = await read_body(request, self.timeouts.body_s)
 
         def work() -> tuple[Kind, T]:
             asked = parse(kind, parse_object(body))

@@ -21,19 +21,18 @@ MOST_VALUES = 2**17
 LARGE_BODY_BYTES = 64 * 2**10
 """Bodies above that are taken one at a time."""
 
-BODY_S = 60.0
-"""A client has so long to send all of its body."""
-
 MOST_DRAINED_BYTES = 64 * 2**20
-DRAIN_S = 4.0
-"""Of a body that is refused so much is still taken, and thrown away: many clients read no answer before they have sent all."""
+"""Of a body that is refused so much is still taken, and thrown away."""
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, of a bounded size. Another content type is refused: a page elsewhere could send it unasked."""
+async def read_body(request: Request, timeout_s: float) -> bytes:
+    """The body, of a bounded size, which must come within `timeout_s`.
+
+    Another content type is refused: a page elsewhere could send it unasked.
+    """
     kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
@@ -42,13 +41,13 @@ async def read_body(request: Request) -> bytes:
         raise _too_large()
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(timeout_s):
             async for part in request.stream():
                 body += part
                 if len(body) > MOST_BODY_BYTES:
                     raise _too_large()
     except TimeoutError as error:
-        raise RequestError(408, f"the body did not come within {BODY_S:g} s", code="request_timeout") from error
+        raise RequestError(408, f"the body did not come within {timeout_s:g} s", code="request_timeout") from error
     return bytes(body)
 
 
@@ -65,14 +64,14 @@ class Incoming:
         self._comes = bool(message.get("more_body", False))
         return message
 
-    async def drain(self) -> None:
-        """Throw the rest away, up to a bound of bytes and of time. A client that waits to be asked for it is not asked."""
+    async def drain(self, timeout_s: float) -> None:
+        """Throw the rest away, up to a bound of bytes and for `timeout_s`. A client that waits to be asked is not asked."""
         announced = self._headers.get("content-length", "")
         left = MOST_DRAINED_BYTES
         if "expect" in self._headers or (announced.isdecimal() and int(announced[:20]) > left):
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(timeout_s):
                 while self._comes and left > 0:
                     left -= len((await self.receive()).get("body", b""))
 

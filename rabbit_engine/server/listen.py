@@ -7,32 +7,31 @@ import gc
 import math
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.app import check_exposure, create_app, is_loopback
+from rabbit_engine.server.timeouts import USUAL, Timeouts
 from rabbit_engine.sessions import Session
-
-_GRACE_S = 5.0
-"""Answers under way get so long to end when the server does; after a second signal, no time at all."""
-
-_LAST_WORDS_S = 2.0
-"""Then so long to send their last event, or their 503."""
-
-_IDLE_S = 30.0
-"""A connection without a request under way is closed after so long, or twice that; the head of one must come within it."""
 
 
 class _Protocol(H11Protocol):
     """HTTP/1.1, with connections closed on which no request comes, or one that never ends its head."""
 
+    def __init__(self, *args: Any, idle_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle_s = idle_s
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._seen: object = None
-        self._watch_timer = self.loop.call_later(_IDLE_S, self._watch)
+        self._watch_timer = self.loop.call_later(self._idle_s, self._watch)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch_timer.cancel()
@@ -44,13 +43,15 @@ class _Protocol(H11Protocol):
             self.transport.close()
             return
         self._seen = self.cycle if idle else self
-        self._watch_timer = self.loop.call_later(_IDLE_S, self._watch)
+        self._watch_timer = self.loop.call_later(self._idle_s, self._watch)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, end_answers: Callable[[], None], on_ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, end_answers: Callable[[], None], on_ready: Callable[[str], None], timeouts: Timeouts
+    ) -> None:
         super().__init__(config)
-        self._end_answers, self._on_ready = end_answers, on_ready
+        self._end_answers, self._on_ready, self._timeouts = end_answers, on_ready, timeouts
         self._signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -68,11 +69,11 @@ class _Server(uvicorn.Server):
 
     async def _end_after_grace(self) -> None:
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + _GRACE_S
+        end_s = loop.time() + self._timeouts.grace_s
         while loop.time() < end_s and self._signals < 2:
             await asyncio.sleep(0.05)
         self._end_answers()
-        await asyncio.sleep(_LAST_WORDS_S)
+        await asyncio.sleep(self._timeouts.last_words_s)
         self.force_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -94,19 +95,32 @@ def run(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; a second one gives answers under way no more time. `on_ready` hears the address."""
     app = create_app(session, name, api_key=api_key, origins=origins, local=is_loopback(host))
+    server = make_server(app, host=host, port=port, on_ready=on_ready)
+    gc.collect()
+    gc.freeze()  # the model stays: collections that a large request sets off need not look at it
+    server.run()
+
+
+def make_server(
+    app: FastAPI,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    on_ready: Callable[[str], None] = lambda _: None,
+    timeouts: Timeouts = USUAL,
+) -> uvicorn.Server:
+    """What serves the application of `create_app` on an address; a `port` of 0 takes any that is free."""
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=_Protocol,
+        http=partial(_Protocol, idle_s=timeouts.idle_s),  # type: ignore[arg-type] # it is only called
         log_level="warning",
-        timeout_graceful_shutdown=math.ceil(_GRACE_S + _LAST_WORDS_S),
+        timeout_graceful_shutdown=math.ceil(timeouts.grace_s + timeouts.last_words_s),
         server_header=False,
         lifespan="on",
     )
-    gc.collect()
-    gc.freeze()  # the model stays: collections that a large request sets off need not look at it
-    _Server(config, app.state.end_answers, on_ready).run()
+    return _Server(config, app.state.end_answers, on_ready, timeouts)
 
 
 def check_port(host: str, port: int) -> None:
@@ -120,4 +134,4 @@ def check_port(host: str, port: int) -> None:
         raise ConfigurationError(f"nobody can listen on {host} port {port}: {error.strerror or error}") from error
 
 
-__all__ = ["check_exposure", "check_port", "run"]
+__all__ = ["check_exposure", "check_port", "make_server", "run"]

@@ -83,7 +83,7 @@ def pinned_limit_bytes() -> int:
     return int(psutil.virtual_memory().total * (0.5 if half else 0.9))
 
 
-_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Limit and use, in the second version of cgroups and in the first."""
 
 
@@ -92,9 +92,7 @@ def _cgroup_free_bytes() -> int | None:
 
     Page cache that nobody has mapped counts as free: the kernel drops it first.
     """
-    free = [
-        found for folder in _cgroup_folders() for names in _CGROUP_FILES if (found := _cgroup_room(folder, *names)) is not None
-    ]
+    free = [found for folder in _cgroup_folders() for names in CGROUP_FILES if (found := cgroup_room(folder, *names)) is not None]
     return min(free, default=None)
 
 
@@ -110,7 +108,8 @@ def _cgroup_folders() -> Iterator[Path]:
             yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
 
 
-def _cgroup_room(folder: Path, limit_name: str, use_name: str) -> int | None:
+def cgroup_room(folder: Path, limit_name: str, use_name: str) -> int | None:
+    """What one cgroup allows beyond what it uses now; None where it has no limit."""
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: not limited
         limit, used = (int((folder / name).read_text()) for name in (limit_name, use_name))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -1,0 +1,25 @@
+"""How long the server waits for its clients, and how long it takes to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Seconds. A connection without a request under way is closed after `idle_s`, or twice that; the head of one must come
+    within it, and its body within `body_s`. The body of a request that is refused is still taken for `drain_s`, and thrown
+    away: many clients read no answer before they have sent all.
+
+    When the server ends, answers under way get `grace_s` to end (after a second signal, no time at all), and then
+    `last_words_s` to send their last event, or their 503.
+    """
+
+    idle_s: float = 30.0
+    body_s: float = 60.0
+    drain_s: float = 4.0
+    grace_s: float = 5.0
+    last_words_s: float = 2.0
+
+
+USUAL = Timeouts()
