@@ -16,6 +16,7 @@ from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.building import config_path
 from rabbit_engine.architectures.families.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
+from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
 from rabbit_engine.transformers_bridge.quantizers import Quantizer, open_dequantizer
@@ -132,7 +133,7 @@ class Conversion:
         names = [place.weight.replace(first, target) for target in converter.target_patterns]
         return Target(place.weight, True, tuple(zip(names, steps[0].rows(self.skeleton.config), strict=True)))
 
-    def differs(self, name: str, tensor: Any) -> str | None:
+    def differs(self, name: str, tensor: TensorEntry) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
         weight, dtype = self._state[name], self._dtypes[name]
         if tensor.dtype != dtype:

@@ -19,7 +19,7 @@ from rabbit_engine.architectures.architecture import RawConfig
 from rabbit_engine.errors import DamagedCheckpointError, UnsupportedArchitectureError
 from rabbit_engine.transformers_bridge.auto_classes import AutoClass, auto_model_classes, class_names, classes_for
 
-GENERATING = (AutoModelForCausalLM, AutoModelForImageTextToText)
+GENERATING: tuple[AutoClass, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 """The auto classes whose models run here."""
 
 _HEADS_WITHOUT_FOR = ("HeadModel", "HeadsModel", "RewardModel", "RewardsModel")
@@ -141,7 +141,8 @@ def _own_code(config: PretrainedConfig) -> str:
 def _auto_class(name: str) -> AutoClass | None:
     """The auto class whose models include class `name`, else the one its name ends like; None where it says nothing."""
     autos = auto_model_classes()
-    listed = next((auto for auto in (*GENERATING, AutoModelForSeq2SeqLM, *autos) if _plain(name) in _names(auto)), None)
+    known: list[AutoClass] = [*GENERATING, AutoModelForSeq2SeqLM, *autos]
+    listed = next((auto for auto in known if _plain(name) in _names(auto)), None)
     if listed is None and "For" not in name:
         return AutoModel if name.endswith("Model") and not name.endswith(_HEADS_WITHOUT_FOR) else None
     endings = {auto.__name__.removeprefix("AutoModel"): auto for auto in autos if auto is not AutoModel}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
 
@@ -12,7 +11,7 @@ def can_load_adapters() -> bool:
     return bool(is_peft_available())
 
 
-def remove_adapter(model: Any, name: str) -> None:
+def remove_adapter(model: PreTrainedModel, name: str) -> None:
     """Take an adapter out, and with the last one every trace. `delete_adapter` may ask for a newer peft than there is."""
     from peft.functional import delete_adapter
 

@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-AutoClass = Any
-"""`transformers.AutoModel`, `AutoModelForCausalLM` and the like: they share no public base."""
+AutoClass = type[Any]
+"""`transformers.AutoModel`, `AutoModelForCausalLM` and the like: their base is private."""
 
 
 def auto_model_classes() -> list[AutoClass]:

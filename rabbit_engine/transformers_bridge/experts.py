@@ -12,9 +12,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(module, hidden states [tokens, hidden], indices and weights [tokens, experts a token]) -> [tokens, hidden]."""
-
 _MARKS = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_experts")
 """What the decorator of a class of experts, and the class, leave on a module."""
 
@@ -34,6 +31,10 @@ class ExpertsModule(nn.Module):
     act_fn: Callable[[torch.Tensor], torch.Tensor]
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+
+
+ExpertsFunction = Callable[[ExpertsModule, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(module, hidden states [tokens, hidden], indices and weights [tokens, experts a token]) -> [tokens, hidden]."""
 
 
 def has_experts_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:

@@ -14,12 +14,13 @@ _REFUSING = ("transformers.generation.", "transformers.cache_utils")
 """Modules that raise where settings of `generate` do not fit."""
 
 
-def read_generation_config(model: Any, folder: Path | str, *, trust_remote_code: bool = False) -> None:
+def read_generation_config(model: PreTrainedModel, folder: Path | str, *, trust_remote_code: bool = False) -> None:
     """Give `model` the generation config of a folder, and the `generate` that its code brings, as `from_pretrained` does.
 
     A folder without generation_config.json gives what its config.json says of it. Raises whatever the config class does.
     """
-    model.adjust_generation_fn(
+    generating: Any = model
+    generating.adjust_generation_fn(
         None, None, None, str(folder),
         cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
         subfolder="", trust_remote_code=trust_remote_code,

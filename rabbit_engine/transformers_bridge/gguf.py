@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedModel
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from rabbit_engine.transformers_bridge.loading import Unread
 from rabbit_engine.transformers_bridge.progress import without_progress_bars
 from rabbit_engine.transformers_bridge.quantizers import Quantizer
 
@@ -32,8 +32,8 @@ class GgufFile:
         dtype: torch.dtype = self._quantizer.update_dtype(None)
         return dtype
 
-    def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Any]:
-        """The file's tensors by key, each read when it is taken as `tensors[key][...]`, to be loaded into `model` as `dtype`.
+    def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Unread]:
+        """The file's tensors by key, to be loaded into `model` as `dtype`.
 
         Architectures that only transformers' older reader knows are dequantised whole, in memory. The reader raises anything
         where the header's numbers are wrong.
@@ -41,5 +41,5 @@ class GgufFile:
         self._quantizer.update_dtype(dtype)
         self._quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[self._path])
         with without_progress_bars():
-            tensors: Mapping[str, Any] = self._quantizer.get_state_dict(self._path, model)
+            tensors: Mapping[str, Unread] = self._quantizer.get_state_dict(self._path, model)
         return tensors

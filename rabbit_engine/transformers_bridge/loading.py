@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from rabbit_engine.transformers_bridge.progress import without_progress_bars
 from rabbit_engine.transformers_bridge.quantizers import Quantizer
 from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform
+
+
+class Unread(Protocol):
+    """A stored tensor, or one that is read when it is sliced."""
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """All of it; only `[...]` is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +65,12 @@ def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pa
 
 def load_weights(
     model: PreTrainedModel,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Unread],
     dtype: torch.dtype,
     transforms: Sequence[WeightTransform],
     quantizer: Quantizer | None = None,
 ) -> Loaded:
-    """Read `tensors` (by `tensors[key][...]`) and make of them the weights that they are. `model`, on meta, stays as it is."""
+    """Read `tensors`, by key, and make of them the weights that they are. `model`, on the meta device, stays as it is."""
     before, wanted = dict(model.state_dict(keep_vars=True)), weight_dtypes(model, dtype)
     own: Any = copy.deepcopy(list(transforms))  # each counts which tensors it was used for
     plan = model._get_dtype_plan(dtype)
