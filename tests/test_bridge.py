@@ -101,8 +101,13 @@ def test_a_public_use_is_left_alone(source: str) -> None:
 # forwards
 
 
-@pytest.mark.parametrize("model", [llama(), MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))])
-def test_the_cache_of_an_output_goes_back_in_by_the_forwards_own_keyword(model: Any) -> None:
+def mamba() -> MambaForCausalLM:
+    return MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, mamba])
+def test_the_cache_of_an_output_goes_back_in_by_the_forwards_own_keyword(make: Any) -> None:
+    model = make()
     cache = forwards.cache_of(model(IDS, use_cache=True))
     (keyword,) = forwards.cache_argument(model.forward, cache)
     assert keyword in inspect.signature(model.forward).parameters
