@@ -11,12 +11,13 @@ RabbitError
 │   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)                 an optional package is not installed
 ├── UnreadableFileError (OSError)                   the disk or the system refuses a file: an I/O error, a permission
+├── DamagedFileError (OSError)                      a file is cut off, replaced, or not of its format
 ├── CheckpointError                                 the source of the weights
 │   ├── CheckpointNotFoundError (FileNotFoundError) no such repo, revision or folder, or nothing to load in it
 │   ├── GatedCheckpointError (OSError)              the repo wants an accepted licence and a token
 │   ├── HubUnreachableError (ConnectionError)       the Hub does not answer and the files are not in the cache
 │   ├── MissingFileError (FileNotFoundError)        a file that an index names, or that was there at load, is gone
-│   ├── DamagedCheckpointError (OSError)            cut off, or not the format its name says
+│   ├── DamagedCheckpointError (DamagedFileError)   cut off, or not the format its name says
 │   ├── UnsafePickleError (ValueError)              a pickle that wants more than tensors
 │   ├── UnsupportedArchitectureError (ValueError)   no class builds this config, or it needs code we may not run
 │   ├── MismatchedWeightsError (ValueError)         weights missing or of another shape than the model's
@@ -25,7 +26,7 @@ RabbitError
 │   ├── NotEnoughDiskError (OSError)                counted before the first byte is written
 │   ├── ShardsNotWritableError (PermissionError)    the folder for the shards is read-only
 │   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was asked for
-│   └── DamagedShardError (OSError)                 size, header or checksum differ from the manifest
+│   └── DamagedShardError (DamagedFileError)        size, header or checksum differ from the manifest
 └── StreamingError (RuntimeError)                   while a model is loaded
     ├── WeightNotLoadedError                        a weight was used while it was away
     ├── ModelClosedError                            the model was used after close()
@@ -100,6 +101,10 @@ class UnreadableFileError(RabbitError, OSError):
     """The system refuses to read a file of the model; the message says what it answered."""
 
 
+class DamagedFileError(RabbitError, OSError):
+    """A file of the model is cut off, was replaced, or is not of its format; callers see it as one of its subclasses."""
+
+
 class CheckpointError(RabbitError):
     """Something is wrong with the source of the weights."""
 
@@ -120,7 +125,7 @@ class MissingFileError(CheckpointError, FileNotFoundError):
     """A file that an index names is not there, or one that was there at load is gone."""
 
 
-class DamagedCheckpointError(CheckpointError, OSError):
+class DamagedCheckpointError(CheckpointError, DamagedFileError):
     """A file of the checkpoint is cut off or is not the format its name says."""
 
 
@@ -156,7 +161,7 @@ class ShardsNotFoundError(ShardError, FileNotFoundError):
     """There is no split where one was asked for."""
 
 
-class DamagedShardError(ShardError, OSError):
+class DamagedShardError(ShardError, DamagedFileError):
     """A shard's size, header or checksum differs from its manifest."""
 
 

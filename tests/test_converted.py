@@ -33,7 +33,7 @@ def resident(model: Any) -> Any:
     prepared = runtime_of(model).checkpoint
     whole = build_skeleton(prepared.architecture.cls, prepared.architecture.config, prepared.dtype).to_empty(device="cpu")
     entries = read_entries(prepared.folder, prepared.manifest)
-    whole.load_state_dict({name: read_tensor(entry, AssertionError) for name, entry in entries.items()})
+    whole.load_state_dict({name: read_tensor(entry) for name, entry in entries.items()})
     whole.base_model.rotary_emb.__init__(*_rotary_arguments(whole))
     return whole
 

@@ -110,7 +110,7 @@ def test_weights_are_those_that_transformers_loads(checkpoint: Any, plain: Any, 
         state = plain(checkpoint(family)).state_dict()
         entries = read_entries(prepared.folder, prepared.manifest)
         assert set(entries) | set(prepared.manifest.ties) == set(state)
-        assert all(torch.equal(read_tensor(entry, errors.DamagedShardError), state[name]) for name, entry in entries.items())
+        assert all(torch.equal(read_tensor(entry), state[name]) for name, entry in entries.items())
 
 
 def damaged(folder: Path, change: Callable[[Path], None]) -> Path:

@@ -23,7 +23,7 @@ from rabbit_engine.errors import (
     UnsafePickleError,
     first_line,
 )
-from rabbit_engine.storage.directio import disk_errors, is_file, open_unchanged, stamp_of, unreadable
+from rabbit_engine.storage.directio import damage_as, disk_errors, is_file, open_unchanged, stamp_of, unreadable
 from rabbit_engine.storage.jsonvalues import Fields, OutsideError, file_name, parse, shown
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TensorEntry, advice_for, read_header, read_tensor, same_bytes
 
@@ -176,13 +176,14 @@ def fingerprint(folder: Path, files: WeightFiles, commit: str | None) -> dict[st
     return {"format": files.format, "commit": commit, "files": rows}
 
 
+@damage_as(DamagedCheckpointError)
 def file_row(folder: Path, name: str, kind: Format, commit: str | None) -> dict[str, Any]:
     """One file's part of a fingerprint; `name` is relative to `folder`."""
     with disk_errors(folder / name):
         status = (folder / name).stat()
     row: dict[str, Any] = {"name": name, "bytes": status.st_size}
     if kind == "safetensors":
-        row["header_xxh3_128"] = read_header(folder / name, DamagedCheckpointError).checksum
+        row["header_xxh3_128"] = read_header(folder / name).checksum
     if commit is None:
         row["mtime_ns"] = status.st_mtime_ns
     return row
@@ -231,14 +232,16 @@ class SafetensorsTensor(_Named):
         """The file it lies in."""
         return self.entry.path
 
+    @damage_as(DamagedCheckpointError)
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return read_tensor(self.entry, DamagedCheckpointError)
+        return read_tensor(self.entry)
 
 
+@damage_as(DamagedCheckpointError)
 def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
     """Whether two stored tensors hold the same values; those of safetensors are compared a piece at a time."""
     if isinstance(first, SafetensorsTensor) and isinstance(second, SafetensorsTensor):
-        return same_bytes(first.entry, second.entry, DamagedCheckpointError)
+        return same_bytes(first.entry, second.entry)
     return torch.equal(first[...], second[...])
 
 
@@ -259,16 +262,18 @@ class PickleFile:
                 _require_plain(self.path, name, tensor)
         return self._loaded
 
+    @damage_as(DamagedCheckpointError)
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own: a map of a file that somebody cuts off meanwhile kills the process."""
         tensor = self.tensors()[name]
         if not self._mapped:
             return tensor
-        open_unchanged(self.path, self._stamp, DamagedCheckpointError).close()
+        open_unchanged(self.path, self._stamp).close()
         return tensor.clone()
 
+    @damage_as(DamagedCheckpointError)
     def _load(self) -> dict[str, Any]:
-        with open_unchanged(self.path, self._stamp, DamagedCheckpointError) as file:  # whether it can be read at all
+        with open_unchanged(self.path, self._stamp) as file:  # whether it can be read at all
             self._stamp = stamp_of(file)
         try:
             _check_members(self.path)
@@ -318,8 +323,9 @@ def _require_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise DamagedCheckpointError(f"{path} holds {name} as {kind}: save plain tensors")
 
 
+@damage_as(DamagedCheckpointError)
 def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
-    with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+    with open_unchanged(path, None) as file, disk_errors(path):
         is_pickle = file.read(2).startswith((b"\x80", b"PK"))  # protocol 2 and newer, or torch's zip around one
     if is_pickle and "Unsupported" in str(error):
         return UnsafePickleError(
@@ -385,11 +391,12 @@ class TensorSource:
             file.release()
 
 
+@damage_as(DamagedCheckpointError)
 def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
     """The tensors of a safetensors or pickle checkpoint. Raises the CheckpointError that fits what is wrong."""
     paths = [folder / name for name in files.names]
     if files.format == "safetensors":
-        entries = [entry for path in paths for entry in read_header(path, DamagedCheckpointError).tensors]
+        entries = [entry for path in paths for entry in read_header(path).tensors]
         return TensorSource({entry.name: SafetensorsTensor(entry) for entry in entries})
     pickles = tuple(PickleFile(path) for path in paths)
     tensors: dict[str, LazyTensor] = {}

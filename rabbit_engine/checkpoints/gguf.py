@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rabbit_engine.errors import DamagedCheckpointError, MissingExtraError, first_line
-from rabbit_engine.storage.directio import disk_errors, open_unchanged
+from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.storage.tensorfiles import advice_for
 
@@ -26,12 +26,13 @@ _MOST = {"tensors": 2**20, "values": 2**16, "items": 2**24, "strings": 2**22, "d
 """Far beyond any model's; what a damaged count says is beyond these, or beyond the file's end."""
 
 
+@damage_as(DamagedCheckpointError)
 def check_gguf(path: Path) -> None:
     """Raise DamagedCheckpointError, saying what is wrong, for a GGUF file that no reader should be given.
 
     A part of a split file is refused too: transformers reads none. MissingExtraError where the package gguf is not there.
     """
-    with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+    with open_unchanged(path, None) as file, disk_errors(path):
         start = file.read(4)
         if start != b"GGUF":
             raise DamagedCheckpointError(f"{path} is no GGUF file, it begins with {shown(start)}: {advice_for(path)}")

@@ -20,8 +20,15 @@ from huggingface_hub import constants
 
 from rabbit_engine.checkpoints.formats import digest, find_weight_files
 from rabbit_engine.checkpoints.hub import Repo
-from rabbit_engine.errors import CheckpointError, DamagedCheckpointError, MissingFileError, RabbitError, UnreadableFileError
-from rabbit_engine.storage.directio import as_bytes, claim_memory, disk_errors, open_unchanged
+from rabbit_engine.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    DamagedFileError,
+    MissingFileError,
+    RabbitError,
+    UnreadableFileError,
+)
+from rabbit_engine.storage.directio import as_bytes, claim_memory, damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
 from rabbit_engine.storage.tensorfiles import COPY_BYTES, read_header, written_whole
 
@@ -77,13 +84,13 @@ def compare_files(repo: Repo, on_bytes: OnBytes) -> Iterator[FileState]:
         path = repo.folder / name
         try:
             yield _compare(path, recorded.get(name), on_bytes)
-        except (DamagedCheckpointError, MissingFileError, UnreadableFileError) as error:
+        except (DamagedFileError, MissingFileError, UnreadableFileError) as error:
             yield FileState(path, "damaged", str(error))
 
 
 def _compare(path: Path, recorded: Sum | None, on_bytes: OnBytes) -> FileState:
     if path.suffix == ".safetensors":
-        read_header(path, DamagedCheckpointError)
+        read_header(path)
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
         found, wanted = _sum(path, _blob_hash(blob), on_bytes), blob.name
@@ -109,7 +116,7 @@ def _blob_hash(blob: Path) -> _Hash:
 
 def _sum(path: Path, found: _Hash, on_bytes: OnBytes) -> str:
     memory = as_bytes(claim_memory(COPY_BYTES))
-    with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+    with open_unchanged(path, None) as file, disk_errors(path):
         while count := file.readinto(memory):
             found.update(memory[:count])
             on_bytes(count)
@@ -136,10 +143,11 @@ def record_sums(repo: Repo, on_bytes: OnBytes) -> Path:
     raise UnreadableFileError(f"the sums can be written neither into {repo.folder} nor into {path.parent}: {refusal}")
 
 
+@damage_as(DamagedCheckpointError)
 def _recorded(folder: Path, name: str, on_bytes: OnBytes) -> Sum:
     path = folder / name
     if path.suffix == ".safetensors":
-        read_header(path, DamagedCheckpointError)
+        read_header(path)
     found = _sum(path, xxhash.xxh3_128(), on_bytes)
     return Sum(name, path.stat().st_size, found)
 
@@ -153,7 +161,7 @@ def _places(repo: Repo) -> tuple[Path, Path]:
 def _read_sums(repo: Repo) -> Mapping[str, Sum]:
     for path in _places(repo):
         try:
-            with open_unchanged(path, None, DamagedCheckpointError) as file:
+            with open_unchanged(path, None) as file:
                 return {row.name: row for row in _parse_sums(file.read())}
         except MissingFileError:
             continue

@@ -9,6 +9,7 @@ from rabbit_engine.checkpoints.formats import SafetensorsTensor, TensorSource, W
 from rabbit_engine.checkpoints.hub import Repo, fetch_weights, read_remote_headers
 from rabbit_engine.config import SourceConfig
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError
+from rabbit_engine.storage.directio import damage_as
 from rabbit_engine.storage.tensorfiles import TensorEntry, same_bytes
 
 
@@ -32,8 +33,9 @@ def _fetch_tensors(repo: Repo, files: WeightFiles, source: SourceConfig) -> Tens
     return open_tensors(repo.folder, files)
 
 
+@damage_as(DamagedCheckpointError)
 def _equal_in_files(first: TensorEntry, second: TensorEntry) -> bool:
-    return same_bytes(first, second, DamagedCheckpointError)
+    return same_bytes(first, second)
 
 
 def _read_headers(repo: Repo, files: WeightFiles, source: SourceConfig) -> TensorSource:

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from rabbit_engine.errors import (
+    DamagedFileError,
     DamagedShardError,
     MissingFileError,
     NotEnoughDiskError,
@@ -23,7 +24,7 @@ from rabbit_engine.errors import (
     ShardsNotWritableError,
     UnreadableFileError,
 )
-from rabbit_engine.storage.directio import disk_errors, open_unchanged
+from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, counts, different, file_name, parse, shown
 from rabbit_engine.storage.tensorfiles import (
     CHECKSUM_KEY,
@@ -93,9 +94,10 @@ def _write_errors(path: Path) -> Iterator[None]:
         ) from cause
 
 
+@damage_as(DamagedShardError)
 def shard_record(path: Path) -> ShardRecord:
     """The manifest's line of a finished shard, from its header alone. Raises DamagedShardError."""
-    header = read_header(path, DamagedShardError)
+    header = read_header(path)
     if CHECKSUM_KEY not in header.metadata:
         raise DamagedShardError(f"{path} carries no checksum: it was not written here")
     return ShardRecord(path.stem, path.name, header.file_bytes, header.checksum, header.metadata[CHECKSUM_KEY])
@@ -135,12 +137,12 @@ _AGAIN = "run `rabbit split` to make it again (finished shards are kept)"
 def _read_fields(path: Path, advice: str) -> Fields | None:
     """The fields of a JSON file of this format version, or None where there is no such file. Raises DamagedShardError."""
     try:
-        with open_unchanged(path, None, DamagedShardError) as file:
+        with open_unchanged(path, None) as file:
             fields = Fields.of(parse(file.read()))
             version = fields.count("version") if "version" in fields.values else 1  # journals of before had none
     except MissingFileError:
         return None
-    except (ValueError, UnreadableFileError, DamagedShardError) as cause:
+    except (ValueError, UnreadableFileError, DamagedFileError) as cause:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {advice}") from cause
     if version != FORMAT_VERSION:
         raise DamagedShardError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: split into another folder")
@@ -196,10 +198,11 @@ def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     return entries
 
 
+@damage_as(DamagedShardError)
 def _checked_header(folder: Path, record: ShardRecord) -> Header:
     path = folder / record.file
     try:
-        header = read_header(path, DamagedShardError, "run `rabbit split` to make it again")
+        header = read_header(path, "run `rabbit split` to make it again")
     except MissingFileError:
         raise DamagedShardError(f"{path} is gone, the manifest names it; run `rabbit split` to make it again") from None
     if header.file_bytes != record.file_bytes:
@@ -211,11 +214,12 @@ def _checked_header(folder: Path, record: ShardRecord) -> Header:
     return header
 
 
+@damage_as(DamagedShardError)
 def verify_shard(folder: Path, record: ShardRecord) -> None:
     """Read a shard from end to end. Raises DamagedShardError where size, header or data differ from the manifest."""
     header = _checked_header(folder, record)
     digest = xxhash.xxh3_128()
-    with open_unchanged(header.path, None, DamagedShardError) as file, disk_errors(header.path):
+    with open_unchanged(header.path, None) as file, disk_errors(header.path):
         file.seek(header.data_start)
         while chunk := file.read(COPY_BYTES):
             digest.update(chunk)
@@ -334,7 +338,7 @@ def is_shard(path: Path) -> bool:
 
 def _shard_metadata(path: Path) -> Mapping[str, str] | None:
     try:
-        metadata = read_header(path, DamagedShardError).metadata
-    except (MissingFileError, DamagedShardError):
+        metadata = read_header(path).metadata
+    except (MissingFileError, DamagedFileError):
         return None
     return metadata if {CHECKSUM_KEY, ORIGIN_KEY} <= set(metadata) else None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from rabbit_engine.errors import BudgetError, MissingFileError, RabbitError, UnreadableFileError
+from rabbit_engine.errors import BudgetError, DamagedFileError, MissingFileError, RabbitError, UnreadableFileError
 from rabbit_engine.utils.sizes import format_bytes
 
 PAGE = 4096
@@ -126,6 +126,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise unreadable(path, cause) from cause
 
 
+@contextmanager
+def damage_as(error: type[RabbitError]) -> Iterator[None]:
+    """A DamagedFileError of what is read within, as the `error` of what it is read for. Also a decorator."""
+    try:
+        yield
+    except DamagedFileError as found:
+        if type(found) is not DamagedFileError:
+            raise
+        raise error(str(found)) from found.__cause__
+
+
 def unreadable(path: Path, cause: OSError) -> RabbitError:
     """The error for what the system says of `path`."""
     if isinstance(cause, FileNotFoundError | NotADirectoryError):
@@ -149,25 +160,25 @@ def _answer(cause: OSError) -> str:
     return f"{name}, {cause.strerror}" if name else str(cause) or type(cause).__name__
 
 
-def open_unchanged(path: Path, stamp: tuple[int, int] | None, error: type[RabbitError], *, direct: bool = False) -> io.FileIO:
-    """The file, unbuffered. Raises `error` where it is another one than when its header was read, or is not a plain file."""
+def open_unchanged(path: Path, stamp: tuple[int, int] | None, *, direct: bool = False) -> io.FileIO:
+    """The file, unbuffered. Raises DamagedFileError where it was replaced since its header was read, or is not a plain file."""
     flags = os.O_RDONLY | _O_BINARY | _O_NONBLOCK | (_O_DIRECT if direct else 0)  # a pipe in its place must not block
     with disk_errors(path):
         file = io.FileIO(os.open(path, flags), "rb")
         try:
-            _require_unchanged(file, path, stamp, error)
+            _require_unchanged(file, path, stamp)
         except BaseException:
             file.close()
             raise
     return file
 
 
-def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | None, error: type[RabbitError]) -> None:
+def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | None) -> None:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise error(f"{path} is not a plain file: put the model's file in its place")
+        raise DamagedFileError(f"{path} is not a plain file: put the model's file in its place")
     if stamp is not None and stamp != stamp_of(file):
-        raise error(f"{path} was replaced while in use: load the model again")
+        raise DamagedFileError(f"{path} was replaced while in use: load the model again")
 
 
 def stamp_of(file: io.FileIO) -> tuple[int, int]:
@@ -176,10 +187,10 @@ def stamp_of(file: io.FileIO) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
-def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[RabbitError], needed: int | None = None) -> None:
+def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, needed: int | None = None) -> None:
     """Fill `buffer` from the file's position, or at least its first `needed` bytes where the file ends there.
 
-    Raises `error` when the file ends first, UnreadableFileError when the disk fails.
+    Raises DamagedFileError when the file ends first, UnreadableFileError when the disk fails.
     """
     needed = len(buffer) if needed is None else needed
     done = 0
@@ -187,7 +198,7 @@ def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, error: type[Ra
         while done < needed:
             count = _read_some(file, buffer[done:])
             if not count:
-                raise error(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
+                raise DamagedFileError(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
             done += count
 
 
@@ -204,7 +215,6 @@ def read_pages(
     offset: int,
     nbytes: int,
     memory: memoryview,
-    error: type[RabbitError],
     *,
     direct: bool,
 ) -> None:
@@ -215,12 +225,12 @@ def read_pages(
     """
     start, end = aligned_down(offset), offset + nbytes
     last = aligned_up(end) if direct else end
-    with open_unchanged(path, stamp, error, direct=direct) as file, disk_errors(path):
+    with open_unchanged(path, stamp, direct=direct) as file, disk_errors(path):
         if direct and sys.platform == "darwin":
             import fcntl
 
             fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
         file.seek(start)
-        read_into(file, memory[: last - start], path, error, end - start)
+        read_into(file, memory[: last - start], path, end - start)
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)

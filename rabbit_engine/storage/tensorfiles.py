@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from rabbit_engine.errors import RabbitError, UnreadableFileError, first_line
+from rabbit_engine.errors import DamagedFileError, first_line
 from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
@@ -108,28 +108,30 @@ class Header:
     checksum: str
 
 
-def read_header(path: Path, error: type[RabbitError], advice: str = "") -> Header:
+def read_header(path: Path, advice: str = "") -> Header:
     """Read and check a safetensors header: names, dtypes, shapes and offsets agree, and the file is exactly as long as they say.
 
-    Raises `error`, naming the file and by how much it differs; MissingFileError and UnreadableFileError for the file itself.
+    Raises DamagedFileError, naming the file and by how much it differs; MissingFileError or UnreadableFileError.
     """
-    with open_unchanged(path, None, error) as file, disk_errors(path):
+    with open_unchanged(path, None) as file, disk_errors(path):
         status = os.fstat(file.fileno())
         prefix = _read_up_to(file, 8)
         size = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size > min(_HEADER_LIMIT, status.st_size - 8):
             wanted = f"{status.st_size} bytes, its header would need {8 + size}"
-            raise error(f"{path} is no whole safetensors file ({wanted}): {advice or advice_for(path)}")
+            raise DamagedFileError(f"{path} is no whole safetensors file ({wanted}): {advice or advice_for(path)}")
         raw = _read_up_to(file, size)
     start = 8 + size
     try:
         metadata, tensors = _parse_header(path, raw, start, (status.st_ino, status.st_mtime_ns))
         _require_contiguous(tensors, start)
     except (ValueError, KeyError, TypeError) as cause:
-        raise error(f"{path} has a damaged safetensors header: {first_line(cause)}; {advice or 'download it again'}") from cause
+        raise DamagedFileError(
+            f"{path} has a damaged safetensors header: {first_line(cause)}; {advice or 'download it again'}"
+        ) from cause
     problem = _wrong_length(tensors, start, status.st_size)
     if problem is not None:
-        raise error(f"{path} {problem}; {advice or 'download it again'}")
+        raise DamagedFileError(f"{path} {problem}; {advice or 'download it again'}")
     return Header(path, tensors, metadata, start, status.st_size, xxhash.xxh3_128_hexdigest(prefix + raw))
 
 
@@ -142,7 +144,7 @@ def _read_up_to(file: io.FileIO, count: int) -> bytes:
 
 def advice_for(path: Path) -> str:
     """What to do about a file that is not of its format: by what stands in its place."""
-    with open_unchanged(path, None, UnreadableFileError) as file, disk_errors(path):
+    with open_unchanged(path, None) as file, disk_errors(path):
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
         return "it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
@@ -187,50 +189,50 @@ def _wrong_length(tensors: Sequence[TensorEntry], start: int, file_bytes: int) -
     return f"is {'cut off' if file_bytes < position else 'too long'}: {file_bytes} bytes, its header says {position}"
 
 
-def read_tensor(entry: TensorEntry, error: type[RabbitError]) -> torch.Tensor:
-    """The tensor in memory of its own (no map of the file stays behind). Raises `error` when bytes are missing."""
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The tensor in memory of its own (no map of the file stays behind). Raises DamagedFileError when bytes are missing."""
     flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     position = 0
     for place in entry.places:
-        with open_unchanged(place.path, place.stamp, error) as file:
+        with open_unchanged(place.path, place.stamp) as file:
             file.seek(place.offset)
-            read_into(file, as_bytes(flat[position : position + place.nbytes]), place.path, error)
+            read_into(file, as_bytes(flat[position : position + place.nbytes]), place.path)
         position += place.nbytes
     return flat.view(entry.dtype).reshape(entry.shape)
 
 
-def same_bytes(first: TensorEntry, second: TensorEntry, error: type[RabbitError]) -> bool:
+def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if first.parts or second.parts:
-        return torch.equal(read_tensor(first, error).view(torch.uint8), read_tensor(second, error).view(torch.uint8))
+        return torch.equal(read_tensor(first).view(torch.uint8), read_tensor(second).view(torch.uint8))
     pieces = [bytearray(_COMPARED_BYTES), bytearray(_COMPARED_BYTES)]
-    with open_unchanged(first.path, first.stamp, error) as one, open_unchanged(second.path, second.stamp, error) as other:
+    with open_unchanged(first.path, first.stamp) as one, open_unchanged(second.path, second.stamp) as other:
         for position in range(0, first.nbytes, _COMPARED_BYTES):
             size = min(_COMPARED_BYTES, first.nbytes - position)
             views = [memoryview(piece)[:size] for piece in pieces]
             for file, entry, view in zip((one, other), (first, second), views, strict=True):
                 file.seek(entry.offset + position)
-                read_into(file, view, entry.path, error)
+                read_into(file, view, entry.path)
             if views[0] != views[1]:
                 return False
     return True
 
 
-def holds(entry: TensorEntry, values: torch.Tensor, error: type[RabbitError]) -> bool:
+def holds(entry: TensorEntry, values: torch.Tensor) -> bool:
     """Whether a stored tensor has the shape and, in its dtype, bit for bit the values of another."""
     if tuple(values.shape) != entry.shape:
         return False
     flat = values.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
     if entry.parts:
-        return torch.equal(read_tensor(entry, error).reshape(-1).view(torch.uint8), flat)
+        return torch.equal(read_tensor(entry).reshape(-1).view(torch.uint8), flat)
     raw, piece = as_bytes(flat), memoryview(bytearray(min(_COMPARED_BYTES, entry.nbytes)))
-    with open_unchanged(entry.path, entry.stamp, error) as file:
+    with open_unchanged(entry.path, entry.stamp) as file:
         file.seek(entry.offset)
         for position in range(0, entry.nbytes, _COMPARED_BYTES):
             read = piece[: entry.nbytes - position]
-            read_into(file, read, entry.path, error)
+            read_into(file, read, entry.path)
             if raw[position : position + len(read)] != read:
                 return False
     return True

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
-from rabbit_engine.storage.directio import disk_errors, open_unchanged
+from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
 
 _POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -73,7 +73,7 @@ def _find_pooling(path: Path) -> str:
 def _parsed(path: Path) -> Iterator[Any]:
     """The JSON of a file; what is wrong with it or with its values is an error that names it."""
     try:
-        with open_unchanged(path, None, DamagedCheckpointError) as file, disk_errors(path):
+        with damage_as(DamagedCheckpointError), open_unchanged(path, None) as file, disk_errors(path):
             raw = file.read()
         yield parse(raw)
     except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from rabbit_engine.errors import CannotMergeError, CannotPickleError, DamagedShardError, WeightNotLoadedError
+from rabbit_engine.storage.directio import damage_as
 from rabbit_engine.storage.tensorfiles import TensorEntry, holds
 
 _WHERE = (
@@ -64,9 +65,10 @@ class Placeholder(torch.Tensor):
         """Another stand-in for the same weight."""
         return type(self)(self.entry, self.device)
 
+    @damage_as(DamagedShardError)
     def holds(self, values: torch.Tensor) -> bool:
         """Whether the stored weight has these values. Raises DamagedShardError."""
-        return holds(self.entry, values, DamagedShardError)
+        return holds(self.entry, values)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -9,13 +9,14 @@ import torch
 from torch.nn import functional
 
 from rabbit_engine.errors import DamagedShardError
-from rabbit_engine.storage.directio import as_bytes, open_unchanged, read_into
+from rabbit_engine.storage.directio import as_bytes, damage_as, open_unchanged, read_into
 from rabbit_engine.streaming.binding.placeholder import Placeholder
 
 
 class EmbeddingRows(Placeholder):
     """The weight of an embedding, [vocabulary, width], in a shard; `torch.nn.functional.embedding` on it reads rows."""
 
+    @damage_as(DamagedShardError)
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of int64 `ids` [n] on the CPU: [n, width]. Raises IndexError past the vocabulary, as torch does."""
         rows, row_bytes = self.shape[0], self.entry.nbytes // max(1, self.shape[0])
@@ -23,10 +24,10 @@ class EmbeddingRows(Placeholder):
             span = f"{int(ids.min())} to {int(ids.max())}"
             raise IndexError(f"index out of range in self: {self.weight_name} has {rows} rows, the ids go from {span}")
         table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
-        with open_unchanged(self.entry.path, self.entry.stamp, DamagedShardError) as file:
+        with open_unchanged(self.entry.path, self.entry.stamp) as file:
             for index, row in enumerate(ids.tolist()):
                 file.seek(self.entry.offset + row * row_bytes)
-                read_into(file, as_bytes(table[index]), self.entry.path, DamagedShardError)
+                read_into(file, as_bytes(table[index]), self.entry.path)
         return table.view(self.dtype)
 
     @classmethod

@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.errors import DamagedShardError
-from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason, claim_memory, read_pages
+from rabbit_engine.storage.directio import (
+    CHUNK_BYTES,
+    PAGE,
+    aligned_down,
+    as_bytes,
+    buffered_reason,
+    claim_memory,
+    damage_as,
+    read_pages,
+)
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
@@ -63,10 +72,11 @@ def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
         buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
     direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
 
+    @damage_as(DamagedShardError)
     def read(chunk: Extent) -> None:
         buffer = buffers.get()
         try:
-            read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, DamagedShardError, direct=direct[chunk.path])
+            read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, buffer, direct=direct[chunk.path])
         finally:
             buffers.put(buffer)
 
