@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 from transformers import GenerationConfig, GenerationMixin
 
+from rabbit_engine.errors import ConfigurationError
+
 _LENGTH, _SEVERAL = "use max_new_tokens", "give the prompt several times to generate, each with its own seed"
 _INSTEAD: Mapping[str, str] = MappingProxyType(
     {
@@ -32,6 +34,12 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
 def tell_instead(name: str) -> str | None:
     """What to do instead of giving this option; None for one that nothing of that kind has."""
     return _INSTEAD.get(name, "call model.generate for it") if name in _INSTEAD or name in _names_of_generate() else None
+
+
+def refuse_foreign(name: str, value: object) -> None:
+    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: the answer would be another."""
+    if value is not None and (instead := tell_instead(name)):
+        raise ConfigurationError(f"{name} is no option of a session: {instead}")
 
 
 @functools.cache

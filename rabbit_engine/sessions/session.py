@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import re
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -13,24 +12,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeVar
 
-import torch
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError, PromptTooLongError, RabbitError, StreamingError, first_line
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
-from rabbit_engine.sessions.foreign import tell_instead
+from rabbit_engine.sessions.foreign import refuse_foreign
+from rabbit_engine.sessions.futures import Promise, computing_job, own_error
 from rabbit_engine.sessions.generation import Generation, ends_of
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import measure_room
-from rabbit_engine.sessions.spelling import nearest
+from rabbit_engine.sessions.template import TemplateVariables
 from rabbit_engine.streaming import PassProgress
 
 logger = logging.getLogger(__name__)
@@ -40,18 +39,6 @@ Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
 Chat = str | Message | Sequence[object]
 """A user's words, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
-
-
-_TEMPLATE_KNOWN = frozenset({"tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"})
-_TEMPLATE_OWN = frozenset(
-    {"conversation", "messages", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
-    | {"tokenizer_kwargs", "processor_kwargs", "return_assistant_tokens_mask"}
-)
-"""Keywords of `apply_chat_template`."""
-
-_MOST_TOLD = 100
-_MOST_VARIABLES = 64
-"""Of a chat template, for one conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +141,8 @@ class Session:
             raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
         runtime.transfer.require_open()
         self.model = model
+        self._template = TemplateVariables(model)
         self._overflow = overflow
-        self._told: set[str] = set()
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
             logger.warning("%s keeps %s in its modules: its answers are given one at a time", type(model).__name__, why)
@@ -224,7 +211,7 @@ class Session:
     def request(self, messages: Chat, /, **options: Any) -> Request:
         """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
         chosen, template = self._split(options)
-        self._check_template(template)
+        self._template.check(template)
         conversation = read_messages(messages)
         prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
         return Request(prompt, chosen)
@@ -234,7 +221,7 @@ class Session:
         chosen, unknown = self._split(options)
         if unknown:
             name, value = next(iter(unknown.items()))
-            _refuse_foreign(name, value)
+            refuse_foreign(name, value)
             raise ConfigurationError(f"{name}: no such option; there are {', '.join(NAMES)}")
         ids = self._encoder.encode_text(text, special=special_tokens)
         return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
@@ -268,8 +255,8 @@ class Session:
         self.require_process()
         if self._engine.is_full:
             self._engine.refuse()
-        futures: list[Future[T]] = [_Promise(self) for _ in works]
-        jobs = [_computing(work, tokens, future) for (work, tokens), future in zip(works, futures, strict=True)]
+        futures: list[Future[T]] = [Promise(self) for _ in works]
+        jobs = [computing_job(work, tokens, future) for (work, tokens), future in zip(works, futures, strict=True)]
         self._engine.submit(jobs, bounded=False)
         return futures
 
@@ -332,26 +319,9 @@ class Session:
                 raise ConfigurationError(f"{name} names token id {wrong}, the vocabulary has {self._vocabulary}")
         return found, {name: value for name, value in options.items() if name not in NAMES}
 
-    def _check_template(self, given: Mapping[str, Any]) -> None:
-        """Raise ConfigurationError for what the chat template is not to be given, or an option that is misspelt; tell once of
-        what the template does not read."""
-        if len(given) > _MOST_VARIABLES:
-            raise ConfigurationError(f"{len(given)} variables for the chat template are more than {_MOST_VARIABLES}")
-        for name in given:
-            if name in _TEMPLATE_OWN:
-                raise ConfigurationError(f"{name} is the session's to decide: it makes token ids of the whole conversation")
-            if name in _TEMPLATE_KNOWN or self.template_reads(name):
-                continue
-            _refuse_foreign(name, given[name])
-            if near := nearest(name, NAMES):
-                raise ConfigurationError(f"{name}: no such option; did you mean {near}?")
-            if name not in self._told and len(self._told) < _MOST_TOLD:
-                self._told.add(name)
-                logger.warning("%.60s is no option, and the chat template does not read it: it changes nothing", name)
-
     def template_reads(self, name: str) -> bool:
-        """Whether the chat template has a variable of this name; the n of `\\n` is none."""
-        return re.search(rf"(?<!\\)\b{re.escape(name)}\b", str(getattr(self.model.tokenizer, "chat_template", ""))) is not None
+        """Whether the chat template has a variable of this name."""
+        return self._template.reads(name)
 
     def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
         return [self.request_text(text, **options) for text in _each(prompts)]
@@ -368,7 +338,7 @@ class Session:
 
         def end(failure: BaseException | None) -> None:
             if failure is not None and not isinstance(failure, Cancelled):
-                tell(index, _own(failure))
+                tell(index, own_error(failure))
                 return
             if rest := text.rest():
                 tell(index, Piece(rest))
@@ -409,29 +379,6 @@ class Session:
             _cancel(tickets)
 
 
-class _Promise(Future[T]):
-    """A future that is not waited for where the thread that would fulfil it is not there, or is the one that waits."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__()
-        self._session = session
-
-    def result(self, timeout: float | None = None) -> T:
-        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
-        self._require_another()
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
-        self._require_another()
-        return super().exception(timeout)
-
-    def _require_another(self) -> None:
-        if not self.done():
-            self._session.require_process()
-            self._session.require_other_thread()
-
-
 def _each(prompts: object) -> list[str | Sequence[int]]:
     """Every prompt by itself. Raises ConfigurationError for what is no list of prompts."""
     if isinstance(prompts, str):
@@ -445,30 +392,12 @@ def _each(prompts: object) -> list[str | Sequence[int]]:
     return found
 
 
-def _refuse_foreign(name: str, value: object) -> None:
-    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: the answer would be another."""
-    if value is not None and (instead := tell_instead(name)):
-        raise ConfigurationError(f"{name} is no option of a session: {instead}")
-
-
 def _tell_what_is_left_out(config: GenerationConfig) -> None:
     """A session draws or takes the likeliest token: beams and several answers at once are for `generate`."""
     given = {name: getattr(config, name, None) for name in ("num_beams", "num_return_sequences")}
     left_out = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, 1))
     if left_out:
         logger.warning("the checkpoint's generation config says %s: a session answers without; model.generate does it", left_out)
-
-
-def _computing(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
-    def run() -> None:
-        if future.set_running_or_notify_cancel():
-            future.set_result(work())
-
-    def end(failure: BaseException | None) -> None:
-        if failure is not None and not future.cancelled():
-            future.set_exception(_own(failure))
-
-    return Job(run, end, Demand(tokens, 0))
 
 
 def keeps_state(model: SessionModel) -> str | None:
@@ -482,15 +411,6 @@ def keeps_state(model: SessionModel) -> str | None:
 def _cancel(tickets: Sequence[Ticket]) -> None:
     for ticket in tickets:
         ticket.cancel()
-
-
-def _own(failure: BaseException) -> BaseException:
-    """Errors of ours as they are; another's with its name, as it comes from inside of the model."""
-    if isinstance(failure, RabbitError | MemoryError | torch.OutOfMemoryError):
-        return failure
-    error = StreamingError(f"the answer failed: {type(failure).__name__}: {first_line(failure)}")
-    error.__cause__ = failure
-    return error
 
 
 def _positions(model: SessionModel) -> int | None:

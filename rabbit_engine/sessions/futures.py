@@ -1,0 +1,71 @@
+"""Work of a caller's own in a session's thread: the futures of its results, and what an error of it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+import torch
+
+from rabbit_engine.errors import RabbitError, StreamingError, first_line
+from rabbit_engine.planning.demand import Demand
+from rabbit_engine.sessions.engine import Job
+
+T = TypeVar("T")
+
+
+class Worker(Protocol):
+    """The session whose thread does the work."""
+
+    def require_process(self) -> None:
+        """Raise ModelClosedError in a forked child."""
+
+    def require_other_thread(self) -> None:
+        """Raise ConfigurationError in the session's own thread."""
+
+
+class Promise(Future[T]):
+    """A future that is not waited for where the thread that would fulfil it is not there, or is the one that waits."""
+
+    def __init__(self, session: Worker) -> None:
+        super().__init__()
+        self._session = session
+
+    def result(self, timeout: float | None = None) -> T:
+        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        self._require_another()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        self._require_another()
+        return super().exception(timeout)
+
+    def _require_another(self) -> None:
+        if not self.done():
+            self._session.require_process()
+            self._session.require_other_thread()
+
+
+def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
+    """`work`, of so many tokens, whose result the future gets."""
+
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            future.set_result(work())
+
+    def end(failure: BaseException | None) -> None:
+        if failure is not None and not future.cancelled():
+            future.set_exception(own_error(failure))
+
+    return Job(run, end, Demand(tokens, 0))
+
+
+def own_error(failure: BaseException) -> BaseException:
+    """Errors of ours as they are; another's with its name, as it comes from inside of the model."""
+    if isinstance(failure, RabbitError | MemoryError | torch.OutOfMemoryError):
+        return failure
+    error = StreamingError(f"the answer failed: {type(failure).__name__}: {first_line(failure)}")
+    error.__cause__ = failure
+    return error
