@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -78,7 +78,7 @@ def chat(
         raise typer.Exit(1)
 
 
-def require_template(model: Any, name: str) -> None:
+def require_template(model: engine.model.StreamedModel, name: str) -> None:
     """Raises ConfigurationError for a model that only continues texts."""
     if getattr(model.tokenizer, "chat_template", None) is None:
         raise ConfigurationError(f"{name} has no chat template: it continues texts, as `rabbit run {name} TEXT` shows")

@@ -13,7 +13,7 @@ from rabbit_engine.cli import engine, options, output
 @contextmanager
 def loaded(
     model: str, *, max_memory: str | None, attn: str = "auto", saving_path: Path | None = None, **keywords: Any
-) -> Iterator[Any]:
+) -> Iterator[engine.model.StreamedModel]:
     """The streamed model, closed at the end; `keywords` are those of `AutoModel.from_pretrained`."""
     output.note(f"loading {model} ...")
     with engine.model.AutoModel.from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -12,7 +12,7 @@ from rabbit_engine.cli.loading import loaded
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
-def encode(model: Any, prompt: str, chat: bool | None) -> Any:
+def encode(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
     """The prompt as token ids [1, length], through the chat template where there is one (and `chat` does not forbid it).
 
     Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary.
@@ -23,20 +23,22 @@ def encode(model: Any, prompt: str, chat: bool | None) -> Any:
     return inputs
 
 
-def _tokenized(model: Any, prompt: str, chat: bool | None) -> Any:
+def _tokenized(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
     template = getattr(model.tokenizer, "chat_template", None)
     if chat and template is None:
         raise ConfigurationError("this model has no chat template: leave out --chat")
     if template is None or chat is False:
-        return model.tokenizer(prompt, return_tensors="pt")
+        plain: engine.transformers.BatchEncoding = model.tokenizer(prompt, return_tensors="pt")
+        return plain
     messages = [{"role": "user", "content": prompt}]
     try:
-        return model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        found = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return cast("engine.transformers.BatchEncoding", found)
     except Exception as error:  # a template is anybody's code
         raise ConfigurationError(f"the model's chat template fails ({first_line(error)}): give --no-chat") from error
 
 
-def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
+def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, float | bool]:
     """Greedy unless a sampling option is given, and at a temperature so low that logits would overflow."""
     if temperature is not None and temperature < options.COLDEST:
         return {"do_sample": False}
@@ -45,7 +47,7 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
     return {"do_sample": bool(given) or seed is not None, **given}
 
 
-def write_answer(model: Any, inputs: Any, **keywords: Any) -> None:
+def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> None:
     """Generate one text, and write it as it comes; where the checkpoint asks for beams, the best one at the end.
 
     Raises ConfigurationError for settings that `generate` refuses.
@@ -58,7 +60,7 @@ def write_answer(model: Any, inputs: Any, **keywords: Any) -> None:
     typer.echo(model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def _generate(model: Any, inputs: Any, **keywords: Any) -> Any:
+def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> Any:
     try:
         return model.generate(**inputs, num_return_sequences=1, **keywords)
     except RabbitError:

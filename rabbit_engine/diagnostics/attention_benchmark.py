@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.model import StreamedModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import Span, Trace
 from rabbit_engine.streaming.telemetry.trace import busy_seconds
@@ -46,7 +47,7 @@ def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
         yield
 
 
-def sample_passes(model: Any, step: Callable[[], None], passes: int) -> PassSample:
+def sample_passes(model: StreamedModel, step: Callable[[], None], passes: int) -> PassSample:
     """Run `step`, a pass of a model loaded with `profiling_mode=True`, so many times; one of them in the mean.
 
     Recording costs a few microseconds a layer.

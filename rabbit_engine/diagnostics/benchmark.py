@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rabbit_engine.model.auto import AutoModel
+from rabbit_engine.model import AutoModel, StreamedModel
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.streaming import Span, busy_share
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.streaming import Span, Trace, busy_share
 from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
@@ -121,19 +122,19 @@ def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane
     return seconds
 
 
-def made_up_prompt(model: Any, tokens: int) -> torch.Tensor:
+def made_up_prompt(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     """int64 [1, tokens] on the model's device: its vocabulary in order, again and again, but for the first two."""
     words: int = model.config.get_text_config().vocab_size
     return 2 + torch.arange(tokens, device=model.device)[None] % (words - 2)
 
 
-def prefill(model: Any, ids: torch.Tensor) -> Any:
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Any:
     """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
     with torch.no_grad():
         return cache_of(model(ids, use_cache=True, **last_logits_argument(model.forward)))
 
 
-def decode_step(model: Any, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
+def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
     """One decoded token behind a prompt that is in the cache already."""
     ids = made_up_prompt(model, prompt_tokens)
     cache = prefill(model, ids)
@@ -160,7 +161,7 @@ def _can_go_back(cache: Any) -> bool:
     return True
 
 
-def ring_step(model: Any) -> Lane:
+def ring_step(model: StreamedModel) -> Lane:
     """One pass's units through the ring: asked for and let go, nothing computed."""
     transfer = runtime_of(model).transfer
     names = [unit.name for unit in transfer.units]
@@ -174,7 +175,7 @@ def ring_step(model: Any) -> Lane:
     return step
 
 
-def _settled(model: Any, lane: Lane) -> Lane:
+def _settled(model: StreamedModel, lane: Lane) -> Lane:
     """The lane, begun when the model reads nothing ahead any more."""
 
     def run() -> None:
@@ -184,7 +185,7 @@ def _settled(model: Any, lane: Lane) -> Lane:
     return run
 
 
-def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[BenchmarkRow], list[Span], Any]:
+def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[BenchmarkRow], list[Span], Plan]:
     """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
 
     Bytes and seconds are a token's, the same one each time: its experts stay cached where there is room. The disk lane reads
@@ -214,14 +215,14 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
         return records, trace.spans(), model.plan
 
 
-def _uncached(model: Any) -> list[Unit]:
+def _uncached(model: StreamedModel) -> list[Unit]:
     """As many experts of each layer as the same token, again and again, reads each time."""
     experts = runtime_of(model).partition.experts
     return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
 
 
 @contextmanager
-def _tracing(trace: Any) -> Iterator[None]:
+def _tracing(trace: Trace) -> Iterator[None]:
     trace.clear()
     trace.on = True
     try:
@@ -230,7 +231,7 @@ def _tracing(trace: Any) -> Iterator[None]:
         trace.on = False
 
 
-def _conditions(steps: int) -> dict[str, Any]:
+def _conditions(steps: int) -> dict[str, object]:
     return {
         "what": f"a decoded token behind {PROMPT_TOKENS}, {steps} a round",
         "threads": torch.get_num_threads(),
@@ -260,18 +261,21 @@ def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **ke
     return records
 
 
-def offloaded(folder: Path, layers: int, offload_folder: Path) -> Any:
+def offloaded(folder: Path, layers: int, offload_folder: Path) -> PreTrainedModel:
     """transformers' own disk offload: every layer on disk, the rest in memory."""
-    device_map: dict[str, Any] = {f"model.layers.{i}": "disk" for i in range(layers)}
+    device_map: dict[str, str] = {f"model.layers.{i}": "disk" for i in range(layers)}
     device_map |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=offload_folder).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=offload_folder)
+    model.eval()
+    return model
 
 
-def resident(folder: Path) -> Any:
+def resident(folder: Path) -> PreTrainedModel:
     """The whole model in memory of its own: a map of its files would keep their pages in the cache for the other lanes."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+    model.eval()
     return model
 
 

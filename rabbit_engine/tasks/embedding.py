@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
@@ -26,6 +27,18 @@ _POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+class EmbeddingModel(Protocol):
+    """A model with a base that makes hidden states."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Token ids [texts, length] into `last_hidden_state` [texts, length, width]."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Embedder:
     """Hidden states [length, width] into a vector [width]."""
@@ -33,7 +46,7 @@ class Embedder:
     pooling: str
     normalizes: bool
 
-    def embed(self, model: Any, ids: Sequence[int]) -> torch.Tensor:
+    def embed(self, model: EmbeddingModel, ids: Sequence[int]) -> torch.Tensor:
         """The vector of a text, float32 [width] on the CPU."""
         states = model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
         vector = _POOLING[self.pooling](states[0].float()).cpu()
