@@ -20,6 +20,8 @@ from transformers import (
     GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MergeModulelist,
@@ -156,6 +158,36 @@ def test_eight_bit_floats_are_loaded_as_what_their_scales_make_of_them() -> None
     loaded = loading.load_weights(model, {name: values, f"{name}_scale_inv": scales}, torch.float32, transforms, quantizer)
     expected = values.float() * scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
     assert loaded.weights[name].equal(expected)
+
+
+UP, EXPERTS = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "cls", "key", "expected"),
+    [
+        ("fp8", {"quant_method": "fp8"}, (LlamaForCausalLM, LlamaConfig), UP + "_scale_inv", ("scales", 0)),
+        ("mxfp4", {"quant_method": "mxfp4"}, (GptOssForCausalLM, GptOssConfig), EXPERTS + ".down_proj_blocks", ("values", 0)),
+    ],
+)  # fmt: skip
+def test_a_converter_says_what_it_dequantises_from_which_tensors(
+    kind: str, config: dict[str, str], cls: tuple[Any, Any], key: str, expected: tuple[str, int]
+) -> None:
+    model_class, config_class = cls
+    model = building.build_without_weights(model_class, config_class(num_hidden_layers=1, hidden_size=64), torch.float32)
+    names = weight_transforms.NameMap(model, weight_transforms.transforms_for(model, quantizers.open_dequantizer(config)))
+    place = names.place_of(key)
+    assert place is not None
+    assert place.converter is not None
+    assert quantizers.dequantizes(place.converter.operations[0]) == kind
+    assert (quantizers.roles_of(place.converter.source_patterns) or [])[place.source] == expected
+
+
+@pytest.mark.parametrize("end", ["", "$"])
+def test_the_scales_of_each_of_several_weights_are_told_apart(end: str) -> None:
+    patterns = [f"e.*.{name}{end}" for name in ("gate.weight", "up.weight", "gate.weight_scale_inv", "up.weight_scale_inv")]
+    assert quantizers.roles_of(patterns) == [("values", 0), ("values", 1), ("scales", 0), ("scales", 1)]
+    assert quantizers.roles_of([*patterns, "e.*.gate.zero_point"]) is None
 
 
 def test_a_quantisation_that_nobody_knows_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised as DeepSeek-V3 (FP8) and GPT-OSS (MXFP4) were released: dequantised when they are split."""
+"""Checkpoints that are quantised as DeepSeek-V3 (FP8) and GPT-OSS (MXFP4) were released: streamed as they are stored."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 import families
 import pytest
 import torch
+from conftest import smallest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedTokenizerFast
 
-from rabbit_engine import AutoModel, errors
+from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.model.runtime import runtime_of
 
 BLOCK = 8
 MXFP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -120,6 +124,91 @@ def test_mxfp4_is_what_transformers_dequantises(tmp_path: Path, streamed: Any, i
     config = Mxfp4Config(dequantize=True)
     whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16).eval()
     compare(streamed(folder), whole, families.build("gpt_oss", torch.bfloat16, **sizes), ids)
+
+
+def quantised(family: str, folder: Path, **changes: int) -> tuple[Path, Any]:
+    """A checkpoint of the family, and transformers' own model of it, dequantised."""
+    if family == "gpt_oss":
+        sizes = {"hidden_size": 64, "intermediate_size": 64}
+        rewrite(families.save(family, folder, torch.bfloat16, **sizes), to_mxfp4, MXFP4)
+        config: Any = Mxfp4Config(dequantize=True)
+    else:
+        rewrite(families.save(family, folder, torch.bfloat16, **changes), to_fp8, FP8)
+        config = FineGrainedFP8Config(dequantize=True, weight_block_size=(BLOCK, BLOCK))
+    return folder, AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_moe", "gpt_oss"])
+def test_any_budget_streams_what_is_stored_and_has_the_bits_of_transformers(
+    family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor
+) -> None:
+    """From the smallest, where all moves, through one where some stays as it is stored, to where all is decoded at load."""
+    folder, whole = quantised(family, tmp_path / "model")
+    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with torch.no_grad():
+        expected = whole(ids).logits
+    least = int(smallest(folder)["cpu"])
+    passes = []
+    for budget in (least, least + files // 3, least + 2 * files // 3, 10 * least):
+        model = streamed(folder, max_memory={"cpu": budget})
+        passes.append(model.plan.pass_bytes)
+        assert model.plan.device_bytes <= budget
+        assert sum(unit.weight_bytes for unit in runtime_of(model).transfer.units) < files
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == []  # nothing is split
+    assert passes == sorted(passes, reverse=True)
+    assert passes[0] > 0
+    assert passes[-1] == 0
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_experts_come_one_by_one_as_they_are_stored(family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder, _ = quantised(family, tmp_path / "model")
+    model = streamed(folder)
+    assert model.plan.experts.layers
+    with torch.no_grad():
+        model(ids[:, :1])
+    used = sum(layer.routing.used for layer in model.plan.experts.layers)
+    assert 0 < sum(found.read for found in model.profile.experts.values()) <= used
+
+
+def test_texts_of_a_session_share_what_is_decoded(tmp_path: Path, streamed: Any) -> None:
+    folder, whole = quantised("deepseek_v3", tmp_path / "model")
+    model = streamed(folder)
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    with Session(model) as session:
+        replies = session.generate(prompts, max_new_tokens=5, temperature=0)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        tokens = whole.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+        assert list(reply.tokens) == tokens.tolist()
+
+
+def test_what_interrupts_a_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder, whole = quantised("llama", tmp_path / "model")
+    model = streamed(folder)
+    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        handle.remove()
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_a_weight_that_is_away_raises_its_name_though_it_is_resident(tmp_path: Path, streamed: Any) -> None:
+    """Where it stays as it is stored, there are no decoded bytes to compute with."""
+    folder, _ = quantised("llama", tmp_path / "model", num_hidden_layers=12, hidden_size=64)
+    least = int(smallest(folder)["cpu"])
+    for budget in range(least, 2 * least, 4096):
+        model = streamed(folder, max_memory={"cpu": budget})
+        kept = [unit.name for unit in model.plan.units if unit.scratch_bytes and unit.name in model.plan.resident]
+        if kept:
+            break
+    assert model.plan.streamed  # else all of them were decoded when they were loaded
+    with pytest.raises(errors.WeightNotLoadedError, match=kept[0].replace(".", r"\.")):
+        next(iter(model.get_submodule(kept[0]).parameters())) + 1
 
 
 def compare(model: Any, whole: Any, original: Any, ids: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointE
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
-from rabbit_engine.transformers_bridge.quantizers import Quantizer, open_dequantizer
+from rabbit_engine.transformers_bridge.quantizers import Kind, Quantizer, Role, dequantizes, open_dequantizer, roles_of
 from rabbit_engine.transformers_bridge.weight_transforms import (
     NameMap,
     Place,
@@ -47,13 +47,14 @@ class Target:
 
     `slices` are those several with the rows of the one that each is, where they are rows of it and nothing more. `stack`
     is (which, of how many) where the weight is a stack of tensors as they are stored, or of groups of them laid row under
-    row: experts.
+    row: experts. `quantised` says how a weight is stored that is dequantised before that, and what the tensor is of it.
     """
 
     name: str
     converted: bool
     slices: tuple[tuple[str, int], ...] = ()
     stack: tuple[int, int] | None = None
+    quantised: tuple[Kind, Role] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class Conversion:
         if converter is None:
             return Target(place.weight, False)
         steps = converter.operations
-        if [(type(step), getattr(step, "dim", None)) for step in steps] in _STACKS:
+        if steps and (kind := dequantizes(steps[0])) is not None:
+            return _quantised_target(place, converter.source_patterns, kind, steps[1:])
+        if _stacks(steps):
             return Target(place.weight, True, stack=(place.source, len(converter.source_patterns)))
         if len(steps) != 1 or not isinstance(steps[0], SplitQKV):
             return Target(place.weight, True)
@@ -133,9 +136,13 @@ class Conversion:
         names = [place.weight.replace(first, target) for target in converter.target_patterns]
         return Target(place.weight, True, tuple(zip(names, steps[0].rows(self.skeleton.config), strict=True)))
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of the model's weight `name`."""
+        return self._dtypes[name]
+
     def differs(self, name: str, tensor: TensorEntry) -> str | None:
         """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
-        weight, dtype = self._state[name], self._dtypes[name]
+        weight, dtype = self._state[name], self.dtype_of(name)
         if tensor.dtype != dtype:
             return f"{tensor.dtype} is stored, {dtype} is wanted"
         if tuple(tensor.shape) != tuple(weight.shape):
@@ -151,6 +158,20 @@ class Conversion:
         loaded = load_weights(self.skeleton, tensors, self.dtype, self._all_transforms, self.quantizer)
         _raise_mismatches(loaded)
         return loaded.weights
+
+
+def _stacks(steps: Sequence[Any]) -> bool:
+    return [(type(step), getattr(step, "dim", None)) for step in steps] in _STACKS
+
+
+def _quantised_target(place: Place, patterns: Sequence[str], kind: Kind, steps: Sequence[Any]) -> Target:
+    """A tensor of a weight that is dequantised: by itself, or to be stacked."""
+    roles = roles_of(patterns)
+    if roles is None or (steps and not _stacks(steps)):
+        return Target(place.weight, True)
+    role, which = roles[place.source]
+    stack = (which, 1 + max(index for _, index in roles)) if steps else None
+    return Target(place.weight, True, stack=stack, quantised=(kind, role))
 
 
 def open_conversion(

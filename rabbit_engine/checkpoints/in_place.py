@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
+
+import torch
 
 from rabbit_engine.architectures import Conversion, Target
 from rabbit_engine.checkpoints.formats import SafetensorsTensor, WeightFiles
 from rabbit_engine.checkpoints.skeleton import require_weights
 from rabbit_engine.checkpoints.split_plan import settle_ties
 from rabbit_engine.errors import MismatchedWeightsError
-from rabbit_engine.storage.tensorfiles import TensorEntry, gathered
+from rabbit_engine.quantization import Cast, fp8_entry, mxfp4_entry
+from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, gathered
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 
 
@@ -41,7 +45,7 @@ def original_entries(
     have to be converted, cast or reshaped, and MismatchedWeightsError where weights are missing.
     """
     entries: dict[str, TensorEntry] = {}
-    for entry in [entry for name, parts in _parts_of(conversion).items() for entry in weight_entries(name, parts)]:
+    for entry in _all_entries(conversion):
         problem = conversion.differs(entry.name, entry)
         if problem or entry.name in entries:
             raise NotInPlaceError(f"{entry.name}: {problem or 'two tensors of this name'}")
@@ -51,6 +55,14 @@ def original_entries(
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
     require_weights(conversion.skeleton, kept, ties, folder)
     return kept, ties.shared
+
+
+def _all_entries(conversion: Conversion) -> Iterator[TensorEntry]:
+    for name, parts in _parts_of(conversion).items():
+        for entry in weight_entries(name, decoded_parts(parts, conversion.dtype_of(name))):
+            dtype = conversion.dtype_of(entry.name)
+            casts = conversion.quantizer is not None and entry.dtype.is_floating_point and entry.dtype != dtype
+            yield encoded(entry.name, dtype, entry.shape, Cast(), [entry]) if casts else entry
 
 
 def _parts_of(conversion: Conversion) -> dict[str, list[Part]]:
@@ -76,6 +88,44 @@ def weight_entries(name: str, parts: Sequence[Part]) -> list[TensorEntry]:
         elif part.target.stack is None:
             raise NotInPlaceError(f"{part.entry.name}: it is converted")
     return found
+
+
+def decoded_parts(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
+    """`parts` with the values and scales of a quantised weight as one entry each, which decodes to `dtype`.
+
+    Raises NotInPlaceError for values that nothing here decodes.
+    """
+    quantised = [part for part in parts if part.target.quantised is not None]
+    found = [part for part in parts if part.target.quantised is None]
+    for stack in dict.fromkeys(part.target.stack for part in quantised):
+        values, scales = (
+            [part for part in quantised if part.target.stack == stack and _role(part) == role] for role in ("values", "scales")
+        )
+        if scales and [_owner(part) for part in scales] != [_owner(part) for part in values]:
+            raise NotInPlaceError(f"{quantised[0].entry.name}: {len(values)} tensors have {len(scales)} of scales")
+        found += [_decoded(part, scale, dtype) for part, scale in zip_longest(values, scales)]
+    return found
+
+
+def _decoded(values: Part, scales: Part | None, dtype: torch.dtype) -> Part:
+    kind, _ = values.target.quantised or ("", "")
+    target = replace(values.target, quantised=None, converted=values.target.stack is not None)
+    if scales is None and kind == "fp8":  # one that is left unquantised
+        return Part(values.entry, target)
+    make = fp8_entry if kind == "fp8" else mxfp4_entry
+    entry = make(values.entry.name, dtype, values.entry, None if scales is None else scales.entry)
+    if isinstance(entry, str):
+        raise NotInPlaceError(f"{values.entry.name}: {entry}")
+    return Part(entry, target)
+
+
+def _role(part: Part) -> str:
+    return part.target.quantised[1] if part.target.quantised else ""
+
+
+def _owner(part: Part) -> str:
+    """What is before the last dot of its stored name: the module, whose tensors these are."""
+    return part.entry.name.rpartition(".")[0]
 
 
 def _stacked(name: str, parts: Sequence[Part]) -> TensorEntry:

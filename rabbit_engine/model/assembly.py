@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
-from rabbit_engine.planning.tiers import DISK, HOST
+from rabbit_engine.planning.tiers import DISK, HOST, scratch_shares
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
     Binding,
@@ -32,6 +32,7 @@ from rabbit_engine.streaming import (
     Ring,
     RoutedExperts,
     RowBlock,
+    Scratch,
     StandIns,
     TiedRows,
     Trace,
@@ -125,9 +126,13 @@ class _Builder:
     ) -> None:
         self._model, self._partition, self._plan, self._stream, self._trace = model, partition, plan, stream, trace
         self._ring = ring
-        self._residents = _one_behind_another(_resident_units(partition, plan))
+        decoded = {size.name for size in plan.units if size.decoded}
+        self._residents = _one_behind_another(_resident_units(partition, plan), decoded)
+        self._decoded = decoded
         self._stand_ins = StandIns(stream.device)
         self._transfer: Transfer | None = None
+        self._scratch = _claim_scratch(ring, plan)
+        self._uses = {size.name: size.scratch_use for size in plan.units}
 
     def close(self) -> None:
         """End the transfer, or free the ring alone."""
@@ -137,14 +142,25 @@ class _Builder:
             self._ring.close()
 
     def set_residents(self) -> None:
-        """Read what stays to the beginning of the ring's memory, and ref it wherever it is shared."""
-        fill_all(self._ring, self._residents)
+        """Read what stays to the beginning of the ring's memory, and set it wherever it is shared."""
+        fill_all(self._ring, [(unit, start) for unit, start in self._residents if unit.name not in self._decoded])
         block_units = {block.unit for block in self._partition.blocks}
         for unit, start in self._residents:
-            if unit.name not in block_units:
+            if unit.name in self._decoded:
+                self._decode_resident(unit, start)
+            elif unit.name not in block_units:
                 memory = self._ring.view(start, unit.nbytes)
                 for weight in unit.weights:
-                    self._set_everywhere(weight.entry.name, weight.view(memory))
+                    if not weight.entry.is_encoded:
+                        self._set_everywhere(weight.entry.name, weight.view(memory))
+
+    def _decode_resident(self, unit: Unit, start: int) -> None:
+        """Read the stored unit into the scratch, and leave its decoded weights in their place."""
+        scratch = self._plan.resident_bytes + self._plan.experts.device_bytes
+        fill_all(self._ring, [(unit, scratch)])
+        tensors = unit.decode(self._ring.view(scratch, unit.nbytes), self._ring.view(start, unit.decoded_bytes))
+        for weight, tensor in zip(unit.weights, tensors, strict=True):
+            self._set_everywhere(weight.entry.name, tensor)
 
     def _set_everywhere(self, entry_name: str, tensor: torch.Tensor) -> None:
         refs_to = self._partition.weights.refs_to(entry_name)
@@ -162,7 +178,7 @@ class _Builder:
             moving,
             self._ring,
             self._plan.ring_bytes,
-            start=self._plan.resident_bytes + self._plan.experts.device_bytes,
+            start=self._plan.resident_bytes + self._plan.experts.device_bytes + self._plan.scratch_bytes,
             host=self._fill_host(),
             rare={size.name for size in partition.sizes if size.rare},
             slots=self._claim_slots(),
@@ -175,10 +191,10 @@ class _Builder:
         self._set_head(binding)
         self._set_embedding()
         for unit in moving:
-            module = partition.modules.get(unit.name)
-            if module is not None:
-                refs = {weight.entry.name: partition.weights.refs_to(weight.entry.name, module) for weight in unit.weights}
-                binding.bind(self._model.get_submodule(module), unit, refs, self._stand_ins)
+            self._bind(binding, unit)
+        for unit, start in self._residents:
+            if unit.is_encoded and unit.name not in self._decoded:
+                self._bind(binding, unit, self._ring.view(start, unit.nbytes))
         if transfer.experts is not None:
             self._route_experts(transfer.experts, binding)
         self._set_tied_elsewhere()
@@ -186,6 +202,15 @@ class _Builder:
             if isinstance(part, PreTrainedModel):
                 guard(part, binding, device)
         return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring)
+
+    def _bind(self, binding: Binding, unit: Unit, memory: torch.Tensor | None = None) -> None:
+        """Let the unit's module have its weights when it runs: as they come, or out of `memory` that they stay in."""
+        weights, name = self._partition.weights, self._partition.modules.get(unit.name)
+        if name is None:
+            return
+        refs = {weight.entry.name: weights.refs_to(weight.entry.name, name) for weight in unit.weights}
+        scratch = self._scratch[self._uses[unit.name]] if unit.is_encoded else None
+        binding.bind(self._model.get_submodule(name), unit, refs, self._stand_ins, scratch=scratch, memory=memory)
 
     def _set_tied_elsewhere(self) -> None:
         """A weight that another module streams, in the modules that share it."""
@@ -215,7 +240,9 @@ class _Builder:
             for name in weights.names_in(layer.name):
                 ref = weights.refs[name]
                 ref.set(self._stand_ins.stand_in(weights.entries[name], ref.holds_parameter, ExpertsAway))
-            experts = RoutedExperts(layer.name, self._partition.experts[layer.name], cache, binding)
+            units = self._partition.experts[layer.name]
+            scratch = self._scratch["expert"] if any(unit.is_encoded for unit in units) else None
+            experts = RoutedExperts(layer.name, units, cache, binding, scratch)
             route(self._model.get_submodule(layer.name), experts)
 
     def _fill_host(self) -> dict[str, HostPlace]:
@@ -275,13 +302,22 @@ def _resident_units(partition: Partition, plan: Plan) -> list[Unit]:
     return [unit for unit in found if unit.name not in blocks] + [whole]
 
 
-def _one_behind_another(units: Sequence[Unit]) -> list[tuple[Unit, int]]:
-    """Each unit and where it starts when they lie one behind another."""
+def _one_behind_another(units: Sequence[Unit], decoded: Collection[str] = ()) -> list[tuple[Unit, int]]:
+    """Each unit and where it starts when they lie one behind another, some of them decoded."""
     starts, position = [], 0
     for unit in units:
         starts.append((unit, position))
-        position += unit.nbytes
+        position += unit.decoded_bytes if unit.name in decoded else unit.nbytes
     return starts
+
+
+def _claim_scratch(ring: Ring, plan: Plan) -> dict[str, Scratch]:
+    """Scratch by its use: behind residents and slots, before the ring."""
+    base, found = plan.resident_bytes + plan.experts.device_bytes, dict[str, Scratch]()
+    for use, nbytes in scratch_shares(plan.units).items():
+        found[use] = Scratch(ring.view(base, nbytes))
+        base += nbytes
+    return found
 
 
 def _initialize_rest(model: PreTrainedModel, partition: Partition, device: torch.device) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from rabbit_engine.config import StreamConfig
+from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.storage.directio import buffered_reason
 from rabbit_engine.streaming.transfer.measure import speeds_for
 from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
 from rabbit_engine.utils.sizes import format_bytes
+from rabbit_engine.utils.speeds import Speeds
 
 
 def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
@@ -23,9 +28,19 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     budget = budget_for(partition, stream, find_free_memory(stream))
     on_cpu = stream.device.type == "cpu"
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.device_bytes if on_cpu else None)
-    plan = place(partition.sizes, str(stream.device), budget, speeds, _read_notes(partition, stream.device))
+    plan = _place(partition, str(stream.device), budget, speeds, _read_notes(partition, stream.device))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
+
+
+def _place(partition: Partition, device: str, budget: Budget, speeds: Speeds, notes: Sequence[str]) -> Plan:
+    """Where all weights fit once they are decoded, they are decoded once, at load; else each time they are used."""
+    if partition.is_encoded:
+        with suppress(BudgetError):
+            plan = place(partition.decoded_sizes, device, budget, speeds, notes)
+            if not (plan.streamed or plan.host or plan.experts.layers):
+                return plan
+    return place(partition.sizes, device, budget, speeds, notes)
 
 
 def find_free_memory(stream: StreamConfig) -> FreeMemory:

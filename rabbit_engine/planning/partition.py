@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -84,6 +84,16 @@ class Partition:
     embedding: str | None
     experts: Mapping[str, tuple[Unit, ...]]
     whole_experts: Mapping[str, str]
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether any weight is stored encoded."""
+        return any(entry.is_encoded for entry in self.weights.entries.values())
+
+    @property
+    def decoded_sizes(self) -> tuple[UnitSize, ...]:
+        """The sizes where every unit stays and is decoded when it is loaded."""
+        return tuple(decoded_size(size, self.units[size.name]) for size in self.sizes)
 
 
 def partition_model(
@@ -161,7 +171,8 @@ class _Partitioner:
     ) -> None:
         role: Role = "streamed" if streamed else "resident"
         self._units[name] = unit
-        self._sizes.append(UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare))
+        size = UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare, scratch_bytes=unit.scratch_bytes)
+        self._sizes.append(size if streamed or not unit.is_encoded else decoded_size(size, unit))
         if module is not None:
             self._modules[name] = module
 
@@ -236,7 +247,8 @@ class _Partitioner:
         used = min(self._probe.routed.get(owner) or _said_to_use(module), module.num_experts)
         routing = Routing(module.num_experts, used, largest, most_read)
         self._units[owner], self._experts[owner] = whole, experts
-        self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing))
+        scratch = max(unit.scratch_bytes for unit in experts)
+        self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing, scratch_bytes=scratch))
 
     def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
         entries = [self._weights.entries[name] for name in names]
@@ -294,7 +306,7 @@ class _Partitioner:
         if module is None or not isinstance(self._model.get_submodule(module), nn.Embedding):
             return None
         names = self._weights.owned[module]
-        return names[0] if len(names) == 1 else None
+        return names[0] if len(names) == 1 and not self._weights.entries[names[0]].is_encoded else None
 
     def finish(self) -> Partition:
         """What was drawn."""
@@ -312,6 +324,14 @@ class _Partitioner:
             self._experts,
             self._whole_experts,
         )
+
+
+def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
+    """The size of a unit that stays and is decoded when it is loaded: the memory of its decoded weights, and scratch for the
+    stored ones."""
+    if not unit.is_encoded:
+        return size
+    return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes + unit.work_bytes, decoded=True)
 
 
 def _said_to_use(module: Any) -> int:

@@ -19,6 +19,7 @@ from rabbit_engine.planning.tiers import (
     Tenant,
     Tier,
     UnitSize,
+    scratch_shares,
     tenants_of,
     tiers_of,
 )
@@ -55,7 +56,7 @@ def place_in(
     a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
     that works; it tells of `given_bytes` where the caller gave the device so many.
     """
-    scratch = _scratch_bytes(units)
+    scratch = sum(scratch_shares(units).values())
     held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]
     _check_host(tiers, held)
     memory = _Memory(tuple(tiers), tuple(held), given_bytes)
@@ -129,14 +130,10 @@ def _check_host(tiers: Sequence[Tier], tenants: Sequence[Tenant]) -> None:
             )
 
 
-def _scratch_bytes(units: Sequence[UnitSize]) -> int:
-    """The most scratch in use at once: a unit that encloses others keeps its own while one inside of it runs."""
-    around, inside = ([unit.scratch_bytes for unit in units if unit.encloses is encloses] for encloses in (True, False))
-    return max(around, default=0) + max(inside, default=0)
-
-
 def _place_all(units: Sequence[UnitSize], memory: _Memory) -> _Placed | None:
     """Everything where it is used, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
+    if any(unit.role == "experts" and unit.scratch_bytes and not unit.decoded for unit in units):
+        return None  # experts are decoded one by one, as they are routed to
     rooms = {tier.name: memory.room(tier) for tier in memory.tiers if tier.computes}
     packed = _packed(units, rooms) or _packed([unit for unit in units if unit.role != "embedding"], rooms)
     return None if packed is None else _Placed(packed)

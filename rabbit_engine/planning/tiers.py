@@ -11,6 +11,7 @@ from rabbit_engine.planning.experts import Routing
 from rabbit_engine.utils.speeds import Speeds
 
 Role = Literal["streamed", "embedding", "resident", "experts"]
+ScratchUse = Literal["around", "inside", "expert"]
 Holding = Literal["weights", "experts", "caches"]
 
 HOST, DISK = "host", "disk"
@@ -28,7 +29,8 @@ class UnitSize:
     there is room for everything; a `resident` must stay. One that `encloses` is held while units inside of it are asked
     for. A `rare` one runs in few passes (a vision tower, when an image comes): it is the last to stay. The `experts` of a
     layer are read as they are routed to, with `routing`, unless there is room for everything. One whose weights are stored
-    encoded takes `scratch_bytes` of the device while it is used.
+    encoded takes `scratch_bytes` of the device while it is used; one that is `decoded` when it is loaded takes them then, and
+    `nbytes` are those of its decoded weights.
     """
 
     name: str
@@ -39,11 +41,25 @@ class UnitSize:
     rare: bool = False
     routing: Routing | None = None
     scratch_bytes: int = 0
+    decoded: bool = False
 
     @property
     def disk_bytes(self) -> int:
         """What a read of it asks the disk for."""
         return self.nbytes if self.read_bytes is None else self.read_bytes
+
+    @property
+    def scratch_use(self) -> ScratchUse:
+        """Which scratch it is decoded into: one for each kind of unit that may be in use while another is."""
+        return "expert" if self.role == "experts" else "around" if self.encloses else "inside"
+
+
+def scratch_shares(units: Iterable[UnitSize]) -> dict[ScratchUse, int]:
+    """The most scratch in use at once: a unit inside of another, or an expert of it, is decoded while that one keeps its own."""
+    shares: dict[ScratchUse, int] = {"around": 0, "inside": 0, "expert": 0}
+    for unit in units:
+        shares[unit.scratch_use] = max(shares[unit.scratch_use], unit.scratch_bytes)
+    return shares
 
 
 @dataclass(frozen=True, slots=True)

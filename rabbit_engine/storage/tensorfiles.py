@@ -20,6 +20,7 @@ import xxhash
 
 from rabbit_engine.errors import DamagedFileError, first_line
 from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
+from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
@@ -48,7 +49,9 @@ class TensorEntry:
     """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`.
 
     `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know. Where a
-    tensor is stored in several `parts`, its bytes are theirs, one behind another, and `path` and `offset` are the first one's.
+    tensor is stored in several `parts`, its values are theirs, one behind another, and `path` and `offset` are the first one's.
+    Where it has an `encoding`, its `components` are what is stored, `nbytes` are theirs, and `dtype` and `shape` are those of
+    the tensor that they decode to.
     """
 
     name: str
@@ -59,11 +62,31 @@ class TensorEntry:
     shape: tuple[int, ...]
     stamp: tuple[int, int] | None = None
     parts: tuple[TensorEntry, ...] = ()
+    encoding: Encoding | None = None
+    components: tuple[TensorEntry, ...] = ()
 
     @property
     def places(self) -> tuple[TensorEntry, ...]:
-        """Where its bytes lie, in their order: its parts, or itself."""
-        return self.parts or (self,)
+        """Where its bytes lie, in their order: its parts and components, or itself."""
+        inside = self.parts or self.components
+        return tuple(place for part in inside for place in part.places) if inside else (self,)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether its bytes, or those of a part, are decoded before use."""
+        return self.encoding is not None or any(part.is_encoded for part in self.parts)
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The tensors to read it as: what `decode` takes in this order, or itself."""
+        if not self.is_encoded:
+            return (self,)
+        return tuple(tensor for part in self.parts or self.components for tensor in part.stored)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the tensor in its dtype; those that are stored, unless it is encoded."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, stop: int) -> TensorEntry:
         """Rows `first` to `stop` (along dimension 0), as a tensor of their own."""
@@ -81,19 +104,51 @@ class TensorEntry:
 def each_row(entry: TensorEntry) -> list[TensorEntry]:
     """Every row of a tensor (along dimension 0) as one of its own; a row may be whole parts of it."""
     count = entry.shape[0]
+    if entry.encoding is not None:
+        rows = zip(*(each_row(component) for component in entry.components), strict=True)
+        return [
+            encoded(f"{entry.name}[{index}:{index + 1}]", entry.dtype, (1, *entry.shape[1:]), entry.encoding, row)
+            for index, row in enumerate(rows)
+        ]
     step = len(entry.parts) // count
     groups = [entry.parts[step * index : step * (index + 1)] for index in range(count)]
-    if not step or any(sum(part.nbytes for part in group) * count != entry.nbytes for group in groups):
+    if not step or any(sum(part.decoded_bytes for part in group) * count != entry.decoded_bytes for group in groups):
         return [entry.rows(index, index + 1) for index in range(count)]
     shape = (1, *entry.shape[1:])
     return [gathered(f"{entry.name}[{index}:{index + 1}]", entry.dtype, shape, group) for index, group in enumerate(groups)]
 
 
 def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequence[TensorEntry]) -> TensorEntry:
-    """The tensor whose bytes are those of `places`, one behind another."""
+    """The tensor whose values are those of `places`, one behind another."""
     nbytes = sum(place.nbytes for place in places)
     first, parts = places[0], tuple(places) if len(places) > 1 else ()
+    if first.is_encoded and not parts:
+        return replace(first, name=name, shape=shape)
     return TensorEntry(name, first.path, first.offset, nbytes, dtype, shape, first.stamp, parts)
+
+
+def encoded(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], encoding: Encoding, components: Sequence[TensorEntry]
+) -> TensorEntry:
+    """The tensor that `components` decode to."""
+    first, nbytes = components[0], sum(component.nbytes for component in components)
+    return TensorEntry(
+        name, first.path, first.offset, nbytes, dtype, shape, first.stamp, encoding=encoding, components=tuple(components)
+    )
+
+
+def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor) -> None:
+    """Write an encoded entry's values to `out`; `stored` gives the tensors of `entry.stored`, in their order."""
+    if entry.encoding is not None:
+        entry.encoding.decode([next(stored) for _ in entry.components], out)
+    elif entry.parts and entry.is_encoded:
+        flat, position = out.view(-1), 0
+        for part in entry.parts:
+            count = math.prod(part.shape)
+            decode(part, stored, flat[position : position + count].view(part.shape))
+            position += count
+    else:
+        out.copy_(next(stored).view(out.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +245,11 @@ def _wrong_length(tensors: Sequence[TensorEntry], start: int, file_bytes: int) -
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor in memory of its own (no map of the file stays behind). Raises DamagedFileError when bytes are missing."""
+    """The tensor, decoded, in memory of its own: no map of the file stays behind. Raises DamagedFileError."""
+    if entry.is_encoded:
+        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        decode(entry, (read_tensor(tensor) for tensor in entry.stored), out)
+        return out
     flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     position = 0
     for place in entry.places:
@@ -205,7 +264,7 @@ def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    if first.parts or second.parts:
+    if len(first.places) > 1 or len(second.places) > 1:
         return torch.equal(read_tensor(first).view(torch.uint8), read_tensor(second).view(torch.uint8))
     pieces = [bytearray(_COMPARED_BYTES), bytearray(_COMPARED_BYTES)]
     with open_unchanged(first.path, first.stamp) as one, open_unchanged(second.path, second.stamp) as other:
@@ -225,7 +284,7 @@ def holds(entry: TensorEntry, values: torch.Tensor) -> bool:
     if tuple(values.shape) != entry.shape:
         return False
     flat = values.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
-    if entry.parts:
+    if len(entry.places) > 1:
         return torch.equal(read_tensor(entry).reshape(-1).view(torch.uint8), flat)
     raw, piece = as_bytes(flat), memoryview(bytearray(min(_COMPARED_BYTES, entry.nbytes)))
     with open_unchanged(entry.path, entry.stamp) as file:

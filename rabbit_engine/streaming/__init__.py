@@ -5,6 +5,7 @@ from rabbit_engine.streaming.binding.linears import join_rows
 from rabbit_engine.streaming.binding.placeholder import ExpertsAway, Placeholder, StandIns, placeholder_for
 from rabbit_engine.streaming.binding.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.binding.rows import EmbeddingRows
+from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.tied import TiedRows
 from rabbit_engine.streaming.binding.wrapping import Binding, WeightRef, guard, move, weight_refs
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
@@ -39,6 +40,7 @@ __all__ = [
     "RoutedExperts",
     "RowBlock",
     "Scheduler",
+    "Scratch",
     "Span",
     "StandIns",
     "TiedRows",

@@ -8,7 +8,8 @@ whose experts are streamed has a config that chooses this one: others keep the f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from rabbit_engine.errors import StreamingError
+from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.wrapping import Binding, refuse_gradients
 from rabbit_engine.streaming.transfer.experts import ExpertCache
 from rabbit_engine.streaming.transfer.slots import HALF_LIFE_TOKENS
@@ -34,10 +36,15 @@ IMPLEMENTATION = "rabbit_engine"
 
 
 class RoutedExperts:
-    """The experts `units` of a module, whose weights are brought as they are routed to."""
+    """The experts `units` of a module, whose weights `cache` brings as they are routed to.
 
-    def __init__(self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding) -> None:
-        self._name, self._units, self._cache, self._binding = name, units, cache, binding
+    Those that are encoded are decoded into `scratch`, one expert at a time.
+    """
+
+    def __init__(
+        self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding, scratch: Scratch | None = None
+    ) -> None:
+        self._name, self._units, self._cache, self._binding, self._scratch = name, units, cache, binding, scratch
 
     def run(
         self, module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -59,10 +66,10 @@ class RoutedExperts:
         uses = decayed_uses(chosen, counts, length)
         with self._binding.alone(), self._cache.lend(self._name, uses, length) as arrivals:
             for index, memory in arrivals:
-                with self._binding.computing(self._units[index].name):
+                with self._binding.computing(self._units[index].name), self._weights(index, memory) as weights:
                     pairs = order[starts[index] : starts[index + 1]]
                     states = hidden_states[pairs // used]
-                    result = run_expert(module, self._weights(index, memory), states, len(order))
+                    result = run_expert(module, weights, states, len(order))
                     if results is None:  # an index past the last expert is nobody's, and adds nothing
                         results = result.new_zeros(len(order), result.shape[-1])
                     results[pairs] = result
@@ -71,10 +78,16 @@ class RoutedExperts:
         weighted = results * top_k_weights.reshape(-1, 1)
         return weighted.view(tokens, used, -1).sum(dim=1).to(hidden_states.dtype)
 
-    def _weights(self, index: int, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """An expert's weights under the names of the module's stacks of them."""
-        weights = self._units[index].weights
-        return {weight.entry.name.rpartition("[")[0].rpartition(".")[2]: weight.view(memory)[0] for weight in weights}
+    @contextmanager
+    def _weights(self, index: int, memory: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """An expert's weights under the names of the module's stacks of them, while the block runs."""
+        unit, scratch = self._units[index], self._scratch
+        decoded = scratch.views(unit) if scratch is not None else []
+        with scratch.holding(unit, memory, decoded) if scratch is not None else nullcontext():
+            views = iter(decoded)
+            found = (next(views) if weight.entry.is_encoded else weight.view(memory) for weight in unit.weights)
+            names = (weight.entry.name.rpartition("[")[0].rpartition(".")[2] for weight in unit.weights)
+            yield {name: view[0] for name, view in zip(names, found, strict=True)}
 
 
 def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:

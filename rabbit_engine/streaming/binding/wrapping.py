@@ -19,6 +19,7 @@ from torch import nn
 
 from rabbit_engine.errors import CannotExportError, CannotTrainError
 from rabbit_engine.streaming.binding.placeholder import StandIns
+from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.scheduler import fiber_on
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.trace import Trace
@@ -27,6 +28,7 @@ from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.utils.bar import Bar
 
 _PLACES = 8
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,12 @@ def weight_refs(model: nn.Module, names: Sequence[str]) -> dict[str, WeightRef]:
 class BoundUnit:
     """A unit, the refs of its weights, and what stands in for them while they are away."""
 
-    def __init__(self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns) -> None:
+    def __init__(
+        self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns, scratch: Scratch | None = None
+    ) -> None:
         self.unit = unit
+        self._scratch = scratch
+        self._decoded = scratch.views(unit) if scratch is not None else []
         self._refs = [refs[weight.entry.name] for weight in unit.weights]
         self._are_parameters = [refs[0].holds_parameter for refs in self._refs]
         pairs = zip(unit.weights, self._are_parameters, strict=True)
@@ -70,23 +76,29 @@ class BoundUnit:
         self.take_away()
 
     def bring(self, place: int, memory: torch.Tensor) -> None:
-        """WeightRef views of the ring. They are kept for the places where a unit often lies: rebinding costs 0.1
-        microseconds, a new Parameter 8."""
+        """Set views of the ring, and of the scratch where weights are decoded. They are kept for the places where a unit
+        often lies: rebinding costs 0.1 microseconds, a new Parameter 8."""
         if place not in self._views:
             if len(self._views) == _PLACES:
                 self._views.clear()
-            self._views[place] = [self._view(index, memory) for index in range(len(self._refs))]
-        self._seat(self._views[place])
+            self._views[place] = self._make_views(memory)
+        self._set(self._views[place])
 
-    def _view(self, index: int, memory: torch.Tensor) -> torch.Tensor:
-        view = self.unit.weights[index].view(memory)
-        return nn.Parameter(view, requires_grad=False) if self._are_parameters[index] else view
+    def _make_views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        decoded = iter(self._decoded)
+        found = (next(decoded) if weight.entry.is_encoded else weight.view(memory) for weight in self.unit.weights)
+        kinds = zip(found, self._are_parameters, strict=True)
+        return [nn.Parameter(view, requires_grad=False) if is_parameter else view for view, is_parameter in kinds]
+
+    def decoded(self, memory: torch.Tensor) -> AbstractContextManager[None]:
+        """Within the block its encoded weights are in the scratch; the unit lies in `memory`. Raises StreamingError."""
+        return _NOTHING if self._scratch is None else self._scratch.holding(self.unit, memory, self._decoded)
 
     def take_away(self) -> None:
-        """WeightRef the placeholders."""
-        self._seat(self._away)
+        """Set the placeholders."""
+        self._set(self._away)
 
-    def _seat(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _set(self, tensors: Sequence[torch.Tensor]) -> None:
         for refs, tensor in zip(self._refs, tensors, strict=True):
             for ref in refs:
                 ref.set(tensor)
@@ -95,6 +107,7 @@ class BoundUnit:
         """Drop the views, so that the ring's memory can go."""
         self.take_away()
         self._views.clear()
+        self._decoded.clear()
 
 
 class Binding:
@@ -117,6 +130,7 @@ class Binding:
         self._trace = trace
         self._bytes = {unit.name: unit.nbytes for unit in transfer.units}
         self._units: dict[str, BoundUnit] = {}
+        self._scratches: list[Scratch] = []
         self._lock = threading.RLock()
         self._sequences: dict[Any, int] = {}
         """How many sequences the pass of each flow has; a flow is a greenlet, every thread's own is one."""
@@ -128,26 +142,50 @@ class Binding:
         self._layer, self._began_s, self._read_before, self._last_pass_s = 0, 0.0, 0, 0.0
         self.on_pass: Callable[[float], None] = lambda _: None
 
-    def bind(self, module: nn.Module, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns) -> None:
-        """Stream `unit` whenever `module` runs."""
-        bound = BoundUnit(unit, refs, stand_ins)
-        self._units[unit.name] = bound
+    def bind(
+        self,
+        module: nn.Module,
+        unit: Unit,
+        refs: Mapping[str, Sequence[WeightRef]],
+        stand_ins: StandIns,
+        *,
+        scratch: Scratch | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> None:
+        """Bring `unit` whenever `module` runs. One that stays in `memory` (uint8 [unit.nbytes]) is there already, and only
+        decoded; weights that are encoded need `scratch`."""
+        if scratch is not None:
+            self._scratches.append(scratch)
+        self._units[unit.name] = bound = BoundUnit(unit, refs, stand_ins, scratch)
         native = module.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
             self._transfer.require_open()  # a forked process inherits locks that nobody there will free
+            forward = functools.partial(native, *args, **kwargs)
             with self._lock:  # held already inside a root pass; for callers of a layer alone
-                place, memory = self._acquire(unit.name)  # before the try: what was not acquired is not ours to release
-                try:
-                    bound.bring(place, memory)
-                    with self.computing(unit.name):
-                        return native(*args, **kwargs)
-                finally:
-                    if self._release(unit.name):
-                        bound.take_away()
+                return self._run_streamed(bound, forward) if memory is None else self._run_resident(bound, memory, forward)
 
         module.forward = not_compiled(run, native)
+
+    def _run_resident(self, bound: BoundUnit, memory: torch.Tensor, forward: Callable[[], Any]) -> Any:
+        try:
+            with bound.decoded(memory):
+                bound.bring(0, memory)
+                return forward()
+        finally:
+            bound.take_away()
+
+    def _run_streamed(self, bound: BoundUnit, forward: Callable[[], Any]) -> Any:
+        name = bound.unit.name
+        place, memory = self._acquire(name)  # before the try: what was not acquired is not ours to release
+        try:
+            with self.computing(name), bound.decoded(memory):
+                bound.bring(place, memory)
+                return forward()
+        finally:
+            if self._release(name):
+                bound.take_away()
 
     @contextmanager
     def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
@@ -271,6 +309,8 @@ class Binding:
     def _take_all_away(self) -> None:
         for bound in self._units.values():  # not only those held: an interrupt may have struck between release and here
             bound.take_away()
+        for scratch in self._scratches:
+            scratch.reset()
         self._transfer.release_all()
 
     def forget(self) -> None:
@@ -278,6 +318,8 @@ class Binding:
         with self._lock:
             for bound in self._units.values():
                 bound.forget()
+            for scratch in self._scratches:
+                scratch.forget()
 
 
 def _layer_of(unit: str, layers: Sequence[str]) -> int:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, aligned_up
-from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.storage.encoding import WORK_BYTES
+from rabbit_engine.storage.tensorfiles import TensorEntry, decode
+
+SCRATCH_ALIGNMENT = 64
+
+_WORK_SHARE = 8
+"""What decoding takes on the way, at most, in terms of the decoded bytes: seen in MXFP4, four for a float of two bytes."""
 
 KERNEL_ALIGNMENT = 16
 """Weights start on a multiple of this: float32 kernels round otherwise at 8 mod 16, and equal bits are promised."""
@@ -43,20 +50,30 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class UnitWeight:
-    """One weight of a unit: a view of its memory."""
+    """One weight of a unit: where the tensors that it is stored as start in the unit's memory."""
 
     entry: TensorEntry
-    place: int
+    places: tuple[int, ...]
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The weight in `memory` (uint8 [unit.nbytes]), without a copy."""
-        flat = memory[self.place : self.place + self.entry.nbytes]
-        return flat.view(self.entry.dtype).view(self.entry.shape)
+        """A weight that is not encoded in `memory` (uint8 [unit.nbytes]), without a copy."""
+        return _view(memory, self.entry, self.places[0])
+
+    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
+        """Write an encoded weight to `out`, of its shape and dtype."""
+        decode(self.entry, map(partial(_view, memory), self.entry.stored, self.places), out)
+
+
+def _view(memory: torch.Tensor, entry: TensorEntry, place: int) -> torch.Tensor:
+    return memory[place : place + entry.nbytes].view(entry.dtype).view(entry.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A named list of extents, and the weights they hold once read. `nbytes` of memory, whole pages."""
+    """A named list of extents, and the weights they hold once read. `nbytes` of memory, whole pages.
+
+    `scratch_bytes` are what its encoded weights take once they are decoded, each from a multiple of SCRATCH_ALIGNMENT on.
+    """
 
     name: str
     weights: tuple[UnitWeight, ...]
@@ -67,6 +84,43 @@ class Unit:
     def weight_bytes(self) -> int:
         """Bytes of the weights alone, without what aligns them."""
         return sum(weight.entry.nbytes for weight in self.weights)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether any of its weights is decoded before use."""
+        return any(weight.entry.is_encoded for weight in self.weights)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Whole pages for its encoded weights once they are decoded, and `work_bytes`."""
+        decoded = [weight.entry.decoded_bytes for weight in self.weights if weight.entry.is_encoded]
+        return aligned_up(sum(nbytes + -nbytes % SCRATCH_ALIGNMENT for nbytes in decoded)) + self.work_bytes
+
+    @property
+    def work_bytes(self) -> int:
+        """Whole pages for what decoding takes on the way."""
+        decoded = (weight.entry.decoded_bytes for weight in self.weights if weight.entry.is_encoded)
+        return aligned_up(min(WORK_BYTES, _WORK_SHARE * max(decoded, default=0)))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Whole pages for all its weights, decoded, each from a multiple of SCRATCH_ALIGNMENT on."""
+        sizes = (weight.entry.decoded_bytes for weight in self.weights)
+        return aligned_up(sum(nbytes + -nbytes % SCRATCH_ALIGNMENT for nbytes in sizes))
+
+    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+        """Every weight of the unit that lies in `memory` (uint8 [nbytes]), in `out` (uint8 [decoded_bytes])."""
+        found, place = [], 0
+        for weight in self.weights:
+            entry = weight.entry
+            tensor = out[place : place + entry.decoded_bytes].view(entry.dtype).view(entry.shape)
+            if entry.is_encoded:
+                weight.decode(memory, tensor)
+            else:
+                tensor.copy_(weight.view(memory))
+            found.append(tensor)
+            place += entry.decoded_bytes + -entry.decoded_bytes % SCRATCH_ALIGNMENT
+        return found
 
     @property
     def read_bytes(self) -> int:
@@ -91,39 +145,51 @@ def _cut(extent: Extent) -> Iterator[Extent]:
 
 
 def make_unit(name: str, entries: Sequence[TensorEntry]) -> Unit:
-    """Lay the weights out so that each starts on a 16-byte boundary, and neighbours on disk become one read.
+    """Lay the weights out so that each starts on a 16-byte boundary (one that is decoded: on its dtype's), and neighbours on
+    disk become one read.
 
     An extent lies in memory as it lies in its file's pages where that aligns its weights, so that it is read without a copy.
     The parts of a weight that is stored in several places come to lie one behind another.
     """
-    weights: list[UnitWeight] = []
+    places: dict[TensorEntry, int] = {}
     extents: list[Extent] = []
     end = 0
-    for entry in sorted(entries, key=lambda e: (str(e.path), e.offset)):
+    alignments = {tensor: _alignment(entry, tensor) for entry in entries for tensor in entry.stored}
+    for entry, alignment in sorted(alignments.items(), key=lambda item: _on_disk(item[0])):
         first, *others = entry.places
-        grown = _grown(extents[-1], first) if extents else None
+        grown = _grown(extents[-1], first, alignment) if extents else None
         if grown is not None:
             extents[-1] = grown
             place = grown.place + first.offset - grown.offset
         else:
-            place = aligned_up(end) + (0 if first.offset % KERNEL_ALIGNMENT else first.offset % PAGE)
+            place = aligned_up(end) + (0 if first.offset % alignment else first.offset % PAGE)
             extents.append(_extent(first, place))
-        weights.append(UnitWeight(entry, place))
+        places[entry] = place
         end = place + first.nbytes
         for part in others:
             _append(extents, part, end)
             end += part.nbytes
+    weights = (UnitWeight(entry, tuple(places[tensor] for tensor in entry.stored)) for entry in sorted(entries, key=_on_disk))
     return Unit(name, tuple(weights), tuple(extents), aligned_up(end))
+
+
+def _on_disk(entry: TensorEntry) -> tuple[str, int, str]:
+    return str(entry.path), entry.offset, entry.name
+
+
+def _alignment(weight: TensorEntry, tensor: TensorEntry) -> int:
+    """Of a stored tensor of a weight: kernels see those that are not decoded."""
+    return tensor.dtype.itemsize if weight.is_encoded else KERNEL_ALIGNMENT
 
 
 def _extent(entry: TensorEntry, place: int) -> Extent:
     return Extent(entry.path, entry.offset, entry.nbytes, place, entry.stamp)
 
 
-def _grown(last: Extent, entry: TensorEntry) -> Extent | None:
-    """`last` with `entry` in it, where it follows in the same file and comes to lie on a boundary; else None."""
+def _grown(last: Extent, entry: TensorEntry, alignment: int) -> Extent | None:
+    """`last` with `entry` in it, where it follows in the same file and comes to lie aligned; else None."""
     gap = entry.offset - (last.offset + last.nbytes)
-    aligned = (last.place + entry.offset - last.offset) % KERNEL_ALIGNMENT == 0
+    aligned = (last.place + entry.offset - last.offset) % alignment == 0
     if last.path != entry.path or not 0 <= gap < PAGE or not aligned:
         return None
     return replace(last, nbytes=entry.offset + entry.nbytes - last.offset)
@@ -157,9 +223,12 @@ def _halves(extent: Extent, nbytes: int, *, beside: int) -> list[Extent]:
 def row_blocks(entry: TensorEntry, most_bytes: int) -> list[tuple[int, int, TensorEntry]]:
     """A matrix cut by rows: `(first row, row behind the last, the rows as a weight of their own)`, each at most `most_bytes`.
 
-    Blocks are of about equal size; a row that is larger than `most_bytes` is a block.
+    Blocks are of about equal size; a row that is larger than `most_bytes` is a block, and an
+    encoded matrix is one.
     """
     rows = entry.shape[0]
+    if entry.is_encoded:
+        return [(0, rows, entry)]
     row_bytes = entry.nbytes // rows
     count = -(-rows // max(1, most_bytes // row_bytes))
     bounds = [rows * index // count for index in range(count + 1)]

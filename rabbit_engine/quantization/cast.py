@@ -1,0 +1,17 @@
+"""A weight stored in another floating-point dtype than the model's: what a quantised checkpoint leaves unquantised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """One component of the weight's shape, rounded to its dtype."""
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Round to nearest, as `Tensor.to` does."""
+        out.copy_(stored[0])

@@ -1,0 +1,66 @@
+"""Memory that encoded weights are decoded into while their module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from rabbit_engine.errors import StreamingError
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.streaming.transfer.unit import SCRATCH_ALIGNMENT, Unit
+
+
+class Scratch:
+    """One place for decoded weights: uint8 `memory`, which belongs to one unit at a time.
+
+    What was decoded last stays there until another unit needs the place, so that several texts that go through a unit decode
+    it once. The thread that runs the model calls; kernels of a device follow one another in its stream.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._unit: Unit | None = None
+        self._users = 0
+
+    def views(self, unit: Unit) -> list[torch.Tensor]:
+        """Where the encoded weights of `unit` are decoded to, in their order."""
+        entries, place, found = [weight.entry for weight in unit.weights if weight.entry.is_encoded], 0, []
+        for entry in entries:
+            found.append(_view(self._memory, place, entry))
+            place += entry.decoded_bytes + -entry.decoded_bytes % SCRATCH_ALIGNMENT
+        return found
+
+    @contextmanager
+    def holding(self, unit: Unit, memory: torch.Tensor, views: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block the encoded weights of `unit`, which lies in `memory`, are in their `views`.
+
+        Raises StreamingError where another unit's are needed until later.
+        """
+        if self._unit is not unit:
+            if self._users:
+                raise StreamingError(f"{unit.name} is asked for while the weights of another unit are in its scratch memory")
+            self._unit = None  # whatever interrupts the decoding leaves nobody's weights
+            encoded = (weight for weight in unit.weights if weight.entry.is_encoded)
+            for weight, out in zip(encoded, views, strict=True):
+                weight.decode(memory, out)
+            self._unit = unit
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+
+    def reset(self) -> None:
+        """A pass has ended, however it ended: nobody needs what is there."""
+        self._users = 0
+
+    def forget(self) -> None:
+        """Let go of the memory."""
+        self._unit = None
+        self._memory = self._memory[:0].clone()
+
+
+def _view(memory: torch.Tensor, place: int, entry: TensorEntry) -> torch.Tensor:
+    return memory[place : place + entry.decoded_bytes].view(entry.dtype).view(entry.shape)
