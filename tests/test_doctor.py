@@ -93,7 +93,7 @@ def test_exit_code_is_1_where_models_cannot_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="is no folder here"):
+    with pytest.raises(ConfigurationError, match="is not a folder"):
         find_folder(tmp_path / "absent")
     done = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path / "absent")])
     assert (type(done.exception), done.stdout) == (ConfigurationError, "")  # which `main` prints in one line

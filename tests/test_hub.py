@@ -130,7 +130,7 @@ def test_token_of_the_environment_counts(hub: FakeHub, tmp_path: Path, streamed:
 
 
 def test_missing_repo_revision_and_network(hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(errors.CheckpointNotFoundError, match="someone/nothing is no folder here and no repo"):
+    with pytest.raises(errors.CheckpointNotFoundError, match="someone/nothing is neither a folder on this machine nor a repo"):
         streamed("someone/nothing", cache_dir=tmp_path)
     with pytest.raises(errors.CheckpointNotFoundError, match="has no revision 'v9'"):
         streamed(REPO, revision="v9", cache_dir=tmp_path)

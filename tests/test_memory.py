@@ -1,4 +1,4 @@
-"""What a text takes beside the weights is known before it is computed, and refused where it is not there."""
+"""What a text takes on top of the weights is known before it is computed, and refused where it is not there."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not heap._glibc(), reason="glibc's own")
+@pytest.mark.skipif(not heap.glibc(), reason="glibc's own")
 def test_neither_freed_tensors_nor_prompts_of_ever_new_lengths_grow_the_process() -> None:
     """In a process of its own: what another test has freed would serve these blocks too."""
     own = (*kernels._SETTINGS, *heap._OWN_SETTINGS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +157,16 @@ def test_what_is_said_is_never_more_than_there_are(text: str) -> None:
         assert read_token_lengths(tokenizer).fewest_tokens(text) <= len(tokenizer(text)["input_ids"])
 
 
-def test_a_longer_text_is_tokenised_beside_another(session: Session) -> None:
-    """Only the setting up of the tokenizer is one thread's: who tokenises a long text holds nobody up."""
-    encoder = session._encoder
-    with encoder._turn(session.model.tokenizer):
-        assert encoder._setting_up.acquire(timeout=1)
-        encoder._setting_up.release()
+def test_two_texts_are_tokenised_at_the_same_time(session: Session) -> None:
+    """Only the setting up of the tokenizer is one thread's: a long text holds no other up."""
+    together = threading.Barrier(2, timeout=5)
+
+    class Meeting(Counting):
+        def __call__(self, text: str, **keywords: Any) -> Any:
+            together.wait()
+            return super().__call__(text, **keywords)
+
+    encoder = Encoder(Owner(Meeting(session.model.tokenizer)), 10**6, most=None)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(encoder.encode_text, ("a", "bb"))
+    assert (len(first), len(second)) == (1, 2)

@@ -286,10 +286,12 @@ def _refusal(error: Exception, name: str, source: SourceConfig) -> CheckpointErr
     if isinstance(error, RevisionNotFoundError):
         return CheckpointNotFoundError(f"{name} has no revision {source.revision!r}")
     if isinstance(error, HFValidationError):
-        return CheckpointNotFoundError(f"{name} is no folder here and no repo id ({first_line(error)}){nearest_path(Path(name))}")
+        return CheckpointNotFoundError(
+            f"{name} is neither a folder on this machine nor a repo id ({first_line(error)}){nearest_path(Path(name))}"
+        )
     return CheckpointNotFoundError(
-        f"{name} is no folder here and no repo that this token can see; check the spelling, or give token= for a private one"
-        f"{nearest_path(Path(name))}"
+        f"{name} is neither a folder on this machine nor a repo that this token can see: check the spelling, or "
+        f"give token= for a private one{nearest_path(Path(name))}"
     )
 
 

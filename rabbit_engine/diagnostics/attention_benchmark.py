@@ -48,7 +48,7 @@ def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
 
 
 def sample_passes(model: StreamedModel, step: Callable[[], None], passes: int) -> PassSample:
-    """Run `step`, a pass of a model loaded with `profiling_mode=True`, so many times; one of them in the mean.
+    """Run `step`, a pass of a model loaded with `profiling_mode=True`, `passes` times; the mean of one.
 
     Recording costs a few microseconds a layer.
     """
@@ -65,7 +65,7 @@ def sample_passes(model: StreamedModel, step: Callable[[], None], passes: int) -
 
 
 def one_pass(spans: Sequence[Span], passes: int) -> PassSample:
-    """A trace of so many passes, which one span of the lane "pass" encloses, as seconds and bytes of one of them."""
+    """A trace of `passes` passes, which one span of the lane "pass" encloses, as seconds and bytes of one of them."""
     whole = next(span for span in spans if span.lane == "pass")
 
     def seconds(*lanes: str) -> float:

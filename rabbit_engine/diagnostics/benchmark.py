@@ -1,4 +1,4 @@
-"""Timed runs into one record type: every condition, every round, interleaved, beside the disk's own rate in the same run."""
+"""Timed runs into one record type: every condition, every round, interleaved, with the disk's own rate in the same run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BenchmarkRow:
 
     @property
     def cpu_s_per_gb(self) -> float:
-        """CPU seconds of the process a gigabyte moved, of the middle round; 0 where nothing moves or nobody counted."""
+        """CPU seconds of the process a gigabyte moved, of the middle round; 0 where nothing moves or was counted."""
         return statistics.median(self.cpu_s) / self.bytes_moved * 1e9 if self.cpu_s and self.bytes_moved else 0.0
 
     def as_json(self) -> str:

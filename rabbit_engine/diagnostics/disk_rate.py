@@ -77,7 +77,7 @@ def measure_disk_rate(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: in
 
 
 def find_large_file(folder: Path, least_bytes: int) -> Path | None:
-    """The first file at or below `folder` with so many bytes on the folder's own disk; None where a short search finds none.
+    """The first file of `least_bytes` or more, at or below `folder` and on its disk; None where a short search finds none.
 
     Files with holes, and those that the file system has compressed, would be read faster than the disk is.
     """

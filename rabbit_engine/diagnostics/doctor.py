@@ -109,11 +109,11 @@ class Cuda:
 
 
 def find_folder(folder: Path | None) -> Path:
-    """The folder that was asked for, else the Hub's cache, where shards lie beside their checkpoints; before that is made, the
-    nearest folder above it. Raises ConfigurationError where the one asked for is none."""
+    """The folder that was asked for, else the Hub's cache, where shards lie next to their checkpoints; before that is made, the
+    nearest folder above it. Raises ConfigurationError where the one asked for does not exist."""
     if folder is not None:
         if not folder.expanduser().is_dir():
-            raise ConfigurationError(f"{folder} is no folder here: name one where weights lie, or would")
+            raise ConfigurationError(f"{folder} is not a folder: name one where weights lie, or would")
         return folder.expanduser().resolve()
     cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
     return next(place for place in (cache, *cache.parents) if place.is_dir()).resolve()

@@ -12,7 +12,7 @@ from rabbit_engine.planning.demand import Demand, refuse_beyond
 from rabbit_engine.streaming import fiber_on
 
 _USUAL_LENGTH = 20
-"""Tokens of prompt and answer where nobody says how many, as in transformers."""
+"""Tokens of prompt and answer by default, as in transformers."""
 
 
 def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, Any], config: Any) -> None:

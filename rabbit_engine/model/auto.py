@@ -156,7 +156,7 @@ class AutoModel:
                 what is free now, less those of `max_seq_len` tokens and a margin for the system.
             attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
             compression: comes with a later version; anything but None is refused.
-            layer_shards_saving_path: where the shards go; None puts them beside the checkpoint.
+            layer_shards_saving_path: where the shards go; None puts them next to the checkpoint.
             delete_original: delete each original weight file once every shard made from it is verified.
             split: "auto" streams from the original files where these hold the weights as the model has them (safetensors,
                 the same dtype, at most renamed) and splits where not, or where a path for shards is given; "always"

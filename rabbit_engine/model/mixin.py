@@ -45,7 +45,7 @@ def _documented_as(original: Callable[..., Any]) -> Callable[[Method], Method]:
 
 
 class StreamingMixin:
-    """What a streamed model has beside its transformers class, and what it refuses.
+    """What a streamed model has besides its transformers class, and what it refuses.
 
     `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
     """
@@ -263,7 +263,7 @@ def _indexed(device: torch.device) -> torch.device:
 def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
     """The tokenizer of the checkpoint's folder: built from the files of a family that is converted, else `AutoTokenizer`.
 
-    A tokenizer.json beside them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
+    A tokenizer.json next to them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
     MissingExtraError.
     """
     folder = Path(source["pretrained_model_name_or_path"])

@@ -80,5 +80,5 @@ def runtime_of(model: object) -> Runtime:
     """What runs `model`, also where PEFT wraps it. Raises ConfigurationError for one that rabbit_engine did not load."""
     assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_prepared", None)
     if not isinstance(assembly, Assembly) or checkpoint is None:
-        raise ConfigurationError(f"{type(model).__name__} is no model of rabbit_engine: load it with rabbit_engine.AutoModel")
+        raise ConfigurationError(f"{type(model).__name__} was not loaded by rabbit_engine: load it with rabbit_engine.AutoModel")
     return Runtime(checkpoint, assembly)

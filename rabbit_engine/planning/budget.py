@@ -14,7 +14,7 @@ from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
 
 DEFAULT_TOKENS = 1024
-"""The length whose cache is set aside where nobody asked for one."""
+"""The length whose cache is set aside by default."""
 
 _SYSTEM_BYTES = 64 * 2**20
 _SYSTEM_SHARE = 1 / 32

@@ -1,4 +1,4 @@
-"""What texts take beside the weights, and whether that is free: asked before a prompt is computed."""
+"""What texts take on top of the weights, and whether that is free: asked before a prompt is computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT_FREE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Tokens of a request: its prompt's, and as many as its answer may have; of so many `sequences` side by side.
+    """Tokens of a request: its prompt's, and as many as its answer may have; `sequences` are computed side by side.
 
     A `padded` batch takes a mask. Of the prompt `chunk` tokens are computed at a time, all where that is None, and one (the
     newest) where it `is_computed` already.
@@ -42,14 +42,14 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
 
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
-    """What lives at once in a pass, beside the caches: activations, masks, logits and what chooses from them."""
+    """What lives at once in a pass, without the caches: activations, masks, logits and what chooses from them."""
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
     mask = _MASK_BYTES * tokens**2 if demand.padded else 0
     return demand.sequences * (probe.activation_bytes(tokens) + mask + _SAMPLING_BYTES * probe.vocabulary)
 
 
 def need_bytes(probe: Probe, demand: Demand) -> int:
-    """All that a request takes beside the weights: its caches at their longest, and a pass over its prompt."""
+    """All that a request takes on top of the weights: its caches at their longest, and a pass over its prompt."""
     return cache_bytes(probe, demand) + work_bytes(probe, demand)
 
 
@@ -75,7 +75,7 @@ def refuse_beyond(probe: Probe, demand: Demand, find_free_bytes: Callable[[], in
     side_by_side = f"{demand.sequences} sequences of " if demand.sequences > 1 else ""
     wanted = demand.sequences * (demand.prompt + demand.answer)
     raise PromptTooLongError(
-        f"{side_by_side}{demand.prompt} tokens and {demand.answer} to come need {format_bytes(need)} beside the weights, "
+        f"{side_by_side}{demand.prompt} tokens and {demand.answer} to come need {format_bytes(need)} on top of the weights, "
         f"{format_bytes(free)} are free on {place}, enough for a prompt of {fits} tokens: shorten it, ask for fewer new tokens, "
         f"or load the model with max_seq_len={wanted}, which leaves that much less to the weights"
     )

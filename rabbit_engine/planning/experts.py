@@ -1,4 +1,4 @@
-"""Byte counts of experts that are read as they are routed to, and a room shared among their layers. Pure."""
+"""Byte counts of experts that are read as they are routed to, and memory shared among their layers. Pure."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Slots:
         return self.fewest * self.nbytes
 
     def passing(self, room: int) -> int:
-        """How many for experts on their way, in so many bytes."""
+        """How many slots for experts on their way `room` bytes hold."""
         return min(self.wanted, room // self.nbytes) if self.layers else 0
 
     def shared(self, names: Sequence[str], passing: int, rooms: Sequence[int]) -> ExpertsPlan:

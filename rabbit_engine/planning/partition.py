@@ -118,7 +118,7 @@ def partition_model(
 
 
 def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Entries and ties of a model whose files nobody has: its own shapes and dtypes, in no file."""
+    """Entries and ties of a model without files: its own shapes and dtypes."""
     from pathlib import Path
 
     ties = tied_weights(model)
@@ -254,12 +254,12 @@ class _Partitioner:
         entries = [self._weights.entries[name] for name in names]
         return (
             leaf in self._run_order
-            and not self._beside_own_weights(leaf)
+            and not self._parent_has_weights(leaf)
             and sum(entry.nbytes for entry in entries) >= self._cut.least_bytes
             and all(self._users[entry.name] == 1 for entry in entries)
         )
 
-    def _beside_own_weights(self, leaf: str) -> bool:
+    def _parent_has_weights(self, leaf: str) -> bool:
         """Whether the module above has weights of its own: on a GPU such a one (a state space, a linear attention) may hand
         its children's weights to one fused kernel, which no pass on the meta device shows."""
         above = self._model.get_submodule(leaf.rpartition(".")[0])

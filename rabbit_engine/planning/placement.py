@@ -54,7 +54,7 @@ def place_in(
     model, in the fastest tier first and the next one next. Who stays is chosen in one fixed order, so more
     memory never means more bytes a pass. What every pass needs stays before any expert does: a byte of it saves a byte
     a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
-    that works; it tells of `given_bytes` where the caller gave the device so many.
+    that works, and where the caller gave the device `given_bytes`, with that number.
     """
     scratch = sum(scratch_shares(units).values())
     held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]

@@ -299,7 +299,7 @@ class _Stream(StreamingResponse):
             await self._events.aclose()
 
 
-async def _whole(request: Request, work: Any, events: Events | None = None) -> Response:
+async def _whole(request: Request, work: Awaitable[dict[str, object]], events: Events | None = None) -> Response:
     """The answer, unless the client goes away before it is there."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))

@@ -19,10 +19,10 @@ from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.tokenization.ranks import byte_characters
 
 _PREFIX_CHARACTERS = 4
-"""Of a long text so many characters for every token that there is room for are tokenised first, then twice as many."""
+"""Characters of a long text, for every token that there is room for, that are tokenised first; then twice as many."""
 
 _COMPOSED_CHARACTERS = 4
-"""Unicode's composition (NFC) makes one character of so many at most."""
+"""Unicode's composition (NFC) joins up to this many characters into one."""
 
 
 class Encoder:
@@ -65,7 +65,7 @@ class Encoder:
         return self._checked(self._tokens(found, special=False) if plain else [int(token) for token in found["input_ids"]])
 
     def leave_out(self, text: str, tokens: int) -> str:
-        """The text without so many tokens at its beginning."""
+        """The text without its first `tokens` tokens."""
         tokenizer = self._model.tokenizer
         return str(tokenizer.decode(self._encode(tokenizer, text, special=False)[tokens:]))
 
@@ -154,7 +154,7 @@ class TokenLengths:
     dropped: str = ""
 
     def fewest_tokens(self, text: str) -> int:
-        """A text has so many tokens at least; 0 where nothing can be said."""
+        """A lower bound of the text's tokens; 0 where nothing is known."""
         return int((len(text) - sum(map(text.count, self.dropped))) / self.longest)
 
 

@@ -181,7 +181,7 @@ class Engine:
             _tell(job, SessionClosedError("the session was closed before the answer was begun"))
 
     def _admit(self) -> None:
-        """Let jobs begin, in their order, as long as there is room beside those that run."""
+        """Let jobs begin, in their order, as long as memory has room for them and those that run."""
         while (job := self._next()) is not None:
             random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
             job.fiber = self._scheduler.add(job.work, random_stream)

@@ -49,7 +49,7 @@ class Promise(Future[T]):
 
 
 def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
-    """`work`, of so many tokens, whose result the future gets."""
+    """A job that computes `tokens` tokens and gives the future what `work` returns."""
 
     def run() -> None:
         if future.set_running_or_notify_cancel():

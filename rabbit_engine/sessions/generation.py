@@ -102,7 +102,7 @@ def _pad_token(model: SessionModel, ends: Collection[int]) -> int | None:
 
 
 def _add_to_checkpoint(model: SessionModel, options: Options) -> dict[str, Any]:
-    """Biases and bad words of a request beside those of the generation config, which `generate` would leave out for them."""
+    """Biases and bad words of a request, and those of the generation config, which `generate` would leave out for them."""
     config, found = model.generation_config, dict[str, Any]()
     if options.logit_bias:
         given = config.sequence_bias or {}

@@ -11,7 +11,7 @@ from typing import Any
 from rabbit_engine.errors import ConfigurationError
 
 MOST_ALTERNATIVES = 20
-"""Log probabilities of so many tokens a position at most, as OpenAI's interface has it."""
+"""Log probabilities a position at most, as in OpenAI's interface."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,21 +22,21 @@ class Options:
         max_new_tokens: tokens at most; None is the checkpoint's own, else what the session says.
         temperature: below 0.001 is greedy; above, the logits are divided by it and a token is drawn.
         top_p: draw from the likeliest tokens of this total probability, in (0, 1].
-        top_k: draw from so many likeliest tokens; 0 draws from all, whatever the checkpoint says.
+        top_k: draw from this many of the likeliest tokens; 0 draws from all, whatever the checkpoint says.
         min_p: draw from tokens that are at least this share as likely as the likeliest.
         seed: draw as `torch.manual_seed(seed)` before `generate` would, whoever else is served.
         stop: texts at which the answer ends; they are not part of it.
-        stop_token_ids: tokens at which it ends, beside those of the checkpoint; the one it ended at is in `Reply.tokens`, not
+        stop_token_ids: tokens at which it ends, besides those of the checkpoint; the one it ended at is in `Reply.tokens`, not
             in the text.
         include_stop: leave the stop text, or the text of the stop token, in the answer's.
         ignore_eos: go on past the tokens that end an answer, up to `max_new_tokens`.
         min_new_tokens: tokens before one that ends an answer may come.
         bad_words: texts that the answer may not have; their last token gets no probability.
         skip_special_tokens: False leaves the names of special tokens in the text.
-        logprobs: log probabilities of the tokens, and of so many of the likeliest at each position, 0 to 20.
+        logprobs: log probabilities of the tokens, and of this many of the likeliest at each position, 0 to 20.
         typical_p: transformers' own (Meister et al., 2022), in (0, 1].
         epsilon_cutoff, eta_cutoff: transformers' own (Hewitt et al., 2022), in [0, 1).
-        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is no such rule.
+        no_repeat_ngram_size: no sequence of this length comes twice; 0 allows any.
         repetition_penalty: transformers' own (Keskar et al., CTRL, 2019); 1 is none.
         presence_penalty: taken from the logit of every token that the answer has, -2 to 2 (OpenAI's definition).
         frequency_penalty: taken from it as often as the answer has the token, -2 to 2.

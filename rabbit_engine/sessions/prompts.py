@@ -100,7 +100,7 @@ def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, obje
 
 
 def _shorten(encoder: Encoder, message: dict[str, object], excess: int) -> bool:
-    """Leave out so many tokens at the beginning of its text; False when there is nothing to leave out."""
+    """Leave out `excess` tokens at the beginning of its text; False when nothing is left to leave out."""
     content = message.get("content")
     if not isinstance(content, str) or not content:
         return False

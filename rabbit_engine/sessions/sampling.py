@@ -31,7 +31,7 @@ class Penalties(LogitsProcessor):
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: _LongTensor, scores: _FloatTensor) -> _FloatTensor:
-        """Logits [1, vocabulary] after so many tokens [1, length]."""
+        """Logits [1, vocabulary] after the tokens [1, length]."""
         counts = Counter(input_ids[0, self._prompt_tokens :].tolist())
         if not counts:
             return scores

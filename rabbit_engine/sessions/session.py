@@ -73,7 +73,7 @@ class Events:
         self._tickets = session.ask(requests, self._tell, bounded=bounded)
 
     def _tell(self, index: int, event: Event) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody hears
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (index, event))
 
     def __aiter__(self) -> Self:
@@ -107,7 +107,7 @@ class Session:
     Args:
         model: as `AutoModel.from_pretrained` returned it; it is not closed with the session.
         max_requests: answers under way at a time.
-        max_queue: requests that may wait beside them; more raise QueueFullError.
+        max_queue: requests that may wait meanwhile; more raise QueueFullError.
         max_new_tokens: of an answer for which neither the request nor the checkpoint says a number.
         overflow: what becomes of a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" leaves out the
             oldest messages (never the system's) or the beginning of a text, and says how much in `Reply.cut_tokens`.
@@ -380,7 +380,7 @@ class Session:
 
 
 def _each(prompts: object) -> list[str | Sequence[int]]:
-    """Every prompt by itself. Raises ConfigurationError for what is no list of prompts."""
+    """Every prompt by itself. Raises ConfigurationError for anything but a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
     found = prompts.tolist() if hasattr(prompts, "tolist") else prompts
@@ -401,7 +401,7 @@ def _tell_what_is_left_out(config: GenerationConfig) -> None:
 
 
 def keeps_state(model: SessionModel) -> str | None:
-    """What a model remembers beside its cache, so that texts must not take turns within it; None where nothing does."""
+    """What a model remembers outside of its cache, so that texts must not take turns within it; None where nothing does."""
     kinds = [kind for module in model.modules() if (kind := getattr(module, "rope_type", None)) is not None]
     if any("dynamic" in (kind.values() if isinstance(kind, Mapping) else (kind,)) for kind in kinds):
         return "the longest text's rotary frequencies"

@@ -1,4 +1,4 @@
-"""Vectors of texts, from checkpoints that say how: sentence-transformers' files beside the weights.
+"""Vectors of texts, from checkpoints that say how: sentence-transformers' files next to the weights.
 
 `modules.json` lists the steps; `1_Pooling/config.json` says how hidden states become one vector.
 """

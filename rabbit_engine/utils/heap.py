@@ -18,7 +18,7 @@ _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 def give_free_memory_back() -> None:
     """Return freed memory to the system: glibc keeps what lies between blocks in use."""
-    library = _glibc()
+    library = glibc()
     if library is not None:
         library.malloc_trim(0)
 
@@ -27,15 +27,15 @@ def give_free_memory_back() -> None:
 def give_large_blocks_back() -> bool:
     """From now on, return blocks of 256 KiB and more as soon as they are freed. False where that is not glibc's to do, or
     the environment has settings of its own."""
-    library = _glibc()
+    library = glibc()
     if library is None or any(name in os.environ for name in _OWN_SETTINGS):
         return False
     return bool(library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES))
 
 
 @functools.cache
-def _glibc() -> Any:
-    """None where another C library runs."""
+def glibc() -> Any:
+    """The C library, None where it is not glibc."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
