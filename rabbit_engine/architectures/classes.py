@@ -164,7 +164,7 @@ def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, A
     for part in holders:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    logger.info("%s is quantised (%s): its weights are dequantised when it is split", folder, found["quant_method"])
+    logger.info("%s is quantised (%s): its weights are decoded to plain ones", folder, found["quant_method"])
     return found
 
 
