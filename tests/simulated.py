@@ -6,7 +6,8 @@ sees them, and the order of streams and events says which copies are done for wh
 
 - a kernel that reads bytes whose copy it did not wait for, or that nobody wrote;
 - a copy over bytes that a kernel uses which the copy does not wait for;
-- a source that changed, or was unpinned, before its copy happened, and one that is not pinned.
+- a source that changed, or was unpinned, before its copy happened, and one that is not pinned;
+- host memory that is written before this thread knows that the copies from it are done (`SimulatedHost` sees that).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from rabbit_engine.model.auto import load
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.storage.directio import as_bytes
 from rabbit_engine.streaming import Placeholder, Trace
+from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 from rabbit_engine.streaming.transfer.stream_ring import StreamRing
+from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.speeds import Speeds
 
 CPU, PLANNED = torch.device("cpu"), torch.device("cuda", 0)
@@ -58,7 +61,7 @@ class Copy:
 
     def reads(self, memory: torch.Tensor) -> bool:
         start, own = memory.data_ptr(), self.source.data_ptr()
-        return start <= own < start + memory.nbytes
+        return start < own + self.source.nbytes and own < start + memory.nbytes
 
 
 class Stream:
@@ -69,6 +72,7 @@ class Stream:
         self.position = 0
         self.clock: dict[Stream, int] = {}
         self.pending: list[Copy] = []
+        self.happened: list[Copy] = []
 
     def wait_event(self, event: Event) -> None:
         with self.device.lock:
@@ -166,6 +170,16 @@ class SimulatedAccelerator:
 
     # What it knows.
 
+    def host_write(self, memory: torch.Tensor, name: str) -> None:
+        """The host is about to write `name` to `memory`."""
+        with self.lock:
+            for stream in self._streams:
+                known = self.done.get(stream, 0)
+                stream.happened = [copy for copy in stream.happened if copy.position > known]
+                for copy in (*stream.pending, *stream.happened):
+                    if copy.position > known and copy.reads(memory):
+                        self.race(f"{name} is read over {copy.name}, which may still be copied")
+
     @property
     def pending(self) -> int:
         """Copies that were launched and have not happened."""
@@ -190,6 +204,7 @@ class SimulatedAccelerator:
                 copy = next(other for other in due if other is copy or _overlap(other, copy))
                 due.remove(copy)
                 self._happen(copy)
+                stream.happened.append(copy)
 
     def _happen(self, copy: Copy) -> None:
         self.do(copy.clock)
@@ -295,6 +310,18 @@ class SimulatedRing(StreamRing):
     def copy(self, source: torch.Tensor, start: int, after: Any, name: str) -> None:
         with self.simulated.naming(name):
             super().copy(source, start, after, name)
+
+
+class SimulatedHost(PlainRing):
+    """Host memory that the device copies from, and is told of what is read to it."""
+
+    def __init__(self, device: SimulatedAccelerator, nbytes: int) -> None:
+        super().__init__(CPU, nbytes, Trace())
+        self.simulated = device
+
+    def fill(self, chunk: Extent, start: int, after: Any, name: str, lane: int) -> None:
+        self.simulated.host_write(self.view(start + chunk.place, chunk.nbytes), name)
+        super().fill(chunk, start, after, name, lane)
 
 
 def load_simulated(
