@@ -219,6 +219,19 @@ def test_an_interrupt_at_any_line_leaves_experts_and_units_right(first: int, run
     assert device.races == []
 
 
+def test_what_stays_is_there_for_any_stream(units: list[Unit]) -> None:
+    """Not only for the stream of the thread that loaded it."""
+    device = SimulatedAccelerator()
+    ring = SimulatedRing(device, units[1].nbytes)
+    fill_all(ring, [(units[1], 0)])
+    with Watch(device), device.in_stream():
+        assert torch.equal(
+            units[1].weights[0].view(ring.view(0, units[1].nbytes)), torch.full(units[1].weights[0].entry.shape, 1.0)
+        )
+    ring.close()
+    assert device.races == []
+
+
 class DeafEvent(Event):
     def synchronize(self) -> None:
         """Nobody waits."""

@@ -358,6 +358,35 @@ def test_what_a_model_waits_for_is_read_ahead_of_prefetches(units: list[Unit]) -
         reader.leave(prefetches)
 
 
+def test_close_waits_for_its_reads_where_another_model_keeps_the_readers(units: list[Unit], ring: CountingRing) -> None:
+    entered, go = threading.Event(), threading.Event()
+    left: list[int] = []
+
+    def slow(*_: Any) -> None:
+        entered.set()
+        go.wait(10)
+        left.append(ring.view(0, 1).numel())
+
+    ring.fill = slow  # type: ignore[method-assign]
+    other, transfer = transfer_of(units, ring_of(units)), transfer_of(units, ring)
+
+    def ask() -> None:
+        with pytest.raises(ModelClosedError):
+            transfer.acquire("u0")
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    entered.wait(10)
+    closer = threading.Thread(target=transfer.close)
+    closer.start()
+    closer.join(0.1)
+    go.set()
+    for thread in (closer, asker):
+        thread.join(10)
+    other.close()
+    assert set(left) == {1}  # the ring's memory was there until its last read had ended
+
+
 def test_close_wakes_who_waits_and_ends_the_threads(units: list[Unit], ring: CountingRing) -> None:
     entered, go = threading.Event(), threading.Event()
 

@@ -87,6 +87,9 @@ def who_stays(layer: ExpertLayer, needed: Sequence[Expert]) -> list[Stay]:
 
     A layer that keeps no more than a token uses would forget everything at each token: there only a more used one stays.
     """
+    new = _by_use(expert for expert in needed if not expert.kept and not expert.is_here)
+    if not new:
+        return []
     kept, now = layer.kept(), {*needed}
     idle = _by_use(expert for expert in kept if expert not in now)
     in_use = _by_use(expert for expert in kept if expert in now and expert.is_here)
@@ -94,7 +97,7 @@ def who_stays(layer: ExpertLayer, needed: Sequence[Expert]) -> list[Stay]:
     room_in_host = layer.in_host - sum(expert.host is not None for expert in kept)
     room = layer.on_device - sum(expert.host is None for expert in kept)
     stays: list[Stay] = []
-    for expert in _by_use(expert for expert in needed if not expert.kept and not expert.is_here):
+    for expert in new:
         if room > 0:
             room -= 1
             stays.append(Stay(expert))
