@@ -102,7 +102,7 @@ def use(transfer: Transfer, ring: CountingRing, units: list[Unit], index: int) -
 
 def test_a_unit_is_one_read_of_aligned_weights(units: list[Unit]) -> None:
     assert all(len(unit.extents) == 1 and unit.nbytes % 4096 == 0 for unit in units)
-    assert all(weight.place % 4096 == 0 for unit in units for weight in unit.weights)
+    assert all(weight.places[0] % 4096 == 0 for unit in units for weight in unit.weights)
     assert all(extent.in_pages for unit in units for extent in unit.extents)
 
 
@@ -447,7 +447,7 @@ def test_weights_off_a_boundary_are_moved_onto_one(tmp_path: Path) -> None:
     entries = read_header(path).tensors
     assert all(entry.offset % 16 == 8 for entry in entries)
     unit = make_unit("odd", entries)
-    assert all(weight.place % 16 == 0 for weight in unit.weights)
+    assert all(weight.places[0] % 16 == 0 for weight in unit.weights)
     ring = PlainRing(torch.device("cpu"), unit.nbytes, Trace())
     fill_all(ring, [(unit, 0)])
     for weight in unit.weights:
