@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rabbit_engine
 from rabbit_engine import errors
 from rabbit_engine.cli import main
-from rabbit_engine.cli.options import check_rate, parse_memory
+from rabbit_engine.cli.loading import parse_memory
+from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
 from rabbit_engine.diagnostics import demo

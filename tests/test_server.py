@@ -25,6 +25,10 @@ import pytest
 import torch
 import transformers
 import uvicorn
+from openai.types import Completion, CreateEmbeddingResponse, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.shared import ErrorObject
+from pydantic import BaseModel
 
 from rabbit_engine import Session, errors
 from rabbit_engine.server.app import check_exposure, create_app
@@ -107,6 +111,50 @@ def test_the_openai_client_gets_a_whole_answer(client: openai.OpenAI, model: Any
     assert found.usage.total_tokens == found.usage.prompt_tokens + 8
     assert [card.id for card in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
+
+
+def events_of(answer: httpx.Response) -> list[Any]:
+    """The JSON of a stream's events, without the last."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def extras(value: Any) -> Iterator[str]:
+    """The fields that a value of the openai package's types has and its type does not know."""
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from extras(part)
+    elif isinstance(value, BaseModel):
+        yield from (f"{type(value).__name__}.{name}" for name in value.model_extra or ())
+        for name in type(value).model_fields:
+            yield from extras(getattr(value, name))
+
+
+@pytest.mark.parametrize(
+    "body", [{"messages": user("Hi"), "logprobs": True, "top_logprobs": 2}, {"messages": user("Hi"), "n": 2, "seed": 1}]
+)
+def test_chat_answers_are_of_the_openai_packages_own_types(url: str, body: Any) -> None:
+    asked = {"model": NAME, "max_tokens": 4, **body}
+    answer = ChatCompletion.model_validate(post(f"{url}/v1/chat/completions", json=asked).json(), strict=True)
+    streamed = post(f"{url}/v1/chat/completions", json={**asked, "stream": True, "stream_options": {"include_usage": True}})
+    chunks = [ChatCompletionChunk.model_validate(event, strict=True) for event in events_of(streamed)]
+    assert not [*extras(answer), *extras(chunks)]
+    assert chunks[-1].usage == answer.usage
+
+
+def test_completions_are_of_the_openai_packages_own_types(url: str) -> None:
+    asked = {"model": NAME, "max_tokens": 3, "prompt": ["One", "Two"], "logprobs": 2}
+    answer = Completion.model_validate(post(f"{url}/v1/completions", json=asked).json(), strict=True)
+    assert not [*extras(answer)]
+    assert [choice.index for choice in answer.choices] == [0, 1]
+
+
+def test_models_and_errors_are_of_the_openai_packages_own_types(url: str) -> None:
+    cards = [Model.model_validate(card, strict=True) for card in get(f"{url}/v1/models").json()["data"]]
+    assert [*extras(cards)] == ["Model.max_model_len"]  # as vLLM's server says it
+    refused = ErrorObject.model_validate(post(f"{url}/v1/completions", json={"model": NAME}).json()["error"], strict=True)
+    assert (refused.type, refused.param, [*extras(refused)]) == ("invalid_request_error", "prompt", [])
 
 
 def test_the_openai_client_gets_a_stream(client: openai.OpenAI) -> None:
@@ -597,11 +645,13 @@ def test_a_model_that_only_embeds_is_served(own_checkpoint: Any, streamed: Any, 
     model.tokenizer = smollm_model.tokenizer
     assert type(model).__name__ == "Qwen3Model"
     with Session(model) as session, serving(session) as url:
-        vectors = post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()["data"]
+        answer = post(f"{url}/v1/embeddings", json={"model": NAME, "input": [[5, 6, 7]]}).json()
         chat = post(f"{url}/v1/chat/completions", json=HI)
     with torch.no_grad():
         whole = transformers.AutoModel.from_pretrained(folder)(torch.tensor([[5, 6, 7]])).last_hidden_state[0].mean(0)
-    torch.testing.assert_close(torch.tensor(vectors[0]["embedding"]), whole, rtol=0, atol=1e-6)
+    found = CreateEmbeddingResponse.model_validate(answer, strict=True)
+    assert not [*extras(found)]
+    torch.testing.assert_close(torch.tensor(found.data[0].embedding), whole, rtol=0, atol=1e-6)
     assert chat.status_code == 400
     assert "does not generate" in chat.json()["error"]["message"]
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli.loading import Loading, Only, takes_loading
 
 
+@takes_loading
 def bench(
     model: options.Model,
-    max_memory: options.MaxMemory = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    split: options.Split = "auto",
+    *,
+    loading: Annotated[Loading, Only("max_memory", "device", "dtype", "split")],
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the table holds medians.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a round.")] = 3,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
@@ -26,9 +26,7 @@ def bench(
     if plot is not None:
         engine.plotting.require_matplotlib()
     output.note(f"loading {model} ...")
-    records, spans, plan = engine.benchmark.link(
-        model, rounds, tokens, max_memory=options.parse_memory(max_memory), device=device, dtype=dtype, split=split
-    )
+    records, spans, plan = engine.benchmark.link(model, rounds, tokens, **loading.keywords())
     if trace is not None:
         engine.streaming.write_chrome_trace(spans, trace)
     if plot is not None:

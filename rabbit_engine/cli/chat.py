@@ -13,30 +13,24 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options
+from rabbit_engine.cli.loading import CONVERSATION, Loading, takes_loading
 from rabbit_engine.errors import ConfigurationError
 
 
+@takes_loading
 def chat(
     model: options.Model,
     system: Annotated[str, typer.Option(help="What the model is told to be; /system changes it.", show_default=False)] = "",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most; the default is the checkpoint's own, else 1024.")
     ] = None,
-    max_seq_len: options.MaxSeqLen = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
     history: Annotated[bool, typer.Option(help="Remember what was typed for the next time, in a file.")] = True,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    max_memory: options.MaxMemory = None,
-    attn: options.Attention = "auto",
-    saving_path: options.SavingPath = None,
-    gguf_file: options.GgufFile = None,
-    revision: options.Revision = None,
-    token: options.Token = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: Annotated[Loading, CONVERSATION],
 ) -> None:
     """Talk with MODEL in the terminal, streamed from disk layer by layer; /help lists the commands.
 
@@ -49,19 +43,7 @@ def chat(
     logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat tells what it leaves out
     screen.note(f"loading {model} ...")
     with (
-        engine.model.AutoModel.from_pretrained(
-            model,
-            device=device,
-            dtype=dtype,
-            max_memory=options.parse_memory(max_memory),
-            attn_implementation=attn,
-            layer_shards_saving_path=saving_path,
-            gguf_file=gguf_file,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-            max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
-        ) as streamed,
+        engine.model.AutoModel.from_pretrained(model, **loading.for_conversations().keywords()) as streamed,
         engine.sessions.Session(streamed, max_requests=1, overflow="truncate") as session,
     ):
         require_template(streamed, model)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 from rich.console import Console
 
-from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli import engine, output
+from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.utils.report import as_table
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 
-def demo(
-    device: options.Device = None,
-    max_memory: options.MaxMemory = None,
-) -> None:
+@takes_loading
+def demo(loading: Annotated[Loading, Only("device", "max_memory")]) -> None:
     """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and say what that took."""
     output.note("loading a small model ...")
-    answer = engine.demo.ask(_print_now, on_loaded=_say_plan, device=device, max_memory=options.parse_memory(max_memory))
+    answer = engine.demo.ask(_print_now, on_loaded=_say_plan, device=loading.device, max_memory=loading.budget)
     title = f"{engine.demo.MODEL} from {answer.source}"
     Console(stderr=True, highlight=False).print(as_table(_rows(answer), title))
 

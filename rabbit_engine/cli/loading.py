@@ -1,27 +1,185 @@
-"""Loading a model for a command: what is done, and what to expect of it, is said before and after."""
+"""The options of loading a model, for every command: each is declared here once, with what it becomes for the library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+import os.path
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from rabbit_engine.cli import engine, options, output
+import typer
+
+from rabbit_engine.cli import engine, output
+from rabbit_engine.utils.sizes import parse_bytes
+
+DEFAULT_TOKENS = 4096
+"""Commands that hold conversations set memory aside for this many tokens, unless they are told how many."""
+
+_PLACE = re.compile(r"(cuda:)?\d+|cpu|mps(:0)?")
+
+
+def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
+    """`"8GiB"` is the device's budget; `"0=8GiB,cpu=24GiB"` names each place. Raises ValueError."""
+    if text is None:
+        return None
+    if "=" not in text:
+        parse_bytes(text)
+        return {0: text, "cpu": text}
+    places: dict[int | str, int | str] = {}
+    for part in text.split(","):
+        place, is_named, size = (word.strip() for word in part.partition("="))
+        if not is_named or not _PLACE.fullmatch(place):
+            raise ValueError(f"{part!r} names no place: write 8GiB, or 0=8GiB,cpu=24GiB")
+        parse_bytes(size)
+        places[int(place) if place.isdigit() else place] = size
+    return places
+
+
+def _check_memory(text: str | None) -> str | None:
+    try:
+        parse_memory(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+def _parse_folder(text: str) -> Path:
+    """Refuse an empty text, of which Path makes the current folder: it is more likely a variable that is not set."""
+    if not text:
+        raise typer.BadParameter("it is empty: name a folder")
+    if os.path.isfile(text):  # noqa: PTH113 - Path's own raises for a name that is too long
+        raise typer.BadParameter(f"{text} is a file: name a folder")
+    return Path(text)
+
+
+Device = Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", "-m", callback=_check_memory, help="What weights may take: 8GiB, or 0=8GiB,cpu=24GiB."),
+]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens, over all running texts, to set memory aside for: 4096, but none with --max-memory."),
+]
+Attention = Annotated[
+    Literal["auto", "flash_attention_2", "sdpa", "eager"], typer.Option(help="How attention is computed.", case_sensitive=False)
+]
+Split = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option(help="Make shards first; auto does where the files cannot be streamed as they are.", case_sensitive=False),
+]
+SavingPath = Annotated[
+    Path | None,
+    typer.Option(parser=_parse_folder, metavar="<dir>", help="Where the shards go; the default is next to the checkpoint."),
+]
+GgufFile = Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+Token = Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that the repository brings.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """The options as they were typed. A command takes those that its parameter names: `Annotated[Loading, Only("device")]`."""
+
+    device: Device = None
+    dtype: Dtype = None
+    max_memory: MaxMemory = None
+    max_seq_len: MaxSeqLen = None
+    attn: Attention = "auto"
+    split: Split = "auto"
+    saving_path: SavingPath = None
+    gguf_file: GgufFile = None
+    revision: Revision = None
+    token: Token = None
+    trust_remote_code: TrustRemoteCode = False
+
+    @property
+    def budget(self) -> dict[int | str, int | str] | None:
+        """`max_memory` as the library takes it."""
+        return parse_memory(self.max_memory)
+
+    def for_conversations(self) -> Loading:
+        """The same, with memory set aside for DEFAULT_TOKENS unless a number of tokens or a budget is given."""
+        default = None if self.max_memory is not None else DEFAULT_TOKENS
+        return replace(self, max_seq_len=self.max_seq_len or default)
+
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of `AutoModel.from_pretrained`."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "max_memory": self.budget,
+            "max_seq_len": self.max_seq_len,
+            "attn_implementation": self.attn,
+            "split": self.split,
+            "layer_shards_saving_path": self.saving_path,
+            "gguf_file": self.gguf_file,
+            "revision": self.revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def source(self) -> engine.config.SourceConfig:
+        """Where the checkpoint comes from, for commands that do not load it."""
+        return engine.config.SourceConfig(
+            token=self.token, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
+        )
+
+    def splitting(self, **changed: Any) -> engine.config.SplitConfig:
+        """How the checkpoint is split, for commands that do not load it; `changed` are other fields of SplitConfig."""
+        settings: dict[str, Any] = {
+            "mode": self.split,
+            "dtype": engine.config.parse_dtype(self.dtype),
+            "saving_path": self.saving_path,
+        }
+        return engine.config.SplitConfig(**settings | changed)
+
+
+class Only:
+    """Names the options of Loading that a command takes."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+LOADING = Only(*(field.name for field in fields(Loading) if field.name not in ("split", "max_seq_len")))
+CONVERSATION = Only("max_seq_len", *LOADING.names)
+
+
+def takes_loading(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options that its parameter `loading` names in place of that parameter."""
+    hints = get_type_hints(command, include_extras=True)
+    types, defaults = get_type_hints(Loading, include_extras=True), {field.name: field.default for field in fields(Loading)}
+    only: Only = get_args(hints["loading"])[1]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(loading=Loading(**{name: given.pop(name) for name in only.names}), **given)
+
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        own = [(parameter.name, hints[parameter.name], parameter.default)]
+        options = [(name, types[name], defaults[name]) for name in only.names] if parameter.name == "loading" else own
+        parameters += [
+            inspect.Parameter(name, parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for name, annotation, default in options
+        ]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
 
 
 @contextmanager
-def loaded(
-    model: str, *, max_memory: str | None, attn: str = "auto", saving_path: Path | None = None, **keywords: Any
-) -> Iterator[engine.model.StreamedModel]:
-    """The streamed model, closed at the end; `keywords` are those of `AutoModel.from_pretrained`."""
+def loaded(model: str, loading: Loading, **keywords: Any) -> Iterator[engine.model.StreamedModel]:
+    """The streamed model, closed at the end; `keywords` are more of `AutoModel.from_pretrained`. Prints the plan on stderr."""
     output.note(f"loading {model} ...")
-    with engine.model.AutoModel.from_pretrained(
-        model,
-        max_memory=options.parse_memory(max_memory),
-        attn_implementation=attn,
-        layer_shards_saving_path=saving_path,
-        **keywords,
-    ) as streamed:
+    with engine.model.AutoModel.from_pretrained(model, **loading.keywords(), **keywords) as streamed:
         output.note(streamed.plan.reason)
         yield streamed

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.utils.report import as_table
 from rabbit_engine.utils.sizes import parse_rate
 from rabbit_engine.utils.speeds import Speeds
 
+_OPTIONS = Only(
+    *("max_memory", "device", "dtype", "split", "saving_path", "gguf_file", "revision", "token", "trust_remote_code"),
+)
 
+
+@takes_loading
 def plan(
     model: options.Model,
-    max_memory: options.MaxMemory = None,
     max_seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens whose cache is to fit in that memory too.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
     disk_rate: Annotated[
         str | None,
         typer.Option(callback=options.check_rate, help="Bytes a second of the disk, such as 5GB/s; the default is to measure."),
@@ -27,26 +29,22 @@ def plan(
     link_rate: Annotated[
         str | None, typer.Option(callback=options.check_rate, help="Bytes a second to the device, such as 13GB/s.")
     ] = None,
-    split: options.Split = "auto",
-    saving_path: Annotated[Path | None, options.folder("Where the shards would go.")] = None,
-    gguf_file: options.GgufFile = None,
-    revision: options.Revision = None,
-    token: options.Token = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: Annotated[Loading, _OPTIONS],
 ) -> None:
     """Print what would stay in memory, what would be streamed, and what a pass would take; reads headers only.
 
     With --max-memory the device need not be here: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """
     output.note(f"reading the headers of {model} ...")
-    config, memory = engine.config, options.parse_memory(max_memory)
-    target = config.parse_planned_device(device, lambda wanted: config.parse_max_memory(memory, wanted)[0] is not None)
+    config, memory = engine.config, loading.budget
+    target = config.parse_planned_device(loading.device, lambda wanted: config.parse_max_memory(memory, wanted)[0] is not None)
     device_budget, host_budget = config.parse_max_memory(memory, target)
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
     found = engine.forecast.forecast(
         model,
-        config.SourceConfig(token=token, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
-        config.SplitConfig(dtype=config.parse_dtype(dtype), saving_path=saving_path, mode=split),
+        loading.source(),
+        loading.splitting(),
         config.StreamConfig(
             device=target,
             device_budget_bytes=device_budget,

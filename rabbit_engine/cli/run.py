@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rabbit_engine.cli import engine, options
-from rabbit_engine.cli.loading import loaded
+from rabbit_engine.cli.loading import LOADING, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
@@ -74,6 +74,7 @@ def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.Bat
         ) from error
 
 
+@takes_loading
 def run(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
@@ -86,32 +87,13 @@ def run(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    max_memory: options.MaxMemory = None,
-    attn: options.Attention = "auto",
-    saving_path: options.SavingPath = None,
-    gguf_file: options.GgufFile = None,
-    revision: options.Revision = None,
-    token: options.Token = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: Annotated[Loading, LOADING],
     progress: Annotated[bool, typer.Option(help="Show each pass over the layers, on a terminal.")] = False,
 ) -> None:
     """Answer PROMPT with MODEL, streamed from disk layer by layer."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with loaded(
-        model,
-        max_memory=max_memory,
-        attn=attn,
-        saving_path=saving_path,
-        device=device,
-        dtype=dtype,
-        gguf_file=gguf_file,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-        show_layer_progress=progress and sys.stderr.isatty(),
-    ) as streamed:
+    with loaded(model, loading, show_layer_progress=progress and sys.stderr.isatty()) as streamed:
         inputs = encode(streamed, text, chat)
         if seed is not None:
             engine.torch.manual_seed(seed)

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import loaded
+from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.extras import missing_extra
 
 
+@takes_loading
 def serve(
     model: options.Model,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine's own addresses want a key.")] = "127.0.0.1",
@@ -21,7 +22,6 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers under way at a time; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")] = 64,
-    max_seq_len: options.MaxSeqLen = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer for which nobody says a number.")] = 1024,
     overflow: Annotated[
         Literal["refuse", "truncate"], typer.Option(help="What becomes of prompts that are too long.", case_sensitive=False)
@@ -30,15 +30,8 @@ def serve(
         bool, typer.Option(help="Compute the texts of a pass together: faster on a CPU, but no longer bit for bit the same.")
     ] = False,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may use the service.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    max_memory: options.MaxMemory = None,
-    attn: options.Attention = "auto",
-    saving_path: options.SavingPath = None,
-    gguf_file: options.GgufFile = None,
-    revision: options.Revision = None,
-    token: options.Token = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: Annotated[Loading, CONVERSATION],
 ) -> None:
     """Serve MODEL to any OpenAI client, streamed from disk; every pass over the weights serves all that are waiting."""
     key = read_key(api_key_file)
@@ -50,19 +43,7 @@ def serve(
     listen.check_exposure(host, key)
     listen.check_port(host, port)
     with (
-        loaded(
-            model,
-            max_memory=max_memory,
-            attn=attn,
-            saving_path=saving_path,
-            device=device,
-            dtype=dtype,
-            max_seq_len=options.tokens_set_aside(max_seq_len, max_memory),
-            gguf_file=gguf_file,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        ) as streamed,
+        loaded(model, loading.for_conversations()) as streamed,
         engine.sessions.Session(
             streamed,
             max_requests=max_requests,

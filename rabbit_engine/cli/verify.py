@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from rabbit_engine.cli import engine
+from rabbit_engine.cli.loading import Revision
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
     DamagedShardError,
@@ -35,7 +36,7 @@ class _Tally:
 def verify(
     target: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A folder with shards at or below it, or a model.")],
     record: Annotated[bool, typer.Option("--record", help="Record the sums of a folder's files as they are now.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Compare every byte of MODEL with its checksums; exit code 1 when a file differs or nothing could be compared.
 
