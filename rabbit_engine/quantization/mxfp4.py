@@ -34,23 +34,34 @@ class Mxfp4:
         blocks, scales = stored
         rows, groups = scales.shape[-2:]
         step = max(1, WORK_BYTES // (4 * 4 * _GROUP * groups))
+        values = _Values(min(rows, step) * groups, out.dtype, out.device)
         for expert in range(len(blocks)):
             for row in range(0, rows, step):
                 part = slice(row, row + step)
-                values = _values(blocks[expert, part], scales[expert, part], out.dtype)
-                out[expert, :, part].copy_(values.flatten(1).t())
+                out[expert, :, part].copy_(values(blocks[expert, part], scales[expert, part]).flatten(1).t())
 
 
-def _values(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, groups, 32] of uint8 [rows, groups, 16] and [rows, groups]: float32 that rounds to the values in `dtype`."""
-    if int(scales.amax()) > _LARGEST_FAST_EXPONENT:
-        return _looked_up(blocks, scales, dtype)
-    factor = torch.exp2(scales.to(torch.float32) - 1)[..., None]  # 2 ** (scale - 127) of the format, 2 ** 126 of the shift
-    found = torch.empty(*scales.shape, _GROUP, dtype=torch.int32, device=blocks.device)
-    codes = blocks.to(torch.int32)
-    for half, shift in ((0, 28), (1, 24)):
-        torch.bitwise_right_shift(codes << shift, 6, out=found[..., half::2])
-    return found.bitwise_and_(_VALUE_BITS).view(torch.float32).mul_(factor)
+class _Values:
+    """The values of blocks, which round to those in `dtype`. The memory for `most` blocks is reused."""
+
+    def __init__(self, most: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._codes = torch.empty(most * _GROUP // 2, dtype=torch.int32, device=device)
+        self._shifted = torch.empty_like(self._codes)
+        self._found = torch.empty(most * _GROUP, dtype=torch.int32, device=device)
+
+    def __call__(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """[rows, groups, 32] of uint8 [rows, groups, 16] and [rows, groups], overwritten by the next call."""
+        if int(scales.amax()) > _LARGEST_FAST_EXPONENT:
+            return _looked_up(blocks, scales, self._dtype)
+        factor = torch.exp2(scales.to(torch.float32) - 1)[..., None]  # 2 ** (scale - 127) of the format, 2 ** 126 of the shift
+        codes, shifted = (memory[: blocks.numel()].view(blocks.shape) for memory in (self._codes, self._shifted))
+        found = self._found[: scales.numel() * _GROUP].view(*scales.shape, _GROUP)
+        codes.copy_(blocks)
+        for half, shift in ((0, 28), (1, 24)):  # the low four bits of a byte, then the high ones: each to the top, then in place
+            torch.bitwise_left_shift(codes, shift, out=shifted)
+            found[..., half::2].copy_(shifted.bitwise_right_shift_(6))
+        return found.bitwise_and_(_VALUE_BITS).view(torch.float32).mul_(factor)
 
 
 def _looked_up(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
