@@ -122,6 +122,7 @@ class SimulatedAccelerator:
         """Poisoned, and in use by what the current stream was given for whoever had the memory before."""
         self._memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self._last: dict[Stream, Any] = {}  # by byte: the position of the last kernel that used it, or copy that wrote it
+        self._written: dict[Stream, Any] = {}  # by byte: the position of the last kernel that wrote it
         self._named = np.zeros(nbytes, np.int32)
         stream = self.current_stream()
         stream.position += 1
@@ -223,10 +224,27 @@ class SimulatedAccelerator:
                 if not other.eager:
                     self._require_before(int(positions[place].max(initial=0)), other, stream, f"{kernel} reads", place)
                     written = np.maximum(written, positions[place])
+            for other, positions in self._written.items():
+                if other is not stream:
+                    self._require_before(int(positions[place].max(initial=0)), other, stream, f"{kernel} reads", place)
+                written = np.maximum(written, positions[place])
             if not written.all():
                 self.race(f"{kernel} reads bytes that nothing was copied to")
             stream.position += 1
             self._positions(stream)[place] = stream.position
+
+    def write(self, tensor: torch.Tensor, kernel: str) -> None:
+        """A kernel of the current stream writes `tensor`, which lies in this device's memory."""
+        place, stream = self._place(tensor), self.current_stream()
+        with self.lock:
+            for other, positions in self._last.items():
+                if other is not stream:
+                    self._require_before(int(positions[place].max(initial=0)), other, stream, f"{kernel} writes", place)
+            stream.position += 1
+            self._positions(stream)[place] = stream.position
+            if stream not in self._written:
+                self._written[stream] = np.zeros(len(self._memory), np.int64)
+            self._written[stream][place] = stream.position
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return (
@@ -281,7 +299,7 @@ def _overlap(one: Copy, other: Copy) -> bool:
 
 
 class Watch(TorchDispatchMode):
-    """Tells the device of every kernel of this thread that reads its memory."""
+    """Tells the device of every kernel of this thread that reads or writes its memory."""
 
     def __init__(self, device: SimulatedAccelerator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -289,10 +307,22 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _is_view(func):
+            written = _written(func, args, kwargs or {})
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Placeholder) and self._device.holds(leaf):
-                    self._device.use(leaf, func._schema.name)
+                    note = self._device.write if any(leaf is tensor for tensor in written) else self._device.use
+                    note(leaf, func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that a kernel writes without reading them first: `copy_`'s target, and what `out=` names."""
+    schema = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+    names = [argument.name for argument in schema if argument.alias_info is not None and argument.alias_info.is_write]
+    if func is not torch.ops.aten.copy_.default and any(name == "self" for name in names):
+        return []  # in place: it reads what it changes
+    return [given[name] for name in names if name in given]
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import pytest
 import talking
 import torch
 from simulated import SimulatedAccelerator, Watch, load_simulated
+from test_quantised import quantised
 
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
@@ -64,6 +65,19 @@ def test_modules_and_blocks_of_the_head_are_waited_for(
     assert isinstance(model.lm_head.weight, LinearBlocks)
     for _ in range(3):
         torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=ROW_BLOCK_BOUND)
+    assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize(("family", "in_host"), [("llama", 0), ("deepseek_v3", 60_000), ("gpt_oss", 60_000)])
+def test_encoded_weights_are_decoded_once_they_are_there(
+    family: str, in_host: int, simulated: Any, ids: Any, tmp_path: Path
+) -> None:
+    folder, whole = quantised(family, tmp_path / "model")
+    model = simulated(folder, in_host=in_host)
+    assert model.plan.scratch_bytes > 0
+    assert model.plan.link_bytes > 0
+    for _ in range(2):
+        assert torch.equal(model(ids).logits, whole(ids).logits)
     assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
 
 
