@@ -1,4 +1,4 @@
-"""What the caller asked for, checked once: frozen values and the keywords they come from."""
+"""The caller's settings as frozen values, checked once, and the parsing of the keywords they come from."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rabbit_engine.utils.speeds import Speeds
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 SPLIT_MODES = ("auto", "always", "never")
 COMPUTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""What a model computes in. Narrower ones only store weights, and torch has no kernels for sums in them."""
+"""Dtypes that a model can compute in. Narrower ones only store weights: torch has no arithmetic for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """Where a checkpoint comes from, what may be done to get it, and which part and config of it are wanted.
+    """Where a checkpoint comes from, how it may be fetched, and which part and config of it to use.
 
-    `config` is a config object, or where to find one; `overrides` are attributes of it, `key_mapping` patterns of stored names
-    and what they become.
+    `config` is a config object, or the place of one; `overrides` are attributes of it; `key_mapping` maps patterns of stored
+    names to replacements.
     """
 
     token: str | bool | None = None
@@ -52,31 +52,31 @@ class SourceConfig:
         for name in ("revision", "subfolder", "variant", "code_revision", "gguf_file"):
             _check_text(name, getattr(self, name))
         if self.variant == "":
-            raise ConfigurationError("variant='' names no variant: leave it out")
+            raise ConfigurationError("variant='' is empty: leave it out")
         _check_renamings(self.key_mapping)
         parts = Path(self.subfolder).parts
         if Path(self.subfolder).is_absolute() or ".." in parts:
-            raise ConfigurationError(f"subfolder={self.subfolder!r} leads out of the checkpoint: name a folder inside of it")
+            raise ConfigurationError(f"subfolder={self.subfolder!r} is outside the checkpoint: name a folder inside it")
         if self.gguf_file is not None and self.variant is not None:
             raise ConfigurationError(
-                f"variant={self.variant!r} is of safetensors and pickles, gguf_file={self.gguf_file!r} is neither"
+                f"variant={self.variant!r} applies to safetensors and pickles, gguf_file={self.gguf_file!r} is neither"
             )
 
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095
-"""The longest that today's file systems and systems take."""
+"""The longest names that today's file systems and operating systems accept."""
 
 
 def _check_text(keyword: str, value: Any) -> None:
-    """Raise ConfigurationError for what is neither None nor a text that can be, or be in, the name of a file."""
+    """Raise ConfigurationError unless `value` is None or a string that can be part of a file name."""
     if value is not None and not isinstance(value, str):
-        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: give text, or leave it out")
+        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: pass a string, or leave it out")
     if value is not None and not _can_be_file(value):
-        raise ConfigurationError(f"{keyword}={shown(value)} cannot be in the name of a file: give another, or leave it out")
+        raise ConfigurationError(f"{keyword}={shown(value)} cannot be part of a file name: pass another, or leave it out")
 
 
 def _can_be_file(path: str) -> bool:
-    """Whether the system can have a file of that name: not too long, and without characters that no name has."""
+    """Whether the system allows a file of that name: not too long, and without invalid characters."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:
@@ -85,22 +85,22 @@ def _can_be_file(path: str) -> bool:
 
 
 def _check_renamings(mapping: Any) -> None:
-    """Raise ConfigurationError for what does not map patterns to names."""
+    """Raise ConfigurationError unless `mapping` maps regular expressions to names."""
     if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for row in mapping.items() for text in row):
-        raise ConfigurationError(f"key_mapping={mapping!r} does not map patterns of stored names to what they become")
+        raise ConfigurationError(f"key_mapping={mapping!r} does not map patterns of stored names to replacements")
     for pattern in mapping:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigurationError(f"key_mapping: {pattern!r} is no pattern: {error}") from error
+            raise ConfigurationError(f"key_mapping: {pattern!r} is not a valid pattern: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits beside it.
+    """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits next to it.
 
-    `mode` "auto" streams from the original files where they hold the weights as the model has them, unless a path for
-    shards is given; "always" splits, "never" does not.
+    `mode` "auto" streams from the original files if they hold the weights in the model's form and no path for shards is
+    given; "always" splits; "never" does not.
     """
 
     dtype: torch.dtype | None = None
@@ -110,18 +110,20 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in SPLIT_MODES:
-            raise ConfigurationError(f"split={self.mode!r} is none of {', '.join(map(repr, SPLIT_MODES))}")
+            raise ConfigurationError(f"split={self.mode!r} is not one of {', '.join(map(repr, SPLIT_MODES))}")
         if self.mode == "never" and (self.delete_original or self.saving_path):
             raise ConfigurationError('split="never" makes no shards: leave out layer_shards_saving_path and delete_original')
         if not isinstance(self.delete_original, bool):
-            raise ConfigurationError(f"delete_original={self.delete_original!r} deletes files: say True or False")
+            raise ConfigurationError(f"delete_original={self.delete_original!r} must be True or False: it deletes files")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How finely. A module's weights below `least_bytes` travel with their layer; a head's blocks have `most_bytes` at most;
-    what is left of a layer stays resident up to a `rest_share` of it. Experts are cut one by one, or with `by_expert=False`
-    not at all."""
+    """How finely a model is cut into units.
+
+    A module's weights below `least_bytes` move with their layer; a head's blocks have at most `most_bytes`; the rest of a
+    layer stays resident up to a `rest_share` of the layer. Experts are separate units, unless `by_expert` is False.
+    """
 
     least_bytes: int = 2**20
     most_bytes: int = 128 * 2**20
@@ -134,8 +136,11 @@ DEFAULT_CUT = Cut()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
-    """How a model is run. Budgets are bytes; `None` is what is free, less a margin. `max_seq_len` tokens get room for their
-    cache; `speeds` of `None` are measured; `cut` says how finely the model is cut into units."""
+    """How a model is run.
+
+    Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens.
+    `speeds` of None are measured.
+    """
 
     device: torch.device
     device_budget_bytes: int | None = None
@@ -150,10 +155,12 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         if self.max_seq_len is not None and (not isinstance(self.max_seq_len, int) or self.max_seq_len < 1):
-            raise ConfigurationError(f"max_seq_len={self.max_seq_len!r} is no number of tokens; say how many, or None")
+            raise ConfigurationError(
+                f"max_seq_len={self.max_seq_len!r} is not a number of tokens: pass an integer from 1, or None"
+            )
         if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
-            raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is none of {known}")
+            raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is not one of {known}")
 
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32", "fp64": "float64"}
@@ -167,19 +174,19 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, _DTYPE_ALIASES.get(name, name), None)
     if not isinstance(found, torch.dtype) or found not in COMPUTED_DTYPES:
         raise ConfigurationError(
-            f'dtype={dtype!r} is no floating-point dtype that models compute in; try "bfloat16", "float16" or "float32"'
+            f'dtype={dtype!r} is not a floating-point dtype that models compute in; try "bfloat16", "float16" or "float32"'
         )
     return found
 
 
 def parse_path(keyword: str, value: Any) -> Path | None:
-    """The path that a keyword names; None where it names none. Raises ConfigurationError for what is no path."""
+    """A keyword's value as a path, or None if it is not given. Raises ConfigurationError for a value that is not a path."""
     if value is None or value == "":
         return None
     if isinstance(value, bytes) or not isinstance(value, str | PathLike):
-        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: give a path, or leave it out")
+        raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: pass a path, or leave it out")
     if not _can_be_file(str(value)):
-        raise ConfigurationError(f"{keyword}={shown(value)} cannot be the name of a folder: give another, or leave it out")
+        raise ConfigurationError(f"{keyword}={shown(value)} cannot be a folder name: pass another, or leave it out")
     return Path(value)
 
 
@@ -187,29 +194,29 @@ _AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_device(device: str | int | torch.device | None, device_map: Any = None) -> torch.device:
-    """One device from `device` or from transformers' `device_map` (`"auto"` and its kin, a device, or `{"": device}`)."""
+    """The one device of `device` or transformers' `device_map` (`"auto"` and similar, a device, or `{"": device}`)."""
     if device_map is None or device_map in _AUTOMATIC_MAPS:
         return find_device(device)
     if isinstance(device_map, Mapping):
         places = set(device_map.values())
         if len(places) != 1:
             raise ConfigurationError(
-                f'device_map names {len(places)} places, layers run on one: give device="cuda:0" and max_memory={{0: "8GiB"}}'
+                f'device_map names {len(places)} devices, layers run on one: pass device="cuda:0" and max_memory={{0: "8GiB"}}'
             )
         device_map = places.pop()
     if device is not None and not _same_device(device, device_map):
-        raise ConfigurationError(f"device={device!r} and device_map={device_map!r} disagree; give one of them")
+        raise ConfigurationError(f"device={device!r} and device_map={device_map!r} disagree: pass one of them")
     return find_device(device_map)
 
 
 def parse_planned_device(device: str | None, has_budget: Callable[[torch.device], bool]) -> torch.device:
-    """A device to plan for: one that is here, or one that is not and has a budget of its own."""
+    """A device to plan for: one of this machine, or any other that has a budget."""
     if device is None:
         return find_device(None)
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
-        return find_device(device)  # which says what is wrong
+        return find_device(device)  # raises the error that explains
     wanted = torch.device("cpu") if wanted.type == "cpu" else torch.device(wanted.type, wanted.index or 0)
     return wanted if wanted.type in ("cuda", "mps") and has_budget(wanted) else find_device(wanted)
 
@@ -223,18 +230,18 @@ def _same_device(first: Any, second: Any) -> bool:
 
 
 MaxMemory = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
-"""`{0: "8GiB", "cpu": "24GiB"}`: bytes of each device, as a number or a text."""
+"""`{0: "8GiB", "cpu": "24GiB"}`: bytes by device, each a number or a string."""
 
 
 def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tuple[int | None, int | None]:
-    """transformers' `{0: "8GiB", "cpu": "24GiB"}` into `(device bytes, host bytes)`; None where nothing was said."""
+    """`(device bytes, host bytes)` of transformers' `{0: "8GiB", "cpu": "24GiB"}`; None for each that is not given."""
     if max_memory is None:
         return None, None
     if not isinstance(max_memory, Mapping):
-        raise ConfigurationError(f'max_memory={max_memory!r} is no mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
+        raise ConfigurationError(f'max_memory={max_memory!r} is not a mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
     budgets: dict[int | str, int] = {}
     for name, size in max_memory.items():
-        if name == "disk":  # what accelerate may offload to: weights are read from there whatever it says
+        if name == "disk":  # accelerate's offload budget; here weights are always read from disk
             continue
         place = _place(name)
         try:
@@ -244,17 +251,19 @@ def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tupl
     host = budgets.get("cpu")
     if device.type == "cpu" and host is None:
         warnings.warn(
-            f'max_memory={dict(max_memory)!r} bounds no CPU, and the model runs there; add "cpu"', UserWarning, stacklevel=3
+            f'max_memory={dict(max_memory)!r} sets no CPU limit, and the model runs there; add "cpu"',
+            UserWarning,
+            stacklevel=3,
         )
     own = host if device.type == "cpu" else budgets.get(device.index or 0, budgets.get(device.type))
     return own, host
 
 
 def _place(place: int | str | torch.device) -> int | str:
-    """`0`, `"0"`, `"cuda:0"` and `torch.device("cuda:0")` are the first GPU; `"cpu"` and `"mps"` are themselves."""
+    """0 for `0`, `"0"`, `"cuda:0"` and `torch.device("cuda:0")`; `"cpu"` and `"mps"` unchanged."""
     name = str(place).removeprefix("cuda:").removesuffix(":0")
     if name.isdigit():
         return int(name)
     if name not in ("cpu", "mps"):
-        raise ConfigurationError(f'max_memory[{place!r}] names no place; write {{0: "8GiB", "cpu": "24GiB"}}')
+        raise ConfigurationError(f'max_memory[{place!r}] is not a device; write {{0: "8GiB", "cpu": "24GiB"}}')
     return name

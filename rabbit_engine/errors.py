@@ -1,38 +1,38 @@
-"""Every error this library raises on purpose.
+"""Every error that this library raises on purpose.
 
 ```
 RabbitError
-├── ConfigurationError (ValueError)                 what the caller asked for cannot be
-│   ├── UnknownKeywordError (TypeError)             a keyword nobody knows
+├── ConfigurationError (ValueError)                 an invalid argument or combination of arguments
+│   ├── UnknownKeywordError (TypeError)             an unknown keyword
 │   ├── CompressionUnavailableError                 compression and quantised checkpoints: not in this version
-│   ├── DeviceUnavailableError                      the device asked for is not on this machine
-│   ├── AttentionUnavailableError                   the attention implementation asked for does not work here
+│   ├── DeviceUnavailableError                      the requested device is not on this machine
+│   ├── AttentionUnavailableError                   the requested attention implementation does not work here
 │   ├── BudgetError                                 the memory budget is below the smallest that can work
 │   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)                 an optional package is not installed
-├── UnreadableFileError (OSError)                   the disk or the system refuses a file: an I/O error, a permission
-├── DamagedFileError (OSError)                      a file is cut off, replaced, or not of its format
+├── UnreadableFileError (OSError)                   the system cannot read a file: an I/O error, a permission
+├── DamagedFileError (OSError)                      a file is truncated, replaced, or not of its format
 ├── CheckpointError                                 the source of the weights
 │   ├── CheckpointNotFoundError (FileNotFoundError) no such repo, revision or folder, or nothing to load in it
-│   ├── GatedCheckpointError (OSError)              the repo wants an accepted licence and a token
+│   ├── GatedCheckpointError (OSError)              the repo requires an accepted licence and a token
 │   ├── HubUnreachableError (ConnectionError)       the Hub does not answer and the files are not in the cache
-│   ├── MissingFileError (FileNotFoundError)        a file that an index names, or that was there at load, is gone
-│   ├── DamagedCheckpointError (DamagedFileError)   cut off, or not the format its name says
-│   ├── UnsafePickleError (ValueError)              a pickle that wants more than tensors
-│   ├── UnsupportedArchitectureError (ValueError)   no class builds this config, or it needs code we may not run
-│   ├── MismatchedWeightsError (ValueError)         weights missing or of another shape than the model's
-│   └── TokenizerNotFoundError (OSError)            the model runs, but nothing here can make it a tokenizer
+│   ├── MissingFileError (FileNotFoundError)        a file that an index names, or that existed at load, is missing
+│   ├── DamagedCheckpointError (DamagedFileError)   truncated, or not of the format that its name implies
+│   ├── UnsafePickleError (ValueError)              a pickle that contains more than tensors
+│   ├── UnsupportedArchitectureError (ValueError)   no class builds this config, or it needs code that may not run
+│   ├── MismatchedWeightsError (ValueError)         weights are missing or have another shape than the model's
+│   └── TokenizerNotFoundError (OSError)            the model runs, but no tokenizer can be loaded for it
 ├── ShardError                                      the split weights
-│   ├── NotEnoughDiskError (OSError)                counted before the first byte is written
+│   ├── NotEnoughDiskError (OSError)                checked before the first byte is written
 │   ├── ShardsNotWritableError (PermissionError)    the folder for the shards is read-only
-│   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was asked for
+│   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was requested
 │   └── DamagedShardError (DamagedFileError)        size, header or checksum differ from the manifest
 └── StreamingError (RuntimeError)                   while a model is loaded
-    ├── WeightNotLoadedError                        a weight was used while it was away
+    ├── WeightNotLoadedError                        a weight was used while it was not in memory
     ├── ModelClosedError                            the model was used after close()
-    ├── QueueFullError                              a session has as many requests waiting as it takes
+    ├── QueueFullError                              a session's queue of waiting requests is full
     ├── SessionClosedError                          a session was used after close()
-    ├── TextTooLongError                            a position past those that a converted model computes right
+    ├── TextTooLongError                            a position past those that a converted model computes exactly
     └── UnsupportedOperationError                   something a streamed model cannot do
         ├── CannotMoveError                         to(), cuda(), half(), to_empty() ...
         ├── CannotCopyError                         copy and deepcopy
@@ -45,15 +45,15 @@ RabbitError
         └── CannotTrainError                        gradients through streamed layers
 ```
 
-In parentheses are the built-in errors that each is besides, as users of transformers catch them: what is missing or cannot be
-read is an `OSError`, what cannot be is a `ValueError`.
+In parentheses are the built-in errors that each also derives from, as users of transformers catch them: what is missing or
+cannot be read is an `OSError`, what is invalid is a `ValueError`.
 """
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its class where it says nothing."""
+    """The first line of another library's error, or its class name if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -62,27 +62,27 @@ class RabbitError(Exception):
 
 
 class ConfigurationError(RabbitError, ValueError):
-    """What the caller asked for cannot be."""
+    """An argument, or a combination of arguments, is invalid."""
 
 
 class UnknownKeywordError(ConfigurationError, TypeError):
-    """A keyword nobody knows; the message names the nearest known one."""
+    """An unknown keyword; the message names the nearest known one."""
 
 
 class CompressionUnavailableError(ConfigurationError):
-    """Compression, or a checkpoint that is quantised already: not in this version."""
+    """Compression, or an already quantised checkpoint: not supported in this version."""
 
 
 class DeviceUnavailableError(ConfigurationError):
-    """The device asked for is not on this machine."""
+    """The requested device is not on this machine."""
 
 
 class AttentionUnavailableError(ConfigurationError):
-    """The attention implementation asked for does not work here; the message says why."""
+    """The requested attention implementation does not work here; the message says why."""
 
 
 class BudgetError(ConfigurationError):
-    """The memory budget cannot work; the message says the smallest that can, `smallest_bytes` holds it."""
+    """The memory budget is too small; the message and `smallest_bytes` give the smallest that works."""
 
     def __init__(self, message: str, smallest_bytes: int = 0) -> None:
         super().__init__(message)
@@ -98,11 +98,11 @@ class MissingExtraError(RabbitError, ImportError):
 
 
 class UnreadableFileError(RabbitError, OSError):
-    """The system refuses to read a file of the model; the message says what it answered."""
+    """The system cannot read a file of the model; the message gives its error."""
 
 
 class DamagedFileError(RabbitError, OSError):
-    """A file of the model is cut off, was replaced, or is not of its format; callers see it as one of its subclasses."""
+    """A file of the model is truncated, was replaced, or is not of its format; raised as one of its subclasses."""
 
 
 class CheckpointError(RabbitError):
@@ -114,23 +114,23 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class GatedCheckpointError(CheckpointError, OSError):
-    """The repo wants an accepted licence and a token."""
+    """The repo requires an accepted licence and a token."""
 
 
 class HubUnreachableError(CheckpointError, ConnectionError):
-    """The Hub does not answer (or must not be asked) and the files are not in the cache."""
+    """The Hub does not answer (or downloads are off) and the files are not in the cache."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """A file that an index names is not there, or one that was there at load is gone."""
+    """A file that an index names, or that existed at load, is missing."""
 
 
 class DamagedCheckpointError(CheckpointError, DamagedFileError):
-    """A file of the checkpoint is cut off or is not the format its name says."""
+    """A file of the checkpoint is truncated, or not of the format that its name implies."""
 
 
 class UnsafePickleError(CheckpointError, ValueError):
-    """A pickle that wants more than tensors; it was not loaded."""
+    """A pickle that contains more than tensors; it was not loaded."""
 
 
 class UnsupportedArchitectureError(CheckpointError, ValueError):
@@ -150,15 +150,15 @@ class ShardError(RabbitError):
 
 
 class NotEnoughDiskError(ShardError, OSError):
-    """The disk has no room; counted before the first byte is written."""
+    """The disk has too little space; checked before the first byte is written."""
 
 
 class ShardsNotWritableError(ShardError, PermissionError):
-    """The folder for the shards cannot be written."""
+    """The folder for the shards is not writable."""
 
 
 class ShardsNotFoundError(ShardError, FileNotFoundError):
-    """There is no split where one was asked for."""
+    """There is no split where one was requested."""
 
 
 class DamagedShardError(ShardError, DamagedFileError):
@@ -170,7 +170,7 @@ class StreamingError(RabbitError, RuntimeError):
 
 
 class WeightNotLoadedError(StreamingError):
-    """A weight was used while it was away; the message names it."""
+    """A weight was used while it was not in memory; the message names it."""
 
 
 class ModelClosedError(StreamingError):
@@ -178,7 +178,7 @@ class ModelClosedError(StreamingError):
 
 
 class QueueFullError(StreamingError):
-    """A session has as many requests waiting as it takes; one is likely to be done in `retry_after_s` seconds."""
+    """A session's queue of waiting requests is full; a slot is likely to be free in `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -186,11 +186,11 @@ class QueueFullError(StreamingError):
 
 
 class SessionClosedError(StreamingError):
-    """A session was used after `close()`, or closed before the answer was there."""
+    """A session was used after `close()`, or was closed before the answer was complete."""
 
 
 class TextTooLongError(StreamingError):
-    """A text longer than the positions that a converted model computes as its family's own code does."""
+    """A text is longer than the positions up to which a converted model matches its family's own code."""
 
 
 class UnsupportedOperationError(StreamingError):
@@ -218,16 +218,16 @@ class CannotLoadStateError(UnsupportedOperationError):
 
 
 class CannotMergeError(UnsupportedOperationError):
-    """Merging an adapter into weights that are read anew every pass."""
+    """Merging an adapter into weights that are read again in every pass."""
 
 
 class CannotResizeError(UnsupportedOperationError):
-    """Other embeddings, or of another size, in a model whose weights are streamed."""
+    """Replacing or resizing the embeddings of a streamed model."""
 
 
 class CannotExportError(UnsupportedOperationError):
-    """Tracing a streamed model: its weights would be recorded as what the memory holds at that moment."""
+    """Tracing a streamed model: its weights would be recorded as whatever the memory holds at that moment."""
 
 
 class CannotTrainError(UnsupportedOperationError):
-    """Gradients through streamed layers: slots are overwritten behind autograd's back."""
+    """Gradients through streamed layers: slots are overwritten before the backward pass."""

@@ -395,7 +395,7 @@ def test_an_output_of_llama_4s_text_model_can_be_asked_for_images() -> None:
     vision |= {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     config = transformers.Llama4Config(text_config={**sizes, "pad_token_id": 0}, vision_config=vision)
     model = building.build_without_weights(transformers.Llama4ForConditionalGeneration, config, torch.float32)
-    faults.mend_faults(model)
+    faults.fix_known_bugs(model)
     output = model.language_model(IDS.to("meta"))
     assert output.image_outputs is None
     assert output.logits.shape == (1, 3, 32)

@@ -169,12 +169,12 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no causal model": (
         lambda d: (d / "config.json").write_text('{"model_type": "clip"}'),
         errors.UnsupportedArchitectureError,
-        "no class that generates",
+        "no generating class",
     ),
     "quantised": (
         lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
         errors.CompressionUnavailableError,
-        r"quantised already \(gptq\)",
+        r"already quantised \(gptq\)",
     ),
     "other shapes": (
         lambda d: edit_config(d, intermediate_size=64),

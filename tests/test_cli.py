@@ -220,7 +220,7 @@ def raising(error: BaseException) -> Any:
         (("run", "MODELx", "hi"), 1, "did you mean MODEL?"),
         (("run", "MODEL/none.gguf", "hi"), 1, "error: MODEL/none.gguf does not exist: give a folder, a .gguf file"),
         (("verify", "/tmp/no-such-folder"), 1, "error: /tmp/no-such-folder "),
-        (("run", "MODEL", "hi", "--device", "cuda:99"), 2, "error: --device cuda:99 is not here"),
+        (("run", "MODEL", "hi", "--device", "cuda:99"), 2, "error: --device cuda:99 is not available"),
         (("run", "MODEL", "hi", "-m", "1kB", "--device", "cpu"), 2, "give --max-memory cpu=1MB or more"),
         (("run", "MODEL", "hi", "--dtype", "lots"), 2, "error: --dtype lots is no"),
         (("run", "MODEL", "hi", "--chat"), 2, "leave out --chat"),
@@ -231,7 +231,7 @@ def raising(error: BaseException) -> Any:
         (("verify", "nobody/nothing"), 1, "error: nothing of nobody/nothing is on this machine to verify"),
         (("verify", "nobody/nothing", "--revision", "v1"), 1, "nothing of nobody/nothing at revision v1 is on this machine"),
         (("plan", "MODEL", "--max-memory", "1kB"), 2, "give --max-memory cpu=1MB or more"),
-        (("plan", "MODEL", "--device", "foo", "--max-memory", "1GiB"), 2, "error: --device foo is no device torch knows"),
+        (("plan", "MODEL", "--device", "foo", "--max-memory", "1GiB"), 2, "error: --device foo is not a device torch knows"),
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: --api-key-file /no/such cannot be read"),
         (("chat", "MODEL"), 2, "has no chat template"),
@@ -277,7 +277,7 @@ def test_values_that_cannot_be_are_refused_by_their_option(arguments: tuple[str,
 
 def test_a_warning_is_one_plain_line_about_options(rabbit: Any, speaker: Path) -> None:
     done = rabbit("run", speaker, PROMPT, *RUN, "--max-memory", "0=1GB")
-    assert done.err.splitlines()[1] == ('warning: --max-memory 0=1GB bounds no CPU, and the model runs there; add "cpu"')
+    assert done.err.splitlines()[1] == ('warning: --max-memory 0=1GB sets no CPU limit, and the model runs there; add "cpu"')
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_warning_is_one_plain_line_about_options(rabbit: Any, speaker: Path) -
         ('write {0: "8GiB", "cpu": "24GiB"}', "write 0=8GiB,cpu=24GiB"),
         ("read it, then give trust_remote_code=True (text)", "read it, then give --trust-remote-code (text)"),
         ("folder (layer_shards_saving_path=, cache_dir=), or", "folder (--saving-path, HF_HUB_CACHE), or"),
-        ("device='cuda:99' is not here; use device=None for", "--device cuda:99 is not here; use no --device for"),
+        ("device='cuda:99' is not available; use device=None for", "--device cuda:99 is not available; use no --device for"),
         ("choose with gguf_file=, one of a.gguf", "choose with --gguf-file, one of a.gguf"),
         ('use attn_implementation="eager" or "auto"', 'use --attn eager or "auto"'),
         ("the tokens of max_seq_len, 5", "the tokens of --max-seq-len, 5"),
@@ -358,7 +358,7 @@ def test_verify_of_a_file_that_is_no_model_says_so(rabbit: Any, tmp_path: Path) 
     (tmp_path / "notes.txt").write_text("x")
     code, _, said = rabbit("verify", str(tmp_path / "notes.txt"))
     assert code == 1
-    assert "notes.txt is a file: give the folder of a model" in said
+    assert "notes.txt is a file: pass a model folder" in said
 
 
 def test_verify_of_a_model_finds_its_split(rabbit: Any, own_checkpoint: Any) -> None:

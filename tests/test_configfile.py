@@ -129,7 +129,9 @@ def test_a_value_that_makes_no_model_is_refused_by_its_key(key: str, llama: Path
 def test_a_number_of_more_than_64_bits_is_refused_by_its_key(fields: dict[str, Any], llama: Path) -> None:
     edit(llama / "config.json", **fields)
     key = next(reversed(fields.get("rope_parameters", fields)))
-    with pytest.raises(errors.UnsupportedArchitectureError, match=rf"config\.json says {key}=-?\d+, which 64 bits do not hold"):
+    with pytest.raises(
+        errors.UnsupportedArchitectureError, match=rf"config\.json has {key}=-?\d+, which does not fit in 64 bits"
+    ):
         AutoModel.from_pretrained(llama, device="cpu")
 
 
@@ -144,7 +146,7 @@ def test_a_value_that_lets_no_buffer_be_made_is_refused(tmp_path: Path) -> None:
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     edit(tmp_path / "config.json", time_step_min=-0.001)
     with pytest.raises(
-        errors.UnsupportedArchitectureError, match=r"config\.json lets MambaForCausalLM make no buffers: ValueError"
+        errors.UnsupportedArchitectureError, match=r"MambaForCausalLM cannot create its buffers from .*config\.json: ValueError"
     ):
         AutoModel.from_pretrained(tmp_path, device="cpu")
 

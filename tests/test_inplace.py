@@ -66,8 +66,8 @@ def test_any_offset_in_a_file_is_right(shift: int, own_checkpoint: Any, plain: A
     ("family", "keywords", "reason"),
     [
         ("internlm2", {}, "it is converted"),
-        ("llama", {"dtype": "bfloat16"}, r"torch\.float32 is stored, torch\.bfloat16 is wanted"),
-        ("mixtral", {"dtype": "bfloat16"}, r"torch\.float32 is stored, torch\.bfloat16 is wanted"),
+        ("llama", {"dtype": "bfloat16"}, r"stored as torch\.float32, the model needs torch\.bfloat16"),
+        ("mixtral", {"dtype": "bfloat16"}, r"stored as torch\.float32, the model needs torch\.bfloat16"),
     ],
 )
 def test_what_must_be_split_is_split_or_refused(
@@ -101,7 +101,7 @@ def test_a_path_for_shards_asks_for_a_split(own_checkpoint: Any, streamed: Any, 
     assert not (folder / "rabbit_shards").exists()
     with pytest.raises(errors.ConfigurationError, match='split="never" makes no shards'):
         streamed(folder, split="never", delete_original=True)
-    with pytest.raises(errors.ConfigurationError, match="split='sometimes' is none of 'auto', 'always', 'never'"):
+    with pytest.raises(errors.ConfigurationError, match="split='sometimes' is not one of 'auto', 'always', 'never'"):
         streamed(folder, split="sometimes")
 
 

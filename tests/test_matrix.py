@@ -18,7 +18,7 @@ from rabbit_engine.checkpoints.shards import read_entries, verify_shard
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.tensorfiles import read_tensor
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
-from rabbit_engine.transformers_bridge.faults import mend_faults
+from rabbit_engine.transformers_bridge.faults import fix_known_bugs
 
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 Record = Callable[..., None]
@@ -28,7 +28,7 @@ def oracle(folder: Path, image: bool = False) -> Any:
     """transformers' own load, its weights in memory of their own (see conftest's `plain`)."""
     auto = AutoModelForImageTextToText if image else AutoModelForCausalLM
     model = auto.from_pretrained(folder).eval()
-    mend_faults(model)
+    fix_known_bugs(model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
@@ -191,7 +191,7 @@ def test_a_class_that_is_not_in_the_registry_is_searched_and_the_log_says_so(
     HeliumForCausalLM(config).save_pretrained(tmp_path)
     with caplog.at_level("INFO", logger="rabbit_engine"):
         model = streamed(tmp_path)
-    assert "HeliumForCausalLM is not in the registry; in its module tree 3 layers were found: model.layers" in caplog.text
+    assert "HeliumForCausalLM is not in the registry; found 3 layers in its module tree: model.layers" in caplog.text
     logits_are_equal(model, oracle(tmp_path), {"input_ids": ids})
 
 

@@ -44,11 +44,11 @@ def test_an_address_is_the_repo_the_revision_and_the_part(name: str, address: Ad
     ("name", "told"),
     [
         ("", "is empty"),
-        (None, "is no name of a model"),
-        (7, "is no name of a model"),
-        (f"{HUB}/datasets/org/name", "not the address of a model"),
-        ("https://example.com/org/name", "no address of the Hub"),
-        ("s3://bucket/name", "no address of the Hub"),
+        (None, "is not a model name"),
+        (7, "is not a model name"),
+        (f"{HUB}/datasets/org/name", "not the URL of a model"),
+        ("https://example.com/org/name", "not a Hub URL"),
+        ("s3://bucket/name", "not a Hub URL"),
     ],
 )
 def test_what_is_no_name_is_refused(name: Any, told: str) -> None:
@@ -67,7 +67,7 @@ def test_a_file_stands_for_the_folder_it_is_loaded_from(checkpoint: Any, streame
 def test_a_file_that_nothing_is_loaded_from_is_refused(own_checkpoint: Any, streamed: Any) -> None:
     other = own_checkpoint("llama") / "consolidated.00.pth"
     other.touch()
-    with pytest.raises(errors.CheckpointNotFoundError, match="is a file: give the folder of a model"):
+    with pytest.raises(errors.CheckpointNotFoundError, match="is a file: pass a model folder"):
         streamed(other)
 
 

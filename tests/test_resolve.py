@@ -193,7 +193,7 @@ def test_resolving_writes_nothing_and_prints_what_it_found(own_checkpoint: Any) 
     for keywords, kind, text in (
         ({}, InPlace, "streamed from the original files"),
         ({"mode": "always"}, MustSplit, f"split first, into {folder}/rabbit_shards/float32 (as asked)"),
-        ({"dtype": torch.bfloat16}, MustSplit, "torch.float32 is stored, torch.bfloat16 is wanted"),
+        ({"dtype": torch.bfloat16}, MustSplit, "stored as torch.float32, the model needs torch.bfloat16"),
         ({"mode": "never"}, InPlace, "streamed from the original files"),
     ):
         for reading in (HEADERS_ONLY, WHOLE_FILES):
@@ -215,5 +215,5 @@ def test_a_split_that_is_needed_and_refused_is_refused_alike(work: Callable[...,
     with pytest.raises(errors.ConfigurationError) as caught:
         work(folder, **never, dtype=torch.bfloat16)
     assert str(caught.value) == (
-        f'split="never", but {folder} must be split: lm_head.weight: torch.float32 is stored, torch.bfloat16 is wanted'
+        f'split="never", but {folder} must be split: lm_head.weight: stored as torch.float32, the model needs torch.bfloat16'
     )

@@ -87,8 +87,8 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any, rabbit: Any)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--device", "foo", "--max-memory", "1GiB"), "--device foo is no device torch knows"),
-        (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "--device cuda:7 is not here"),
+        (("--device", "foo", "--max-memory", "1GiB"), "--device foo is not a device torch knows"),
+        (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "--device cuda:7 is not available"),
         (("--device", "xpu", "--max-memory", "1GiB"), "error: --device xpu"),
     ],
 )

@@ -215,7 +215,7 @@ def test_what_part_is_not_there_is_named(checkpoint: Any, streamed: Any, tmp_pat
         streamed(tmp_path)
     with pytest.raises(errors.CheckpointNotFoundError, match="has no subfolder 'pard'"):
         streamed(tmp_path, subfolder="pard")
-    with pytest.raises(errors.ConfigurationError, match="leads out of the checkpoint"):
+    with pytest.raises(errors.ConfigurationError, match="is outside the checkpoint"):
         streamed(tmp_path, subfolder="../other")
 
 

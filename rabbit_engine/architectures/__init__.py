@@ -1,7 +1,6 @@
-"""What a checkpoint's config says its model is: the class, its modules' layout, and how its weights become the model's."""
+"""What a checkpoint's config describes: the model class, its module layout, and how stored weights map to the model's."""
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
-from rabbit_engine.architectures.blame import blame_for_model
 from rabbit_engine.architectures.building import build_skeleton, config_path, initialize, require_layers
 from rabbit_engine.architectures.classes import find_architecture
 from rabbit_engine.architectures.configfile import stated_dtype
@@ -13,19 +12,21 @@ from rabbit_engine.architectures.conversion import (
     open_gguf_conversion,
     warn_of_unused,
 )
+from rabbit_engine.architectures.faulty_key import faulty_key_of_model
 from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
+from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
 from rabbit_engine.architectures.record import Proof, Record, read_record
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
-from rabbit_engine.architectures.wishes import Wishes, read_given_config
 
 __all__ = [
     "KNOWN",
     "RESIDENT",
     "Architecture",
+    "ConfigOverrides",
     "Conversion",
     "Family",
     "Known",
@@ -34,14 +35,13 @@ __all__ = [
     "RawConfig",
     "Record",
     "Target",
-    "Wishes",
-    "blame_for_model",
     "build_skeleton",
     "capped_length",
     "config_path",
     "converted_families",
     "corrected_head_dim",
     "explain_failures",
+    "faulty_key_of_model",
     "find_architecture",
     "find_layout",
     "gguf_dtype",

@@ -1,4 +1,4 @@
-"""What a checkpoint's config says its model is, and the families that are turned into another class to be it."""
+"""The architecture that a checkpoint's config describes, and the families that are converted to another class."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform, as_values
 
 RawConfig = Mapping[str, Any]
-"""A config.json as it is written."""
+"""The contents of a config.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """The class to build, the config to build it from, and how the checkpoint's weights become its own.
 
-    `family` is the converted family's name and `tokenizer` its tokenizer's, None for a class that reads its checkpoints itself.
-    `transforms` stand before those of transformers, and are read in its way: all renamings in turn, then at most one
-    converter. `quantization` is how the stored weights are quantised, which splitting undoes. `chat_ends` are tokens
-    that end an answer beside eos: those at which the family's own `chat` stops. `positions` is how many a converted model
-    computes as the family's own code does, with the reason; None is all of them.
+    `family` and `tokenizer` name a converted family and its tokenizer; None for a class that reads its own checkpoints.
+    `transforms` are applied before those of transformers and by its rules: all renamings in order, then at most one
+    converter. `quantization` describes how the stored weights are quantised; splitting dequantises them. `chat_ends` are
+    token ids that end an answer in addition to EOS: those at which the family's own `chat` stops. `positions` is the number
+    of positions up to which a converted model matches the family's own code, with the reason; None is no limit.
     """
 
     cls: type[PreTrainedModel]
@@ -37,9 +37,9 @@ class Architecture:
     positions_reason: str = ""
 
     def conversion(self) -> list[Any] | None:
-        """What is done to the stored weights beyond what the class itself does, as plain values: shards are made by it.
+        """How stored weights are changed beyond what the class itself does, as plain values for a split's fingerprint.
 
-        None where that is nothing.
+        None if they are not.
         """
         if not self.transforms and self.quantization is None:
             return None
@@ -48,10 +48,10 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A family without a class in transformers: how to know its checkpoints, what they become, and who has its tokenizer.
+    """A family without a class in transformers: how to recognise its checkpoints, the class they become, and their tokenizer.
 
-    `convert(raw, folder)` raises UnsupportedArchitectureError for what the class it becomes cannot keep. `tokenizer` is the
-    name that `rabbit_engine.tokenization` knows it by; None where transformers loads its tokenizer.
+    `convert(raw, folder)` raises UnsupportedArchitectureError for a config that the target class cannot represent. `tokenizer`
+    is its name in `rabbit_engine.tokenization`; None if transformers loads its tokenizer.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Family:
     tokenizer: str | None = None
 
     def owns(self, raw: RawConfig) -> bool:
-        """Whether a config.json is of this family, by the class it names; by its type where it names none."""
+        """Whether a config.json belongs to this family: by the class it names, or by its model type if it names none."""
         named = raw.get("architectures")
         if isinstance(named, list) and named:
             return any(name in self.classes for name in named)

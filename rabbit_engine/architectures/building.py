@@ -1,4 +1,4 @@
-"""The class of a model, built without weights: its code meets whatever the config says."""
+"""Builds a model class without weights. Its code runs on whatever values the config has."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Collection
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rabbit_engine.architectures.blame import blame_for_model
+from rabbit_engine.architectures.faulty_key import faulty_key_of_model
 from rabbit_engine.architectures.remote import misfit, rename_caches, written_for
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
 from rabbit_engine.transformers_bridge.building import build_without_weights, initialize_the_rest
-from rabbit_engine.transformers_bridge.faults import mend_faults
+from rabbit_engine.transformers_bridge.faults import fix_known_bugs
 from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
@@ -22,8 +22,8 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The real class with every parameter on the meta device: shapes and dtypes, no bytes. `config` is not changed.
 
-    Raises UnsupportedArchitectureError where the class cannot be built from the config, MissingExtraError where it needs a
-    package, and what transformers raises for an attention implementation that the class does not have.
+    Raises UnsupportedArchitectureError if the class cannot be built from the config, MissingExtraError if it needs a missing
+    package, and transformers' own error for an attention implementation that the class does not support.
     """
     try:
         skeleton = construct(cls, config, dtype, attn_implementation)
@@ -31,7 +31,7 @@ def build_skeleton(
         return skeleton
     except (MemoryError, RabbitError):
         raise
-    except Exception as error:  # the code of any class meets any value
+    except Exception as error:  # a model class may raise anything
         if attn_implementation is not None and _builds(cls, config, dtype):
             raise
         raise _unbuildable(cls, config, dtype, error) from error
@@ -40,8 +40,8 @@ def build_skeleton(
 def _require_decoder(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder and "encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise UnsupportedArchitectureError(
-            f"{config_path(model.config)} says is_encoder_decoder={model.config.is_encoder_decoder!r}, and "
-            f"{type(model).__name__} is a decoder alone: take the key out"
+            f"{config_path(model.config)} has is_encoder_decoder={model.config.is_encoder_decoder!r}, but "
+            f"{type(model).__name__} is a decoder only: remove the key"
         )
 
 
@@ -50,22 +50,22 @@ def construct(
 ) -> PreTrainedModel:
     """The model on the meta device. Raises whatever the class does."""
     model = build_without_weights(cls, config_for(cls, copy.deepcopy(config)), dtype, attn_implementation)
-    mend_faults(model)
+    fix_known_bugs(model)
     rename_caches(model)
     return model
 
 
 def initialize(model: PreTrainedModel) -> None:
-    """Let transformers make what it marked as not loaded. Raises UnsupportedArchitectureError where the class cannot."""
+    """Let transformers initialise what it marked as not loaded. Raises UnsupportedArchitectureError if the class fails."""
     try:
         initialize_the_rest(model)
     except (MemoryError, RabbitError):
         raise
-    except Exception as error:  # the code of any class meets any value
+    except Exception as error:  # a model class may raise anything
         if is_remote(type(model)):
-            raise misfit(written_for(model.config), "while its buffers were made", error) from error
+            raise misfit(written_for(model.config), "while its buffers were created", error) from error
         raise UnsupportedArchitectureError(
-            f"{config_path(model.config)} lets {type(model).__name__} make no buffers: "
+            f"{type(model).__name__} cannot create its buffers from {config_path(model.config)}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
@@ -83,24 +83,24 @@ def _unbuildable(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: to
         return misfit(written_for(config), "while its model was built", error)
     if isinstance(error, ImportError):
         return MissingExtraError(f"{cls.__name__} needs a package that is not installed ({first_line(error)})")
-    blamed = blame_for_model(config, lambda other: construct(cls, other, dtype))
+    faulty_key = faulty_key_of_model(config, lambda other: construct(cls, other, dtype))
     return UnsupportedArchitectureError(
-        f"{config_path(config)} makes no {cls.__name__}: {type(error).__name__}: {first_line(error)}{blamed}"
+        f"{cls.__name__} cannot be built from {config_path(config)}: {type(error).__name__}: {first_line(error)}{faulty_key}"
     )
 
 
 def require_layers(config: PretrainedConfig, stored: Collection[str]) -> None:
-    """Raise MismatchedWeightsError for more layers than the checkpoint stores tensors: millions would take for ever to build."""
+    """Raise MismatchedWeightsError if the config has more layers than the checkpoint has tensors: building them may never end."""
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(stored):
         raise MismatchedWeightsError(
-            f"{config_path(config)} says num_hidden_layers={layers}, and the weight files hold {len(stored)} tensors: "
-            "they are not this model's, or a download stopped"
+            f"{config_path(config)} has num_hidden_layers={layers}, but the weight files hold {len(stored)} tensors: "
+            "they belong to another model, or a download was interrupted"
         )
 
 
 def config_path(config: PretrainedConfig) -> str:
-    """Where a config came from, to be named in an error."""
+    """The path of a config, for error messages."""
     return f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
 
 

@@ -1,4 +1,4 @@
-"""From a folder's config to the architecture of its model."""
+"""Finds the architecture of a model from its folder's config."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
-from rabbit_engine.architectures.blame import blame_for_config
 from rabbit_engine.architectures.building import config_for
 from rabbit_engine.architectures.configfile import read_config
+from rabbit_engine.architectures.faulty_key import faulty_key_of_config
 from rabbit_engine.architectures.naming import choose_class, choose_remote, named_classes
+from rabbit_engine.architectures.overrides import ConfigOverrides, override
 from rabbit_engine.architectures.registry import find_family
 from rabbit_engine.architectures.remote import misfit, written_for
-from rabbit_engine.architectures.wishes import Wishes, override
 from rabbit_engine.errors import (
     CompressionUnavailableError,
     ConfigurationError,
@@ -34,46 +34,46 @@ from rabbit_engine.utils.keywords import refuse_unknown
 logger = logging.getLogger(__name__)
 
 _DEQUANTIZED = ("fp8", "mxfp4")
-"""Formats that transformers dequantises without a GPU, a weight at a time: DeepSeek-V3's and GPT-OSS's."""
+"""Formats that transformers can dequantise without a GPU, one weight at a time: those of DeepSeek-V3 and GPT-OSS."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find_architecture(folder: Path, wishes: Wishes, *, gguf_file: str | None = None) -> Architecture:
-    """What the checkpoint in `folder` is: a family that is converted, else a class of transformers, else one of its own code.
+def find_architecture(folder: Path, given: ConfigOverrides, *, gguf_file: str | None = None) -> Architecture:
+    """The architecture of the checkpoint in `folder`: a converted family, a class of transformers, or a class of its own code.
 
     Raises CheckpointNotFoundError (no config.json), DamagedCheckpointError (it cannot be read), UnsupportedArchitectureError (no
-    class for it here, or it needs code that was not allowed), MissingExtraError (GGUF without the package) or
-    CompressionUnavailableError (quantised), and UnknownKeywordError for a wish that is no attribute of the config.
+    class for it, or it needs code that was not allowed), MissingExtraError (GGUF without the package),
+    CompressionUnavailableError (quantised), or UnknownKeywordError for an override that is not an attribute of the config.
     """
-    alone = gguf_file is not None or (wishes.config is not None and not (folder / "config.json").is_file())
+    alone = gguf_file is not None or (given.config is not None and not (folder / "config.json").is_file())
     raw = {} if alone else read_config(folder)
     named_classes(raw, folder)
     family = find_family(raw)
     if family is not None:
-        return _wished(_converted(family, raw, folder), wishes)
-    config = _find_config(folder, raw, gguf_file, wishes) if wishes.config is None else _given_config(raw, wishes)
+        return _with_overrides(_converted(family, raw, folder), given)
+    config = _find_config(folder, raw, gguf_file, given) if given.config is None else _given_config(raw, given)
     quantization = _take_quantization(folder, config)
-    cls = _find_class(config, folder, wishes)
-    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization, transforms=wishes.renamings())
+    cls = _find_class(config, folder, given)
+    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization, transforms=given.renamings())
 
 
-def _wished(architecture: Architecture, wishes: Wishes) -> Architecture:
-    """A converted family's architecture with the attributes that are wanted."""
-    if wishes.config is not None:
+def _with_overrides(architecture: Architecture, given: ConfigOverrides) -> Architecture:
+    """A converted family's architecture with the caller's overrides."""
+    if given.config is not None:
         raise ConfigurationError(
-            f"config= cannot stand in for that of {architecture.family}, which is converted to {architecture.cls.__name__}: "
-            "give attributes of it as keywords"
+            f"config= cannot replace the config of {architecture.family}, which is converted to {architecture.cls.__name__}: "
+            "pass its attributes as keywords"
         )
-    config, unknown = override(architecture.config, wishes.overrides)
+    config, unknown = override(architecture.config, given.overrides)
     refuse_unknown(unknown, vars(config))
-    return replace(architecture, config=config, transforms=(*wishes.renamings(), *architecture.transforms))
+    return replace(architecture, config=config, transforms=(*given.renamings(), *architecture.transforms))
 
 
-def _given_config(raw: RawConfig, wishes: Wishes) -> PretrainedConfig:
-    """A copy of the caller's config, with the class that the checkpoint names where it names none."""
-    assert wishes.config is not None  # noqa: S101 - asked by the caller
-    config, unknown = override(wishes.config, wishes.overrides)
+def _given_config(raw: RawConfig, given: ConfigOverrides) -> PretrainedConfig:
+    """A copy of the caller's config; if it names no class, with the class that the checkpoint names."""
+    assert given.config is not None  # noqa: S101 - checked by the caller
+    config, unknown = override(given.config, given.overrides)
     refuse_unknown(unknown, vars(config))
     if not config.architectures and config.model_type == raw.get("model_type"):
         config.architectures = raw.get("architectures")
@@ -87,47 +87,49 @@ def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     except RabbitError:
         raise
     except KeyError as error:
-        raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name}'s and lacks {error}") from error
-    except Exception as error:  # a family, registered by anybody, and transformers' config class meet any value
-        raise UnsupportedArchitectureError(f"{folder}/config.json is no {family.name}'s: {first_line(error)}") from error
-    logger.info("%s is a %s: converted to %s, none of its own code runs", folder, family.name, architecture.cls.__name__)
+        raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name} config and lacks {error}") from error
+    except Exception as error:  # a registered family or a config class may raise anything
+        raise UnsupportedArchitectureError(
+            f"{folder}/config.json is not a valid {family.name} config: {first_line(error)}"
+        ) from error
+    logger.info("%s is a %s model: converted to %s, none of its own code runs", folder, family.name, architecture.cls.__name__)
     return architecture
 
 
-def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, wishes: Wishes) -> PretrainedConfig:
-    """The checkpoint's config, as transformers reads it and changes its attributes."""
-    trust_remote_code = wishes.trust_remote_code
+def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, given: ConfigOverrides) -> PretrainedConfig:
+    """The checkpoint's config with the caller's overrides, as transformers reads it."""
+    trust_remote_code = given.trust_remote_code
     try:
         config, unused = AutoConfig.from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
             gguf_file=gguf_file,
-            code_revision=wishes.code_revision,
+            code_revision=given.code_revision,
             return_unused_kwargs=True,
-            **wishes.overrides,
+            **given.overrides,
         )
         config.get_text_config(decoder=True)
     except ImportError as error:
         raise _import_failed(folder, raw, gguf_file, error) from error
-    except Exception as error:  # the code of any config class meets any value
+    except Exception as error:  # a config class may raise anything
         raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf_file, error, trust_remote_code)) from error
     _require_default_weights(config, folder)
-    refuse_unknown([name for name in unused if name in wishes.overrides], vars(config))
+    refuse_unknown([name for name in unused if name in given.overrides], vars(config))
     return config  # type: ignore[no-any-return]
 
 
 def _require_default_weights(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse weight files under names of the config's own: those of the usual names would be read in their place."""
+    """Refuse a config that gives its weight files other names: files of the usual names would be read instead."""
     named = getattr(config, "transformers_weights", None)
     if named is not None and named not in _WEIGHTS:
         raise UnsupportedArchitectureError(
-            f"{folder}/config.json says transformers_weights={named!r}, and weights are read from {' or '.join(_WEIGHTS)} here: "
-            "rename them, and take the key out"
+            f"{folder}/config.json has transformers_weights={named!r}, but weights are read only from {' or '.join(_WEIGHTS)}: "
+            "rename them and remove the key"
         )
 
 
 def _import_failed(folder: Path, raw: RawConfig, gguf_file: str | None, error: ImportError) -> Exception:
-    """A package that is not there, by the name that transformers gives; any other failed import is of code that is too old."""
+    """A missing package, as transformers names it; any other failed import means that the code is too old."""
     if gguf_file is not None:
         return missing_extra(str(folder / gguf_file), "gguf", error)
     if "not found in your environment" in str(error) or isinstance(error, ModuleNotFoundError):
@@ -146,19 +148,19 @@ def _unsupported(folder: Path, raw: RawConfig, gguf_file: str | None, error: Exc
     named = ", ".join(named_classes(raw, folder)) or "no class"
     return (
         f"{folder}/config.json ({named}) is not an architecture that the installed transformers builds: "
-        f"{type(error).__name__}: {text}{blame_for_config(raw)}"
+        f"{type(error).__name__}: {text}{faulty_key_of_config(raw)}"
     )
 
 
 def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, Any] | None:
-    """How the stored weights are quantised, taken out of the config: what runs are plain weights."""
+    """How the stored weights are quantised, removed from the config because the model runs on plain weights."""
     holders = [part for part in (config, config.get_text_config(decoder=True)) if getattr(part, "quantization_config", None)]
     if not holders:
         return None
     method: Any = holders[0].quantization_config
     found: Any = method.to_dict() if hasattr(method, "to_dict") else method
     if not isinstance(found, dict):
-        raise DamagedCheckpointError(f"{folder}/config.json says quantization_config={found!r}, where an object is wanted")
+        raise DamagedCheckpointError(f"{folder}/config.json has quantization_config={found!r}, expected an object")
     if found.get("quant_method") not in _DEQUANTIZED:
         _refuse_quantized(folder, found)
     for part in holders:
@@ -172,17 +174,17 @@ def _refuse_quantized(folder: Path, method: Any) -> None:
     if method:
         kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
         raise CompressionUnavailableError(
-            f"{folder} is quantised already ({kind}); this version streams plain weights and undoes {', '.join(_DEQUANTIZED)} "
-            "only: use the unquantised repository"
+            f"{folder} is already quantised ({kind}); this version streams plain weights and dequantises only "
+            f"{', '.join(_DEQUANTIZED)}: use the unquantised repository"
         )
 
 
-def _find_class(config: PretrainedConfig, folder: Path, wishes: Wishes) -> type[PreTrainedModel]:
+def _find_class(config: PretrainedConfig, folder: Path, given: ConfigOverrides) -> type[PreTrainedModel]:
     """The class that the checkpoint was saved from. Raises UnsupportedArchitectureError."""
-    reference = choose_remote(config, folder) if wishes.trust_remote_code else None
+    reference = choose_remote(config, folder) if given.trust_remote_code else None
     if reference is None:
         return choose_class(config, folder)
-    return _remote_class(reference, folder, config, wishes.code_revision)
+    return _remote_class(reference, folder, config, given.code_revision)
 
 
 def _remote_class(reference: str, folder: Path, config: PretrainedConfig, code_revision: str | None) -> type[PreTrainedModel]:
@@ -191,8 +193,8 @@ def _remote_class(reference: str, folder: Path, config: PretrainedConfig, code_r
         found = import_class(name, repo or folder, code_revision)
     except ImportError as error:
         raise _import_failed(folder, config.to_dict(), None, error) from error
-    except Exception as error:  # the repository's own code runs as it is imported
+    except Exception as error:  # importing runs the repository's own code
         raise misfit(written_for(config), "while it was imported", error) from error
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise UnsupportedArchitectureError(f"{folder}: {name} is no model of transformers")
+        raise UnsupportedArchitectureError(f"{folder}: {name} is not a transformers model class")
     return as_generating_class(found)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into the model's own, through transformers' conversion, one shard's worth at a time."""
+"""Converts a checkpoint's tensors to the model's weights with transformers' own conversion, one shard at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _LISTED = 20
 
 _COMPUTED = ("inv_freq", "masked_bias", "future_mask")
-"""Ends of the names of tensors that models compute by themselves and some checkpoints store."""
+"""Name suffixes of tensors that models compute and some checkpoints store anyway."""
 
 _STACKS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
@@ -43,11 +43,12 @@ _NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A weight of the model; `converted` when it is made from several tensors, or is the first of several made from one.
+    """The weight of the model that a stored tensor goes into.
 
-    `slices` are those several with the rows of the one that each is, where they are rows of it and nothing more. `stack`
-    is (which, of how many) where the weight is a stack of tensors as they are stored, or of groups of them laid row under
-    row: experts. `quantised` says how a weight is stored that is dequantised before that, and what the tensor is of it.
+    `converted`: the weight is made from several tensors, or is the first of several made from one. `slices`: (weight, rows)
+    for each of those, if they are plain row ranges of the tensor. `stack`: (index, count) of a tensor in a weight that stacks
+    tensors unchanged, or groups of them concatenated along rows (experts). `quantised`: how a weight that is dequantised
+    first is stored, and the tensor's role in it.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Target:
 class Conversion:
     """transformers' own loading, applied to any group of a checkpoint's keys.
 
-    `skeleton` is the model on the meta device: it lends its names, shapes and dtypes, and keeps no weight.
+    `skeleton` is the model on the meta device; it provides names, shapes and dtypes, and never holds weights.
     """
 
     skeleton: PreTrainedModel
@@ -89,7 +90,7 @@ class Conversion:
 
     @cached_property
     def targets(self) -> Mapping[str, Target | None]:
-        """checkpoint key -> the weight of the model it goes into; None for a key the model has no use for."""
+        """Checkpoint key -> the weight of the model it goes into; None for a key that the model does not use."""
         places = {key: self._names.place_of(key) for key in in_loading_order(self.tensors)}
         found = {key: None if place is None else self._target(place) for key, place in places.items()}
         self._require_used(found)
@@ -97,28 +98,28 @@ class Conversion:
         return found
 
     def _require_used(self, found: Mapping[str, Target | None]) -> None:
-        """A converted family's weights all have a place: one without is a switch of its config that was read wrong."""
+        """Raise MismatchedWeightsError if a converted family has unused weights: some config option was misread."""
         unused = [key for key, target in found.items() if target is None and not key.endswith(_COMPUTED)]
         if self.family is not None and unused:
             raise MismatchedWeightsError(
                 f"{self.tensors[unused[0]].path}: {len(unused)} weights of this {self.family} model have no place in "
-                f"{type(self.skeleton).__name__}, such as {unused[0]}: config.json does not fit them, or it is a variant that is "
-                "not converted"
+                f"{type(self.skeleton).__name__}, such as {unused[0]}: config.json does not match them, or this variant is "
+                "not supported"
             )
 
     def unused(self) -> list[str]:
-        """The stored weights that have no place in the model, as transformers counts: but for those its class ignores."""
+        """The stored weights that have no place in the model; as in transformers, without those that its class ignores."""
         ignored = may_be_unused(self.skeleton, dequantizes=self.quantizer is not None)
         return [key for key, target in self.targets.items() if target is None and not ignored.search(self._names.renamed(key))]
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
-        """Eight-bit floats mean nothing without the scales that a quantization_config would tell of."""
+        """Raise CompressionUnavailableError for 8-bit floats without a quantization_config: their scales are unknown."""
         if self.quantizer is None:
             for key, target in found.items():
                 if target is not None and getattr(self.tensors[key], "dtype", None) in _NEED_SCALES:
                     raise CompressionUnavailableError(
-                        f"{self.tensors[key].path}: {key} is stored in {self.tensors[key].dtype} and the config does not say "
-                        "how it is scaled: use the unquantised repository"
+                        f"{self.tensors[key].path}: {key} is stored in {self.tensors[key].dtype}, but the config has no "
+                        "quantization_config that defines its scale: use the unquantised repository"
                     )
 
     def _target(self, place: Place) -> Target:
@@ -141,18 +142,18 @@ class Conversion:
         return self._dtypes[name]
 
     def differs(self, name: str, tensor: TensorEntry) -> str | None:
-        """How a stored tensor differs from the model's weight `name` in dtype or shape, or None where it can be used as it is."""
+        """How a stored tensor differs from the model's weight `name` in dtype or shape, or None if it can be used unchanged."""
         weight, dtype = self._state[name], self.dtype_of(name)
         if tensor.dtype != dtype:
-            return f"{tensor.dtype} is stored, {dtype} is wanted"
+            return f"stored as {tensor.dtype}, the model needs {dtype}"
         if tuple(tensor.shape) != tuple(weight.shape):
-            return f"{list(tensor.shape)} is stored, {list(weight.shape)} is wanted"
+            return f"stored as {list(tensor.shape)}, the model needs {list(weight.shape)}"
         return None
 
     def convert(self, keys: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Read `keys` and return the weights of the model they make, in its names, shapes and dtypes, on the CPU.
+        """Read `keys` and return the model's weights made from them, with the model's names, shapes and dtypes, on the CPU.
 
-        Raises MismatchedWeightsError; a file that cannot be read raises its own error.
+        Raises MismatchedWeightsError, or the error of a file that cannot be read.
         """
         tensors = {key: self.tensors[key] for key in keys}
         loaded = load_weights(self.skeleton, tensors, self.dtype, self._all_transforms, self.quantizer)
@@ -165,7 +166,7 @@ def _stacks(steps: Sequence[Any]) -> bool:
 
 
 def _quantised_target(place: Place, patterns: Sequence[str], kind: Kind, steps: Sequence[Any]) -> Target:
-    """A tensor of a weight that is dequantised: by itself, or to be stacked."""
+    """The target of one tensor of a weight that is dequantised, alone or as part of a stack."""
     roles = roles_of(patterns)
     if roles is None or (steps and not _stacks(steps)):
         return Target(place.weight, True)
@@ -177,9 +178,9 @@ def _quantised_target(place: Place, patterns: Sequence[str], kind: Kind, steps: 
 def open_conversion(
     architecture: Architecture, skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype
 ) -> Conversion:
-    """The conversion of a safetensors or pickle checkpoint's `tensors` (anything that is read by `tensor[...]`).
+    """The conversion of a safetensors or pickle checkpoint's `tensors` (any object that `tensor[...]` reads).
 
-    The architecture's transforms stand before transformers' own; quantised weights are dequantised by transformers.
+    The architecture's transforms run before transformers' own; transformers dequantises quantised weights.
     """
     quantizer = None
     if architecture.quantization is not None:
@@ -195,32 +196,32 @@ def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Quantizer:
 
 
 def gguf_dtype(path: Path) -> torch.dtype:
-    """The dtype transformers gives a GGUF checkpoint: its own where it is plain floats, float32 where it is quantised."""
+    """The dtype that transformers gives a GGUF checkpoint: its own if it holds plain floats, float32 if it is quantised."""
     return _open_gguf(path).dtype()
 
 
 _UNFIT = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError)
-"""What comes of numbers that do not fit, and not of the disk, the memory or a missing package."""
+"""Errors caused by inconsistent values, not by the disk, memory or a missing package."""
 
 
 def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dtype) -> Conversion:
-    """The conversion of a GGUF file: dequantised by transformers, in `dtype`.
+    """The conversion of a GGUF file, dequantised by transformers to `dtype`.
 
-    Architectures that only transformers' older GGUF reader knows are dequantised whole, in memory. Raises
-    DamagedCheckpointError where it cannot make tensors of what the header says.
+    Architectures that only transformers' older GGUF reader supports are dequantised at once, in memory. Raises
+    DamagedCheckpointError if the header does not match the tensors.
     """
     file = _open_gguf(path)
     try:
         tensors = file.open_tensors(skeleton, dtype)
-    except _UNFIT as error:  # the reader believes the header's numbers, whatever they are
+    except _UNFIT as error:  # the reader trusts the header's numbers
         raise DamagedCheckpointError(
-            f"{path} cannot be converted: its header does not fit its tensors ({first_line(error)}); download it again"
+            f"{path} cannot be converted: its header does not match its tensors ({first_line(error)}); download it again"
         ) from error
     return Conversion(skeleton, tensors, dtype, file.quantizer)
 
 
 def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
-    """Name the stored weights that have no place in the model."""
+    """Log a warning that lists the stored weights that have no place in the model."""
     if unused:
         listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
         logger.warning("%d weights of the checkpoint have no place in %s and are not used: %s", len(unused), cls.__name__, listed)
@@ -235,8 +236,8 @@ def _open_gguf(path: Path) -> GgufFile:
 
 def _raise_mismatches(loaded: Loaded) -> None:
     if loaded.mismatched:
-        rows = "; ".join(f"{name} is {list(got)}, the model's is {list(want)}" for name, got, want in loaded.mismatched)
-        raise MismatchedWeightsError(f"weights of another shape than the config says: {rows}")
+        rows = "; ".join(f"{name} is {list(got)}, the model needs {list(want)}" for name, got, want in loaded.mismatched)
+        raise MismatchedWeightsError(f"weights do not have the shapes of the config: {rows}")
     if loaded.failed:
         name, text = next(iter(loaded.failed.items()))
         raise MismatchedWeightsError(f"{name} could not be converted: {text.strip().splitlines()[-1]}")

@@ -1,4 +1,4 @@
-"""generation_config.json as it lies on disk: types that would fail amid an answer are named when the model is loaded."""
+"""Checks generation_config.json at load, so that a value of the wrong type does not fail in the middle of an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    """Where transformers takes no 5.0 for 5; a 0.0 asks for nothing."""
+    """For options where transformers does not accept 5.0 for 5; 0.0 turns the option off."""
     return isinstance(value, int) or value == 0
 
 
@@ -32,17 +32,17 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    """One below 0 is none: transformers runs with it."""
+    """A negative id means none; transformers accepts it."""
     return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _is_index(value: Any) -> bool:
-    """Of a row of logits, in which a boolean would be a mask."""
+    """An index into a row of logits, where a boolean would act as a mask."""
     return _is_id(value) and not isinstance(value, bool) and value >= 0
 
 
 def _is_bias(value: Any) -> bool:
-    """One of `[[[17, 4], -2.5], ...]`; transformers takes no whole number for the bias."""
+    """An item of `[[[17, 4], -2.5], ...]`; transformers does not accept an integer as the bias."""
     return isinstance(value, list) and len(value) > 1 and _are(_is_index, value[0]) and isinstance(value[1], float)
 
 
@@ -90,9 +90,9 @@ _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def require_generation_config(folder: Path, vocabulary: int | None) -> None:
-    """Raise DamagedCheckpointError where the folder's generation_config.json cannot be read, or has a value that cannot be.
+    """Raise DamagedCheckpointError if the folder's generation_config.json cannot be read or has an invalid value.
 
-    Every id that is forced must be one of `vocabulary`; None is not known.
+    Forced token ids must be below `vocabulary`, the vocabulary's size; None if it is unknown.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -103,10 +103,10 @@ def require_generation_config(folder: Path, vocabulary: int | None) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): {advice}") from error
     if not isinstance(raw, dict):
-        raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__} where an object is wanted: {advice}")
+        raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__}, expected an object: {advice}")
     for key, (wanted, fits) in _WANTED.items():
         if raw.get(key) is not None and not fits(raw[key]):
-            raise DamagedCheckpointError(f"{path} says {key}={raw[key]!r}, where {wanted} is wanted: {advice}")
+            raise DamagedCheckpointError(f"{path} has {key}={raw[key]!r}, expected {wanted}: {advice}")
     forced = raw.get("forced_eos_token_id")
     if forced is not None and max(forced if isinstance(forced, list) else [forced]) >= (vocabulary or 2**63):
-        raise DamagedCheckpointError(f"{path} says forced_eos_token_id={forced!r}, the vocabulary has {vocabulary}: {advice}")
+        raise DamagedCheckpointError(f"{path} has forced_eos_token_id={forced!r}, the vocabulary has {vocabulary}: {advice}")

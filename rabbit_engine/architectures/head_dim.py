@@ -1,4 +1,4 @@
-"""The width of an attention head, taken from the checkpoint's own projections where its config disagrees."""
+"""Takes the width of an attention head from the checkpoint's projections if its config disagrees."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import PretrainedConfig
 def corrected_head_dim(
     config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> int | None:
-    """The `head_dim` that the checkpoint's projections have, where it differs from the model's; None where they agree.
+    """The `head_dim` of the checkpoint's projections if it differs from the model's, else None.
 
-    `wanted` and `found` map weight names to shapes: the model's as its config builds it, and the checkpoint's. The
+    `wanted` and `found` map weight names to shapes: those of the model built from the config, and the checkpoint's. The
     projections are `[heads * head_dim, hidden]`, fused ones `[(heads + 2 * kv heads) * head_dim, hidden]`.
     """
     text = config.get_text_config()
-    if getattr(text, "is_heterogeneous", False):  # heads differ by layer: there is no one head_dim to correct
+    if getattr(text, "is_heterogeneous", False):  # heads differ by layer, so there is no single head_dim to correct
         return None
     heads = getattr(text, "num_attention_heads", None)
     if not heads or not hasattr(text, "head_dim"):

@@ -1,4 +1,4 @@
-"""Which modules of a model are streamed, found from its module tree."""
+"""Finds the modules of a model that are streamed, from its module tree."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rabbit_engine.errors import UnsupportedArchitectureError
 logger = logging.getLogger(__name__)
 
 RESIDENT = "resident"
-"""The shard of the weights that belong to no streamed module."""
+"""The shard of the weights outside all streamed modules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Module names: the decoder layers in order, the embedding and head (None where the model has none), other leaves.
+    """Module names: the decoder layers in order, the embedding and head (None if the model has none), other leaves.
 
-    `towers` are the blocks that only an image runs, before the layers.
+    `towers` are the blocks that run only for images, before the layers.
     """
 
     layers: tuple[str, ...]
@@ -31,21 +31,20 @@ class Layout:
     towers: tuple[str, ...] = ()
 
     def shard_names(self) -> tuple[str, ...]:
-        """Every shard in the order of a pass; `resident` last."""
+        """All shards in the order of a pass; `resident` comes last."""
         first = () if self.embedding is None else (self.embedding,)
         last = () if self.head is None else (self.head,)
         return (*first, *self.towers, *self.layers, *self.others, *last, RESIDENT)
 
     def shard_of(self, weight: str) -> str:
-        """The shard that `weight` (a name of the model's state dict) goes into."""
+        """The shard of `weight`, a name of the model's state dict."""
         owners = [name for name in self.shard_names() if weight.startswith(f"{name}.")]
         return max(owners, key=len, default=RESIDENT)
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layers of a class that the registry knows; of any other, the largest list of blocks beside the embedding.
+    """The layers of a registered class; for any other class, the largest list of blocks next to the embedding.
 
-    Beside the layers stands their norm.
     Raises UnsupportedArchitectureError for a model without a list of layers.
     """
     embedding, head = _name_of(model, _embedding(model)), _name_of(model, _head(model))
@@ -74,7 +73,7 @@ def _list_at(model: nn.Module, name: str) -> nn.ModuleList | None:
 
 
 def _towers(model: PreTrainedModel) -> tuple[str, ...]:
-    """The blocks of a known class's towers; of other classes they stay resident."""
+    """The blocks of a registered class's towers; in other classes they stay resident."""
     known = find_known(type(model).__name__)
     lists = {name: _list_at(model, name) for name in known.towers} if known else {}
     return tuple(f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks or ())))
@@ -82,20 +81,20 @@ def _towers(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _search(model: PreTrainedModel, embedding: str | None) -> tuple[str, nn.ModuleList]:
     name, layers = _largest_list(model, (embedding or "").rpartition(".")[0])
-    logger.info("%s is not in the registry; in its module tree %d layers were found: %s", type(model).__name__, len(layers), name)
+    logger.info("%s is not in the registry; found %d layers in its module tree: %s", type(model).__name__, len(layers), name)
     return name, layers
 
 
 def _largest_list(model: nn.Module, home: str) -> tuple[str, nn.ModuleList]:
-    """Of the lists of blocks: beside the embedding (in `home`) before below it, before anywhere else."""
+    """The largest list of blocks; lists in the embedding's module (`home`) come first, then lists below it, then any other."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     blocks = [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
     if not blocks:
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no list of layers to stream")
-    beside = [item for item in blocks if item[0].rpartition(".")[0] == home]
+    siblings = [item for item in blocks if item[0].rpartition(".")[0] == home]
     below = [item for item in blocks if item[0].startswith(f"{home}.")]
-    return max(beside or below or blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return max(siblings or below or blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _is_leaf_with_weights(module: nn.Module) -> bool:

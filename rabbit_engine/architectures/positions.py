@@ -1,4 +1,4 @@
-"""Where a converted model stops computing what its family's own code computes: there it ends its answer, or refuses."""
+"""The position limit of converted models, past which they differ from their family's code: answers end there."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def stated_positions(config: PretrainedConfig) -> int | None:
-    """How many positions the config says its text model has; None where it says nothing of them."""
+    """The number of positions of the config's text model, or None if the config does not state it."""
     text = config.get_text_config()
     found = [getattr(text, name, None) for name in _POSITIONS]
     return min((value for value in found if isinstance(value, int) and value > 0), default=None)
 
 
 def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], config: GenerationConfig) -> dict[str, int]:
-    """The keywords that end an answer behind a prompt at `positions`; empty where it ends before that anyway.
+    """The keywords that end an answer at `positions`; empty if it ends earlier anyway.
 
-    Padding counts as a part of the prompt: of a padded batch the short prompts end with the longest. `given` are the
-    caller's keywords, `config` what holds where they say nothing.
+    Padding counts as part of the prompt: in a padded batch, short prompts end with the longest. `given` are the caller's
+    keywords; `config` provides the defaults.
     """
-    left = max(1, positions - prompt_tokens)  # a prompt that fills them all has its next token computed right
+    left = max(1, positions - prompt_tokens)  # the token after a prompt that fills all positions is still correct
     new = given.get("max_new_tokens", config.max_new_tokens)
     if new is None:
         length = given.get("max_length", config.max_length)
@@ -42,12 +42,12 @@ def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], 
     if wanted is not None and wanted <= left:
         return {}
     if wanted is not None:
-        logger.warning("the answer ends at %d tokens: this model's text is right up to there only", positions)
+        logger.warning("the answer ends at %d tokens: this model is exact only up to there", positions)
     return {"max_new_tokens": left} if new is not None else {"max_length": prompt_tokens + left}
 
 
 def refuse_past(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Have `model` raise TextTooLongError, before its first layer, for a position that it would compute differently."""
+    """Make `model` raise TextTooLongError, before its first layer, for a position past the architecture's limit."""
     if architecture.positions is not None:
         on_positions(model, partial(_check, architecture))
 
@@ -56,6 +56,6 @@ def _check(architecture: Architecture, position_ids: torch.Tensor) -> None:
     last = int(position_ids.max())
     if architecture.positions is not None and last >= architecture.positions:
         raise TextTooLongError(
-            f"a text of {last + 1} tokens, and {architecture.family} is computed right up to {architecture.positions}: "
-            f"{architecture.positions_reason}; shorten it, or take a newer model"
+            f"the text has {last + 1} tokens, but {architecture.family} is exact only up to {architecture.positions}: "
+            f"{architecture.positions_reason}; shorten it, or use a newer model"
         )

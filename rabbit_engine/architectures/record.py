@@ -1,4 +1,4 @@
-"""What the test suite saw of each family when it was last run for the record: `make matrix` writes it, nobody by hand."""
+"""The recorded test results of each family, written by `make matrix`; do not edit the file by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE = Path(__file__).with_name("proven.json")
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One row: the models, the class their checkpoints name, what it ran as, who was asked for the truth, and the columns."""
+    """One row: the models, the class that their checkpoints name, the class that ran, the reference, and the columns."""
 
     models: str
     cls: str
@@ -34,7 +34,7 @@ class Record:
 
 @cache
 def read_record() -> Record:
-    """The record that this version came with."""
+    """The record shipped with this version."""
     raw = json.loads(_FILE.read_text(encoding="utf-8"))
     rows = tuple(
         Proof(row["models"], row["class"], row["runs_as"], row["oracle"], {name: row[name] for name in COLUMNS})

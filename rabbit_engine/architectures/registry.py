@@ -1,6 +1,6 @@
-"""Every family this library knows by name: those that transformers has, where their layers are, and those that are converted.
+"""Every family that this library knows by name: classes of transformers with the place of their layers, and converted families.
 
-A class that is not here takes the generic path: its layers are looked for in the module tree, and the log says so.
+A class that is not listed takes the generic path: its layers are searched for in the module tree, which is logged.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _CONVERTED: list[Family] = [*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIE
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A class of transformers: what its models are called, and the names of its lists of blocks.
+    """A class of transformers: the names of its models and of its lists of blocks.
 
-    `layers` are the decoder's; `towers` those that only an image runs, under any of the names that versions gave them.
+    `layers` names the decoder's list; `towers` the lists that run only for images, under the names of all versions.
     """
 
     cls: str
@@ -83,29 +83,29 @@ KNOWN: tuple[Known, ...] = (
     Known("MambaForCausalLM", "Mamba", "backbone.layers"),
     Known("JambaForCausalLM", "Jamba"),
 )
-"""Classes of transformers that were proved; COMPATIBILITY.md holds the record."""
+"""Tested classes of transformers; COMPATIBILITY.md holds the results."""
 
 _BY_CLASS = {known.cls: known for known in KNOWN}
 
 
 def find_known(class_name: str) -> Known | None:
-    """What is known of a class of transformers, or None: then its layers are looked for."""
+    """The entry of a class of transformers, or None if its layers have to be searched for."""
     return _BY_CLASS.get(class_name)
 
 
 def converted_families() -> tuple[Family, ...]:
-    """Families whose checkpoints become another class's; none of their own code runs. Those registered last come first."""
+    """Families whose checkpoints are converted to another class, last registered first; none of their own code runs."""
     return tuple(_CONVERTED)
 
 
 def register_family(family: Family) -> None:
-    """Convert the checkpoints of `family` from now on, before any other family that would own them.
+    """Convert the checkpoints of `family` from now on; it takes precedence over families registered earlier.
 
-    A family of the same name is replaced. docs/adding-a-model.md shows one being written.
+    A family of the same name is replaced. docs/adding-a-model.md shows how to write one.
     """
     _CONVERTED[:] = [family, *(other for other in _CONVERTED if other.name != family.name)]
 
 
 def find_family(raw: RawConfig) -> Family | None:
-    """The family that converts a config.json, or None where transformers has a class for it."""
+    """The family that converts a config.json, or None if transformers has a class for it."""
     return next((family for family in _CONVERTED if family.owns(raw)), None)

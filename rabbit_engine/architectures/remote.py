@@ -1,4 +1,4 @@
-"""Models whose code the checkpoint brings (`trust_remote_code=True`): which cache it takes, and what an error of it means."""
+"""Models whose code comes with the checkpoint (`trust_remote_code=True`): the cache they take, and their errors explained."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_keywor
 from rabbit_engine.transformers_bridge.remote_code import came_through_remote_code, is_remote, says_it_takes_cache_objects
 
 MISFITS = (AttributeError, AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
-"""What code raises that meets another transformers than the one it was written for."""
+"""What code raises on a version of transformers that it was not written for."""
 
 
 def keeps_tuples(cls: type[PreTrainedModel]) -> bool:
-    """Whether a class of a repository keeps its keys and values in tuples, as all did before transformers had cache objects.
+    """Whether a repository's class keeps keys and values in tuples, as all did before transformers had cache objects.
 
-    Such a class neither says that it takes a cache object nor mentions one in its code.
+    Such a class neither declares support for cache objects nor mentions one in its code.
     """
     if not is_remote(cls) or says_it_takes_cache_objects(cls):
         return False
@@ -31,33 +31,33 @@ def keeps_tuples(cls: type[PreTrainedModel]) -> bool:
 
 
 def misfit(written: str | None, where: str, error: BaseException) -> UnsupportedArchitectureError:
-    """The error for a repository's code, `written` for a version of transformers, that fails on the installed one.
+    """The error for a repository's code that fails on the installed transformers.
 
-    `where` is what it was doing.
+    `written` is the version that it was written for; `where` completes "failed ...".
     """
     return UnsupportedArchitectureError(
         f"the checkpoint's own code failed {where}: {type(error).__name__}: {first_line(error)}. It was written for transformers "
-        f"{written or 'of another version'}, {transformers.__version__} is installed: ask for a version of the model that "
+        f"{written or 'of another version'}, {transformers.__version__} is installed: use a version of the model that "
         "transformers has a class for"
     )
 
 
 def written_for(config: PretrainedConfig) -> str | None:
-    """The version of transformers that a config was saved by."""
+    """The version of transformers that saved the config."""
     return getattr(config, "transformers_version", None)
 
 
 def explain_failures(model: PreTrainedModel) -> None:
-    """Have a repository's model say what it means where its own code fails, in a forward or in preparing one."""
+    """Make a repository's model raise an explained error if its own code fails in a forward or in preparing one."""
     if is_remote(type(model)):
         for name in ("forward", "prepare_inputs_for_generation"):
             setattr(model, name, _explained(getattr(model, name), written_for(model.config)))
 
 
 def rename_caches(model: PreTrainedModel) -> None:
-    """Hand a repository's modules the cache by their own name for it, whatever the installed transformers calls it.
+    """Pass the cache to a repository's modules under their own name for it, whatever the installed transformers calls it.
 
-    A method that takes the rest as `**kwargs` would compute without the past, and say nothing.
+    Otherwise a method that takes `**kwargs` would silently compute without the past.
     """
     for module in model.modules():
         if is_remote(type(module)):

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from rabbit_engine.architectures import Architecture, Wishes, find_architecture, gguf_dtype, read_given_config, stated_dtype
+from rabbit_engine.architectures import (
+    Architecture,
+    ConfigOverrides,
+    find_architecture,
+    gguf_dtype,
+    read_given_config,
+    stated_dtype,
+)
 from rabbit_engine.checkpoints.formats import (
     WeightFiles,
     digest,
@@ -67,7 +74,7 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
     if source.force_download and repo.commit is not None:  # once: what comes later finds the new files
         fetch_weights(repo, weight_files(repo, gguf_file, source).names, source)
         source = replace(source, force_download=False)
-    architecture = find_architecture(repo.folder, _wishes(source), gguf_file=gguf_file)
+    architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=gguf_file)
     dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, reading)
     folder = root / split_name(dtype, gguf_file, source, repo.names)
     return ModelRequest(repo, source, architecture, dtype, folder, gguf_file, split)
@@ -78,12 +85,12 @@ def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
     return None if source.variant is not None or _deleted_dtype(root, prefix) else only_gguf(repo.names)
 
 
-def _wishes(source: SourceConfig) -> Wishes:
+def _config_overrides(source: SourceConfig) -> ConfigOverrides:
     """What the caller wants of the config and its class; a config that is given by name is read."""
     config = source.config
     if config is not None and not isinstance(config, PretrainedConfig):
         config = read_given_config(_config_place(config, source), source.trust_remote_code)
-    return Wishes(
+    return ConfigOverrides(
         config=config,
         overrides=source.overrides,
         key_mapping=source.key_mapping,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rabbit_engine.architectures import Architecture, blame_for_model, build_skeleton, config_path
+from rabbit_engine.architectures import Architecture, build_skeleton, config_path, faulty_key_of_model
 from rabbit_engine.errors import UnsupportedArchitectureError
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.transformers_bridge.remote_code import is_remote
@@ -19,9 +19,9 @@ def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -
     cls, config = architecture.cls, architecture.config
     if not probe.failure or _is_of_the_device(probe.failure) or is_remote(cls):
         return
-    blamed = blame_for_model(config, lambda other: _pass(cls, other, dtype))
-    if blamed:
-        raise UnsupportedArchitectureError(f"{config_path(config)}: no pass of {cls.__name__} works: {probe.failure}{blamed}")
+    faulty_key = faulty_key_of_model(config, lambda other: _pass(cls, other, dtype))
+    if faulty_key:
+        raise UnsupportedArchitectureError(f"{config_path(config)}: no pass of {cls.__name__} works: {probe.failure}{faulty_key}")
 
 
 def _pass(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> None:

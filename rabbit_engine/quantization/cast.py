@@ -1,4 +1,4 @@
-"""A weight stored in another floating-point dtype than the model's: what a quantised checkpoint leaves unquantised."""
+"""A weight stored in another floating-point dtype than the model's, as in the unquantised part of a quantised checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 with a scale a block, as DeepSeek-V3 stores its projections: `weight` e4m3 and `weight_scale_inv`.
+"""FP8 with one scale per block, as DeepSeek-V3 stores its projections: `weight` e4m3 and `weight_scale_inv`.
 
 A weight [..., rows, columns] is cut into a grid of blocks of equal size, one scale each; its values are
 `float32(weight) * float32(scale)`, rounded once to the model's dtype, as `Fp8Dequantize` of transformers computes them.
@@ -15,7 +15,7 @@ from rabbit_engine.storage.encoding import WORK_BYTES
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 _EXPONENT_SHIFT = 2.0**120
-"""An e4m3 value whose bits are shifted to float32's places is so much smaller: the biases are 7 and 127."""
+"""Factor by which an e4m3 value shrinks when its bits are shifted to float32's positions: the biases are 7 and 127."""
 
 _LARGEST_FAST_SCALE = 2.0**7
 """A larger scale times the shift might overflow float32."""
@@ -32,7 +32,7 @@ class Fp8Blocks:
     """Components: the weight in an eight-bit float, and its scales, one for each block."""
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Block row by block row, so that what it takes on the way stays in the processor's caches."""
+        """Decode one row of blocks at a time, so that temporaries stay in the processor's caches."""
         weight, scales = stored
         columns = weight.shape[-1]
         grid = _grid(scales)
@@ -85,13 +85,13 @@ class _ShiftedProduct:
 
 
 def fp8_entry(name: str, dtype: torch.dtype, weight: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:
-    """The weight that `weight` and its `scales` are, in `dtype`; or why they are none."""
+    """The entry of the weight that `weight` and `scales` encode, decoded to `dtype`; or the reason why they do not."""
     if scales is None:
         return "no scales are stored with it"
     if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return f"{weight.dtype} is stored with scales"
+        return f"{weight.dtype} has scales"
     if scales.dtype not in _SCALES:
-        return f"its scales are stored in {scales.dtype}"
+        return f"its scales are {scales.dtype}"
     grid = scales.shape if len(scales.shape) >= 2 else (1, 1) if scales.shape in ((), (1,)) else ()
     if len(weight.shape) < 2 or len(grid) not in (2, len(weight.shape)) or 0 in (*grid, *weight.shape):
         return f"{list(weight.shape)} values have scales of {list(scales.shape)}"

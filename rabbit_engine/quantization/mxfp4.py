@@ -1,7 +1,7 @@
-"""MXFP4, as GPT-OSS stores its experts: blocks of 32 four-bit floats with an exponent each (OCP Microscaling Formats, 1.0).
+"""MXFP4, as GPT-OSS stores its experts: blocks of 32 four-bit floats with one exponent each (OCP Microscaling Formats, 1.0).
 
-`blocks` [experts, out, groups, 16] has two values a byte, the low four bits first; `scales` [experts, out, groups] an
-exponent, biased by 127. The weight is [experts, groups * 32, out]: transposed, as `Mxfp4Dequantize` of transformers makes it.
+`blocks` [experts, out, groups, 16] hold two values per byte, the low four bits first; `scales` [experts, out, groups] hold
+exponents biased by 127. The weight is [experts, groups * 32, out]: transposed, as transformers' `Mxfp4Dequantize` returns it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 _GROUP = 32
 _BIAS = 127
 _LARGEST_FAST_EXPONENT = 128
-"""Above it the factor of a group, which makes up for the shifted bits too, would be no finite float32."""
+"""Above it the factor of a group, which includes the compensation for the bit shift, would not be a finite float32."""
 
 _VALUE_BITS = -0x7E400000
-"""The sign of a float32, and the three bits that e2m1's exponent and mantissa are shifted to."""
+"""The sign bit of a float32, and the three bits that e2m1's exponent and mantissa are shifted to."""
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -30,7 +30,7 @@ class Mxfp4:
     """Components: blocks and scales, both uint8."""
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Some rows at a time, each expert transposed as it is written."""
+        """Decode some rows at a time, transposing each expert on the way."""
         blocks, scales = stored
         rows, groups = scales.shape[-2:]
         step = max(1, WORK_BYTES // (4 * 4 * _GROUP * groups))
@@ -72,7 +72,7 @@ def _looked_up(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 
 
 def mxfp4_entry(name: str, dtype: torch.dtype, blocks: TensorEntry | None, scales: TensorEntry | None) -> TensorEntry | str:
-    """The weight that `blocks` and `scales` are, in `dtype`; or why they are none."""
+    """The entry of the weight that `blocks` and `scales` encode, decoded to `dtype`; or the reason why they do not."""
     if blocks is None or scales is None:
         return "its blocks or its scales are not stored"
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):

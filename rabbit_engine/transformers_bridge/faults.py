@@ -1,4 +1,4 @@
-"""Faults of a released transformers that stop a whole family, mended until a release does it."""
+"""Workarounds for bugs of a released transformers that break a whole family, until a release fixes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 
-def mend_faults(model: PreTrainedModel) -> None:
+def fix_known_bugs(model: PreTrainedModel) -> None:
     """Llama 4 with images (transformers 5.24.0): its forward asks the text model's output for `image_outputs`, of which that
     class of output knows nothing."""
     text: Any = getattr(model, "language_model", None)

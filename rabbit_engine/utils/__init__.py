@@ -1,1 +1,1 @@
-"""What this machine has."""
+"""The machine, sizes and names as text, and small shared tools."""

@@ -6,6 +6,6 @@ from tqdm.auto import tqdm
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm's own for where the code runs, without its monitor thread: whoever starts a thread ends it."""
+    """tqdm's bar for the environment that the code runs in, without its monitor thread, which would outlive the bar."""
 
     monitor_interval = 0

@@ -1,4 +1,4 @@
-"""What to install for an optional part of the package, as its own metadata says."""
+"""What to install for an optional feature, from the package's own metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DISTRIBUTION = "rabbit_engine"
 
 
 def install_command(extra: str) -> str:
-    """`install_command("plot") -> 'pip install "matplotlib>=3.10"'`; where nothing is installed, what to do in a clone."""
+    """`install_command("plot") -> 'pip install "matplotlib>=3.10"'`; without metadata, the command for a clone."""
     try:
         texts = metadata.requires(DISTRIBUTION) or ()
     except metadata.PackageNotFoundError:
@@ -22,10 +22,10 @@ def install_command(extra: str) -> str:
 
 
 def _belongs(need: Requirement, extra: str) -> bool:
-    """Whether it is the extra that asks for it."""
+    """Whether the requirement belongs to the extra."""
     return need.marker is not None and need.marker.evaluate({"extra": extra}) and not need.marker.evaluate({"extra": ""})
 
 
 def missing_extra(what: str, extra: str, error: ImportError) -> MissingExtraError:
-    """The error for `what`, which needs packages that cannot be imported."""
+    """The error for `what`, which needs packages that cannot be imported, with the command that installs them."""
     return MissingExtraError(f"{what} needs a package that is not installed ({first_line(error)}): {install_command(extra)}")

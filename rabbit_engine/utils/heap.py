@@ -1,4 +1,4 @@
-"""The C library's heap: what it keeps of the memory that Python and torch have freed. Only glibc is told anything."""
+"""Makes the C library's heap return memory that Python and torch have freed. Affects only glibc."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 2**18
-"""glibc raises its own threshold to 32 MiB as tensors come and go, and keeps what growing caches leave behind: of 24 MB of
-cache (SmolLM2-135M, 1,000 tokens) 18 MB stayed when it was freed, and 3 MB so."""
+"""glibc raises its own threshold up to 32 MiB and then keeps the blocks of freed caches: of 24 MB of cache (SmolLM2-135M,
+1,000 tokens) 18 MB stayed allocated, with this setting 3 MB."""
 
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def give_free_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps what lies between blocks in use."""
+    """Return freed memory to the system, including what glibc keeps between blocks in use."""
     library = glibc()
     if library is not None:
         library.malloc_trim(0)
@@ -25,8 +25,10 @@ def give_free_memory_back() -> None:
 
 @functools.cache
 def give_large_blocks_back() -> bool:
-    """From now on, return blocks of 256 KiB and more as soon as they are freed. False where that is not glibc's to do, or
-    the environment has settings of its own."""
+    """From now on, return blocks of 256 KiB or more as soon as they are freed.
+
+    False if the C library is not glibc, or the environment configures glibc's malloc itself.
+    """
     library = glibc()
     if library is None or any(name in os.environ for name in _OWN_SETTINGS):
         return False
@@ -35,7 +37,7 @@ def give_large_blocks_back() -> bool:
 
 @functools.cache
 def glibc() -> Any:
-    """The C library, None where it is not glibc."""
+    """glibc, or None if the C library is another one."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)

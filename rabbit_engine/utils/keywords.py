@@ -1,4 +1,4 @@
-"""What becomes of each keyword that transformers' `from_pretrained` takes: done, accepted as it is always so here, or refused.
+"""How each keyword of transformers' `from_pretrained` is handled: done, accepted without effect, or refused.
 
 The table is compared with transformers' own source in tests/test_keywords.py, and printed in docs/migrating.md.
 """
@@ -21,7 +21,7 @@ Treatment = Literal["done", "accepted", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Keyword:
-    """One keyword of transformers, how it is treated and why; a refused one may have a value that is in `harmless`."""
+    """One keyword of transformers, how it is handled and why; a refused one is accepted with a value in `harmless`."""
 
     name: str
     treatment: Treatment
@@ -102,7 +102,7 @@ KEYWORDS = (
     Keyword("use_flash_attention_2", "refused", 'give attn_implementation="flash_attention_2"'),
     Keyword("return_unused_kwargs", "refused", "a keyword that is no attribute of the config is an error"),
 )
-"""Keywords of transformers' `PreTrainedModel.from_pretrained` and its auto classes, and some that older releases took."""
+"""Keywords of transformers' `PreTrainedModel.from_pretrained` and its auto classes, and some of older releases."""
 
 OWN_KEYWORDS = (
     "device",
@@ -128,15 +128,15 @@ RETIRED_KEYWORDS = {
     "persister": "nothing is needed: shards are safetensors files, see layer_shards_saving_path",
     "kv_cache_dir": 'generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
 }
-"""Keywords of other layer-streaming libraries that mean nothing here, and what replaces them."""
+"""Keywords of other layer-streaming libraries that have no effect here, and what replaces them."""
 
 COMPRESSIONS = ("4bit", "8bit")
 
 
 def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `keywords` that may be attributes of the model's config; the rest is accepted, or named once in a warning.
+    """The `keywords` that may be attributes of the model's config; the others are accepted, with a warning if retired.
 
-    Raises ConfigurationError or CompressionUnavailableError for a refused one, with the reason.
+    Raises ConfigurationError or CompressionUnavailableError, with the reason, for a refused one.
     """
     table = {row.name: row for row in KEYWORDS}
     overrides: dict[str, Any] = {}
@@ -156,14 +156,14 @@ def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise UnknownKeywordError for a keyword that is no attribute of the config either, naming the nearest of `known`."""
+    """Raise UnknownKeywordError for the first of `unknown` keywords, suggesting the nearest of `known`."""
     first = next(iter(unknown), None)
     if first is None:
         return
     names = [*OWN_KEYWORDS, *(row.name for row in KEYWORDS), *known, *RETIRED_KEYWORDS]
     nearest = difflib.get_close_matches(first, names, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "help(AutoModel.from_pretrained) lists them"
-    raise UnknownKeywordError(f"from_pretrained has no keyword {first!r}, and the model's config no such attribute; {hint}")
+    raise UnknownKeywordError(f"from_pretrained has no keyword {first!r}, and the model's config has no such attribute; {hint}")
 
 
 _warned: set[str] = set()
@@ -172,13 +172,13 @@ _warned: set[str] = set()
 def _warn_retired(keyword: str) -> None:
     if keyword not in _warned:
         _warned.add(keyword)
-        warnings.warn(f"{keyword} has no meaning here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+        warnings.warn(f"{keyword} has no effect here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
 
 
 def refuse_compression(compression: str | None, quantization_config: Any) -> None:
-    """Refuse what this version cannot do yet, saying so."""
+    """Raise CompressionUnavailableError for compression and quantisation, which this version does not support yet."""
     if compression is not None and compression not in COMPRESSIONS:
-        raise ConfigurationError(f"compression={compression!r} is none of {', '.join(map(repr, COMPRESSIONS))}")
+        raise ConfigurationError(f"compression={compression!r} is not one of {', '.join(map(repr, COMPRESSIONS))}")
     for name, value in {"compression": compression, "quantization_config": quantization_config}.items():
         if value is not None:
             kind = value if isinstance(value, str | dict) else type(value).__name__

@@ -1,4 +1,4 @@
-"""What people give as the name of a model: a repo id, a folder, a file of one, or an address that was copied from the Hub."""
+"""Parses the name of a model: a repo id, a folder, a weight file, or a URL copied from the Hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _WEIGHTS = re.compile(
     r"(?:model|pytorch_model)(?:\.(?!safetensors|bin)([^.]+?))?(?:-\d+-of-\d+)?\.(safetensors|bin)(?:\.index(?:\.([^.]+))?\.json)?"
 )
-"""Names of weight files and their indexes: the variant, the kind, the variant of an index."""
+"""File names of weights and indexes; groups: the variant, the kind, the variant of an index."""
 
 _AT_REVISION = ("tree", "blob", "resolve", "raw", "commit")
 _NEXT_TO_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -25,7 +25,7 @@ _NEXT_TO_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A repo id or a folder, and what the name says of the part that is wanted; None where it says nothing."""
+    """A repo id or a folder, and the part of it that the name selects; None for what the name does not specify."""
 
     name: str
     revision: str | None = None
@@ -36,20 +36,20 @@ class Address:
 
 
 def read_name(name: Any) -> Address:
-    """Where the model is that somebody calls `name`.
+    """The repo or folder that `name` refers to.
 
-    Raises ConfigurationError for what is no name and CheckpointNotFoundError for a path that does not exist, with the
-    nearest one that does.
+    Raises ConfigurationError for an invalid name, and CheckpointNotFoundError for a path that does not exist, suggesting
+    the nearest one.
     """
     if not isinstance(name, str | PathLike) or isinstance(name, bytes):
-        raise ConfigurationError(f"{name!r} is no name of a model: give a repo id, a folder or a .gguf file")
+        raise ConfigurationError(f"{name!r} is not a model name: pass a repo id, a folder or a .gguf file")
     text = str(fspath(name)).strip()
     if not text:
-        raise ConfigurationError("the name of the model is empty: give a repo id, a folder or a .gguf file")
+        raise ConfigurationError("the model name is empty: pass a repo id, a folder or a .gguf file")
     if "://" in text or text.split("/")[0].lower() in _HOSTS:
         return _read_url(text)
-    path = _existing(Path(os.path.expanduser(text)))  # noqa: PTH111 - Path's own raises where it knows no such user
-    if os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that is too long
+    path = _existing(Path(os.path.expanduser(text)))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         return _read_file(path)
     if os.path.isdir(path):  # noqa: PTH112
         return Address(str(path) if "\\" in text else text)
@@ -59,7 +59,7 @@ def read_name(name: Any) -> Address:
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or as Windows writes it where only that exists here."""
+    """The path itself, or its translation from Windows notation if only that exists."""
     written = Path(PureWindowsPath(path).as_posix())
     return written if not os.path.exists(path) and os.path.exists(written) else path  # noqa: PTH110
 
@@ -73,7 +73,7 @@ _GIVE = "give a folder, a .gguf file, or a repo id (organisation/name)"
 
 
 def _likely(path: Path) -> str:
-    """What may have been meant: the GGUF files of a folder where one is missing, else the nearest name."""
+    """A suggestion: the GGUF files of the folder if a GGUF file is missing, else the nearest name."""
     if path.suffix.lower() == ".gguf" and path.parent.is_dir():
         found = sorted(other.name for other in path.parent.glob("*.gguf"))
         return f": {_GIVE}; the GGUF files there: {', '.join(found) or 'none'}"
@@ -83,7 +83,7 @@ def _likely(path: Path) -> str:
 
 
 def _read_file(path: Path) -> Address:
-    """The folder of a file, where the file belongs to what is loaded from there."""
+    """The address of a weight file's folder. Raises CheckpointNotFoundError for any other file."""
     folder, weights = str(path.parent), _weights_of(path.name)
     if path.suffix.lower() == ".gguf":
         return Address(folder, gguf_file=path.name)
@@ -91,7 +91,7 @@ def _read_file(path: Path) -> Address:
         return replace(weights, name=folder)
     if path.name in _NEXT_TO_WEIGHTS:
         return Address(folder)
-    raise CheckpointNotFoundError(f"{path} is a file: give the folder of a model, which has a config.json, or a .gguf file")
+    raise CheckpointNotFoundError(f"{path} is a file: pass a model folder (with a config.json), or a .gguf file")
 
 
 def _read_url(text: str) -> Address:
@@ -101,11 +101,11 @@ def _read_url(text: str) -> Address:
     if url.scheme == "hf":
         parts = [part for part in (unquote(url.netloc), *parts) if part]
     elif (url.hostname or "") not in _HOSTS:
-        raise ConfigurationError(f"{text} is no address of the Hub: download it, and give the folder")
+        raise ConfigurationError(f"{text} is not a Hub URL: download the model and pass its folder")
     if parts[:1] == ["models"]:
         parts = parts[1:]
     if not parts or parts[0] in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
-        raise ConfigurationError(f"{text} is not the address of a model")
+        raise ConfigurationError(f"{text} is not the URL of a model")
     if url.scheme == "hf":
         return _part_of(text, parts[:2], parts[2:])
     kinds = [
@@ -120,13 +120,13 @@ def _read_url(text: str) -> Address:
 
 
 def _revision(parts: list[str]) -> tuple[str, int]:
-    """A revision, and how many parts it takes: those of pull requests have three."""
+    """A revision and the number of URL parts it spans: three for a pull request's."""
     taken = 3 if parts[:1] == ["refs"] else 1
     return "/".join(parts[:taken]), taken
 
 
 def _part_of(text: str, repo: list[str], inside: list[str], revision: str | None = None) -> Address:
-    """A part of a repo: a subfolder, or the folder of the file that comes last."""
+    """The address of a part of a repo: a subfolder, or the folder of the file at the end."""
     if repo[-1].count("@") == 1 and revision is None:
         repo[-1], revision = repo[-1].split("@")
     file = inside.pop() if inside and ("." in inside[-1] or not inside[-1]) else ""
@@ -137,18 +137,18 @@ def _part_of(text: str, repo: list[str], inside: list[str], revision: str | None
     if weights is not None:
         return replace(address, variant=weights.variant, use_safetensors=weights.use_safetensors)
     if file.endswith((".safetensors", ".bin", ".pt", ".pth")):
-        raise CheckpointNotFoundError(f"{text} is a file that no model is loaded from by itself: give the repo's address")
+        raise CheckpointNotFoundError(f"{text} is a file that no model can be loaded from: pass the repo's URL")
     return address
 
 
 def _weights_of(file: str) -> Address | None:
-    """What the name of a weight file says of the files to load; None for any other file."""
+    """The variant and kind of files that a weight file's name selects; None for any other file."""
     match = _WEIGHTS.fullmatch(file)
     return Address("", variant=match[1] or match[3], use_safetensors=match[2] == "safetensors") if match else None
 
 
 def nearest_path(path: Path) -> str:
-    """`; did you mean /data/llama?`: the sibling with the likest name of the first part that does not exist, else nothing."""
+    """`; did you mean /data/llama?`: the closest sibling of the first part that does not exist; empty if there is none."""
     for parent, part in zip(path.parents, (path, *path.parents), strict=False):
         if parent.is_dir():
             return _nearest_in(parent, part.name)

@@ -1,4 +1,4 @@
-"""What this machine has: devices, free memory, working kernels. Each answer comes from asking the machine, not a name."""
+"""Detects devices, free memory and working kernels by probing the machine, never by a name or version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AMPERE = (8, 0)
 
 
 def best_device() -> torch.device:
-    """`cuda:0` where there is CUDA, else `mps`, else `cpu`."""
+    """`cuda:0` if CUDA is available, else `mps`, else `cpu`."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     if torch.backends.mps.is_available():
@@ -29,20 +29,20 @@ def best_device() -> torch.device:
 
 
 def find_device(requested: str | int | torch.device | None) -> torch.device:
-    """The device asked for, with its index; `None` takes the best there is.
+    """The requested device with its index; None selects the best one.
 
-    Raises DeviceUnavailableError where the device is not there: never a silent CPU.
+    Raises DeviceUnavailableError if the device is not available; never falls back to the CPU.
     """
     if requested is None:
         return best_device()
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
-        raise DeviceUnavailableError(f'device={requested!r} is no device torch knows; try "cuda:0", "mps" or "cpu"') from error
+        raise DeviceUnavailableError(f'device={requested!r} is not a device torch knows; try "cuda:0", "mps" or "cpu"') from error
     problem = _device_problem(device)
     if problem:
         raise DeviceUnavailableError(
-            f"device={str(requested)!r} is not here: {problem}; use device=None for the best there is ({best_device()})"
+            f"device={str(requested)!r} is not available: {problem}; use device=None for the best one ({best_device()})"
         )
     return torch.device(device.type, device.index or 0) if device.type != "cpu" else torch.device("cpu")
 
@@ -61,13 +61,13 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether the device copies while it computes, behind its caller's back: neither the CPU nor MPS, which has one queue."""
+    """Whether the device copies asynchronously while it computes. False for the CPU, and for MPS, which has one queue."""
     return device.type not in ("cpu", "mps")
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can be claimed on `device` now; host memory also heeds the cgroup's limit, and what torch keeps of a GPU's
-    for its next tensors counts as free."""
+    """Bytes that can be allocated on `device` now, within the cgroup's limit for host memory; memory in torch's GPU cache
+    counts as free."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
@@ -77,20 +77,20 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def pinned_limit_bytes() -> int:
-    """How much host memory should be page-locked at most: half of it on Windows and WSL, whose drivers refuse more, else
-    nine tenths: what is pinned cannot be swapped out for anybody."""
+    """The most host memory to page-lock: half of it on Windows and WSL, whose drivers refuse more, else nine tenths, because
+    pinned memory cannot be swapped out."""
     half = platform.system() == "Windows" or "microsoft" in platform.release().lower()
     return int(psutil.virtual_memory().total * (0.5 if half else 0.9))
 
 
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Limit and use, in the second version of cgroups and in the first."""
+"""File names of limit and usage, for cgroups v2 and v1."""
 
 
 def _cgroup_free_bytes() -> int | None:
-    """What this process's cgroups still allow, the tightest of them and of those above; None where nothing limits it.
+    """Bytes that this process's cgroups and their ancestors still allow; None without a limit.
 
-    Page cache that nobody has mapped counts as free: the kernel drops it first.
+    Unmapped page cache counts as free: the kernel drops it first.
     """
     free = [found for folder in _cgroup_folders() for names in CGROUP_FILES if (found := cgroup_room(folder, *names)) is not None]
     return min(free, default=None)
@@ -109,8 +109,8 @@ def _cgroup_folders() -> Iterator[Path]:
 
 
 def cgroup_room(folder: Path, limit_name: str, use_name: str) -> int | None:
-    """What one cgroup allows beyond what it uses now; None where it has no limit."""
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: not limited
+    """Bytes between one cgroup's usage and its limit; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):  # "max" means no limit
         limit, used = (int((folder / name).read_text()) for name in (limit_name, use_name))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         prefix = "total_" if "total_cache" in stat else ""
@@ -139,20 +139,20 @@ def is_flash_attention_available() -> tuple[bool, str]:
 
 
 def _flash_kernel_problem() -> str | None:
-    """Run the kernel once on a [1, 8, 1, 64] bf16 input; the error's text if it does not run."""
+    """Run the kernel once on a [1, 8, 1, 64] bf16 input; the reason if it fails, else None."""
     try:
         from flash_attn import flash_attn_func
 
         states = torch.randn(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda")
         if not torch.isfinite(flash_attn_func(states, states, states, causal=True)).all():
-            return "flash-attn is installed, but its kernel returned values that are not finite"
+            return "flash-attn is installed, but its kernel returned non-finite values"
     except (ImportError, OSError, RuntimeError) as error:  # wrong ABI, missing symbol, no kernel image
         return f"flash-attn is installed, but its kernel does not run: {first_line(error)}"
     return None
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for records and bug reports."""
+    """Versions and hardware, for benchmark records and bug reports."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Rows of names and values as people look at them: text, a table in a notebook, a table of rich."""
+"""Renders rows of names and values as text, as an HTML table for notebooks, or as a rich table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.text import Text
 
 
 class Report:
-    """What can be told in rows. A subclass gives `rows()` and a short `__repr__`."""
+    """A report made of rows. A subclass defines `rows()` and a short `__repr__`."""
 
     __slots__ = ()
 
     def rows(self) -> list[tuple[str, str]]:
-        """What, and how much of it."""
+        """(name, value) pairs."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Report:
 
 
 def as_table(rows: list[tuple[str, str]], title: str | None = None) -> Table:
-    """Rows as rich prints them; nothing in them is markup."""
+    """The rows as a rich table; markup in them is not interpreted."""
     table = Table(title=None if title is None else Text(title), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

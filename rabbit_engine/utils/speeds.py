@@ -1,4 +1,4 @@
-"""How fast bytes come over each link."""
+"""The speed of each link."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """Bytes a second of each link: the disk, the copy to the device (0 on a CPU: there is none). `source` says how known."""
+    """Bytes per second of the disk and of the copy to the device (0 on a CPU, which needs none), and the `source` of both."""
 
     disk: float = 2e9
     link: float = 0.0

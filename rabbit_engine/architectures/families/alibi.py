@@ -1,4 +1,4 @@
-"""A Llama whose attention knows positions by ALiBi: a penalty on the score that grows with distance, at each head's own slope.
+"""A Llama whose attention encodes positions with ALiBi: a penalty on the score that grows with distance, with a slope per head.
 
 Source: Press, Smith, Lewis, "Train Short, Test Long", section 3.
 """
@@ -19,13 +19,13 @@ from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention, replac
 
 
 class AlibiLlamaConfig(LlamaConfig):
-    """LlamaConfig; its rotary parameters mean nothing here."""
+    """LlamaConfig; its rotary parameters are not used."""
 
     model_type = "alibi_llama"
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 i / n) for i from 1 to n; between powers of two, those of the lower power and every other of the higher."""
+    """2^(-8 i / n) for i from 1 to n; between powers of two, those of the lower power and every second one of the higher."""
     lower = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * i / lower) for i in range(1, lower + 1)]
     return slopes + [2 ** (-4 * i / lower) for i in range(1, 2 * (heads - lower) + 1, 2)]
@@ -40,9 +40,9 @@ def _slopes_on(heads: int, device: torch.device) -> torch.Tensor:
 def alibi_mask(
     mask: torch.Tensor | None, heads: int, seen: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Scores to add, [1 or batch, heads, queries, keys], where `seen` of the keys came before the queries.
+    """Scores to add, [1 or batch, heads, queries, keys]; `seen` is the number of keys before the queries.
 
-    `mask` is what transformers made for sdpa (bool, True may be seen) or eager (scores to add), or None for plain causal
+    `mask` is transformers' mask for sdpa (bool, True is visible) or eager (scores to add), or None for plain causal
     attention.
     """
     query_at = torch.arange(seen, seen + queries, device=device)[:, None]
@@ -55,16 +55,16 @@ def alibi_mask(
 
 
 class AlibiAttention(MaskedLlamaAttention):
-    """Llama's attention with ALiBi's scores in its mask."""
+    """Llama's attention with the ALiBi scores in its mask."""
 
     def mask(self, mask: torch.Tensor | None, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
-        """Those of `alibi_mask`."""
+        """The mask of `alibi_mask`."""
         heads = self.config.num_attention_heads
         return alibi_mask(mask, heads, seen, states.shape[1], keys, states.dtype, states.device)
 
 
 class NoRotation(nn.Module):
-    """A rotary embedding by the angle zero: queries and keys stay bit for bit what they are."""
+    """A rotary embedding by the angle zero: queries and keys stay bit-identical."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class NoRotation(nn.Module):
 
 @without_flash_attention
 class AlibiLlamaModel(LlamaModel):
-    """LlamaModel without rotation, its attention ALiBi's."""
+    """LlamaModel with ALiBi attention and without rotation."""
 
     config_class = AlibiLlamaConfig
 
@@ -89,7 +89,7 @@ class AlibiLlamaModel(LlamaModel):
 
 @without_flash_attention
 class AlibiLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM over AlibiLlamaModel. Continuous batching is refused: its packed prompts know no distances."""
+    """LlamaForCausalLM over AlibiLlamaModel. Continuous batching is refused: packed prompts lose their distances."""
 
     config_class = AlibiLlamaConfig
 
@@ -101,7 +101,7 @@ class AlibiLlamaForCausalLM(LlamaForCausalLM):
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Raises UnsupportedOperationError."""
         raise UnsupportedOperationError(
-            "continuous batching packs prompts one behind another, where ALiBi's distances are lost: "
+            "continuous batching packs prompts one after another, which loses the distances that ALiBi needs: "
             "use generate() on a padded batch"
         )
 

@@ -1,6 +1,6 @@
 """Baichuan and Baichuan2 as Llamas: the 7B with rotary positions, the 13B with ALiBi.
 
-Source of the formats: the modelling code that the families' repositories bring. All say `model_type: baichuan`; only the 7B
+Source of the formats: the modelling code in the families' repositories. All have `model_type: baichuan`; only the 7B
 configs have `max_position_embeddings`. Baichuan2 normalises the rows of its head when it first runs.
 """
 
@@ -23,7 +23,7 @@ _NORMALISED = {64000: False, 125696: True}
 
 
 def _normalises_head(raw: RawConfig, folder: Path) -> bool:
-    """Whether the head's rows are normalised: the modelling file beside the config says, else the vocabulary, else its class."""
+    """Whether the head's rows are normalised, by the modelling file next to the config, else by the vocabulary or the class."""
     code = _code(folder)
     if code:
         return "NormHead" in code
@@ -31,8 +31,8 @@ def _normalises_head(raw: RawConfig, folder: Path) -> bool:
         return _NORMALISED[raw["vocab_size"]]
     first = "BaiChuanForCausalLM" in (raw.get("architectures") or ()) or (_has_alibi(raw, folder) and _words_of_13b(raw))
     logger.warning(
-        "a Baichuan model of %s tokens is neither version's: taken for %s, whose head is %snormalised; "
-        "put its modeling_baichuan.py beside the config to say otherwise",
+        "a Baichuan model with a vocabulary of %s tokens matches neither version: treated as %s, whose head is %snormalised; "
+        "if that is wrong, put its modeling_baichuan.py next to the config",
         raw["vocab_size"],
         "Baichuan" if first else "Baichuan2",
         "not " if first else "",
@@ -41,18 +41,18 @@ def _normalises_head(raw: RawConfig, folder: Path) -> bool:
 
 
 def _words_of_13b(raw: RawConfig) -> bool:
-    """Baichuan-13B's config writes one key as a list and lacks one that Baichuan2-13B's has."""
+    """Whether the config is written like Baichuan-13B's: one key is a list, and one key of Baichuan2-13B is missing."""
     return isinstance(raw.get("gradient_checkpointing"), list) or "tokenizer_class" not in raw
 
 
 def _has_alibi(raw: RawConfig, folder: Path) -> bool:
-    """The 13B models: by the code beside the config, else by the key that their configs lack."""
+    """Whether this is a 13B model: by the code next to the config, else by the key that their configs lack."""
     code = _code(folder)
     return "alibi" in code if code else "max_position_embeddings" not in raw
 
 
 def _code(folder: Path) -> str:
-    """The modelling file beside the config as text, empty where there is none; nothing of it runs."""
+    """The text of the modelling file next to the config, empty if there is none; it is never run."""
     path = folder / "modeling_baichuan.py"
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 

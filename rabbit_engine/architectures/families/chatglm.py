@@ -1,7 +1,7 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B in their own `ChatGLMModel` form as transformers' Glm.
 
-Source of the format: the modelling code that the family's repositories bring. The rotary embedding covers half of each
-head, its pairs interleaved, in both.
+Source of the format: the modelling code in the family's repositories. In both, the rotary embedding covers half of each
+head, with interleaved pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 logger = logging.getLogger(__name__)
 
 _VOCABULARY, _USER_AND_OBSERVATION = 65024, (64795, 64797)
-"""Of ChatGLM3's released tokenizer, whose vocabulary ChatGLM2 shares; GLM-4's generation_config.json names its own."""
+"""Ids of ChatGLM3's released tokenizer, whose vocabulary ChatGLM2 shares; GLM-4's generation_config.json has its own."""
 
 _MULTIPLY = ("chatglm3", "glm-4", "glm4", "codegeex4", "longwriter")
 
@@ -38,10 +38,10 @@ _TRANSFORMS = (
 
 
 def _require_known(raw: RawConfig) -> None:
-    """Raise for every switch of the family's code that the target class does not have."""
+    """Raise UnsupportedArchitectureError for an option of the family's code that the target class does not have."""
     if "position_encoding_2d" in raw or "inner_hidden_size" in raw:
         raise UnsupportedArchitectureError(
-            "ChatGLM-6B (the first) counts positions in two dimensions, which no class of transformers does: "
+            "ChatGLM-6B (the first version) has two-dimensional positions, which no class of transformers supports: "
             "use ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B"
         )
     if "vision_config" in raw:
@@ -49,12 +49,12 @@ def _require_known(raw: RawConfig) -> None:
             "GLM-4V's vision tower has no class in transformers: use a GLM-4.1V or GLM-4.5V repository"
         )
     require_plain_weights(raw)
-    require(raw, "rmsnorm", True, "LayerNorm is not converted")
-    require(raw, "post_layer_norm", True, "a model without its last norm is not converted")
-    require(raw, "apply_residual_connection_post_layernorm", False, "residuals taken after the norm are not converted")
+    require(raw, "rmsnorm", True, "LayerNorm is not supported")
+    require(raw, "post_layer_norm", True, "a model without its last norm is not supported")
+    require(raw, "apply_residual_connection_post_layernorm", False, "residuals taken after the norm are not supported")
     require(raw, "add_bias_linear", False, "Glm has no bias in its other projections")
     if raw.get("pre_seq_len") is not None:
-        raise refuse(raw, f"pre_seq_len={raw['pre_seq_len']}", "tuned prefixes are not converted")
+        raise refuse(raw, f"pre_seq_len={raw['pre_seq_len']}", "tuned prefixes are not supported")
 
 
 def _rope(raw: RawConfig, folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _rope(raw: RawConfig, folder: Path) -> dict[str, Any]:
 
 
 def _divides_positions(raw: RawConfig, folder: Path, ratio: float) -> bool:
-    """By the code beside the config (read, never run), else by its name: nothing in the config differs from ChatGLM3's."""
+    """Decided by the code next to the config (read, never run), else by the name: the config alone looks like ChatGLM3's."""
     file = folder / "modeling_chatglm.py"
     code = re.sub(r"\s", "", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
     if "/self.rope_ratio" in code or "*self.rope_ratio" in code:
@@ -78,8 +78,8 @@ def _divides_positions(raw: RawConfig, folder: Path, ratio: float) -> bool:
     names = f"{raw.get('_name_or_path', '')} {repo.name}".lower()
     if "chatglm2" not in names and not any(name in names for name in _MULTIPLY):
         logger.warning(
-            "rope_ratio=%s is taken to multiply the rotary base, as in ChatGLM3 and GLM-4; ChatGLM2-32k divides positions by it: "
-            "if this is one, put its modeling_chatglm.py beside the config",
+            "assuming that rope_ratio=%s multiplies the rotary base, as in ChatGLM3 and GLM-4; ChatGLM2-32k divides positions: "
+            "if this is one, put its modeling_chatglm.py next to the config",
             ratio,
         )
     return "chatglm2" in names

@@ -1,4 +1,4 @@
-"""Operations that transformers' weight conversion lacks, for checkpoints of families that have no class of their own there."""
+"""Operations missing from transformers' weight conversion, for families without a class in transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import ConversionOps, PretrainedConfig
 
 
 class _FromOne(ConversionOps):
-    """One stored tensor into the weights that the target patterns name, in their order."""
+    """Converts one stored tensor to the weights of the target patterns, in their order."""
 
     @abstractmethod
     def parts(self, stored: torch.Tensor, config: PretrainedConfig) -> Sequence[torch.Tensor]:
-        """What it is made into."""
+        """The converted tensors."""
 
     def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> Any:
-        """Called by transformers' loading, with the model's `config` among the keywords."""
+        """Called by transformers' loading, which passes the model's `config` as a keyword."""
         del source_patterns
         (found,) = input_dict.values()
         stored = found[0] if isinstance(found, list) else found
@@ -28,15 +28,15 @@ class _FromOne(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Nothing is saved back."""
+        """Not supported: nothing is saved back."""
         raise NotImplementedError
 
 
 class SplitQKV(_FromOne):
-    """A fused projection, queries above keys above values, into the three: `[(heads + 2 * kv heads) * head_dim, ...]`."""
+    """Splits a fused projection `[(heads + 2 * kv heads) * head_dim, ...]` into queries, keys and values."""
 
     def rows(self, config: PretrainedConfig) -> tuple[int, int, int]:
-        """How many rows of the stored tensor each of the three is, in their order: they can be read where they lie."""
+        """The number of rows of queries, keys and values: each can be read in place."""
         heads, kv_heads, width = _heads(config)
         return heads * width, kv_heads * width, kv_heads * width
 
@@ -46,9 +46,9 @@ class SplitQKV(_FromOne):
 
 
 class SplitGroupedQKV(_FromOne):
-    """A fused projection stored a key-value head at a time: its query heads, its key, its value, then the next one's.
+    """Splits a fused projection grouped by key-value head: its query heads, its key, its value, then the next group.
 
-    `[kv heads * (heads / kv heads + 2) * head_dim, ...]` into the three.
+    `[kv heads * (heads / kv heads + 2) * head_dim, ...]` into queries, keys and values.
     """
 
     def parts(self, stored: torch.Tensor, config: PretrainedConfig) -> Sequence[torch.Tensor]:
@@ -60,7 +60,7 @@ class SplitGroupedQKV(_FromOne):
 
 
 class NormalizeRows(_FromOne):
-    """Every row to length one, in the tensor's own dtype, as a head does that normalises its weight when it first runs."""
+    """Scales every row to length one in the tensor's own dtype, for heads that normalise their weight on the first run."""
 
     def parts(self, stored: torch.Tensor, config: PretrainedConfig) -> Sequence[torch.Tensor]:
         """The normalised rows."""

@@ -1,6 +1,6 @@
 """InternLM 1, 2 and 3 as Llamas: the same computation under other names.
 
-Source of the formats: the modelling code that the families' repositories bring.
+Source of the formats: the modelling code in the families' repositories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rabbit_engine.architectures.families.rawconfig import QKV, common, llama_si
 from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 _VOCABULARY, _END_OF_ANSWER = 103168, 103028
-"""Of InternLM's released tokenizer; the token is written <eoa>."""
+"""Vocabulary size of InternLM's released tokenizer, and the id of its <eoa> token."""
 
 
 def _rope(raw: RawConfig, kind: str, theta: float, factor: float) -> dict[str, Any]:
@@ -24,21 +24,21 @@ def _rope(raw: RawConfig, kind: str, theta: float, factor: float) -> dict[str, A
         return {"rope_type": "default", "rope_theta": theta}
     if kind in ("dynamic", "linear"):
         return {"rope_type": kind, "rope_theta": theta, "factor": factor}
-    raise refuse(raw, f"rotary type {kind!r}", "only the plain, the linear and the dynamic one are known")
+    raise refuse(raw, f"rotary type {kind!r}", "only plain, linear and dynamic are supported")
 
 
 def _convert_1(raw: RawConfig, _: Path) -> Architecture:
     rotary = raw.get("rotary") or {"base": raw.get("rope_theta", 10000), "type": "dynamic"}
     theta, kind = float(rotary["base"]), rotary.get("type", "dynamic")
     rope = _rope(raw, "origin" if kind == "dynamic" else kind, theta, float(rotary.get("scaling_factor", 1.0)))
-    sizes = {**llama_sizes(raw), "num_key_value_heads": raw["num_attention_heads"]}  # its code reads no other
+    sizes = {**llama_sizes(raw), "num_key_value_heads": raw["num_attention_heads"]}  # the family's code reads no other key
     config = LlamaConfig(**sizes, **common(raw), attention_bias=bool(raw.get("bias", True)), rope_parameters=rope)
     return Architecture(
         cls=LlamaForCausalLM,
         config=config,
         chat_ends=(_END_OF_ANSWER,) if config.vocab_size == _VOCABULARY else (),
         positions=config.max_position_embeddings if kind == "dynamic" else None,
-        positions_reason="past them the family's own code turns every cached key anew as the text grows",
+        positions_reason="past them the family's own code rotates every cached key again as the text grows",
     )
 
 

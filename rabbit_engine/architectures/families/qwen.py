@@ -1,7 +1,7 @@
-"""QWen v1 (`QWenLMHeadModel`) as Qwen2, up to the length it was trained at.
+"""QWen v1 (`QWenLMHeadModel`) as Qwen2, up to its training length.
 
-Source of the format: the modelling code that the family's repositories bring. Of its two feed-forward inputs, `w2` is
-the gate; `intermediate_size` counts both. The first release's configs use GPT-2's words.
+Source of the format: the modelling code in the family's repositories. Of its two feed-forward inputs, `w2` is the gate;
+`intermediate_size` counts both. The first release's configs use GPT-2's names.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def _chats(folder: Path) -> bool:
 
 
 def _convert(raw: RawConfig, folder: Path) -> Architecture:
-    require(raw, "rotary_pct", 1.0, "a rotary embedding of a part of each head is not converted")
-    require(raw, "scale_attn_weights", True, "unscaled attention is not converted")
+    require(raw, "rotary_pct", 1.0, "a rotary embedding over part of each head is not supported")
+    require(raw, "scale_attn_weights", True, "unscaled attention is not supported")
     if "visual" in raw:
-        raise refuse(raw, "a vision tower", "QWen-VL is not converted")
+        raise refuse(raw, "a vision tower", "QWen-VL is not supported")
     heads = word(raw, "num_attention_heads", "n_head")
     shared = {
         "vocab_size": raw["vocab_size"],
@@ -70,7 +70,7 @@ def _convert(raw: RawConfig, folder: Path) -> Architecture:
         transforms=(*_TRANSFORMS, WeightConverter("attn.c_attn", list(QKV), [SplitQKV()])),
         chat_ends=_IM_START_AND_END if _chats(folder) and raw["vocab_size"] > max(_IM_START_AND_END) else (),
         positions=int(raw.get("seq_length", 8192)) if stretched else None,
-        positions_reason=f"the family's own code stretches its attention past them ({', '.join(stretched)})",
+        positions_reason=f"past them the family's own code changes its attention ({', '.join(stretched)})",
     )
 
 

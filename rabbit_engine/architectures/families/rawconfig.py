@@ -1,4 +1,4 @@
-"""Reading a config.json of a family that is converted: what may be there, what must not be."""
+"""Reads the config.json of a converted family, and refuses options that the target class does not have."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from rabbit_engine.architectures.architecture import RawConfig
 from rabbit_engine.errors import CompressionUnavailableError, UnsupportedArchitectureError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""What a fused projection becomes."""
+"""The weights that a fused projection is split into."""
 
 
 def refuse(raw: RawConfig, what: str, why: str) -> UnsupportedArchitectureError:
-    """The error for a config that the converted class would compute differently."""
+    """The error for a config option that the converted class would compute differently."""
     return UnsupportedArchitectureError(
         f"{what} in the config of this {raw.get('model_type')!r} model: {why}, so its text would be wrong"
     )
 
 
 def require(raw: RawConfig, key: str, value: Any, why: str) -> None:
-    """Raise UnsupportedArchitectureError where `key` is there and is not `value`."""
+    """Raise UnsupportedArchitectureError if `key` is present with another value than `value`."""
     if raw.get(key, value) != value:
         raise refuse(raw, f"{key}={raw[key]!r}", why)
 
 
 def word(raw: RawConfig, key: str, older: str) -> Any:
-    """The value of `key`, or of the `older` name for it. Raises KeyError."""
+    """The value of `key`, or of its `older` name. Raises KeyError."""
     return raw[key] if key in raw else raw[older]
 
 
 def require_plain_weights(raw: RawConfig) -> None:
-    """Raise CompressionUnavailableError for the families' own spelling of quantised weights."""
+    """Raise CompressionUnavailableError for weights quantised in the families' own format."""
     bits = raw.get("quantization_bit") or 0
     if bits:
         raise CompressionUnavailableError(
@@ -41,7 +41,7 @@ def require_plain_weights(raw: RawConfig) -> None:
 
 
 def common(raw: RawConfig) -> dict[str, Any]:
-    """What every config has in the same words: special tokens, ties, dtype, and where it came from."""
+    """The keywords that all families share: special token ids, tied embeddings and dtype."""
     kept = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings") if key in raw}
     dtype = raw.get("torch_dtype") or raw.get("dtype")
     known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
@@ -56,7 +56,7 @@ def common(raw: RawConfig) -> dict[str, Any]:
 
 
 def llama_sizes(raw: RawConfig) -> dict[str, Any]:
-    """What a config in Llama's words says of sizes, as keywords of LlamaConfig. Raises KeyError."""
+    """The sizes of a config with Llama's names, as keywords of LlamaConfig. Raises KeyError."""
     heads = raw["num_attention_heads"]
     return {
         "vocab_size": raw["vocab_size"],

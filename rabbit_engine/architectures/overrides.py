@@ -1,4 +1,4 @@
-"""What the caller wants of a checkpoint's config: another one, or some attributes of it changed."""
+"""The caller's changes to a checkpoint's config: another config, or overridden attributes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """`config` stands in for the checkpoint's, `overrides` are attributes of it, and `key_mapping` renames stored weights.
+class ConfigOverrides:
+    """`config` replaces the checkpoint's, `overrides` are attributes of it, and `key_mapping` renames stored weights.
 
-    `code_revision` is of code in another repo, which runs with `trust_remote_code` alone.
+    `code_revision` is the revision of code in another repo, which runs only with `trust_remote_code`.
     """
 
     config: PretrainedConfig | None = None
@@ -28,7 +28,7 @@ class Wishes:
     trust_remote_code: bool = False
 
     def renamings(self) -> tuple[WeightRenaming, ...]:
-        """`key_mapping` as transformers reads it."""
+        """`key_mapping` as transformers' renamings."""
         return tuple(WeightRenaming(source, target) for source, target in self.key_mapping.items())
 
 
@@ -38,14 +38,14 @@ def read_given_config(place: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise CheckpointNotFoundError(f"config={str(place)!r} has no config.json")
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-    except Exception as error:  # the code of any config class meets any value
+    except Exception as error:  # a config class may raise anything
         raise UnsupportedArchitectureError(f"config={str(place)!r} cannot be read: {first_line(error)}") from error
 
 
 def override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """A copy of `config` with the attributes it has set as `PretrainedConfig.from_dict` sets them, and what it does not have.
+    """A copy of `config` with `overrides` set as by `PretrainedConfig.from_dict`, and those it has no attribute for.
 
-    Raises ConfigurationError for a value that the config refuses.
+    Raises ConfigurationError for a value that the config rejects.
     """
     changed, unknown = copy.deepcopy(config), {}
     for name, value in overrides.items():
@@ -57,6 +57,6 @@ def override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[Pr
             if isinstance(present, PretrainedConfig) and isinstance(value, dict):
                 value = type(present)(**{**present.to_dict(), **value})
             setattr(changed, name, value)
-        except Exception as error:  # the code of any config class meets any value
-            raise ConfigurationError(f"{name}={value!r} is refused by {type(config).__name__}: {first_line(error)}") from error
+        except Exception as error:  # a config class may raise anything
+            raise ConfigurationError(f"{type(config).__name__} rejects {name}={value!r}: {first_line(error)}") from error
     return changed, unknown

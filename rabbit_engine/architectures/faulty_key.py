@@ -1,4 +1,4 @@
-"""Which key of a config is at fault: the one without which it works."""
+"""Finds the key that breaks a config: the one whose removal makes it work."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _MOST = 3
 _KEPT = ("model_type", "architectures", "transformers_version")
 
 
-def blame_for_config(raw: Mapping[str, Any]) -> str:
-    """What a message about a config.json that makes no config may add: the key at fault; empty where none is found."""
+def faulty_key_of_config(raw: Mapping[str, Any]) -> str:
+    """A suffix for the error about a config.json that cannot be read, naming the faulty key; empty if none is found."""
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in CONFIG_MAPPING:
         return ""
     kind = CONFIG_MAPPING[raw["model_type"]]
-    return _blame(raw, lambda rest: repr(kind.from_dict(rest).get_text_config(decoder=True)))
+    return _find_faulty(raw, lambda rest: repr(kind.from_dict(rest).get_text_config(decoder=True)))
 
 
-def blame_for_model(config: PretrainedConfig, attempt: Callable[[PretrainedConfig], Any]) -> str:
-    """The same for a config that `attempt`, such as building its model, fails with."""
+def faulty_key_of_model(config: PretrainedConfig, attempt: Callable[[PretrainedConfig], Any]) -> str:
+    """The same for a config with which `attempt` (such as building the model) fails."""
     try:
         raw = json.loads((Path(config.name_or_path or "") / "config.json").read_text("utf-8"))
         default = CONFIG_MAPPING[raw["model_type"]]().to_dict()
-        said = {key: value for key, value in raw.items() if key in _KEPT or key not in default or default[key] != value}
-    except Exception:  # noqa: BLE001 - no such file, or a config class's own code
+        changed = {key: value for key, value in raw.items() if key in _KEPT or key not in default or default[key] != value}
+    except Exception:  # noqa: BLE001 - a missing file, or any error of a config class's own code
         return ""
-    return _blame(said, lambda rest: attempt(CONFIG_MAPPING[raw["model_type"]].from_dict(rest)))
+    return _find_faulty(changed, lambda rest: attempt(CONFIG_MAPPING[raw["model_type"]].from_dict(rest)))
 
 
-def _blame(raw: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> str:
+def _find_faulty(raw: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> str:
     end = time.monotonic() + _SEARCH_S
     if _works(attempt, dict(raw)):
-        return ""  # then it fails for another reason than its keys
+        return ""  # the failure has another cause
     found = []
     for path, value, rest in _without_each(raw):
         if time.monotonic() > end:
@@ -50,7 +50,7 @@ def _blame(raw: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> 
 def _works(attempt: Callable[[dict[str, Any]], Any], raw: dict[str, Any]) -> bool:
     try:
         attempt(raw)
-    except Exception:  # noqa: BLE001 - foreign code that failed once already
+    except Exception:  # noqa: BLE001 - third-party code that has failed once already
         return False
     return True
 
@@ -61,7 +61,7 @@ def _shown(value: Any) -> str:
 
 
 def _without_each(raw: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
-    """Each key's path and value, and the config without it; keys of objects inside before the objects."""
+    """Each key's path and value, and the config without it; nested keys come before the object that holds them."""
     for key, value in raw.items():
         if key in _KEPT:
             continue
