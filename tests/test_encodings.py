@@ -136,7 +136,6 @@ def test_each_expert_is_what_the_stack_has_in_its_place(stored: dict[str, Tensor
 
 
 WRONG = {
-    "no scales": ((16, 8), torch.float8_e4m3fn, None, None),
     "a grid that does not divide": ((16, 8), torch.float8_e4m3fn, (3, 1), torch.float32),
     "scales for a batch": ((16, 8), torch.float8_e4m3fn, (2, 2, 1), torch.float32),
     "a list of scales": ((16, 8), torch.float8_e4m3fn, (16,), torch.float32),
@@ -150,7 +149,7 @@ WRONG = {
 def test_what_is_no_fp8_weight_is_told_and_not_decoded(case: str) -> None:
     shape, dtype, grid, scale_dtype = WRONG[case]
     weight = TensorEntry("w", Path("f"), 0, 0, dtype, shape)
-    scales = None if grid is None or scale_dtype is None else TensorEntry("s", Path("f"), 0, 0, scale_dtype, grid)
+    scales = TensorEntry("s", Path("f"), 0, 0, scale_dtype, grid)
     assert isinstance(fp8_entry("w", torch.bfloat16, weight, scales), str)
 
 
@@ -160,3 +159,7 @@ def test_what_is_no_mxfp4_weight_is_told_and_not_decoded(shape: tuple[int, ...])
     scales = TensorEntry("s", Path("f"), 0, 0, torch.uint8, shape[:-1])
     assert isinstance(mxfp4_entry("w", torch.bfloat16, blocks, scales), str)
     assert isinstance(mxfp4_entry("w", torch.bfloat16, blocks, None), str)
+
+
+def test_values_without_scales_are_not_quantised(stored: dict[str, TensorEntry]) -> None:
+    assert fp8_entry("w", torch.bfloat16, stored["0.gate"], None) is stored["0.gate"]

@@ -14,7 +14,7 @@ from rabbit_engine.checkpoints.formats import SafetensorsTensor, WeightFiles
 from rabbit_engine.checkpoints.skeleton import require_weights
 from rabbit_engine.checkpoints.split_plan import settle_ties
 from rabbit_engine.errors import MismatchedWeightsError
-from rabbit_engine.quantization import Cast, fp8_entry, mxfp4_entry
+from rabbit_engine.quantization import Cast, decoded_entry
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, gathered
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 
@@ -108,15 +108,11 @@ def decoded_parts(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
 
 
 def _decoded(values: Part, scales: Part | None, dtype: torch.dtype) -> Part:
-    kind, _ = values.target.quantised or ("", "")
-    target = replace(values.target, quantised=None, converted=values.target.stack is not None)
-    if scales is None and kind == "fp8":  # one that is left unquantised
-        return Part(values.entry, target)
-    make = fp8_entry if kind == "fp8" else mxfp4_entry
-    entry = make(values.entry.name, dtype, values.entry, None if scales is None else scales.entry)
+    kind = values.target.quantised[0] if values.target.quantised else ""
+    entry = decoded_entry(kind, values.entry.name, dtype, values.entry, None if scales is None else scales.entry)
     if isinstance(entry, str):
         raise NotInPlaceError(f"{values.entry.name}: {entry}")
-    return Part(entry, target)
+    return Part(entry, replace(values.target, quantised=None, converted=values.target.stack is not None))
 
 
 def _role(part: Part) -> str:

@@ -85,9 +85,12 @@ class _ShiftedProduct:
 
 
 def fp8_entry(name: str, dtype: torch.dtype, weight: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:
-    """The entry of the weight that `weight` and `scales` encode, decoded to `dtype`; or the reason why they do not."""
+    """The entry of the weight that `weight` and `scales` encode, decoded to `dtype`; or the reason why they do not.
+
+    Without scales it is `weight` itself, which is not quantised.
+    """
     if scales is None:
-        return "no scales are stored with it"
+        return weight
     if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return f"{weight.dtype} has scales"
     if scales.dtype not in _SCALES:

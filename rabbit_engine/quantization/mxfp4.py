@@ -71,10 +71,10 @@ def _looked_up(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return torch.ldexp(table[codes.to(torch.int32)], (scales.to(torch.int32) - _BIAS)[..., None])
 
 
-def mxfp4_entry(name: str, dtype: torch.dtype, blocks: TensorEntry | None, scales: TensorEntry | None) -> TensorEntry | str:
+def mxfp4_entry(name: str, dtype: torch.dtype, blocks: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:
     """The entry of the weight that `blocks` and `scales` encode, decoded to `dtype`; or the reason why they do not."""
-    if blocks is None or scales is None:
-        return "its blocks or its scales are not stored"
+    if scales is None:
+        return "its scales are not stored"
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
         return f"its blocks are stored in {blocks.dtype}, its scales in {scales.dtype}"
     if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != _GROUP or 0 in blocks.shape:
