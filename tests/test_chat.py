@@ -94,10 +94,10 @@ GOOD = {"format": "rabbit_engine.chat", "version": 1, "model": "", "system": "",
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ("{", "no JSON"),
-        ("\udcff\udcfe", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("[1]", "is no conversation"),
+        ("{", "not valid JSON"),
+        ("\udcff\udcfe", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "is not a saved conversation"),
         (json.dumps({"messages": []}), '"format"'),
         (json.dumps({**GOOD, "version": 2}), "version 2"),
         (json.dumps({**GOOD, "messages": {}}), '"messages" is a list'),
@@ -305,7 +305,7 @@ def test_without_a_place_for_history_lines_are_read_all_the_same(tmp_path: Path)
     (tmp_path / "file").write_text("")
     lines, notes = typed("hello", ENTER, CTRL_D, history=tmp_path / "file" / "history")
     assert lines == ["hello"]
-    assert "not remembered" in notes[0]
+    assert "history is not saved" in notes[0]
 
 
 def test_commands_and_their_files_are_completed(tmp_path: Path) -> None:
@@ -390,12 +390,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
     assert "1 token, stopped, first after" in notes
 
 
-def test_a_question_without_any_answer_is_forgotten() -> None:
+def test_a_question_without_any_answer_is_not_kept() -> None:
     with Interrupt() as interrupt:
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         chat, out, notes = talk(Puppet([None]), "Hi", interrupt=interrupt)
     assert (out, chat.conversation.said) == ("", ())
-    assert "forgotten" in notes
+    assert "the question was not kept" in notes
 
 
 def test_an_error_is_one_line_and_the_session_goes_on() -> None:
@@ -415,7 +415,7 @@ def test_commands_do_what_help_says(tmp_path: Path) -> None:
     chat, out, notes = talk(Puppet(["Hello"]), *lines)
     assert chat.conversation == Conversation("Be brief.", (Said("user", "Hi"), Said("assistant", "Hello")))
     assert f"2 messages written to {path}" in out
-    assert "is there already" in notes
+    assert "already exists" in notes
     assert chat.failures == 1
 
 
@@ -439,7 +439,7 @@ def test_help_plan_and_stats() -> None:
 
 
 def test_the_line_below_an_answer_says_why_it_ended() -> None:
-    assert summary(Reply("x", (1,), "length", 3, first_token_s=2.0)) == "1 token, as many as it may have, first after 2 s"
+    assert summary(Reply("x", (1,), "length", 3, first_token_s=2.0)) == "1 token, the limit, first after 2 s"
     assert summary(Reply("", (), "cancelled", 3)) == "no token, stopped"
 
 

@@ -310,13 +310,13 @@ HI = {"model": NAME, "messages": user("Hi")}
 @pytest.mark.parametrize(
     ("status", "body", "path", "says", "param"),
     [
-        bad(400, "{", says="no JSON"),
-        bad(400, "[1]", says="no JSON object"),
-        bad(400, "[" * 100_000, says="no JSON"),
-        bad(400, '{"model": "\\ud800", "messages": []}', says="no JSON"),
+        bad(400, "{", says="not valid JSON"),
+        bad(400, "[1]", says="not a JSON object"),
+        bad(400, "[" * 100_000, says="not valid JSON"),
+        bad(400, '{"model": "\\ud800", "messages": []}', says="not valid JSON"),
         bad(400, {}, says="model"),
         bad(400, {"model": NAME}, says="messages", param="messages"),
-        bad(404, {**HI, "model": "gpt-4"}, says="not here", param="model"),
+        bad(404, {**HI, "model": "gpt-4"}, says="not served", param="model"),
         bad(400, {**HI, "messages": "Hi"}, says="messages", param="messages"),
         bad(400, {**HI, "messages": [{"content": "Hi"}]}, says="role"),
         bad(400, {**HI, "messages": [{"role": "user", "content": 5}]}, says="content"),
@@ -347,7 +347,9 @@ HI = {"model": NAME, "messages": user("Hi")}
         bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": 5}]}, says="tool_calls"),
         bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": True}]}, says="tool_calls"),
         bad(400, {**HI, "stop": [1]}, says="stop"),
-        bad(400, {"model": NAME, "prompt": ["a"] * 200, "n": 16}, path="/v1/completions", says="may wait", param="prompt"),
+        bad(
+            400, {"model": NAME, "prompt": ["a"] * 200, "n": 16}, path="/v1/completions", says="answers at a time", param="prompt"
+        ),
         bad(404, {}, path="/v1/images/generations", says="nothing at this path"),
     ],
 )
@@ -705,4 +707,4 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
         taken.listen()
         process = rabbit("no-such-model-anywhere", "--port", taken.getsockname()[1])
         _, told = process.communicate(timeout=120)
-    assert "nobody can listen" in told
+    assert "cannot listen" in told

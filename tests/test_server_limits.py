@@ -103,7 +103,7 @@ def test_a_text_may_have_as_many_commas_as_it_likes() -> None:
     "bad", [b'{"a": "\\ud83d"}', b'{"a": "\xed\xa0\xbd"}', b"\xff\xfe{\x00}\x00", b"nul", b"", b"[" * 50_000]
 )
 def test_what_is_no_json_is_refused(bad: bytes) -> None:
-    with pytest.raises(RequestError, match="no JSON") as caught:
+    with pytest.raises(RequestError, match=r"not valid JSON|not a JSON object") as caught:
         body.parse_object(bad)
     assert caught.value.status == 400
     assert body.parse_object(b'{"a": "\\ud83d\\ude42"}') == {"a": "🙂"}

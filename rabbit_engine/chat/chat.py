@@ -1,4 +1,4 @@
-"""`Chat`: asks a session what a person says, remembers the conversation, and does what the commands say."""
+"""`Chat`: sends a person's messages to a session, keeps the conversation, and runs the commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rabbit_engine.sessions import Session
 
 
 class Chat:
-    """One conversation with the model `name` of a session. Nothing that goes wrong in an answer or a command ends it.
+    """One conversation with the model `name` of a session. No error in an answer or a command ends it.
 
     `options` go with every question; an answer ends when `interrupt` is pressed.
     """
@@ -44,13 +44,13 @@ class Chat:
         self.failures = 0
 
     def run(self, lines: Iterable[str]) -> None:
-        """Take lines until there are none, or one says to quit."""
+        """Handle lines until they end or one quits."""
         for line in lines:
             if not self.take(line):
                 return
 
     def take(self, line: str) -> bool:
-        """Do what a line says; False when it says to quit. What goes wrong is told in one line and counted."""
+        """Handle a line; False if it quits. An error is shown in one line and counted."""
         try:
             said = parse_line(line)
             if isinstance(said, Call):
@@ -66,15 +66,15 @@ class Chat:
         request = self._session.request(self.conversation.asked(question), **self._options)
         if request.prompt.cut_tokens:
             self._screen.note(
-                f"the oldest {request.prompt.cut_tokens} tokens of the conversation are left out: with an answer there is room "
-                f"for {self._session.most_tokens} (/reset forgets all of it)"
+                f"the oldest {request.prompt.cut_tokens} tokens of the conversation are left out: prompt and answer together may "
+                f"have {self._session.most_tokens} tokens (/reset forgets all of it)"
             )
         self._interrupt.pressed = False
         reply = follow(self._session, request, self._screen, self._interrupt)
         self._tally.add(reply)
         if reply.tokens:
             self.conversation = self.conversation.answered(question, reply.text, stopped=reply.finish_reason == "cancelled")
-        self._screen.note(summary(reply) + ("" if reply.tokens else ": the question is forgotten"))
+        self._screen.note(summary(reply) + ("" if reply.tokens else ": the question was not kept"))
 
     def _call(self, call: Call) -> bool:
         if call.name == "quit":
@@ -102,7 +102,7 @@ class Chat:
         if text:
             self.conversation = replace(self.conversation, system="" if text == "-" else text)
         told = self.conversation.system
-        self._screen.say(f"system: {told}" if told else "there is no system text")
+        self._screen.say(f"system: {told}" if told else "no system text is set")
 
     def _reset(self, _: str) -> None:
         forgotten = len(self.conversation.said)
@@ -136,7 +136,7 @@ def _messages(count: int) -> str:
 
 
 def _file(name: str, command: str) -> Path:
-    """Raises ConfigurationError where no file is named."""
+    """Raises ConfigurationError if no file is named."""
     if not name:
         raise ConfigurationError(f"{command} needs a file: {command} conversation.json")
     try:

@@ -1,4 +1,4 @@
-"""What a line says: a command, or something to ask the model."""
+"""Parses a line: a command, or a message to the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rabbit_engine.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How it is called, what may follow, and what it does."""
+    """A command's name, its argument, and what it does."""
 
     name: str
     argument: str
@@ -19,26 +19,26 @@ class Command:
 
 COMMANDS = (
     Command("help", "", "show this"),
-    Command("system", "[TEXT]", "tell the model what to be; alone, show it; - removes it"),
-    Command("reset", "", "forget what was said, but for the system text"),
+    Command("system", "[TEXT]", "set the system text; without TEXT, show it; - removes it"),
+    Command("reset", "", "forget the conversation, but keep the system text"),
     Command("save", "FILE", "write the conversation as JSON"),
-    Command("save!", "FILE", "the same, over a file that is there"),
-    Command("load", "FILE", "go on with a conversation that was saved"),
+    Command("save!", "FILE", "the same, and overwrite an existing file"),
+    Command("load", "FILE", "continue a saved conversation"),
     Command("plan", "", "what stays in memory, what is streamed, what a pass costs"),
-    Command("stats", "", "what was read so far, and how fast tokens came"),
-    Command("quit", "", "leave; Ctrl-D does too"),
+    Command("stats", "", "bytes read so far, and the speed of tokens"),
+    Command("quit", "", "leave, as Ctrl-D does"),
 )
 
 _KEYS = (
     ("Enter", "sends; a backslash before it, or Alt+Enter, begins another line"),
-    ("Ctrl-C", "stops an answer, clears a line; twice, leaves"),
+    ("Ctrl-C", "stops an answer or clears a line; twice, leaves"),
     ("//...", "sends a message that begins with one slash"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A command, by its name, and what followed it."""
+    """A command's name and its argument."""
 
     name: str
     argument: str
@@ -47,7 +47,7 @@ class Call:
 def parse_line(text: str) -> Call | str:
     """`"/save notes.json" -> Call("save", "notes.json")`; anything else is a message, `"//x"` is `"/x"`.
 
-    Raises ConfigurationError for a command that is none, with the closest one.
+    Raises ConfigurationError for an unknown command; the message names the closest one.
     """
     if text.startswith("//"):
         return text[1:].rstrip()
@@ -68,4 +68,4 @@ def _unknown(name: str) -> str:
     names = [command.name for command in COMMANDS]
     close = difflib.get_close_matches(name.lower(), names, n=1)
     known = f"did you mean /{close[0]}?" if close else "/help lists them."
-    return f"there is no command /{name}: {known} A message that begins with a slash is sent as //..."
+    return f"there is no command /{name}: {known} To send a message that begins with a slash, write //..."

@@ -1,4 +1,4 @@
-"""A conversation as a value: who said what. And the same as a JSON file."""
+"""A conversation as a value, and as a JSON file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Role = Literal["user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One message; `stopped` is an answer that was cut short by who had asked."""
+    """One message; `stopped` marks an answer that the user interrupted."""
 
     role: Role
     content: str
@@ -26,7 +26,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the model is told to be, and what was said so far: questions and answers in turn."""
+    """The system text, and the messages so far: questions and answers in turn."""
 
     system: str = ""
     said: tuple[Said, ...] = ()
@@ -38,25 +38,25 @@ class Conversation:
         return [*system, *said, {"role": "user", "content": question}]
 
     def answered(self, question: str, answer: str, *, stopped: bool = False) -> Conversation:
-        """The conversation that goes on from there."""
+        """The conversation with this question and answer added."""
         return replace(self, said=(*self.said, Said("user", question), Said("assistant", answer, stopped)))
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a file holds: a conversation, and the name of the model that had it."""
+    """The contents of a file: a conversation, and the name of its model."""
 
     model: str
     conversation: Conversation
 
 
 def write_conversation(path: Path, model: str, conversation: Conversation, *, overwrite: bool = False) -> None:
-    """A JSON file, whole or absent. Raises ConfigurationError where there is a file already, or where none can be written."""
+    """A JSON file, whole or absent. Raises ConfigurationError if the file exists or cannot be written."""
     messages = [_as_json(message) for message in conversation.said]
     raw = {"format": FORMAT, "version": VERSION, "model": model, "system": conversation.system, "messages": messages}
     try:
         if path.exists() and not overwrite:
-            raise ConfigurationError(f"{path} is there already: /save! {path} writes over it")
+            raise ConfigurationError(f"{path} already exists: /save! {path} overwrites it")
         with written_whole(path) as file:
             file.write(json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
@@ -64,22 +64,22 @@ def write_conversation(path: Path, model: str, conversation: Conversation, *, ov
 
 
 def read_conversation(path: Path) -> Saved:
-    """What `write_conversation` wrote. Raises ConfigurationError, and says what is wrong with the file."""
+    """What `write_conversation` wrote. Raises ConfigurationError that says what is wrong with the file."""
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is no conversation: no JSON ({error})") from error
+        raise ConfigurationError(f"{path} is not a saved conversation: it is not valid JSON ({error})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise ConfigurationError(f'{path} is no conversation: /save writes "format": "{FORMAT}"')
+        raise ConfigurationError(f'{path} is not a saved conversation: /save writes "format": "{FORMAT}"')
     if raw.get("version") != VERSION:
-        raise ConfigurationError(f"{path} is of version {raw.get('version')!r} of the format; this program reads {VERSION}")
+        raise ConfigurationError(f"{path} has version {raw.get('version')!r} of the format; this program reads version {VERSION}")
     return _parse(path, raw)
 
 
 def whole_characters(text: str) -> str:
-    """The text with a question mark for what is no character, such as half of a pair: no tokenizer takes it."""
+    """The text with a question mark for each half of a surrogate pair, which no tokenizer accepts."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -90,7 +90,7 @@ def _as_json(message: Said) -> dict[str, str | bool]:
 def _parse(path: Path, raw: dict[str, Any]) -> Saved:
     model, system, messages = raw.get("model", ""), raw.get("system", ""), raw.get("messages")
     if not isinstance(model, str) or not isinstance(system, str) or not isinstance(messages, list):
-        raise ConfigurationError(f'{path} is no conversation: "model" and "system" are texts, "messages" is a list')
+        raise ConfigurationError(f'{path} is not a saved conversation: "model" and "system" are texts, "messages" is a list')
     said = tuple(_parse_message(path, index, message) for index, message in enumerate(messages, 1))
     return Saved(model, Conversation(whole_characters(system), said))
 

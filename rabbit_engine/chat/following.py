@@ -1,4 +1,4 @@
-"""One answer, followed to its end: its text as it comes, and the pass behind the next token while that takes its time."""
+"""Follows one answer to its end: shows its text as it comes, and the progress of the pass while a token takes long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rabbit_engine.streaming import PassProgress
 from rabbit_engine.utils.sizes import format_rate, format_seconds
 
 PATIENCE_S = 0.25
-"""How long a token may take before the line below tells why."""
+"""How long a token may take before the status line appears."""
 
 _TICK_S = 0.1
 
@@ -21,7 +21,7 @@ Event = Piece | Reply | BaseException
 
 
 def follow(session: Session, request: Request, screen: Screen, interrupt: Interrupt) -> Reply:
-    """The reply, when all of it is on the screen; after Ctrl-C, what there was of it. Raises what the model raises."""
+    """The reply, once all of it is on the screen; after Ctrl-C, the part so far. Raises what the model raises."""
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     (ticket,) = session.ask([request], lambda _, event: inbox.put(event))
     follower = _Follower(session, screen, interrupt, len(request.prompt.ids))
@@ -61,7 +61,7 @@ class _Follower:
         slow = time.perf_counter() - self._last_s > PATIENCE_S
         self._tokens += piece.token is not None
         self._last_s = time.perf_counter()
-        if told and slow:  # it will be so again
+        if told and slow:  # the next token will probably be slow, too
             self._screen.show(self._status())
 
     def _tell(self) -> None:
@@ -75,7 +75,7 @@ class _Follower:
 
 
 def status(progress: PassProgress | None, tokens: int, prompt_tokens: int, width: int) -> str:
-    """What goes on, in at most `width` columns if it can be said in these: which token, and where its pass is."""
+    """Which token is computed, and how far its pass is; in at most `width` columns if possible."""
     which = f"token {tokens + 1}" if tokens else f"prompt of {prompt_tokens} tokens"
     if progress is None:
         return f"{which} ..."

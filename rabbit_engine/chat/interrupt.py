@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish, not an exception, while an answer comes; and keys that do not show in it."""
+"""Ctrl-C as a flag, not an exception, during an answer; and typed keys that are not echoed into it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupt:
-    """`pressed` once somebody pressed Ctrl-C within the `with` block, which is the main thread's; never outside of it."""
+    """`pressed` is set by Ctrl-C inside the `with` block, which must be in the main thread."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -28,7 +28,7 @@ class Interrupt:
 
 @contextmanager
 def keys_hidden() -> Iterator[None]:
-    """What is typed at the terminal meanwhile is not echoed; it waits for the next prompt."""
+    """Typed keys are not echoed; they wait for the next prompt."""
     if sys.platform == "win32":  # echoes only what is being read
         yield
         return

@@ -1,4 +1,4 @@
-"""Lines that a person types: several at once if need be, remembered, and completed."""
+"""Terminal input: multi-line messages, history, and completion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HINT = "Ctrl-C again, or Ctrl-D, leaves"
 
 
 class Keyboard:
-    """Reads what is typed at a terminal; `note` shows a hint. Iterating ends when the person leaves."""
+    """Reads what is typed at a terminal; `note` shows a hint. Iteration ends when the user leaves."""
 
     def __init__(self, history: Path | None, note: Callable[[str], None]) -> None:
         self._note = note
@@ -43,7 +43,7 @@ class Keyboard:
         )
 
     def __iter__(self) -> Iterator[str]:
-        """Each message or command; Ctrl-C drops a line, and leaves where there is none."""
+        """Each message or command; Ctrl-C clears the line, or leaves if it is empty."""
         warned = False
         while True:
             try:
@@ -64,13 +64,13 @@ class Keyboard:
 
 
 class CommandCompleter(Completer):
-    """Commands after a slash, paths after those that take a file."""
+    """Completes commands after a slash, and paths after commands that take a file."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """As prompt_toolkit asks for them."""
+        """Called by prompt_toolkit."""
         text = document.text_before_cursor
         name, space, rest = text.partition(" ")
         if not text.startswith("/"):
@@ -84,9 +84,9 @@ class CommandCompleter(Completer):
 
 
 def history_file(platform: str, environ: Mapping[str, str], home: Path) -> Path:
-    """Where lines are remembered: the place that the system has for what a program notes by itself.
+    """The history file, in the system's directory for application state.
 
-    `platform` as `sys.platform` has it. Linux and others: XDG base directories, version 0.8.
+    `platform` is a value of `sys.platform`. Linux and others: XDG base directories, version 0.8.
     """
     if platform == "win32":
         folder = Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
@@ -104,7 +104,7 @@ class _History(FileHistory):
 
 
 def _open_history(path: Path | None, note: Callable[[str], None]) -> History:
-    """Lines of earlier times, in a file that only its owner reads."""
+    """The history, in a file that only its owner can read."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -113,7 +113,7 @@ def _open_history(path: Path | None, note: Callable[[str], None]) -> History:
         os.close(handle)
         path.chmod(0o600)
     except OSError as error:
-        note(f"lines are not remembered: {path}: {error.strerror or error}")
+        note(f"the history is not saved: {path}: {error.strerror or error}")
         return InMemoryHistory()
     return _History(path)
 
@@ -138,7 +138,7 @@ def _keys() -> KeyBindings:
 
 
 def _output() -> Output:
-    """The terminal, without questions where its cursor is: an answer that comes late looks as if it were typed."""
+    """The terminal, without cursor position requests: a late response would look like typed keys."""
     output = get_app_session().output
     if isinstance(output, Vt100_Output):
         output.enable_cpr = False

@@ -1,4 +1,4 @@
-"""What is shown: text as it comes, notes, and a line below them that says what is going on and leaves no trace."""
+"""The screen: text as it comes, notes, and a status line below them that is erased afterwards."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-_ERASE = "\x1b[J"  # from the cursor on: what is below the text is ours
+_ERASE = "\x1b[J"  # from the cursor on: the status line below the text
 _LINE_BELOW = "\x1bD\x1b[A"  # down and up again: where the text is on the last row of the screen, all moves up by one
 _SAVE, _RESTORE = "\x1b7", "\x1b8"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""A model's text does not move the cursor, ring, or rename the window."""
+"""A model's text must not move the cursor, ring the bell, or rename the window."""
 
 
 class Screen:
-    """Writes to `out`; notes that nobody asked for go to `notes`.
+    """Writes to `out`; unsolicited notes go to `notes`.
 
-    While an answer comes the cursor stays at its end. On a `live` screen `show` puts a line below it, and whatever is
-    written next takes its place.
+    During an answer the cursor stays at its end. On a `live` screen `show` puts a status line below it, which the next write
+    replaces.
     """
 
     def __init__(self, out: TextIO, notes: TextIO, *, live: bool) -> None:
@@ -49,33 +49,33 @@ class Screen:
         if not self._live:
             return
         width, below = self.width, ""
-        if self._column >= width:  # the cursor is beyond the last column, where no terminal can bring it back to
+        if self._column >= width:  # the cursor is past the last column, and cannot be restored there
             below, self._column, self._ended_row = "\n", 0, True
         below = (_ERASE if self.shows else "") + below
         self._put(f"{below}{_LINE_BELOW}{_SAVE}\x1b[B\r{_DIM}{cut(line, width - 1)}{_PLAIN}{_RESTORE}")
         self.shows = True
 
     def end(self) -> None:
-        """No more of this answer: the cursor goes to a row of its own."""
+        """End the answer: the cursor goes to a new row."""
         if self.shows or self._column:
             self.write("\n" if self._column else "")
         self._column, self._ended_row = 0, False
 
     def say(self, what: RenderableType) -> None:
-        """What was asked for by a command."""
+        """The output of a command."""
         self._console.print(_plain(what) if isinstance(what, str) else what)
 
     def note(self, text: str) -> None:
-        """What nobody asked for."""
+        """An unsolicited note."""
         self._notes.print(_plain(text, "dim"))
 
     def warn(self, text: str) -> None:
-        """What went wrong, in one line."""
+        """An error, in one line."""
         self._notes.print(Text.assemble(("error", "bold red"), ": ", _plain(text)))
 
     @property
     def width(self) -> int:
-        """Columns of the terminal now; 80 where it does not say."""
+        """The terminal's current width in columns; 80 if unknown."""
         try:
             return os.get_terminal_size(self._out.fileno()).columns or 80
         except (OSError, ValueError):
@@ -101,7 +101,7 @@ def _plain(text: str, style: str = "") -> Text:
 
 
 def cut(line: str, width: int) -> str:
-    """As much of one line as fits `width` columns, with dots where some does not."""
+    """The line cut to `width` columns, with an ellipsis if it is longer."""
     if cell_len(line) <= width:
         return line
     while line and cell_len(line) > width - 1:

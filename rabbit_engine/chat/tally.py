@@ -1,4 +1,4 @@
-"""What the answers of a session took, in all."""
+"""Totals over the answers of a session."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tally:
     later_s: float = 0.0
 
     def add(self, reply: Reply) -> None:
-        """One more answer, unless it was over before its first token."""
+        """Add an answer, unless it has no token."""
         if reply.tokens:
             self.answers += 1
             self.prompt_tokens += reply.prompt_tokens
@@ -42,9 +42,9 @@ class Tally:
 
 
 def summary(reply: Reply) -> str:
-    """The line below an answer: tokens and seconds, and why it ended if not by itself."""
+    """The line below an answer: tokens and seconds, and why it ended early."""
     count = len(reply.tokens)
-    ended = {"stop": "", "length": ", as many as it may have", "cancelled": ", stopped"}[reply.finish_reason]
+    ended = {"stop": "", "length": ", the limit", "cancelled": ", stopped"}[reply.finish_reason]
     if not count:
         return f"no token{ended}"
     text = f"{_count(count, 'token')}{ended}, first after {format_seconds(reply.first_token_s)}"

@@ -1,4 +1,4 @@
-"""The commands in one place, and what becomes of errors: one line on stderr and an exit code."""
+"""All commands, and how errors end them: one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say what is decided and why, and where errors come from."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show decisions with their reasons, and tracebacks of errors."),
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),  # noqa: ARG001
 ) -> None:
     """Run Hugging Face models that do not fit your memory, one decoder layer at a time."""
@@ -50,7 +50,7 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 1 for what went wrong, 2 for what cannot be as it was asked for, 130 for Ctrl-C."""
+    """Entry point. Exit code 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     output.take_any_characters()
     try:
         app(arguments, prog_name="rabbit")
@@ -62,6 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RabbitError as error:
         output.say_error(str(error))
         sys.exit(WRONG_USAGE if isinstance(error, ConfigurationError) else 1)
-    except Exception as error:  # noqa: BLE001 - the last boundary: whatever it is, people get one line
+    except Exception as error:  # noqa: BLE001 - the last boundary: users get one line
         output.say_unexpected(error)
         sys.exit(1)

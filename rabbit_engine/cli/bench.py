@@ -1,4 +1,4 @@
-"""`rabbit bench MODEL`: how much of the disk's own rate decoding gets, with a picture of what was busy when."""
+"""`rabbit bench MODEL`: how much of the disk's own rate decoding gets, and what was busy when."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def bench(
     model: options.Model,
     *,
     loading: Annotated[Loading, Only("max_memory", "device", "dtype", "split")],
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the table holds medians.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the table shows medians.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a round.")] = 3,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the same as a picture (needs the extra plot).")] = None,
-    json: Annotated[bool, typer.Option(help="Print the records as JSON lines behind the table.")] = False,
+    json: Annotated[bool, typer.Option(help="Also print the records as JSON lines.")] = False,
 ) -> None:
-    """Time decoding beside plain direct reads of the same bytes, and tell which lane was busy for how much of the time."""
+    """Time decoding against plain direct reads of the same bytes, and show how busy each lane was."""
     if plot is not None:
         engine.plotting.require_matplotlib()
     output.note(f"loading {model} ...")

@@ -20,27 +20,27 @@ from rabbit_engine.errors import ConfigurationError
 @takes_loading
 def chat(
     model: options.Model,
-    system: Annotated[str, typer.Option(help="What the model is told to be; /system changes it.", show_default=False)] = "",
+    system: Annotated[str, typer.Option(help="The system text; /system changes it.", show_default=False)] = "",
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most; the default is the checkpoint's own, else 1024.")
+        int | None, typer.Option(min=1, help="Most tokens of an answer; the default is the checkpoint's own, else 1024.")
     ] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    history: Annotated[bool, typer.Option(help="Remember what was typed for the next time, in a file.")] = True,
+    history: Annotated[bool, typer.Option(help="Keep a history of typed lines in a file.")] = True,
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
     """Talk with MODEL in the terminal, streamed from disk layer by layer; /help lists the commands.
 
-    Through a pipe each line is a message: answers go to stdout, all else to stderr, and the exit code is 1 if one failed.
+    Through a pipe each line is a message: answers go to stdout, everything else to stderr, and the exit code is 1 if one failed.
     """
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    engine.sessions.Options(**asked)  # type: ignore[arg-type]  # refused before anything is loaded
+    engine.sessions.Options(**asked)  # type: ignore[arg-type]  # checked before anything is loaded
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     screen = _screen(at_terminal)
-    logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat tells what it leaves out
+    logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat itself shows what it leaves out
     screen.note(f"loading {model} ...")
     with (
         engine.model.AutoModel.from_pretrained(model, **loading.for_conversations().keywords()) as streamed,
@@ -51,7 +51,7 @@ def chat(
         interrupt = engine.chat.Interrupt()
         talk = engine.chat.Chat(session, screen, model, system=system, options=asked, interrupt=interrupt)
         if at_terminal:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is left as it was
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # restores the terminal
             with interrupt, engine.chat.keys_hidden():
                 talk.run(engine.chat.Keyboard(_history(wanted=history), screen.note))
         else:
@@ -63,7 +63,7 @@ def chat(
 def require_template(model: engine.model.StreamedModel, name: str) -> None:
     """Raises ConfigurationError for a model that only continues texts."""
     if getattr(model.tokenizer, "chat_template", None) is None:
-        raise ConfigurationError(f"{name} has no chat template: it continues texts, as `rabbit run {name} TEXT` shows")
+        raise ConfigurationError(f"{name} has no chat template: it can only continue texts, as `rabbit run {name} TEXT` does")
 
 
 def _screen(at_terminal: bool) -> engine.chat.Screen:

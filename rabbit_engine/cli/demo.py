@@ -1,4 +1,4 @@
-"""`rabbit demo`: a real model answers one question, then what happened is printed."""
+"""`rabbit demo`: a real model answers one question; then the statistics are printed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 @takes_loading
 def demo(loading: Annotated[Loading, Only("device", "max_memory")]) -> None:
-    """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and say what that took."""
+    """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and show what that took."""
     output.note("loading a small model ...")
     answer = engine.demo.ask(_print_now, on_loaded=_say_plan, device=loading.device, max_memory=loading.budget)
     title = f"{engine.demo.MODEL} from {answer.source}"

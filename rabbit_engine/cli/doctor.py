@@ -1,4 +1,4 @@
-"""`rabbit doctor`: what this machine has, what to do about it, and what would run here at what pace."""
+"""`rabbit doctor`: what this machine has, what to fix, and which models would run here at what speed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ _COLOURS = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
 def doctor(
     folder: Annotated[
-        Path | None, typer.Option(help="Where weights would lie; the default is the Hugging Face cache.", show_default=False)
+        Path | None,
+        typer.Option(help="Where weights would go; the default is the Hugging Face cache.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read 256 MiB three times, not 1 GiB five times.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check versions, devices and memory, measure the disk and the link, and say what to do and what would run at what pace.
+    """Check versions, devices and memory, measure the disk and the link, and show what to fix and how fast models would run.
 
-    Reads a large file that lies in the folder, else writes a scratch file of 1 GiB there, which is deleted. Exit code 1 where
-    models cannot run.
+    Reads a large file in the folder, or else a scratch file of 1 GiB that it writes there and deletes. Exit code 1 if models
+    cannot run.
     """
     place = engine.doctor.find_folder(folder)
     size, rounds = engine.disk_rate.SAMPLE_BYTES, engine.disk_rate.ROUNDS
@@ -58,7 +59,7 @@ def _print(found: engine.doctor.Diagnosis) -> None:
     console.print(_NOTES)
     large = [pace.model for pace in found.paces if pace.weights_bytes > found.disk_free_bytes]
     if large:
-        console.print(f"Larger than the {format_bytes(found.disk_free_bytes)} that are free in the folder: {', '.join(large)}.")
+        console.print(f"Larger than the {format_bytes(found.disk_free_bytes)} free in the folder: {', '.join(large)}.")
 
 
 def _findings_table(findings: tuple[engine.doctor.Finding, ...]) -> Table:

@@ -1,4 +1,4 @@
-"""What the commands drive: modules that load torch, imported when a command first uses one, so that help needs none of them."""
+"""The modules that load torch, each imported when a command first uses it, so that --help needs none of them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def _quieten() -> None:
-    """Hide transformers' own progress bars; those of downloads are the Hub's, and stay."""
+    """Hide transformers' own progress bars; those of downloads belong to the Hub, and stay."""
     loaded = sys.modules.get("transformers.utils.logging")
     if loaded is None or not loaded.is_progress_bar_enabled():
         return

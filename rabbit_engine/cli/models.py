@@ -1,4 +1,4 @@
-"""`rabbit models [WORDS]`: which models run, as what, and how that is known."""
+"""`rabbit models [WORDS]`: which models run, as which class, and how that was tested."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rabbit_engine.cli import engine
 
 
 def models(
-    words: Annotated[str, typer.Argument(help="Only rows with these words.")] = "",
+    words: Annotated[str, typer.Argument(help="Show only rows with these words.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
-    """List the models that were proved, the class each runs as, and against what; any other causal model may run too.
+    """List the tested models, the class each runs as, and what it was compared with; other causal models may run too.
 
-    A family that is not listed takes the generic path: its layers are looked for in the module tree of transformers' class.
+    A family that is not listed takes the generic path: its layers are found in the module tree of transformers' class.
     """
     record = engine.architectures.read_record()
     known = {entry.cls: entry.models for entry in engine.architectures.KNOWN}

@@ -11,13 +11,13 @@ from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_rate
 
 COLDEST = 1e-3
-"""Logits that are divided by less overflow: a lower temperature is greedy."""
+"""Dividing logits by less overflows: a lower temperature is greedy."""
 
 
 def _check_finite(value: float | None) -> float | None:
-    """Comparisons alone let `nan` pass."""
+    """`min` and `max` let `nan` pass."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to calculate with")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
@@ -25,9 +25,9 @@ def check_rate(text: str | None) -> str | None:
     """Bytes a second, above zero."""
     try:
         if text is not None and parse_rate(text) <= 0:
-            raise typer.BadParameter(f"{text}: nothing would ever arrive")
+            raise typer.BadParameter(f"{text}: the rate must be above zero")
     except ValueError as error:
-        raise typer.BadParameter(f'{text} is no rate: write "5GB" for 5 GB a second') from error
+        raise typer.BadParameter(f'{text} is not a rate: write "5GB" for 5 GB a second') from error
     return text
 
 

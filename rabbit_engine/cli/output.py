@@ -1,4 +1,4 @@
-"""What the commands say beside their results: plain lines on stderr, in whatever encoding the terminal has."""
+"""What the commands print besides their results: plain lines on stderr, in the terminal's encoding."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from rabbit_engine.cli.wording import as_options
 from rabbit_engine.errors import first_line
 
 _NOT_FOR_USERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
-"""What libraries tell programmers about their next version."""
+"""Warnings for programmers about future versions of a library."""
 
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a write may fail with. The library's own writes and reads have errors of their own: these are stdout's."""
+"""Errors of writing to stdout. The library's own reads and writes raise errors of ours."""
 
 
 def take_any_characters() -> None:
-    """What a stream's encoding cannot hold is written, and read, as a backslash and its number: no text is lost."""
+    """Characters that a stream's encoding lacks are written, and read, as backslash escapes: no text is lost."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def prepare(*, verbose: bool) -> None:
-    """Send logs and warnings to stderr, a line each; `verbose` shows what is decided and why, and what other libraries say."""
+    """Send logs and warnings to stderr, a line each; `verbose` adds decisions and the messages of other libraries."""
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     handler = logging.StreamHandler()
     handler.setFormatter(_Line())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("rabbit_engine").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("rabbit_engine.checkpoints.prepare").setLevel(logging.INFO)  # what takes long is told before it begins
+    logging.getLogger("rabbit_engine.checkpoints.prepare").setLevel(logging.INFO)  # long work is announced before it begins
     for category in () if verbose else _NOT_FOR_USERS:
         warnings.simplefilter("ignore", category)
     warnings.showwarning = _show_warning
 
 
 class _Line(logging.Formatter):
-    """`warning: what happened`; the level is left out where nothing is wrong."""
+    """`warning: what happened`; the level is left out below warnings."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -53,13 +53,13 @@ class _Line(logging.Formatter):
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """No file and no line of code, which say nothing to those who type commands."""
+    """Without file and line number, which mean nothing to users of commands."""
     name = "" if issubclass(category, UserWarning) else f"{category.__name__}: "
     note(f"warning: {name}{as_options(' '.join(str(message).split()))}")
 
 
 def finish() -> None:
-    """Write what is left for stdout. Exits with 1 where that fails, and says so unless nobody reads it any more."""
+    """Flush stdout. Exits with 1 if that fails, and says so unless the pipe is closed."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -72,8 +72,8 @@ def finish() -> None:
 
 
 def _drop_output() -> None:
-    """Python tries again to write what is left as it ends."""
-    with suppress(OSError):  # a stream that is no file
+    """Python would try again to flush at exit."""
+    with suppress(OSError):  # a stream without a file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -83,12 +83,12 @@ def note(text: str) -> None:
 
 
 def say_error(text: str) -> None:
-    """What went wrong, in one line on stderr."""
+    """An error, in one line on stderr."""
     note(f"{typer.style('error', fg='red', bold=True)}: {as_options(text)}")
 
 
 def say_unexpected(error: Exception) -> None:
-    """An error that nobody foresaw: one line, and where it came from if asked for. One of stdout is foreseen."""
+    """An unexpected error: one line, and the traceback with -v. Failed writes to stdout get a message of their own."""
     if isinstance(error, OSError) and error.errno in _UNWRITTEN and error.filename is None:
         _drop_output()
         say_error(f"the output could not be written: {error.strerror}")

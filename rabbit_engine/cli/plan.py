@@ -1,4 +1,4 @@
-"""`rabbit plan MODEL`: what would be decided, before anything is downloaded or split."""
+"""`rabbit plan MODEL`: the plan, before anything is downloaded or split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPTIONS = Only(
 @takes_loading
 def plan(
     model: options.Model,
-    max_seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens whose cache is to fit in that memory too.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens whose cache must fit in that memory too.")] = None,
     disk_rate: Annotated[
         str | None,
         typer.Option(callback=options.check_rate, help="Bytes a second of the disk, such as 5GB/s; the default is to measure."),
@@ -34,7 +34,7 @@ def plan(
 ) -> None:
     """Print what would stay in memory, what would be streamed, and what a pass would take; reads headers only.
 
-    With --max-memory the device need not be here: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
+    With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """
     output.note(f"reading the headers of {model} ...")
     config, memory = engine.config, loading.budget

@@ -13,7 +13,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
 def encode(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
-    """The prompt as token ids [1, length], through the chat template where there is one (and `chat` does not forbid it).
+    """The prompt as token ids [1, length], through the chat template if there is one (unless `chat` is False).
 
     Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary.
     """
@@ -34,7 +34,7 @@ def _tokenized(model: engine.model.StreamedModel, prompt: str, chat: bool | None
     try:
         found = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         return cast("engine.transformers.BatchEncoding", found)
-    except Exception as error:  # a template is anybody's code
+    except Exception as error:  # a template is arbitrary code
         raise ConfigurationError(f"the model's chat template fails ({first_line(error)}): give --no-chat") from error
 
 
@@ -48,7 +48,7 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
 
 
 def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> None:
-    """Generate one text, and write it as it comes; where the checkpoint asks for beams, the best one at the end.
+    """Generate one text, and write it as it comes; if the checkpoint uses beam search, the best one at the end.
 
     Raises ConfigurationError for settings that `generate` refuses.
     """
@@ -77,11 +77,11 @@ def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.Bat
 @takes_loading
 def run(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template; the default is to, where there is one."),
+        typer.Option("--chat/--no-chat", help="Use the chat template; on by default if there is one."),
     ] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,

@@ -1,4 +1,4 @@
-"""`rabbit serve MODEL`: an OpenAI-compatible service on this machine."""
+"""`rabbit serve MODEL`: an OpenAI-compatible server on this machine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from rabbit_engine.utils.extras import missing_extra
 @takes_loading
 def serve(
     model: options.Model,
-    host: Annotated[str, typer.Option(help="Where to listen; other than this machine's own addresses want a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on; any but loopback requires a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Answers under way at a time; memory may allow fewer.")] = 16,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer for which nobody says a number.")] = 1024,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at a time; memory may allow fewer.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose request sets no limit.")] = 1024,
     overflow: Annotated[
-        Literal["refuse", "truncate"], typer.Option(help="What becomes of prompts that are too long.", case_sensitive=False)
+        Literal["refuse", "truncate"], typer.Option(help="What to do with prompts that are too long.", case_sensitive=False)
     ] = "refuse",
     share_products: Annotated[
-        bool, typer.Option(help="Compute the texts of a pass together: faster on a CPU, but no longer bit for bit the same.")
+        bool, typer.Option(help="Batch the texts of a pass: faster on a CPU, but no longer bit for bit the same.")
     ] = False,
-    allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may use the service.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose web pages may use the server.")] = None,
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
-    """Serve MODEL to any OpenAI client, streamed from disk; every pass over the weights serves all that are waiting."""
+    """Serve MODEL to any OpenAI client, streamed from disk; each pass over the weights serves all requests."""
     key = read_key(api_key_file)
     try:
         listen = engine.listen
@@ -66,7 +66,7 @@ def serve(
 
 
 def read_key(path: Path | None) -> str | None:
-    """The first line of a file. Raises ConfigurationError where there is none."""
+    """The first line of the file. Raises ConfigurationError if it is empty or cannot be read."""
     if path is None:
         return None
     try:

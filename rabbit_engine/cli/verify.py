@@ -27,18 +27,18 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class _Tally:
-    """How many files were compared, and how many of them differ."""
+    """How many files were compared, and how many differ."""
 
     compared: int = 0
     damaged: int = 0
 
 
 def verify(
-    target: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A folder with shards at or below it, or a model.")],
-    record: Annotated[bool, typer.Option("--record", help="Record the sums of a folder's files as they are now.")] = False,
+    target: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="A folder that contains shards, or a model.")],
+    record: Annotated[bool, typer.Option("--record", help="Record the checksums of a folder's files as they are now.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Compare every byte of MODEL with its checksums; exit code 1 when a file differs or nothing could be compared.
+    """Compare every byte of MODEL with its checksums; exit code 1 if a file differs or nothing could be compared.
 
     Shards are compared with their manifest, files of the Hub cache with the names of their blobs, and files of a plain
     folder with the sums that --record wrote.
@@ -47,7 +47,7 @@ def verify(
     repo, root = _find(target, revision)
     if record:
         if repo is None or repo.commit is not None:
-            raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: there is nothing to record")
+            raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: nothing can be recorded")
         path = _with_bar(repo, lambda on_bytes: engine.checkpoints.record_sums(repo, on_bytes))
         print(f"recorded {len(engine.checkpoints.checked_files(repo))} files in {path}")
         return
@@ -70,7 +70,7 @@ def _find(target: str, revision: str | None) -> tuple[engine.checkpoints.Repo | 
     path = Path(target).expanduser()
     try:
         repo = engine.checkpoints.find_repo(target, engine.config.SourceConfig(local_files_only=True, revision=revision))
-    except HubUnreachableError as error:  # it was not to be asked
+    except HubUnreachableError as error:  # offline on purpose
         at = f" at revision {revision}" if revision else ""
         nearest = nearest_path(path)
         raise CheckpointNotFoundError(
@@ -87,7 +87,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def _splits(root: Path, repo: engine.checkpoints.Repo | None) -> list[Path]:
-    """The splits, which must be there where there is no checkpoint."""
+    """The splits; required if there is no checkpoint."""
     try:
         return engine.checkpoints.find_splits(root)
     except ShardsNotFoundError:

@@ -1,4 +1,4 @@
-"""The library's messages name keywords of Python; here they name the options that were typed, or can be."""
+"""The library's messages name Python keywords; this rewrites them to name command-line options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = {
     "top_p": "--top-p",
     "trust_remote_code": "--trust-remote-code",
 }
-"""By keyword. What is no option is the environment variable that says the same."""
+"""By keyword. Where there is no option, the equivalent environment variable."""
 
 _VALUE = r"""\{[^{}]*\}|"[^"]*"|'[^']*'|[\w./:+-]*[\w/+-]"""
 _ASSIGNED = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?:\[['\"]?(\w+)['\"]?\])?=({_VALUE})?")
@@ -57,7 +57,7 @@ def _assigned(match: re.Match[str]) -> str:
 
 
 def _places(text: str) -> str:
-    """`'{0: "8GiB", "cpu": 1500000}' -> '0=8GiB,cpu=2MB'`; anything but a mapping of sizes as it is."""
+    """`'{0: "8GiB", "cpu": 1500000}' -> '0=8GiB,cpu=2MB'`; anything but a mapping of sizes is unchanged."""
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError):

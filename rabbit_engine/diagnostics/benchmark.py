@@ -33,7 +33,6 @@ DISK = "disk alone: direct reads of the same bytes"
 RING = "ring alone: the same bytes through the ring, nothing computed"
 DECODE = "decoding"
 Lane = Callable[[], None]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from rabbit_engine.sessions import Events, Piece, Reply, Request, Session
 from rabbit_engine.tasks.embedding import Embedder
 
 SILENCE_S = 10.0
-"""A stream says that it is alive after so many seconds without a token."""
+"""A stream sends a keep-alive comment after this many seconds without a token."""
 
 
 class Answering:
@@ -32,10 +32,10 @@ class Answering:
         self._session, self._name, self._embedder, self._metrics = session, name, embedder, metrics
         self._ending = ending
 
-    # These three take their time, and are called beside the loop.
+    # The next three may be slow, and run in a thread of their own.
 
     def chat_requests(self, asked: ChatRequest) -> list[Request]:
-        """The prompt, as often as answers are asked for. Raises for what cannot be."""
+        """One request for each answer. Raises for what is not supported."""
         asked.refuse_unsupported()
         template = asked.template()
         for name in ("reasoning_effort", "documents"):
@@ -45,27 +45,27 @@ class Answering:
         return _copies([request], asked.choices)
 
     def text_requests(self, asked: CompletionRequest) -> list[Request]:
-        """The same for texts."""
+        """The same for plain texts."""
         asked.refuse_unsupported()
         if len(asked.prompts) * asked.choices > self._session.most_requests:
             most = self._session.most_requests
-            raise RequestError(400, f"more than {most} answers at a time are more than may wait", param="prompt")
+            raise RequestError(400, f"the server takes at most {most} answers at a time", param="prompt")
         special = asked.add_special_tokens is not False
         options = asked.options()
         found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
         return _copies(found, asked.choices)
 
     def embedding_prompts(self, asked: EmbeddingRequest) -> list[list[int]]:
-        """The token ids of texts. Raises where the model is none that embeds."""
+        """The token ids of texts. Raises if the model does not embed."""
         if self._embedder is None:
-            raise RequestError(400, f"{self._name} does not embed: it has no files of sentence-transformers", param="model")
+            raise RequestError(400, f"{self._name} does not embed: it has no sentence-transformers files", param="model")
         found = [self._session.encode(text) for text in asked.inputs]
         for ids in found:
             self._session.refuse_longer(ids)
         return found
 
     def events(self, requests: Sequence[Request]) -> Events:
-        """Ask for them now. Raises QueueFullError."""
+        """Submit them. Raises QueueFullError."""
         return self._session.events(requests)
 
     async def chat(self, asked: ChatRequest, events: Events, count: int) -> dict[str, object]:
@@ -153,7 +153,7 @@ class Answering:
         yield words.LAST_CHUNK
 
     async def _alive(self, events: Events) -> AsyncIterator[str | tuple[int, Piece | Reply]]:
-        """The events, a comment after every silence, and an error as the last event a client hears."""
+        """The events, a comment after every silence, and an error as the last event."""
         pending: asyncio.Task[tuple[int, Piece | Reply]] | None = None
         ended = asyncio.ensure_future(self._ending.wait())
         try:
@@ -172,7 +172,7 @@ class Answering:
                 yield index, event
         except StopAsyncIteration:
             return
-        except Exception as error:  # noqa: BLE001 - the status is sent already
+        except Exception as error:  # noqa: BLE001 - the status has been sent
             yield words.event(as_request_error(error).body())
         finally:
             ended.cancel()
@@ -202,7 +202,7 @@ class Answering:
 
 
 def _copies(requests: Sequence[Request], count: int) -> list[Request]:
-    """Each so many times; the copies of a seeded one draw otherwise."""
+    """`count` copies of each; the copies of a seeded one get seeds of their own."""
     return [_reseeded(request, index) for request in requests for index in range(count)]
 
 
@@ -219,7 +219,7 @@ def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, obj
 
 
 def _cut(vector: torch.Tensor, dimensions: int | None) -> list[float]:
-    """Its first dimensions, of length 1 again; for models that were trained to be cut (Matryoshka)."""
+    """The first dimensions, normalized again; for models trained for it (Matryoshka)."""
     if dimensions is None:
         return [float(value) for value in vector]
     if dimensions > len(vector):

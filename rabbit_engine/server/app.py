@@ -1,4 +1,4 @@
-"""The service: OpenAI's interface over HTTP, and a page to look at it with."""
+"""The service: OpenAI's interface over HTTP, and a web page to chat with."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """Whether the Host header names this machine: a web page elsewhere may give it a name of its own, and read what it says."""
+    """Whether the Host header names this machine: a foreign web page may point a name of its own here (DNS rebinding)."""
     with suppress(ValueError):
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     return False
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
-    """Raise ConfigurationError for a server that others could use without a key."""
+    """Raise ConfigurationError for a server that other machines could use without a key."""
     if api_key is None and not is_loopback(host):
         raise ConfigurationError(
-            f"a server on {host} could be used by everybody who reaches this machine: give it a key with --api-key-file, "
+            f"a server on {host} could be used by anyone who can reach this machine: give it a key with --api-key-file, "
             "or listen on 127.0.0.1"
         )
 
@@ -75,10 +75,10 @@ def create_app(
     local: bool = True,
     timeouts: Timeouts = USUAL,
 ) -> FastAPI:
-    """The application; `name` is what clients call the model. `local` answers only to names of this machine, so that no web
-    page can reach it under a name of its own; `origins` are the pages that may use it from a browser."""
+    """The application; `name` is what clients call the model. `local` accepts only Host headers that name this machine, so
+    that no web page reaches it under another name; `origins` are the pages that may use it from a browser."""
     service = _Service(session, name, api_key, local=local and api_key is None, timeouts=timeouts)
-    with suppress(RabbitError):  # without one, token ids can still be completed, and texts say what is missing
+    with suppress(RabbitError):  # without one, token ids still work, and texts get an error
         _ = session.model.tokenizer  # loaded now: the first request need not wait for it
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
@@ -103,7 +103,7 @@ def create_app(
 
 
 class _Gate:
-    """Asks who comes in, counts who goes out, and answers whatever went wrong: nothing that a client sends ends the server."""
+    """Authorizes and counts requests, and answers every error: nothing that a client sends ends the server."""
 
     def __init__(self, app: ASGIApp, service: _Service) -> None:
         self._app, self._service = app, service
@@ -124,7 +124,7 @@ class _Gate:
             await self._until_ending(self._app(scope, incoming.receive, sending), lambda: bool(status))
         except Exception as error:
             if status:
-                logger.exception("an answer broke off")
+                logger.exception("an answer was interrupted")
             else:
                 answer = _answer_error(error)
                 if answer.status_code < 500 and answer.status_code != 408:
@@ -136,7 +136,7 @@ class _Gate:
                 asyncio.get_running_loop().run_in_executor(None, give_free_memory_back)
 
     async def _until_ending(self, work: Awaitable[None], answers: Callable[[], bool]) -> None:
-        """Do the work. When the server ends, what has no answer yet is given up: SessionClosedError; streams end themselves."""
+        """Do the work. When the server ends, requests without an answer get SessionClosedError; streams end themselves."""
         task, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._service.ending.wait())
         try:
             await asyncio.wait([task, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +165,7 @@ class _Service:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """While it serves. At its end answers under way are cancelled; the session and the model stay the caller's."""
+        """While it serves. Cancels running answers at the end; the session and the model stay open."""
         yield
         self.end_answers()
         self._lanes.stop()
@@ -175,15 +175,15 @@ class _Service:
         self.ending.set()
 
     def admit(self, scope: Scope) -> None:
-        """Raise RequestError for who may not ask."""
+        """Raise RequestError for a request that is not allowed."""
         headers = Headers(scope=scope)
         if self._local and not _is_local(headers.get("host", "")):
-            raise RequestError(400, "the Host is no name of this machine: use localhost, or give the server a key")
+            raise RequestError(400, "the Host header does not name this machine: use localhost, or give the server a key")
         if self._api_key is None or scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._api_key.encode()):
-            raise RequestError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
+            raise RequestError(401, "this server requires its key: Authorization: Bearer KEY", code="invalid_api_key")
 
     def count(self, scope: Scope, status: int) -> None:
         """A request was answered."""
@@ -220,7 +220,7 @@ class _Service:
         return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), MOST_SECONDS))
 
     async def models(self) -> dict[str, object]:
-        """The one there is."""
+        """The only model."""
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, model: str) -> dict[str, object]:
@@ -239,7 +239,9 @@ class _Service:
 
     def _check_model(self, asked: str) -> None:
         if asked not in (self._name, self._name.rpartition("/")[2]) and asked.partition("@")[0] != self._name:
-            raise RequestError(404, f"the model {asked!r} is not here; {self._name!r} is", code="model_not_found", param="model")
+            raise RequestError(
+                404, f"the model {asked!r} is not served; {self._name!r} is", code="model_not_found", param="model"
+            )
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -263,13 +265,13 @@ class _Service:
         return await _whole(request, self._answering.embed(asked, prompts))
 
     async def load(self, request: Request) -> Response:
-        """`POST /load_model`, which the client of transformers asks for first: it is loaded."""
+        """`POST /load_model`, which transformers' client calls first: the model is already loaded."""
         self._check_model(str(parse_object(await read_body(request, self.timeouts.body_s)).get("model", "")))
         body = event({"status": "ready", "model": self._name, "cached": True})
         return Response(body, media_type="text/event-stream")
 
     async def _take(self, request: Request, kind: type[Kind], prepare: Callable[[Kind], T]) -> tuple[Kind, T]:
-        """What is asked, and what `prepare` makes of it: parsed, checked and tokenised beside the loop, large ones in turn."""
+        """The request, and what `prepare` makes of it: parsed, checked and tokenised off the event loop, large ones in turn."""
         body = await read_body(request, self.timeouts.body_s)
 
         def work() -> tuple[Kind, T]:
@@ -285,7 +287,7 @@ class _Service:
 
 
 class _Stream(StreamingResponse):
-    """Chunks as they come. Who goes away before the first one gives the place up, too."""
+    """Chunks as they come. A client that disconnects before the first one frees its place, too."""
 
     def __init__(self, chunks: AsyncIterator[str], events: Events) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -300,7 +302,7 @@ class _Stream(StreamingResponse):
 
 
 async def _whole(request: Request, work: Awaitable[dict[str, object]], events: Events | None = None) -> Response:
-    """The answer, unless the client goes away before it is there."""
+    """The answer, unless the client disconnects first."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
     try:
@@ -313,7 +315,7 @@ async def _whole(request: Request, work: Awaitable[dict[str, object]], events: E
             pending.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await task
-        if events is not None:  # work that was cancelled before it began has closed nothing
+        if events is not None:  # work cancelled before it began has closed nothing
             await events.aclose()
 
 
@@ -324,7 +326,7 @@ async def _until_gone(request: Request) -> None:
 
 def _answer_error(error: Exception) -> Response:
     found = as_request_error(error)
-    if found.status >= 500 and found.status != 503:  # the end of a server or a model is no failure
+    if found.status >= 500 and found.status != 503:  # a server or model that was closed is not a failure
         logger.error("a request failed: %s", error, exc_info=error)
     return found.response()
 
@@ -334,7 +336,7 @@ async def _query_error(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
-    """What the framework refuses, in the same words."""
+    """What the framework refuses, in the same format."""
     status = getattr(error, "status_code", 500)
-    codes = {404: "there is nothing at this path", 405: "this path takes another method"}
+    codes = {404: "there is nothing at this path", 405: "this path does not take this method"}
     return RequestError(status, codes.get(status, str(getattr(error, "detail", error)))).response()

@@ -1,4 +1,4 @@
-"""Bodies of requests: read with a bound on their size and time, and refused before they are costly."""
+"""Request bodies: read with limits on size and time, and refused before they cost much."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from rabbit_engine.server.errors import RequestError
 
 MOST_BODY_BYTES = 4 * 2**20
 MOST_VALUES = 2**17
-"""Of a body, whose parsing holds the interpreter's lock: so many take about 30 ms."""
+"""In a body: parsing holds the GIL, for about 30 ms with this many."""
 
 LARGE_BODY_BYTES = 64 * 2**10
-"""Bodies above that are taken one at a time."""
+"""Larger bodies are parsed one at a time."""
 
 MOST_DRAINED_BYTES = 64 * 2**20
-"""Of a body that is refused so much is still taken, and thrown away."""
+"""Up to this much of a refused body is read and discarded."""
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
-    """The body, of a bounded size, which must come within `timeout_s`.
+    """The body, of limited size, which must arrive within `timeout_s`.
 
-    Another content type is refused: a page elsewhere could send it unasked.
+    Other content types are refused: any web page could send them without a CORS preflight.
     """
     kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -47,25 +47,25 @@ async def read_body(request: Request, timeout_s: float) -> bytes:
                 if len(body) > MOST_BODY_BYTES:
                     raise _too_large()
     except TimeoutError as error:
-        raise RequestError(408, f"the body did not come within {timeout_s:g} s", code="request_timeout") from error
+        raise RequestError(408, f"the body did not arrive within {timeout_s:g} s", code="request_timeout") from error
     return bytes(body)
 
 
 class Incoming:
-    """The body of one request as it comes; `drain` takes what nobody has read."""
+    """The body of one request as it arrives; `drain` discards what has not been read."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._headers, self._receive = Headers(scope=scope), receive
         self._comes = True
 
     async def receive(self) -> Message:
-        """The next part, as the server has it."""
+        """The next ASGI message."""
         message = await self._receive()
         self._comes = bool(message.get("more_body", False))
         return message
 
     async def drain(self, timeout_s: float) -> None:
-        """Throw the rest away, up to a bound of bytes and for `timeout_s`. A client that waits to be asked is not asked."""
+        """Discard the rest, up to a limit of bytes and for `timeout_s`. A client waiting for "100 Continue" is not sent one."""
         announced = self._headers.get("content-length", "")
         left = MOST_DRAINED_BYTES
         if "expect" in self._headers or (announced.isdecimal() and int(announced[:20]) > left):
@@ -84,16 +84,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body.decode("utf-8-sig"))
         if _HALF_PAIR.search(body):
-            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is not valid text
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+        raise RequestError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(found, dict):
-        raise RequestError(400, "the body is no JSON object", code="invalid_json")
+        raise RequestError(400, "the body is not a JSON object", code="invalid_json")
     return found
 
 
 def _count_values(body: bytes) -> int:
-    """Of lists and objects, at most; texts are looked into only where their commas could be too many values."""
+    """An upper bound; strings are stripped only if their commas could exceed the limit."""
     count = _count_marks(body)
     return count if count <= MOST_VALUES else _count_marks(_STRINGS.sub(b"", body))
 

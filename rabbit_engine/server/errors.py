@@ -1,4 +1,4 @@
-"""Errors as OpenAI's interface words them: `{"error": {"message", "type", "param", "code"}}` with a status that clients know."""
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}` with an HTTP status that clients know."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The HTTP response."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
         if self.status in (408, 413):
-            headers["Connection"] = "close"  # the rest of the body is not wanted
+            headers["Connection"] = "close"  # the rest of the body is not read
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What a client is told of an error: of ours all, of others only that there was one."""
+    """What a client is told: the message of our own errors, of others only the type."""
     match error:
         case RequestError():
             return error
         case ClientDisconnect():
-            return RequestError(499, "the client went away")
+            return RequestError(499, "the client disconnected")
         case QueueFullError():
             return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case PromptTooLongError():

@@ -1,7 +1,7 @@
-"""What becomes of a request's fields: the one table of all that clients of OpenAI's, vLLM's and llama.cpp's servers send.
+"""How each request field is handled: one table of all that clients of OpenAI's, vLLM's and llama.cpp's servers send.
 
-A field is honoured (the request's model in `schema` has it), refused because the answer would be another one without a word,
-or ignored because it changes no answer. One that nobody knows is refused where it looks like a misspelt one, and else logged.
+A field is honoured (the request's model in `schema` has it), refused because ignoring it would silently change the answer,
+or ignored because it changes no answer. An unknown field is refused if it looks like a misspelt one, and logged otherwise.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from rabbit_engine.sessions.spelling import nearest
 logger = logging.getLogger(__name__)
 
 _OFF: tuple[Any, ...] = (None, "", [], {}, False)
-"""Values with which a field that is refused asks for nothing."""
+"""Values with which a refused field has no effect."""
 
-_CONSTRAINED = "it would need constrained decoding, which is not here: ask for the form in words"
-_BEAMS = "there is no beam search in the server"
-_ONE_SAMPLER = "this sampler is not here: there are temperature, top_p, top_k, min_p and typical_p"
-_ONE_MODEL = "the server has the model that it was started with"
+_CONSTRAINED = "it would need constrained decoding, which is not supported: describe the format in the prompt"
+_BEAMS = "the server has no beam search"
+_ONE_SAMPLER = "this sampler is not supported; temperature, top_p, top_k, min_p and typical_p are"
+_ONE_MODEL = "the server serves only the model that it was started with"
 _PROMPT_LOGPROBS = "log probabilities of the prompt are not computed"
 _TEMPLATE = "the checkpoint's own is used"
 _OVERFLOW = "start the server with --overflow truncate"
-_THINKING = "nothing bounds what a model thinks: use max_tokens"
-_INSIDE = "put what is in it into the request itself"
+_THINKING = "thinking cannot be limited separately: use max_tokens"
+_INSIDE = "put its fields into the request itself"
 _SYSTEM = "put it into messages, with the role system"
 _CONTINUED = "put it into messages, with continue_final_message"
 
 REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        # name: why, and values beside those of _OFF with which it asks for nothing
+        # name: why, and the values besides those of _OFF with which it has no effect
         "response_format": (_CONSTRAINED, ({"type": "text"},)),
         "structured_outputs": (_CONSTRAINED, ()),
         "guided_json": (_CONSTRAINED, ()),
@@ -53,15 +53,15 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "allowed_token_ids": (_CONSTRAINED, ()),
         "functions": ("use tools", ()),
         "function_call": ("use tools and tool_choice", ("none", "auto")),
-        "suffix": ("text is continued at its end only", ()),
+        "suffix": ("text can be continued only at its end", ()),
         "audio": ("answers are text", ()),
         "modalities": ("answers are text", (["text"],)),
-        "web_search_options": ("the server looks nothing up", ()),
+        "web_search_options": ("the server does not search the web", ()),
         "verbosity": ("ask for it in words", ()),
         "reasoning": ("use reasoning_effort, or chat_template_kwargs", ()),
         "thinking": ("use chat_template_kwargs", ()),
         "enable_thinking": ('use chat_template_kwargs: {"enable_thinking": ...}', ()),
-        "include_reasoning": ("what a model thinks is a part of its text", (True,)),
+        "include_reasoning": ("reasoning is part of the text", (True,)),
         "truncation": (_OVERFLOW, ("disabled",)),
         "truncate_prompt_tokens": (_OVERFLOW, ()),
         "prompt_logprobs": (_PROMPT_LOGPROBS, ()),
@@ -69,14 +69,14 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "return_tokens_as_token_ids": ("answers are text; logprobs name the tokens", ()),
         "detokenize": ("answers are text", (True,)),
         "spaces_between_special_tokens": ("special tokens are written as the tokenizer does", (True,)),
-        "logits_processors": ("clients bring no code", ()),
-        "logit_processors": ("clients bring no code", ()),
+        "logits_processors": ("clients cannot send code", ()),
+        "logit_processors": ("clients cannot send code", ()),
         "chat_template": (_TEMPLATE, ()),
-        "mm_processor_kwargs": ("only text can be read", ()),
-        "files": ("only text can be read", ()),
-        "images": ("only text can be read", ()),
-        "image_data": ("only text can be read", ()),
-        "multi_modal_data": ("only text can be read", ()),
+        "mm_processor_kwargs": ("only text is supported", ()),
+        "files": ("only text is supported", ()),
+        "images": ("only text is supported", ()),
+        "image_data": ("only text is supported", ()),
+        "multi_modal_data": ("only text is supported", ()),
         "lora": (_ONE_MODEL, ()),
         "adapter_id": (_ONE_MODEL, ()),
         "use_beam_search": (_BEAMS, ()),
@@ -151,7 +151,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "task": ("put the prompt of the checkpoint before the text", ()),
         "instruction": ("put it before the text", ()),
         "prompt_name": ("put the prompt of the checkpoint before the text", ()),
-        "normalize": ("the checkpoint says whether vectors are normalised", ()),
+        "normalize": ("the checkpoint decides whether vectors are normalised", ()),
         "embed_dtype": ("vectors are float32", ("float32",)),
         "output_dtype": ("vectors are float32", ("float", "float32")),
         **dict.fromkeys(("max_gen_len", "num_tokens"), ("use max_tokens", ())),
@@ -203,7 +203,7 @@ IGNORED = frozenset(
         *("return_full_text", "details", "decoder_input_details", "chat_id", "title", "background_tasks", "features"),
     }
 )
-"""They change no answer: who asks, what is kept of it, and how fast it comes."""
+"""They change no answer: they say who asks, what is stored, and how fast it comes."""
 
 _CONFIG_IGNORED = frozenset(
     {
@@ -220,7 +220,7 @@ _CONFIG_IGNORED = frozenset(
 """Attributes of a GenerationConfig that say how an answer is computed, not which; special tokens are the checkpoint's."""
 
 _CONFIG_LENGTH = 20
-"""`max_length` of a GenerationConfig in which nobody set it."""
+"""The default `max_length` of a GenerationConfig."""
 
 _MOST_TOLD = 100
 _MOST_UNKNOWN = 32
@@ -228,13 +228,13 @@ _told: set[str] = set()
 
 
 def check_fields(body: Mapping[str, Any], own: Collection[str], others: Mapping[str, str]) -> None:
-    """Raise RequestError for a field that would change the answer and is not honoured; log one that nobody knows once.
+    """Raise RequestError for a field that would change the answer and is not honoured; log an unknown one once.
 
-    `own` are the fields that this kind of request has, `others` those of other kinds and where these are asked.
+    `own` are the fields of this kind of request, `others` those of other kinds, with their paths.
     """
     unknown = [name for name in body if name not in own and name not in IGNORED and name not in REFUSED and name not in others]
     if len(unknown) > _MOST_UNKNOWN:
-        raise RequestError(400, f"the request has {len(unknown)} fields that nothing here knows", param=unknown[0][:60])
+        raise RequestError(400, f"the request has {len(unknown)} unknown fields", param=unknown[0][:60])
     for name, value in body.items():
         if name in own or name in IGNORED:
             continue
@@ -252,7 +252,7 @@ def check_config(given: Mapping[str, Any], own: Collection[str], others: Collect
     known = vars(GenerationConfig())
     named = {*own, *_CONFIG_IGNORED, *REFUSED, *known, *others}
     if len(unknown := [name for name in given if name not in named]) > _MOST_UNKNOWN:
-        told = f"generation_config has {len(unknown)} fields that nothing here knows"
+        told = f"generation_config has {len(unknown)} unknown fields"
         raise RequestError(400, told, param=f"generation_config.{unknown[0][:60]}")
     for name, value in given.items():
         if name not in own and name not in _CONFIG_IGNORED and not _is_idle_length(name, given):
@@ -263,7 +263,7 @@ def check_config(given: Mapping[str, Any], own: Collection[str], others: Collect
 
 
 def _is_idle_length(name: str, given: Mapping[str, Any]) -> bool:
-    """Where both are given `max_new_tokens` counts, as in transformers."""
+    """If both are given, `max_new_tokens` takes precedence, as in transformers."""
     return name == "max_length" and (given.get("max_new_tokens") is not None or given[name] == _CONFIG_LENGTH)
 
 
@@ -277,7 +277,7 @@ def _check_attribute(name: str, value: Any, known: Mapping[str, Any], others: Co
 
 
 def refuse(name: str, value: Any, within: str = "") -> None:
-    """Raise for a field of REFUSED, unless its value asks for nothing; `within` is what its name is put after."""
+    """Raise for a field of REFUSED, unless its value has no effect; `within` prefixes its name."""
     why, neutral = REFUSED[name]
     if value is False and name in _FALSE_ASKS:
         raise unsupported(within + name, why)
@@ -286,16 +286,16 @@ def refuse(name: str, value: Any, within: str = "") -> None:
 
 
 def unsupported(name: str, why: str) -> RequestError:
-    """The answer to a field that cannot be honoured."""
+    """The error for a field that cannot be honoured."""
     return RequestError(400, f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
 
 
 def _meet_unknown(name: str, known: list[str], within: str = "") -> None:
     shown, names = within + name[:60], [other for other in known if other != "model"]
     if near := nearest(name, names):
-        told = f"{shown!r} is no field of this request: did you mean {near!r}?"
+        told = f"{shown!r} is not a field of this request: did you mean {near!r}?"
         raise RequestError(400, told, param=shown, code="unknown_parameter")
     if shown not in _told and len(_told) < _MOST_TOLD:
         _told.add(shown)
         near = nearest(name, names, cutoff=0.0)
-        logger.warning("a request has the field %r, which nothing here knows; the nearest known one is %r", shown, near)
+        logger.warning("a request has the unknown field %r; the nearest known one is %r", shown, near)

@@ -1,4 +1,4 @@
-"""What the disk, the copies and the computing do just now: recorded while somebody looks."""
+"""What the disk, the copies and the computation are doing: recorded while a client polls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.sessions import Session
 
 MOST_SECONDS = 60.0
-"""What is longer ago is forgotten."""
+"""Older spans are dropped."""
 
 _GAP_S = 0.002
 _IDLE_S = 15.0
-"""Nobody has looked for so long: recording ends."""
+"""Recording stops when no client has polled for this long."""
 
 
 class Lanes:
@@ -22,7 +22,7 @@ class Lanes:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._trace = runtime_of(session.model).trace
-        self._own = not self._trace.on  # a trace that was on already belongs to somebody else
+        self._own = not self._trace.on  # a trace that was already on belongs to the caller
         self._lock = threading.Lock()
         self._looked_s = 0.0
         self._lanes: dict[str, list[list[float]]] = {}
@@ -30,7 +30,7 @@ class Lanes:
         self._timer: threading.Timer | None = None
 
     def show(self, seconds: float) -> dict[str, object]:
-        """The last seconds: by lane what was busy as [start, end, bytes, busy seconds], in the trace's clock."""
+        """The last seconds: for each lane its busy spans, [start, end, bytes, busy seconds], in the trace's clock."""
         self._look()
         now = self._trace.now_s
         lanes = {lane: [span for span in spans if span[1] > now - seconds] for lane, spans in self._catch_up(now).items()}
@@ -47,12 +47,12 @@ class Lanes:
         }
 
     def stop(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         with self._lock:
             self._stop()
 
     def _catch_up(self, now: float) -> dict[str, list[list[float]]]:
-        """Take in what is new. Spans with hardly anything between them become one: a picture has no more to show."""
+        """Add new spans, merging those with tiny gaps: a plot cannot show them apart."""
         with self._lock:
             for span in self._trace.since(self._seen_s):
                 spans = self._lanes.setdefault(span.lane, [])

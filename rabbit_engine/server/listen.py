@@ -1,4 +1,4 @@
-"""Listening: the application on an address, until it is told to end."""
+"""Runs the application on an address until it is told to stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rabbit_engine.sessions import Session
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1, with connections closed on which no request comes, or one that never ends its head."""
+    """HTTP/1.1 that closes connections on which no request arrives, or whose headers never end."""
 
     def __init__(self, *args: Any, idle_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ class _Protocol(H11Protocol):
 
     def _watch(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._seen is self.cycle:  # it was so the last time, too
+        if idle and self._seen is self.cycle:  # as it was at the last check
             self.transport.close()
             return
         self._seen = self.cycle if idle else self
@@ -60,7 +60,7 @@ class _Server(uvicorn.Server):
         self.force_exit = self._signals > 2
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more, let answers end for a while, and then end them: nobody is left without a word."""
+        """Accept no more, give running answers time to finish, then end them; every client gets a last event or a status."""
         ending = asyncio.ensure_future(self._end_after_grace())
         try:
             await super().shutdown(sockets=sockets)
@@ -93,11 +93,11 @@ def run(
     origins: Sequence[str] = (),
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; a second one gives answers under way no more time. `on_ready` hears the address."""
+    """Serve until Ctrl-C or SIGTERM; a second one ends running answers at once. `on_ready` is called with the address."""
     app = create_app(session, name, api_key=api_key, origins=origins, local=is_loopback(host))
     server = make_server(app, host=host, port=port, on_ready=on_ready)
     gc.collect()
-    gc.freeze()  # the model stays: collections that a large request sets off need not look at it
+    gc.freeze()  # the model stays: collections need not scan it
     server.run()
 
 
@@ -109,7 +109,7 @@ def make_server(
     on_ready: Callable[[str], None] = lambda _: None,
     timeouts: Timeouts = USUAL,
 ) -> uvicorn.Server:
-    """What serves the application of `create_app` on an address; a `port` of 0 takes any that is free."""
+    """A server for the application of `create_app`; a `port` of 0 takes any free one."""
     config = uvicorn.Config(
         app,
         host=host,
@@ -124,14 +124,14 @@ def make_server(
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ConfigurationError where nobody can listen: before a model is loaded."""
+    """Raise ConfigurationError if the address cannot be listened on, before a model is loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise ConfigurationError(f"nobody can listen on {host} port {port}: {error.strerror or error}") from error
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
 
 __all__ = ["check_exposure", "check_port", "make_server", "run"]

@@ -1,4 +1,4 @@
-"""What Prometheus may ask: of the requests, and of the way of the weights."""
+"""Metrics for Prometheus: of requests, and of how the weights move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Metrics:
-    """Counted as requests end; the model's own counts are read when asked for."""
+    """Requests are counted as they end; the model's own counters are read at each scrape."""
 
     def __init__(self, session: Session) -> None:
         self._registry = CollectorRegistry()
@@ -27,11 +27,11 @@ class Metrics:
         self._whole = Histogram("answer_seconds", "Seconds of an answer.", buckets=_SECONDS, **own)  # type: ignore[arg-type]
 
     def count_request(self, path: str, status: int) -> None:
-        """A request was answered so."""
+        """Count a request."""
         self._requests.labels(path, str(status)).inc()
 
     def count_reply(self, reply: Reply) -> None:
-        """An answer is over."""
+        """Count a finished answer."""
         self._tokens.labels("prompt").inc(reply.prompt_tokens)
         self._tokens.labels("answer").inc(len(reply.tokens))
         self._queued.observe(reply.queued_s)

@@ -1,5 +1,5 @@
-"""Requests of OpenAI's interface, checked: what is known has its type and range, what would change the answer and cannot be
-done here is refused (`fields` is the table), what changes nothing is ignored."""
+"""Validated requests of OpenAI's interface: known fields have types and ranges; a field that would change the answer but is
+not supported is refused (the table is `fields`); one that changes nothing is ignored."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MOST_INPUTS = 2048
 _MOST_STOPS = 16
 _MOST_TOKENS = 1024
 _MOST_CHARACTERS = 4096
-"""Of a stop text or a bad word."""
+"""In a stop text or a bad word."""
 
 _MOST = 2**31
-"""Of a whole number, as in `Options`."""
+"""The largest integer, as in `Options`."""
 
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS)]],
@@ -33,7 +33,7 @@ Stops = Annotated[
 
 
 def _check_texts(value: Any) -> Any:
-    """By the types of all items at once: a list of a million is not looked at one by one."""
+    """Checks the set of item types: fast for a list of a million."""
     items = value if isinstance(value, list) else [value]
     kinds = set(map(type, items))
     if kinds == {list}:
@@ -42,12 +42,12 @@ def _check_texts(value: Any) -> Any:
     else:
         good = kinds <= {str} or (kinds == {int} and isinstance(value, list))
     if not good:
-        raise ValueError("a text, a list of token ids (whole numbers), or a list of either is needed")
+        raise ValueError("must be a text, a list of token ids (integers), or a list of either")
     return value
 
 
 Texts = Annotated[Any, PlainValidator(_check_texts)]
-"""A text, or its token ids, or several of either."""
+"""A text, its token ids, or a list of either."""
 
 Kind = TypeVar("Kind", bound="Asked")
 
@@ -98,7 +98,7 @@ class _Request(Asked):
 
     @property
     def choices(self) -> int:
-        """How many answers."""
+        """The number of answers."""
         return self.n or 1
 
     @property
@@ -108,16 +108,16 @@ class _Request(Asked):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens of an answer at most."""
+        """The maximum number of tokens of an answer."""
         return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """Log probabilities of so many alternatives; None for no log probabilities at all."""
+        """How many alternatives get log probabilities; None for no log probabilities at all."""
         return None
 
     def options(self) -> dict[str, Any]:
-        """The same in a session's words; the fields of `generation_config` count where the request's own say nothing."""
+        """As options of a session; fields of `generation_config` apply where the request has none of its own."""
         own = {
             "max_new_tokens": self.most_tokens,
             "temperature": self.temperature,
@@ -153,25 +153,25 @@ class _Request(Asked):
 
     @property
     def name_of_most(self) -> str:
-        """The field that says how many tokens an answer has at most."""
+        """The field that limits the tokens of an answer."""
         return "max_tokens" if self.max_tokens is not None else "generation_config.max_new_tokens"
 
 
 def _of_config(config: Any) -> dict[str, Any]:
-    """What a GenerationConfig of transformers says (its own client sends one, as JSON)."""
+    """The options in a transformers GenerationConfig, which its own client sends as JSON."""
     try:
         given = json.loads(config) if isinstance(config, str) else {} if config is None else config
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"generation_config is no JSON: {error}", param="generation_config") from error
+        raise RequestError(400, f"generation_config is not valid JSON: {error}", param="generation_config") from error
     if not isinstance(given, dict):
-        raise RequestError(400, "generation_config is no JSON object", param="generation_config")
+        raise RequestError(400, "generation_config is not a JSON object", param="generation_config")
     check_config(given, _Config.model_fields, _Request.model_fields)
     try:
         asked = _Config.model_validate(given)
     except ValidationError as error:
         raise _invalid(error, "generation_config.") from error
     found = {name: value for name, value in asked.model_dump().items() if value is not None}
-    if not found.pop("do_sample", None):  # without it, fields of drawing are defaults that nobody chose
+    if not found.pop("do_sample", None):  # without it, the sampling fields are only defaults
         found = {name: value for name, value in found.items() if name not in _CONFIG_DRAWING}
         found |= {"temperature": 0.0} if asked.do_sample is False else {}
     if stops := found.pop("stop_strings", None):
@@ -210,7 +210,7 @@ _RESERVED = {
     ),
     *(option.name for option in fields(Options)),
 }
-"""What `apply_chat_template` takes beside a template's own variables."""
+"""Arguments of `apply_chat_template` besides a template's own variables."""
 
 
 class ChatRequest(_Request):
@@ -252,17 +252,17 @@ class ChatRequest(_Request):
 
     @property
     def tool_names(self) -> list[str]:
-        """The functions that it may call."""
+        """The functions that the model may call."""
         functions = [tool.get("function") for tool in self.offered_tools]
         return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
     def template(self) -> dict[str, Any]:
-        """What goes to the chat template beside the messages."""
+        """What the chat template gets besides the messages."""
         given = dict(self.chat_template_kwargs or {})
         if reserved := sorted(_RESERVED & set(given)):
-            raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} is not the client's to choose")
+            raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by the client")
         if self.continue_final_message and self.add_generation_prompt:
-            raise unsupported("add_generation_prompt", "a message that is continued has no beginning of another after it")
+            raise unsupported("add_generation_prompt", "a continued message cannot be followed by a generation prompt")
         own = {
             "tools": self.offered_tools,
             "reasoning_effort": self.reasoning_effort,
@@ -274,7 +274,7 @@ class ChatRequest(_Request):
         return {**given, **{name: value for name, value in own.items() if value}}
 
     def read_calls(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The text without its tool calls, and these: one at most where the client takes no more."""
+        """The text without its tool calls, and the calls; at most one if the client wants no parallel calls."""
         rest, calls = parse_calls(text, self.tool_names) if self.tool_names else (text, [])
         return rest, calls[:1] if self.parallel_tool_calls is False else calls
 
@@ -286,9 +286,9 @@ class ChatRequest(_Request):
             raise RequestError(400, str(error), param=str(error).partition(":")[0]) from error
 
     def refuse_unsupported(self) -> None:
-        """Raise for what would change the answer and cannot be done."""
+        """Raise for fields that would change the answer and are not supported."""
         if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", 'only "none" and "auto" are possible: nothing forces a model to call')
+            raise unsupported("tool_choice", 'only "none" and "auto" are possible: a call cannot be forced')
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         check_tools(self.tools or [])
@@ -308,20 +308,20 @@ class CompletionRequest(_Request):
 
     @property
     def alternatives(self) -> int | None:
-        """As many as asked for."""
+        """As many as requested."""
         return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Every prompt by itself. Raises for an empty list."""
+        """The prompts as a list. Raises for an empty one."""
         return _each(self.prompt, "prompt")
 
     def refuse_unsupported(self) -> None:
-        """Raise for what would change the answer and cannot be done."""
+        """Raise for fields that would change the answer and are not supported."""
         if self.best_of is not None and self.best_of != self.choices:
             raise unsupported("best_of", "use n")
         if self.echo and self.logprobs is not None:
-            raise unsupported("logprobs", "with echo the prompt's would be needed, which are not computed")
+            raise unsupported("logprobs", "with echo it would need those of the prompt, which are not computed")
 
 
 class EmbeddingRequest(Asked):
@@ -334,10 +334,10 @@ class EmbeddingRequest(Asked):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """Every text by itself. Raises for an empty list, and for one that is too long."""
+        """The texts as a list. Raises for an empty one, and for one that is too long."""
         found = _each(self.input, "input")
         if len(found) > MOST_INPUTS:
-            raise RequestError(400, f"{len(found)} texts are more than {MOST_INPUTS}", param="input")
+            raise RequestError(400, f"{len(found)} texts are more than the limit of {MOST_INPUTS}", param="input")
         return found
 
 

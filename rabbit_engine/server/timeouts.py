@@ -1,4 +1,4 @@
-"""How long the server waits for its clients, and how long it takes to end."""
+"""How long the server waits for its clients, and how long shutting down may take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
     """Seconds. A connection without a request under way is closed after `idle_s`, or twice that; the head of one must come
-    within it, and its body within `body_s`. The body of a request that is refused is still taken for `drain_s`, and thrown
-    away: many clients read no answer before they have sent all.
+    within it, and its body within `body_s`. The body of a refused request is still read for `drain_s` and
+    discarded: many clients read no answer before they have sent everything.
 
-    When the server ends, answers under way get `grace_s` to end (after a second signal, no time at all), and then
+    When the server stops, running answers get `grace_s` to finish (none after a second signal), and then
     `last_words_s` to send their last event, or their 503.
     """
 

@@ -1,4 +1,4 @@
-"""Tool calls in a model's text, as the commonest chat templates teach models to write them.
+"""Tool calls in a model's text, in the formats of the most common chat templates.
 
 <tool_call>{"name": ..., "arguments": {...}}</tool_call>   Qwen, Hermes, SmolLM and others
 [TOOL_CALLS][{"name": ..., "arguments": {...}}]            Mistral (the marker is a special token, and may be gone)
@@ -29,7 +29,7 @@ class ToolCall:
 
 
 def check_tools(tools: Sequence[Any]) -> None:
-    """Raise RequestError for what is no function that a model could call."""
+    """Raise RequestError for a tool that is not a function."""
     for index, tool in enumerate(tools):
         where, kind = f"tools.{index}", tool.get("type", "function") if isinstance(tool, Mapping) else None
         if kind != "function":
@@ -41,7 +41,7 @@ def check_tools(tools: Sequence[Any]) -> None:
 
 
 def may_be_call(text: str) -> bool:
-    """Whether an answer that begins so may turn out to be a call, so that it must not be sent as text yet."""
+    """Whether an answer that begins like this may become a call, so that it must not be sent as text yet."""
     start = text.lstrip()
     if not start or any(start.startswith(marker) or marker.startswith(start) for marker in _MARKERS):
         return True
@@ -49,7 +49,7 @@ def may_be_call(text: str) -> bool:
 
 
 def parse_calls(text: str, names: Sequence[str]) -> tuple[str, list[ToolCall]]:
-    """The text without the calls, and the calls of functions in `names`; a text that holds none comes back as it is."""
+    """The text without the calls, and the calls of functions in `names`; a text without calls is returned unchanged."""
     tagged = list(_TAGGED.finditer(text))
     if tagged:
         calls = [call for match in tagged for call in _calls_in(match[1], names)]

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's words."""
+"""Answers in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rabbit_engine.sessions import Piece, Reply, TokenLogprob
 _REASONS = {"cancelled": "stop"}
 LAST_CHUNK = "data: [DONE]\n\n"
 KEEP_ALIVE = ": the weights are on their way\n\n"
-"""A comment of the event stream format, which clients skip: a pass may take longer than a proxy waits in silence."""
+"""A comment in the event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
 
 
 class Wire:
@@ -38,7 +38,7 @@ class Wire:
         return event({**body, "usage": counts} if counts is not None else body)
 
     def logprobs(self, pieces: Sequence[TokenLogprob]) -> dict[str, object]:
-        """As chats have them: a list of tokens."""
+        """In the chat format: a list of tokens."""
         return {"content": [self._token(found) for found in pieces], "refusal": None}
 
     def _token(self, found: TokenLogprob) -> dict[str, object]:
@@ -50,7 +50,7 @@ class Wire:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
     def legacy_logprobs(self, pieces: Sequence[TokenLogprob], offset: int = 0) -> dict[str, object]:
-        """As completions have them: lists side by side. `offset` is where the first token's text begins."""
+        """In the format of completions: parallel lists. `offset` is where the first token's text begins."""
         texts = [self._text(found.token) for found in pieces]
         starts = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
@@ -70,7 +70,7 @@ def event(body: Mapping[str, object]) -> str:
 
 
 def usage(replies: Sequence[Reply]) -> dict[str, object]:
-    """Token counts. A prompt that is answered several times counts once, as it is given once."""
+    """Token counts. A prompt with several answers counts once."""
     prompt = max((reply.prompt_tokens for reply in replies), default=0)
     return _usage(prompt, sum(len(reply.tokens) for reply in replies))
 
@@ -85,7 +85,7 @@ def _usage(prompt: int, answer: int) -> dict[str, object]:
 
 
 def reason(reply: Reply) -> str:
-    """Why the answer ended, in the words clients know."""
+    """Why the answer ended, as OpenAI names it."""
     return _REASONS.get(reply.finish_reason, reply.finish_reason)
 
 

@@ -1,4 +1,4 @@
-"""Vectors of texts, from checkpoints that say how: sentence-transformers' files next to the weights.
+"""Vectors of texts, as the checkpoint defines them: sentence-transformers' files next to the weights.
 
 `modules.json` lists the steps; `1_Pooling/config.json` says how hidden states become one vector.
 """
@@ -28,7 +28,7 @@ _POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class EmbeddingModel(Protocol):
-    """A model with a base that makes hidden states."""
+    """A model whose base returns hidden states."""
 
     @property
     def base_model(self) -> nn.Module:
@@ -36,7 +36,7 @@ class EmbeddingModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class Embedder:
 
 
 def find_embedder(folder: Path) -> Embedder | None:
-    """How the checkpoint in `folder` embeds; None where it does not say that it does.
+    """How the checkpoint in `folder` embeds; None if it has no modules.json.
 
-    Raises ConfigurationError for a way unknown here, DamagedCheckpointError for files that cannot be read.
+    Raises ConfigurationError for an unsupported step or pooling, DamagedCheckpointError for files that cannot be read.
     """
     path = folder / "modules.json"
     if not path.is_file():
@@ -66,7 +66,7 @@ def find_embedder(folder: Path) -> Embedder | None:
         part = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
     unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise ConfigurationError(f"{path} embeds in steps that are unknown here: {', '.join(sorted(unknown))}")
+        raise ConfigurationError(f"{path} embeds in steps that are not supported: {', '.join(sorted(unknown))}")
     return Embedder(_find_pooling(folder / part / "config.json"), "Normalize" in steps) if steps else None
 
 
@@ -78,13 +78,13 @@ def _find_pooling(path: Path) -> str:
     if named is not None:  # the newer files name it
         modes = [f"pooling_mode_{ {'lasttoken': 'lasttoken', 'cls': 'cls_token'}.get(named, f'{named}_tokens') }"]
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ConfigurationError(f"{path} pools in a way that is unknown here: {', '.join(modes) or 'none is named'}")
+        raise ConfigurationError(f"{path} pools in a way that is not supported: {', '.join(modes) or 'none is named'}")
     return modes[0]
 
 
 @contextmanager
 def _parsed(path: Path) -> Iterator[Any]:
-    """The JSON of a file; what is wrong with it or with its values is an error that names it."""
+    """The JSON of a file; an error in it or in its values names the file."""
     try:
         with damage_as(DamagedCheckpointError), open_unchanged(path, None) as file, disk_errors(path):
             raw = file.read()
