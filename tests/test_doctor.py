@@ -250,7 +250,7 @@ def test_a_folder_that_cannot_be_written_is_a_finding() -> None:
 def test_a_folder_in_memory_is_told_from_a_disk() -> None:
     finding = check_folder(Path("/dev/shm"))
     assert (finding.status, finding.numbers["file_system"]) == ("warn", "tmpfs")
-    assert "no disk" in finding.value
+    assert "not a disk" in finding.value
     assert measure_disk_rate(Path("/dev/shm"), SAMPLE, 1).median > 0
 
 

@@ -100,7 +100,7 @@ def test_messages_of_the_openai_package_and_their_calls_are_read() -> None:
         (5, "int"),
         (b"Hi", "bytes"),
         ([{"role": "assistant", "tool_calls": True}], "tool_calls"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "not valid JSON"),
     ],
 )
 def test_what_is_no_text_is_refused_with_its_place(given: Any, says: str) -> None:
@@ -141,7 +141,7 @@ def test_other_roles_and_keys_go_to_the_template(role: str) -> None:
 
 @pytest.mark.parametrize("key", ["images", "image_url", "files", "audio", "videos"])
 def test_media_in_a_message_are_refused_by_name(key: str) -> None:
-    with pytest.raises(errors.ConfigurationError, match=rf"^messages\.0\.{key}: .*/a/cat.png.*only text can be read"):
+    with pytest.raises(errors.ConfigurationError, match=rf"^messages\.0\.{key}: .*/a/cat.png.*only text is supported"):
         read_messages([{"role": "user", "content": "look", key: ["/a/cat.png"]}])
     assert read_messages([{"role": "user", "content": "look", key: []}])[0]["content"] == "look"
 
@@ -156,5 +156,5 @@ def test_what_else_would_change_the_answer_is_refused() -> None:
 
 def test_keys_without_end_are_refused_not_compared() -> None:
     many = [{"role": "user", "content": "Hi", f"x{index}": 1} for index in range(50_000)]
-    with pytest.raises(errors.ConfigurationError, match="50000 keys"):
+    with pytest.raises(errors.ConfigurationError, match="50000 unknown keys"):
         read_messages(many)

@@ -366,7 +366,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 )
 def test_an_option_of_generate_is_refused_with_what_to_use(session: Session, name: str, value: Any, instead: str) -> None:
     for ask in (session.chat, session.generate):
-        with pytest.raises(errors.ConfigurationError, match=rf"^{name} is no option of a session: .*{instead}"):
+        with pytest.raises(errors.ConfigurationError, match=rf"^{name} is not an option of a session: .*{instead}"):
             ask("Hi", **{name: value}, max_new_tokens=1)
 
 
@@ -375,7 +375,7 @@ def test_variables_that_the_template_reads_pass_and_those_without_end_do_not(ses
     monkeypatch.setattr(session.model.tokenizer, "chat_template", text + "{% if do_sample %}{{ 'more' }}{% endif %}{{ '\\n' }}")
     longer, plain = (session.request("Hi", do_sample=given, max_new_tokens=1).prompt.ids for given in (True, False))
     assert len(longer) > len(plain)
-    with pytest.raises(errors.ConfigurationError, match=r"^n is no option"):
+    with pytest.raises(errors.ConfigurationError, match=r"^n is not an option"):
         session.request("Hi", n=2)
     with pytest.raises(errors.ConfigurationError, match="100000 variables"):
         session.request("Hi", **{f"x{index}": 1 for index in range(100_000)})

@@ -229,7 +229,7 @@ def ask_driver(version_file: Path = DRIVER_FILE) -> tuple[str | None, tuple[str,
             rows = [line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line]
             if rows:
                 return rows[0][0], tuple(name for _, name in rows)
-        except (OSError, subprocess.SubprocessError):  # it is there, but not in order: the kernel may still say a version
+        except (OSError, subprocess.SubprocessError):  # it is broken: the kernel may still know the version
             pass
     try:
         match = re.search(r"^NVRM version:.*?\s(\d+\.[\d.]+)", version_file.read_text())
@@ -317,9 +317,12 @@ def check_folder(folder: Path) -> Finding:
     elsewhere = "set HF_HOME to a folder of a local disk, or give --folder"
     advice = ""
     if kind in _IN_MEMORY:
-        value, advice = f"{value}: it is memory, no disk", f"weights there take the memory that they should spare: {elsewhere}"
+        value, advice = (
+            f"{value}: it is memory, not a disk",
+            f"weights there use the memory that streaming saves: {elsewhere}",
+        )
     elif not writable:
-        value, advice = f"{value}; it cannot be written", f"nothing can be downloaded or split there: {elsewhere}"
+        value, advice = f"{value}; it is not writable", f"nothing can be downloaded or split there: {elsewhere}"
     elif free < _LITTLE_DISK_BYTES:
         advice = f"free some, a model of 7 billion parameters takes 15 GB: `hf cache prune` helps; or {elsewhere}"
     return Finding(name="folder", status="warn" if advice else "ok", value=value, numbers=numbers, advice=advice)
@@ -333,7 +336,7 @@ def _file_system(folder: Path) -> str | None:
 
 
 def _try_disk(folder: Path, sample_bytes: int, rounds: int) -> DiskRate | str:
-    """The rate, or why there is none."""
+    """The rate, or why it could not be measured."""
     try:
         return measure_disk_rate(folder, sample_bytes, rounds)
     except (OSError, RabbitError) as error:

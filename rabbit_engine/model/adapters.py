@@ -62,7 +62,7 @@ def _weights_away(model: nn.Module) -> list[tuple[nn.Module, str, Placeholder]]:
 
 
 def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
-    """WeightRef each stand-in again where a weight was put; the names of those that have other values in the checkpoint."""
+    """Put each stand-in back where a weight was set; the names of those that have other values in the checkpoint."""
     changed = []
     for module, name, weight in away:
         given = module._parameters[name]

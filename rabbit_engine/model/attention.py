@@ -51,7 +51,7 @@ def _flash_problem(
     if device.type != "cuda":
         return f"the device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {str(dtype).removeprefix('torch.')}, it wants float16 or bfloat16"
+        return f"the dtype is {str(dtype).removeprefix('torch.')}, it needs float16 or bfloat16"
     if not has_flash_attention(cls):
         return f"{cls.__name__} does not support it"
     available, reason = flash()

@@ -1,4 +1,4 @@
-"""`AutoModel`: from the keywords that people give to a model that streams."""
+"""`AutoModel`: from keywords to a streamed model."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def choose_named(attn_implementation: str | None, config: Any) -> str:
 
 def _set_generation_config(model: Any, generation_config: Any) -> None:
     if not isinstance(generation_config, GenerationConfig):
-        raise ConfigurationError(f"generation_config={generation_config!r} is no GenerationConfig of transformers")
+        raise ConfigurationError(f"generation_config={generation_config!r} is not a GenerationConfig of transformers")
     model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
     _drop_empty(model.generation_config)
 

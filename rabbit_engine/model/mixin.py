@@ -289,7 +289,7 @@ def _checked(tokenizer: Any, folder: Path) -> Any:
     most = getattr(tokenizer, "model_max_length", 0)
     if not isinstance(most, int | float):
         raise TokenizerNotFoundError(
-            f"{folder}/tokenizer_config.json says model_max_length={most!r}, where a number is wanted: mend it or download it "
+            f"{folder}/tokenizer_config.json says model_max_length={most!r}, which is not a number: fix it or download it "
             "again; the model itself runs, with token ids or a model.tokenizer that is set"
         )
     return tokenizer

@@ -46,7 +46,7 @@ class Encoder:
     def encode_messages(self, messages: Sequence[Mapping[str, object]], template: Mapping[str, object]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins; `template` goes to the chat template (tools and the like).
 
-        Raises ConfigurationError where there is no template, or where it refuses the messages; PromptTooLongError.
+        Raises ConfigurationError if there is no template, or if it refuses the messages; PromptTooLongError.
         """
         tokenizer = self._model.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
@@ -60,7 +60,7 @@ class Encoder:
                 found = tokenizer.apply_chat_template(
                     copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
                 )
-        except Exception as error:  # a template is anybody's code
+        except Exception as error:  # a template is arbitrary code
             raise ConfigurationError(f"the chat template refuses these messages: {error}") from error
         return self._checked(self._tokens(found, special=False) if plain else [int(token) for token in found["input_ids"]])
 
@@ -143,7 +143,7 @@ def read_ids(given: object) -> list[int]:
             return [operator.index(value) for value in values]
     except TypeError:
         wrong = values
-    raise ConfigurationError(f"a prompt is a text or a list of token ids: {repr(wrong)[:40]} is no token id")
+    raise ConfigurationError(f"a prompt is a text or a list of token ids: {repr(wrong)[:40]} is not a token id")
 
 
 @dataclass(frozen=True, slots=True)

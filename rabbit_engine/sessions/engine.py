@@ -1,4 +1,4 @@
-"""One thread that runs the generations of a model in step, and the queue before it."""
+"""The thread that runs a model's generations in step, and its queue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
-    """Nobody waits for the answer any more. No Exception: nothing in between may take it for an error of its own."""
+    """The answer is not wanted any more. A BaseException, so that no code in between handles it as an error of its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -202,14 +202,14 @@ class Engine:
         if self._scheduler.fibers:
             try:
                 self._scheduler.run_pass()
-            except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: everybody's
+            except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: it ends every answer
                 self._scheduler.stop(error)
         for job in self._running:
             job.is_computed = True  # its prompt: it takes the first pass
         self._settle()
 
     def _settle(self) -> None:
-        """Tell those who wait for jobs that are over."""
+        """Report finished jobs."""
         done = [job for job in self._running if job.fiber is not None and job.fiber.dead]
         with self._changed:
             self._running = [job for job in self._running if job not in done]
@@ -222,7 +222,7 @@ def _leave() -> None:
 
 
 def _tell(job: Job, failure: BaseException | None) -> None:
-    """Whoever hears it may do so wrongly; the others are served on."""
+    """An error in one callback must not affect the other jobs."""
     try:
         job.on_end(failure)
     except Exception:

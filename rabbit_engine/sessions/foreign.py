@@ -1,4 +1,4 @@
-"""Options of `model.generate` and of OpenAI's interface that a session has not, and what it has instead."""
+"""Options of `model.generate` and of OpenAI's interface that a session lacks, and what to use instead."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
         "top_logprobs": "use logprobs, which is the number of alternatives",
         "streamer": "use stream",
         "stream": "use the method stream",
-        "response_format": "there is no constrained decoding: ask for the form in words",
+        "response_format": "constrained decoding is not supported: describe the format in the prompt",
         "generation_config": "give its values as options",
     }
 )
 
 
 def tell_instead(name: str) -> str | None:
-    """What to do instead of giving this option; None for one that nothing of that kind has."""
+    """What to do instead of giving this option; None for an option that neither of them has."""
     return _INSTEAD.get(name, "call model.generate for it") if name in _INSTEAD or name in _names_of_generate() else None
 
 
 def refuse_foreign(name: str, value: object) -> None:
-    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: the answer would be another."""
+    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: ignoring it would change the answer."""
     if value is not None and (instead := tell_instead(name)):
-        raise ConfigurationError(f"{name} is no option of a session: {instead}")
+        raise ConfigurationError(f"{name} is not an option of a session: {instead}")
 
 
 @functools.cache

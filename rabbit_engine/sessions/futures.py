@@ -1,4 +1,4 @@
-"""Work of a caller's own in a session's thread: the futures of its results, and what an error of it becomes."""
+"""A caller's own work in a session's thread: the futures of its results, and how its errors are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Worker(Protocol):
 
 
 class Promise(Future[T]):
-    """A future that is not waited for where the thread that would fulfil it is not there, or is the one that waits."""
+    """A future that refuses to wait where it could never be set: in a forked child, or in the thread that would set it."""
 
     def __init__(self, session: Worker) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Messages as chat templates take them, from what clients and chat interfaces hand over.
+"""Messages as chat templates take them, from what clients and chat interfaces send.
 
 A message is `{"role": ..., "content": ...}`, a `(role, content)` pair, an object with these attributes (Gradio's `ChatMessage`,
 the openai package's messages), or a `(user, assistant)` pair of an older Gradio history. Its content is a text, a list of
@@ -18,7 +18,7 @@ _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "t
     "ai": "assistant",
 }
 _OTHER_ROLES = ("human", "ai", "model", "bot", "gpt", "ipython", "tools", "functions")
-"""Which chat templates may know: they get them as they are."""
+"""Chat templates may know them: they are passed on unchanged."""
 
 _NEED_CONTENT = ("system", "developer", "user", "tool", "function")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -28,14 +28,14 @@ _ATTRIBUTES = ("role", "content", "tool_calls", "tool_call_id", "name")
 _NOT_FOR_TEMPLATES = ("metadata", "options")
 """What Gradio keeps in a message for its own display."""
 
-_ONLY_TEXT = "only text can be read"
+_ONLY_TEXT = "only text is supported"
 _REFUSED = {
     **dict.fromkeys(("image", "images", "image_url", "audio", "input_audio", "audios", "video", "videos"), _ONLY_TEXT),
     **dict.fromkeys(("file", "files", "attachments"), _ONLY_TEXT),
     **dict.fromkeys(("prefix", "partial"), "use continue_final_message"),
     "function_call": "use tool_calls",
 }
-"""Keys of a message that would change the answer, and what to do instead. Their empty values ask for nothing."""
+"""Keys of a message that would change the answer, and what to do instead. Their empty values have no effect."""
 
 _MEANT_FOR_CONTENT = ("text", "parts", "message", "value")
 _KNOWN = (
@@ -102,7 +102,7 @@ def _check_spelling(found: Sequence[tuple[str, Mapping[str, object]]]) -> None:
 def _refuse_misspelt(places: Mapping[str, str], meant: Collection[str], known: Collection[str]) -> None:
     unknown = [name for name in places if name not in known]
     if len(unknown) > _MOST_UNKNOWN:
-        raise ConfigurationError(f"{places[unknown[0]]}: the messages have {len(unknown)} keys or roles that nothing here knows")
+        raise ConfigurationError(f"{places[unknown[0]]}: the messages have {len(unknown)} unknown keys or roles")
     for name in unknown:
         if near := nearest(name, meant):
             raise ConfigurationError(f"{places[name]}: {name[:60]!r} is not known: did you mean {near!r}?")
@@ -126,7 +126,7 @@ def _read(message: dict[str, object], where: str) -> dict[str, object]:
 
 
 def _require_no_content(message: Mapping[str, object], role: str, where: str) -> None:
-    """An answer may be of calls alone; everybody else says something, if only an empty text."""
+    """An answer may consist of calls alone; every other message needs a content, if only an empty text."""
     elsewhere = next((name for name in _MEANT_FOR_CONTENT if message.get(name)), None)
     if elsewhere is not None:
         raise ConfigurationError(f"{where}.content: the message has none; did you mean 'content' by {elsewhere!r}?")
@@ -160,11 +160,11 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ConfigurationError(f"{where}: {_describe(part)} cannot be read here, only text can")
+        raise ConfigurationError(f"{where}: {_describe(part)} cannot be read, only text can")
     kind = part.get("type", "text" if "text" in part else None)
     text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
-        raise ConfigurationError(f"{where}: {_name_part(part, kind)} cannot be read here, only text can")
+        raise ConfigurationError(f"{where}: {_name_part(part, kind)} cannot be read, only text can")
     return text
 
 
@@ -179,7 +179,7 @@ def _name_part(part: Mapping[str, object], kind: object) -> str:
 def _refuse_files(files: object, where: str) -> None:
     if files:
         first = files[0] if isinstance(files, list | tuple) else files
-        raise ConfigurationError(f"{where}: the file {_describe(first)} cannot be read here, only text can")
+        raise ConfigurationError(f"{where}: the file {_describe(first)} cannot be read, only text can")
 
 
 def _of_file(value: object) -> str:
@@ -220,5 +220,5 @@ def _with_object(call: object, where: str) -> dict[str, object]:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{where}: the arguments are no JSON: {error}") from error
+            raise ConfigurationError(f"{where}: the arguments are not valid JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments}}

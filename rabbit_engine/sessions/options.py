@@ -24,7 +24,7 @@ class Options:
         top_p: draw from the likeliest tokens of this total probability, in (0, 1].
         top_k: draw from this many of the likeliest tokens; 0 draws from all, whatever the checkpoint says.
         min_p: draw from tokens that are at least this share as likely as the likeliest.
-        seed: draw as `torch.manual_seed(seed)` before `generate` would, whoever else is served.
+        seed: draw as `torch.manual_seed(seed)` before `generate` would, whatever other requests run.
         stop: texts at which the answer ends; they are not part of it.
         stop_token_ids: tokens at which it ends, besides those of the checkpoint; the one it ended at is in `Reply.tokens`, not
             in the text.

@@ -1,4 +1,4 @@
-"""How many texts at a time: what their caches may take, and what they do."""
+"""How many texts at a time: what their caches may take, and what they take."""
 
 from __future__ import annotations
 

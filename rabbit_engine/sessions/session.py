@@ -56,7 +56,7 @@ class Ticket:
         self._engine, self._job = engine, job
 
     def cancel(self) -> None:
-        """Nobody waits for it any more. Any thread may say so, also twice, also when it is over."""
+        """Cancel it. Safe from any thread, more than once, and after its end."""
         self._engine.cancel(self._job)
 
 
@@ -160,7 +160,7 @@ class Session:
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
 
-    # What most will use.
+    # The methods for most uses.
 
     def chat(self, messages: Chat, /, **options: Any) -> Reply:
         """The answer to a conversation, or to a user's words.
@@ -373,7 +373,7 @@ class Session:
                     raise event
                 if event.text:
                     yield event.text
-                    self.require_process()  # whoever takes the pieces may have forked meanwhile
+                    self.require_process()  # the caller may have forked meanwhile
             return event
         finally:
             _cancel(tickets)

@@ -1,4 +1,4 @@
-"""Names that are spelt almost right."""
+"""Finds the known name closest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MOST_CHARACTERS = 60
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.8) -> str | None:
-    """The known name that is meant by `name`, whatever the case and the marks between words; None where none is like it."""
+    """The known name closest to `name`, ignoring case and punctuation; None if none is close."""
     squashed = {_squash(other): other for other in known}
     found = difflib.get_close_matches(_squash(name), squashed, n=1, cutoff=cutoff)
     return squashed[found[0]] if found else None

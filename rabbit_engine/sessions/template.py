@@ -1,4 +1,4 @@
-"""What a conversation may give to the chat template besides its messages."""
+"""What a conversation may pass to the chat template besides its messages."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class TemplateVariables:
         self._told: set[str] = set()
 
     def check(self, given: Mapping[str, object]) -> None:
-        """Raise ConfigurationError for what the chat template is not to be given, or an option that is misspelt; tell once of
-        what the template does not read."""
+        """Raise ConfigurationError for a variable that must not be set, or a misspelt option; warn once of a variable that
+        the template does not read."""
         if len(given) > _MOST_VARIABLES:
             raise ConfigurationError(f"{len(given)} variables for the chat template are more than {_MOST_VARIABLES}")
         for name in given:
@@ -48,8 +48,8 @@ class TemplateVariables:
                 raise ConfigurationError(f"{name}: no such option; did you mean {near}?")
             if name not in self._told and len(self._told) < _MOST_TOLD:
                 self._told.add(name)
-                logger.warning("%.60s is no option, and the chat template does not read it: it changes nothing", name)
+                logger.warning("%.60s is not an option, and the chat template does not read it: it has no effect", name)
 
     def reads(self, name: str) -> bool:
-        """Whether the chat template has a variable of this name; the n of `\\n` is none."""
+        """Whether the chat template has a variable of this name; the n of `\\n` does not count."""
         return re.search(rf"(?<!\\)\b{re.escape(name)}\b", str(getattr(self._model.tokenizer, "chat_template", ""))) is not None
