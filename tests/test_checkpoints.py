@@ -123,12 +123,12 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "cut off": (
         lambda d: cut(d / "model-00002-of-00003.safetensors"),
         errors.DamagedCheckpointError,
-        r"00002-of-00003\.safetensors is cut off",
+        r"00002-of-00003\.safetensors is truncated",
     ),
     "empty": (
         lambda d: (d / "model-00002-of-00003.safetensors").write_bytes(b""),
         errors.DamagedCheckpointError,
-        "00002-of-00003.safetensors is no whole safetensors file",
+        "00002-of-00003.safetensors is not a complete safetensors file",
     ),
     "no header": (
         lambda d: (d / "model-00001-of-00003.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{not js}" + bytes(99)),
@@ -138,12 +138,12 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "a web page": (
         lambda d: (d / "model-00001-of-00003.safetensors").write_text("<!DOCTYPE html><html>log in</html>" * 9),
         errors.DamagedCheckpointError,
-        "00001-of-00003.safetensors is no whole safetensors file",
+        "00001-of-00003.safetensors is not a complete safetensors file",
     ),
     "file missing": (
         lambda d: (d / "model-00003-of-00003.safetensors").unlink(),
         errors.MissingFileError,
-        "00003-of-00003.safetensors is not there, model.safetensors.index.json names it",
+        "00003-of-00003.safetensors is missing, model.safetensors.index.json lists it",
     ),
     "bad index": (
         lambda d: (d / "model.safetensors.index.json").write_text("{"),
@@ -213,7 +213,7 @@ def test_pickle_that_wants_more_than_tensors_is_not_loaded(own_checkpoint: Any, 
     folder = as_bins(own_checkpoint("llama"), 1)
     for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-        with pytest.raises(errors.UnsafePickleError, match=r"pytorch_model\.bin wants more than tensors"):
+        with pytest.raises(errors.UnsafePickleError, match=r"pytorch_model\.bin contains more than tensors"):
             streamed(folder)
     assert not Path("/tmp/rabbit-evil").exists()
 

@@ -221,5 +221,5 @@ def test_a_branch_of_the_cache_that_climbs_is_refused(hub: FakeHub, tmp_path: Pa
     streamed(REPO, cache_dir=tmp_path / "cache")
     (reference,) = (tmp_path / "cache").rglob("refs/main")
     reference.write_text("../../../outside")
-    with pytest.raises(errors.DamagedCheckpointError, match="refs/main names no commit"):
+    with pytest.raises(errors.DamagedCheckpointError, match="refs/main does not name a commit"):
         streamed(REPO, cache_dir=tmp_path / "cache", local_files_only=True)

@@ -89,7 +89,7 @@ def test_pickles_are_split(own_checkpoint: Any, streamed: Any) -> None:
     for path in folder.glob("model*"):
         path.unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(errors.ConfigurationError, match=r"pytorch_model\.bin is no safetensors file"):
+    with pytest.raises(errors.ConfigurationError, match=r"pytorch_model\.bin is not a safetensors file"):
         streamed(folder, split="never")
     assert runtime_of(streamed(folder)).checkpoint.manifest is not None
 

@@ -80,7 +80,7 @@ def test_a_plain_folder_is_recorded_once_and_compared_after_that(own_checkpoint:
     code, said = rabbit("verify", folder)
     assert code == 1
     assert "model-00003-of-00003.safetensors is not what it was" in said
-    assert "generation_config.json is gone" in said
+    assert "generation_config.json is missing" in said
     assert "4 of 6 files are whole" in said
 
 

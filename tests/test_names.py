@@ -92,7 +92,7 @@ def test_a_mistyped_folder_that_could_be_a_repo_id_names_the_nearest(
 
 
 def test_an_address_and_keywords_that_disagree_are_refused(streamed: Any) -> None:
-    with pytest.raises(errors.ConfigurationError, match="says revision='main', and revision='dev' is given"):
+    with pytest.raises(errors.ConfigurationError, match="selects revision='main', but revision='dev' is given"):
         streamed(f"{HUB}/org/name/tree/main", revision="dev")
 
 

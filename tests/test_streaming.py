@@ -166,7 +166,7 @@ def test_a_read_that_fails_names_the_file_and_is_tried_again(own_checkpoint: Any
     expected = model.generate(ids, **GREEDY)
     path = shard(model, 1)
     times, whole = path.stat(), path.read_bytes()
-    for part, words in ((whole[:-5000], "is cut off"), (whole, "was replaced while in use")):
+    for part, words in ((whole[:-5000], "is truncated"), (whole, "was replaced while in use")):
         path.write_bytes(part)
         if part != whole:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

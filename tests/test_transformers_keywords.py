@@ -142,7 +142,7 @@ def test_a_config_stands_in_for_the_checkpoints(
         assert streamed(folder, config=place).config.rms_norm_eps == 0.1
     made = transformers.LlamaConfig(**{k: v for k, v in before.items() if k not in ("architectures", "dtype")})
     assert torch.equal(streamed(folder, config=made, use_cache=False)(ids).logits, plain(folder, config=made)(ids).logits)
-    with pytest.raises(errors.ConfigurationError, match="config=7 is no config"):
+    with pytest.raises(errors.ConfigurationError, match="config=7 is not a config"):
         streamed(folder, config=7)
 
 

@@ -1,4 +1,4 @@
-"""What an earlier run left in the folder for shards: a whole split of this source, an interrupted one, or neither."""
+"""What an earlier run left in the shards folder: a complete split of this source, an interrupted one, or neither."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rabbit_engine.storage.tensorfiles import TORCH_DTYPES, TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """`manifest` and its `entries` where a whole split of this source is there, else the `journal` of one to resume.
+    """`manifest` and its `entries` if there is a complete split of this source, else the `journal` of one to resume.
 
-    `problem` says why what is there cannot be used; `interrupted` is true where any split was, of this source or another.
+    `problem` is why an existing split cannot be used; `interrupted` is true if any split, of any source, was interrupted.
     """
 
     manifest: Manifest | None = None
@@ -38,10 +38,10 @@ class Existing:
 
 
 def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
-    """What is in the folder for shards; reads headers alone.
+    """The contents of the shards folder; reads only headers.
 
-    Raises DamagedShardError for a damaged split, which is a `problem` where it is to be repaired, and ShardError for one
-    of another source whose originals are deleted.
+    Raises DamagedShardError for a damaged split (with `repair` it becomes a `problem`), and ShardError for a split of
+    another source whose originals are deleted.
     """
     problem = ""
     try:
@@ -61,7 +61,7 @@ def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
 
 
 def open_remaining(request: ModelRequest, files: WeightFiles, journal: Journal | None, reading: Reading) -> TensorSource:
-    """The tensors of safetensors files or pickles; of those that an interrupted split has deleted, the shapes alone."""
+    """The tensors of safetensors files or pickles; only the shapes for files that an interrupted split has deleted."""
     if journal is None:
         return reading.open(request.repo, files, request.source)
     found = reading.open(request.repo, remaining_files(files, journal), request.source)
@@ -75,7 +75,7 @@ def remaining_files(files: WeightFiles, journal: Journal | None) -> WeightFiles:
 
 
 def _deleted_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]:
-    """The tensors of the originals that are gone: shapes to plan with; every shard made from them is whole."""
+    """The tensors of deleted originals: shapes to plan with; every shard made from them is complete."""
     return {
         key: SafetensorsTensor(TensorEntry(key, originals / file, 0, 0, TORCH_DTYPES[dtype], tuple(shape)))
         for key, file, dtype, shape in journal.tensors
@@ -84,7 +84,7 @@ def _deleted_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]
 
 
 def source_fingerprint(request: ModelRequest, files: WeightFiles) -> dict[str, Any]:
-    """The source's fingerprint, with the conversion that makes shards of it where there is one."""
+    """The source's fingerprint, including its conversion if there is one."""
     found = fingerprint(request.repo.folder, files, request.repo.commit)
     conversion = _conversion(request)
     return found if conversion is None else {**found, "conversion": conversion}
@@ -96,7 +96,7 @@ def _conversion(request: ModelRequest) -> str | None:
 
 
 def _difference(request: ModelRequest, manifest: Manifest) -> str:
-    """What differs from the source that the split was made from; nothing where it is the same."""
+    """How this source differs from the one that the split was made from; empty if they are the same."""
     changed = changed_files(request.repo.folder, manifest.source)
     others = _other_names(request, manifest.source)
     converted_so = manifest.source.get("conversion") == _conversion(request)
@@ -106,18 +106,18 @@ def _difference(request: ModelRequest, manifest: Manifest) -> str:
     if manifest.source["deleted"]:
         raise ShardError(
             f"{request.folder} was made from another source ({what} differs) whose originals were deleted: "
-            "it may be the only copy; give another layer_shards_saving_path, or delete it yourself"
+            "it may be the only copy; pass another layer_shards_saving_path, or delete it yourself"
         )
     return what
 
 
 def _other_names(request: ModelRequest, source: Mapping[str, Any]) -> list[str]:
-    """Weight files that are here now and were not part of the split; files next to deleted originals do not count."""
+    """Weight files that were not part of the split; files next to deleted originals do not count."""
     if source.get("deleted"):
         return []
     try:
         names = request.weight_files().names
-    except (CheckpointNotFoundError, HubUnreachableError):  # all originals are gone: the split is what there is
+    except (CheckpointNotFoundError, HubUnreachableError):  # all originals are deleted: only the split is left
         return []
     known = {row["name"] for row in source["files"]}
     return [name for name in names if name not in known]
@@ -134,6 +134,6 @@ def _is_of_source(request: ModelRequest, journal: Journal) -> bool:
     if changed and journal.deleted:
         raise ShardError(
             f"{request.folder} is half a split of another source whose originals are deleted: "
-            "give another layer_shards_saving_path, or delete it yourself"
+            "pass another layer_shards_saving_path, or delete it yourself"
         )
     return not changed

@@ -1,4 +1,4 @@
-"""A local checkpoint's weight files as named tensors, read when asked for: safetensors, PyTorch pickles; GGUF by name."""
+"""A local checkpoint's weight files as lazily read, named tensors: safetensors and PyTorch pickles; GGUF files by name."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _NAMES = tuple(name for name, _ in _CANDIDATES)
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The files that hold a checkpoint's weights, by name, in the order of their names; `index` names them or is None.
+    """The names of a checkpoint's weight files, sorted; `index` is the file that lists them, or None.
 
-    `dtype` is what the index's metadata says of all of them.
+    `dtype` is the dtype in the index's metadata.
     """
 
     format: Format
@@ -52,7 +52,7 @@ class WeightFiles:
 
 
 class LazyTensor(Protocol):
-    """What transformers' loading asks of a tensor it has not read yet: `tensor[...]`."""
+    """A tensor that transformers' loading reads with `tensor[...]`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,10 +64,10 @@ class LazyTensor(Protocol):
 
     @property
     def path(self) -> Path:
-        """The file it lies in."""
+        """The file that holds it."""
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Read it; only `[...]` is asked for."""
+        """Read it; the only index used is `...`."""
 
 
 def find_weight_files(
@@ -81,8 +81,8 @@ def find_weight_files(
 ) -> WeightFiles:
     """Choose the weight files among a folder's or repo's file names, as transformers does: safetensors before pickles.
 
-    `use_safetensors` takes one kind alone; a `variant` is in the names, as in `model.fp16.safetensors`.
-    Raises CheckpointNotFoundError, listing what there is, and DamagedCheckpointError for an index that cannot be read.
+    `use_safetensors` selects one kind; a `variant` is part of the names, as in `model.fp16.safetensors`.
+    Raises CheckpointNotFoundError, which lists the files, and DamagedCheckpointError for an index that cannot be read.
     """
     present = set(names)
     if gguf_file is not None:
@@ -134,7 +134,7 @@ def _from_index(name: str, kind: Format, read_text: Callable[[str], str], where:
 
 def _nothing_to_load(present: set[str], where: str, wanted: Sequence[str] = _NAMES) -> str:
     if "adapter_config.json" in present:
-        return f"{where} is an adapter: load its base model, then model.load_adapter({where!r})"
+        return f"{where} is an adapter: load its base model, then call model.load_adapter({where!r})"
     ggufs = [name for name in present if name.endswith(".gguf")]
     if ggufs:
         return f"{where} has several GGUF files: choose with gguf_file=, one of {listed(ggufs)}"
@@ -151,7 +151,7 @@ def require_one_gguf(names: Iterable[str], where: str) -> None:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """File names as an error lists them."""
+    """File names for an error message."""
     found = sorted(names)
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "") if found else "nothing"
 
@@ -167,11 +167,11 @@ def check_present(folder: Path, files: WeightFiles) -> None:
     """Raise MissingFileError for a file that the index names and the folder lacks."""
     for name in files.names:
         if not is_file(folder / name):
-            raise MissingFileError(f"{folder / name} is not there, {files.index or 'the checkpoint'} names it: download it again")
+            raise MissingFileError(f"{folder / name} is missing, {files.index or 'the checkpoint'} lists it: download it again")
 
 
 def fingerprint(folder: Path, files: WeightFiles, commit: str | None) -> dict[str, Any]:
-    """What tells one source from another: names, sizes, the safetensors headers, and the commit or the times of change."""
+    """What identifies a source: names, sizes, safetensors headers, and the commit or the change times."""
     rows = [file_row(folder, name, files.format, commit) for name in files.names]
     return {"format": files.format, "commit": commit, "files": rows}
 
@@ -190,24 +190,24 @@ def file_row(folder: Path, name: str, kind: Format, commit: str | None) -> dict[
 
 
 def changed_files(folder: Path, source: Mapping[str, Any]) -> list[str]:
-    """Names of the files of `folder` that differ from the fingerprint `source`; files that are gone count as unchanged."""
+    """Names of the files of `folder` that differ from the fingerprint `source`; deleted files count as unchanged."""
     rows = {row["name"]: row for row in source["files"]}
     present = [name for name in rows if is_file(folder / name)]
     return [name for name in present if file_row(folder, name, source["format"], source["commit"]) != rows[name]]
 
 
 def digest(value: Mapping[str, Any]) -> str:
-    """A short name for a fingerprint."""
+    """A short hash of a fingerprint."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 class _Named:
-    """What transformers' quantisers ask of a tensor that is not read yet."""
+    """The interface of an unread tensor that transformers' quantisers use."""
 
     __slots__ = ()
 
     def get_dtype(self: LazyTensor) -> str:
-        """Its dtype in safetensors' words, such as "BF16"."""
+        """Its dtype as safetensors names it, such as "BF16"."""
         return DTYPE_NAMES[self.dtype]
 
 
@@ -229,7 +229,7 @@ class SafetensorsTensor(_Named):
 
     @property
     def path(self) -> Path:
-        """The file it lies in."""
+        """The file that holds it."""
         return self.entry.path
 
     @damage_as(DamagedCheckpointError)
@@ -239,7 +239,7 @@ class SafetensorsTensor(_Named):
 
 @damage_as(DamagedCheckpointError)
 def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
-    """Whether two stored tensors hold the same values; those of safetensors are compared a piece at a time."""
+    """Whether two stored tensors hold the same values; safetensors are compared in pieces."""
     if isinstance(first, SafetensorsTensor) and isinstance(second, SafetensorsTensor):
         return same_bytes(first.entry, second.entry)
     return torch.equal(first[...], second[...])
@@ -247,7 +247,7 @@ def are_equal(first: LazyTensor, second: LazyTensor) -> bool:
 
 @dataclass(slots=True)
 class PickleFile:
-    """A `pytorch_model*.bin`, loaded weights-only and mapped where its format allows, kept until `release()`."""
+    """A `pytorch_model*.bin`, loaded weights-only, mapped if its format allows, and kept until `release()`."""
 
     path: Path
     _loaded: dict[str, torch.Tensor] | None = None
@@ -264,7 +264,7 @@ class PickleFile:
 
     @damage_as(DamagedCheckpointError)
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own: a map of a file that somebody cuts off meanwhile kills the process."""
+        """One tensor, in its own memory: a mapped file that another process truncates would kill this one."""
         tensor = self.tensors()[name]
         if not self._mapped:
             return tensor
@@ -273,20 +273,20 @@ class PickleFile:
 
     @damage_as(DamagedCheckpointError)
     def _load(self) -> dict[str, Any]:
-        with open_unchanged(self.path, self._stamp) as file:  # whether it can be read at all
+        with open_unchanged(self.path, self._stamp) as file:  # check that it can be read
             self._stamp = stamp_of(file)
         try:
             _check_members(self.path)
             loaded = self._unpickle()
         except pickle.UnpicklingError as error:
             raise _pickle_error(self.path, error) from error
-        except Exception as error:  # torch.load raises anything over bytes that are no pickle of its own
+        except Exception as error:  # torch.load may raise anything for foreign bytes
             raise _load_error(self.path, error) from error
         if not isinstance(loaded, dict):
             raise DamagedCheckpointError(f"{self.path} holds a {type(loaded).__name__}, not named tensors")
         strange = next((key for key in loaded if not isinstance(key, str)), None)
         if strange is not None:
-            raise DamagedCheckpointError(f"{self.path} holds something named {shown(strange)}, and names are text")
+            raise DamagedCheckpointError(f"{self.path} holds an item named {shown(strange)}, but names must be strings")
         return loaded
 
     def _unpickle(self) -> Any:
@@ -299,14 +299,14 @@ class PickleFile:
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def release(self) -> None:
-        """Let go of the map; a file that could not be mapped stays, as reading it again for each layer would cost more."""
+        """Unmap the file; one that could not be mapped stays loaded, as reading it again for each layer would cost more."""
         if self._mapped:
             self._loaded = None
 
 
 def _check_members(path: Path) -> None:
-    """Raise BadZipFile where the archive's directory points elsewhere than to its members, which a mapped file is not asked for:
-    tensors would be made of other bytes."""
+    """Raise BadZipFile if the archive's directory does not point to its members, which torch does not check in a mapped file:
+    tensors would be read from other bytes."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -315,10 +315,10 @@ def _check_members(path: Path) -> None:
 
 
 def _require_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise DamagedCheckpointError for a tensor that is no plain array of numbers."""
+    """Raise DamagedCheckpointError for a tensor that is not a plain array of numbers."""
     kind = str(tensor.layout) if tensor.layout != torch.strided else str(tensor.dtype)
     if tensor.is_meta:
-        raise DamagedCheckpointError(f"{path} holds the shape of {name} and none of its values: save the weights themselves")
+        raise DamagedCheckpointError(f"{path} holds only the shape of {name}, not its values: save the weights themselves")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
         raise DamagedCheckpointError(f"{path} holds {name} as {kind}: save plain tensors")
 
@@ -329,21 +329,21 @@ def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
         is_pickle = file.read(2).startswith((b"\x80", b"PK"))  # protocol 2 and newer, or torch's zip around one
     if is_pickle and "Unsupported" in str(error):
         return UnsafePickleError(
-            f"{path} wants more than tensors and was not loaded ({_reason(error)}): "
-            "use the repository's safetensors files, or convert it on a machine you can lose"
+            f"{path} contains more than tensors and was not loaded ({_reason(error)}): "
+            "use the repository's safetensors files, or convert it on a disposable machine"
         )
-    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({_reason(error)}): {advice_for(path)}")
+    return DamagedCheckpointError(f"{path} is not a complete PyTorch file ({_reason(error)}): {advice_for(path)}")
 
 
 def _load_error(path: Path, error: Exception) -> RabbitError:
-    """torch seeks and reads where a cut file tells it to: EINVAL is damage, other answers of the system are the disk's."""
+    """The error of a failed load: EINVAL comes from bad offsets in a damaged file, other OSErrors from the disk."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return unreadable(path, error)
-    return DamagedCheckpointError(f"{path} is no whole PyTorch file ({first_line(error)}): {advice_for(path)}")
+    return DamagedCheckpointError(f"{path} is not a complete PyTorch file ({first_line(error)}): {advice_for(path)}")
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """torch explains itself at length; what matters is the line that says what it met."""
+    """The line of torch's long message that names what it found."""
     return next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), first_line(error))
 
 
@@ -358,7 +358,7 @@ class PickleTensor(_Named):
 
     @property
     def path(self) -> Path:
-        """The file it lies in."""
+        """The file that holds it."""
         return self.file.path
 
     def __getitem__(self, _: Any) -> torch.Tensor:
@@ -367,7 +367,7 @@ class PickleTensor(_Named):
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor of a GGUF file, as transformers reads it: `inner` holds blocks or values, `shape` counts those."""
+    """One tensor of a GGUF file, as transformers reads it: `inner` holds blocks or values, `shape` is its shape."""
 
     inner: Any
     path: Path
@@ -380,20 +380,20 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """Every tensor of a checkpoint by its name in the files, none of them read; `release()` between shards."""
+    """Every tensor of a checkpoint by its stored name, unread; call `release()` between shards."""
 
     tensors: Mapping[str, LazyTensor]
     pickles: tuple[PickleFile, ...] = ()
 
     def release(self) -> None:
-        """Unmap what was read."""
+        """Unmap the files that were read."""
         for file in self.pickles:
             file.release()
 
 
 @damage_as(DamagedCheckpointError)
 def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
-    """The tensors of a safetensors or pickle checkpoint. Raises the CheckpointError that fits what is wrong."""
+    """The tensors of a safetensors or pickle checkpoint. Raises CheckpointError."""
     paths = [folder / name for name in files.names]
     if files.format == "safetensors":
         entries = [entry for path in paths for entry in read_header(path).tensors]
@@ -409,14 +409,14 @@ def open_tensors(folder: Path, files: WeightFiles) -> TensorSource:
 def first_floating_dtype(source: TensorSource, files: WeightFiles, folder: Path) -> torch.dtype:
     """The dtype of a checkpoint whose config names none, as transformers derives it.
 
-    That is what the index's metadata says, else that of the first floating-point tensor of the first file: by name in
-    safetensors files, in stored order in pickles. It may be none that a model can run in. Raises DamagedCheckpointError.
+    It is the dtype in the index's metadata, else that of the first floating-point tensor of the first file: by name in
+    safetensors files, in stored order in pickles. A model may not be able to run in it. Raises DamagedCheckpointError.
     """
     if files.dtype is not None:
         found = getattr(torch, files.dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
             raise DamagedCheckpointError(
-                f"{files.index} names a dtype that torch does not know, {shown(files.dtype)}: give dtype="
+                f"{files.index} names a dtype that torch does not know, {shown(files.dtype)}: pass dtype="
             )
         return found
     first = [(key, tensor.dtype) for key, tensor in source.tensors.items() if tensor.path == folder / files.names[0]]

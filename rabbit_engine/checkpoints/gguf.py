@@ -1,7 +1,7 @@
-"""GGUF files, checked before anybody parses them: every count, length and place fits the file. Reads the header alone.
+"""Checks GGUF files before a parser reads them: every count, length and offset fits the file. Reads only the header.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsers believe what a header says, and loop or claim
-memory for as long as a flipped bit tells them to.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsers trust the header, and a flipped bit may make
+them loop or allocate without end.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from rabbit_engine.storage.tensorfiles import advice_for
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _MOST = {"tensors": 2**20, "values": 2**16, "items": 2**24, "strings": 2**22, "dimensions": 4}
-"""Far beyond any model's; what a damaged count says is beyond these, or beyond the file's end."""
+"""Far above any model's; a damaged count exceeds these, or the end of the file."""
 
 
 @damage_as(DamagedCheckpointError)
 def check_gguf(path: Path) -> None:
-    """Raise DamagedCheckpointError, saying what is wrong, for a GGUF file that no reader should be given.
+    """Raise DamagedCheckpointError, with the problem, for a GGUF file that is not safe to read.
 
-    A part of a split file is refused too: transformers reads none. MissingExtraError where the package gguf is not there.
+    Also refuses a part of a split file, which transformers cannot read. Raises MissingExtraError without the package gguf.
     """
     with open_unchanged(path, None) as file, disk_errors(path):
         start = file.read(4)
         if start != b"GGUF":
-            raise DamagedCheckpointError(f"{path} is no GGUF file, it begins with {shown(start)}: {advice_for(path)}")
+            raise DamagedCheckpointError(f"{path} is not a GGUF file, it begins with {shown(start)}: {advice_for(path)}")
         with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as raw:
             try:
                 values = _check(_Cursor(raw, 4), _block_sizes(path))
@@ -83,7 +83,7 @@ class _Cursor:
     def count(self, form: str, what: str) -> int:
         found = int(self.number(form))
         if found > _MOST[what]:
-            raise ValueError(f"it says it has {found} {what}")
+            raise ValueError(f"it has a count of {found} {what}")
         return found
 
 
@@ -92,13 +92,13 @@ def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[
     version = cursor.number("<I")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0
-        raise ValueError("it is for big-endian machines" if swapped else f"version {version}, known are 2 and 3")
+        raise ValueError("it is big-endian" if swapped else f"version {version}, supported are 2 and 3")
     tensors, count = cursor.count("<Q", "tensors"), cursor.count("<Q", "values")
     values: dict[str, Any] = {}
     for _ in range(count):
         key = cursor.text()
         if key in values:
-            raise ValueError(f"{shown(key)} is there twice")
+            raise ValueError(f"{shown(key)} appears twice")
         values[key] = _value(cursor, cursor.number("<I"), key)
     if not isinstance(values.get("split.count", 0), int):
         raise ValueError(f"split.count is {shown(values['split.count'])}")
@@ -111,10 +111,10 @@ def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[
 
 
 def _check_blocks(values: Mapping[str, Any], tensors: int) -> None:
-    """A class is built with as many layers as this says, or with its default where it says nothing."""
+    """Raise ValueError for an implausible block count: the class is built with as many layers, or with its default."""
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ValueError("general.architecture is not there")
+        raise ValueError("general.architecture is missing")
     blocks = values.get(f"{architecture}.block_count")
     if not isinstance(blocks, int) or not 0 < blocks <= tensors:
         raise ValueError(f"{shown(architecture + '.block_count')} is {shown(blocks)}, and it has {tensors} tensors")
@@ -130,7 +130,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _STRING:
         return cursor.text()
     if kind != _ARRAY:
-        raise ValueError(f"{shown(key)} is of type {kind}, which there is not")
+        raise ValueError(f"{shown(key)} has the unknown type {kind}")
     return _array(cursor, cursor.number("<I"), key)
 
 
@@ -141,7 +141,7 @@ def _array(cursor: _Cursor, kind: int, key: str) -> list[None]:
         for _ in range(cursor.count("<Q", "strings")):
             cursor.text()
     else:
-        raise ValueError(f"{shown(key)} is an array of type {kind}, which there is not")
+        raise ValueError(f"{shown(key)} is an array of the unknown type {kind}")
     return []
 
 
@@ -151,7 +151,7 @@ def _tensor(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> tupl
     shape = [cursor.number("<Q") for _ in range(cursor.count("<I", "dimensions"))]
     kind, offset = cursor.number("<I"), cursor.number("<Q")
     if kind not in block_sizes:
-        raise ValueError(f"{shown(name)} is of type {kind}, which there is not")
+        raise ValueError(f"{shown(name)} has the unknown type {kind}")
     values, nbytes = block_sizes[kind]
     if not math.prod(shape) or (shape and shape[0] % values):
         raise ValueError(f"{shown(name)} is {shape[::-1]}, in blocks of {values}")
@@ -159,13 +159,13 @@ def _tensor(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> tupl
 
 
 def _check_tensors(tensors: list[tuple[str, int, int]], cursor: _Cursor, alignment: int) -> None:
-    """Names differ, and each lies in the data, aligned and apart from the others."""
+    """Raise ValueError unless names are unique and tensors are aligned, within the file and do not overlap."""
     if len({name for name, _, _ in tensors}) < len(tensors):
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     start, end = -(-cursor.position // alignment) * alignment, 0
     for name, offset, nbytes in sorted(tensors, key=lambda row: row[1]):
         if offset % alignment or offset < end:
             raise ValueError(f"{shown(name)} starts at {offset}, in another tensor or not at a multiple of {alignment}")
         end = offset + nbytes
         if start + end > len(cursor.raw):
-            raise ValueError(f"it is cut off: {len(cursor.raw)} bytes, {shown(name)} ends at {start + end}")
+            raise ValueError(f"it is truncated: {len(cursor.raw)} bytes, {shown(name)} ends at {start + end}")

@@ -1,4 +1,4 @@
-"""A repo id or a folder into a local folder, through huggingface_hub: resumed downloads, only the files that are needed."""
+"""Resolves a repo id or a folder to a local folder through huggingface_hub, downloading only the files that are needed."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from rabbit_engine.utils.names import nearest_path
 from rabbit_engine.utils.sizes import format_bytes
 
 HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
-"""That of the HTTP library which this huggingface_hub is built on."""
+"""The error class of the HTTP library that huggingface_hub uses."""
 
 _READ_AS_TEXT = ["modeling_baichuan.py", "modeling_chatglm.py", "tokenization_chatglm.py"]
-"""Code that tells one version of its family from another; it is never run."""
+"""Code that identifies the version of its family; it is never run."""
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *_READ_AS_TEXT]
 _NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
@@ -55,8 +55,8 @@ _NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
 class Repo:
     """A checkpoint's folder on this machine and the names of all its files in it, fetched or not.
 
-    `commit` is None for a folder of the user's own; `subfolder` is the part of a repo that `folder` is. Where the Hub was not
-    asked, `only_cached` is true and `names` are those that were fetched before.
+    `commit` is None for a local folder; `subfolder` is the part of the repo that `folder` is. If the Hub was not asked,
+    `only_cached` is true and `names` are the files fetched earlier.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Repo:
 
     @property
     def cache(self) -> Path:
-        """The repo's own folder in the Hub cache, of all its commits."""
+        """The repo's folder in the Hub cache, which holds all its commits."""
         return self.folder.parents[1 + len(Path(self.subfolder).parts)]
 
     def path_in_repo(self, name: str) -> str:
-        """A file of the folder by its name in the whole repo."""
+        """The path of one of the folder's files within the repo."""
         return (Path(self.subfolder) / name).as_posix()
 
     def read_text(self, name: str) -> str:
-        """A small file's text. Raises MissingFileError, UnreadableFileError, and ValueError for what is no UTF-8."""
+        """A small file's text. Raises MissingFileError, UnreadableFileError, and ValueError if it is not UTF-8."""
         with disk_errors(self.folder / name):
             return (self.folder / name).read_text(encoding="utf-8")
 
@@ -86,20 +86,20 @@ def find_repo(name: str | Path, source: SourceConfig) -> Repo:
 
     Raises CheckpointNotFoundError, GatedCheckpointError or HubUnreachableError.
     """
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises where it knows no such user
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for an unknown user
     if os.path.isdir(path):  # noqa: PTH112 - and for a name that is too long
         folder = path / source.subfolder
         if not folder.is_dir():
             raise CheckpointNotFoundError(f"{path} has no subfolder {source.subfolder!r}{nearest_path(folder)}")
         return Repo(str(name), folder.resolve(), _local_names(folder, source.gguf_file))
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise CheckpointNotFoundError(f"{name} does not exist here, and is no repo id (organisation/name){nearest_path(path)}")
+        raise CheckpointNotFoundError(f"{name} does not exist here, and is not a repo id (organisation/name){nearest_path(path)}")
     with _own_errors(str(name), source):
         return _find_cached(str(name), source) if _offline(source) else _find_online(str(name), source)
 
 
 def _local_names(folder: Path, gguf_file: str | None) -> tuple[str, ...]:
-    """The folder's own files; a GGUF file may be asked for below it."""
+    """The files directly in the folder; a GGUF file may be in a folder below."""
     with disk_errors(folder):
         names = {path.name for path in folder.iterdir() if path.is_file()}
     if gguf_file is not None and (folder / gguf_file).is_file():
@@ -112,7 +112,7 @@ def _offline(source: SourceConfig) -> bool:
 
 
 def _switch() -> str:
-    """What keeps the Hub from being asked."""
+    """The setting that turns downloads off."""
     return "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only"
 
 
@@ -121,7 +121,7 @@ def _find_online(name: str, source: SourceConfig) -> Repo:
         info = HfApi().model_info(name, revision=source.revision, token=source.token, timeout=20)
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalTokenNotFoundError):
         raise
-    except (HTTPError, OSError) as error:  # no network, or a hub that fails: what is in the cache may do
+    except (HTTPError, OSError) as error:  # no network, or the Hub fails: try the cache
         try:
             return _find_cached(name, source)
         except LocalEntryNotFoundError:
@@ -129,12 +129,12 @@ def _find_online(name: str, source: SourceConfig) -> Repo:
                 f"{name}: the Hub does not answer ({type(error).__name__}) and it is not in the cache; is the network up?"
             ) from error
     wanted = _SMALL_FILES + (["*.py"] if source.trust_remote_code else [])
-    folder = _download(name, source.revision, wanted, source)  # by its name: the cache then knows the branch offline
+    folder = _download(name, source.revision, wanted, source)  # by branch name, so that the cache can resolve it offline
     return _part(name, folder, [file.rfilename for file in info.siblings or ()], source.subfolder)
 
 
 def _part(name: str, snapshot: Path, names: Sequence[str], subfolder: str) -> Repo:
-    """The repo, or the subfolder of it that was asked for. Raises CheckpointNotFoundError."""
+    """The repo, or the requested subfolder. Raises CheckpointNotFoundError."""
     inside = Path(subfolder)
     found = sorted(Path(file).relative_to(inside).as_posix() for file in names if Path(file).is_relative_to(inside))
     if not found:
@@ -155,7 +155,7 @@ def _find_cached(name: str, source: SourceConfig) -> Repo:
 
 
 def _cached_commit(reference: Path) -> str | None:
-    """What a branch of the cache is at, or None. Raises DamagedCheckpointError."""
+    """The commit of a branch in the cache, or None. Raises DamagedCheckpointError."""
     if not reference.is_file():
         return None
     try:
@@ -163,17 +163,17 @@ def _cached_commit(reference: Path) -> str | None:
             return file_name(reference.read_text(encoding="utf-8").strip())
     except ValueError as error:
         raise DamagedCheckpointError(
-            f"{reference} names no commit ({first_line(error)}): delete it and load the model again"
+            f"{reference} does not name a commit ({first_line(error)}): delete it and load the model again"
         ) from error
 
 
 def _cache(source: SourceConfig) -> Path:
-    """The Hub cache, absolute: a program may change its folder after loading."""
+    """The Hub cache as an absolute path: a program may change its working directory after loading."""
     return Path(source.cache_dir or constants.HF_HUB_CACHE).absolute()
 
 
 def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
-    """Fetch the weight files that are not in the cache yet; the disk's room is counted before the first byte.
+    """Fetch the weight files that are not in the cache yet; disk space is checked before the first byte.
 
     Raises NotEnoughDiskError, GatedCheckpointError, HubUnreachableError or CheckpointNotFoundError.
     """
@@ -187,21 +187,21 @@ def fetch_weights(repo: Repo, names: Sequence[str], source: SourceConfig) -> Non
 
 
 def weights_not_cached(repo: Repo) -> HubUnreachableError:
-    """The error for a repo whose small files are in the cache and whose weights are not."""
+    """The error for a repo whose small files are in the cache, but not its weights."""
     return HubUnreachableError(
         f"the weights of {repo.name} are not in the cache, and downloads are off ({_switch()}) or the Hub "
-        f"does not answer: allow them once; the rest of it is in {repo.folder}"
+        f"does not answer: allow downloads once; its other files are in {repo.folder}"
     )
 
 
 def read_remote_headers(repo: Repo, names: Sequence[str], source: SourceConfig) -> list[TensorEntry]:
-    """The tensors of a repo's safetensors files, from their headers alone, read by range.
+    """The tensors of a repo's safetensors files, from their headers, which are fetched with range requests.
 
-    Offsets count from the start of each file's data: the Hub's client does not tell how long a header is. Raises
+    Offsets count from the start of each file's data: the Hub client does not return the header's length. Raises
     GatedCheckpointError, HubUnreachableError, CheckpointNotFoundError.
     """
     if _offline(source):
-        raise HubUnreachableError(f"{repo.name}: its headers are on the Hub, and asking it is off ({_switch()})")
+        raise HubUnreachableError(f"{repo.name}: its headers are on the Hub, and downloads are off ({_switch()})")
     api = HfApi()
 
     def read(name: str) -> list[TensorEntry]:
@@ -237,13 +237,13 @@ def _check_room(repo: Repo, names: Sequence[str], source: SourceConfig) -> None:
 
 
 def require_room(folder: Path, needed_bytes: int, purpose: str) -> None:
-    """Raise NotEnoughDiskError where the disk of `folder` has less room than `needed_bytes`."""
+    """Raise NotEnoughDiskError if the disk of `folder` has less free space than `needed_bytes`."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
         raise NotEnoughDiskError(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, {format_bytes(free)} are free: "
-            "free some, or give another folder (layer_shards_saving_path=, cache_dir=), or delete_original=True"
+            "free some, or pass another folder (layer_shards_saving_path=, cache_dir=), or delete_original=True"
         )
 
 
@@ -263,7 +263,7 @@ def _download(name: str, revision: str | None, patterns: list[str], source: Sour
 
 @contextmanager
 def _own_errors(name: str, source: SourceConfig) -> Iterator[None]:
-    """huggingface_hub's errors as ours: what happened, and what to do."""
+    """Raise huggingface_hub's errors as this library's: what happened, and what to do."""
     try:
         yield
     except RabbitError:
@@ -275,14 +275,14 @@ def _own_errors(name: str, source: SourceConfig) -> Iterator[None]:
 
 
 def _refusal(error: Exception, name: str, source: SourceConfig) -> CheckpointError:
-    """The Hub says no."""
+    """The error for a request that the Hub refuses."""
     if isinstance(error, GatedRepoError):
-        given = "" if source.token is None else " (the token given has no access)"
+        given = "" if source.token is None else " (the given token has no access)"
         return GatedCheckpointError(
-            f'{name} is gated: accept its licence on its page, then give token="hf_..." or set HF_TOKEN{given}'
+            f'{name} is gated: accept its licence on its page, then pass token="hf_..." or set HF_TOKEN{given}'
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return GatedCheckpointError(f"{name}: token=True, and no token is saved: run `hf auth login`, or give token=")
+        return GatedCheckpointError(f"{name}: token=True, but no token is saved: run `hf auth login`, or pass token=")
     if isinstance(error, RevisionNotFoundError):
         return CheckpointNotFoundError(f"{name} has no revision {source.revision!r}")
     if isinstance(error, HFValidationError):
@@ -296,26 +296,26 @@ def _refusal(error: Exception, name: str, source: SourceConfig) -> CheckpointErr
 
 
 def _failure(error: Exception, name: str, source: SourceConfig) -> RabbitError:
-    """The Hub, the network or the disk does not do what it should."""
+    """The error for a failure of the Hub, the network or the disk."""
     if getattr(error, "errno", None) == errno.ENOSPC:
-        return NotEnoughDiskError(f"the disk became full while downloading {name}: free some and run it again, it goes on")
+        return NotEnoughDiskError(f"the disk filled up while downloading {name}: free some space and run it again to resume")
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(source):
         revision = f" at revision {source.revision!r}" if source.revision else ""
         return HubUnreachableError(
             f"{name}{revision} is not in the cache, and downloads are off ({_switch()}): allow them once"
             f"{nearest_path(Path(name))}"
         )
-    return HubUnreachableError(f"{name}: the Hub does not answer as it should ({first_line(error)}); try again")
+    return HubUnreachableError(f"{name}: the Hub failed ({first_line(error)}); try again")
 
 
 def delete_original(path: Path, repo: Repo) -> None:
     """Delete a weight file of the repo's own folder; in the Hub cache its blob too, unless another revision still links to it.
 
-    Raises DamagedCheckpointError for a path that leads elsewhere. What a link of the user's own leads to stays.
+    Raises DamagedCheckpointError for a path outside the folder. The target of a user's own link is kept.
     """
     folder = repo.folder.resolve()
     if ".." in path.parts or not path.parent.resolve().is_relative_to(folder):
-        raise DamagedCheckpointError(f"{path} is not in {folder}: nothing outside of it is deleted; do not use this checkpoint")
+        raise DamagedCheckpointError(f"{path} is not in {folder}: nothing outside it is deleted; do not use this checkpoint")
     blob = path.resolve()
     path.unlink(missing_ok=True)
     cache = repo.cache.resolve()

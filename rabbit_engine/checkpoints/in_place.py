@@ -1,4 +1,4 @@
-"""Whether a checkpoint's own files hold the weights as the model has them, and where in them each one lies."""
+"""Decides whether a checkpoint can be streamed from its own files, and where in them each weight lies."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class NotInPlaceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor, under its stored name, that goes into a weight of the model, and how it does."""
+    """A stored tensor, under its stored name, and how it goes into a weight of the model."""
 
     entry: TensorEntry
     target: Target
 
 
 def not_plain(files: WeightFiles) -> str:
-    """Why no weight of these files can be streamed as it lies; nothing for safetensors."""
-    return "" if files.format == "safetensors" else f"{files.names[0]} is no safetensors file and is converted"
+    """Why these files cannot be streamed in place; empty for safetensors."""
+    return "" if files.format == "safetensors" else f"{files.names[0]} is not a safetensors file and is converted"
 
 
 def original_entries(
     conversion: Conversion, folder: Path, equal: Callable[[TensorEntry, TensorEntry], bool]
 ) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
-    """Where the model's weights lie in its original files, and the ties among them.
+    """The locations of the model's weights in its original files, and their ties.
 
-    `equal` tells whether two stored tensors that may be tied are. Raises NotInPlaceError with the first weight that would
-    have to be converted, cast or reshaped, and MismatchedWeightsError where weights are missing.
+    `equal` compares two stored tensors that may be tied. Raises NotInPlaceError with the first weight that would have to
+    be converted, cast or reshaped, and MismatchedWeightsError if weights are missing.
     """
     entries: dict[str, TensorEntry] = {}
     for entry in _all_entries(conversion):
@@ -66,7 +66,7 @@ def _all_entries(conversion: Conversion) -> Iterator[TensorEntry]:
 
 
 def _parts_of(conversion: Conversion) -> dict[str, list[Part]]:
-    """Each weight of the model with the stored tensors that go into it."""
+    """The stored tensors that go into each weight of the model."""
     found: dict[str, list[Part]] = {}
     for key, target in conversion.targets.items():
         tensor = conversion.tensors[key]
@@ -76,9 +76,9 @@ def _parts_of(conversion: Conversion) -> dict[str, list[Part]]:
 
 
 def weight_entries(name: str, parts: Sequence[Part]) -> list[TensorEntry]:
-    """How `parts` make the weight `name`, and the weights that are other rows of them: as they are, by rows, or stacked.
+    """The entries of weight `name` and of weights that are other rows of its `parts`: unchanged, by rows, or stacked.
 
-    Raises NotInPlaceError where they make it in no way that can be streamed.
+    Raises NotInPlaceError if the weight cannot be streamed from them.
     """
     stacked = [part for part in parts if part.target.stack is not None]
     found = [_stacked(name, stacked)] if stacked else []
@@ -91,9 +91,9 @@ def weight_entries(name: str, parts: Sequence[Part]) -> list[TensorEntry]:
 
 
 def decoded_parts(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
-    """`parts` with the values and scales of a quantised weight as one entry each, which decodes to `dtype`.
+    """`parts` with the values and scales of each quantised weight joined to one entry, which decodes to `dtype`.
 
-    Raises NotInPlaceError for values that nothing here decodes.
+    Raises NotInPlaceError for an unsupported encoding.
     """
     quantised = [part for part in parts if part.target.quantised is not None]
     found = [part for part in parts if part.target.quantised is None]
@@ -120,12 +120,12 @@ def _role(part: Part) -> str:
 
 
 def _owner(part: Part) -> str:
-    """What is before the last dot of its stored name: the module, whose tensors these are."""
+    """The module part of its stored name."""
     return part.entry.name.rpartition(".")[0]
 
 
 def _stacked(name: str, parts: Sequence[Part]) -> TensorEntry:
-    """A stack of the parts of one list, or of groups of one of each list laid row under row."""
+    """The entry of stacked parts: those of one list, or groups of one part per list, concatenated along rows."""
     _, count = parts[0].target.stack or (0, 1)
     lists = [[part.entry for part in parts if part.target.stack == (which, count)] for which in range(count)]
     alike = {(entry.dtype, entry.shape[1:]) for entries in lists for entry in entries}
@@ -138,12 +138,12 @@ def _stacked(name: str, parts: Sequence[Part]) -> TensorEntry:
 
 
 def _slices(entry: TensorEntry, target: Target) -> list[TensorEntry]:
-    """The stored tensor under the weight's name, or the rows of it that are several weights."""
+    """The entry of the stored tensor under the weight's name, or of the row ranges that are several weights."""
     if not target.slices:
         return [replace(entry, name=target.name)]
     if sum(rows for _, rows in target.slices) != entry.shape[0]:
         wanted = ", ".join(f"{name} {rows}" for name, rows in target.slices)
-        raise MismatchedWeightsError(f"{entry.path}: {entry.name} has {entry.shape[0]} rows, config.json says {wanted}")
+        raise MismatchedWeightsError(f"{entry.path}: {entry.name} has {entry.shape[0]} rows, config.json requires {wanted}")
     parts, first = [], 0
     for name, rows in target.slices:
         parts.append(replace(entry.rows(first, first + rows), name=name))

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's own files are what they were: by the names of the Hub cache's blobs, or by sums recorded here once.
+"""Checks that a checkpoint's files are unchanged, by the names of the Hub cache's blobs or by recorded checksums.
 
-A blob of the Hub cache is named after its contents: their SHA-256, or git's SHA-1 of a small file. A plain folder has no such
-names; `record_sums` writes xxh3 sums into it, or into our own cache where it cannot be written.
+A blob of the Hub cache is named after its contents: their SHA-256, or git's SHA-1 for a small file. For a plain folder,
+`record_sums` writes xxh3 checksums into it, or into this library's cache if the folder is not writable.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from rabbit_engine.storage.tensorfiles import COPY_BYTES, read_header, written_w
 SUMS_NAME = "rabbit_sums.json"
 
 OnBytes = Callable[[int], object]
-"""Told how many more bytes were read."""
+"""Called with the number of bytes just read."""
 
 _KINDS = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
-"""Ends of the names of files that an answer depends on."""
+"""Name suffixes of files that affect an answer."""
 
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -67,17 +67,17 @@ class Sum:
 
 
 def checked_files(repo: Repo) -> list[str]:
-    """Names of the checkpoint's files on this machine that an answer depends on."""
+    """Names of the checkpoint's files on this machine that affect an answer."""
     names = {name for name in repo.names if name.endswith(_KINDS) and Path(name).name != SUMS_NAME}
-    with contextlib.suppress(CheckpointError):  # an index may name files in folders below
+    with contextlib.suppress(CheckpointError):  # an index may list files in subfolders
         names.update(find_weight_files(repo.names, repo.read_text, None, str(repo.folder)).names)
     return sorted(name for name in names if (repo.folder / name).is_file())
 
 
 def compare_files(repo: Repo, on_bytes: OnBytes) -> Iterator[FileState]:
-    """Read every file of the checkpoint from end to end and compare it with its blob's name or its recorded sum.
+    """Read every file of the checkpoint in full and compare it with its blob's name or its recorded checksum.
 
-    Raises DamagedCheckpointError for recorded sums that cannot be read.
+    Raises DamagedCheckpointError for recorded checksums that cannot be read.
     """
     recorded = _read_sums(repo)
     for name in sorted({*checked_files(repo), *recorded}):
@@ -108,7 +108,7 @@ def _compare(path: Path, recorded: Sum | None, on_bytes: OnBytes) -> FileState:
 def _blob_hash(blob: Path) -> _Hash:
     if len(blob.name) == 64:
         return hashlib.sha256()
-    found = hashlib.sha1(usedforsecurity=False)  # git's name for it
+    found = hashlib.sha1(usedforsecurity=False)  # git's blob id
     with disk_errors(blob):
         found.update(b"blob %d\0" % blob.stat().st_size)
     return found
@@ -124,9 +124,9 @@ def _sum(path: Path, found: _Hash, on_bytes: OnBytes) -> str:
 
 
 def record_sums(repo: Repo, on_bytes: OnBytes) -> Path:
-    """Record the sums of the checkpoint's files as they are now, in place of those recorded before; the file they are in.
+    """Record the checksums of the checkpoint's files, replacing earlier ones, and return the file that holds them.
 
-    Raises UnreadableFileError where neither the folder nor our cache can be written.
+    Raises UnreadableFileError if neither the folder nor this library's cache is writable.
     """
     sums = [_recorded(repo.folder, name, on_bytes) for name in checked_files(repo)]
     text = json.dumps({"version": 1, "files": [asdict(row) for row in sums]}, indent=1).encode() + b"\n"
@@ -153,7 +153,7 @@ def _recorded(folder: Path, name: str, on_bytes: OnBytes) -> Sum:
 
 
 def _places(repo: Repo) -> tuple[Path, Path]:
-    """Where sums may lie: next to the weights, else in our own cache under a name made from the folder's."""
+    """Possible places of the checksums: next to the weights, or in this library's cache under a hash of the folder's path."""
     own = Path(constants.HF_HOME).expanduser().absolute() / "rabbit_engine" / "sums"
     return repo.folder / SUMS_NAME, own / f"{digest({'folder': str(repo.folder)})}.json"
 
@@ -166,7 +166,7 @@ def _read_sums(repo: Repo) -> Mapping[str, Sum]:
         except MissingFileError:
             continue
         except (ValueError, RabbitError) as error:
-            raise DamagedCheckpointError(f"{path} cannot be read ({error}): delete it and --record anew") from error
+            raise DamagedCheckpointError(f"{path} cannot be read ({error}): delete it and --record again") from error
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What was resolved, done: a split made or resumed where one must be, originals deleted where they are to be."""
+"""Executes a resolution: makes or resumes a split if needed, and deletes originals if requested."""
 
 from __future__ import annotations
 
@@ -37,16 +37,15 @@ logger = logging.getLogger(__name__)
 def prepare(
     name: str | Path, source: SourceConfig, split: SplitConfig, *, progress: bool = True, repair: bool = False
 ) -> Streamable:
-    """Find the files that `name` (a folder, a GGUF file or a repo id) is streamed from, or make them.
+    """Find or make the files that `name` (a folder, a GGUF file or a repo id) is streamed from.
 
-    `repair` rebuilds shards whose size or header is wrong, where an error would name them. Raises CheckpointError and
-    ShardError.
+    `repair` rebuilds shards with a wrong size or header instead of raising an error. Raises CheckpointError and ShardError.
     """
     return execute(resolve(name, source, split, repair=repair), progress=progress)[0]
 
 
 def execute(resolution: Resolution, *, progress: bool = True) -> tuple[Streamable, PreTrainedModel]:
-    """Do what was resolved (by whole files); the source to stream from, and its model on the meta device.
+    """Execute a resolution of whole files; returns the source to stream from, and its model on the meta device.
 
     Raises CheckpointError and ShardError.
     """
@@ -64,7 +63,7 @@ def execute(resolution: Resolution, *, progress: bool = True) -> tuple[Streamabl
 
 
 def _split(source: MustSplit, resolution: Resolution, progress: bool) -> Shards:
-    """Make the shards, or take those that another process has made meanwhile."""
+    """Make the shards, or use those that another process has made in the meantime."""
     request = source.request
     if not request.asks_for_split and not source.resumes:
         logger.info("%s cannot be streamed as it is: %s", request.repo.name, source.reason)
@@ -110,13 +109,13 @@ def _open_gguf(request: ModelRequest, files: WeightFiles, build: Build) -> tuple
 
 
 def loading_info(source: Streamable) -> dict[str, Any]:
-    """What transformers tells of a load, under its keys: weights that are missing or do not fit are errors here."""
+    """transformers' loading info, under its keys: missing and mismatched weights are errors here."""
     info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return {**info, "unexpected_keys": set(source.unused or _unused_then(source))}
 
 
 def _unused_then(source: Streamable) -> Sequence[str]:
-    """The unused weights of a split by a version that did not note them, from its originals."""
+    """The unused weights of a split made by a version that did not record them, read from its originals."""
     if source.manifest is None or source.gguf_file is not None:
         return ()
     made_from = source.manifest.source
@@ -127,13 +126,13 @@ def _unused_then(source: Streamable) -> Sequence[str]:
 
 
 def _originals(source: Shards) -> list[Path]:
-    """The originals that are there and that shards were made from."""
+    """The existing originals that the shards were made from."""
     paths = (source.repo.folder / name for name in source.manifest.source["used"])
     return [path for path in paths if is_file(path)]
 
 
 def _delete_all(source: Shards) -> Shards:
-    """The split was there already: verify all of it, say that the originals go, then delete them."""
+    """Delete the originals of a split that existed already: verify all of it, record the deletion, then delete."""
     manifest: Manifest = replace(source.manifest, source={**source.manifest.source, "deleted": True})
     require_no_link(source.folder)
     with only_one_process(source.folder):

@@ -1,4 +1,4 @@
-"""How far a resolution looks into weight files: loading fetches and opens them, a plan reads headers alone."""
+"""How a resolution reads weight files: loading fetches and opens them, a plan reads only headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rabbit_engine.storage.tensorfiles import TensorEntry, same_bytes
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`open` returns the tensors of weight files, none of them read; `equal` compares two stored tensors.
+    """`open` returns the unread tensors of weight files; `equal` compares two stored tensors.
 
     With `headers_only` no weight file is downloaded, and offsets in remote files count from the start of their data: such
     tensors cannot be read.
@@ -45,13 +45,13 @@ def _read_headers(repo: Repo, files: WeightFiles, source: SourceConfig) -> Tenso
     if repo.commit is None:
         check_present(repo.folder, files)
     if files.format != "safetensors":
-        raise ConfigurationError(f"{repo.name} holds pickles and its config names no dtype: say dtype=")
+        raise ConfigurationError(f"{repo.name} holds pickles and its config names no dtype: pass dtype=")
     entries = read_remote_headers(repo, files.names, source)
     return TensorSource({entry.name: SafetensorsTensor(entry) for entry in entries})
 
 
 def _taken_as_equal(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether stored copies of a tied weight differ is known when they are read; hardly any checkpoint's do."""
+    """Assume that stored copies of a tied weight are equal: only reading them tells, and they hardly ever differ."""
     return first.shape == second.shape
 
 

@@ -1,4 +1,4 @@
-"""From the name of a model to what was asked for, found: its repo, class, dtype, and the folder its split lies in or would."""
+"""Turns the name of a model into a request: its repo, class, dtype, and the folder for its split."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHARDS_FOLDER = "rabbit_shards"
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """What was asked for, found: the model's repo, class and dtype, and the folder that its split lies in or would."""
+    """A located model: its repo, class and dtype, and the folder for its split, which may not exist yet."""
 
     repo: Repo
     source: SourceConfig = field(repr=False)
@@ -53,16 +53,16 @@ class ModelRequest:
 
     @property
     def asks_for_split(self) -> bool:
-        """Whether shards are wanted even where the original files would do."""
+        """Whether shards are requested even if the original files could be streamed."""
         return self.split.mode == "always" or self.split.delete_original or self.split.saving_path is not None
 
     def weight_files(self) -> WeightFiles:
-        """The weight files to load. Raises what the function of this name does."""
+        """The weight files to load. Raises the errors of the function `weight_files`."""
         return weight_files(self.repo, self.gguf_file, self.source)
 
 
 def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, reading: Reading = WHOLE_FILES) -> ModelRequest:
-    """Find the repo, the class and the dtype of `name`; weight files are looked into where the config names no dtype."""
+    """Find the repo, the class and the dtype of `name`; weight files are read only if the config names no dtype."""
     name, source = _resolve_name(name, source)
     repo = find_repo(name, source)
     root = shards_root(repo, split.saving_path)
@@ -86,7 +86,7 @@ def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
 
 
 def _config_overrides(source: SourceConfig) -> ConfigOverrides:
-    """What the caller wants of the config and its class; a config that is given by name is read."""
+    """The caller's changes to the config; a config given by name is read."""
     config = source.config
     if config is not None and not isinstance(config, PretrainedConfig):
         config = read_given_config(_config_place(config, source), source.trust_remote_code)
@@ -100,16 +100,16 @@ def _config_overrides(source: SourceConfig) -> ConfigOverrides:
 
 
 def _config_place(name: Any, source: SourceConfig) -> Path:
-    """The file or folder of a config that is given by path or repo id."""
+    """The file or folder of a config given by path or repo id."""
     if not isinstance(name, str | PathLike):
-        raise ConfigurationError(f"config={name!r} is no config: give a config object, a folder, a file or a repo id")
+        raise ConfigurationError(f"config={name!r} is not a config: pass a config object, a folder, a file or a repo id")
     path = Path(name).expanduser()
     other = replace(source, config=None, subfolder="", variant=None, gguf_file=None, revision=None)
     return path if path.is_file() else find_repo(str(name), other).folder
 
 
 def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
-    """Fetch the file and check its header. Raises ConfigurationError and the CheckpointError that fits."""
+    """Fetch the file and check its header. Raises ConfigurationError and CheckpointError."""
     if split.delete_original:
         raise ConfigurationError(
             f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
@@ -124,20 +124,20 @@ def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitCon
 
 
 def _resolve_name(name: str | Path, source: SourceConfig) -> tuple[str, SourceConfig]:
-    """A repo id or a folder, and `source` with what the name says of the part. Raises ConfigurationError where they disagree."""
+    """A repo id or a folder, and `source` with the part that the name selects. Raises ConfigurationError if they disagree."""
     address = read_name(name)
     said = {key: value for key, value in asdict(address).items() if key != "name" and value is not None}
     for key, value in said.items():
         asked = getattr(source, key)
         if asked not in (None, "", value):
-            raise ConfigurationError(f"{name} says {key}={value!r}, and {key}={asked!r} is given: leave out one of them")
+            raise ConfigurationError(f"{name} selects {key}={value!r}, but {key}={asked!r} is given: leave out one of them")
     return address.name, replace(source, **said)
 
 
 def shards_root(repo: Repo, saving_path: Path | None) -> Path:
-    """Where the splits of `repo` lie: below `saving_path`, else next to the checkpoint (in the repo's cache).
+    """The folder of the splits of `repo`: below `saving_path`, else next to the checkpoint (in the repo's cache).
 
-    Below `saving_path` each repo at a commit, and each folder on this machine, has a place of its own.
+    Below `saving_path`, each commit of a repo and each local folder has its own subfolder.
     """
     part = f"--{repo.subfolder.replace('/', '--')}" if repo.subfolder else ""
     if saving_path is not None:
@@ -148,7 +148,7 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
 
 
 def split_name(dtype: torch.dtype, gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
-    """The folder of one split among those of a checkpoint: what tells the files it was made from, and its dtype."""
+    """The folder name of one of a checkpoint's splits: it identifies the original files and the dtype."""
     return _split_prefix(gguf_file, source, names) + str(dtype).removeprefix("torch.")
 
 
@@ -161,11 +161,11 @@ def _split_prefix(gguf_file: str | None, source: SourceConfig, names: Sequence[s
 
 
 def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
-    """The dtype of a split below `root`, finished or not, whose originals are gone: it is what the model is now."""
+    """The dtype of a split below `root`, finished or not, whose originals are deleted: only this dtype is left."""
     for folder in sorted(path for path in root.glob(f"{glob.escape(prefix)}*") if path.is_dir()):
         try:
             manifest, journal = read_manifest(folder), read_journal(folder)
-        except DamagedShardError:  # said, or mended, where this split is asked for
+        except DamagedShardError:  # reported or repaired when this split is opened
             continue
         if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
             return getattr(torch, folder.name.removeprefix(prefix), None)
@@ -180,7 +180,7 @@ def _own_dtype(
     root: Path,
     reading: Reading,
 ) -> torch.dtype:
-    """The checkpoint's own dtype as transformers finds it: the config's, else that of its first floating-point tensor."""
+    """The checkpoint's own dtype, as transformers determines it: the config's, else that of the first floating-point tensor."""
     said = stated_dtype(config)
     if said is not None:
         return said
@@ -192,14 +192,14 @@ def _own_dtype(
     files = weight_files(repo, None, source)
     found = first_floating_dtype(reading.open(repo, files, source), files, repo.folder)
     if not found.is_floating_point or found.itemsize == 1:
-        raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: say dtype=")
+        raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: pass dtype=")
     return found
 
 
 def weight_files(repo: Repo, gguf_file: str | None, source: SourceConfig) -> WeightFiles:
-    """The weight files of a repo that `source` asks for.
+    """The weight files of a repo that `source` selects.
 
-    Raises CheckpointNotFoundError, or HubUnreachableError where only the cache was looked at.
+    Raises CheckpointNotFoundError, or HubUnreachableError if only the cache was searched.
     """
     where = str(repo.folder) if repo.commit is None else "/".join(filter(None, (repo.name, repo.subfolder)))
     try:

@@ -1,6 +1,6 @@
-"""Where a model's weights come from, decided once: from its own files, from shards, or from shards that must be made first.
+"""Decides where a model's weights come from: its own files, existing shards, or shards that must be made first.
 
-Nothing is written here. Loading executes what is resolved, `rabbit plan` prints it.
+Nothing is written here. Loading executes the resolution, `rabbit plan` prints it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """What all sources know of the model."""
+    """Properties that all sources share."""
 
     request: ModelRequest
 
@@ -52,13 +52,13 @@ class _Resolved:
 
     @property
     def gguf_file(self) -> str | None:
-        """The GGUF file that the model is, in its folder."""
+        """The name of the model's GGUF file, or None."""
         return self.request.gguf_file
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace(_Resolved):
-    """The original files hold the weights as the model has them.
+    """The original files hold the weights in the model's form.
 
     `entries` are the stored weights by their names in the model, `ties` the weights that share them; `unused` are stored
     names that have no place in the model, and `download_bytes` the weights in files that are not on this machine.
@@ -71,12 +71,12 @@ class InPlace(_Resolved):
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """The folder of the files."""
         return self.repo.folder
 
     @property
     def manifest(self) -> None:
-        """There is none: nothing was split."""
+        """None: nothing was split."""
         return
 
     def __str__(self) -> str:
@@ -86,14 +86,14 @@ class InPlace(_Resolved):
 
 @dataclass(frozen=True, slots=True)
 class Shards(_Resolved):
-    """A whole split of the checkpoint is there."""
+    """A complete split of the checkpoint exists."""
 
     manifest: Manifest = field(repr=False)
     entries: Mapping[str, TensorEntry] = field(repr=False)
 
     @property
     def folder(self) -> Path:
-        """Where the shards lie."""
+        """The folder of the shards."""
         return self.request.folder
 
     @property
@@ -103,7 +103,7 @@ class Shards(_Resolved):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Names that were stored and have no place in the model."""
+        """Stored names without a place in the model."""
         return self.manifest.unused_weights
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class Shards(_Resolved):
 class MustSplit(_Resolved):
     """Shards are made first, because of `reason`; with a `journal` the interrupted split that wrote it is resumed.
 
-    `replaces` is the manifest of a split that is there and does not fit the model.
+    `replaces` is the manifest of an existing split that does not fit the model.
     """
 
     reason: str
@@ -123,12 +123,12 @@ class MustSplit(_Resolved):
 
     @property
     def resumes(self) -> bool:
-        """Whether an interrupted split goes on."""
+        """Whether an interrupted split is resumed."""
         return self.journal is not None
 
     @property
     def folder(self) -> Path:
-        """Where the shards will lie."""
+        """The folder for the shards."""
         return self.request.folder
 
     def __str__(self) -> str:
@@ -141,10 +141,10 @@ Source = InPlace | Shards | MustSplit
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """A source with what it was decided by: the model on the meta device, and the map of the checkpoint's names to its own.
+    """A source with the model on the meta device and the mapping of the checkpoint's names to it.
 
-    A source that streams has its `model`; one that must be split has both or neither, and `build` makes the model of its
-    shards. A resolution of headers alone is for printing: its tensors cannot be read.
+    A source that can be streamed has a `model`; one that must be split has both or neither, and `build` makes the model
+    for its shards. A resolution from headers is for printing: its tensors cannot be read.
     """
 
     source: Source
@@ -162,10 +162,10 @@ def resolve(
     build: Build = build_plain,
     repair: bool = False,
 ) -> Resolution:
-    """Where the weights of `name` (a folder, a GGUF file or a repo id) come from.
+    """Decide where the weights of `name` (a folder, a GGUF file or a repo id) come from.
 
-    `repair` takes a damaged split for none. Raises ConfigurationError where `split="never"` and shards must be made,
-    CheckpointError and ShardError.
+    `repair` ignores a damaged split. Raises ConfigurationError if `split="never"` and shards must be made, CheckpointError
+    and ShardError.
     """
     request = open_request(name, source, split, reading)
     existing = Existing() if split.mode == "never" else find_existing(request, repair=repair)
@@ -191,11 +191,11 @@ def _from_shards(request: ModelRequest, existing: Existing, build: Build, repair
 
 
 def _from_originals(request: ModelRequest, existing: Existing, reading: Reading, build: Build) -> Resolution:
-    """In place where the files allow it and no split is wanted; else why not, and the split that is to be made."""
+    """In place if the files allow it and no split is requested; else the split to make, with the reason."""
     files = request.weight_files()
     begun, problem = _begun(existing), not_plain(files)
     asked = "as asked" if request.asks_for_split else ""
-    if problem or ((begun or asked) and not reading.headers_only):  # nothing is fetched for a folder that may not be writable
+    if problem or ((begun or asked) and not reading.headers_only):  # do not download before the folder is known to be writable
         return Resolution(_must_split(request, existing, begun or problem or asked), build)
     tensors = open_remaining(request, files, existing.journal, reading).tensors
     conversion = map_names(request.architecture, request.dtype, tensors, build)

@@ -57,7 +57,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a split folder holds. Written last, so its presence means that every shard in it is whole.
+    """The contents of a split folder. Written last, so its presence means that every shard is complete.
 
     `source` is the fingerprint of the checkpoint the shards were made from; `ties` maps a parameter to the one it shares.
     """
@@ -70,12 +70,12 @@ class Manifest:
 
     @property
     def unused_weights(self) -> tuple[str, ...]:
-        """Names of the checkpoint's weights that have no place in the model; none where an older version made the split."""
+        """Names of the checkpoint's weights without a place in the model; empty if an older version made the split."""
         return tuple(self.source.get("unused_weights", ()))
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ShardRecord:
-    """Write one shard, whole or not at all, and return the manifest's line of it."""
+    """Write one shard atomically, and return its manifest line."""
     with _write_errors(path):
         write_aligned(path, tensors, metadata)
     return shard_record(path)
@@ -83,35 +83,35 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """What the system says of a file that is written. Raises NotEnoughDiskError or ShardsNotWritableError."""
+    """Raise an OSError of writing within as NotEnoughDiskError or ShardsNotWritableError."""
     try:
         yield
     except OSError as cause:
         if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NotEnoughDiskError(f"No space left for {path}: free some and run it again, finished shards are kept") from cause
         raise ShardsNotWritableError(
-            f"{path} cannot be written ({cause.strerror or cause}): mend that and run it again, finished shards are kept"
+            f"{path} cannot be written ({cause.strerror or cause}): fix that and run it again, finished shards are kept"
         ) from cause
 
 
 @damage_as(DamagedShardError)
 def shard_record(path: Path) -> ShardRecord:
-    """The manifest's line of a finished shard, from its header alone. Raises DamagedShardError."""
+    """The manifest line of a finished shard, from its header. Raises DamagedShardError."""
     header = read_header(path)
     if CHECKSUM_KEY not in header.metadata:
-        raise DamagedShardError(f"{path} carries no checksum: it was not written here")
+        raise DamagedShardError(f"{path} has no checksum: it was not written by this library")
     return ShardRecord(path.stem, path.name, header.file_bytes, header.checksum, header.metadata[CHECKSUM_KEY])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Name the shards: from here on the split exists."""
+    """Write the manifest, which completes the split."""
     path = folder / MANIFEST_NAME
     with _write_errors(path), written_whole(path) as file:
         file.write(json.dumps(asdict(manifest), indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, every value of it checked, or None where there is none. Raises DamagedShardError."""
+    """The folder's manifest with all values checked, or None if there is none. Raises DamagedShardError."""
     path = folder / MANIFEST_NAME
     fields = _read_fields(path, _AGAIN)
     if fields is None:
@@ -131,21 +131,21 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {_AGAIN}") from cause
 
 
-_AGAIN = "run `rabbit split` to make it again (finished shards are kept)"
+_AGAIN = "run `rabbit split` to rebuild it (finished shards are kept)"
 
 
 def _read_fields(path: Path, advice: str) -> Fields | None:
-    """The fields of a JSON file of this format version, or None where there is no such file. Raises DamagedShardError."""
+    """The fields of a JSON file of this format version, or None if the file is missing. Raises DamagedShardError."""
     try:
         with open_unchanged(path, None) as file:
             fields = Fields.of(parse(file.read()))
-            version = fields.count("version") if "version" in fields.values else 1  # journals of before had none
+            version = fields.count("version") if "version" in fields.values else 1  # older journals have none
     except MissingFileError:
         return None
     except (ValueError, UnreadableFileError, DamagedFileError) as cause:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {advice}") from cause
     if version != FORMAT_VERSION:
-        raise DamagedShardError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: split into another folder")
+        raise DamagedShardError(f"{path} has format {version}, this version reads {FORMAT_VERSION}: split into another folder")
     return fields
 
 
@@ -157,7 +157,7 @@ def _shard_row(row: Fields) -> ShardRecord:
 
 
 def _check_source(source: Fields) -> None:
-    """Raise ValueError for a fingerprint that this library does not write."""
+    """Raise ValueError for an invalid fingerprint."""
     if source.text("format") not in ("safetensors", "bin", "gguf"):
         raise ValueError(f"source.format is {shown(source.values['format'])}")
     source.take("commit")
@@ -183,7 +183,7 @@ def _dtype(fields: Fields) -> str:
 
 
 def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
-    """Every tensor of a split, from the shards' headers, each checked against the manifest (sizes and header checksum)."""
+    """Every tensor of a split, from the shards' headers, which are checked against the manifest (sizes and checksums)."""
     entries: dict[str, TensorEntry] = {}
     for record in manifest.shards:
         for entry in _checked_header(folder, record).tensors:
@@ -193,7 +193,7 @@ def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
                 entries[entry.name] = entry
     for target, stored in manifest.ties.items():
         if stored not in entries or target in entries:
-            problem = f"{target} shares {stored}, which {'no shard holds' if stored not in entries else 'it does not need'}"
+            problem = f"{target} shares {stored}, {'which no shard holds' if stored not in entries else 'but is stored itself'}"
             raise DamagedShardError(f"{folder / MANIFEST_NAME} is damaged: {problem}; {_AGAIN}")
     return entries
 
@@ -202,21 +202,21 @@ def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
 def _checked_header(folder: Path, record: ShardRecord) -> Header:
     path = folder / record.file
     try:
-        header = read_header(path, "run `rabbit split` to make it again")
+        header = read_header(path, "run `rabbit split` to rebuild it")
     except MissingFileError:
-        raise DamagedShardError(f"{path} is gone, the manifest names it; run `rabbit split` to make it again") from None
+        raise DamagedShardError(f"{path} is missing, the manifest lists it; run `rabbit split` to rebuild it") from None
     if header.file_bytes != record.file_bytes:
         raise DamagedShardError(
-            f"{path} is {header.file_bytes} bytes, the manifest says {record.file_bytes}; run `rabbit split` to make it again"
+            f"{path} is {header.file_bytes} bytes, the manifest has {record.file_bytes}; run `rabbit split` to rebuild it"
         )
     if header.checksum != record.header_xxh3_128:
-        raise DamagedShardError(f"{path} has a damaged header (checksum); run `rabbit split` to make it again")
+        raise DamagedShardError(f"{path} has a damaged header (checksum); run `rabbit split` to rebuild it")
     return header
 
 
 @damage_as(DamagedShardError)
 def verify_shard(folder: Path, record: ShardRecord) -> None:
-    """Read a shard from end to end. Raises DamagedShardError where size, header or data differ from the manifest."""
+    """Read a shard in full. Raises DamagedShardError if its size, header or data differ from the manifest."""
     header = _checked_header(folder, record)
     digest = xxhash.xxh3_128()
     with open_unchanged(header.path, None) as file, disk_errors(header.path):
@@ -225,13 +225,13 @@ def verify_shard(folder: Path, record: ShardRecord) -> None:
             digest.update(chunk)
     if digest.hexdigest() != record.data_xxh3_128:
         raise DamagedShardError(
-            f"{header.path} has damaged data (xxh3 {digest.hexdigest()}, the manifest says {record.data_xxh3_128}): "
-            "delete it, then run `rabbit split` to make it again"
+            f"{header.path} has damaged data (xxh3 {digest.hexdigest()}, the manifest has {record.data_xxh3_128}): "
+            "delete it, then run `rabbit split` to rebuild it"
         )
 
 
 def find_splits(root: Path) -> list[Path]:
-    """Every folder at or below `root` that holds a manifest. Raises ShardsNotFoundError where there is none."""
+    """Every folder at or below `root` that holds a manifest. Raises ShardsNotFoundError if there is none."""
     found = sorted(path.parent for path in root.rglob(MANIFEST_NAME)) if root.is_dir() else []
     if not found:
         raise ShardsNotFoundError(f"no split under {root}: run `rabbit split MODEL` first")
@@ -239,7 +239,7 @@ def find_splits(root: Path) -> list[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder for shards and prove that it can be written. Raises ShardsNotWritableError."""
+    """Create the folder for shards and check that it is writable. Raises ShardsNotWritableError."""
     require_no_link(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,17 +247,17 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ShardsNotWritableError(
-            f"{folder} cannot be written ({error.strerror}): give layer_shards_saving_path=DIR"
+            f"{folder} cannot be written ({error.strerror}): pass layer_shards_saving_path=DIR"
         ) from error
 
 
 def require_no_link(folder: Path) -> None:
-    """Raise ShardsNotWritableError where the folder is a link, or lies in one of ours: what it leads to is somebody else's."""
+    """Raise ShardsNotWritableError if the folder, or a folder of this library above it, is a link."""
     link = next((place for place in (folder, folder.parent, folder.parent.parent) if place.is_symlink()), None)
     if link is not None:
         raise ShardsNotWritableError(
             f"{link} is a link to {link.resolve()}, and nothing is written or deleted through it: "
-            "give the folder itself as layer_shards_saving_path=DIR (--saving-path DIR)"
+            "pass the folder itself as layer_shards_saving_path=DIR (--saving-path DIR)"
         )
 
 
@@ -269,9 +269,9 @@ def without_scratch(folder: Path) -> None:
 
 @dataclass(slots=True)
 class Journal:
-    """What an unfinished split needs to go on without the originals it has deleted already.
+    """What an unfinished split needs to resume without the originals that it has already deleted.
 
-    `tensors` rows are (key, file, safetensors dtype, shape); `deleted` names originals that may be gone.
+    `tensors` rows are (key, file, safetensors dtype, shape); `deleted` lists originals that may no longer exist.
     """
 
     source: Mapping[str, Any]
@@ -289,7 +289,7 @@ class Journal:
 
 
 def read_journal(folder: Path) -> Journal | None:
-    """The journal of an interrupted split, every value of it checked, or None. Raises DamagedShardError."""
+    """The journal of an interrupted split with all values checked, or None. Raises DamagedShardError."""
     path = folder / JOURNAL_NAME
     advice = f"delete {folder} and split again"
     fields = _read_fields(path, advice)
@@ -321,18 +321,18 @@ def _tensor_row(row: Any, files: Collection[str]) -> tuple[str, str, str, list[i
 
 
 def remove_journal(folder: Path) -> None:
-    """The split is finished: the manifest says it all."""
+    """Remove the journal of a finished split."""
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def finished_shard(path: Path, origin: str) -> ShardRecord | None:
-    """The manifest's line of a whole shard that was made from `origin`, or None: absent, damaged, or of another source."""
+    """The manifest line of a complete shard made from `origin`; None if it is missing, damaged, or of another source."""
     metadata = _shard_metadata(path)
     return shard_record(path) if metadata is not None and metadata[ORIGIN_KEY] == origin else None
 
 
 def is_shard(path: Path) -> bool:
-    """Whether it is a whole shard that this library wrote, and no link to one."""
+    """Whether it is a complete shard that this library wrote, and not a link."""
     return not path.is_symlink() and _shard_metadata(path) is not None
 
 

@@ -1,4 +1,4 @@
-"""The model on the meta device that a checkpoint is held against: built once, with the checkpoint's own head_dim."""
+"""The model on the meta device that a checkpoint is compared with: built once, with the checkpoint's own head_dim."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def build_plain(architecture: Architecture, dtype: torch.dtype) -> PreTrainedMod
 def build_for_entries(
     architecture: Architecture, dtype: torch.dtype, entries: Mapping[str, TensorEntry], build: Build
 ) -> PreTrainedModel:
-    """The model whose weights `entries` are. Raises MismatchedWeightsError for more layers than there are entries."""
+    """The model of `entries`. Raises MismatchedWeightsError if the config has more layers than there are entries."""
     require_layers(architecture.config, entries)
     shapes = {name: entry.shape for name, entry in entries.items()}
     return _with_head_dim(build(architecture, dtype), architecture, dtype, shapes, build)
 
 
 def map_names(architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor], build: Build) -> Conversion:
-    """The map from a checkpoint's names to the model's, around the one model that it is made with.
+    """The conversion from a checkpoint's names to the model's; it builds and holds the model.
 
-    Raises MismatchedWeightsError for more layers than the checkpoint has tensors.
+    Raises MismatchedWeightsError if the config has more layers than the checkpoint has tensors.
     """
     require_layers(architecture.config, tensors)
     conversion = open_conversion(architecture, build(architecture, dtype), tensors, dtype)
@@ -64,7 +64,7 @@ def map_names(architecture: Architecture, dtype: torch.dtype, tensors: Mapping[s
 def _with_head_dim(
     model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, shapes: Shapes, build: Build
 ) -> PreTrainedModel:
-    """The model itself, or one with the head_dim that the stored shapes have. The architecture's config is not changed."""
+    """The model, or one with the head_dim of the stored shapes. The architecture's config is not changed."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     head_dim = corrected_head_dim(model.config, wanted, shapes)
     if head_dim is None:
@@ -81,14 +81,14 @@ def require_weights(skeleton: PreTrainedModel, stored: Iterable[str], ties: Ties
         rest = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise MismatchedWeightsError(
             f"{originals} lacks weights of {type(skeleton).__name__}: {', '.join(absent[:5])}{rest}; "
-            "is it a checkpoint of another class, or a download that stopped?"
+            "is it a checkpoint of another class, or an interrupted download?"
         )
 
 
 def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> None:
-    """Raise MismatchedWeightsError for stored weights and ties that are not this model's, or not all of them.
+    """Raise MismatchedWeightsError if stored weights and ties do not match this model, or are incomplete.
 
-    Weights that the model has no place for are left out: those of further layers, where the caller asks for fewer.
+    Weights without a place in the model are ignored: those of extra layers, if the caller requests fewer.
     """
     state, tied = model.state_dict(), tied_together(tied_weights(model))
     wrong = [name for name, entry in entries.items() if name in state and not _fits(state[name], entry)]
@@ -105,5 +105,5 @@ def require_fit(model: PreTrainedModel, entries: Mapping[str, TensorEntry], ties
 
 
 def _fits(weight: torch.Tensor | None, entry: TensorEntry) -> bool:
-    """Whether `entry` can be this weight; some weights stay float32 whatever the model's dtype is."""
+    """Whether `entry` can be this weight; some weights stay float32 regardless of the model's dtype."""
     return weight is not None and tuple(weight.shape) == entry.shape and entry.dtype in (weight.dtype, torch.float32)

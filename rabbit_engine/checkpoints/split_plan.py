@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint go into which shard, what is shared, what it costs. Pure: names and byte counts."""
+"""Plans which tensors go into which shard, which are shared, and the disk space needed. Pure: names and byte counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard: the checkpoint's keys it is made from, the files those lie in, and about how large it will be."""
+    """One shard: the checkpoint's keys it is made from, the files that hold them, and its approximate size."""
 
     name: str
     keys: tuple[str, ...]
@@ -48,14 +48,14 @@ def settle_ties(tied: Mapping[str, str], present: frozenset[str], equal: Callabl
 
 
 def _tie_to_sibling(target: str, source: str, tied: Mapping[str, str], present: frozenset[str], shared: dict[str, str]) -> None:
-    """Of three weights tied to one source, the stored one may be neither of this pair."""
+    """Handle three weights tied to one source, where the stored one is not part of this pair."""
     sibling = next((other for other, its_source in tied.items() if its_source == source and other in present), None)
     if sibling is not None:
         shared[target] = sibling
 
 
 def tied_together(tied: Mapping[str, str]) -> dict[str, set[str]]:
-    """weight -> all weights that the model's tied pairs (target -> source) make one with it, itself among them."""
+    """weight -> all weights that share its values through tied pairs (target -> source), including itself."""
     groups: dict[str, set[str]] = {}
     for target, source in tied.items():
         group = groups.get(target, {target}) | groups.get(source, {source})
@@ -69,7 +69,7 @@ def plan_shards(
     file_of_key: Mapping[str, str],
     bytes_of_shard: Mapping[str, int],
 ) -> tuple[ShardPlan, ...]:
-    """The shards in the order of a pass; a shard that nothing goes into is left out."""
+    """The shards in the order of a pass, without empty ones."""
     keys: dict[str, list[str]] = {name: [] for name in shard_names}
     for key, shard in shard_of_key.items():
         keys[shard].append(key)
@@ -81,7 +81,7 @@ def plan_shards(
 
 
 def files_done_after(plans: Sequence[ShardPlan]) -> dict[str, list[str]]:
-    """shard -> the original files of which it is the last shard made."""
+    """shard -> the original files that are no longer needed after it."""
     last = {file: plan.name for plan in plans for file in plan.files}
     done: dict[str, list[str]] = {plan.name: [] for plan in plans}
     for file, shard in sorted(last.items()):
@@ -90,7 +90,7 @@ def files_done_after(plans: Sequence[ShardPlan]) -> dict[str, list[str]]:
 
 
 def peak_extra_bytes(plans: Sequence[ShardPlan], finished: frozenset[str], freed_bytes: Mapping[str, int]) -> int:
-    """The most disk that the split will need beyond what is used now.
+    """The most disk space that the split will need beyond what is used now.
 
     `freed_bytes` holds the size of each original that is deleted once its last shard is written; empty to keep them.
     """
@@ -106,7 +106,7 @@ def peak_extra_bytes(plans: Sequence[ShardPlan], finished: frozenset[str], freed
 def missing_weights(
     expected: Iterable[str], stored: Iterable[str], shared: Mapping[str, str], ignored: Iterable[str]
 ) -> list[str]:
-    """Weights of the model that the checkpoint neither stores nor shares, less those the model says may be missing."""
+    """Weights of the model that the checkpoint neither stores nor shares, except those that may be missing."""
     patterns = [re.compile(pattern) for pattern in ignored]
     absent = set(expected) - set(stored) - set(shared)
     return sorted(name for name in absent if not any(p.search(name) for p in patterns))

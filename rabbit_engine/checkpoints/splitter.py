@@ -1,7 +1,7 @@
-"""A checkpoint into shards, once: plan on names, write a shard at a time, resume from what is whole, name them all last.
+"""Splits a checkpoint into shards: plans on names, writes one shard at a time, resumes, and writes the manifest last.
 
-While it runs, a journal next to the shards holds what the source looked like, so that an interrupted split that has
-already deleted some of its originals can go on. The manifest replaces it.
+While it runs, a journal next to the shards describes the source, so that an interrupted split that has already deleted
+some of its originals can resume. The manifest replaces it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ DeleteOriginal = Callable[[Path], None]
 
 @contextmanager
 def only_one_process(folder: Path) -> Iterator[None]:
-    """Hold the lock of a shards folder; it is freed when its process ends, however it ends. Raises ShardsNotWritableError."""
+    """Hold the lock of a shards folder; it is released whenever its process ends. Raises ShardsNotWritableError."""
     path = folder.with_name(f".{folder.name}.lock")
     if path.is_symlink():
         raise ShardsNotWritableError(f"{path} is a link to {path.resolve()}, and nothing is written through it: delete the link")
@@ -70,7 +70,7 @@ def only_one_process(folder: Path) -> Iterator[None]:
     try:
         _acquire(lock, folder)
     except OSError as error:
-        raise ShardsNotWritableError(f"{path} cannot be locked ({error.strerror or error}): give another saving path") from error
+        raise ShardsNotWritableError(f"{path} cannot be locked ({error.strerror or error}): pass another saving path") from error
     try:
         yield
     finally:
@@ -89,8 +89,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 class Split:
     """One split of one checkpoint, from the plan to the manifest.
 
-    `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` says
-    are deleted. `delete` removes an original; None keeps them.
+    `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` lists
+    as deleted. `delete` removes an original; None keeps them.
     """
 
     folder: Path
@@ -106,11 +106,11 @@ class Split:
 
     @property
     def skeleton(self) -> PreTrainedModel:
-        """The model that is split, on the meta device."""
+        """The model on the meta device."""
         return self.conversion.skeleton
 
     def run(self) -> Manifest:
-        """Make what is missing. Raises NotEnoughDiskError, MismatchedWeightsError or a CheckpointError."""
+        """Write the missing shards. Raises NotEnoughDiskError, MismatchedWeightsError or another CheckpointError."""
         targets = self.conversion.targets
         ties = self._settle_ties(targets)
         plans = self._plan(targets, ties)
@@ -137,14 +137,14 @@ class Split:
         return ties
 
     def _ties_of(self, journal: Journal) -> Ties:
-        """What was settled when the split began. Raises DamagedShardError where the model does not tie these weights."""
+        """The ties recorded when the split began. Raises DamagedShardError if the model does not tie these weights."""
         tied = tied_together(tied_weights(self.skeleton))
         strange = [name for name, stored in journal.shared.items() if stored not in tied.get(name, ())]
         strange += [name for name in journal.dropped if name not in journal.shared]
         if strange:
             raise DamagedShardError(
-                f"{self.folder / JOURNAL_NAME} is damaged: {type(self.skeleton).__name__} does not tie {strange[0]} so; "
-                "give another layer_shards_saving_path, or delete the folder and split again"
+                f"{self.folder / JOURNAL_NAME} is damaged: {type(self.skeleton).__name__} does not tie {strange[0]} this way; "
+                "pass another layer_shards_saving_path, or delete the folder and split again"
             )
         return Ties(journal.shared, frozenset(journal.dropped))
 
@@ -180,12 +180,12 @@ class Split:
         return journal
 
     def _require_originals(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
-        """Raise DamagedShardError for a shard that is damaged or gone after an original it was made from was deleted."""
+        """Raise DamagedShardError for a damaged or missing shard whose originals were deleted."""
         for plan in plans:
             gone = next((file for file in sorted(plan.files) if not is_file(self.originals / file)), None)
             if plan.name not in finished and gone is not None:
                 raise DamagedShardError(
-                    f"{self._path(plan)} is damaged or gone, and so is {gone}, which it was made from: "
+                    f"{self._path(plan)} is damaged or missing, and so is {gone}, which it was made from: "
                     f"download the checkpoint again and delete {self.folder}"
                 )
 
@@ -205,7 +205,7 @@ class Split:
                 bar.set_postfix_str(plan.name)
                 records[plan.name] = finished.get(plan.name) or self._write(plan)
                 bar.update(plan.file_bytes)
-                if plan is not plans[-1]:  # the last ones go when the manifest is there
+                if plan is not plans[-1]:  # the last originals are deleted after the manifest is written
                     self._delete_originals(done_after[plan.name], plans, records, journal)
         return records
 
@@ -230,7 +230,7 @@ class Split:
                 self._verify([records[plan.name] for plan in plans if name in plan.files])
                 journal.deleted.append(name)
                 if len(records) < len(plans):
-                    journal.write(self.folder)  # ahead of the deletion: a killed split must know that it may be gone
+                    journal.write(self.folder)  # before the deletion: a killed split must know that the file may be missing
             self.delete(self.originals / name)
 
     def _verify(self, records: list[ShardRecord]) -> None:
@@ -249,7 +249,7 @@ class Split:
         return manifest
 
     def _remove_strangers(self, manifest: Manifest) -> None:
-        """Shards of an earlier split of another layout; a file that was not written here stays."""
+        """Delete shards of an earlier split with another layout; files of other origin are kept."""
         known = {record.file for record in manifest.shards}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in known and is_shard(path):
@@ -264,10 +264,10 @@ class Split:
 
 
 def file_of(tensor: LazyTensor, originals: Path) -> str:
-    """The original that a tensor lies in, by its name in the folder."""
+    """The name of the original file that holds a tensor, relative to the folder."""
     return tensor.path.relative_to(originals).as_posix()
 
 
 def journal_rows(tensors: Mapping[str, LazyTensor], originals: Path) -> list[tuple[str, str, str, list[int]]]:
-    """Every tensor as a journal's row: enough to plan with when its file is gone."""
+    """Every tensor as a journal row: enough to plan with after its file is deleted."""
     return [(key, file_of(t, originals), DTYPE_NAMES[t.dtype], list(t.shape)) for key, t in tensors.items()]

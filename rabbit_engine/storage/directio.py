@@ -1,8 +1,8 @@
-"""Reads past the page cache, into memory that was claimed once. Knows files and bytes, no tensors' names.
+"""Reads that bypass the page cache, into memory that is allocated once. Knows files and bytes, not tensors.
 
-A model that is read anew every pass never finds its pages in the cache (a cyclic scan evicts what it needs next), and
-filling the cache costs a copy and the memory of everybody else. So files are read with O_DIRECT where the system has it,
-with F_NOCACHE on macOS, else buffered with the kernel told to drop the pages.
+A model that is read again in every pass never finds its pages in the cache (a cyclic scan evicts what it needs next), and
+filling the cache costs a copy and memory that other programs need. So files are read with O_DIRECT where the system has it,
+with F_NOCACHE on macOS, else buffered, and the kernel is asked to drop the pages.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rabbit_engine.errors import BudgetError, DamagedFileError, MissingFileError
 from rabbit_engine.utils.sizes import format_bytes
 
 PAGE = 4096
-"""What direct reads are aligned to: file offsets, memory and lengths. The largest logical block of today's disks."""
+"""Alignment of direct reads (file offsets, memory and lengths): the largest logical block of today's disks."""
 
 CHUNK_BYTES = 8 * 2**20
-"""One read. Several are under way at once, so that the disk always has the next one."""
+"""Bytes per read. Several reads are in flight at once, so that the disk always has a next one."""
 
 HUGE_PAGE = 2 * 2**20
 
@@ -47,7 +47,7 @@ def aligned_up(count: int) -> int:
 
 
 def claim_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes] on the CPU, page-aligned, zeroed, given back to the system when the last view of it dies.
+    """uint8 [nbytes] on the CPU, page-aligned, zeroed, returned to the system with its last view.
 
     In huge pages where the system has them: a direct read into 4 KiB pages is cut into many small requests, and got a third
     of the rate on the disk it was measured on (docs/benchmarks.md). The last part of a huge page is in small ones: it takes
@@ -59,7 +59,7 @@ def claim_memory(nbytes: int) -> torch.Tensor:
         return _claim(nbytes)
     except (OSError, MemoryError) as cause:
         raise BudgetError(
-            f"the system refuses {format_bytes(nbytes)} of memory ({cause}): give less in max_memory, or end what else runs"
+            f"the system refuses {format_bytes(nbytes)} of memory ({cause}): lower max_memory, or close other programs"
         ) from cause
 
 
@@ -82,7 +82,7 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
 
 
 def buffered_reason(path: Path) -> str | None:
-    """Why reads of `path` go through the page cache, or None where they go past it."""
+    """Why reads of `path` go through the page cache, or None if they bypass it."""
     if sys.platform == "darwin":
         return None
     with disk_errors(path):
@@ -93,11 +93,11 @@ def buffered_reason(path: Path) -> str | None:
 
 
 _reasons: dict[int, str | None] = {}
-"""By device of the file system; asked once each."""
+"""By the file system's device; each is probed once."""
 
 
 def _ask(path: Path) -> str | None:
-    """Whether the file system reads directly, by trying."""
+    """Try a direct read; the reason if the file system refuses it, else None."""
     if not _O_DIRECT:
         return f"{sys.platform} has no O_DIRECT"
     memory = claim_memory(PAGE)
@@ -110,14 +110,14 @@ def _ask(path: Path) -> str | None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file. Raises UnreadableFileError where this user may not even know."""
+    """Whether the file exists. Raises UnreadableFileError without the permission to find out."""
     with disk_errors(path):
         return path.is_file()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the system says of `path`, as an error of ours that names it: UnreadableFileError or MissingFileError."""
+    """Raise an OSError about `path` within as UnreadableFileError or MissingFileError, which name the file."""
     try:
         yield
     except RabbitError:
@@ -128,7 +128,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def damage_as(error: type[RabbitError]) -> Iterator[None]:
-    """A DamagedFileError of what is read within, as the `error` of what it is read for. Also a decorator."""
+    """Raise a DamagedFileError within as `error`. Also a decorator."""
     try:
         yield
     except DamagedFileError as found:
@@ -138,18 +138,18 @@ def damage_as(error: type[RabbitError]) -> Iterator[None]:
 
 
 def unreadable(path: Path, cause: OSError) -> RabbitError:
-    """The error for what the system says of `path`."""
+    """The error for an OSError about `path`."""
     if isinstance(cause, FileNotFoundError | NotADirectoryError):
-        return MissingFileError(f"{path} is gone: put it back or download it again, then load the model again")
+        return MissingFileError(f"{path} is missing: put it back or download it again, then load the model again")
     return UnreadableFileError(f"{path} cannot be read ({_answer(cause)}){_ADVICE.get(cause.errno or 0, '')}")
 
 
 _ADVICE = {
-    errno.EIO: ": the disk fails, copy the file to another one or download it again",
-    errno.ENOMEM: ": the system is out of memory, give less in max_memory or end what else runs",
-    errno.EACCES: ": let this user read it",
-    errno.EPERM: ": let this user read it",
-    errno.EISDIR: ": put the file in the folder's place",
+    errno.EIO: ": the disk is failing, copy the file to another one or download it again",
+    errno.ENOMEM: ": the system is out of memory, lower max_memory or close other programs",
+    errno.EACCES: ": give this user read permission",
+    errno.EPERM: ": give this user read permission",
+    errno.EISDIR: ": replace the folder with the file",
     errno.EMFILE: ": too many files are open, raise `ulimit -n`",
 }
 
@@ -161,7 +161,7 @@ def _answer(cause: OSError) -> str:
 
 
 def open_unchanged(path: Path, stamp: tuple[int, int] | None, *, direct: bool = False) -> io.FileIO:
-    """The file, unbuffered. Raises DamagedFileError where it was replaced since its header was read, or is not a plain file."""
+    """The file, unbuffered. Raises DamagedFileError if it was replaced after its header was read, or is not a regular file."""
     flags = os.O_RDONLY | _O_BINARY | _O_NONBLOCK | (_O_DIRECT if direct else 0)  # a pipe in its place must not block
     with disk_errors(path):
         file = io.FileIO(os.open(path, flags), "rb")
@@ -176,19 +176,19 @@ def open_unchanged(path: Path, stamp: tuple[int, int] | None, *, direct: bool = 
 def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | None) -> None:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedFileError(f"{path} is not a plain file: put the model's file in its place")
+        raise DamagedFileError(f"{path} is not a regular file: replace it with the model's file")
     if stamp is not None and stamp != stamp_of(file):
         raise DamagedFileError(f"{path} was replaced while in use: load the model again")
 
 
 def stamp_of(file: io.FileIO) -> tuple[int, int]:
-    """What tells an open file from another one, or from itself before it was changed: its inode and time of change."""
+    """The inode and change time of an open file, which identify it and its version."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_mtime_ns
 
 
 def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, needed: int | None = None) -> None:
-    """Fill `buffer` from the file's position, or at least its first `needed` bytes where the file ends there.
+    """Fill `buffer` from the file's position, or at least its first `needed` bytes if the file ends there.
 
     Raises DamagedFileError when the file ends first, UnreadableFileError when the disk fails.
     """
@@ -198,12 +198,12 @@ def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, needed: int | 
         while done < needed:
             count = _read_some(file, buffer[done:])
             if not count:
-                raise DamagedFileError(f"{path} is cut off: {needed - done} bytes are missing; run `rabbit verify` on its folder")
+                raise DamagedFileError(f"{path} is truncated: {needed - done} bytes missing; run `rabbit verify` on its folder")
             done += count
 
 
 def _read_some(file: io.RawIOBase, buffer: memoryview) -> int | None:
-    """One read; a signal that interrupts it is no failure."""
+    """One read; an interrupted one counts as empty and is retried."""
     while True:
         with contextlib.suppress(InterruptedError):
             return file.readinto(buffer)
@@ -218,7 +218,7 @@ def read_pages(
     *,
     direct: bool,
 ) -> None:
-    """Read `nbytes` at `offset` of `path`, and what else lies in their pages, into `memory`.
+    """Read `nbytes` at `offset` of `path`, with the rest of their pages, into `memory`.
 
     `memory[0]` becomes the byte at `aligned_down(offset)`; it must be page-aligned and hold whole pages. With
     `direct=False` the read is buffered and its pages are dropped from the cache afterwards.

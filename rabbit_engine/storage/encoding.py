@@ -1,4 +1,4 @@
-"""How stored bytes become a weight: what every encoding can do. `quantization/` has the encodings themselves."""
+"""The interface of encodings, which turn stored bytes into a weight. `quantization/` has the encodings themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Encoding(Protocol):
-    """One form that weights are stored in. Equal ones decode alike; they are values, and print as their name."""
+    """A storage format of weights. Encodings are values: equal ones decode alike, and print as their name."""
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Write the weight that `stored` holds to `out`, which has its shape, dtype and device.
@@ -20,4 +20,4 @@ class Encoding(Protocol):
 
 
 WORK_BYTES = 16 * 2**20
-"""Memory that a `decode` may take beside `stored` and `out`; plans count it."""
+"""Bytes that a `decode` may allocate in addition to `stored` and `out`; plans include them."""

@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: parsed strictly, then taken field by field as values of known types."""
+"""Untrusted JSON: parsed strictly, then read field by field as values of known types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME_BYTES = 255
 
 
 def parse(raw: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError for one that is no JSON, names a key twice or nests too deep."""
+    """The value of a JSON text. Raises ValueError if it is not JSON, repeats a key or nests too deep."""
     try:
         return json.loads(raw, object_pairs_hook=_without_repeats)
     except RecursionError:
@@ -28,11 +28,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class OutsideError(ValueError):
-    """A name that leads out of its folder."""
+    """A name that points outside its folder."""
 
 
 def file_name(value: Any) -> str:
-    """A name relative to a folder, and of something in it. Raises ValueError for another value, OutsideError for a path out."""
+    """The name of a file inside a folder. Raises OutsideError for a path that leaves it, ValueError for any other value."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a file name")
     posix, windows = PurePosixPath(value), PureWindowsPath(value)
@@ -45,14 +45,14 @@ def file_name(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: short."""
+    """A value, shortened for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """A JSON object whose values are asked for by key and type. Each method raises ValueError, naming the key and the value."""
+    """A JSON object, read by key and type. Each method raises ValueError, which names the key and the value."""
 
     values: Mapping[str, Any]
     where: str = ""
@@ -65,20 +65,20 @@ class Fields:
         return cls(value, where)
 
     def take(self, key: str) -> Any:
-        """Any value, which must be there."""
+        """A required value of any type."""
         if key not in self.values:
             raise ValueError(f"{self._at(key)} is missing")
         return self.values[key]
 
     def text(self, key: str) -> str:
-        """A string that is not empty."""
+        """A non-empty string."""
         value = self.take(key)
         if not isinstance(value, str) or not value:
             raise ValueError(f"{self._at(key)} is {shown(value)}, not text")
         return value
 
     def optional_text(self, key: str) -> str | None:
-        """A string, or None where it is null or not there."""
+        """A string, or None if it is null or missing."""
         return None if self.values.get(key) is None else self.text(key)
 
     def count(self, key: str) -> int:
@@ -112,7 +112,7 @@ class Fields:
         return Fields.of(self.take(key), self._at(key))
 
     def texts(self, key: str) -> dict[str, str]:
-        """An object whose values are all strings, also empty ones."""
+        """An object whose values are all strings, possibly empty."""
         inner = self.fields(key)
         other = next((name for name, value in inner.values.items() if not isinstance(value, str)), None)
         if other is not None:

@@ -24,13 +24,13 @@ from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
-"""Every tensor we write starts on a multiple of this: what direct reads ask for."""
+"""Every tensor that is written starts on a multiple of this, as direct reads require."""
 
 PAD_PREFIX = "__pad__."
 CHECKSUM_KEY = "data_xxh3_128"
 COPY_BYTES = 16 * 2**20
 _COMPARED_BYTES = 2**20
-"""Read of each at a time, while a model loads: its smallest budget may be 3 MB."""
+"""Bytes of each tensor that are read at a time while a model loads: the smallest budget may be 3 MB."""
 
 _LFS_POINTER = b"version https://git-lfs"
 _HEADER_LIMIT = 100_000_000
@@ -46,12 +46,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` at `offset` from the start of `path`, as `dtype` of `shape`.
+    """The location of one tensor: `nbytes` at `offset` from the start of `path`, with `dtype` and `shape`.
 
-    `stamp` is the file's inode and time of change when its header was read; None where nobody needs to know. Where a
-    tensor is stored in several `parts`, its values are theirs, one behind another, and `path` and `offset` are the first one's.
-    Where it has an `encoding`, its `components` are what is stored, `nbytes` are theirs, and `dtype` and `shape` are those of
-    the tensor that they decode to.
+    `stamp` is the file's inode and change time when its header was read; None skips the check. A tensor stored in several
+    `parts` is their concatenation, and `path` and `offset` are those of the first. With an `encoding`, the `components` are
+    what is stored, `nbytes` is their size, and `dtype` and `shape` are those of the decoded tensor.
     """
 
     name: str
@@ -67,29 +66,29 @@ class TensorEntry:
 
     @property
     def places(self) -> tuple[TensorEntry, ...]:
-        """Where its bytes lie, in their order: its parts and components, or itself."""
+        """The entries that its bytes are stored as, in order: its parts and components, or itself."""
         inside = self.parts or self.components
         return tuple(place for part in inside for place in part.places) if inside else (self,)
 
     @property
     def is_encoded(self) -> bool:
-        """Whether its bytes, or those of a part, are decoded before use."""
+        """Whether it, or a part of it, is decoded before use."""
         return self.encoding is not None or any(part.is_encoded for part in self.parts)
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """The tensors to read it as: what `decode` takes in this order, or itself."""
+        """The tensors to read: the arguments of `decode` in order, or itself."""
         if not self.is_encoded:
             return (self,)
         return tuple(tensor for part in self.parts or self.components for tensor in part.stored)
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes of the tensor in its dtype; those that are stored, unless it is encoded."""
+        """Bytes of the decoded tensor; equal to `nbytes` unless it is encoded."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, stop: int) -> TensorEntry:
-        """Rows `first` to `stop` (along dimension 0), as a tensor of their own."""
+        """Rows `first` to `stop` (along dimension 0) as an entry."""
         row_bytes = self.nbytes // self.shape[0]
         begin, end, position, found = first * row_bytes, stop * row_bytes, 0, []
         for place in self.places:
@@ -102,7 +101,7 @@ class TensorEntry:
 
 
 def each_row(entry: TensorEntry) -> list[TensorEntry]:
-    """Every row of a tensor (along dimension 0) as one of its own; a row may be whole parts of it."""
+    """Every row of a tensor (along dimension 0) as an entry; a row may consist of several parts."""
     count = entry.shape[0]
     if entry.encoding is not None:
         rows = zip(*(each_row(component) for component in entry.components), strict=True)
@@ -119,7 +118,7 @@ def each_row(entry: TensorEntry) -> list[TensorEntry]:
 
 
 def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequence[TensorEntry]) -> TensorEntry:
-    """The tensor whose values are those of `places`, one behind another."""
+    """The entry of the concatenation of `places`."""
     nbytes = sum(place.nbytes for place in places)
     first, parts = places[0], tuple(places) if len(places) > 1 else ()
     if first.is_encoded and not parts:
@@ -130,7 +129,7 @@ def gathered(name: str, dtype: torch.dtype, shape: tuple[int, ...], places: Sequ
 def encoded(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], encoding: Encoding, components: Sequence[TensorEntry]
 ) -> TensorEntry:
-    """The tensor that `components` decode to."""
+    """The entry of the tensor that `components` decode to."""
     first, nbytes = components[0], sum(component.nbytes for component in components)
     return TensorEntry(
         name, first.path, first.offset, nbytes, dtype, shape, first.stamp, encoding=encoding, components=tuple(components)
@@ -138,7 +137,7 @@ def encoded(
 
 
 def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor) -> None:
-    """Write an encoded entry's values to `out`; `stored` gives the tensors of `entry.stored`, in their order."""
+    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order."""
     if entry.encoding is not None:
         entry.encoding.decode([next(stored) for _ in entry.components], out)
     elif entry.parts and entry.is_encoded:
@@ -164,9 +163,9 @@ class Header:
 
 
 def read_header(path: Path, advice: str = "") -> Header:
-    """Read and check a safetensors header: names, dtypes, shapes and offsets agree, and the file is exactly as long as they say.
+    """Read a safetensors header and check that names, dtypes, shapes, offsets and the file's length agree.
 
-    Raises DamagedFileError, naming the file and by how much it differs; MissingFileError or UnreadableFileError.
+    Raises DamagedFileError, which names the file and the difference; MissingFileError or UnreadableFileError.
     """
     with open_unchanged(path, None) as file, disk_errors(path):
         status = os.fstat(file.fileno())
@@ -174,7 +173,7 @@ def read_header(path: Path, advice: str = "") -> Header:
         size = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size > min(_HEADER_LIMIT, status.st_size - 8):
             wanted = f"{status.st_size} bytes, its header would need {8 + size}"
-            raise DamagedFileError(f"{path} is no whole safetensors file ({wanted}): {advice or advice_for(path)}")
+            raise DamagedFileError(f"{path} is not a complete safetensors file ({wanted}): {advice or advice_for(path)}")
         raw = _read_up_to(file, size)
     start = 8 + size
     try:
@@ -198,7 +197,7 @@ def _read_up_to(file: io.FileIO, count: int) -> bytes:
 
 
 def advice_for(path: Path) -> str:
-    """What to do about a file that is not of its format: by what stands in its place."""
+    """What to do about a file that is not of its format, judged by its first bytes."""
     with open_unchanged(path, None) as file, disk_errors(path):
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
@@ -220,12 +219,12 @@ def _entry(path: Path, name: str, row: Fields, data_start: int, stamp: tuple[int
     begin, end = counts(row.take("data_offsets"), f"{name}.data_offsets")
     shape, kind = counts(row.take("shape"), f"{name}.shape"), row.text("dtype")
     if kind not in TORCH_DTYPES:
-        raise ValueError(f"{name} is of dtype {shown(kind)}, known are {', '.join(TORCH_DTYPES)}")
+        raise ValueError(f"{name} has dtype {shown(kind)}, supported are {', '.join(TORCH_DTYPES)}")
     dtype = TORCH_DTYPES[kind]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} is {list(shape)} {kind} in {end - begin} bytes")
     if math.prod(filter(None, shape)) >= 2**63:
-        raise ValueError(f"{name} is {list(shape)}, more than can be counted")
+        raise ValueError(f"{name} is {list(shape)}, too many elements")
     return TensorEntry(name, path, data_start + begin, end - begin, dtype, shape, stamp)
 
 
@@ -241,11 +240,11 @@ def _wrong_length(tensors: Sequence[TensorEntry], start: int, file_bytes: int) -
     position = start + sum(tensor.nbytes for tensor in tensors)
     if position == file_bytes:
         return None
-    return f"is {'cut off' if file_bytes < position else 'too long'}: {file_bytes} bytes, its header says {position}"
+    return f"is {'truncated' if file_bytes < position else 'too long'}: {file_bytes} bytes, its header requires {position}"
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor, decoded, in memory of its own: no map of the file stays behind. Raises DamagedFileError."""
+    """The tensor, decoded, in its own memory: the file is not mapped. Raises DamagedFileError."""
     if entry.is_encoded:
         out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         decode(entry, (read_tensor(tensor) for tensor in entry.stored), out)
@@ -261,7 +260,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether two stored tensors are equal bit for bit; read a piece at a time, to the first difference."""
+    """Whether two stored tensors are bit-equal; reads in pieces, up to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if len(first.places) > 1 or len(second.places) > 1:
@@ -280,7 +279,7 @@ def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
 
 
 def holds(entry: TensorEntry, values: torch.Tensor) -> bool:
-    """Whether a stored tensor has the shape and, in its dtype, bit for bit the values of another."""
+    """Whether a stored tensor has the shape of `values` and is bit-equal to them in its dtype."""
     if tuple(values.shape) != entry.shape:
         return False
     flat = values.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8)
@@ -303,7 +302,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     scratch = path.with_name(f".{path.name}.scratch")
     scratch.unlink(missing_ok=True)
     try:
-        with scratch.open("x+b") as file:  # a new file: never through a link that somebody put there
+        with scratch.open("x+b") as file:  # a new file: never follows an existing link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -325,7 +324,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_aligned(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose header vouches for its data: `metadata` and the xxh3 of everything behind the header.
+    """Write a safetensors file whose header holds `metadata` and the xxh3 of all data after the header.
 
     The header is padded with spaces and each tensor with a small named pad tensor (the format allows no holes), so
     that every tensor starts on a 4,096-byte boundary: reads need no copy and kernels see aligned weights.
@@ -352,7 +351,7 @@ def _write_padded(file: BinaryIO, digest: Any, tensor: torch.Tensor) -> None:
 
 
 def aligned_bytes(sizes: Sequence[int]) -> int:
-    """About how large an aligned file with tensors of these sizes is: each padded, and a header."""
+    """The approximate size of an aligned file with tensors of these sizes: padded, plus a header."""
     header = 8 + 160 * (2 * len(sizes) + 4)
     return header + _padding(header) + sum(size + _padding(size) for size in sizes)
 

@@ -42,11 +42,6 @@ class PieceModel:
         """piece -> id of the pieces of these kinds."""
         return {piece: index for index, piece in enumerate(self.pieces) if self.kinds[index] in kinds}
 
-    def id_of(self, kind: int, names: tuple[str, ...]) -> int | None:
-        """The id of the first of `names` that is a piece of this kind."""
-        found = self.of_kind(kind)
-        return next((found[name] for name in names if name in found), None)
-
     @property
     def unknown_id(self) -> int:
         """The id of the unknown piece; every sentencepiece model has one."""
