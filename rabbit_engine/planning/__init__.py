@@ -1,1 +1,1 @@
-"""Decides, before memory is claimed, what stays where: budgets, placement, the probe and the forecast."""
+"""Decides, before memory is allocated, where each weight is kept: budgets, placement, the probe and the forecast."""

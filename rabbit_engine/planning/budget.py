@@ -1,4 +1,4 @@
-"""How much memory weights may take: what was given, or what is free less a margin. Pure."""
+"""How much memory weights may take: the given budget, or the free memory less a margin. Pure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DEFAULT_TOKENS = 1024
 
 _SYSTEM_BYTES = 64 * 2**20
 _SYSTEM_SHARE = 1 / 32
-"""Left to the process and the system: allocators, kernels' buffers, what grows."""
+"""Bytes left to the process and the system: allocators, kernels' buffers, growth."""
 
 _HOST_SHARE = 1 / 8
-"""Left of host memory where a device computes: it is pinned, and what is pinned cannot be swapped out for anybody."""
+"""Host memory left free if a device computes: the rest is pinned, and pinned memory cannot be swapped out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeMemory:
-    """Bytes that are free on the device and in host memory, of which `pinned_bytes` at most may be pinned."""
+    """Free bytes on the device and in host memory; at most `pinned_bytes` of the latter may be pinned."""
 
     device_bytes: int
     host_bytes: int
@@ -34,14 +34,14 @@ class FreeMemory:
 
 
 def reserved_bytes(probe: Probe, tokens: int) -> int:
-    """What a context of `tokens` takes on top of the weights: its KV cache, and the activations of a prompt of that length."""
+    """Bytes of a context of `tokens` in addition to the weights: its KV cache, and the activations of such a prompt."""
     return need_bytes(probe, Demand(tokens, 0))
 
 
 def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> Budget:
-    """The budget that was given, or what is free now less a margin for the cache, activations and the system.
+    """The given budget, or the free memory less a margin for the cache, activations and the system.
 
-    A given one is for weights and what they pass through, unless `max_seq_len` asks for room for tokens in it.
+    A given budget is for weights and their buffers, and with `max_seq_len` also for the cache of as many tokens.
     """
     reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
     given = stream.device_budget_bytes

@@ -1,4 +1,4 @@
-"""The plan of a model whose weights are located. Only here is the machine asked; what follows from its answers is pure."""
+"""Makes the plan of a model whose weights are located. Only this module queries the machine; the decisions are pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rabbit_engine.utils.speeds import Speeds
 
 
 def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
-    """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is claimed."""
+    """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is allocated."""
     entries = list(partition.weights.entries.values())
     budget = budget_for(partition, stream, find_free_memory(stream))
     on_cpu = stream.device.type == "cpu"
@@ -34,7 +34,7 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
 
 
 def _place(partition: Partition, device: str, budget: Budget, speeds: Speeds, notes: Sequence[str]) -> Plan:
-    """Where all weights fit once they are decoded, they are decoded once, at load; else each time they are used."""
+    """Decode all weights at load if they fit decoded; else decode each time they are used."""
     if partition.is_encoded:
         with suppress(BudgetError):
             plan = place(partition.decoded_sizes, device, budget, speeds, notes)
@@ -44,7 +44,7 @@ def _place(partition: Partition, device: str, budget: Budget, speeds: Speeds, no
 
 
 def find_free_memory(stream: StreamConfig) -> FreeMemory:
-    """What is free now. A device with a budget of its own is not asked: it may not be here."""
+    """The free memory. A device with a given budget is not queried: it may not be on this machine."""
     return FreeMemory(
         device_bytes=0 if stream.device_budget_bytes is not None else free_memory_bytes(stream.device),
         host_bytes=free_memory_bytes(torch.device("cpu")),
@@ -53,14 +53,14 @@ def find_free_memory(stream: StreamConfig) -> FreeMemory:
 
 
 def _read_notes(partition: Partition, device: torch.device) -> list[str]:
-    """What the reader of a plan should know of the files: how they are read, what must be realigned."""
+    """Notes of the plan on the files: how they are read, and what must be realigned."""
     paths = {place.path for entry in partition.weights.entries.values() for place in entry.places}
     reasons = {buffered_reason(path) for path in paths if path.is_file()}
     notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
     moved = sum(chunk.nbytes for chunk in misaligned(partition)) if device.type == "cpu" else 0
     if moved:
         why = "off a 16-byte boundary in their files, or joined from parts"
-        notes.append(f"{format_bytes(moved)} are moved once more while they are read: {why}")
+        notes.append(f"{format_bytes(moved)} are copied once more while they are read: {why}")
     return notes
 
 

@@ -17,7 +17,7 @@ _MASK_BYTES = 4
 """A pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
 
 KEPT_FREE_BYTES = 32 * 2**20
-"""Left free by a prompt: compiled kernels of shapes that are new, small blocks of the heap, Python's objects."""
+"""Bytes that a prompt leaves free for newly compiled kernels, small heap blocks and Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Demand:
 
 
 def cache_bytes(probe: Probe, demand: Demand) -> int:
-    """The caches of all sequences at their longest."""
+    """Bytes of the caches of all sequences at full length."""
     return demand.sequences * probe.cache_token_bytes * (demand.prompt + demand.answer)
 
 
@@ -54,7 +54,7 @@ def need_bytes(probe: Probe, demand: Demand) -> int:
 
 
 def most_prompt(fits: Callable[[int], bool], most: int) -> int:
-    """The longest prompt up to `most` tokens that fits; 0 where none does."""
+    """The longest prompt of up to `most` tokens that fits; 0 if none does."""
     least, above = 0, most + 1
     while above - least > 1:
         middle = (least + above) // 2
@@ -63,7 +63,7 @@ def most_prompt(fits: Callable[[int], bool], most: int) -> int:
 
 
 def refuse_beyond(probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str) -> None:
-    """Raise PromptTooLongError where `demand` takes more than is free on `place`."""
+    """Raise PromptTooLongError if `demand` needs more than the free memory of `place`."""
     need = need_bytes(probe, demand) + KEPT_FREE_BYTES
     free = find_free_bytes()
     if need > free:

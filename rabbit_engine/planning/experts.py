@@ -31,17 +31,17 @@ class LayerExperts:
 
     @property
     def on_device(self) -> int:
-        """How many are cached where they are used."""
+        """The number cached on the device."""
         return self.cached[0]
 
     @property
     def in_host(self) -> int:
-        """How many are cached behind the device."""
+        """The number cached in the tiers between device and disk."""
         return sum(self.cached[1:])
 
     @property
     def uncached(self) -> int:
-        """How many of a token's experts come from disk, at best."""
+        """The number of a token's experts that come from disk, at best."""
         return max(0, self.routing.used - sum(self.cached))
 
 
@@ -95,7 +95,7 @@ class ExpertsPlan:
 
 
 NO_EXPERTS = ExpertsPlan()
-"""Of a model without any, or with all of them resident."""
+"""The plan of a model without experts, or with all of them resident."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Slots:
 
     @property
     def least_bytes(self) -> int:
-        """Without these no expert comes."""
+        """Bytes without which no expert can be read."""
         return self.fewest * self.nbytes
 
     def passing(self, room: int) -> int:

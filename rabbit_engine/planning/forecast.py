@@ -1,4 +1,4 @@
-"""The plan of a model before anything is downloaded or split: from its config, and its files' headers where they can be had."""
+"""Plans a model before anything is downloaded or split: from its config, and from its files' headers if available."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
 
 
 def _entries(found: Source, model: PreTrainedModel) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
-    """Where the weights lie and what they share; of shards that are not there yet, what the model itself says."""
+    """Entries and ties of the weights; for shards that do not exist yet, those derived from the model."""
     if isinstance(found, MustSplit):
         return unread_entries(model)
     warn_of_unused(found.unused, found.architecture.cls)

@@ -146,7 +146,7 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
 
 
 class _Partitioner:
-    """A partition in the making."""
+    """Builds a partition."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
         self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
@@ -244,7 +244,7 @@ class _Partitioner:
         rows = zip(*(each_row(self._weights.entries[name]) for name in names), strict=True)
         experts = tuple(make_unit(f"{owner}[{index}]", entries) for index, entries in enumerate(rows))
         largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
-        used = min(self._probe.routed.get(owner) or _said_to_use(module), module.num_experts)
+        used = min(self._probe.routed.get(owner) or _configured_use(module), module.num_experts)
         routing = Routing(module.num_experts, used, largest, most_read)
         self._units[owner], self._experts[owner] = whole, experts
         scratch = max(unit.scratch_bytes for unit in experts)
@@ -309,7 +309,7 @@ class _Partitioner:
         return names[0] if len(names) == 1 and not self._weights.entries[names[0]].is_encoded else None
 
     def finish(self) -> Partition:
-        """What was drawn."""
+        """The finished partition."""
         head = f"{self._layout.head}.weight" if self._blocks else None
         return Partition(
             self._layout,
@@ -334,6 +334,6 @@ def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
     return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes + unit.work_bytes, decoded=True)
 
 
-def _said_to_use(module: Any) -> int:
-    """How many experts a token uses by the config, where no pass showed it; all of them where that does not tell either."""
+def _configured_use(module: Any) -> int:
+    """The number of experts per token by the config, for when the probe did not show it; all of them if it is not stated."""
     return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)

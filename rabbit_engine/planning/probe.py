@@ -1,7 +1,7 @@
-"""One pass of a model without weights, on the meta device: which modules run, which weights are used, what a token costs.
+"""Runs a model without weights on the meta device: which modules run, which weights are used, what a token costs.
 
-Nothing is computed, and no result is worked out twice, so 80 layers take a second. What the config says of these things is
-wrong for several families (the cache of latent and linear attention); what runs is not.
+Nothing is computed, and shapes are inferred only once per kind of operation, so 80 layers take a second. For several
+families (latent and linear attention) the config is wrong about the cache; what runs is not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Curve:
     square: int = 0
 
     def at(self, tokens: int) -> int:
-        """Bytes for a prompt of so many tokens."""
+        """Bytes for a prompt of `tokens`."""
         return self.fixed + tokens * (self.token + tokens * self.square)
 
 
@@ -71,8 +71,8 @@ def fit_curve(short: tuple[int, int], long: tuple[int, int]) -> Curve:
 class Probe:
     """What a pass showed.
 
-    `alone` are the modules whose forward ran and whose weights nobody used outside of it, in the order of their first run;
-    `outside` are those whose weights somebody did.
+    `alone` are the modules whose forward ran and whose weights were used only inside it, in the order of their first run;
+    `outside` are those whose weights were also used elsewhere.
     `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
     module takes for a token. `layers` is what the results of a pass take up to the head, `head` what they take from there
     on, logits of `vocabulary` tokens included, where the head computes the last position alone if the model lets it.
@@ -89,7 +89,7 @@ class Probe:
     failure: str = ""
 
     def activation_bytes(self, tokens: int) -> int:
-        """What lives at once, beside the cache, in a pass over a prompt of so many tokens."""
+        """Peak bytes of a pass over a prompt of `tokens`, without the cache."""
         return max(self.layers.at(tokens), self.head.at(tokens))
 
 
@@ -110,7 +110,7 @@ class _Watch(TorchDispatchMode):
         self._results: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it as it is, and take notes."""
+        """Run the operation unchanged and record it."""
         del types
         self.operations += 1
         operands: list[torch.Tensor] = []
@@ -146,7 +146,7 @@ class _Watch(TorchDispatchMode):
         self._peak_bytes = max(self._peak_bytes, self.live_bytes)
 
     def begin_phase(self, *_: Any) -> None:
-        """What lives at once is counted anew from here on."""
+        """Restart the count of live bytes."""
         self._peaks.append(self._peak_bytes)
         self._peak_bytes = self.live_bytes
 
@@ -225,8 +225,8 @@ def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A pass over so many tokens: what it gave, in how many operations, and the bytes that lived at once, without the cache,
-    up to the head and from there on."""
+    """A pass over a prompt: its result, the number of operations, and the peak bytes without the cache, up to the head and
+    from there on."""
 
     tokens: int
     output: Any
@@ -295,7 +295,7 @@ class _Answers(TorchFunctionMode):
         if not _has_fused_kernel(self._device_type, query.dtype, query.shape[-1], value.shape[-1], mask is not None):
             with sdpa_kernel(SDPBackend.MATH):
                 return func(*args, **kwargs)
-        packed = [torch.empty_like(key), torch.empty_like(value)]  # bf16 kernels lay both out anew
+        packed = [torch.empty_like(key), torch.empty_like(value)]  # bf16 kernels copy both into a new layout
         if mask is not None and mask.dtype == torch.bool:
             packed.append(mask.to(query.dtype))
         return query.new_empty(*query.shape[:-1], value.shape[-1])

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: rows of a table, and a line of what a pass costs."""
+"""Renders a plan for people: rows of a table, and one line with the cost of a pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = list[tuple[str, str]]
 
 
 def rows(plan: Plan) -> Rows:
-    """The plan as a table: what, and how much of it."""
+    """The plan as (name, value) rows."""
     moves = plan.moved_bytes(plan.tiers[-1]) - plan.experts.most_bytes
     return [
         ("weights", format_bytes(plan.weights_bytes)),
@@ -52,7 +52,7 @@ def _between(plan: Plan) -> Rows:
 
 
 def experts_text(experts: ExpertsPlan) -> str:
-    """How many experts are cached, of how many, and how many a token uses."""
+    """The number of experts, those used by a token, and those cached."""
     device, host = (sum(getattr(layer, name) for layer in experts.layers) for name in ("on_device", "in_host"))
     count, used = (sum(getattr(layer.routing, name) for layer in experts.layers) for name in ("count", "used"))
     and_host = f", {host} in host memory" if host else ""
@@ -64,7 +64,7 @@ def experts_text(experts: ExpertsPlan) -> str:
 
 
 def reason(plan: Plan) -> str:
-    """One line: what a pass costs, and why."""
+    """One line with the cost of a pass and its reason."""
     slowest = plan.slowest()
     if slowest is None:
         return "everything fits: no weight moves after loading, a token takes what its computation takes"

@@ -1,4 +1,4 @@
-"""Which key of a config lets no pass work: found on the meta device, where a model's probe failed."""
+"""Finds the config key that makes every pass fail, on the meta device, after a model's probe failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
 def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -> None:
-    """Raise UnsupportedArchitectureError where a key of the config makes every pass fail: without that key one works.
+    """Raise UnsupportedArchitectureError if a key of the config makes every pass fail: without that key one works.
 
     Most models whose probe failed only object to tensors without values, and are left alone.
     """

@@ -1,12 +1,12 @@
 """Many texts in one pass: each runs transformers' own forward, and all of them go through the layers together.
 
-A fiber is a coroutine (a greenlet) that runs one generation and switches away wherever it needs a unit that has to come.
-When everybody has got so far, the unit is brought once, and one fiber after another computes with it. So each runs the same
-kernels on the same shapes as it would alone, and gets the same bits; what they share is the way of the weights.
+A fiber is a coroutine (a greenlet) that runs one generation and yields wherever it needs a unit that is not in memory.
+When all fibers wait, the unit is brought once, and one fiber after another computes with it. So each runs the same kernels
+on the same shapes as it would alone, and gets the same bits; they share only the transfer of the weights.
 
 `share_products` goes on to what Yu et al. (Orca, OSDI 2022) call selective batching: fibers also meet at every linear layer,
-which then runs once over the tokens of all. That is faster where computing is what takes the time, and gives the equality of
-bits up: a kernel may order its sums by the number of rows.
+which then runs once over the tokens of all. That is faster if computing is the bottleneck, but gives up bit equality: a
+kernel may order its sums by the number of rows.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import nn
 
 
 class UnitSource(Protocol):
-    """What fibers travel on: the units of a model."""
+    """The units of a model, as fibers use them."""
 
     def scheduled_pass(self) -> AbstractContextManager[None]:
-        """Within the block one pass runs, whoever's."""
+        """A block in which one pass runs."""
         ...
 
     def hold(self, name: str) -> None:
@@ -37,7 +37,7 @@ class UnitSource(Protocol):
         ...
 
     def let_go(self, name: str) -> None:
-        """What `hold` held may go once nobody else holds it."""
+        """Release a unit that `hold` brought; it may be dropped after its last release."""
         ...
 
 
@@ -46,7 +46,7 @@ _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True, eq=False)
 class _Product:
-    """What a fiber wants of a linear layer: [..., inputs] into [..., outputs]."""
+    """A fiber's request to a linear layer: [..., inputs] to [..., outputs]."""
 
     forward: _Forward
     states: torch.Tensor
@@ -54,9 +54,11 @@ class _Product:
 
 
 class RandomStream:
-    """The random numbers of one fiber. torch has one generator a device for everybody: between the passes of its fiber it
-    is this one's, and goes on where it was as if it had run alone after `torch.manual_seed(seed)`. Fibers of all schedulers
-    take turns; a thread that draws by itself meanwhile draws from whatever is there."""
+    """The random state of one fiber, swapped into torch's shared generators while the fiber runs.
+
+    A fiber draws the same numbers as if it ran alone after `torch.manual_seed(seed)`. Fibers of all schedulers take turns;
+    another thread that draws in the meantime uses whichever state is set.
+    """
 
     _turn = threading.Lock()
 
@@ -67,7 +69,7 @@ class RandomStream:
         self._others: list[torch.Tensor] = []
 
     def take(self) -> None:
-        """The generators are mine."""
+        """Swap this state into torch's generators."""
         self._turn.acquire()
         self._others = self._states()
         if self._seed is not None:
@@ -77,7 +79,7 @@ class RandomStream:
             self._set(self._mine)
 
     def put_back(self) -> None:
-        """They are the others' again."""
+        """Save this state and restore the previous one."""
         self._mine = self._states()
         self._set(self._others)
         self._turn.release()
@@ -190,7 +192,7 @@ class Scheduler:
 
     @property
     def fibers(self) -> int:
-        """How many have work left."""
+        """The number of fibers that have work left."""
         return len(self._fibers)
 
     def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
@@ -202,14 +204,14 @@ class Scheduler:
         return fiber
 
     def stop(self, reason: BaseException) -> None:
-        """Raise `reason` in everybody's work."""
+        """Raise `reason` in the work of every fiber."""
         for fiber in self._fibers:
             fiber.stop(reason)
             fiber.resume()
         self._forget_the_done()
 
     def run_pass(self) -> None:
-        """One pass of everybody; those who end or fail on the way do not hold the others up."""
+        """Run one pass of all fibers; those that end or fail on the way do not block the others."""
         aboard = tuple(self._fibers)
         with self._source.scheduled_pass():
             for fiber in aboard:

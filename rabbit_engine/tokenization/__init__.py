@@ -1,6 +1,6 @@
 """Tokenizers of the families that have none in transformers, from their original files: no code of a checkpoint runs.
 
-`build_tokenizer` is all there is to call. ChatGLM2 and 3, InternLM, InternLM2 and Baichuan bring a sentencepiece model,
+`build_tokenizer` is the only public function. ChatGLM2 and 3, InternLM, InternLM2 and Baichuan use a sentencepiece model,
 GLM-4 and QWen a tiktoken file.
 """
 

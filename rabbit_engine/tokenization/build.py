@@ -1,4 +1,4 @@
-"""From a family's name and a folder to a tokenizer."""
+"""Builds a tokenizer from a family's name and a folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(folder)
     if family not in _BUILDERS:
-        raise ConfigurationError(f"family={family!r} has no tokenizer here: there are {', '.join(sorted(_BUILDERS))}")
+        raise ConfigurationError(f"family={family!r} has no tokenizer here: known are {', '.join(sorted(_BUILDERS))}")
     return _BUILDERS[family](read_settings(folder))
 
 
@@ -73,7 +73,7 @@ def _build_chatglm(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def _chatglm_generation(settings: Settings) -> TokenizerFamily:
-    """ChatGLM2 and ChatGLM3 share model files; the code beside them, or the names in the configs, tell which it is."""
+    """ChatGLM2 or ChatGLM3, which share model files: decided by the code next to them, or by names in the configs."""
     code = settings.folder / "tokenization_chatglm.py"
     said = code.read_text("utf-8", errors="replace") if code.is_file() else ""
     told = f"{said} {settings.chat_template} {settings.tokenizer} {settings.model.get('_name_or_path', '')}".lower()
@@ -110,7 +110,7 @@ def _build_from_ranks(family: TokenizerFamily, settings: Settings) -> PreTrained
     tokenizer = convert_ranks(ranks, family.commands, digits=family.digits, nfc=family.nfc)
     names = {index: name for name, index in specials.ids.items()}
     if any(names[index] != tokenizer.id_to_token(index) for index in names):
-        raise TokenizerNotFoundError(f"{settings.folder} names special tokens, or ids of them, that {family.name} has not")
+        raise TokenizerNotFoundError(f"{settings.folder} names special tokens, or ids of them, that {family.name} does not have")
     return _fast(tokenizer, _manner(family, specials, len(ranks)), specials, settings)
 
 
@@ -126,7 +126,7 @@ def _build_from_pieces(
         tokenizer, reason = None, "the two disagree on a probe"
     if tokenizer is not None:
         return _fast(tokenizer, manner, specials, settings)
-    logger.warning("the tokenizer in %s runs on sentencepiece itself, without offsets: %s", settings.folder, reason)
+    logger.warning("the tokenizer in %s runs on sentencepiece, without offsets: %s", settings.folder, reason)
     return PieceTokenizer(
         vocab_file=str(model.path),
         manner=manner,
@@ -235,7 +235,7 @@ def _keywords(family: TokenizerFamily, settings: Settings, specials: _Specials) 
 def _find(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise TokenizerNotFoundError(f"{folder} has no {name}, which its tokenizer is made from")
+        raise TokenizerNotFoundError(f"{folder} has no {name}, which its tokenizer needs")
     return path
 
 

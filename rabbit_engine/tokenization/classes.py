@@ -1,4 +1,4 @@
-"""The tokenizers that come out: transformers' own classes, with conversations and decoding as the families' code has them."""
+"""The tokenizer classes: transformers' own, with the chat templates and decoding of the families' code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PRIVATE = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: Unico
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manner:
-    """What a tokenizer needs beside its vocabulary: `names` of special tokens by id, `markup` of conversations to ids.
+    """What a tokenizer needs besides its vocabulary: `names` of special tokens by id, `markup` of conversations to ids.
 
     When decoded those in `apart` stand between spaces, and those in `silent` say nothing.
     """
@@ -57,7 +57,7 @@ class FamilyMixin:
         if not tokenize or self._manner.family.content == "template":
             return parent.apply_chat_template(conversation, tools, *args, tokenize=tokenize, **kwargs)
         if kwargs.pop("return_assistant_tokens_mask", False):
-            raise ConfigurationError(f"return_assistant_tokens_mask is not there for {self._manner.family.name}")
+            raise ConfigurationError(f"return_assistant_tokens_mask is not supported for {self._manner.family.name}")
         kwargs.pop("sanitize_control_tokens", None)
         asked = {name: kwargs.pop(name) for name in _OUTPUT & kwargs.keys()}
         guard, cut = _free_characters([conversation, tools, kwargs])
@@ -136,7 +136,7 @@ class FamilyMixin:
                 run = parts.pop()[1] if parts and not parts[-1][0] else []
                 parts.append(("", [*run, index]))
                 continue
-            name = name or this.convert_ids_to_tokens(index) or ""  # an id nobody knows says nothing
+            name = name or this.convert_ids_to_tokens(index) or ""  # an unknown id decodes to nothing
             parts.append(("" if name in self._manner.silent else name, []))
         return parts
 
@@ -266,8 +266,8 @@ class PieceTokenizer(FamilyMixin, PythonTokenizer):
         return [index for name in layout for index in texts.get(name) or ([] if name in texts else [self.id_of(name)])]
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CannotSaveError: what loads it elsewhere would make other ids of it."""
-        raise CannotSaveError(f"this tokenizer is its original files: copy those in {Path(self.vocab_file).parent}")
+        """Raises CannotSaveError: a tokenizer loaded from the saved files elsewhere would give other ids."""
+        raise CannotSaveError(f"this tokenizer cannot be saved: copy its original files from {Path(self.vocab_file).parent}")
 
 
 def _settle(parts: list[str], index: int, token: AddedToken) -> None:

@@ -57,7 +57,7 @@ def open_processor(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise TokenizerNotFoundError(f"{path} is no sentencepiece model: {first_line(error)}") from error
+        raise TokenizerNotFoundError(f"{path} is not a sentencepiece model: {first_line(error)}") from error
 
 
 def read_pieces(path: Path) -> PieceModel:
@@ -147,7 +147,7 @@ def convert(model: PieceModel, named: Mapping[int, str]) -> tuple[Tokenizer | No
 def _lost_pieces(model: PieceModel, vocabulary: Mapping[str, int], named: Mapping[int, str], symbols: set[str]) -> str | None:
     """Why a symbol that merges need, or a byte, has no id of its own."""
     if lost := next((symbol for symbol in symbols if symbol not in vocabulary), None):
-        return f"{lost!r} is part of pieces but no piece"
+        return f"{lost!r} is part of pieces but not a piece itself"
     if twice := set(named.values()) & set(model.pieces):
         return f"the special token {min(twice)!r} is a piece too"
     if any(index < len(model.pieces) and model.kinds[index] == NORMAL for index in named):

@@ -31,7 +31,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise TokenizerNotFoundError(f"{path} is no tiktoken file: {error}") from error
+        raise TokenizerNotFoundError(f"{path} is not a tiktoken file: {error}") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerNotFoundError(f"{path} does not rank its tokens from 0 on, or lacks one of the 256 bytes")
     return ranks

@@ -1,4 +1,4 @@
-"""The JSON files beside a tokenizer: what they say about special tokens, padding and conversations."""
+"""Reads the JSON files next to a tokenizer: special tokens, padding and chat templates."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise TokenizerNotFoundError(f"{path} is no JSON: {error}") from error
+        raise TokenizerNotFoundError(f"{path} is not JSON: {error}") from error
     return content if isinstance(content, dict) else {}

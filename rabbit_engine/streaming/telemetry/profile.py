@@ -1,4 +1,4 @@
-"""What happened since a model was loaded, by unit and in all: bytes over each link, and where the seconds went."""
+"""Counters since a model was loaded, by unit and in total: bytes over each link, and where the time went."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class UnitProfile(Moved):
 
 @dataclass(slots=True)
 class ExpertsProfile(Moved):
-    """The experts of one layer, of which there are `count`: in its `runs` so many were `used`, of these so many were `read`
-    from disk; the others were cached, on the device or in host memory."""
+    """The `count` experts of one layer: in its `runs`, `used` experts were needed, of which `read` came from disk; the others
+    were cached, on the device or in host memory."""
 
     count: int = 0
     runs: int = 0
@@ -41,7 +41,7 @@ class ExpertsProfile(Moved):
 
     @property
     def hit_rate(self) -> float:
-        """The share of the used ones that no disk was asked for; 0 before the first."""
+        """The share of used experts that did not come from disk; 0 before the first."""
         return 1 - self.read / self.used if self.used else 0.0
 
 
@@ -51,7 +51,7 @@ class Profile(Report):
 
     `read_s` are the seconds in which at least one read was under way, `wait_s` those in which the model waited for a
     unit, `pass_s` those of whole passes. `disk_rate` and `link_rate` are the links' own bytes a second, as measured or
-    given when the model was loaded; 0 where nobody knows.
+    given when the model was loaded; 0 if unknown.
     """
 
     units: dict[str, UnitProfile] = field(default_factory=dict)
@@ -123,12 +123,12 @@ class Profile(Report):
 
     @property
     def hit_rate(self) -> float:
-        """The share of all used experts that no disk was asked for; 0 where there are none."""
+        """The share of all used experts that did not come from disk; 0 if there are none."""
         used = sum(layer.used for layer in self.experts.values())
         return 1 - sum(layer.read for layer in self.experts.values()) / used if used else 0.0
 
     def copy(self) -> Profile:
-        """As it is now."""
+        """A snapshot."""
         return copy.deepcopy(self)
 
     def rows(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Where a pass is: what a person sees who waits for a token."""
+"""The progress of a pass, for display while waiting for a token."""
 
 from __future__ import annotations
 

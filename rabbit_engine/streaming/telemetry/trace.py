@@ -18,11 +18,11 @@ import torch
 from rabbit_engine.utils.platform import has_streams
 
 MOST_SPANS = 200_000
-"""Older ones are forgotten: about 30 MB."""
+"""The most spans that are kept, about 30 MB; older ones are dropped."""
 
 
 MOST_RECENT = 20_000
-"""So many are given at a time when those since a moment are asked for."""
+"""The most spans that `since` returns."""
 
 
 @dataclass(frozen=True, slots=True)
