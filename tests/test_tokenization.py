@@ -628,7 +628,7 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"YQ== 0\nYg== 1\n", "256 bytes"), (b"YQ== 0\nYg== 5\n", "rank"), (b"YQ== x\n", "no tiktoken file")],
+    [(b"YQ== 0\nYg== 1\n", "256 bytes"), (b"YQ== 0\nYg== 5\n", "rank"), (b"YQ== x\n", "not a tiktoken file")],
 )
 def test_a_rank_file_with_holes_is_refused(content: bytes, said: str, folder: Folder) -> None:
     with pytest.raises(TokenizerNotFoundError, match=said):
@@ -636,7 +636,7 @@ def test_a_rank_file_with_holes_is_refused(content: bytes, said: str, folder: Fo
 
 
 def test_a_file_that_is_no_model_is_refused(folder: Folder) -> None:
-    with pytest.raises(TokenizerNotFoundError, match="no sentencepiece model"):
+    with pytest.raises(TokenizerNotFoundError, match="not a sentencepiece model"):
         build_tokenizer("internlm", folder(tokenizer_model=b"\x0a\x05not a model"))
 
 

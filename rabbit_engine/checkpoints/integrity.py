@@ -50,7 +50,7 @@ class _Hash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """One file: `whole` and `damaged` were compared, of an `unrecorded` one nobody knows; `said` says what differs."""
+    """One file: `whole` and `damaged` were compared, an `unrecorded` one has no checksum; `said` describes the difference."""
 
     path: Path
     state: Literal["whole", "damaged", "unrecorded"]

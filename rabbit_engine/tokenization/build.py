@@ -37,7 +37,7 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Specials:
-    """The special tokens of one folder. `parsed`: those that text becomes; `named`: ids that mean something beside pieces."""
+    """The special tokens of one folder. `parsed`: those that text becomes; `named`: ids with a meaning other than their piece."""
 
     attributes: Mapping[str, AddedToken]
     additional: tuple[AddedToken, ...]
