@@ -224,7 +224,7 @@ def raising(error: BaseException) -> Any:
         (("run", "MODEL", "hi", "-m", "1kB", "--device", "cpu"), 2, "give --max-memory cpu=1MB or more"),
         (("run", "MODEL", "hi", "--dtype", "lots"), 2, "error: --dtype lots is no"),
         (("run", "MODEL", "hi", "--chat"), 2, "leave out --chat"),
-        (("run", "MODEL", ""), 2, "error: the prompt has no tokens: there is nothing to go on from"),
+        (("run", "MODEL", ""), 2, "error: the prompt has no tokens: there is nothing to continue"),
         (("run", "MODEL", "-"), 2, "error: the prompt has no tokens"),
         (("run", "MODEL", "<|new|>"), 2, "error: token id 96 is not in the vocabulary of 96"),
         (("run", "MODEL", "hi", "--gguf-file", "x.gguf"), 1, "error: MODEL has no GGUF files: leave out --gguf-file x.gguf"),

@@ -218,5 +218,5 @@ def test_a_temperature_of_zero_in_the_file_is_greedy(saying: Saying, answer: lis
 
 @pytest.mark.parametrize("fields", [{"bad_words_ids": [[999]]}, {"repetition_penalty": -1}, {"do_sample": True, "top_k": -1}])
 def test_settings_that_generate_refuses_are_a_configuration_error(saying: Saying, fields: dict[str, Any]) -> None:
-    with pytest.raises(errors.ConfigurationError, match=r"generate refuses these settings.*generation_config\.json"):
+    with pytest.raises(errors.ConfigurationError, match=r"generate rejects these settings.*generation_config\.json"):
         of_session(saying(**fields), max_new_tokens=8)

@@ -291,7 +291,7 @@ def test_host_memory_holds_experts_behind_the_device() -> None:
     assert ample.least_pass_s == 6
     assert ample.host_bytes == 300
     assert "2 cached on the device, 30 in host memory" in str(ample)
-    assert "0 B (every expert cached that can be) to 80 B (none) a pass" in ample.reason
+    assert "0 B (as many experts cached as possible) to 80 B (none) a pass" in ample.reason
     with pytest.raises(BudgetError, match="221"):
         place(SPARSE, "cuda:0", Budget(device_bytes=220))
 

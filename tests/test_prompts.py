@@ -115,7 +115,7 @@ def byte_level(*tokens: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
 def test_a_text_is_refused_by_its_length_before_any_of_it_is_tokenised() -> None:
     counting = Counting(byte_level("abcd"))
     encoder = Encoder(Owner(counting), 10_000, most=100)
-    with pytest.raises(errors.PromptTooLongError, match="at least 101 tokens, more than the 100"):
+    with pytest.raises(errors.PromptTooLongError, match="at least 101 tokens, but only 100 fit"):
         encoder.encode_text("abcd" * 101)
     assert counting.taken == 0
     assert len(encoder.encode_text("abcd" * 100)) == 100

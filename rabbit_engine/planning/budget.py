@@ -1,4 +1,4 @@
-"""How much memory weights may take: the given budget, or the free memory less a margin. Pure."""
+"""How much memory weights may take: the given budget, or the free memory minus a margin. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
 
 DEFAULT_TOKENS = 1024
-"""The length whose cache is set aside by default."""
+"""The context length whose cache is reserved by default."""
 
 _SYSTEM_BYTES = 64 * 2**20
 _SYSTEM_SHARE = 1 / 32
-"""Bytes left to the process and the system: allocators, kernels' buffers, growth."""
+"""Bytes left to the process and the system: allocators, kernel buffers, growth."""
 
 _HOST_SHARE = 1 / 8
 """Host memory left free if a device computes: the rest is pinned, and pinned memory cannot be swapped out."""
@@ -34,14 +34,14 @@ class FreeMemory:
 
 
 def reserved_bytes(probe: Probe, tokens: int) -> int:
-    """Bytes of a context of `tokens` in addition to the weights: its KV cache, and the activations of such a prompt."""
+    """Bytes that a context of `tokens` needs in addition to the weights: its KV cache and the activations of such a prompt."""
     return need_bytes(probe, Demand(tokens, 0))
 
 
 def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> Budget:
-    """The given budget, or the free memory less a margin for the cache, activations and the system.
+    """The given budget, or the free memory minus a margin for the cache, activations and the system.
 
-    A given budget is for weights and their buffers, and with `max_seq_len` also for the cache of as many tokens.
+    A given budget covers weights and their buffers, and with `max_seq_len` also the cache of that many tokens.
     """
     reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
     given = stream.device_budget_bytes
@@ -58,7 +58,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
             given_bytes=given,
         )
     buffers = 2 * READERS if stream.device.type == "cuda" else READERS
-    buffers += READERS if partition.experts else 0  # on their way into host memory
+    buffers += READERS if partition.experts else 0  # on the way into host memory
     return Budget(
         device_bytes=device,
         host_bytes=_host_bytes(stream, free),
@@ -75,8 +75,8 @@ def _host_bytes(stream: StreamConfig, free: FreeMemory) -> int:
 
 
 def misaligned(partition: Partition, *, loading: bool = False) -> list[Extent]:
-    """The reads of a pass that are copied once more on the CPU, because their files hold them off the boundaries they need;
-    or also those of `loading`, when the experts of a layer and a head that is cut may be read as one."""
+    """The reads of a pass that need a second copy on the CPU, because they are misaligned in their files. With `loading`,
+    also those of loading, where the experts of a layer and a cut head may be read as one."""
     apart = _rows(partition) if loading else _rows(partition) | set(partition.experts)
     units = [unit for name, unit in partition.units.items() if name not in apart]
     experts = [unit for units in partition.experts.values() for unit in units]

@@ -44,7 +44,7 @@ def _place(partition: Partition, device: str, budget: Budget, speeds: Speeds, no
 
 
 def find_free_memory(stream: StreamConfig) -> FreeMemory:
-    """The free memory. A device with a given budget is not queried: it may not be on this machine."""
+    """The free memory. A device with a given budget is not queried: this machine may not have it."""
     return FreeMemory(
         device_bytes=0 if stream.device_budget_bytes is not None else free_memory_bytes(stream.device),
         host_bytes=free_memory_bytes(torch.device("cpu")),
@@ -53,19 +53,17 @@ def find_free_memory(stream: StreamConfig) -> FreeMemory:
 
 
 def _read_notes(partition: Partition, device: torch.device) -> list[str]:
-    """Notes of the plan on the files: how they are read, and what must be realigned."""
+    """Notes for the plan about the files: how they are read, and what must be realigned."""
     paths = {place.path for entry in partition.weights.entries.values() for place in entry.places}
     reasons = {buffered_reason(path) for path in paths if path.is_file()}
     notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
     moved = sum(chunk.nbytes for chunk in misaligned(partition)) if device.type == "cpu" else 0
     if moved:
         why = "off a 16-byte boundary in their files, or joined from parts"
-        notes.append(f"{format_bytes(moved)} are copied once more while they are read: {why}")
+        notes.append(f"{format_bytes(moved)} need a second copy when read: {why}")
     return notes
 
 
 def _whole_experts_notes(partition: Partition) -> list[str]:
-    """Which classes of experts move whole, all of a layer's for every token, and why."""
-    return [
-        f"the experts of {name} move whole, not as they are routed to: {why}" for name, why in partition.whole_experts.items()
-    ]
+    """The classes whose experts are moved whole, all of a layer for every token, and why."""
+    return [f"the experts of {name} are moved whole, not one by one: {why}" for name, why in partition.whole_experts.items()]

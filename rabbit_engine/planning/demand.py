@@ -1,4 +1,4 @@
-"""What texts take on top of the weights, and whether that is free: asked before a prompt is computed."""
+"""How much memory texts need on top of the weights, checked before a prompt is computed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rabbit_engine.utils.heap import give_free_memory_back
 from rabbit_engine.utils.sizes import format_bytes
 
 _SAMPLING_BYTES = 40
-"""A token of the vocabulary, while the next one is chosen: logits in float32, sorted, with their places, summed, masked."""
+"""Bytes per vocabulary token while the next one is chosen: logits in float32, sorted, with their indices, summed, masked."""
 
 _MASK_BYTES = 4
-"""A pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
+"""Bytes per pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
 
 KEPT_FREE_BYTES = 32 * 2**20
-"""Bytes that a prompt leaves free for newly compiled kernels, small heap blocks and Python objects."""
+"""Bytes to leave free for newly compiled kernels, small heap blocks and Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Tokens of a request: its prompt's, and as many as its answer may have; `sequences` are computed side by side.
+    """The tokens of a request: its prompt and the longest answer, for `sequences` computed together.
 
-    A `padded` batch takes a mask. Of the prompt `chunk` tokens are computed at a time, all where that is None, and one (the
-    newest) where it `is_computed` already.
+    A `padded` batch needs a mask. The prompt is computed `chunk` tokens at a time, all at once if that is None, and only the
+    newest if the rest `is_computed` already.
     """
 
     prompt: int
@@ -42,14 +42,14 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
 
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
-    """What lives at once in a pass, without the caches: activations, masks, logits and what chooses from them."""
+    """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
     mask = _MASK_BYTES * tokens**2 if demand.padded else 0
     return demand.sequences * (probe.activation_bytes(tokens) + mask + _SAMPLING_BYTES * probe.vocabulary)
 
 
 def need_bytes(probe: Probe, demand: Demand) -> int:
-    """All that a request takes on top of the weights: its caches at their longest, and a pass over its prompt."""
+    """All bytes that a request needs on top of the weights: its caches at full length, and a pass over its prompt."""
     return cache_bytes(probe, demand) + work_bytes(probe, demand)
 
 
@@ -75,7 +75,7 @@ def refuse_beyond(probe: Probe, demand: Demand, find_free_bytes: Callable[[], in
     side_by_side = f"{demand.sequences} sequences of " if demand.sequences > 1 else ""
     wanted = demand.sequences * (demand.prompt + demand.answer)
     raise PromptTooLongError(
-        f"{side_by_side}{demand.prompt} tokens and {demand.answer} to come need {format_bytes(need)} on top of the weights, "
-        f"{format_bytes(free)} are free on {place}, enough for a prompt of {fits} tokens: shorten it, ask for fewer new tokens, "
-        f"or load the model with max_seq_len={wanted}, which leaves that much less to the weights"
+        f"{side_by_side}{demand.prompt} tokens and {demand.answer} new ones need {format_bytes(need)} on top of the weights, "
+        f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: shorten it, request fewer new tokens, "
+        f"or load the model with max_seq_len={wanted}, which leaves less memory to the weights"
     )

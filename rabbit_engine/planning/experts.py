@@ -1,4 +1,4 @@
-"""Byte counts of experts that are read as they are routed to, and memory shared among their layers. Pure."""
+"""Sizes of experts that are read on demand, and how their layers share memory. Pure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BUSY_BYTES = 64 * 2**20
-"""What keeps four reads of 8 MiB under way while four have arrived."""
+"""Keeps four reads of 8 MiB under way while four have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A layer's experts: `count` of them, of which a token uses `used`. One takes `nbytes` of memory, and its read asks the
-    disk for `read_bytes`."""
+    """A layer's `count` experts, of which each token uses `used`. One takes `nbytes` of memory and reads `read_bytes` from
+    disk."""
 
     count: int
     used: int
@@ -22,8 +22,8 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """The experts of layer `name` that are read as they are routed to, and how many of them may be `cached` in each tier ahead
-    of the disk: on the device first."""
+    """The experts of layer `name` that are read on demand, and how many of them may be `cached` in each tier ahead of the
+    disk, the device first."""
 
     name: str
     routing: Routing
@@ -41,56 +41,56 @@ class LayerExperts:
 
     @property
     def uncached(self) -> int:
-        """The number of a token's experts that come from disk, at best."""
+        """The number of a token's experts read from disk at best."""
         return max(0, self.routing.used - sum(self.cached))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
-    """Slots of `slot_bytes`, each for one expert: `passing` ones for experts on their way, and the layers' caches."""
+    """Slots of `slot_bytes` for one expert each: `passing` ones for experts in transit, and the layers' caches."""
 
     layers: tuple[LayerExperts, ...] = ()
     slot_bytes: int = 0
     passing: int = 0
 
     def tier_bytes(self, index: int) -> int:
-        """Memory of the slots in a tier, of those ahead of the disk; those for experts on their way are in the first."""
+        """Bytes of the slots in a tier ahead of the disk; the slots for experts in transit are in the first."""
         cached = sum(layer.cached[index] for layer in self.layers)
         return self.slot_bytes * (cached + (self.passing if index == 0 else 0))
 
     @property
     def device_bytes(self) -> int:
-        """Memory of the slots on the device."""
+        """Bytes of the slots on the device."""
         return self.tier_bytes(0)
 
     @property
     def host_bytes(self) -> int:
-        """Memory of the slots behind the device."""
+        """Bytes of the slots in the tiers between device and disk."""
         return self.slot_bytes * sum(layer.in_host for layer in self.layers)
 
     @property
     def most_bytes(self) -> int:
-        """What a token's experts ask the disk for when none is cached."""
+        """Bytes read from disk for a token's experts if none is cached."""
         return sum(layer.routing.used * layer.routing.read_bytes for layer in self.layers)
 
     @property
     def least_bytes(self) -> int:
-        """The same when as many of them as can be are cached."""
+        """Bytes read from disk for a token's experts if as many as possible are cached."""
         return sum(layer.uncached * layer.routing.read_bytes for layer in self.layers)
 
     @property
     def all_bytes(self) -> int:
-        """What reading every expert once asks the disk for: the most that a prompt, however long, needs."""
+        """Bytes read from disk if every expert is read once: the most for a prompt of any length."""
         return sum(layer.routing.count * layer.routing.read_bytes for layer in self.layers)
 
     @property
     def link_bytes(self) -> int:
-        """What a token's experts move to the device when none is cached there."""
+        """Bytes moved to the device for a token's experts if none is cached there."""
         return sum(layer.routing.used * layer.routing.nbytes for layer in self.layers)
 
     @property
     def least_link_bytes(self) -> int:
-        """The same when as many of them as can be are cached there."""
+        """Bytes moved to the device for a token's experts if as many as possible are cached there."""
         return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
 
 
@@ -100,8 +100,8 @@ NO_EXPERTS = ExpertsPlan()
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Slots of `nbytes` for the experts of `layers`, each (name, routing): `fewest` must be free for those on their way,
-    `wanted` keep the readers busy."""
+    """Slots of `nbytes` for the experts of `layers`, each (name, routing): at least `fewest` for experts in transit, `wanted`
+    to keep the readers busy."""
 
     layers: tuple[tuple[str, Routing], ...] = ()
     nbytes: int = 0
@@ -110,18 +110,18 @@ class Slots:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes without which no expert can be read."""
+        """The bytes below which no expert can be read."""
         return self.fewest * self.nbytes
 
     def passing(self, room: int) -> int:
-        """How many slots for experts on their way `room` bytes hold."""
+        """The number of slots for experts in transit that fit in `room` bytes."""
         return min(self.wanted, room // self.nbytes) if self.layers else 0
 
     def shared(self, names: Sequence[str], passing: int, rooms: Sequence[int]) -> ExpertsPlan:
-        """As many cached experts in every layer, one more or less, in the bytes that each tier has room for, the first first.
+        """Divide the bytes in `rooms`, one per tier, evenly among the layers' caches, give or take one expert.
 
-        Every layer is the same to a token, and one pool for all of them was no better (docs/benchmarks.md). What is left over
-        goes to the first of `layers`; the plan has them in the order of `names`.
+        Every layer matters equally to a token, and one pool for all of them was no better (docs/benchmarks.md). The remainder
+        goes to the first of `layers`; the plan lists them in the order of `names`.
         """
         if not self.layers:
             return NO_EXPERTS
@@ -136,7 +136,7 @@ class Slots:
 
 
 def slots_for(layers: Sequence[tuple[str, Routing]]) -> Slots:
-    """Slots as large as the largest expert; at least two, so that one runs while the next arrives."""
+    """Slots of the size of the largest expert; at least two, so that one runs while the next arrives."""
     if not layers:
         return Slots()
     routings = [routing for _, routing in layers]
@@ -147,7 +147,7 @@ def slots_for(layers: Sequence[tuple[str, Routing]]) -> Slots:
 
 
 def _evenly(most: Sequence[int], total: int) -> list[int]:
-    """`total` shared as evenly as can be, each share at most its `most`; what is left over goes to the first ones."""
+    """Divide `total` as evenly as possible, each share at most its `most`; the remainder goes to the first ones."""
     shares = [0] * len(most)
     while total > 0 and any(share < limit for share, limit in zip(shares, most, strict=True)):
         wanting = [index for index, share in enumerate(shares) if share < most[index]]

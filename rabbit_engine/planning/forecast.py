@@ -18,10 +18,10 @@ from rabbit_engine.storage.tensorfiles import TensorEntry
 
 
 def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
-    """What `AutoModel.from_pretrained` would decide on this machine now, and from which files it would stream.
+    """The plan that `AutoModel.from_pretrained` would make on this machine now, and the files it would stream from.
 
-    Reads the config and headers only, those of a Hub repo by range; but a repo that is one GGUF file is fetched, as its
-    config is inside. Raises what loading would raise up to the first byte of a weight.
+    Reads only the config and headers, those of a Hub repo by range requests; a repo with a single GGUF file is downloaded,
+    since its config is inside. Raises what loading would raise before it reads a weight.
     """
     resolution = resolve(name, source, split, reading=HEADERS_ONLY)
     found, model = resolution.source, resolution.model

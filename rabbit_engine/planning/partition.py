@@ -1,8 +1,8 @@
-"""A model without weights cut into units: what moves together, what must stay, what is read by row. Nothing is read.
+"""Cuts a model without weights into units: what moves together, what must stay, and what is read by row. Reads nothing.
 
-A large weight of a module whose forward runs alone is a unit of its own, so that the ring need only hold two of these and
-not two layers. What is small in a layer stays; where nothing is large the layer moves whole. A head is cut by rows, and
-experts are units of their own, read as they are routed to, where their class has transformers' experts interface.
+A large weight of a module whose forward runs alone is a unit, so that the ring holds two of these instead of two layers.
+The small weights of a layer stay; a layer without large ones moves whole. A head is cut by rows. Experts are units read on
+demand, if their class has transformers' experts interface.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Each weight of the model: where it is stored (`entries`, ties resolved), where it sits, and whose it is."""
+    """Each weight of the model: where it is stored (`entries`, ties resolved), where it belongs, and its module."""
 
     entries: Mapping[str, TensorEntry]
     refs: Mapping[str, WeightRef]
@@ -46,18 +46,18 @@ class Weights:
         return [name for name in self.entries if name.rpartition(".")[0] == module]
 
     def unit(self, unit_name: str, names: Iterable[str]) -> Unit:
-        """The weights `names`, as they are read."""
+        """The unit of the weights `names`."""
         return make_unit(unit_name, list(self.stored(names).values()))
 
     def refs_to(self, entry_name: str, module: str = "") -> list[WeightRef]:
-        """Every ref in `module` that an entry fills: more than one where weights are tied."""
+        """All places in `module` that an entry fills: more than one where weights are tied."""
         inside = f"{module}." if module else ""
         return [self.refs[name] for name, entry in self.entries.items() if entry.name == entry_name and name.startswith(inside)]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `first` to `stop` of the head, which are the unit `unit`."""
+    """Rows `first` to `stop` of the head, as the unit `unit`."""
 
     first: int
     stop: int
@@ -68,9 +68,9 @@ class Block:
 class Partition:
     """A model's units in the order of a pass, with their sizes and the modules they belong to.
 
-    `blocks` cut the weight `head` where the head is cut; `embedding` is the weight that can be read by row. `experts` are
-    the experts of each module whose experts can be read one by one, in their order; `whole_experts` the classes where they
-    cannot, and why.
+    `blocks` are the parts of the weight `head` if it is cut; `embedding` is the weight that can be read by row. `experts` are
+    the experts, in order, of each module whose experts can be read one by one; `whole_experts` maps the other classes to the
+    reason why not.
     """
 
     layout: Layout
@@ -92,7 +92,7 @@ class Partition:
 
     @property
     def decoded_sizes(self) -> tuple[UnitSize, ...]:
-        """The sizes where every unit stays and is decoded when it is loaded."""
+        """The unit sizes if every unit stays and is decoded at load."""
         return tuple(decoded_size(size, self.units[size.name]) for size in self.sizes)
 
 
@@ -103,9 +103,9 @@ def partition_model(
     cut: Cut = DEFAULT_CUT,
     device_type: str = "cpu",
 ) -> Partition:
-    """Cut `model` (on the meta device) into units of its stored `entries`, to run on such a device.
+    """Cut `model` (on the meta device) into units of its stored `entries`, to run on a device of that type.
 
-    Raises MismatchedWeightsError where they are not this model's.
+    Raises MismatchedWeightsError if the entries do not fit the model.
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
@@ -118,7 +118,7 @@ def partition_model(
 
 
 def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Entries and ties of a model without files: its own shapes and dtypes."""
+    """Entries and ties of a model without files, from its shapes and dtypes."""
     from pathlib import Path
 
     ties = tied_weights(model)
@@ -138,7 +138,7 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
     found = {name: entries[ties.get(name, name)] for name in state if ties.get(name, name) in entries}
     for target, source in tied_weights(model).items():
         if ties.get(target) != source and ties.get(source) != target:
-            untie(model, target)  # stored with different values: not tied, as in transformers
+            untie(model, target)  # stored with different values, so not tied, as in transformers
     owned: dict[str, list[str]] = {module: [] for module in layout.shard_names()}
     for name in found:
         owned[layout.shard_of(name)].append(name)
@@ -177,14 +177,14 @@ class _Partitioner:
             self._modules[name] = module
 
     def add_towers(self) -> None:
-        """The blocks that only an image runs, each whole: no text shows how they run inside."""
+        """Add the blocks that only run for an image, each whole: a pass over text does not show how they run inside."""
         for block in self._layout.towers:
             names = self._weights.owned[block]
             if names:
                 self._add(block, self._weights.unit(block, names), streamed=True, module=block, rare=True)
 
     def add_layers(self) -> None:
-        """Every layer: its large modules, and the rest."""
+        """Add every layer: its large modules, and the rest."""
         for layer in self._layout.layers:
             names = self._weights.owned[layer]
             if names:
@@ -209,36 +209,36 @@ class _Partitioner:
             self._add_experts(owner, found)
 
     def _large_leaves(self, layer: str, owners: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """The layer's modules that run alone, are large, and share nothing, in the order they run: module -> its weights."""
+        """The layer's large modules that run alone and share nothing, in the order they run: module -> its weights."""
         large = [leaf for leaf, found in owners.items() if leaf != layer and self._is_unit(leaf, found)]
         return {leaf: owners[leaf] for leaf in sorted(large, key=self._run_order.__getitem__)}
 
     def _are_experts(self, owner: str, names: Sequence[str]) -> bool:
-        """Whether the weights `names` of module `owner` are stacks of experts that can be read one by one."""
+        """Whether the weights `names` of module `owner` are stacked experts that can be read one by one."""
         module: Any = self._model.get_submodule(owner)
         has_interface = has_experts_interface(module)
         if not has_interface and "Expert" not in type(module).__name__:
             return False
         problem = (
-            self._not_by_expert(owner, module, names) if has_interface else "transformers gives this class no experts interface"
+            self._not_by_expert(owner, module, names) if has_interface else "transformers has no experts interface for this class"
         )
         if problem:
             self._whole_experts[type(module).__name__] = problem
         return problem is None
 
     def _not_by_expert(self, owner: str, module: Any, names: Sequence[str]) -> str | None:
-        """Why a module with the interface cannot have its experts read one by one, or None."""
+        """Why the experts of a module with the interface cannot be read one by one, or None."""
         entries = [self._weights.entries[name] for name in names]
         if not self._cut.by_expert:
             return "as asked"
         if owner in self._probe.outside:
-            return "its weights are used outside of it"
+            return "its weights are used outside it"
         if any(entry.shape[:1] != (module.num_experts,) or self._users[entry.name] > 1 for entry in entries):
-            return "its weights are no stacks of experts of its own"
+            return "its weights are not stacked experts, or are shared"
         return None
 
     def _add_experts(self, owner: str, names: Sequence[str]) -> None:
-        """The experts of a module, each as a unit, and the module as one for where everything stays."""
+        """Add each expert of a module as a unit, and the module as one unit for when everything stays."""
         module: Any = self._model.get_submodule(owner)
         whole = self._weights.unit(owner, names)
         rows = zip(*(each_row(self._weights.entries[name]) for name in names), strict=True)
@@ -260,13 +260,13 @@ class _Partitioner:
         )
 
     def _parent_has_weights(self, leaf: str) -> bool:
-        """Whether the module above has weights of its own: on a GPU such a one (a state space, a linear attention) may hand
-        its children's weights to one fused kernel, which no pass on the meta device shows."""
+        """Whether the parent module has weights itself: on a GPU such a module (a state space, a linear attention) may pass
+        its children's weights to one fused kernel, which a pass on the meta device does not show."""
         above = self._model.get_submodule(leaf.rpartition(".")[0])
         return any(True for _ in above.parameters(recurse=False))
 
     def add_head(self) -> None:
-        """The head, cut by rows into blocks that are no larger than a layer's largest unit where it is a plain matrix."""
+        """Add the head; a plain matrix is cut by rows into blocks no larger than the largest unit of a layer."""
         head = self._layout.head
         names = self._weights.owned[head] if head else []
         if head is None or not names:
@@ -287,7 +287,7 @@ class _Partitioner:
             self._add(f"{head} (rest)", self._weights.unit(head, rest), streamed=False)
 
     def add_others(self) -> None:
-        """What belongs to no layer and no head: the embedding by row, everything else resident."""
+        """Add what belongs neither to a layer nor to the head: the embedding by row, everything else resident."""
         head = self._weights.stored(self._weights.owned[self._layout.head]) if self._layout.head else {}
         for module, names in self._weights.owned.items():
             if not names or module in (*self._layout.towers, *self._layout.layers, self._layout.head):
@@ -301,7 +301,7 @@ class _Partitioner:
                 self._add(module, unit, streamed=False)
 
     def _embedding(self) -> str | None:
-        """The weight of a plain embedding, which rows can be read of."""
+        """The weight of a plain embedding, whose rows can be read separately."""
         module = self._layout.embedding
         if module is None or not isinstance(self._model.get_submodule(module), nn.Embedding):
             return None
@@ -327,13 +327,13 @@ class _Partitioner:
 
 
 def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
-    """The size of a unit that stays and is decoded when it is loaded: the memory of its decoded weights, and scratch for the
-    stored ones."""
+    """The size of a unit that stays and is decoded at load: the memory of its decoded weights, and scratch for the stored
+    ones."""
     if not unit.is_encoded:
         return size
     return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes + unit.work_bytes, decoded=True)
 
 
 def _configured_use(module: Any) -> int:
-    """The number of experts per token by the config, for when the probe did not show it; all of them if it is not stated."""
+    """The number of experts per token in the config, for when the probe did not show it; all of them if not stated."""
     return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)

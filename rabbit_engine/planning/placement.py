@@ -1,4 +1,4 @@
-"""Units and tiers into a `Plan`. Pure: no torch, no I/O; a test needs no device."""
+"""Makes a `Plan` from units and tiers. Pure: no torch, no I/O; a test needs no device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ENDLESS = 2**62
 def place(
     units: Sequence[UnitSize], device: str, budget: Budget = UNBOUNDED, speeds: Speeds = ASSUMED, notes: Iterable[str] = ()
 ) -> Plan:
-    """`place_in` the device, host memory and the disk. Raises BudgetError, with the smallest budget that works."""
+    """`place_in` the device, host memory and the disk. Raises BudgetError with the smallest budget that works."""
     tiers = tiers_of(device, budget, speeds)
     return place_in(units, tiers, tenants_of(tiers, budget), source=speeds.source, notes=notes, given_bytes=budget.given_bytes)
 
@@ -48,13 +48,13 @@ def place_in(
     notes: Iterable[str] = (),
     given_bytes: int | None = None,
 ) -> Plan:
-    """Decide which tier keeps each of `units`, which come in the order of a pass. `tiers` go from the fastest to the disk.
+    """Decide which tier keeps each of `units`, given in the order of a pass. `tiers` go from the fastest to the disk.
 
-    The ring is as small as hides the longest gap; every other byte is for what stays, spread evenly over the depth of the
-    model, in the fastest tier first and the next one next. Who stays is chosen in one fixed order, so more
-    memory never means more bytes a pass. What every pass needs stays before any expert does: a byte of it saves a byte
-    a pass, a byte of an expert saves one in the passes that are routed to it. Raises BudgetError, with the smallest budget
-    that works, and where the caller gave the device `given_bytes`, with that number.
+    The ring is as small as it can be while hiding the longest gap; all other bytes go to weights that stay, spread evenly
+    over the depth of the model, the fastest tier first. They are chosen in one fixed order, so more memory never means more
+    bytes a pass. What every pass needs stays before any expert does: it saves its bytes in every pass, an expert only in the
+    passes routed to it. Raises BudgetError with the smallest budget that works, or, if the caller gave the device
+    `given_bytes`, with that number.
     """
     scratch = sum(scratch_shares(units).values())
     held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]
@@ -84,7 +84,7 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """The tiers, and what is set aside in them before any weight is placed."""
+    """The tiers, and what is reserved in them before any weight is placed."""
 
     tiers: tuple[Tier, ...]
     tenants: tuple[Tenant, ...]
@@ -97,18 +97,18 @@ class _Memory:
 
     @property
     def reserved_bytes(self) -> int:
-        """What the caches of texts take of the device."""
+        """Bytes of the device for the caches of texts."""
         return sum(tenant.nbytes for tenant in self.tenants if (tenant.name, tenant.tier) == (TEXTS, self.device))
 
     @property
     def budget_bytes(self) -> int:
-        """What the device has for weights and the buffers they pass through."""
+        """Bytes of the device for weights and their buffers."""
         nbytes = self.tiers[0].nbytes
         return _ENDLESS if nbytes is None else max(0, nbytes - self.reserved_bytes)
 
     @property
     def buffers_bytes(self) -> int:
-        """What those buffers take of the device."""
+        """Bytes of the device for buffers."""
         return sum(tenant.nbytes for tenant in self.tenants if tenant.tier == self.device) - self.reserved_bytes
 
     def room(self, tier: Tier) -> int:
@@ -131,16 +131,16 @@ def _check_host(tiers: Sequence[Tier], tenants: Sequence[Tenant]) -> None:
 
 
 def _place_all(units: Sequence[UnitSize], memory: _Memory) -> _Placed | None:
-    """Everything where it is used, if it fits: then nothing needs a ring. The embedding stays too where it fits as well."""
+    """Place everything where it is used, if it fits: then no ring is needed. The embedding stays too if there is room."""
     if any(unit.role == "experts" and unit.scratch_bytes and not unit.decoded for unit in units):
-        return None  # experts are decoded one by one, as they are routed to
+        return None  # experts are decoded one by one, on demand
     rooms = {tier.name: memory.room(tier) for tier in memory.tiers if tier.computes}
     packed = _packed(units, rooms) or _packed([unit for unit in units if unit.role != "embedding"], rooms)
     return None if packed is None else _Placed(packed)
 
 
 def _packed(units: Sequence[UnitSize], rooms: Mapping[str, int]) -> dict[str, str] | None:
-    """One stretch of the units for each tier, in their order; None where they do not fit."""
+    """Assign each tier a consecutive run of the units, in order; None if they do not fit."""
     found: dict[str, str] = {}
     left = iter(units)
     unit = next(left, None)
@@ -152,7 +152,7 @@ def _packed(units: Sequence[UnitSize], rooms: Mapping[str, int]) -> dict[str, st
 
 
 def _place_some(units: Sequence[UnitSize], memory: _Memory) -> _Placed:
-    """Residents, a ring and slots on the device; then as much of the rest as has room, tier by tier."""
+    """Place residents, a ring and slots on the device, then fill the tiers in order with as much of the rest as fits."""
     dense, layers, residents = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts", "resident"))
     slots = slots_for([(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None])
     room = memory.room(memory.tiers[0]) - _nbytes(residents)
@@ -169,7 +169,7 @@ def _place_some(units: Sequence[UnitSize], memory: _Memory) -> _Placed:
 
 
 def _cache_experts(names: Sequence[str], slots: Slots, tiers: Sequence[Tier], left: Mapping[str, int]) -> ExpertsPlan:
-    """The room that dense weights left, to experts: those on their way first, then a cache in each tier that holds any."""
+    """Give the room left by dense weights to experts: first to those in transit, then to a cache in each tier that allows it."""
     device = left[tiers[0].name]
     passing = slots.passing(slots.least_bytes + device)
     rooms = {**left, tiers[0].name: device - (passing - slots.fewest) * slots.nbytes}
@@ -177,9 +177,9 @@ def _cache_experts(names: Sequence[str], slots: Slots, tiers: Sequence[Tier], le
 
 
 def _keep(dense: Sequence[UnitSize], tiers: Sequence[Tier], rooms: Mapping[str, int]) -> dict[str, str]:
-    """Where weights are used goes the beginning of the order, into each other tier what fits of the rest. Room left where they
-    are used, less than the next unit, goes to units of the tier behind (of the disk on a CPU): so no link ever carries
-    more because a tier has more room.
+    """The beginning of the order goes where weights are used; each other tier takes what fits of the rest. Room left where
+    weights are used, less than the next unit, goes to units of the next tier (of the disk on a CPU): so more room in a tier
+    never makes a link carry more.
     """
     order = [unit for rare in (False, True) for unit in _spread([unit for unit in dense if unit.rare is rare])]
     kept: dict[str, str] = {}
@@ -197,17 +197,17 @@ def _keep(dense: Sequence[UnitSize], tiers: Sequence[Tier], rooms: Mapping[str, 
 
 
 def _left(dense: Sequence[UnitSize], kept: Mapping[str, str], rooms: Mapping[str, int]) -> dict[str, int]:
-    """What is left of each tier's room."""
+    """Bytes left in each tier."""
     return {tier: room - _nbytes(unit for unit in dense if kept.get(unit.name) == tier) for tier, room in rooms.items()}
 
 
 def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
     """The smallest ring that works, and the one that keeps the readers busy.
 
-    Two of the largest units: one runs while the next arrives; and a quarter, as units of several sizes leave gaps (simulated:
+    Two of the largest units: one runs while the next arrives; plus a quarter, as units of several sizes leave gaps (simulated:
     2% of the time idle at two, 0.3% at two and a quarter). More would hide the gap between two tokens, but a byte of the
-    ring hides it once a pass, as much as a byte that stays saves. It depends on all units that may be streamed, not on
-    those that will be: else more memory could mean a larger ring.
+    ring hides it once a pass, no better than a byte that stays. It depends on all units that may be streamed, not on those
+    that will be: otherwise more memory could mean a larger ring.
     """
     inside = [unit.nbytes for unit in streamed if not unit.encloses]
     around = max((unit.nbytes for unit in streamed if unit.encloses), default=0)
@@ -237,13 +237,13 @@ def _place_name(device: str) -> str:
 
 
 def _spread(units: Sequence[UnitSize]) -> list[UnitSize]:
-    """A fixed order of which every beginning is spread evenly over the depth: multiples of the golden ratio, modulo 1."""
+    """A fixed order in which every prefix is spread evenly over the depth: multiples of the golden ratio, modulo 1."""
     keys = {unit.name: (index + 1) * _GOLDEN % 1.0 for index, unit in enumerate(units)}
     return sorted(units, key=lambda unit: keys[unit.name])
 
 
 def _beginning(order: Sequence[UnitSize], room: int) -> list[UnitSize]:
-    """Take from the beginning as long as it fits. More room takes the same and more, so the next tier cannot suffer."""
+    """Take from the beginning while it fits. More room takes the same and more, so the next tier cannot lose."""
     taken = []
     for unit in order:
         room -= unit.nbytes
@@ -254,7 +254,7 @@ def _beginning(order: Sequence[UnitSize], room: int) -> list[UnitSize]:
 
 
 def _fill(order: Sequence[UnitSize], room: int) -> list[UnitSize]:
-    """Take each that still fits. In a fixed order, more room never takes fewer bytes: where two rooms first differ, the
+    """Take each unit that still fits. In a fixed order, more room never takes fewer bytes: where two rooms first differ, the
     larger takes one that the smaller could not."""
     taken = []
     for unit in order:

@@ -1,4 +1,4 @@
-"""What was decided: which tier keeps each unit, and what follows from that for a pass. Its text stands in `report`."""
+"""The plan: which tier keeps each unit, and the cost of a pass that follows. `report` renders it as text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Bound = Literal["disk", "link", "compute"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan(Report):
-    """`tier_of` maps each unit to the tier that keeps it, of `tiers` from the fastest to the one that holds every weight.
+    """`tier_of` maps each unit to the tier that keeps it. `tiers` go from the fastest to the one that holds every weight.
 
-    The first tier is the device that computes. `units` come in the order of a pass. What else takes memory of a tier are
-    `tenants`: caches of texts, the ring, scratch for decoding, staging; and slots of `experts` that are read as they are
-    routed to. All bytes are of memory, but for `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which move.
-    With such experts `pass_bytes` and `link_bytes` are a token's with none of them cached, `least_pass_bytes` with as many
-    as can be. `source` says how the rates are known.
+    The first tier is the device that computes. `units` are in the order of a pass. Other users of a tier's memory are
+    `tenants` (caches of texts, the ring, scratch for decoding, staging) and slots of `experts` that are read on demand.
+    All bytes are of memory, except `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which are moved.
+    With such experts, `pass_bytes` and `link_bytes` are for a token with none of them cached, `least_pass_bytes` with as many
+    as possible. `source` is the origin of the rates.
     """
 
     tiers: tuple[Tier, ...]
@@ -37,7 +37,7 @@ class Plan(Report):
 
     @property
     def device(self) -> str:
-        """Where the model computes."""
+        """The device that computes."""
         return self.tiers[0].name
 
     @property
@@ -46,7 +46,7 @@ class Plan(Report):
 
     @property
     def budget(self) -> Budget:
-        """The memory that the plan was made for, as device and host."""
+        """The memory that the plan was made for, on the device and in the host."""
         first, host = self.tiers[0], next((tier for tier in self.tiers if tier.name == HOST), None)
         texts, staging = self.reserved_bytes, self.staging_bytes
         return Budget(
@@ -67,7 +67,7 @@ class Plan(Report):
         return tuple(unit for unit in self.units if self.tier_of[unit.name] == tier)
 
     def held_bytes(self, tier: str) -> int:
-        """The memory that a tier gives to units, tenants and slots; of the last one nothing: it is where the files are."""
+        """Bytes of a tier used by units, tenants and slots; 0 for the last tier, which is the files."""
         index = [tier.name for tier in self.tiers].index(tier)
         if index == len(self.tiers) - 1:
             return 0
@@ -75,7 +75,7 @@ class Plan(Report):
         return _nbytes(self.kept(tier)) + tenants + self.experts.tier_bytes(index)
 
     def tenant_bytes(self, name: str) -> int:
-        """What the tenants of that name take."""
+        """Bytes of the tenants with that name."""
         return sum(tenant.nbytes for tenant in self.tenants if tenant.name == name)
 
     @property
@@ -85,17 +85,17 @@ class Plan(Report):
 
     @property
     def host(self) -> tuple[str, ...]:
-        """The units that wait in host memory."""
+        """The units kept in host memory."""
         return _names(self.kept(HOST))
 
     @property
     def streamed(self) -> tuple[str, ...]:
-        """The units that come from disk as a whole."""
+        """The units that are streamed whole from disk."""
         return _names(self._from_disk)
 
     @property
     def by_row(self) -> tuple[str, ...]:
-        """The embeddings of which rows are read."""
+        """The embeddings that are read by row."""
         return tuple(unit.name for unit in self.kept(self._disk.name) if unit.role == "embedding")
 
     @property
@@ -104,52 +104,52 @@ class Plan(Report):
 
     @property
     def weights_bytes(self) -> int:
-        """The weights of the model."""
+        """Bytes of all weights of the model."""
         return _nbytes(self.units)
 
     @property
     def resident_bytes(self) -> int:
-        """The weights that stay on the device, without cached experts."""
+        """Bytes of the weights that stay on the device, without cached experts."""
         return _nbytes(self.kept(self.device))
 
     @property
     def host_bytes(self) -> int:
-        """The weights in host memory, with cached experts."""
+        """Bytes of the weights in host memory, with cached experts."""
         return _nbytes(self.kept(HOST)) + self.experts.host_bytes
 
     @property
     def ring_bytes(self) -> int:
-        """What streamed units pass through, on the device."""
+        """Bytes of the ring on the device, through which streamed units pass."""
         return self.tenant_bytes(RING)
 
     @property
     def scratch_bytes(self) -> int:
-        """Into this, on the device, units whose weights are stored encoded are decoded."""
+        """Bytes on the device into which encoded units are decoded."""
         return self.tenant_bytes(SCRATCH)
 
     @property
     def staging_bytes(self) -> int:
-        """The buffers in host memory that reads go through."""
+        """Bytes of the buffers in host memory that reads go through."""
         return self.tenant_bytes(STAGING)
 
     @property
     def reserved_bytes(self) -> int:
-        """Set aside for the caches and activations of texts."""
+        """Bytes reserved for the caches and activations of texts."""
         return self.tenant_bytes(TEXTS)
 
     @property
     def device_bytes(self) -> int:
-        """The weight memory claimed on the device, once, at load: residents, slots, the ring, and scratch behind it."""
+        """Bytes of weight memory allocated on the device, once, at load: residents, slots, the ring and scratch."""
         return self.resident_bytes + self.experts.device_bytes + self.ring_bytes + self.scratch_bytes
 
     @property
     def load_bytes(self) -> int:
-        """What is read from disk once, at load."""
+        """Bytes read from disk once, at load."""
         return sum(unit.disk_bytes for unit in self.units if self.tier_of[unit.name] != self._disk.name)
 
     def moved_bytes(self, tier: Tier, *, cached: bool = False) -> int:
-        """What a pass brings over the link of `tier`, its own units and those that come through it: with no expert cached, or
-        with as many `cached` as can be."""
+        """Bytes moved over the link of `tier` in a pass, including those that come through it: with no expert cached, or with as
+        many `cached` as possible."""
         if tier.computes:
             return 0
         sources = {other.name for other in self.tiers if tier.name in self._path(other)}
@@ -161,7 +161,7 @@ class Plan(Report):
         return _nbytes(moving) + (routed if self._disk.name in sources else 0)
 
     def _path(self, tier: Tier) -> list[str]:
-        """The tier and those that its bytes come through."""
+        """The tier and those that its bytes pass through."""
         found = [tier.name]
         while tier.via is not None:
             tier = next(other for other in self.tiers if other.name == tier.via)
@@ -169,68 +169,68 @@ class Plan(Report):
         return found
 
     def link_seconds(self, tier: Tier, *, cached: bool = False) -> float:
-        """Seconds a pass that the link of `tier` needs at its own rate."""
+        """Seconds per pass on the link of `tier` at its own rate."""
         return self.moved_bytes(tier, cached=cached) / tier.rate if tier.rate is not None else 0.0
 
     def slowest(self, *, cached: bool = False) -> Tier | None:
-        """The tier whose link a pass waits for, of equals the last; None where nothing moves."""
+        """The tier whose link limits a pass, the last of equals; None if nothing moves."""
         if not any(self.moved_bytes(tier, cached=cached) for tier in self.tiers):
             return None
         return max(reversed(self.tiers), key=lambda tier: self.link_seconds(tier, cached=cached))
 
     @property
     def pass_bytes(self) -> int:
-        """What a pass reads from disk."""
+        """Bytes read from disk per pass."""
         return self.moved_bytes(self._disk)
 
     @property
     def least_pass_bytes(self) -> int:
-        """Bytes from disk a token at best; `pass_bytes` where no experts are cached."""
+        """Bytes read from disk per token at best; `pass_bytes` if no experts are cached."""
         return self.moved_bytes(self._disk, cached=True)
 
     @property
     def link_bytes(self) -> int:
-        """What a pass copies from host memory to the device; 0 on a CPU."""
+        """Bytes copied from host memory to the device per pass; 0 on a CPU."""
         return sum(self.moved_bytes(tier) for tier in self.tiers if tier.name == HOST)
 
     @property
     def least_link_bytes(self) -> int:
-        """Bytes to the device a token at best."""
+        """Bytes copied to the device per token at best."""
         return sum(self.moved_bytes(tier, cached=True) for tier in self.tiers if tier.name == HOST)
 
     @property
     def rare_bytes(self) -> int:
-        """What comes from disk on top of a pass's where an image runs."""
+        """Additional bytes from disk in a pass that runs an image."""
         return sum(unit.disk_bytes for unit in self._from_disk if unit.rare)
 
     @property
     def disk_s(self) -> float:
-        """Seconds a pass that the disk needs at its own rate."""
+        """Seconds per pass on the disk at its own rate."""
         return self.link_seconds(self._disk)
 
     @property
     def link_s(self) -> float:
-        """Seconds a pass that the copies to the device need; 0 on a CPU."""
+        """Seconds per pass to copy to the device; 0 on a CPU."""
         return sum((self.link_seconds(tier) for tier in self.tiers if tier.name == HOST), 0.0)
 
     @property
     def pass_s(self) -> float:
-        """Seconds that the slowest link needs for a pass, with no expert cached."""
+        """Seconds per pass on the slowest link, with no expert cached."""
         return max(map(self.link_seconds, self.tiers))
 
     @property
     def least_pass_s(self) -> float:
-        """Seconds a pass at best, with as many of its experts cached as can be."""
+        """Seconds per pass at best, with as many experts cached as possible."""
         return max(self.link_seconds(tier, cached=True) for tier in self.tiers)
 
     @property
     def bound(self) -> Bound:
-        """What a pass waits for."""
+        """The link that limits a pass."""
         return self._bound(self.slowest())
 
     @property
     def least_bound(self) -> Bound:
-        """What a pass waits for at best."""
+        """The link that limits a pass at best."""
         return self._bound(self.slowest(cached=True))
 
     def _bound(self, slowest: Tier | None) -> Bound:
@@ -240,21 +240,21 @@ class Plan(Report):
 
     @property
     def prompt_bytes(self) -> int:
-        """Bytes from disk for a prompt at most: each expert once."""
+        """The most bytes from disk for a prompt: each expert once."""
         return self.pass_bytes - self.experts.most_bytes + self.experts.all_bytes
 
     @property
     def first_token_s(self) -> float:
-        """Seconds until the first token: read what stays, then a pass, of a prompt that needs every expert."""
+        """Seconds until the first token: read what stays, then run a pass over a prompt that needs every expert."""
         return (self.load_bytes + self.prompt_bytes - self.pass_bytes) / self.speeds.disk + self.pass_s
 
     @property
     def reason(self) -> str:
-        """One line: what a pass costs, and why."""
+        """One line: the cost of a pass and its reason."""
         return report.reason(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The plan as a table: what, and how much of it."""
+        """The plan as (name, value) rows."""
         return report.rows(self)
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
-"""Runs a model without weights on the meta device: which modules run, which weights are used, what a token costs.
+"""Runs a model without weights on the meta device: which modules run, which weights they use, what a token costs.
 
 Nothing is computed, and shapes are inferred only once per kind of operation, so 80 layers take a second. For several
-families (latent and linear attention) the config is wrong about the cache; what runs is not.
+families (latent and linear attention) the config is wrong about the cache; a run shows the truth.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from rabbit_engine.transformers_bridge.rotary import fixed_frequencies
 logger = logging.getLogger(__name__)
 
 _SHORT, _LONG = 16, 2048
-"""Prompts: short ones for code that walks through the tokens one by one, long ones for what lives in a real prompt."""
+"""Prompt lengths: short ones for code that walks through the tokens one by one, long ones for the activations of real prompts."""
 
 _MOST_TOKENS = 1024
-"""A state that does not grow is spread over this many tokens."""
+"""A state that does not grow is divided by this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Bytes that live at once in a pass over a prompt of n tokens: `fixed` + `token` n + `square` n^2."""
+    """Bytes live at once in a pass over a prompt of n tokens: `fixed` + `token` n + `square` n^2."""
 
     fixed: int = 0
     token: int = 0
@@ -60,7 +60,7 @@ class Curve:
 
 
 def fit_curve(short: tuple[int, int], long: tuple[int, int]) -> Curve:
-    """The curve through two prompts, each as (tokens, bytes); never below the two."""
+    """The curve through two prompts, each as (tokens, bytes); never below them."""
     (few, few_bytes), (many, many_bytes) = short, long
     square = max(0.0, (many_bytes / many - few_bytes / few) / (many - few))
     token = max(0.0, many_bytes / many - square * many)
@@ -73,10 +73,10 @@ class Probe:
 
     `alone` are the modules whose forward ran and whose weights were used only inside it, in the order of their first run;
     `outside` are those whose weights were also used elsewhere.
-    `cache_token_bytes` is what the KV cache grows by with each token; `routed` tells how many of its experts each experts
-    module takes for a token. `layers` is what the results of a pass take up to the head, `head` what they take from there
-    on, logits of `vocabulary` tokens included, where the head computes the last position alone if the model lets it.
-    `failure` is what a model without values objected to.
+    `cache_token_bytes` is the growth of the KV cache per token; `routed` maps each experts module to the number of experts
+    per token. `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary`
+    tokens, if the head computes only the last position where the model allows it.
+    `failure` is the error of a model that did not run without values.
     """
 
     alone: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class Probe:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation: whose weights it takes, and how large its result is."""
+    """Records the weights that every operation takes, and the size of its result."""
 
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -133,8 +133,8 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _new_result(self, key: Hashable) -> torch.Tensor | None:
-        """What an operation that ran before on such operands makes of these. Layers are alike, and an operation without values
-        takes 100 us where torch works its result out in Python."""
+        """The result of an operation that ran before on equal operands. Layers are alike, and an operation without values takes
+        100 us where torch infers its result in Python."""
         known = self._results.get(key)
         if known is None:
             return None
@@ -151,14 +151,14 @@ class _Watch(TorchDispatchMode):
         self._peak_bytes = self.live_bytes
 
     def end_phases(self) -> list[int]:
-        """The most bytes that lived at once in each phase since the last call."""
+        """The most live bytes in each phase since the last call."""
         self.begin_phase()
         peaks, self._peaks = self._peaks, []
         return peaks
 
 
 def _described(value: Any, tensors: list[torch.Tensor]) -> Hashable:
-    """All of an operand that a result without values depends on. Its tensors are added to `tensors`."""
+    """Everything in an operand that a result without values depends on. Its tensors are added to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return value.shape, value.stride(), value.dtype
@@ -174,8 +174,8 @@ def _is_alias(operation: Any) -> bool:
 
 
 def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
-    """Prefill and decode on the meta device, as they would run on such a device. A model that cannot be run so gives an empty
-    Probe, and says it in the log."""
+    """Prefill and decode on the meta device, as on a device of that type. If the model cannot run there, log it and return an
+    empty Probe."""
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
     try:
@@ -189,7 +189,7 @@ def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
             _Answers(device_type),
         ):
             costs = _run(model, watch)
-    except Exception as error:  # noqa: BLE001 - any model's code may object to tensors without values; then nothing is known
+    except Exception as error:  # noqa: BLE001 - any model's code may reject tensors without values; then nothing is known
         logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
         return Probe(failure=f"{type(error).__name__}: {first_line(error)}")
     alone = tuple(name for name in watch.ran if name not in watch.reached)
@@ -203,14 +203,14 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
-    """Two short prompts, a token behind the second (families choose other kernels for one token), and two long ones where
-    the model does not walk through the tokens: bytes of the cache a token, and what lives up to the head and from there on.
+    """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
+    walks through the tokens, two long ones. Returns the cache bytes per token, and the live bytes up to the head and after it.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
     try:
         positions = stated_positions(model.config) or _LONG
-        short = max(1, min(_SHORT, positions // 8))  # four times as many, and a token behind them, are positions too
+        short = max(1, min(_SHORT, positions // 8))  # four times as many, and the token after them, are also positions
         prompts = [_prompt(model, watch, tokens) for tokens in (short, 4 * short)]
         cache_bytes = _grown_bytes(model, prompts[1].output)
         most = min(_LONG, positions)
@@ -226,7 +226,7 @@ def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
 @dataclass(frozen=True, slots=True)
 class _Prompt:
     """A pass over a prompt: its result, the number of operations, and the peak bytes without the cache, up to the head and
-    from there on."""
+    after it."""
 
     tokens: int
     output: Any
@@ -244,7 +244,7 @@ def _prompt(model: PreTrainedModel, watch: _Watch, tokens: int) -> _Prompt:
 
 
 def _grown_bytes(model: PreTrainedModel, prompt: Any) -> int:
-    """Bytes that the cache behind a prompt grows by with a token."""
+    """Bytes by which the cache after a prompt grows with a token."""
     cache = cache_of(prompt)
     held = _cache_bytes(cache)
     model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model.forward, cache))
@@ -259,15 +259,15 @@ def _cache_bytes(cache: Any) -> int:
 
 @functools.cache
 def _has_fused_kernel(device_type: str, dtype: torch.dtype, width: int, value_width: int, masked: bool) -> bool:
-    """Whether attention with heads so wide runs in one kernel, which never holds all scores: by trying. Elsewhere than on a
-    CPU it is taken for granted."""
+    """Whether attention with heads of this width runs in one kernel, which never holds all scores: by trying it on a CPU,
+    assumed elsewhere."""
     if device_type != "cpu":
         return True
     query, value = (torch.zeros(1, 1, 2, size, dtype=dtype, device="cpu") for size in (width, value_width))
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="cpu") if masked else None
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            warnings.simplefilter("ignore")  # torch says why there is none
+            warnings.simplefilter("ignore")  # torch warns about the reason
             functional.scaled_dot_product_attention(query, query, value, attn_mask=mask)
     except RuntimeError:  # no kernel for these shapes
         return False
@@ -275,15 +275,15 @@ def _has_fused_kernel(device_type: str, dtype: torch.dtype, width: int, value_wi
 
 
 class _Answers(TorchFunctionMode):
-    """What the meta device has no answer for: attention, with what the kernel of the device would hold, and whether a token is
-    in a prompt (GPT-2 looks for padding)."""
+    """Answers what the meta device cannot: attention, with the memory of the device's kernel, and whether a token is in a
+    prompt (GPT-2 looks for padding)."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self._device_type = device_type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Everything else runs as it is."""
+        """Run everything else unchanged."""
         del types
         kwargs = kwargs or {}
         if func is torch.Tensor.__contains__:
@@ -303,8 +303,8 @@ class _Answers(TorchFunctionMode):
 
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """What forwards keep in their modules is put back: a rotary embedding's frequencies, which would be without values, and
-    the hooks by which transformers captures outputs."""
+    """Restore what forwards keep in their modules: a rotary embedding's frequencies, which would have no values, and the hooks
+    with which transformers captures outputs."""
     before = {module: (dict(vars(module)), _tables(module)) for module in model.modules()}
     try:
         yield
@@ -325,7 +325,7 @@ def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
 def _experts_without_values(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """A function of the experts interface that makes results of the right shapes: grouped kernels refuse the meta device."""
+    """A function of the experts interface that returns results of the right shapes: grouped kernels fail on the meta device."""
     tokens, used = top_k_index.shape
     up = getattr(module, first_projection(module))
     rows = hidden_states.repeat_interleave(used, dim=0)
@@ -341,14 +341,14 @@ register_experts_function(_EXPERTS, _experts_without_values)
 
 @contextmanager
 def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
-    """sdpa runs on the meta device, flash attention does not; nor do all kernels for experts."""
+    """Use sdpa, which runs on the meta device: flash attention does not, nor do all kernels for experts."""
     with sdpa_for_flash_attention(model), experts_computed_by(model, _EXPERTS):
         yield
 
 
 @contextmanager
 def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Note which leaves' forwards run."""
+    """Record which leaves' forwards run."""
     with ExitStack() as stack:
         for name, module in leaves.items():
             stack.callback(module.register_forward_pre_hook(_enter(name, watch)).remove)

@@ -1,4 +1,4 @@
-"""Renders a plan for people: rows of a table, and one line with the cost of a pass."""
+"""Renders a plan as text: rows of a table, and one line with the cost of a pass."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ def rows(plan: Plan) -> Rows:
 def _budget(plan: Plan) -> str:
     given = plan.budget.device_bytes
     amount = "not bounded" if given is None else format_bytes(given)
-    reserved = f", {format_bytes(plan.reserved_bytes)} set aside before" if plan.reserved_bytes else ""
-    return f"{amount} on {plan.device} for weights and what they pass through{reserved}"
+    reserved = f", after reserving {format_bytes(plan.reserved_bytes)}" if plan.reserved_bytes else ""
+    return f"{amount} on {plan.device} for weights and their buffers{reserved}"
 
 
 def _between(plan: Plan) -> Rows:
-    """The units that tiers between the device and the disk keep."""
+    """The units kept in tiers between the device and the disk."""
     kept = [(tier, plan.kept(tier.name)) for tier in plan.tiers[1:-1]]
     return [("in host memory" if tier.name == HOST else f"on {tier.name}", _held(units)) for tier, units in kept if units]
 
 
 def experts_text(experts: ExpertsPlan) -> str:
-    """The number of experts, those used by a token, and those cached."""
+    """The number of experts, of those used by a token, and of those cached."""
     device, host = (sum(getattr(layer, name) for layer in experts.layers) for name in ("on_device", "in_host"))
     count, used = (sum(getattr(layer.routing, name) for layer in experts.layers) for name in ("count", "used"))
     and_host = f", {host} in host memory" if host else ""
     held = format_bytes(experts.device_bytes + experts.host_bytes)
     return (
         f"{used} of {count} a token, each of up to {format_bytes(experts.slot_bytes)}; {device} cached on the device{and_host} "
-        f"({held} with {experts.passing} on their way)"
+        f"({held} with {experts.passing} in transit)"
     )
 
 
 def reason(plan: Plan) -> str:
-    """One line with the cost of a pass and its reason."""
+    """One line: the cost of a pass and its reason."""
     slowest = plan.slowest()
     if slowest is None:
-        return "everything fits: no weight moves after loading, a token takes what its computation takes"
+        return "everything fits: no weight moves after loading, so only computation takes time"
     rate = format_rate(slowest.rate or 0.0, 1)
     no_disk = "" if plan.pass_bytes else ", no disk in the loop"
     certain = "at least" if plan.source == "given" else "about"  # a short sample may err either way
@@ -79,14 +79,14 @@ def reason(plan: Plan) -> str:
 
 
 def _cost(plan: Plan, slowest: Tier) -> tuple[str, str]:
-    """Bytes and seconds of a pass: from those at best, where experts can be cached, to those at worst."""
+    """Bytes and seconds of a pass: from the best case, if experts can be cached, to the worst."""
     moved, seconds = format_bytes(plan.moved_bytes(slowest)), format_seconds(plan.pass_s)
     if plan.least_pass_s >= plan.pass_s:
         return moved, seconds
     least = format_bytes(plan.moved_bytes(slowest, cached=True))
     other = plan.least_bound not in (plan.bound, "compute")
     at_best = f"{format_seconds(plan.least_pass_s)}{f' (bound by the {plan.least_bound})' if other else ''}"
-    return f"{least} (every expert cached that can be) to {moved} (none)", f"{at_best} to {seconds}"
+    return f"{least} (as many experts cached as possible) to {moved} (none)", f"{at_best} to {seconds}"
 
 
 def _link(plan: Plan, slowest: Tier) -> str:

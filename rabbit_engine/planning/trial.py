@@ -1,4 +1,4 @@
-"""Finds the config key that makes every pass fail, on the meta device, after a model's probe failed."""
+"""After a model's probe failed, finds on the meta device the config key that makes every pass fail."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
 def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -> None:
-    """Raise UnsupportedArchitectureError if a key of the config makes every pass fail: without that key one works.
+    """Raise UnsupportedArchitectureError if one key of the config makes every pass fail: without it a pass works.
 
-    Most models whose probe failed only object to tensors without values, and are left alone.
+    Most models whose probe failed only reject tensors without values, and are left alone.
     """
     cls, config = architecture.cls, architecture.config
     if not probe.failure or _is_of_the_device(probe.failure) or is_remote(cls):

@@ -1,4 +1,4 @@
-"""Many conversations with one model, each pass of which serves all that are waiting."""
+"""Many conversations with one model: each pass over the weights serves all of them."""
 
 from rabbit_engine.sessions.answer import Piece, Reply
 from rabbit_engine.sessions.messages import read_messages

@@ -1,4 +1,4 @@
-"""The text of one answer as its tokens come: pieces, stops, log probabilities, and the reply that it ends in."""
+"""Turns the tokens of one answer into text pieces, stops and log probabilities, and at the end into a reply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What came with one token: text that is certain now, often empty, and the token's log probability if it was asked for.
+    """The text that one token completed, often empty, and the token's log probability if requested.
     The last piece may have no token: it is text that was held back."""
 
     text: str
@@ -27,11 +27,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer, and what it took. `str(reply)` is its text.
+    """A complete answer with its statistics. `str(reply)` is its text.
 
-    `finish_reason` is "stop" (it ended by itself, or at a stop text), "length" (at `max_new_tokens`) or "cancelled".
-    `cut_tokens` of the prompt were left out because it was too long and truncation was asked for. `first_token_s` counts
-    from when it was asked for, `seconds` too; both hold the time in the queue, `queued_s`.
+    `finish_reason` is "stop" (an end token or a stop text), "length" (`max_new_tokens` reached) or "cancelled".
+    `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and `seconds` count from
+    the request and include the time in the queue, `queued_s`.
     """
 
     text: str
@@ -49,13 +49,13 @@ class Reply:
 
     @property
     def token_s(self) -> float:
-        """Seconds a token after the first."""
+        """Seconds per token after the first."""
         return (self.seconds - self.first_token_s) / (len(self.tokens) - 1) if len(self.tokens) > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Where an answer ends: at `tokens`, at the checkpoint's own `texts`, or when it has `most` tokens."""
+    """Where an answer ends: at any of `tokens`, at the checkpoint's own `texts`, or after `most` tokens."""
 
     most: int
     tokens: Collection[int]
@@ -63,7 +63,7 @@ class Ends:
 
 
 class AnswerText:
-    """Follows one answer: `on_piece` hears of the text that each token makes certain. Its clock starts when it is made."""
+    """Follows one answer and calls `on_piece` with the text that each token completes. Its clock starts at construction."""
 
     def __init__(self, decoder: Decoder, options: Options, ends: Ends, on_piece: Callable[[Piece], None]) -> None:
         self._decoder, self._options, self._ends, self._on_piece = decoder, options, ends, on_piece
@@ -74,11 +74,11 @@ class AnswerText:
         self._began_s = self._first_s = 0.0
 
     def begin(self) -> None:
-        """Its turn has come: it is not in the queue any more."""
+        """Mark the end of the time in the queue."""
         self._began_s = perf_counter()
 
     def take(self, token: int, logprob: TokenLogprob | None) -> bool:
-        """Take the next token in; True at a stop text."""
+        """Add the next token; True at a stop text."""
         self._first_s = self._first_s or perf_counter()
         self._tokens.append(token)
         if logprob is not None:
@@ -90,11 +90,11 @@ class AnswerText:
         return token in self._options.stop_token_ids and not self._options.include_stop
 
     def rest(self) -> str:
-        """The text that was held back, once the last token is there."""
+        """The text still held back after the last token."""
         return self._flow.end()
 
     def reply(self, prompt_tokens: int, cut_tokens: int = 0, *, cancelled: bool = False) -> Reply:
-        """What it came to, after `rest`."""
+        """The finished answer. Call `rest` first."""
         ended = self._flow.stopped or len(self._tokens) < self._ends.most or self._ends_itself()
         now = perf_counter()
         return Reply(
@@ -110,6 +110,6 @@ class AnswerText:
         )
 
     def _ends_itself(self) -> bool:
-        """Whether the last of as many tokens as there may be is one that ends an answer, or ends a text that does."""
+        """Whether the last allowed token is an end token, or completes a text that ends an answer."""
         told = str(self._decoder.decode(self._tokens)) if self._ends.texts else ""
         return self._tokens[-1] in self._ends.tokens or told.endswith(self._ends.texts)

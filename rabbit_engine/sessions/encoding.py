@@ -1,4 +1,4 @@
-"""Texts and conversations into token ids that the model has, without tokenising what cannot fit."""
+"""Encodes texts and conversations as valid token ids, without tokenising what cannot fit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.tokenization.ranks import byte_characters
 
 _PREFIX_CHARACTERS = 4
-"""Characters of a long text, for every token that there is room for, that are tokenised first; then twice as many."""
+"""Characters per token of room that are tokenised first when a text is long; doubled until they suffice."""
 
 _COMPOSED_CHARACTERS = 4
 """Unicode's composition (NFC) joins up to this many characters into one."""
 
 
 class Encoder:
-    """Encodes for one model, in any thread at a time, and leaves its tokenizer as it is.
+    """Encodes for one model and leaves its tokenizer unchanged. Thread-safe.
 
-    A text that must have more than `most` tokens is refused by its length, or by its beginning; None tokenises all of it.
+    A text that must have more than `most` tokens is rejected by its length or its beginning alone; None tokenises all of it.
     """
 
     def __init__(self, model: SessionModel, vocabulary: int, most: int | None) -> None:
@@ -37,20 +37,20 @@ class Encoder:
         self._lengths: tuple[TextTokenizer | None, TokenLengths] = None, TokenLengths()
 
     def encode_text(self, text: str | Sequence[int], *, special: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens the tokenizer adds unless `special` is False; ids stay.
+        """Token ids of a plain prompt, with the tokenizer's special tokens unless `special` is False; ids are returned unchanged.
 
-        Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary; PromptTooLongError.
+        Raises ConfigurationError for an empty prompt or ids outside the vocabulary; PromptTooLongError.
         """
         return self._checked(self._tokens(text, special=special) if isinstance(text, str) else read_ids(text))
 
     def encode_messages(self, messages: Sequence[Mapping[str, object]], template: Mapping[str, object]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins; `template` goes to the chat template (tools and the like).
+        """Token ids of a conversation, up to where the answer begins; `template` (tools, for example) goes to the chat template.
 
-        Raises ConfigurationError if there is no template, or if it refuses the messages; PromptTooLongError.
+        Raises ConfigurationError if the model has no template or the template rejects the messages; PromptTooLongError.
         """
         tokenizer = self._model.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigurationError("this model has no chat template: it continues texts; use generate, or /v1/completions")
+            raise ConfigurationError("this model has no chat template, it only continues texts: use generate, or /v1/completions")
         if not messages:
             raise ConfigurationError("there are no messages to answer")
         plain = getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
@@ -61,7 +61,7 @@ class Encoder:
                     copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
                 )
         except Exception as error:  # a template is arbitrary code
-            raise ConfigurationError(f"the chat template refuses these messages: {error}") from error
+            raise ConfigurationError(f"the chat template rejects these messages: {error}") from error
         return self._checked(self._tokens(found, special=False) if plain else [int(token) for token in found["input_ids"]])
 
     def leave_out(self, text: str, tokens: int) -> str:
@@ -76,13 +76,13 @@ class Encoder:
             self._refuse_long(text, self._lengths_of(tokenizer).fewest_tokens(text))
             size = _PREFIX_CHARACTERS * self._most
             while size < len(text):
-                self._refuse_long(text, len(encode(text[:size])) * 2 // 3)  # the cut may have made a few more
+                self._refuse_long(text, len(encode(text[:size])) * 2 // 3)  # cutting may have added a few tokens
                 size *= 2
         return encode(text)
 
     def _lengths_of(self, tokenizer: TextTokenizer) -> TokenLengths:
         known, lengths = self._lengths
-        if known is not tokenizer:  # the caller may set another
+        if known is not tokenizer:  # callers may replace the tokenizer
             lengths = read_token_lengths(tokenizer)
             self._lengths = tokenizer, lengths
         return lengths
@@ -90,8 +90,8 @@ class Encoder:
     def _refuse_long(self, text: str, least: int) -> None:
         if self._most is not None and least > self._most:
             raise PromptTooLongError(
-                f"a prompt of {len(text)} characters has at least {least} tokens, more than the {self._most} that there is room "
-                "for: shorten it, or load the model with a larger max_seq_len if memory is the limit"
+                f"a prompt of {len(text)} characters has at least {least} tokens, but only {self._most} fit: "
+                "shorten it, or, if memory is the limit, load the model with a larger max_seq_len"
             )
 
     def _encode(self, tokenizer: TextTokenizer, text: str, *, special: bool) -> list[int]:
@@ -104,7 +104,7 @@ class Encoder:
 
     @contextmanager
     def _turn(self, tokenizer: TextTokenizer) -> Iterator[None]:
-        """A tokenizer of the Rust library serves many threads, but is set up by one; another kind serves one at a time."""
+        """Let many threads use a tokenizer of the Rust library, set up by one; others serve one thread at a time."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         with self._setting_up:
             if not isinstance(backend, Tokenizer):
@@ -122,16 +122,16 @@ class Encoder:
 
 
 def require_ids(ids: Sequence[int], vocabulary: int) -> None:
-    """Raise ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary."""
+    """Raise ConfigurationError for an empty prompt or ids outside the vocabulary."""
     if not ids:
-        raise ConfigurationError("the prompt has no tokens: there is nothing to go on from")
+        raise ConfigurationError("the prompt has no tokens: there is nothing to continue")
     wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < vocabulary), None)
     if wrong is not None:
         raise ConfigurationError(f"token id {wrong} is not in the vocabulary of {vocabulary}")
 
 
 def read_ids(given: object) -> list[int]:
-    """A list, tuple, tensor [length] or array of whole numbers. Raises ConfigurationError for anything else."""
+    """Token ids from a list, tuple, tensor [length] or array of integers. Raises ConfigurationError for anything else."""
     values = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(values, list | tuple | range):
         raise ConfigurationError(f"a prompt is a text or a list of token ids, not a value of type {type(given).__name__}")
@@ -148,27 +148,27 @@ def read_ids(given: object) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class TokenLengths:
-    """How many characters one token stands for at most, and the characters that have no token and are left out."""
+    """The most characters one token can stand for, and the characters that are dropped because they have no token."""
 
     longest: float = float("inf")
     dropped: str = ""
 
     def fewest_tokens(self, text: str) -> int:
-        """A lower bound of the text's tokens; 0 where nothing is known."""
+        """A lower bound of the text's tokens; 0 if unknown."""
         return int((len(text) - sum(map(text.count, self.dropped))) / self.longest)
 
 
 def read_token_lengths(tokenizer: TextTokenizer) -> TokenLengths:
-    """What the vocabulary says of a byte-level BPE, whose words fall into bytes if need be.
+    """Read them from the vocabulary of a byte-level BPE, which splits any word into bytes if need be.
 
-    Of other kinds it says nothing: a whole unknown word may be one token.
+    Other kinds have no bound: a whole unknown word may be one token.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer) or not isinstance(backend.model, models.BPE):
         return TokenLengths()
     normalizer = json.loads(backend.normalizer.__getstate__())["type"] if backend.normalizer is not None else None
     splitter = backend.pre_tokenizer.__getstate__() if backend.pre_tokenizer is not None else b""
-    swallows = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())  # spaces, any number
+    swallows = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())  # any number of spaces
     vocabulary, signs = backend.get_vocab(), byte_characters()
     if (
         swallows

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
-    """The answer is not wanted any more. A BaseException, so that no code in between handles it as an error of its own."""
+    """The answer is no longer wanted. A BaseException, so that no code in between treats it as an ordinary error."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`work` runs in the engine's thread; `on_end` gets None, or what ended it: called once, in whatever thread that is."""
+    """`work` runs in the engine's thread. `on_end` is called once, in any thread, with None or the exception that ended it."""
 
     work: Callable[[], None]
     on_end: Callable[[BaseException | None], None]
@@ -40,9 +40,9 @@ class Job:
 
 
 class Engine:
-    """Serves jobs in their order: each begins with the next pass that there is room for, `most` at a time.
+    """Serves jobs in order: each starts with the next pass that has room for it, at most `most` at a time.
 
-    `queue` more may wait. `exact` gives each the bits it would get alone; without, fibers share their matrix products.
+    Up to `queue` more may wait. With `exact`, each gets the bits it would get alone; otherwise fibers share matrix products.
     """
 
     def __init__(self, model: SessionModel, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
@@ -65,7 +65,7 @@ class Engine:
 
     @property
     def forked(self) -> bool:
-        """Whether this process was forked after the model was loaded: the thread did not follow, a lock may be held for ever."""
+        """Whether this process was forked after the model was loaded: its thread is gone, and locks may stay held."""
         return self._transfer.forked
 
     def require_process(self) -> None:
@@ -73,26 +73,26 @@ class Engine:
         self._transfer.require_process()
 
     def require_other_thread(self) -> None:
-        """Raise ConfigurationError in the thread that serves: it cannot wait for what it is to do itself."""
+        """Raise ConfigurationError in the thread that serves: it would wait for itself."""
         if threading.current_thread() is self._thread:
             raise ConfigurationError(
-                "the session's own thread would wait for itself: ask the model within a call, or the session from another thread"
+                "the session's own thread would wait for itself: call the model there, or the session from another thread"
             )
 
     @property
     def waiting(self) -> int:
-        """Jobs that have not begun."""
+        """The number of jobs that have not started."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs that every pass serves."""
+        """The number of jobs under way."""
         return len(self._running)
 
     def submit(self, jobs: Sequence[Job], *, bounded: bool = True) -> None:
-        """Put all of them into the queue, or none. Jobs that can begin at once do not count as waiting.
+        """Queue all jobs, or none. Jobs that can start at once do not count as waiting.
 
-        Raises QueueFullError if that is `bounded`, SessionClosedError, or ModelClosedError in a forked child.
+        Raises QueueFullError if `bounded` and there is no room, SessionClosedError, or ModelClosedError in a forked child.
         """
         self.require_process()
         with self._changed:
@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def is_full(self) -> bool:
-        """Whether one more would be refused."""
+        """Whether one more job would be rejected."""
         return len(self._waiting) >= self._places
 
     def refuse(self) -> NoReturn:
@@ -122,7 +122,7 @@ class Engine:
         )
 
     def cancel(self, job: Job) -> None:
-        """End it: at the next unit that it waits for, or before it begins. In a forked child there is nothing to end."""
+        """End the job at the next unit it waits for, or before it starts. Does nothing in a forked child."""
         if self.forked:
             return
         with self._changed:
@@ -137,14 +137,14 @@ class Engine:
             _tell(job, Cancelled())
 
     def close(self) -> None:
-        """Cancel everything, end the thread and leave the model as it was. Safe to call again; returns at once in a child."""
+        """Cancel everything, end the thread and restore the model. Idempotent; returns at once in a forked child."""
         if self.forked:
             return
         with self._changed:
             self._closed = True
             for job in self._running:
                 if job.fiber is not None:
-                    job.fiber.stop(SessionClosedError("the session was closed before the answer was there"))
+                    job.fiber.stop(SessionClosedError("the session was closed before the answer was complete"))
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -175,13 +175,13 @@ class Engine:
         with self._changed:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
-        self._scheduler.stop(SessionClosedError("the session was closed before the answer was there"))
+        self._scheduler.stop(SessionClosedError("the session was closed before the answer was complete"))
         self._settle()
         for job in waiting:
-            _tell(job, SessionClosedError("the session was closed before the answer was begun"))
+            _tell(job, SessionClosedError("the session was closed before the answer began"))
 
     def _admit(self) -> None:
-        """Let jobs begin, in their order, as long as memory has room for them and those that run."""
+        """Start jobs in order while memory has room for them and for those under way."""
         while (job := self._next()) is not None:
             random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
             job.fiber = self._scheduler.add(job.work, random_stream)
@@ -202,10 +202,10 @@ class Engine:
         if self._scheduler.fibers:
             try:
                 self._scheduler.run_pass()
-            except Exception as error:  # noqa: BLE001 - of the pass itself, such as a closed model: it ends every answer
+            except Exception as error:  # noqa: BLE001 - a failure of the pass itself, such as a closed model, ends every answer
                 self._scheduler.stop(error)
         for job in self._running:
-            job.is_computed = True  # its prompt: it takes the first pass
+            job.is_computed = True  # a prompt takes the first pass
         self._settle()
 
     def _settle(self) -> None:
@@ -218,12 +218,12 @@ class Engine:
 
 
 def _leave() -> None:
-    """Nothing was shared."""
+    """Do nothing: no passes were shared."""
 
 
 def _tell(job: Job, failure: BaseException | None) -> None:
-    """An error in one callback must not affect the other jobs."""
+    """Report the end. An error in one callback must not affect the other jobs."""
     try:
         job.on_end(failure)
     except Exception:
-        logger.exception("what a caller does at the end of its answer failed")
+        logger.exception("the callback at the end of an answer failed")

@@ -1,4 +1,4 @@
-"""Options of `model.generate` and of OpenAI's interface that a session lacks, and what to use instead."""
+"""Options of `model.generate` and of OpenAI's API that a session does not have, and what to use instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from rabbit_engine.errors import ConfigurationError
 
-_LENGTH, _SEVERAL = "use max_new_tokens", "give the prompt several times to generate, each with its own seed"
+_LENGTH, _SEVERAL = "use max_new_tokens", "pass the prompt to generate several times, each with its own seed"
 _INSTEAD: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("max_length", "max_tokens", "max_completion_tokens", "max_output_tokens", "max_time"), _LENGTH),
@@ -19,32 +19,32 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("stop_strings", "stop_sequences", "stopping_criteria"), "use stop, or stop_token_ids"),
         **dict.fromkeys(("n", "best_of", "num_return_sequences"), _SEVERAL),
         **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "allowed_token_ids"), "use logit_bias"),
-        "do_sample": "use temperature=0 for the likeliest token, or a temperature above for a drawn one",
+        "do_sample": "use temperature=0 for the likeliest token, or a higher temperature to sample",
         "eos_token_id": "use stop_token_ids",
         "bad_words_ids": "use bad_words",
-        "top_logprobs": "use logprobs, which is the number of alternatives",
+        "top_logprobs": "use logprobs=N, the number of alternatives",
         "streamer": "use stream",
         "stream": "use the method stream",
         "response_format": "constrained decoding is not supported: describe the format in the prompt",
-        "generation_config": "give its values as options",
+        "generation_config": "pass its values as options",
     }
 )
 
 
 def tell_instead(name: str) -> str | None:
-    """What to do instead of giving this option; None for an option that neither of them has."""
+    """What to use instead of this option; None if neither `generate` nor OpenAI's API has it."""
     return _INSTEAD.get(name, "call model.generate for it") if name in _INSTEAD or name in _names_of_generate() else None
 
 
 def refuse_foreign(name: str, value: object) -> None:
-    """Raise ConfigurationError for an option of `generate` or of OpenAI's interface: ignoring it would change the answer."""
+    """Raise ConfigurationError for an option of `generate` or OpenAI's API: ignoring it would change the answer."""
     if value is not None and (instead := tell_instead(name)):
         raise ConfigurationError(f"{name} is not an option of a session: {instead}")
 
 
 @functools.cache
 def _names_of_generate() -> frozenset[str]:
-    """The attributes of a generation config and the parameters of `generate`, as the transformers that is installed has them."""
+    """The attributes of a generation config and the parameters of `generate` in the installed transformers."""
     return frozenset(vars(GenerationConfig())) | (
         set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
     )

@@ -1,4 +1,4 @@
-"""A caller's own work in a session's thread: the futures of its results, and how its errors are reported."""
+"""Runs callers' functions in a session's thread: the futures of their results, and how their errors are reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Worker(Protocol):
-    """The session whose thread does the work."""
+    """The session whose thread runs the functions."""
 
     def require_process(self) -> None:
         """Raise ModelClosedError in a forked child."""
@@ -26,19 +26,19 @@ class Worker(Protocol):
 
 
 class Promise(Future[T]):
-    """A future that refuses to wait where it could never be set: in a forked child, or in the thread that would set it."""
+    """A future that refuses to wait where nothing could set it: in a forked child, or in the thread that would set it."""
 
     def __init__(self, session: Worker) -> None:
         super().__init__()
         self._session = session
 
     def result(self, timeout: float | None = None) -> T:
-        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        """As for any future, but raises where it would wait forever: in a forked child, and in the session's own thread."""
         self._require_another()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As of any future; raises where it would wait for ever: in a forked child, and in the session's own thread."""
+        """As for any future, but raises where it would wait forever: in a forked child, and in the session's own thread."""
         self._require_another()
         return super().exception(timeout)
 
@@ -49,7 +49,7 @@ class Promise(Future[T]):
 
 
 def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
-    """A job that computes `tokens` tokens and gives the future what `work` returns."""
+    """A job of `tokens` tokens that sets the future to what `work` returns."""
 
     def run() -> None:
         if future.set_running_or_notify_cancel():
@@ -63,7 +63,7 @@ def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
 
 
 def own_error(failure: BaseException) -> BaseException:
-    """Errors of ours as they are; another's with its name, as it comes from inside of the model."""
+    """Our errors unchanged; any other wrapped with its name, as it comes from inside the model."""
     if isinstance(failure, RabbitError | MemoryError | torch.OutOfMemoryError):
         return failure
     error = StreamingError(f"the answer failed: {type(failure).__name__}: {first_line(failure)}")

@@ -1,4 +1,4 @@
-"""The tokens of one answer, by transformers' `generate`: the end tokens, criteria and logits processors of a request."""
+"""Generates the tokens of one answer with transformers' `generate`: its end tokens, criteria and logits processors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLog
 from rabbit_engine.transformers_bridge.generation import refused_by_generate
 
 TakeToken = Callable[[int, TokenLogprob | None], bool]
-"""Hears of every token, with its log probability where that was asked for, and says whether the answer ends there."""
+"""Takes each token, with its log probability if requested, and returns whether the answer ends there."""
 
 
 class Generation(StoppingCriteria):
-    """Generates one answer, and hands each token to `take`.
+    """Generates one answer and passes each token to `take`.
 
-    It is a stopping criterion, not a streamer: `generate` asks criteria first, and a stop that is seen a token later
-    costs a whole pass.
+    It is a stopping criterion, not a streamer: `generate` calls criteria first, and noticing a stop one token later costs
+    a whole pass.
     """
 
     def __init__(self, model: SessionModel, prompt: list[int], options: Options, ends: Ends, take: TakeToken) -> None:
@@ -33,7 +33,7 @@ class Generation(StoppingCriteria):
         self._has_begun = False
 
     def run(self) -> None:
-        """Generate: `model.generate` with what was asked for. Raises ConfigurationError for settings that it refuses."""
+        """Call `model.generate` with the request's options. Raises ConfigurationError for settings that it rejects."""
         try:
             self._generate()
         except RabbitError:
@@ -42,7 +42,7 @@ class Generation(StoppingCriteria):
             if self._has_begun or not refused_by_generate(error):
                 raise
             raise ConfigurationError(
-                f"generate refuses these settings: {first_line(error)}; they are the request's and the checkpoint's "
+                f"generate rejects these settings: {first_line(error)}; they are the request's and the checkpoint's "
                 "(generation_config.json)"
             ) from error
 
@@ -52,7 +52,7 @@ class Generation(StoppingCriteria):
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self._ends.most,
-            max_length=None,  # the checkpoint's is in `max_new_tokens` already
+            max_length=None,  # `max_new_tokens` already includes the checkpoint's
             eos_token_id=sorted(self._ends.tokens) or None,
             pad_token_id=_pad_token(self._model, self._ends.tokens),
             stopping_criteria=[self],
@@ -71,7 +71,7 @@ class Generation(StoppingCriteria):
         return [*found, self._recorder] if self._recorder is not None else found
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
-        """Hand the newest of `input_ids` [1, length] on; True [1] where the answer ends there."""
+        """Pass on the newest of `input_ids` [1, length]; True [1] where the answer ends."""
         self._has_begun = True
         token = int(input_ids[0, -1])
         stops = self._take(token, None if self._recorder is None else self._recorder.of(token))
@@ -79,8 +79,8 @@ class Generation(StoppingCriteria):
 
 
 def ends_of(model: SessionModel, options: Options, most: int) -> Ends:
-    """Where an answer ends: at the request's tokens, and unless they are ignored at the generation config's and the
-    tokenizer's own; at the generation config's texts; with `most` tokens."""
+    """Where an answer ends: at the request's tokens, at those of the generation config and the tokenizer unless ignored, at
+    the generation config's texts, or after `most` tokens."""
     config, asked = model.generation_config, set(options.stop_token_ids)
     strings = config.stop_strings or ()
     texts = (strings,) if isinstance(strings, str) else tuple(strings)
@@ -93,8 +93,8 @@ def ends_of(model: SessionModel, options: Options, most: int) -> Ends:
 
 
 def _pad_token(model: SessionModel, ends: Collection[int]) -> int | None:
-    """The model's own padding token, the tokenizer's, or else one that ends an answer: nothing is ever padded with it here,
-    and `generate` warns where there is none."""
+    """The padding token of the model or the tokenizer, or else an end token. Nothing is padded with it, but `generate`
+    warns without one."""
     for found in (model.generation_config.pad_token_id, getattr(model.tokenizer, "pad_token_id", None)):
         if isinstance(found, int) and found >= 0:
             return found
@@ -102,7 +102,7 @@ def _pad_token(model: SessionModel, ends: Collection[int]) -> int | None:
 
 
 def _add_to_checkpoint(model: SessionModel, options: Options) -> dict[str, Any]:
-    """Biases and bad words of a request, and those of the generation config, which `generate` would leave out for them."""
+    """The request's biases and bad words, with those of the generation config, which `generate` would otherwise drop."""
     config, found = model.generation_config, dict[str, Any]()
     if options.logit_bias:
         given = config.sequence_bias or {}
@@ -116,19 +116,19 @@ def _add_to_checkpoint(model: SessionModel, options: Options) -> dict[str, Any]:
 
 
 def _bad_word_ids(tokenizer: TextTokenizer, words: Sequence[str]) -> list[list[int]]:
-    """Token ids of each word at the beginning of a text, and after a space."""
+    """Token ids of each word at the start of a text, and after a space."""
     texts = [text for word in words for text in (word, f" {word.lstrip()}")]
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     return [one for index, one in enumerate(ids) if one and one not in ids[:index]]
 
 
 def _cold(config: GenerationConfig, options: Options) -> dict[str, bool]:
-    """A temperature of 0 is greedy, also where the checkpoint says it."""
+    """Temperature 0 means greedy, also if the checkpoint sets it."""
     return {"do_sample": False} if config.temperature == 0 and options.temperature is None and options.draws is None else {}
 
 
 def _one_by_one(config: GenerationConfig) -> dict[str, Any]:
-    """The checkpoint's ways to guess several tokens, switched off: criteria would be asked about guesses that are not taken.
-    Greedy text is the same without them."""
+    """Switches off the checkpoint's speculative decoding: criteria would see guesses that are then rejected. Greedy text
+    is the same without it."""
     off = {"prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": False}
     return {name: value for name, value in off.items() if getattr(config, name, None)}

@@ -1,8 +1,8 @@
-"""Messages as chat templates take them, from what clients and chat interfaces send.
+"""Turns messages from clients and chat interfaces into what chat templates take.
 
 A message is `{"role": ..., "content": ...}`, a `(role, content)` pair, an object with these attributes (Gradio's `ChatMessage`,
 the openai package's messages), or a `(user, assistant)` pair of an older Gradio history. Its content is a text, a list of
-parts such as `{"type": "text", "text": ...}`, or Gradio's `{"text": ..., "files": [...]}`. Anything but text is refused by name.
+parts such as `{"type": "text", "text": ...}`, or Gradio's `{"text": ..., "files": [...]}`. Anything but text is rejected by name.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.sessions.spelling import nearest
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")} | {
-    "human": "user",  # LangChain's words in pairs
+    "human": "user",  # LangChain's role names in pairs
     "ai": "assistant",
 }
 _OTHER_ROLES = ("human", "ai", "model", "bot", "gpt", "ipython", "tools", "functions")
-"""Chat templates may know them: they are passed on unchanged."""
+"""Keys that chat templates may use: they are passed on unchanged."""
 
 _NEED_CONTENT = ("system", "developer", "user", "tool", "function")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""The types of parts that hold text, and where."""
+"""Types of parts that hold text, and the key it is under."""
 
 _ATTRIBUTES = ("role", "content", "tool_calls", "tool_call_id", "name")
 _NOT_FOR_TEMPLATES = ("metadata", "options")
-"""What Gradio keeps in a message for its own display."""
+"""Keys that Gradio adds to a message for its own display."""
 
 _ONLY_TEXT = "only text is supported"
 _REFUSED = {
@@ -35,7 +35,7 @@ _REFUSED = {
     **dict.fromkeys(("prefix", "partial"), "use continue_final_message"),
     "function_call": "use tool_calls",
 }
-"""Keys of a message that would change the answer, and what to do instead. Their empty values have no effect."""
+"""Keys of a message that would change the answer, and what to do instead. Empty values have no effect."""
 
 _MEANT_FOR_CONTENT = ("text", "parts", "message", "value")
 _KNOWN = (
@@ -43,27 +43,27 @@ _KNOWN = (
     *("reasoning", "reasoning_content", "thinking", "tools", "documents", "citations"),
 )
 _MOST_UNKNOWN = 64
-"""Other keys, and other roles, that the messages of a conversation may have."""
+"""Other known keys and roles."""
 
 
 def read_messages(given: object) -> list[dict[str, object]]:
-    """A conversation in any of the forms above; a bare text is the user's.
+    """A conversation in any of the forms above; a plain text is a message of the user.
 
-    Raises ConfigurationError that begins with the place, as `messages.0.content: ...`.
+    Raises ConfigurationError that starts with the place, as `messages.0.content: ...`.
     """
     if isinstance(given, str) or (isinstance(given, Mapping) and not {"role", "content"} & set(given)):
         return [{"role": "user", "content": read_content(given, "messages.0.content")}]
     if isinstance(given, Mapping) or hasattr(given, "role") or _names_role(given):
         given = [given]
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
-        raise ConfigurationError(f"messages: a text or a list of messages is needed, not {type(given).__name__}")
+        raise ConfigurationError(f"messages: expected a text or a list of messages, not {type(given).__name__}")
     found = [message for index, one in enumerate(given) for message in _unify(one, f"messages.{index}")]
     _check_spelling(found)
     return [_read(message, where) for where, message in found]
 
 
 def read_content(content: object, where: str) -> str:
-    """The text of a message's content: None is an empty one, parts are joined by line ends."""
+    """The text of a message's content: empty for None, parts joined by newlines."""
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, tuple) and content and isinstance(content[0], str):  # Gradio's (path, alternative text)
@@ -73,12 +73,12 @@ def read_content(content: object, where: str) -> str:
             _refuse_files(content.get("files"), where)
         content = [content]
     if not isinstance(content, list | tuple):
-        raise ConfigurationError(f"{where}: a text or a list of parts is needed, {_describe(content)} cannot be read")
+        raise ConfigurationError(f"{where}: expected a text or a list of parts, but got {_describe(content)}")
     return "\n".join(_part(part, where) for part in content)
 
 
 def _unify(one: object, where: str) -> Iterator[tuple[str, dict[str, object]]]:
-    """Messages as dictionaries, each with its place."""
+    """Convert messages to dictionaries, each with its place."""
     if isinstance(one, tuple | list):
         yield from ((where, message) for message in _split_pair(one, where))
         return
@@ -87,7 +87,7 @@ def _unify(one: object, where: str) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _check_spelling(found: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """Refuse keys and roles that are known ones misspelt; of each name the first place counts, so that this takes no time."""
+    """Reject misspelt keys and roles, each name once at its first place, so that long conversations take no time."""
     keys = {
         str(key): f"{where}.{str(key)[:60]}"
         for where, message in reversed(found)
@@ -111,10 +111,10 @@ def _refuse_misspelt(places: Mapping[str, str], meant: Collection[str], known: C
 def _read(message: dict[str, object], where: str) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str):
-        raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant; this one has none")
+        raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant")
     for name, why in _REFUSED.items():
         if message.get(name):
-            raise ConfigurationError(f"{where}.{name}: it cannot be honoured{_of_file(message[name])}: {why}")
+            raise ConfigurationError(f"{where}.{name}: not supported{_of_file(message[name])}: {why}")
     content = message.get("content")
     if content is None:
         _require_no_content(message, role, where)
@@ -126,12 +126,12 @@ def _read(message: dict[str, object], where: str) -> dict[str, object]:
 
 
 def _require_no_content(message: Mapping[str, object], role: str, where: str) -> None:
-    """An answer may consist of calls alone; every other message needs a content, if only an empty text."""
+    """Only an answer that consists of calls may have no content; any other message needs one, even if empty."""
     elsewhere = next((name for name in _MEANT_FOR_CONTENT if message.get(name)), None)
     if elsewhere is not None:
-        raise ConfigurationError(f"{where}.content: the message has none; did you mean 'content' by {elsewhere!r}?")
+        raise ConfigurationError(f"{where}.content: missing; did you mean 'content' by {elsewhere!r}?")
     if role in _NEED_CONTENT:
-        raise ConfigurationError(f"{where}.content: a message of the role {role} needs a content, this one has none")
+        raise ConfigurationError(f"{where}.content: missing, and a message of role {role} needs one")
 
 
 def _names_role(given: object) -> bool:
@@ -145,12 +145,12 @@ def _split_pair(pair: Sequence[object], where: str) -> Iterator[dict[str, object
         yield {"role": _ROLES[str(pair[0])], "content": pair[1]}
         return
     for role, content in zip(("user", "assistant"), pair, strict=True):
-        if content is not None:  # an answer that is still to come
+        if content is not None:  # the answer is still to come
             yield {"role": role, "content": content}
 
 
 def _attributes(one: object) -> dict[str, object]:
-    dump = getattr(one, "model_dump", None)  # pydantic's, as the openai package's messages are
+    dump = getattr(one, "model_dump", None)  # Pydantic models, such as the openai package's messages
     if callable(dump):
         return dict(dump(exclude_none=True))
     return {name: value for name in _ATTRIBUTES if (value := getattr(one, name, None)) is not None}
@@ -160,11 +160,11 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ConfigurationError(f"{where}: {_describe(part)} cannot be read, only text can")
+        raise ConfigurationError(f"{where}: cannot read {_describe(part)}, only text")
     kind = part.get("type", "text" if "text" in part else None)
     text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
-        raise ConfigurationError(f"{where}: {_name_part(part, kind)} cannot be read, only text can")
+        raise ConfigurationError(f"{where}: cannot read {_name_part(part, kind)}, only text")
     return text
 
 
@@ -179,7 +179,7 @@ def _name_part(part: Mapping[str, object], kind: object) -> str:
 def _refuse_files(files: object, where: str) -> None:
     if files:
         first = files[0] if isinstance(files, list | tuple) else files
-        raise ConfigurationError(f"{where}: the file {_describe(first)} cannot be read, only text can")
+        raise ConfigurationError(f"{where}: cannot read the file {_describe(first)}, only text")
 
 
 def _of_file(value: object) -> str:
@@ -188,7 +188,7 @@ def _of_file(value: object) -> str:
 
 
 def _file_name(value: object) -> str | None:
-    """Of a file as Gradio or OpenAI's clients hand it over, alone or first of a list."""
+    """The name of a file, or of the first in a list, in the forms of Gradio and OpenAI's clients."""
     if isinstance(value, list | tuple) and value:
         return _file_name(value[0])
     if isinstance(value, str):
@@ -200,21 +200,21 @@ def _file_name(value: object) -> str | None:
 
 
 def _describe(value: object) -> str:
-    """A file by its name, everything else by its type."""
+    """Describe a file by its name, anything else by its type."""
     path = value.get("path") if isinstance(value, Mapping) else getattr(value, "path", value)
     return path if isinstance(path, str) else f"a value of type {type(value).__name__}"
 
 
 def _read_calls(calls: object, where: str) -> list[dict[str, object]]:
     if not isinstance(calls, list):
-        raise ConfigurationError(f"{where}: a list of calls is needed, not {type(calls).__name__}")
+        raise ConfigurationError(f"{where}: expected a list of calls, not {type(calls).__name__}")
     return [_with_object(call, where) for call in calls]
 
 
 def _with_object(call: object, where: str) -> dict[str, object]:
-    """Templates write the arguments themselves, and take them as an object."""
+    """The call with its arguments as an object: templates serialise them themselves."""
     if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
-        raise ConfigurationError(f"{where}: a call names its function")
+        raise ConfigurationError(f"{where}: a call needs the name of a function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

@@ -1,4 +1,4 @@
-"""What a request asks of an answer, and the same as keywords of transformers' `generate`."""
+"""The options of a request, and their equivalents as keywords of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from typing import Any
 from rabbit_engine.errors import ConfigurationError
 
 MOST_ALTERNATIVES = 20
-"""Log probabilities a position at most, as in OpenAI's interface."""
+"""The most log probabilities per position, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to answer. None leaves a choice to the checkpoint's own generation config.
+    """How to answer. None leaves a choice to the checkpoint's generation config.
 
     Args:
-        max_new_tokens: tokens at most; None is the checkpoint's own, else what the session says.
-        temperature: below 0.001 is greedy; above, the logits are divided by it and a token is drawn.
-        top_p: draw from the likeliest tokens of this total probability, in (0, 1].
-        top_k: draw from this many of the likeliest tokens; 0 draws from all, whatever the checkpoint says.
-        min_p: draw from tokens that are at least this share as likely as the likeliest.
-        seed: draw as `torch.manual_seed(seed)` before `generate` would, whatever other requests run.
-        stop: texts at which the answer ends; they are not part of it.
-        stop_token_ids: tokens at which it ends, besides those of the checkpoint; the one it ended at is in `Reply.tokens`, not
+        max_new_tokens: the most tokens; None uses the checkpoint's value, or else the session's.
+        temperature: greedy below 0.001; otherwise the logits are divided by it and tokens are sampled.
+        top_p: sample from the likeliest tokens with this total probability, in (0, 1].
+        top_k: sample from this many of the likeliest tokens; 0 samples from all, whatever the checkpoint sets.
+        min_p: sample from tokens at least this fraction as likely as the likeliest.
+        seed: sample as after `torch.manual_seed(seed)`, whatever other requests run.
+        stop: texts that end the answer; they are not part of it.
+        stop_token_ids: tokens that end the answer, in addition to the checkpoint's; the one reached is in `Reply.tokens`, not
             in the text.
-        include_stop: leave the stop text, or the text of the stop token, in the answer's.
-        ignore_eos: go on past the tokens that end an answer, up to `max_new_tokens`.
-        min_new_tokens: tokens before one that ends an answer may come.
-        bad_words: texts that the answer may not have; their last token gets no probability.
-        skip_special_tokens: False leaves the names of special tokens in the text.
-        logprobs: log probabilities of the tokens, and of this many of the likeliest at each position, 0 to 20.
+        include_stop: keep the stop text, or the text of the stop token, in the answer.
+        ignore_eos: continue past end tokens, up to `max_new_tokens`.
+        min_new_tokens: the least tokens before an end token.
+        bad_words: texts that the answer must not contain; their last token gets no probability.
+        skip_special_tokens: False keeps the names of special tokens in the text.
+        logprobs: return log probabilities of the tokens, and of this many of the likeliest at each position, 0 to 20.
         typical_p: transformers' own (Meister et al., 2022), in (0, 1].
         epsilon_cutoff, eta_cutoff: transformers' own (Hewitt et al., 2022), in [0, 1).
-        no_repeat_ngram_size: no sequence of this length comes twice; 0 allows any.
-        repetition_penalty: transformers' own (Keskar et al., CTRL, 2019); 1 is none.
-        presence_penalty: taken from the logit of every token that the answer has, -2 to 2 (OpenAI's definition).
-        frequency_penalty: taken from it as often as the answer has the token, -2 to 2.
+        no_repeat_ngram_size: no sequence of this length is repeated; 0 allows any.
+        repetition_penalty: transformers' own (Keskar et al., CTRL, 2019); 1 has no effect.
+        presence_penalty: subtracted from the logit of every token already in the answer, -2 to 2 (OpenAI's definition).
+        frequency_penalty: subtracted once per occurrence of the token in the answer, -2 to 2.
         logit_bias: added to the logits of token ids, -100 to 100.
 
-    Any of temperature above 0, top_p, top_k, min_p, typical_p, the cutoffs and seed makes the answer a drawn one.
+    A temperature above 0, top_p, top_k, min_p, typical_p, a cutoff or a seed turns sampling on.
     Raises ConfigurationError for a value out of range.
     """
 
@@ -82,7 +82,7 @@ class Options:
         self._require_types()
         for name in ("top_p", "typical_p"):
             if getattr(self, name) == 0:
-                raise ConfigurationError(f"{name}=0 leaves no token to draw: use temperature=0 for the likeliest")
+                raise ConfigurationError(f"{name}=0 leaves no token to sample: use temperature=0 for the likeliest")
         if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or math.inf):
             raise ConfigurationError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
 
@@ -90,7 +90,7 @@ class Options:
         for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and not isinstance(value, numbers.Integral):
-                raise ConfigurationError(f"{name}={value!r} is not a whole number")
+                raise ConfigurationError(f"{name}={value!r} is not an integer")
         for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} is neither True nor False")
@@ -102,15 +102,15 @@ class Options:
 
     @property
     def draws(self) -> bool | None:
-        """Whether tokens are drawn; None leaves it to the checkpoint."""
+        """Whether to sample; None leaves it to the checkpoint."""
         if self._is_cold:
             return False
-        asked = (self.temperature, self.seed, self.top_k or None)  # top_k=0 takes a rule away
+        asked = (self.temperature, self.seed, self.top_k or None)  # top_k=0 removes a restriction
         others = (getattr(self, name) for name in _DRAWING if name != "top_k")
         return True if any(value is not None for value in (*asked, *others)) else None
 
     def keywords(self) -> dict[str, Any]:
-        """The part of them that `generate` takes as it is, whatever the checkpoint says."""
+        """The options that `generate` takes unchanged, whatever the checkpoint sets."""
         found: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
         if self.draws is not None:
             found["do_sample"] = self.draws
@@ -119,12 +119,12 @@ class Options:
 
 
 def _texts(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    """One text or several, none of them empty."""
+    """A text or several, none of them empty."""
     found = (given,) if isinstance(given, str) else tuple(given)
     if not all(isinstance(text, str) for text in found):
-        raise ConfigurationError(f"{name} is a text or several")
+        raise ConfigurationError(f"{name} must be a text or a list of texts")
     if not all(found):
-        raise ConfigurationError(f"{name} has an empty text, which every answer begins with")
+        raise ConfigurationError(f"{name} contains an empty text, which would match at once")
     return found
 
 
@@ -132,12 +132,12 @@ def _check_bias(given: object) -> None:
     if not isinstance(given, Mapping) or not all(isinstance(token, numbers.Integral) for token in given):
         raise ConfigurationError(f"logit_bias={given!r} does not map token ids to numbers")
     if not all(_is_number(bias) and abs(bias) <= 100 for bias in given.values()):
-        raise ConfigurationError("logit_bias is from -100 to 100")
+        raise ConfigurationError("values of logit_bias must be from -100 to 100")
 
 
 def _token_id(given: object) -> int:
     if isinstance(given, bool) or not isinstance(given, int):
-        raise ConfigurationError(f"stop_token_ids are whole numbers, {given!r} is none")
+        raise ConfigurationError(f"stop_token_ids must be integers, not {given!r}")
     return given
 
 
@@ -150,7 +150,7 @@ def _is_number(value: object) -> bool:
 
 
 _COLDEST = 1e-3
-"""Logits that are divided by less overflow."""
+"""Logits divided by less overflow."""
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_new_tokens", 1, 2**31),

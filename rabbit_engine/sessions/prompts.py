@@ -1,4 +1,4 @@
-"""Messages and texts into token ids that fit, cut only where that was asked for."""
+"""Encodes messages and texts as token ids that fit, truncated only on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Overflow = Literal["refuse", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, how many the answer may have, and how many of the prompt were left out."""
+    """Token ids, the tokens left for the answer, and the number dropped from the prompt."""
 
     ids: list[int]
     answer_tokens: int
@@ -27,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`most` tokens of prompt and answer together; an answer has `usual` unless another number is asked for, or as many as
+    """`most` tokens for prompt and answer together. An answer has `usual` tokens unless a request says otherwise, or enough to
     make `whole` with its prompt: the generation config's `max_length`."""
 
     most: int
@@ -35,27 +35,28 @@ class Limits:
     whole: int | None = None
 
     def room_for_prompt(self, asked: int | None) -> int:
-        """Tokens that a prompt may have when the answer is to have `asked`; without, it leaves the answer a quarter at most."""
+        """The tokens a prompt may have, given those requested for the answer; with none requested the answer gets up to a
+        quarter."""
         return self.most - (asked if asked is not None else min(self.usual, max(1, self.most // 4)))
 
     def answer_tokens(self, prompt: int, asked: int | None) -> int:
-        """How many the answer may have. Raises PromptTooLongError."""
+        """The number of tokens the answer may have. Raises PromptTooLongError."""
         if prompt + (asked or 1) > self.most:
             answer = f"{asked} of the answer" if asked is not None else "any of an answer"
             raise PromptTooLongError(
-                f"{prompt} tokens of the prompt and {answer} are more than the {self.most} that there is room for: shorten "
-                "it, ask for fewer, let it be truncated, or load the model with a larger max_seq_len if memory is the limit"
+                f"{prompt} tokens of the prompt and {answer} are more than the {self.most} that fit: shorten the prompt, "
+                "request fewer, allow truncation, or, if memory is the limit, load the model with a larger max_seq_len"
             )
         usual = self.usual if self.whole is None or self.whole <= prompt else self.whole - prompt
         return asked if asked is not None else min(usual, self.most - prompt)
 
 
 def fit_text(ids: list[int], limits: Limits, asked: int | None, overflow: Overflow) -> Prompt:
-    """A plain prompt; where it is too long and that is allowed, its beginning is left out."""
+    """A plain prompt; if it is too long and truncation is allowed, its beginning is dropped."""
     room = limits.room_for_prompt(asked)
     if overflow == "refuse" or len(ids) <= room or room < 1:
         return Prompt(ids, limits.answer_tokens(len(ids), asked))
-    logger.warning("the first %d of %d tokens of a prompt are left out: there is room for %d", len(ids) - room, len(ids), room)
+    logger.warning("dropped the first %d of %d tokens of a prompt: there is room for %d", len(ids) - room, len(ids), room)
     return Prompt(ids[-room:], limits.answer_tokens(room, asked), len(ids) - room)
 
 
@@ -67,8 +68,8 @@ def fit_messages(
     overflow: Overflow,
     template: Mapping[str, object] | None = None,
 ) -> Prompt:
-    """A conversation; where it is too long and that is allowed, its oldest turns are left out, but for what the system
-    says at its beginning, and then the beginning of the last message."""
+    """A conversation; if it is too long and truncation is allowed, its oldest turns are dropped (never the leading system
+    messages), then the beginning of the last message."""
     template = template or {}
     ids = encoder.encode_messages(messages, template)
     room, whole = limits.room_for_prompt(asked), len(ids)
@@ -78,16 +79,16 @@ def fit_messages(
     ids = encoder.encode_messages(kept, template)
     while len(ids) > room and _shorten(encoder, kept[-1], len(ids) - room):
         ids = encoder.encode_messages(kept, template)
-    logger.warning("%d of %d tokens of a conversation are left out: there is room for %d", whole - len(ids), whole, room)
+    logger.warning("dropped %d of %d tokens of a conversation: there is room for %d", whole - len(ids), whole, room)
     return Prompt(ids, limits.answer_tokens(len(ids), asked), whole - len(ids))
 
 
 def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, object]]], bool]) -> list[dict[str, object]]:
-    """The system's messages at the beginning and as many of the last turns as fit, one at least; a turn begins with the
-    user's message, so that what is left is a conversation still."""
+    """The leading system messages and as many of the last turns as fit, at least one. A turn begins with the user's message,
+    so the rest is still a conversation."""
     start = next((index for index, message in enumerate(messages) if message.get("role") not in ("system", "developer")), 0)
     turns = [index for index, message in enumerate(messages) if index >= start and message.get("role") == "user"]
-    least, most = 0, max(0, len(turns) - 1)  # turns to leave out: `most` are enough, or nothing is
+    least, most = 0, max(0, len(turns) - 1)  # turns to drop: at most `most`
 
     def without(count: int) -> list[dict[str, object]]:
         rest = messages[turns[count] :] if turns else messages[start:]
@@ -100,7 +101,7 @@ def _last_turns(messages: Sequence[Message], fits: Callable[[list[dict[str, obje
 
 
 def _shorten(encoder: Encoder, message: dict[str, object], excess: int) -> bool:
-    """Leave out `excess` tokens at the beginning of its text; False when nothing is left to leave out."""
+    """Drop `excess` tokens from the beginning of its text; False if none are left."""
     content = message.get("content")
     if not isinstance(content, str) or not content:
         return False

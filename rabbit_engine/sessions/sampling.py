@@ -1,4 +1,4 @@
-"""What transformers has no keyword for: penalties as OpenAI defines them, and log probabilities as tokens come."""
+"""Logits processors that transformers lacks: OpenAI's penalties, and log probabilities as tokens are generated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LongTensor = torch.LongTensor
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token of an answer, its log probability, and the likeliest at its place with theirs, the likeliest first."""
+    """A token of an answer, its log probability, and the likeliest tokens at its position with theirs, in descending order."""
 
     token: int
     logprob: float
@@ -22,7 +22,7 @@ class TokenLogprob:
 
 
 class Penalties(LogitsProcessor):
-    """`presence` taken once and `frequency` as often as a token is in the answer so far, from its logit."""
+    """Subtracts `presence` once and `frequency` per occurrence from the logit of each token in the answer so far."""
 
     supports_continuous_batching = False
 
@@ -31,7 +31,7 @@ class Penalties(LogitsProcessor):
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: _LongTensor, scores: _FloatTensor) -> _FloatTensor:
-        """Logits [1, vocabulary] after the tokens [1, length]."""
+        """The penalised logits [1, vocabulary] for the tokens [1, length] so far."""
         counts = Counter(input_ids[0, self._prompt_tokens :].tolist())
         if not counts:
             return scores
@@ -43,7 +43,7 @@ class Penalties(LogitsProcessor):
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Remembers the log probabilities at the newest place: after penalties and biases, before temperature and the rest."""
+    """Records the log probabilities at the newest position: after penalties and biases, before temperature and the rest."""
 
     supports_continuous_batching = False
 
@@ -52,13 +52,13 @@ class LogprobRecorder(LogitsProcessor):
         self._row: torch.Tensor | None = None
 
     def __call__(self, input_ids: _LongTensor, scores: _FloatTensor) -> _FloatTensor:  # noqa: ARG002
-        """Logits [1, vocabulary], which it leaves as they are."""
+        """Logits [1, vocabulary], unchanged."""
         self._row = torch.log_softmax(scores[0].float(), dim=-1)
         return scores
 
     def of(self, token: int) -> TokenLogprob:
-        """Of the token that was chosen there."""
-        assert self._row is not None  # noqa: S101 - a token is chosen from logits
+        """The log probability of the token chosen there."""
+        assert self._row is not None  # noqa: S101 - logits come before the token
         best = self._row.topk(self._alternatives) if self._alternatives else None
         top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return TokenLogprob(token, float(self._row[token]), top)

@@ -1,4 +1,4 @@
-"""`Session`: many conversations with one model, each pass of which serves all that are waiting."""
+"""`Session`: many conversations with one model; each pass over the weights serves all of them."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ T = TypeVar("T")
 Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
 Chat = str | Message | Sequence[object]
-"""A user's words, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
+"""A user's message, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt that fits and what is asked of its answer; `Session.ask` takes it."""
+    """A prompt that fits, with its options; pass it to `Session.ask`."""
 
     prompt: Prompt
     options: Options
 
 
 class Ticket:
-    """A request under way. `cancel()` gives its place up; its end is told with what there is of the answer."""
+    """A request under way. `cancel()` ends it; its callback still gets the partial answer."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self._engine, self._job = engine, job
@@ -61,9 +61,9 @@ class Ticket:
 
 
 class Events:
-    """What becomes of requests, for one loop: `(index, Piece)` and last `(index, Reply)` of each. What went wrong is raised.
+    """Events of requests, for one event loop: `(index, Piece)` and finally `(index, Reply)` of each. Failures are raised.
 
-    `aclose()` gives their places up.
+    `aclose()` cancels the requests.
     """
 
     def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
@@ -91,31 +91,31 @@ class Events:
         return index, event
 
     async def aclose(self) -> None:
-        """Give up what is not over."""
+        """Cancel the requests that are not finished."""
         self._left = 0
         _cancel(self._tickets)
 
 
 class Session:
-    """Answers for a loaded model: one thread runs it, any number of threads and coroutines may ask.
+    """Answers requests for a loaded model: one thread runs it, and any number of threads and coroutines may call.
 
-    A pass over the weights serves every answer that is under way, and one that is asked for meanwhile joins the next; how
-    many at a time is bounded by `max_requests` and by the memory that is free for their caches. Each gets what
-    `model.generate` would give it alone, bit for bit, whatever its options, on every model that generates. Close it, or use
-    it in a `with` block: a session that is only dropped keeps its thread and its model.
+    Each pass over the weights serves every answer under way, and a new request joins the next pass. `max_requests` and the
+    memory free for caches limit how many run at once. Each gets exactly, bit for bit, what `model.generate` would give it
+    alone, with any options, on every model that generates. Close the session, or use it in a `with` block: one that is only
+    dropped keeps its thread and its model.
 
     Args:
-        model: as `AutoModel.from_pretrained` returned it; it is not closed with the session.
-        max_requests: answers under way at a time.
-        max_queue: requests that may wait meanwhile; more raise QueueFullError.
-        max_new_tokens: of an answer for which neither the request nor the checkpoint says a number.
-        overflow: what becomes of a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" leaves out the
-            oldest messages (never the system's) or the beginning of a text, and says how much in `Reply.cut_tokens`.
-        exact: False lets the texts of a pass share their matrix products: faster where computing takes longer than moving
-            the weights, but results then differ by rounding from those alone.
+        model: as `AutoModel.from_pretrained` returned it; closing the session does not close it.
+        max_requests: answers under way at once.
+        max_queue: requests that may wait; more raise QueueFullError.
+        max_new_tokens: the length of an answer if neither the request nor the checkpoint sets it.
+        overflow: what to do with a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" drops the oldest
+            messages (never the system's) or the beginning of a text, and reports how much in `Reply.cut_tokens`.
+        exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
+            but results then differ from `model.generate` by rounding.
 
-    The model, its tokenizer and its generation config stay as they are; after `close` the model's layers do, too. A child
-    that is forked from this process has no session: using one raises ModelClosedError there, closing it does nothing.
+    The model, its tokenizer and its generation config are unchanged; `close` also restores the model's layers. In a process
+    forked from this one, using the session raises ModelClosedError and closing it does nothing.
 
     Raises:
         ConfigurationError: for a wrong argument.
@@ -134,21 +134,21 @@ class Session:
     ) -> None:
         runtime = runtime_of(model)
         if overflow not in ("refuse", "truncate"):
-            raise ConfigurationError(f'overflow={overflow!r}: it is "refuse" or "truncate"')
+            raise ConfigurationError(f'overflow={overflow!r}: expected "refuse" or "truncate"')
         if not all(isinstance(count, int) for count in (max_requests, max_queue, max_new_tokens)):
-            raise ConfigurationError("max_requests, max_queue and max_new_tokens are whole numbers")
+            raise ConfigurationError("max_requests, max_queue and max_new_tokens must be integers")
         if max_requests < 1 or max_queue < 0 or max_new_tokens < 1:
-            raise ConfigurationError("max_requests and max_new_tokens are 1 at least, max_queue is 0 at least")
+            raise ConfigurationError("max_requests and max_new_tokens must be at least 1, max_queue at least 0")
         runtime.transfer.require_open()
         self.model = model
         self._template = TemplateVariables(model)
         self._overflow = overflow
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         if max_requests > 1 and (why := keeps_state(model)):
-            logger.warning("%s keeps %s in its modules: its answers are given one at a time", type(model).__name__, why)
+            logger.warning("%s keeps %s in its modules: its answers are generated one at a time", type(model).__name__, why)
             max_requests = 1
         self.most_requests = max_requests + max_queue
-        """As many may be under way and wait at a time."""
+        """The number of requests that may be under way or waiting."""
 
         self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model))
         config = model.generation_config if model.can_generate() else None
@@ -163,26 +163,26 @@ class Session:
     # The methods for most uses.
 
     def chat(self, messages: Chat, /, **options: Any) -> Reply:
-        """The answer to a conversation, or to a user's words.
+        """Answer a conversation, or a user's message.
 
-        `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and what the chat template takes,
+        `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and variables of the chat template,
         such as `tools`. Raises PromptTooLongError, QueueFullError, ConfigurationError, or what the model raises.
         """
         return self._wait_for([self.request(messages, **options)])[0]
 
     def stream(self, messages: Chat, /, **options: Any) -> Generator[str, None, Reply]:
-        """The same, piece by piece. Leaving the loop gives the place up. The generator's return value is the Reply."""
+        """As `chat`, piece by piece. Leaving the loop cancels the request. The generator's return value is the Reply."""
         return self._pieces(self.request(messages, **options))
 
     def generate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
-        """Continue many texts (or lists of token ids) at once: one pass serves all, the replies come in their order.
+        """Continue many texts (or lists of token ids) at once: each pass serves all, and the replies are in the prompts' order.
 
-        More than `max_requests` take turns; `max_queue` does not bound them.
+        If there are more than `max_requests`, the rest wait; `max_queue` does not apply.
         """
         return self._wait_for(self._requests(prompts, options), bounded=False)
 
     async def achat(self, messages: Chat, /, **options: Any) -> Reply:
-        """`chat`, awaited. A task that is cancelled gives its place up."""
+        """`chat`, awaited. Cancelling the task cancels the request."""
         request = await asyncio.to_thread(self.request, messages, **options)
         async with aclosing(self.events([request])) as events:
             replies = [event async for _, event in events if isinstance(event, Reply)]
@@ -197,7 +197,7 @@ class Session:
                     yield event.text
 
     async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
-        """`generate`, awaited. A task that is cancelled gives all places up."""
+        """`generate`, awaited. Cancelling the task cancels all requests."""
         requests = await asyncio.to_thread(self._requests, prompts, options)
         replies: dict[int, Reply] = {}
         async with aclosing(Events(self, requests, bounded=False)) as events:
@@ -209,7 +209,7 @@ class Session:
     # What a server needs.
 
     def request(self, messages: Chat, /, **options: Any) -> Request:
-        """The tokens of a conversation, cut where it is too long and that was asked for. Raises as `chat` does."""
+        """Encode a conversation, truncated if it is too long and truncation is on. Raises as `chat` does."""
         chosen, template = self._split(options)
         self._template.check(template)
         conversation = read_messages(messages)
@@ -217,40 +217,40 @@ class Session:
         return Request(prompt, chosen)
 
     def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: Any) -> Request:
-        """The tokens of a text that is to be continued, with those that the tokenizer puts around it."""
+        """Encode a text to continue, with the tokenizer's special tokens unless `special_tokens` is False."""
         chosen, unknown = self._split(options)
         if unknown:
             name, value = next(iter(unknown.items()))
             refuse_foreign(name, value)
-            raise ConfigurationError(f"{name}: no such option; there are {', '.join(NAMES)}")
+            raise ConfigurationError(f"{name}: no such option; the options are {', '.join(NAMES)}")
         ids = self._encoder.encode_text(text, special=special_tokens)
         return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
-        """Token ids of a text. Raises ConfigurationError where it has none, or ids that the model does not know."""
+        """Token ids of a text. Raises ConfigurationError if it has none, or ids outside the vocabulary."""
         self.require_process()
         return self._encoder.encode_text(text)
 
     def ask(self, requests: Sequence[Request], tell: Tell, *, bounded: bool = True) -> list[Ticket]:
-        """Put all of them into the queue, or none: QueueFullError if it is `bounded`.
+        """Queue all requests, or none. Raises QueueFullError if `bounded` and there is no room.
 
         `tell(index, event)` is called from the session's thread (or from one that cancels) and must return at once: with
-        pieces, and then once with the Reply or with what went wrong.
+        pieces, then once with the Reply or the exception.
         """
         jobs = [self._job(request, index, tell) for index, request in enumerate(requests)]
         self._engine.submit(jobs, bounded=bounded)
         return [Ticket(self._engine, job) for job in jobs]
 
     def events(self, requests: Sequence[Request]) -> Events:
-        """Ask for them now, and hear of them in the loop that runs: QueueFullError."""
+        """Queue the requests and return their events for the running event loop. Raises QueueFullError."""
         return Events(self, requests)
 
     def call(self, works: Sequence[tuple[Callable[[], T], int]]) -> list[Future[T]]:
-        """Run every `work()` in the session's thread, in step with the answers: what they ask of the model shares passes.
+        """Run every `work()` in the session's thread, in step with the answers: its calls of the model share their passes.
 
-        With each comes the length in tokens of what it computes. A future that is cancelled is not begun. A work may ask the
-        model, but not wait for the session, which raises ConfigurationError there. Raises QueueFullError if the queue is full
-        already; together they may be more than it holds.
+        Each comes with the number of tokens it computes. A cancelled future is not started. A work may call the model, but not
+        wait for the session: that raises ConfigurationError. Raises QueueFullError if the queue is already full; the works
+        may be more than it holds.
         """
         self.require_process()
         if self._engine.is_full:
@@ -261,40 +261,40 @@ class Session:
         return futures
 
     def refuse_longer(self, ids: Sequence[int]) -> None:
-        """Raise PromptTooLongError for more tokens than there is room for."""
+        """Raise PromptTooLongError for more tokens than fit."""
         if len(ids) > self._limits.most:
-            raise PromptTooLongError(f"{len(ids)} tokens are more than the {self._limits.most} that there is room for")
+            raise PromptTooLongError(f"{len(ids)} tokens are more than the {self._limits.most} that fit")
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """The number of requests that have not started."""
         return self._engine.waiting
 
     @property
     def running(self) -> int:
-        """Answers that every pass serves."""
+        """The number of answers under way."""
         return self._engine.running
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that a prompt and its answer may have together: the model's positions, or what memory allows."""
+        """The most tokens of a prompt and its answer: the model's positions, or what memory allows."""
         return self._limits.most
 
     @property
     def progress(self) -> PassProgress | None:
-        """Where the pass is that runs now."""
+        """The progress of the current pass."""
         return self.model.progress
 
     def require_process(self) -> None:
-        """Raise ModelClosedError in a process that was forked after the model was loaded: nothing would ever answer there."""
+        """Raise ModelClosedError in a process forked after the model was loaded: nothing would ever answer there."""
         self._engine.require_process()
 
     def require_other_thread(self) -> None:
-        """Raise ConfigurationError in the session's own thread: what waits there for an answer would wait for itself."""
+        """Raise ConfigurationError in the session's own thread: waiting there for an answer would never end."""
         self._engine.require_other_thread()
 
     def close(self) -> None:
-        """Cancel what is under way and end the thread; the model stays open, as it was before. Safe to call again."""
+        """Cancel what is under way and end the thread. The model stays open, as it was before. Idempotent."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -304,10 +304,10 @@ class Session:
         self.close()
 
     def _split(self, options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-        """What is ours to decide, and what goes to the chat template."""
+        """Split options into those of the session and those of the chat template."""
         self.require_process()
         if not self.model.can_generate():
-            raise ConfigurationError(f"{type(self.model).__name__} makes vectors of texts, it does not generate any")
+            raise ConfigurationError(f"{type(self.model).__name__} embeds texts and does not generate any")
         chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
         try:
             found = Options(**chosen)
@@ -316,7 +316,7 @@ class Session:
         for name in ("logit_bias", "stop_token_ids"):
             wrong = next((token for token in getattr(found, name) if not 0 <= token < self._vocabulary), None)
             if wrong is not None:
-                raise ConfigurationError(f"{name} names token id {wrong}, the vocabulary has {self._vocabulary}")
+                raise ConfigurationError(f"{name} contains token id {wrong}, but the vocabulary has {self._vocabulary}")
         return found, {name: value for name, value in options.items() if name not in NAMES}
 
     def template_reads(self, name: str) -> bool:
@@ -347,7 +347,7 @@ class Session:
         return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
-        """All replies, in their order; the first failure is raised, and cancels the rest."""
+        """All replies, in order; the first failure is raised and cancels the rest."""
         self.require_other_thread()
         inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         replies: dict[int, Reply] = {}
@@ -373,35 +373,35 @@ class Session:
                     raise event
                 if event.text:
                     yield event.text
-                    self.require_process()  # the caller may have forked meanwhile
+                    self.require_process()  # the caller may have forked in between
             return event
         finally:
             _cancel(tickets)
 
 
 def _each(prompts: object) -> list[str | Sequence[int]]:
-    """Every prompt by itself. Raises ConfigurationError for anything but a list of prompts."""
+    """Each prompt separately. Raises ConfigurationError for anything but a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
     found = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if isinstance(found, Mapping | bytes) or not isinstance(found, Iterable):
-        raise ConfigurationError(f"a text or a list of prompts is needed, not a value of type {type(prompts).__name__}")
+        raise ConfigurationError(f"expected a text or a list of prompts, not a value of type {type(prompts).__name__}")
     found = list(found)
     if found and isinstance(found[0], int):
-        raise ConfigurationError("this is one list of token ids, a list of prompts is needed: put it into brackets")
+        raise ConfigurationError("expected a list of prompts, not one list of token ids: put it in brackets")
     return found
 
 
 def _tell_what_is_left_out(config: GenerationConfig) -> None:
-    """A session draws or takes the likeliest token: beams and several answers at once are for `generate`."""
+    """Warn that a session samples or takes the likeliest token: beams and several answers per prompt need `generate`."""
     given = {name: getattr(config, name, None) for name in ("num_beams", "num_return_sequences")}
     left_out = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, 1))
     if left_out:
-        logger.warning("the checkpoint's generation config says %s: a session answers without; model.generate does it", left_out)
+        logger.warning("the checkpoint's generation config sets %s: a session ignores it; call model.generate for it", left_out)
 
 
 def keeps_state(model: SessionModel) -> str | None:
-    """What a model remembers outside of its cache, so that texts must not take turns within it; None where nothing does."""
+    """What a model remembers outside its cache, so that texts must not alternate within it; None if nothing."""
     kinds = [kind for module in model.modules() if (kind := getattr(module, "rope_type", None)) is not None]
     if any("dynamic" in (kind.values() if isinstance(kind, Mapping) else (kind,)) for kind in kinds):
         return "the longest text's rotary frequencies"
@@ -414,6 +414,6 @@ def _cancel(tickets: Sequence[Ticket]) -> None:
 
 
 def _positions(model: SessionModel) -> int | None:
-    """How many positions the model was made for, or computes right."""
+    """The number of positions the model was trained for, or computes correctly."""
     found = (stated_positions(model.config), runtime_of(model).architecture.positions)
     return min((limit for limit in found if limit), default=None)

@@ -1,4 +1,4 @@
-"""What a conversation may pass to the chat template besides its messages."""
+"""The variables that a conversation may pass to the chat template."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _TEMPLATE_OWN = frozenset(
 
 _MOST_TOLD = 100
 _MOST_VARIABLES = 64
-"""Of a chat template, for one conversation."""
+"""The most variables of the chat template for one conversation."""
 
 
 class TemplateVariables:
-    """The variables that the chat template of a model takes."""
+    """The variables that a model's chat template reads."""
 
     def __init__(self, model: SessionModel) -> None:
         self._model = model
         self._told: set[str] = set()
 
     def check(self, given: Mapping[str, object]) -> None:
-        """Raise ConfigurationError for a variable that must not be set, or a misspelt option; warn once of a variable that
+        """Raise ConfigurationError for a variable that must not be set or a misspelt option; warn once about a variable that
         the template does not read."""
         if len(given) > _MOST_VARIABLES:
             raise ConfigurationError(f"{len(given)} variables for the chat template are more than {_MOST_VARIABLES}")
         for name in given:
             if name in _TEMPLATE_OWN:
-                raise ConfigurationError(f"{name} is the session's to decide: it makes token ids of the whole conversation")
+                raise ConfigurationError(f"{name} cannot be set: the session always encodes the whole conversation")
             if name in _TEMPLATE_KNOWN or self.reads(name):
                 continue
             refuse_foreign(name, given[name])
@@ -51,5 +51,5 @@ class TemplateVariables:
                 logger.warning("%.60s is not an option, and the chat template does not read it: it has no effect", name)
 
     def reads(self, name: str) -> bool:
-        """Whether the chat template has a variable of this name; the n of `\\n` does not count."""
+        """Whether the chat template has a variable of this name; the n in `\\n` does not count."""
         return re.search(rf"(?<!\\)\b{re.escape(name)}\b", str(getattr(self._model.tokenizer, "chat_template", ""))) is not None

@@ -1,4 +1,4 @@
-"""Tokens into text as they come, up to a stop."""
+"""Turns tokens into text as they are generated, up to a stop."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from rabbit_engine.model.protocols import Decoder
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no whole character yet."""
+"""What a decoder writes for bytes that are not a complete character yet."""
 
 
 class TextFlow:
-    """The text of an answer, piece by piece: together the pieces are what the decoder makes of all its tokens at once,
-    up to the first of `stops`.
+    """The text of an answer, piece by piece: joined, the pieces are what the decoder makes of all tokens at once, up to the
+    first of `stops`.
 
-    A piece is held back while it is half a character, or may be the beginning of a stop. `include_stop` leaves the stop in
-    the text; `skip_special` leaves the names of special tokens out.
+    A piece is held back while it is an incomplete character or may begin a stop. `include_stop` keeps the stop in the text;
+    `skip_special` drops the names of special tokens.
     """
 
     def __init__(
@@ -25,13 +25,13 @@ class TextFlow:
         self._stops = tuple(stops)
         self._include_stop, self._skip_special = include_stop, skip_special
         self._tokens: list[int] = []
-        self._context, self._read = 0, 0  # tokens up to `_read` are text; those from `_context` tell how the next ones join
+        self._context, self._read = 0, 0  # tokens up to `_read` are text; those from `_context` show how the next ones join
         self._held = ""
         self.text = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token; often empty."""
+        """The text that this token completes; often empty."""
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -42,7 +42,7 @@ class TextFlow:
         return self._pass_on(new)
 
     def end(self) -> str:
-        """What was held back: no token comes any more."""
+        """The text held back, after the last token."""
         if self.stopped:
             return ""
         piece = self._pass_on(self._unread())
@@ -60,7 +60,7 @@ class TextFlow:
         return str(self._decoder.decode(tokens, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False))
 
     def _pass_on(self, new: str) -> str:
-        """What of the held and the new text no stop can reach any more."""
+        """The part of the held and new text that no stop can include any more."""
         text = self._held + new
         found = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         self.stopped = bool(found)
@@ -71,7 +71,7 @@ class TextFlow:
         return text[:end]
 
     def _longest_beginning(self, text: str) -> int:
-        """How many characters at the end of `text` may be the beginning of a stop."""
+        """The length of the longest end of `text` that may begin a stop."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
