@@ -81,6 +81,19 @@ def test_encoded_weights_are_decoded_once_they_are_there(
     assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_weights_decoded_at_load_are_there_for_any_stream(family: str, ids: Any, tmp_path: Path) -> None:
+    """Each is read to where the one before it was decoded from."""
+    folder, whole = quantised(family, tmp_path / "model")
+    device = SimulatedAccelerator()
+    with torch.no_grad(), Watch(device), load_simulated(folder, device, beyond=9) as model:
+        assert not model.plan.streamed
+        assert any(unit.decoded for unit in model.plan.units)
+        with device.in_stream():
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert device.races == []
+
+
 def prompts(count: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(3, 96, (1, 3 + 4 * index), generator=generator) for index in range(count)]

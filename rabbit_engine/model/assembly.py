@@ -159,6 +159,7 @@ class _Builder:
         scratch = self._plan.resident_bytes + self._plan.experts.device_bytes
         fill_all(self._ring, [(unit, scratch)])
         tensors = unit.decode(self._ring.view(scratch, unit.nbytes), self._ring.view(start, unit.decoded_bytes))
+        self._ring.finish(self._ring.last_use())  # the next unit is read to the same scratch; any stream may use these
         for weight, tensor in zip(unit.weights, tensors, strict=True):
             self._set_everywhere(weight.entry.name, tensor)
 
