@@ -14,7 +14,7 @@ import torch
 from interrupting import interrupt_at
 from simulated import Event, RaceError, SimulatedAccelerator, SimulatedHost, SimulatedRing, Stream, Watch
 
-from rabbit_engine.errors import StreamingError
+from rabbit_engine.errors import ModelClosedError, StreamingError
 from rabbit_engine.storage.tensorfiles import read_header, write_aligned
 from rabbit_engine.streaming import ExpertLayer, ExpertSlots, HostPlace, Transfer, Unit, fill_all, make_unit
 
@@ -47,7 +47,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
 
 
 class FailingRing(SimulatedRing):
-    """Reads fail as `fails` says."""
+    """Reads and copies fail as `fails` says."""
 
     fails: Callable[[str], bool] = staticmethod(lambda name: False)
 
@@ -55,6 +55,11 @@ class FailingRing(SimulatedRing):
         if self.fails(name):
             raise OSError(f"{name} has a bad sector")
         super().fill(chunk, start, after, name, lane)
+
+    def copy(self, source: torch.Tensor, start: int, after: Any, name: str) -> None:
+        if self.fails(name):
+            raise OSError(f"{name} cannot be copied")
+        super().copy(source, start, after, name)
 
 
 class Run:
@@ -229,6 +234,33 @@ def test_what_stays_is_there_for_any_stream(units: list[Unit]) -> None:
             units[1].weights[0].view(ring.view(0, units[1].nbytes)), torch.full(units[1].weights[0].entry.shape, 1.0)
         )
     ring.close()
+    assert device.races == []
+
+
+def test_closing_one_of_two_models_waits_for_its_reads(run: Any) -> None:
+    """The readers' threads go on for the other one, so their end cannot be what is waited for."""
+    device, reads, may_read = SimulatedAccelerator(), threading.Event(), threading.Event()
+    made, _ = run(device, random.Random(1)), run(SimulatedAccelerator(), random.Random(1))
+
+    def hold(name: str) -> bool:
+        reads.set()
+        return not may_read.wait(5)
+
+    def ask() -> None:
+        with suppress(ModelClosedError):
+            made.transfer.acquire(made.transfer.units[0].name)
+
+    made.ring.fails = hold
+    asking, closing = threading.Thread(target=ask), threading.Thread(target=made.transfer.close)
+    asking.start()
+    assert reads.wait(5)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    may_read.set()
+    closing.join(5)
+    asking.join(5)
+    assert not closing.is_alive()
     assert device.races == []
 
 
