@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.metadata
 import io
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.cli import main
 from rabbit_engine.diagnostics.demo import wheel_file
-from rabbit_engine.storage import directio
+from rabbit_engine.storage.directio import buffered_reasons
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 transformers.utils.logging.set_verbosity_error()
@@ -124,7 +125,23 @@ def _what_the_smallest_depends_on(folder: Path, keywords: dict[str, Any]) -> str
     files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
     config = folder / "config.json"
     text = config.read_text(encoding="utf-8") if config.is_file() else str(folder)
-    return repr((sorted(keywords.items()), files, text, directio._O_DIRECT))
+    return repr((sorted(keywords.items()), files, text))
+
+
+@pytest.fixture
+def without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """File systems refuse direct reads, as some in user space and over a network do."""
+    native = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **keywords: Any) -> int:
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        return native(path, flags, *rest, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        yield
+    buffered_reasons([tmp_path])  # later tests read directly again
 
 
 @pytest.fixture

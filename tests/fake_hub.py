@@ -27,6 +27,7 @@ class FakeHub:
     cut_after: int | None = None
     head_only: bool = False
     url: str = ""
+    commit: str = COMMIT
 
     @contextmanager
     def running(self) -> Iterator[FakeHub]:
@@ -62,7 +63,7 @@ class FakeHub:
         repo = next((name for name in self.repos if f"/{name}/" in f"{path}/"), None)
         if repo is None:
             return self.refuse(request, 401, "RepoNotFound")
-        if "/revision/" in path and path.rsplit("/", 1)[1] not in ("main", COMMIT):
+        if "/revision/" in path and path.rsplit("/", 1)[1] not in ("main", self.commit):
             return self.refuse(request, 404, "RevisionNotFound")
         if path.startswith("/api/"):
             return self.send_json(request, self.info(repo, path))
@@ -75,7 +76,7 @@ class FakeHub:
         if "/tree/" in path:
             return [{"type": "file", "path": n, "size": p.stat().st_size, "oid": self.etag(p)} for n, p in files.items()]
         siblings = [{"rfilename": n, "size": p.stat().st_size, "blobId": self.etag(p)} for n, p in files.items()]
-        return {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return {"id": repo, "modelId": repo, "sha": self.commit, "siblings": siblings, "tags": [], "private": False}
 
     @staticmethod
     def etag(path: Path) -> str:
@@ -94,7 +95,7 @@ class FakeHub:
         partial = len(part) < len(data)
         request.send_response(206 if partial else 200)
         request.send_header("ETag", f'"{self.etag(path)}"')
-        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", str(len(part)))
         if partial:
             request.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")

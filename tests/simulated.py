@@ -111,7 +111,7 @@ class SimulatedAccelerator:
         self._streams: list[Stream] = []
         self._order = random.Random(seed)
         self._here = threading.local()
-        self._default = self._add("the model's stream", eager=True)
+        self._default = self.add_stream("the model's stream", eager=True)
         self._pinned: list[torch.Tensor] = []
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._names: list[str] = ["nothing"]
@@ -130,7 +130,7 @@ class SimulatedAccelerator:
         return self._memory
 
     def new_stream(self) -> Stream:
-        return self._add(f"stream {len(self._streams)}", eager=False)
+        return self.add_stream(f"stream {len(self._streams)}", eager=False)
 
     def new_event(self) -> Event:
         return Event(self)
@@ -256,7 +256,7 @@ class SimulatedAccelerator:
     @contextlib.contextmanager
     def in_stream(self) -> Iterator[None]:
         """This thread's kernels go to a stream of their own, as within `torch.cuda.stream`."""
-        self._here.stream = self._add(f"stream {len(self._streams)}", eager=True)
+        self._here.stream = self.add_stream(f"stream {len(self._streams)}", eager=True)
         try:
             yield
         finally:
@@ -268,7 +268,7 @@ class SimulatedAccelerator:
         self._here.name = name
         yield
 
-    def _add(self, name: str, *, eager: bool) -> Stream:
+    def add_stream(self, name: str, *, eager: bool) -> Stream:
         self._streams.append(Stream(self, name, eager=eager))
         return self._streams[-1]
 

@@ -254,9 +254,8 @@ def test_a_folder_in_memory_is_told_from_a_disk() -> None:
     assert measure_disk_rate(Path("/dev/shm"), SAMPLE, 1).median > 0
 
 
-def test_reads_through_the_page_cache_are_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rabbit_engine.storage.directio._O_DIRECT", 0)
-    monkeypatch.setattr("rabbit_engine.storage.directio._reasons", {})
+@pytest.mark.usefixtures("without_direct_reads")
+def test_reads_through_the_page_cache_are_flagged(tmp_path: Path) -> None:
     rate = measure_disk_rate(tmp_path, SAMPLE, 1)
     assert rate.buffered is not None
     assert doctor.judge_direct_reads(rate).status == "warn"

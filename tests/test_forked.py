@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import talking
 import torch
 
 from rabbit_engine import AutoModel, Session, errors
-from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import RandomStream
 from rabbit_engine.streaming.transfer.reader import shared_reader
+
+LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 
@@ -56,6 +58,21 @@ def outcome_in_a_child(work: Callable[[], Any]) -> str:
     return told or "a hang"
 
 
+def locks_of(*owners: Any) -> list[Any]:
+    """The locks in the attributes of `owners`, of the objects of ours that they hold, and so on."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    left = list(owners)
+    while left:
+        owner = left.pop()
+        if isinstance(owner, LOCKS):
+            found[id(owner)] = owner
+        elif id(owner) not in seen and (isinstance(owner, type) or type(owner).__module__.startswith("rabbit_engine.")):
+            seen.add(id(owner))
+            left += vars(owner).values() if hasattr(owner, "__dict__") else ()
+    return list(found.values())
+
+
 def in_a_loop(coroutine: Callable[[], Any]) -> None:
     import asyncio
 
@@ -82,11 +99,13 @@ def test_a_child_that_uses_a_session_is_told_at_once(session: Session, use: str)
 
 @pytest.mark.parametrize("use", ["generate", "chat", "encode"])
 def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -> None:
-    binding, reader = runtime_of(session.model).binding, shared_reader()
-    held, go_on = threading.Event(), threading.Event()
+    locks, held, go_on = locks_of(session, shared_reader(), RandomStream), threading.Event(), threading.Event()
+    assert len(locks) >= 5
 
     def hold() -> None:
-        with binding._lock, reader.lock, session._engine._changed, session._encoder._setting_up, RandomStream._turn:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
             held.set()
             go_on.wait(30)
 
@@ -151,8 +170,24 @@ def test_a_child_that_loads_its_own_model_draws_although_others_drew_at_the_fork
         with AutoModel.from_pretrained(folder, device="cpu") as model, Session(model, exact=False) as own:
             assert own.generate(["abc"], seed=4, max_new_tokens=5)[0].tokens == expected
 
-    with RandomStream._turn:
+    [turn] = locks_of(RandomStream)
+    with turn:
         assert outcome_in_a_child(draw) == "nothing"
+
+
+def test_the_service_says_why_it_cannot_answer(session: Session) -> None:
+    from fastapi.testclient import TestClient
+
+    from rabbit_engine.server import app
+
+    def ask() -> None:
+        with TestClient(app.create_app(session, "mine"), base_url="http://localhost") as client:
+            answer = client.post("/v1/completions", json={"model": "mine", "prompt": "abc", "max_tokens": 1})
+            assert answer.status_code == 503
+            assert "forked" in answer.json()["error"]["message"]
+            assert client.get("/health").status_code == 503
+
+    assert outcome_in_a_child(ask) == "nothing"
 
 
 class Asking(torch.utils.data.Dataset[int]):

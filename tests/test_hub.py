@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -144,7 +145,7 @@ def test_missing_repo_revision_and_network(hub: FakeHub, tmp_path: Path, streame
 def test_disk_is_counted_before_the_download(
     hub: FakeHub, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(errors.NotEnoughDiskError, match=f"downloading {REPO}"):
         streamed(REPO, cache_dir=tmp_path / "cache")
     assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
@@ -159,13 +160,9 @@ def test_a_folder_for_shards_that_cannot_be_written_is_said_before_the_download(
     assert not [name for name, _ in hub.served if name.endswith(".safetensors")]
 
 
-def test_another_commit_is_another_split(
-    hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fake_hub
-
+def test_another_commit_is_another_split(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
     streamed(REPO, cache_dir=tmp_path / "cache", split="always")
-    monkeypatch.setattr(fake_hub, "COMMIT", "f" * 40)
+    hub.commit = "f" * 40
     model = streamed(REPO, cache_dir=tmp_path / "cache", split="always")
     assert runtime_of(model).checkpoint.folder.parent.name == "f" * 40
 

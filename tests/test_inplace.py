@@ -186,15 +186,10 @@ def test_on_a_file_system_in_memory(own_checkpoint: Any, plain: Any, streamed: A
         model.close()
 
 
-def test_buffered_reads_are_right_and_said_openly(
-    own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rabbit_engine.storage import directio
-
-    monkeypatch.setattr(directio, "_O_DIRECT", 0)
-    monkeypatch.setattr(directio, "_reasons", {})
+@pytest.mark.usefixtures("without_direct_reads")
+def test_buffered_reads_are_right_and_said_openly(own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = own_checkpoint("llama_biased")
     model = streamed(folder, split="never")
-    assert any("page cache" in note and "O_DIRECT" in note for note in model.plan.notes)
+    assert any("page cache" in note and "refuses direct reads (EINVAL)" in note for note in model.plan.notes)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(folder)(ids).logits)

@@ -32,8 +32,8 @@ RABBITLLM = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keywords, "_warned", set())
+def _fresh_warnings() -> None:
+    keywords.warn_retired.cache_clear()
 
 
 def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids: torch.Tensor) -> None:

@@ -206,8 +206,7 @@ def test_every_class_of_the_table_is_in_the_registry() -> None:
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.MORE, *IMAGE_TEXT])
 def test_the_registry_and_the_search_find_the_same_layers(family: str) -> None:
-    from rabbit_engine.architectures.layout import _known_list, _search, find_layout
+    from rabbit_engine.architectures.layout import find_layout, known_list, largest_list
 
     model = families.build(family)
-    name, layers = _search(model, find_layout(model).embedding)
-    assert _known_list(model) == (name, layers)
+    assert known_list(model) == largest_list(model, find_layout(model).embedding)

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from rabbit_engine import errors
 from rabbit_engine.model.admission import demand_of
 from rabbit_engine.model.runtime import Runtime, runtime_of
-from rabbit_engine.planning import probe
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
+from rabbit_engine.planning.operations import RememberedResults, described
 from rabbit_engine.planning.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
 from rabbit_engine.storage.directio import HUGE_PAGE, claim_memory
 from rabbit_engine.storage.tensorfiles import read_header, same_bytes
 from rabbit_engine.streaming import Trace, claim_ring
 from rabbit_engine.streaming.transfer.unit import Extent
-from rabbit_engine.utils import heap, kernels
+from rabbit_engine.utils import heap
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
 
@@ -66,20 +66,23 @@ def test_scores_are_counted_where_the_kernel_holds_them() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "deepseek_v3", "gpt2"])
-def test_operations_that_are_remembered_give_the_same_probe(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_that_are_remembered_give_the_same_probe(family: str) -> None:
+    class Forgotten(RememberedResults):
+        def run(self, *operation: Any) -> Any:
+            return RememberedResults().run(*operation)
+
     model = on_meta(family, dtype=torch.bfloat16)
     found = run_probe(model)
-    monkeypatch.setattr(probe._Watch, "_new_result", lambda *_: None)
-    assert run_probe(model) == found
+    assert run_probe(model, results=Forgotten()) == found
     assert found.alone
 
 
 def test_operands_that_are_equal_but_of_another_type_are_told_apart() -> None:
-    described = [probe._described((2, value), []) for value in (1, True, 1.0)]
-    assert len(set(described)) == 3
+    values = [described((2, value), []) for value in (1, True, 1.0)]
+    assert len(set(values)) == 3
     rows, columns = torch.ones(2, 3), torch.ones(3, 2).T
     found: list[torch.Tensor] = []
-    assert probe._described([rows], found) != probe._described([columns], found)
+    assert described([rows], found) != described([columns], found)
     assert [id(tensor) for tensor in found] == [id(rows), id(columns)]
 
 
@@ -228,7 +231,7 @@ print(resident() - before)
 @pytest.mark.skipif(not heap.glibc(), reason="glibc's own")
 def test_neither_freed_tensors_nor_prompts_of_ever_new_lengths_grow_the_process() -> None:
     """In a process of its own: what another test has freed would serve these blocks too."""
-    own = (*kernels._SETTINGS, *heap._OWN_SETTINGS)
+    own = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
     of_tensors, of_kernels = map(int, done.stdout.split())

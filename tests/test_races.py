@@ -281,8 +281,8 @@ class Careless(SimulatedAccelerator):
         self.forgets, self.synchronized = forgets, 0
         super().__init__()
 
-    def _add(self, name: str, *, eager: bool) -> Stream:
-        stream = super()._add(name, eager=eager)
+    def add_stream(self, name: str, *, eager: bool) -> Stream:
+        stream = super().add_stream(name, eager=eager)
         if self.forgets == ("the copies of what is read" if eager else "the last use of what is overwritten"):
             stream.__class__ = DeafStream
         return stream

@@ -17,7 +17,6 @@ import pytest
 import talking
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server import app, body, listen
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.timeouts import Timeouts
@@ -225,14 +224,3 @@ def test_an_answer_that_is_done_in_time_is_whole(session: Session) -> None:
         wait_until(lambda: session.running == 1)
         server.handle_exit(signal.SIGTERM, None)
         assert b'"finish_reason":"length"' in rest_of(whole)
-
-
-def test_the_service_in_a_forked_child_says_why_it_cannot_answer(session: Session, monkeypatch: Any) -> None:
-    from fastapi.testclient import TestClient
-
-    with TestClient(app.create_app(session, "mine"), base_url="http://localhost") as client:
-        monkeypatch.setattr(runtime_of(session.model).transfer._machine, "_process", -1)  # as a child sees it
-        answer = client.post("/v1/completions", json={**ENDLESS, "max_tokens": 1})
-        assert answer.status_code == 503
-        assert "forked" in answer.json()["error"]["message"]
-        assert client.get("/health").status_code == 503

@@ -48,7 +48,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     Raises UnsupportedArchitectureError for a model without a list of layers.
     """
     embedding, head = _name_of(model, _embedding(model)), _name_of(model, _head(model))
-    name, layers = _known_list(model) or _search(model, embedding)
+    name, layers = known_list(model) or _search(model, embedding)
     parent = name.rpartition(".")[0]
     siblings = model.get_submodule(parent).named_children() if parent else model.named_children()
     others = [f"{parent}.{child}".lstrip(".") for child, module in siblings if _is_leaf_with_weights(module)]
@@ -61,7 +61,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
     )
 
 
-def _known_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+def known_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """The list of blocks that the registry names for the model's class; None if the class is not in it."""
     known = find_known(type(model).__name__)
     found = _list_at(model, known.layers) if known else None
     return (known.layers, found) if known and found is not None else None
@@ -80,13 +81,17 @@ def _towers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _search(model: PreTrainedModel, embedding: str | None) -> tuple[str, nn.ModuleList]:
-    name, layers = _largest_list(model, (embedding or "").rpartition(".")[0])
+    name, layers = largest_list(model, embedding)
     logger.info("%s is not in the registry; found %d layers in its module tree: %s", type(model).__name__, len(layers), name)
     return name, layers
 
 
-def _largest_list(model: nn.Module, home: str) -> tuple[str, nn.ModuleList]:
-    """The largest list of blocks; lists in the embedding's module (`home`) come first, then lists below it, then any other."""
+def largest_list(model: nn.Module, embedding: str | None) -> tuple[str, nn.ModuleList]:
+    """The largest list of blocks; lists in the embedding's module come first, then lists below it, then any other.
+
+    Raises UnsupportedArchitectureError for a model without one.
+    """
+    home = (embedding or "").rpartition(".")[0]
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     blocks = [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 
 from rabbit_engine.errors import NotEnoughDiskError
-from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reason
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, as_bytes, buffered_reasons
 from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.sizes import format_bytes
@@ -138,6 +138,7 @@ def room_for(folder: Path, nbytes: int) -> int:
 def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int) -> DiskRate:
     """Each round reads the next `sample_bytes` of the file, from its start again behind its end."""
     _drop_cache(path)
+    buffered = next(iter(buffered_reasons([path])), None)
     starts = range(0, path.stat().st_size - sample_bytes + 1, sample_bytes)
     rates: list[float] = []
     begin = time.perf_counter()
@@ -148,7 +149,7 @@ def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int)
         rates.append(sample_bytes / (time.perf_counter() - start))
         if index >= _LEAST_ROUNDS and time.perf_counter() - begin > _MOST_S:
             break
-    return DiskRate(rounds=tuple(rates[1:]), sample_bytes=sample_bytes, file=found, buffered=buffered_reason(path))
+    return DiskRate(rounds=tuple(rates[1:]), sample_bytes=sample_bytes, file=found, buffered=buffered)
 
 
 def sample_chunks(path: Path, first: int, nbytes: int) -> Sequence[Extent]:

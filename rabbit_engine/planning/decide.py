@@ -15,7 +15,7 @@ from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.tiers import Budget
-from rabbit_engine.storage.directio import buffered_reason
+from rabbit_engine.storage.directio import buffered_reasons
 from rabbit_engine.streaming.transfer.measure import speeds_for
 from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
 from rabbit_engine.utils.sizes import format_bytes
@@ -27,8 +27,9 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     entries = list(partition.weights.entries.values())
     budget = budget_for(partition, stream, find_free_memory(stream))
     on_cpu = stream.device.type == "cpu"
+    notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.device_bytes if on_cpu else None)
-    plan = _place(partition, str(stream.device), budget, speeds, _read_notes(partition, stream.device))
+    plan = _place(partition, str(stream.device), budget, speeds, notes)
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
 
@@ -55,8 +56,8 @@ def find_free_memory(stream: StreamConfig) -> FreeMemory:
 def _read_notes(partition: Partition, device: torch.device) -> list[str]:
     """Notes for the plan about the files: how they are read, and what must be realigned."""
     paths = {place.path for entry in partition.weights.entries.values() for place in entry.places}
-    reasons = {buffered_reason(path) for path in paths if path.is_file()}
-    notes = [f"reads go through the page cache: {reason}" for reason in sorted(filter(None, reasons))]
+    reasons = buffered_reasons(path for path in paths if path.is_file())
+    notes = [f"reads go through the page cache: {reason}" for reason in sorted(reasons)]
     moved = sum(chunk.nbytes for chunk in misaligned(partition)) if device.type == "cpu" else 0
     if moved:
         why = "off a 16-byte boundary in their files, or joined from parts"

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import first_line
+from rabbit_engine.planning.operations import RememberedResults, is_alias
 from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
 from rabbit_engine.transformers_bridge.experts import (
     experts_computed_by,
@@ -96,9 +97,9 @@ class Probe:
 class _Watch(TorchDispatchMode):
     """Records the weights that every operation takes, and the size of its result."""
 
-    def __init__(self, owners: Mapping[int, str]) -> None:
+    def __init__(self, owners: Mapping[int, str], results: RememberedResults) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owners = owners
+        self._owners, self._results = owners, results
         self.running: list[str] = []
         self.ran: dict[str, None] = {}  # in the order of the first run
         self.reached: set[str] = set()
@@ -107,39 +108,23 @@ class _Watch(TorchDispatchMode):
         self.live_bytes = 0
         self._peak_bytes = 0
         self._peaks: list[int] = []
-        self._results: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation unchanged and record it."""
         del types
         self.operations += 1
-        operands: list[torch.Tensor] = []
-        key = (func, _described(args, operands), _described(tuple((kwargs or {}).items()), operands))
+        result, operands = self._results.run(func, args, kwargs or {})
         for tensor in operands:
             owner = self._owners.get(id(tensor))
             if owner is not None and owner not in self.running:
                 self.reached.add(owner)
-        if _is_alias(func):
-            return func(*args, **(kwargs or {}))
-        result = self._new_result(key) if all(tensor.is_meta for tensor in operands) else None
-        if result is None:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.is_meta:
-                self._results[key] = (result.shape, result.stride(), result.dtype)
+        if is_alias(func):
+            return result
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.numel() * leaf.element_size())
                 weakref.finalize(leaf, self._count, -leaf.numel() * leaf.element_size())
         return result
-
-    def _new_result(self, key: Hashable) -> torch.Tensor | None:
-        """The result of an operation that ran before on equal operands. Layers are alike, and an operation without values takes
-        100 us where torch infers its result in Python."""
-        known = self._results.get(key)
-        if known is None:
-            return None
-        shape, stride, dtype = known
-        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _count(self, nbytes: int) -> None:
         self.live_bytes += nbytes
@@ -157,27 +142,12 @@ class _Watch(TorchDispatchMode):
         return peaks
 
 
-def _described(value: Any, tensors: list[torch.Tensor]) -> Hashable:
-    """Everything in an operand that a result without values depends on. Its tensors are added to `tensors`."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(_described(item, tensors) for item in value)
-    return type(value), value  # True and 1 and 1.0 are equal
-
-
-@functools.cache
-def _is_alias(operation: Any) -> bool:
-    """Whether it returns memory that it was given."""
-    return any(returned.alias_info is not None for returned in operation._schema.returns)
-
-
-def run_probe(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
+def run_probe(model: PreTrainedModel, device_type: str = "cpu", results: RememberedResults | None = None) -> Probe:
     """Prefill and decode on the meta device, as on a device of that type. If the model cannot run there, log it and return an
-    empty Probe."""
+    empty Probe. `results` of other probes may be passed, and are added to."""
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
-    watch = _Watch({id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)})
+    owners = {id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)}
+    watch = _Watch(owners, results or RememberedResults())
     try:
         with (
             torch.no_grad(),

@@ -14,7 +14,7 @@ import mmap
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,19 +81,37 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def buffered_reason(path: Path) -> str | None:
-    """Why reads of `path` go through the page cache, or None if they bypass it."""
+def buffered_reasons(paths: Iterable[Path]) -> set[str]:
+    """Why reads of some of the files go through the page cache; empty if all bypass it.
+
+    Probes each file system with a direct read, and `is_direct` follows the answer: the number of one that was unmounted may
+    now be another's.
+    """
     if sys.platform == "darwin":
-        return None
+        return set()
+    samples = {_file_system(path): path for path in paths}
+    reasons = {device: _ask(path) for device, path in samples.items()}
+    _is_direct.update({device: reason is None for device, reason in reasons.items()})
+    return {reason for reason in reasons.values() if reason is not None}
+
+
+def is_direct(path: Path) -> bool:
+    """Whether reads of `path` bypass the page cache; its file system is probed if it was not before."""
+    if sys.platform == "darwin":
+        return True
+    device = _file_system(path)
+    if device not in _is_direct:
+        _is_direct[device] = _ask(path) is None
+    return _is_direct[device]
+
+
+_is_direct: dict[int, bool] = {}
+"""By the file system's device, as it was last probed."""
+
+
+def _file_system(path: Path) -> int:
     with disk_errors(path):
-        device = path.stat().st_dev
-    if device not in _reasons:
-        _reasons[device] = _ask(path)
-    return _reasons[device]
-
-
-_reasons: dict[int, str | None] = {}
-"""By the file system's device; each is probed once."""
+        return path.stat().st_dev
 
 
 def _ask(path: Path) -> str | None:

@@ -6,6 +6,7 @@ The table is compared with transformers' own source in tests/test_keywords.py, a
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -144,7 +145,7 @@ def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
         row = table.get(name)
         if name in RETIRED_KEYWORDS:
             if value is not None:
-                _warn_retired(name)
+                warn_retired(name)
         elif row is None or row.treatment == "done":
             overrides[name] = value
         elif row.treatment == "accepted":
@@ -166,13 +167,10 @@ def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
     raise UnknownKeywordError(f"from_pretrained has no keyword {first!r}, and the model's config has no such attribute; {hint}")
 
 
-_warned: set[str] = set()
-
-
-def _warn_retired(keyword: str) -> None:
-    if keyword not in _warned:
-        _warned.add(keyword)
-        warnings.warn(f"{keyword} has no effect here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+@functools.cache
+def warn_retired(keyword: str) -> None:
+    """Warn, once a process, that a keyword of RabbitLLM has no effect; say what to use instead."""
+    warnings.warn(f"{keyword} has no effect here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
 
 
 def refuse_compression(compression: str | None, quantization_config: Any) -> None:

@@ -17,9 +17,9 @@ from rabbit_engine.storage.directio import (
     PAGE,
     aligned_down,
     as_bytes,
-    buffered_reason,
     claim_memory,
     damage_as,
+    is_direct,
     read_pages,
 )
 from rabbit_engine.storage.tensorfiles import TensorEntry
@@ -70,7 +70,7 @@ def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
     buffer_bytes = max((chunk.nbytes for chunk in chunks), default=0) + 2 * PAGE
     for _ in range(READERS):
         buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
-    direct = {path: buffered_reason(path) is None for path in {chunk.path for chunk in chunks}}
+    direct = {path: is_direct(path) for path in {chunk.path for chunk in chunks}}
 
     @damage_as(DamagedShardError)
     def read(chunk: Extent) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from rabbit_engine.errors import DamagedShardError
-from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, buffered_reason, damage_as, read_pages
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, damage_as, is_direct, read_pages
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.unit import Extent, Unit
 
@@ -65,7 +65,7 @@ class Ring(Protocol):
 @damage_as(DamagedShardError)
 def read_chunk(chunk: Extent, memory: memoryview, trace: Trace, name: str, lane: int) -> None:
     """Read a chunk's pages into `memory`, past the page cache where that works. Raises DamagedShardError or OSError."""
-    direct = buffered_reason(chunk.path) is None
+    direct = is_direct(chunk.path)
     with trace.span(f"disk {lane}", name, chunk.nbytes):
         read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, memory, direct=direct)
 
