@@ -156,7 +156,7 @@ class _Builder:
 
     def _decode_resident(self, unit: Unit, start: int) -> None:
         """Read the stored unit into the scratch, and leave its decoded weights in their place."""
-        scratch = self._plan.resident_bytes + self._plan.experts.device_bytes
+        scratch = self._plan.scratch_start
         fill_all(self._ring, [(unit, scratch)])
         tensors = unit.decode(self._ring.view(scratch, unit.nbytes), self._ring.view(start, unit.decoded_bytes))
         self._ring.finish(self._ring.last_use())  # the next unit is read to the same scratch; any stream may use these
@@ -179,7 +179,7 @@ class _Builder:
             moving,
             self._ring,
             self._plan.ring_bytes,
-            start=self._plan.resident_bytes + self._plan.experts.device_bytes + self._plan.scratch_bytes,
+            start=self._plan.ring_start,
             host=self._fill_host(),
             rare={size.name for size in partition.sizes if size.rare},
             slots=self._claim_slots(),
@@ -232,7 +232,7 @@ class _Builder:
             ExpertLayer(layer.name, self._partition.experts[layer.name], layer.routing.used, layer.on_device, layer.in_host)
             for layer in plan.layers
         ]
-        count, start = plan.device_bytes // plan.slot_bytes, self._plan.resident_bytes
+        count, start = plan.device_bytes // plan.slot_bytes, self._plan.slots_start
         return ExpertSlots(layers=layers, count=count, nbytes=plan.slot_bytes, start=start, host=host)
 
     def _route_experts(self, cache: ExpertCache, binding: Binding) -> None:
@@ -314,7 +314,7 @@ def _one_behind_another(units: Sequence[Unit], decoded: Collection[str] = ()) ->
 
 def _claim_scratch(ring: Ring, plan: Plan) -> dict[str, Scratch]:
     """Scratch by its use: behind residents and slots, before the ring."""
-    base, found = plan.resident_bytes + plan.experts.device_bytes, dict[str, Scratch]()
+    base, found = plan.scratch_start, dict[str, Scratch]()
     for use, nbytes in scratch_shares(plan.units).items():
         found[use] = Scratch(ring.view(base, nbytes))
         base += nbytes

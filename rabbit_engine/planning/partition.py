@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -119,8 +120,6 @@ def partition_model(
 
 def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Entries and ties of a model without files, from its shapes and dtypes."""
-    from pathlib import Path
-
     ties = tied_weights(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
     nowhere = Path("/")

@@ -138,9 +138,24 @@ class Plan(Report):
         return self.tenant_bytes(TEXTS)
 
     @property
+    def slots_start(self) -> int:
+        """The offset of the slots for experts in the memory claimed on the device: behind what stays."""
+        return self.resident_bytes
+
+    @property
+    def scratch_start(self) -> int:
+        """The offset of the scratch in it: behind the slots."""
+        return self.slots_start + self.experts.device_bytes
+
+    @property
+    def ring_start(self) -> int:
+        """The offset of the ring in it: behind the scratch, up to the end."""
+        return self.scratch_start + self.scratch_bytes
+
+    @property
     def device_bytes(self) -> int:
-        """Bytes of weight memory allocated on the device, once, at load: residents, slots, the ring and scratch."""
-        return self.resident_bytes + self.experts.device_bytes + self.ring_bytes + self.scratch_bytes
+        """The weight memory claimed on the device, once, at load: residents, slots, scratch and the ring, in this order."""
+        return self.ring_start + self.ring_bytes
 
     @property
     def load_bytes(self) -> int:
