@@ -164,14 +164,14 @@ UP, EXPERTS = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.experts"
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "cls", "key", "expected"),
+    ("config", "cls", "key", "expected"),
     [
-        ("fp8", {"quant_method": "fp8"}, (LlamaForCausalLM, LlamaConfig), UP + "_scale_inv", ("scales", 0)),
-        ("mxfp4", {"quant_method": "mxfp4"}, (GptOssForCausalLM, GptOssConfig), EXPERTS + ".down_proj_blocks", ("values", 0)),
+        ({"quant_method": "fp8"}, (LlamaForCausalLM, LlamaConfig), UP + "_scale_inv", ("scales", 0)),
+        ({"quant_method": "mxfp4"}, (GptOssForCausalLM, GptOssConfig), EXPERTS + ".down_proj_blocks", ("values", 0)),
     ],
 )  # fmt: skip
 def test_a_converter_says_what_it_dequantises_from_which_tensors(
-    kind: str, config: dict[str, str], cls: tuple[Any, Any], key: str, expected: tuple[str, int]
+    config: dict[str, str], cls: tuple[Any, Any], key: str, expected: tuple[str, int]
 ) -> None:
     model_class, config_class = cls
     model = building.build_without_weights(model_class, config_class(num_hidden_layers=1, hidden_size=64), torch.float32)
@@ -179,15 +179,18 @@ def test_a_converter_says_what_it_dequantises_from_which_tensors(
     place = names.place_of(key)
     assert place is not None
     assert place.converter is not None
-    assert quantizers.dequantizes(place.converter.operations[0]) == kind
-    assert (quantizers.roles_of(place.converter.source_patterns) or [])[place.source] == expected
+    stored = quantizers.dequantizes(place.converter.operations[0])
+    assert stored is not None
+    assert stored.method == config["quant_method"]
+    assert (quantizers.roles_of(stored, place.converter.source_patterns) or [])[place.source] == expected
 
 
 @pytest.mark.parametrize("end", ["", "$"])
 def test_the_scales_of_each_of_several_weights_are_told_apart(end: str) -> None:
     patterns = [f"e.*.{name}{end}" for name in ("gate.weight", "up.weight", "gate.weight_scale_inv", "up.weight_scale_inv")]
-    assert quantizers.roles_of(patterns) == [("values", 0), ("values", 1), ("scales", 0), ("scales", 1)]
-    assert quantizers.roles_of([*patterns, "e.*.gate.zero_point"]) is None
+    fp8 = next(found for found in quantizers.FORMATS if found.method == "fp8")
+    assert quantizers.roles_of(fp8, patterns) == [("values", 0), ("values", 1), ("scales", 0), ("scales", 1)]
+    assert quantizers.roles_of(fp8, [*patterns, "e.*.gate.zero_point"]) is None
 
 
 def test_a_quantisation_that_nobody_knows_is_refused() -> None:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from rabbit_engine.quantization import Fp8Blocks, Mxfp4, fp8_entry, mxfp4_entry
+from rabbit_engine.quantization import Fp8Blocks, Mxfp4, decoded_entry, fp8_entry, mxfp4_entry
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row, gathered, read_header, read_tensor
 from rabbit_engine.streaming import make_unit
+from rabbit_engine.transformers_bridge.quantizers import FORMATS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -163,3 +164,9 @@ def test_what_is_no_mxfp4_weight_is_told_and_not_decoded(shape: tuple[int, ...])
 
 def test_values_without_scales_are_not_quantised(stored: dict[str, TensorEntry]) -> None:
     assert fp8_entry("w", torch.bfloat16, stored["0.gate"], None) is stored["0.gate"]
+
+
+@pytest.mark.parametrize("method", [stored.method for stored in FORMATS])
+def test_every_format_that_transformers_undoes_has_an_encoding_here(method: str) -> None:
+    values = TensorEntry("w", Path("w.safetensors"), 0, 4, torch.float32, (1,))
+    assert decoded_entry(method, "w", torch.bfloat16, values, None) in (values, "its scales are not stored")

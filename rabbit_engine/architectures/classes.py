@@ -27,14 +27,14 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
+from rabbit_engine.transformers_bridge.quantizers import FORMATS
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
 from rabbit_engine.utils.keywords import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
-_DEQUANTIZED = ("fp8", "mxfp4")
-"""Formats that transformers can dequantise without a GPU, one weight at a time: those of DeepSeek-V3 and GPT-OSS."""
+_DEQUANTIZED = tuple(found.method for found in FORMATS)
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

@@ -19,7 +19,7 @@ from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointE
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
-from rabbit_engine.transformers_bridge.quantizers import Kind, Quantizer, Role, dequantizes, open_dequantizer, roles_of
+from rabbit_engine.transformers_bridge.quantizers import Format, Quantizer, Role, dequantizes, open_dequantizer, roles_of
 from rabbit_engine.transformers_bridge.weight_transforms import (
     NameMap,
     Place,
@@ -47,15 +47,15 @@ class Target:
 
     `converted`: the weight is made from several tensors, or is the first of several made from one. `slices`: (weight, rows)
     for each of those, if they are plain row ranges of the tensor. `stack`: (index, count) of a tensor in a weight that stacks
-    tensors unchanged, or groups of them concatenated along rows (experts). `quantised`: how a weight that is dequantised
-    first is stored, and the tensor's role in it.
+    tensors unchanged, or groups of them concatenated along rows (experts). `quantised`: the method of a weight that is
+    dequantised first, and the tensor's role in it.
     """
 
     name: str
     converted: bool
     slices: tuple[tuple[str, int], ...] = ()
     stack: tuple[int, int] | None = None
-    quantised: tuple[Kind, Role] | None = None
+    quantised: tuple[str, Role] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Conversion:
         if converter is None:
             return Target(place.weight, False)
         steps = converter.operations
-        if steps and (kind := dequantizes(steps[0])) is not None:
-            return _quantised_target(place, converter.source_patterns, kind, steps[1:])
+        if steps and (stored := dequantizes(steps[0])) is not None:
+            return _quantised_target(place, converter.source_patterns, stored, steps[1:])
         if _stacks(steps):
             return Target(place.weight, True, stack=(place.source, len(converter.source_patterns)))
         if len(steps) != 1 or not isinstance(steps[0], SplitQKV):
@@ -165,14 +165,14 @@ def _stacks(steps: Sequence[Any]) -> bool:
     return [(type(step), getattr(step, "dim", None)) for step in steps] in _STACKS
 
 
-def _quantised_target(place: Place, patterns: Sequence[str], kind: Kind, steps: Sequence[Any]) -> Target:
+def _quantised_target(place: Place, patterns: Sequence[str], stored: Format, steps: Sequence[Any]) -> Target:
     """The target of one tensor of a weight that is dequantised, alone or as part of a stack."""
-    roles = roles_of(patterns)
+    roles = roles_of(stored, patterns)
     if roles is None or (steps and not _stacks(steps)):
         return Target(place.weight, True)
     role, which = roles[place.source]
     stack = (which, 1 + max(index for _, index in roles)) if steps else None
-    return Target(place.weight, True, stack=stack, quantised=(kind, role))
+    return Target(place.weight, True, stack=stack, quantised=(stored.method, role))
 
 
 def open_conversion(

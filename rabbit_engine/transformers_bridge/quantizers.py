@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -10,17 +11,26 @@ from transformers.quantizers.base import HfQuantizer
 
 Quantizer = HfQuantizer
 
-Kind = Literal["fp8", "mxfp4"]
 Role = Literal["values", "scales", "unused"]
 
-_ROLES: dict[str, Role] = {
-    "weight": "values",
-    "weight_scale_inv": "scales",
-    "activation_scale": "unused",
-    "blocks": "values",
-    "scales": "scales",
-}
-"""What a stored tensor is to the weight that is dequantised from it, by the end of its name."""
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A quantisation that transformers undoes without a GPU, one weight at a time.
+
+    `method` is its name in a `quantization_config`, `operation` the class that undoes it in a converter. `roles` say what a
+    stored tensor is to the weight, by the end of its name.
+    """
+
+    method: str
+    operation: str
+    roles: Mapping[str, Role]
+
+
+FORMATS = (
+    Format("fp8", "Fp8Dequantize", {"weight": "values", "weight_scale_inv": "scales", "activation_scale": "unused"}),
+    Format("mxfp4", "Mxfp4Dequantize", {"blocks": "values", "scales": "scales"}),
+)
 
 
 def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:
@@ -29,26 +39,27 @@ def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:
     return quantizer
 
 
-def dequantizes(operation: Any) -> Kind | None:
-    """Which kind of quantisation an operation of a converter undoes; None for another operation."""
-    names: dict[str, Kind] = {"Fp8Dequantize": "fp8", "Mxfp4Dequantize": "mxfp4"}
-    return names.get(type(operation).__name__) if type(operation).__module__.startswith("transformers.") else None
+def dequantizes(operation: Any) -> Format | None:
+    """The format that an operation of a converter undoes; None for another operation."""
+    if not type(operation).__module__.startswith("transformers."):
+        return None
+    return next((found for found in FORMATS if found.operation == type(operation).__name__), None)
 
 
-def roles_of(patterns: Sequence[str]) -> list[tuple[Role, int]] | None:
+def roles_of(stored: Format, patterns: Sequence[str]) -> list[tuple[Role, int]] | None:
     """What each source pattern of a converter that dequantises is, and of which of its weights: the first, the second ...
 
     None for patterns that nothing is known of.
     """
-    split = [_owner_and_role(pattern.removesuffix("$")) for pattern in patterns]
+    split = [_owner_and_role(stored, pattern.removesuffix("$")) for pattern in patterns]
     weights = [owner for owner, role in split if role == "values"]
     known = [(role, weights.index(owner)) for owner, role in split if role is not None and owner in weights]
     return known if len(known) == len(patterns) else None
 
 
-def _owner_and_role(pattern: str) -> tuple[str, Role | None]:
+def _owner_and_role(stored: Format, pattern: str) -> tuple[str, Role | None]:
     owner, _, end = pattern.rpartition(".")
-    if end in _ROLES:
-        return owner, _ROLES[end]
+    if end in stored.roles:
+        return owner, stored.roles[end]
     owner, _, end = pattern.rpartition("_")
-    return owner, _ROLES.get(end)
+    return owner, stored.roles.get(end)
