@@ -287,7 +287,7 @@ def test_host_memory_holds_experts_behind_the_device() -> None:
     assert sum(layer.in_host for layer in tight.experts.layers) == 10
     assert sum(layer.in_host + layer.on_device for layer in ample.experts.layers) == 32
     assert (tight.least_pass_bytes, ample.least_pass_bytes, ample.pass_bytes) == (0, 0, 80)
-    assert (ample.link_bytes, ample.experts.least_link_bytes) == (80, 60)
+    assert (ample.link_bytes, ample.least_link_bytes) == (80, 60)
     assert ample.least_pass_s == 6
     assert ample.host_bytes == 300
     assert "2 cached on the device, 30 in host memory" in str(ample)
@@ -302,6 +302,15 @@ def test_a_tier_that_is_not_for_experts_caches_none() -> None:
     plan = place_in(SPARSE, tiers)
     assert [sum(layer.cached[index] for layer in plan.experts.layers) for index in range(4)] == [2, 0, 10, 10]
     assert plan.tier_of["l3"] == "cuda:0"
+
+
+def test_experts_in_another_machines_memory_move_over_its_link() -> None:
+    """Of the eight that a token uses two are on the device and two in host memory at best."""
+    plan = place_in(SPARSE, gpus(471, 0, 20, 1000))
+    moved = {tier.name: (plan.moved_bytes(tier), plan.moved_bytes(tier, cached=True)) for tier in plan.tiers[2:]}
+    assert moved == {"host": (80, 60), "node-2": (0, 40), "disk": (80, 0)}  # with none cached, all come from disk
+    assert plan.host_bytes == 20
+    assert "2 cached on the device, 2 in host memory, 28 on node-2" in str(plan)
 
 
 sparse_models = st.builds(

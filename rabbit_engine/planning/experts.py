@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 BUSY_BYTES = 64 * 2**20
@@ -42,7 +42,12 @@ class LayerExperts:
     @property
     def uncached(self) -> int:
         """The number of a token's experts read from disk at best."""
-        return max(0, self.routing.used - sum(self.cached))
+        return self.used_from(len(self.cached))
+
+    def used_from(self, tier: int) -> int:
+        """The number of a token's experts that come from a tier, at best; the disk follows the tiers of `cached`."""
+        ahead, here = sum(self.cached[:tier]), self.cached[tier] if tier < len(self.cached) else self.routing.count
+        return min(here, max(0, self.routing.used - ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,9 @@ class ExpertsPlan:
         """Bytes moved to the device for a token's experts if none is cached there."""
         return sum(layer.routing.used * layer.routing.nbytes for layer in self.layers)
 
-    @property
-    def least_link_bytes(self) -> int:
-        """Bytes moved to the device for a token's experts if as many as possible are cached there."""
-        return sum(max(0, layer.routing.used - layer.on_device) * layer.routing.nbytes for layer in self.layers)
+    def least_moved_bytes(self, tiers: Iterable[int]) -> int:
+        """Bytes of a token's experts that come from `tiers` if as many as possible are cached."""
+        return sum(layer.used_from(tier) * layer.routing.nbytes for tier in tiers for layer in self.layers)
 
 
 NO_EXPERTS = ExpertsPlan()

@@ -115,7 +115,8 @@ class Plan(Report):
     @property
     def host_bytes(self) -> int:
         """Bytes of the weights in host memory, with cached experts."""
-        return _nbytes(self.kept(HOST)) + self.experts.host_bytes
+        index = next((index for index, tier in enumerate(self.tiers) if tier.name == HOST), None)
+        return 0 if index is None else _nbytes(self.kept(HOST)) + self.experts.tier_bytes(index)
 
     @property
     def ring_bytes(self) -> int:
@@ -167,13 +168,13 @@ class Plan(Report):
         many `cached` as possible."""
         if tier.computes:
             return 0
-        sources = {other.name for other in self.tiers if tier.name in self._path(other)}
+        sources = {other.name: index for index, other in enumerate(self.tiers) if tier.name in self._path(other)}
         moving = [unit for unit in self.units if self.tier_of[unit.name] in sources and unit.role == "streamed" and not unit.rare]
         experts = self.experts
         if tier == self._disk:
             return sum(unit.disk_bytes for unit in moving) + (experts.least_bytes if cached else experts.most_bytes)
-        routed = experts.least_link_bytes if cached else experts.link_bytes
-        return _nbytes(moving) + (routed if self._disk.name in sources else 0)
+        uncached = experts.link_bytes if self._disk.name in sources else 0
+        return _nbytes(moving) + (experts.least_moved_bytes(sources.values()) if cached else uncached)
 
     def _path(self, tier: Tier) -> list[str]:
         """The tier and those that its bytes pass through."""

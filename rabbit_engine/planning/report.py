@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rabbit_engine.planning.experts import ExpertsPlan
 from rabbit_engine.planning.tiers import HOST
 from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
@@ -26,7 +25,7 @@ def rows(plan: Plan) -> Rows:
         *_between(plan),
         ("by row", ", ".join(plan.by_row) or "nothing"),
         ("streamed", f"{len(plan.streamed)} units, {format_bytes(moves)} a pass from disk"),
-        *([("experts", experts_text(plan.experts))] if plan.experts.layers else []),
+        *([("experts", _experts(plan))] if plan.experts.layers else []),
         *([("over the link", f"{format_bytes(plan.link_bytes)} a pass")] if plan.link_bytes else []),
         *([("for images", f"{format_bytes(plan.rare_bytes)} more from disk")] if plan.rare_bytes else []),
         ("ring", f"{format_bytes(plan.ring_bytes)} on {plan.device}"),
@@ -48,19 +47,24 @@ def _budget(plan: Plan) -> str:
 def _between(plan: Plan) -> Rows:
     """The units kept in tiers between the device and the disk."""
     kept = [(tier, plan.kept(tier.name)) for tier in plan.tiers[1:-1]]
-    return [("in host memory" if tier.name == HOST else f"on {tier.name}", _held(units)) for tier, units in kept if units]
+    return [(_where(tier), _held(units)) for tier, units in kept if units]
 
 
-def experts_text(experts: ExpertsPlan) -> str:
-    """The number of experts, of those used by a token, and of those cached."""
-    device, host = (sum(getattr(layer, name) for layer in experts.layers) for name in ("on_device", "in_host"))
+def _experts(plan: Plan) -> str:
+    """The number of experts, of those used by a token, and of those cached in each tier."""
+    experts = plan.experts
     count, used = (sum(getattr(layer.routing, name) for layer in experts.layers) for name in ("count", "used"))
-    and_host = f", {host} in host memory" if host else ""
-    held = format_bytes(experts.device_bytes + experts.host_bytes)
+    cached = [sum(counts) for counts in zip(*(layer.cached for layer in experts.layers), strict=True)]
+    others = [f", {here} {_where(tier)}" for here, tier in zip(cached[1:], plan.tiers[1:-1], strict=True) if here]
+    held = format_bytes(sum(experts.tier_bytes(index) for index in range(len(cached))))
     return (
-        f"{used} of {count} a token, each of up to {format_bytes(experts.slot_bytes)}; {device} cached on the device{and_host} "
-        f"({held} with {experts.passing} in transit)"
+        f"{used} of {count} a token, each of up to {format_bytes(experts.slot_bytes)}; {cached[0]} cached on the device"
+        f"{''.join(others)} ({held} with {experts.passing} in transit)"
     )
+
+
+def _where(tier: Tier) -> str:
+    return "in host memory" if tier.name == HOST else f"on {tier.name}"
 
 
 def reason(plan: Plan) -> str:

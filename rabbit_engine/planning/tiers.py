@@ -122,8 +122,3 @@ def tenants_of(tiers: Sequence[Tier], budget: Budget) -> tuple[Tenant, ...]:
     staging = next((tier.name for tier in tiers if tier.name == HOST), tiers[0].name)
     found = (Tenant(TEXTS, texts, budget.reserved_bytes), Tenant(STAGING, staging, budget.host_staging_bytes))
     return tuple(tenant for tenant in found if tenant.nbytes)
-
-
-def tenant_bytes(tenants: Iterable[Tenant], tier: str) -> int:
-    """Bytes of a tier that tenants take."""
-    return sum(tenant.nbytes for tenant in tenants if tenant.tier == tier)
