@@ -24,7 +24,7 @@ _HOMES = {
     "Session": "sessions",
     "StreamingMixin": "model",
 }
-"""The module of each name that is imported when it is first asked for: most of them load torch and transformers."""
+"""The module of each name that is imported on first use: most of them load torch and transformers."""
 
 
 def __getattr__(name: str) -> object:

@@ -142,7 +142,7 @@ def test_rabbit_run_says_where_the_settings_are_that_generate_refuses(
     done = rabbit("run", saying(**fields), PROMPT, "--no-chat", "--max-new-tokens", 2, "--device", "cpu")
     said = done.err.splitlines()[-1]
     assert (done.code, done.out) == (2, "")
-    assert said.startswith("error: generate refuses the settings of the command and of the checkpoint's generation_config.json")
+    assert said.startswith("error: generate rejects the settings of the command and of the checkpoint's generation_config.json")
     assert words in said
 
 

@@ -52,11 +52,11 @@ def test_a_script_with_rabbitllms_keywords_runs(checkpoint: Any, plain: Any, ids
         "prefetch_pin_memory",
         "use_gds",
     ]
-    assert all("instead: " in text for text in said)
+    assert all(" has no effect here; " in text for text in said)
 
 
 def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
-    with pytest.warns(UserWarning, match=r"cache_layers has no effect here; instead: max_memory="):
+    with pytest.warns(UserWarning, match=r"cache_layers has no effect here; use max_memory="):
         streamed(checkpoint("llama"), cache_layers=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

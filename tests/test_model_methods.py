@@ -140,7 +140,7 @@ def test_generate_with_a_static_cache_and_a_compile_config(tied: Any, ids: torch
 
 
 def test_a_trace_is_refused(tied: Any, ids: torch.Tensor) -> None:
-    with pytest.raises(errors.CannotExportError, match="would record what the slots hold"):
+    with pytest.raises(errors.CannotExportError, match="would record the current contents of the slots"):
         torch.jit.trace(lambda given: tied(given).logits, (ids,))
 
 

@@ -689,7 +689,7 @@ def test_the_command_serves_until_it_is_told_to_end(smollm: Path, smollm_shards:
     ("arguments", "says"),
     [
         (["--host", "0.0.0.0"], "api-key-file"),
-        (["--api-key-file", "/nowhere/key"], "cannot be read"),
+        (["--api-key-file", "/nowhere/key"], "cannot read"),
         (["--overflow", "maybe"], "'--overflow'"),
     ],
 )

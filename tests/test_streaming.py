@@ -100,7 +100,7 @@ def test_placeholder_tells_the_truth_about_its_weight(checkpoint: Any, plain: An
     for (name, away), (_, there) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         assert (away.shape, away.dtype, away.device, away.requires_grad) == (there.shape, there.dtype, there.device, False), name
         assert isinstance(away, torch.nn.Parameter)
-    assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, away" in repr(
+    assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, not loaded" in repr(
         model.model.layers[0].input_layernorm.weight
     )
     assert (model.device, model.dtype) == (whole.device, whole.dtype)

@@ -156,7 +156,7 @@ def test_held_twice_is_read_once_and_released_last(transfer: Transfer) -> None:
 def test_more_units_at_once_than_slots_is_an_error_not_a_deadlock(transfer: Transfer) -> None:
     transfer.acquire("u0")
     transfer.acquire("u3")
-    with pytest.raises(StreamingError, match="u1 is asked for inside u0 and u3"):
+    with pytest.raises(StreamingError, match="u1 is requested inside u0 and u3"):
         transfer.acquire("u1")
     transfer.release_all()
     assert transfer.held == ()
@@ -246,7 +246,7 @@ def test_a_unit_asked_for_inside_another_is_an_error_also_when_it_was_foreseen(u
     try:
         transfer.acquire("u0")
         transfer.wait_until_idle()
-        with pytest.raises(StreamingError, match="u1 is asked for inside u0"):
+        with pytest.raises(StreamingError, match="u1 is requested inside u0"):
             transfer.acquire("u1")
         transfer.release_all()
         use(transfer, ring, units, 1)

@@ -152,7 +152,7 @@ def test_a_generation_config_stands_in_for_the_checkpoints(checkpoint: Any, plai
     assert model.generation_config == whole.generation_config
     assert model.generation_config is not given
     assert torch.equal(model.generate(ids), whole.generate(ids))
-    with pytest.raises(errors.ConfigurationError, match="is not a GenerationConfig"):
+    with pytest.raises(errors.ConfigurationError, match="is not a transformers GenerationConfig"):
         streamed(checkpoint("llama"), generation_config={"max_new_tokens": 3})
 
 

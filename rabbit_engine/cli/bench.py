@@ -1,4 +1,4 @@
-"""`rabbit bench MODEL`: how much of the disk's own rate decoding gets, and what was busy when."""
+"""`rabbit bench MODEL`: the fraction of the disk's own rate that decoding reaches, and how busy each lane was."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def bench(
     *,
     loading: Annotated[Loading, Only("max_memory", "device", "dtype", "split")],
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the table shows medians.")] = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens a round.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per round.")] = 3,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the same as a picture (needs the extra plot).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the trace as a picture (needs the extra plot).")] = None,
     json: Annotated[bool, typer.Option(help="Also print the records as JSON lines.")] = False,
 ) -> None:
     """Time decoding against plain direct reads of the same bytes, and show how busy each lane was."""

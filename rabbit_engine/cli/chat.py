@@ -20,15 +20,15 @@ from rabbit_engine.errors import ConfigurationError
 @takes_loading
 def chat(
     model: options.Model,
-    system: Annotated[str, typer.Option(help="The system text; /system changes it.", show_default=False)] = "",
+    system: Annotated[str, typer.Option(help="The system message; /system changes it.", show_default=False)] = "",
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an answer; the default is the checkpoint's own, else 1024.")
+        int | None, typer.Option(min=1, help="The most tokens of an answer; the default is the checkpoint's own, else 1024.")
     ] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    history: Annotated[bool, typer.Option(help="Keep a history of typed lines in a file.")] = True,
+    history: Annotated[bool, typer.Option(help="Save a history of typed lines to a file.")] = True,
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
@@ -40,7 +40,7 @@ def chat(
     engine.sessions.Options(**asked)  # type: ignore[arg-type]  # checked before anything is loaded
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     screen = _screen(at_terminal)
-    logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat itself shows what it leaves out
+    logging.getLogger("rabbit_engine.sessions.prompts").setLevel(logging.ERROR)  # the chat itself reports what it drops
     screen.note(f"loading {model} ...")
     with (
         engine.model.AutoModel.from_pretrained(model, **loading.for_conversations().keywords()) as streamed,

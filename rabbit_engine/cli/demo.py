@@ -16,7 +16,7 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 @takes_loading
 def demo(loading: Annotated[Loading, Only("device", "max_memory")]) -> None:
-    """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and show what that took."""
+    """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and show the statistics."""
     output.note("loading a small model ...")
     answer = engine.demo.ask(_print_now, on_loaded=_say_plan, device=loading.device, max_memory=loading.budget)
     title = f"{engine.demo.MODEL} from {answer.source}"
@@ -38,7 +38,7 @@ def _rows(answer: engine.demo.DemoResult) -> list[tuple[str, str]]:
     held = f"{format_bytes(plan.device_bytes)} on {plan.device}: a ring of {format_bytes(plan.ring_bytes)} and "
     return [
         ("weights of the model", format_bytes(plan.weights_bytes)),
-        ("weights held at once, at most", f"{held}{format_bytes(plan.resident_bytes)} that stay"),
+        ("most weights held at once", f"{held}{format_bytes(plan.resident_bytes)} that stay"),
         ("streamed", f"{profile.loads} units in {profile.passes} passes"),
         ("bytes read", f"{format_bytes(profile.bytes_read)} at {format_rate(profile.bytes_read, profile.read_s)}"),
         ("waited for the disk", f"{profile.wait_s:.2f} s of {answer.seconds:.2f} s"),

@@ -18,8 +18,8 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
 _QUICK_BYTES, _QUICK_ROUNDS = 2**28, 3
 _NOTES = (
-    "From: the least memory, with a text of 1024 tokens. A range: with every expert cached that can be, to none. "
-    "4-bit: what a checkpoint of 4.5 bits a weight would take to move; this version does not run such."
+    "From: the least memory, with a text of 1024 tokens. A range: from as many experts cached as possible to none. "
+    "4-bit: the time to move a checkpoint of 4.5 bits a weight, which this version cannot run."
 )
 _COLOURS = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 

@@ -1,4 +1,4 @@
-"""The options of loading a model, for every command: each is declared here once, with what it becomes for the library."""
+"""The options for loading a model, of all commands: each is declared once, with its translation for the library."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rabbit_engine.cli import engine, output
 from rabbit_engine.utils.sizes import parse_bytes
 
 DEFAULT_TOKENS = 4096
-"""Commands that hold conversations set memory aside for this many tokens, unless they are told how many."""
+"""Commands that hold conversations reserve memory for this many tokens by default."""
 
 _PLACE = re.compile(r"(cuda:)?\d+|cpu|mps(:0)?")
 
 
 def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
-    """`"8GiB"` is the device's budget; `"0=8GiB,cpu=24GiB"` names each place. Raises ValueError."""
+    """`"8GiB"` is the device's budget; `"0=8GiB,cpu=24GiB"` names each device. Raises ValueError."""
     if text is None:
         return None
     if "=" not in text:
@@ -34,7 +34,7 @@ def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
     for part in text.split(","):
         place, is_named, size = (word.strip() for word in part.partition("="))
         if not is_named or not _PLACE.fullmatch(place):
-            raise ValueError(f"{part!r} names no place: write 8GiB, or 0=8GiB,cpu=24GiB")
+            raise ValueError(f"{part!r} names no device: write 8GiB, or 0=8GiB,cpu=24GiB")
         parse_bytes(size)
         places[int(place) if place.isdigit() else place] = size
     return places
@@ -49,44 +49,44 @@ def _check_memory(text: str | None) -> str | None:
 
 
 def _parse_folder(text: str) -> Path:
-    """Refuse an empty text, of which Path makes the current folder: it is more likely a variable that is not set."""
+    """Reject an empty text, which Path takes for the current folder: it is more likely an unset variable."""
     if not text:
-        raise typer.BadParameter("it is empty: name a folder")
+        raise typer.BadParameter("the path is empty: name a folder")
     if os.path.isfile(text):  # noqa: PTH113 - Path's own raises for a name that is too long
         raise typer.BadParameter(f"{text} is a file: name a folder")
     return Path(text)
 
 
-Device = Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best there is.")]
+Device = Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best available.")]
 Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")]
 MaxMemory = Annotated[
     str | None,
-    typer.Option("--max-memory", "-m", callback=_check_memory, help="What weights may take: 8GiB, or 0=8GiB,cpu=24GiB."),
+    typer.Option("--max-memory", "-m", callback=_check_memory, help="Memory for weights: 8GiB, or 0=8GiB,cpu=24GiB."),
 ]
 MaxSeqLen = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens, over all running texts, to set memory aside for: 4096, but none with --max-memory."),
+    typer.Option(min=1, help="Tokens, over all running texts, to reserve memory for: 4096, but none with --max-memory."),
 ]
 Attention = Annotated[
     Literal["auto", "flash_attention_2", "sdpa", "eager"], typer.Option(help="How attention is computed.", case_sensitive=False)
 ]
 Split = Annotated[
     Literal["auto", "always", "never"],
-    typer.Option(help="Make shards first; auto does where the files cannot be streamed as they are.", case_sensitive=False),
+    typer.Option(help="Make shards first; auto does if the files cannot be streamed as they are.", case_sensitive=False),
 ]
 SavingPath = Annotated[
     Path | None,
     typer.Option(parser=_parse_folder, metavar="<dir>", help="Where the shards go; the default is next to the checkpoint."),
 ]
-GgufFile = Annotated[str | None, typer.Option(help="Which GGUF file of the folder or repo.")]
+GgufFile = Annotated[str | None, typer.Option(help="The GGUF file of the folder or repo.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
-Token = Annotated[str | None, typer.Option(help="For gated repos; HF_TOKEN is read too.", show_default=False)]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that the repository brings.")]
+Token = Annotated[str | None, typer.Option(help="For gated repos; by default from HF_TOKEN.", show_default=False)]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code from the repository.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """The options as they were typed. A command takes those that its parameter names: `Annotated[Loading, Only("device")]`."""
+    """The options as typed. A command takes those that its parameter names: `Annotated[Loading, Only("device")]`."""
 
     device: Device = None
     dtype: Dtype = None
@@ -102,11 +102,11 @@ class Loading:
 
     @property
     def budget(self) -> dict[int | str, int | str] | None:
-        """`max_memory` as the library takes it."""
+        """`max_memory` in the library's form."""
         return parse_memory(self.max_memory)
 
     def for_conversations(self) -> Loading:
-        """The same, with memory set aside for DEFAULT_TOKENS unless a number of tokens or a budget is given."""
+        """The same, with memory reserved for DEFAULT_TOKENS unless a number of tokens or a budget is given."""
         default = None if self.max_memory is not None else DEFAULT_TOKENS
         return replace(self, max_seq_len=self.max_seq_len or default)
 
@@ -154,7 +154,7 @@ CONVERSATION = Only("max_seq_len", *LOADING.names)
 
 
 def takes_loading(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options that its parameter `loading` names in place of that parameter."""
+    """The command with its parameter `loading` replaced by the options that it names."""
     hints = get_type_hints(command, include_extras=True)
     types, defaults = get_type_hints(Loading, include_extras=True), {field.name: field.default for field in fields(Loading)}
     only: Only = get_args(hints["loading"])[1]
@@ -178,7 +178,7 @@ def takes_loading(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def loaded(model: str, loading: Loading, **keywords: Any) -> Iterator[engine.model.StreamedModel]:
-    """The streamed model, closed at the end; `keywords` are more of `AutoModel.from_pretrained`. Prints the plan on stderr."""
+    """The streamed model, closed at the end; `keywords` also go to `AutoModel.from_pretrained`. Prints the plan on stderr."""
     output.note(f"loading {model} ...")
     with engine.model.AutoModel.from_pretrained(model, **loading.keywords(), **keywords) as streamed:
         output.note(streamed.plan.reason)

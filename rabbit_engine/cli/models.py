@@ -1,4 +1,4 @@
-"""`rabbit models [WORDS]`: which models run, as which class, and how that was tested."""
+"""`rabbit models [WORDS]`: which models run, as which class, and how each was tested."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def models(
     proved = {row.cls for row in record.rows}
     for family in engine.architectures.converted_families():
         if not proved.intersection(family.classes):
-            Console().print(f"registered, not proved here: {family.name} as {family.becomes}")
+            Console().print(f"registered, but not tested here: {family.name} as {family.becomes}")
 
 
 def _table(rows: list[engine.architectures.Proof], when: str) -> Table:

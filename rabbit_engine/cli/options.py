@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, but for those of loading. Values are checked here, before torch loads."""
+"""Arguments and options of several commands, except those for loading. Values are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_rate
 
 COLDEST = 1e-3
-"""Dividing logits by less overflows: a lower temperature is greedy."""
+"""Dividing logits by less overflows: lower temperatures are greedy."""
 
 
 def _check_finite(value: float | None) -> float | None:
-    """`min` and `max` let `nan` pass."""
+    """Reject `nan`, which `min` and `max` accept."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
 def check_rate(text: str | None) -> str | None:
-    """Bytes a second, above zero."""
+    """A rate in bytes per second, above zero."""
     try:
         if text is not None and parse_rate(text) <= 0:
             raise typer.BadParameter(f"{text}: the rate must be above zero")
     except ValueError as error:
-        raise typer.BadParameter(f'{text} is not a rate: write "5GB" for 5 GB a second') from error
+        raise typer.BadParameter(f'{text} is not a rate: write "5GB" for 5 GB per second') from error
     return text
 
 
@@ -38,11 +38,11 @@ def _check_model(name: str) -> str:
 
 Model = Annotated[str, typer.Argument(callback=_check_model, help="A repo id, a folder, or a .gguf file.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0.0, max=100.0, callback=_check_finite, help="Sample, at this temperature; 0 is greedy.")
+    float | None, typer.Option(min=0.0, max=100.0, callback=_check_finite, help="Sample at this temperature; 0 is greedy.")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, callback=_check_finite, help="Sample from the likeliest tokens of this total probability."),
+    typer.Option(min=0.0, max=1.0, callback=_check_finite, help="Sample from the likeliest tokens with this total probability."),
 ]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="Sample, from this seed.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="Sample with this seed.")]

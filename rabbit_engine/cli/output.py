@@ -1,4 +1,4 @@
-"""What the commands print besides their results: plain lines on stderr, in the terminal's encoding."""
+"""Everything the commands print except their results: plain lines on stderr, in the terminal's encoding."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from rabbit_engine.cli.wording import as_options
 from rabbit_engine.errors import first_line
 
 _NOT_FOR_USERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
-"""Warnings for programmers about future versions of a library."""
+"""Warnings for programmers about future library versions."""
 
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors of writing to stdout. The library's own reads and writes raise errors of ours."""
+"""Errors of writing to stdout; the library's own reads and writes raise RabbitErrors."""
 
 
 def take_any_characters() -> None:
-    """Characters that a stream's encoding lacks are written, and read, as backslash escapes: no text is lost."""
+    """Write and read characters that a stream's encoding lacks as backslash escapes, so that no text is lost."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def prepare(*, verbose: bool) -> None:
-    """Send logs and warnings to stderr, a line each; `verbose` adds decisions and the messages of other libraries."""
+    """Send logs and warnings to stderr, one line each; `verbose` adds decisions and the messages of other libraries."""
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     handler = logging.StreamHandler()
@@ -45,7 +45,7 @@ def prepare(*, verbose: bool) -> None:
 
 
 class _Line(logging.Formatter):
-    """`warning: what happened`; the level is left out below warnings."""
+    """`warning: what happened`; levels below warning are not shown."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -59,7 +59,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
 
 
 def finish() -> None:
-    """Flush stdout. Exits with 1 if that fails, and says so unless the pipe is closed."""
+    """Flush stdout. If that fails, exit with 1, and report it unless the pipe is closed."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -72,18 +72,18 @@ def finish() -> None:
 
 
 def _drop_output() -> None:
-    """Python would try again to flush at exit."""
+    """Discard what is left, as Python would try again to flush it at exit."""
     with suppress(OSError):  # a stream without a file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     typer.echo(text, err=True)
 
 
 def say_error(text: str) -> None:
-    """An error, in one line on stderr."""
+    """Print an error as one line on stderr."""
     note(f"{typer.style('error', fg='red', bold=True)}: {as_options(text)}")
 
 

@@ -24,15 +24,15 @@ def plan(
     max_seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens whose cache must fit in that memory too.")] = None,
     disk_rate: Annotated[
         str | None,
-        typer.Option(callback=options.check_rate, help="Bytes a second of the disk, such as 5GB/s; the default is to measure."),
+        typer.Option(callback=options.check_rate, help="Bytes per second of the disk, such as 5GB/s; measured by default."),
     ] = None,
     link_rate: Annotated[
-        str | None, typer.Option(callback=options.check_rate, help="Bytes a second to the device, such as 13GB/s.")
+        str | None, typer.Option(callback=options.check_rate, help="Bytes per second to the device, such as 13GB/s.")
     ] = None,
     *,
     loading: Annotated[Loading, _OPTIONS],
 ) -> None:
-    """Print what would stay in memory, what would be streamed, and what a pass would take; reads headers only.
+    """Print what would stay in memory, what would be streamed, and the cost of a pass; reads headers only.
 
     With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """

@@ -1,4 +1,4 @@
-"""`rabbit run MODEL PROMPT`: the answer on stdout as it comes."""
+"""`rabbit run MODEL PROMPT`: the answer on stdout as it is generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 def encode(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
     """The prompt as token ids [1, length], through the chat template if there is one (unless `chat` is False).
 
-    Raises ConfigurationError for a prompt without tokens, or with ids that are not in the vocabulary.
+    Raises ConfigurationError for an empty prompt, or ids outside the vocabulary.
     """
     inputs = _tokenized(model, prompt, chat)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -39,7 +39,7 @@ def _tokenized(model: engine.model.StreamedModel, prompt: str, chat: bool | None
 
 
 def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, float | bool]:
-    """Greedy unless a sampling option is given, and at a temperature so low that logits would overflow."""
+    """Sampling keywords: greedy without options, and at temperatures so low that logits would overflow."""
     if temperature is not None and temperature < options.COLDEST:
         return {"do_sample": False}
     named = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -48,9 +48,9 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
 
 
 def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> None:
-    """Generate one text, and write it as it comes; if the checkpoint uses beam search, the best one at the end.
+    """Generate one text and write it as it comes; with beam search, the best one at the end.
 
-    Raises ConfigurationError for settings that `generate` refuses.
+    Raises ConfigurationError for settings that `generate` rejects.
     """
     if model.generation_config.num_beams in (None, 1):
         streamer = engine.transformers.TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -69,7 +69,7 @@ def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.Bat
         if not engine.generation.refused_by_generate(error):
             raise
         raise ConfigurationError(
-            f"generate refuses the settings of the command and of the checkpoint's generation_config.json ({first_line(error)}): "
+            f"generate rejects the settings of the command and of the checkpoint's generation_config.json ({first_line(error)}): "
             "change them there"
         ) from error
 
@@ -78,7 +78,7 @@ def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.Bat
 def run(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template; on by default if there is one."),

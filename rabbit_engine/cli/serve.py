@@ -20,7 +20,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at a time; memory may allow fewer.")] = 16,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at once; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose request sets no limit.")] = 1024,
     overflow: Annotated[
@@ -72,7 +72,7 @@ def read_key(path: Path | None) -> str | None:
     try:
         key = path.read_text("utf-8").split("\n", 1)[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from error
+        raise ConfigurationError(f"cannot read --api-key-file {path}: {error}") from error
     if not key:
         raise ConfigurationError(f"--api-key-file {path} begins with an empty line: put the key there")
     return key

@@ -24,6 +24,6 @@ def split(
     output.note(f"reading the headers of {model} ...")
     splitting = loading.splitting(mode="always", delete_original=delete_original)
     prepared = engine.checkpoints.prepare(model, loading.source(), splitting, repair=True)
-    assert prepared.manifest is not None  # noqa: S101 - a split was asked for
+    assert prepared.manifest is not None  # noqa: S101 - a split was requested
     total = sum(record.file_bytes for record in prepared.manifest.shards)
     print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {prepared.manifest.dtype}, in {prepared.folder}")

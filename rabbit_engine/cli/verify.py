@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class _Tally:
-    """How many files were compared, and how many differ."""
+    """The number of files compared, and of those that differ."""
 
     compared: int = 0
     damaged: int = 0
@@ -47,7 +47,7 @@ def verify(
     repo, root = _find(target, revision)
     if record:
         if repo is None or repo.commit is not None:
-            raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: nothing can be recorded")
+            raise ShardsNotFoundError(f"{target} is not a plain folder with a checkpoint: cannot record checksums")
         path = _with_bar(repo, lambda on_bytes: engine.checkpoints.record_sums(repo, on_bytes))
         print(f"recorded {len(engine.checkpoints.checked_files(repo))} files in {path}")
         return
@@ -61,7 +61,7 @@ def verify(
 
 
 def _find(target: str, revision: str | None) -> tuple[engine.checkpoints.Repo | None, Path]:
-    """The checkpoint, if there is one, and the folder that splits lie in or below."""
+    """The checkpoint, if there is one, and the folder that contains its splits."""
     path = Path(target).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         folder = path.parent.resolve()
@@ -74,7 +74,7 @@ def _find(target: str, revision: str | None) -> tuple[engine.checkpoints.Repo | 
         at = f" at revision {revision}" if revision else ""
         nearest = nearest_path(path)
         raise CheckpointNotFoundError(
-            f"nothing of {target}{at} is on this machine to verify: it is neither a folder nor in the Hub cache{nearest}"
+            f"cannot find {target}{at} on this machine: it is neither a folder nor in the Hub cache{nearest}"
         ) from error
     if path.is_dir():
         own = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in repo.names) and not _is_split(path)

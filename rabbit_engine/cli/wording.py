@@ -30,7 +30,7 @@ OPTIONS = {
     "top_p": "--top-p",
     "trust_remote_code": "--trust-remote-code",
 }
-"""By keyword. Where there is no option, the equivalent environment variable."""
+"""Options by keyword; where there is no option, the equivalent environment variable."""
 
 _VALUE = r"""\{[^{}]*\}|"[^"]*"|'[^']*'|[\w./:+-]*[\w/+-]"""
 _ASSIGNED = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?:\[['\"]?(\w+)['\"]?\])?=({_VALUE})?")

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on a streamed model: which of them would be wrong, or cannot be, while weights are away."""
+"""PEFT adapters on a streamed model: rejects those that would be wrong, or that need weights that are not loaded."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import ExpertsAway, Placeholder, adapts_routed
 from rabbit_engine.transformers_bridge.adapters import remove_adapter
 
-_WHOLE = "give max_memory room for the whole model"
+_WHOLE = "set max_memory high enough for the whole model"
 _INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _READING = ("trainable_token_indices", "modules_to_save", "layer_replication")
-"""Settings by which an adapter takes copies of weights."""
+"""Settings that make an adapter copy weights."""
 
 
 def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, given: Mapping[str, Any]) -> Any:
-    """What `load`, transformers' `load_adapter` of `source` as `name` with the keywords `given`, returns.
+    """The result of `load`: transformers' `load_adapter` of `source` as `name`, with the keywords `given`.
 
-    Raises CannotLoadStateError where it would be applied wrongly, and WeightNotLoadedError where its kind reads the weights
-    that it adapts and these are streamed; the model is as before then.
+    Raises CannotLoadStateError if the adapter would be applied wrongly, and WeightNotLoadedError if its kind reads the weights
+    it adapts and these are streamed; the model is then unchanged.
     """
     away = _weights_away(model)
     try:
@@ -42,27 +42,27 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
 def _what_is_wrong(model: Any, away: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:
     changed = _put_back(away)
     if changed:
-        return f"the adapter brings {changed[0]} with other values than the checkpoint's, and that weight is streamed: {_WHOLE}"
+        return f"the adapter contains {changed[0]} with other values than the checkpoint, and that weight is streamed: {_WHOLE}"
     if adapts_routed(model):
         return f"the adapter changes experts: {ExpertsAway.advice}"
     family, lost = runtime_of(model).architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
     if family is not None and lost:
         return (
             f"the adapter has {len(lost)} weights for modules of {family}'s own class that {type(model).__name__} has under "
-            f"other names, such as {lost[0]}: its text would be wrong; train it on the converted model"
+            f"other names, such as {lost[0]}, so its text would be wrong: train it on the converted model"
         )
     return ""
 
 
 def _weights_away(model: nn.Module) -> list[tuple[nn.Module, str, Placeholder]]:
-    """Modules, the names of their parameters, and what stands in for these."""
+    """Modules, the names of their parameters, and the placeholders of these."""
     named: list[tuple[nn.Module, str, Any]]
     named = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items()]
     return [(module, name, weight) for module, name, weight in named if isinstance(weight, Placeholder)]
 
 
 def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
-    """Put each stand-in back where a weight was set; the names of those that have other values in the checkpoint."""
+    """Restore each placeholder where a weight was set; returns the names of weights with other values in the checkpoint."""
     changed = []
     for module, name, weight in away:
         given = module._parameters[name]
@@ -73,7 +73,7 @@ def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
 
 
 def _kind_of(source: Any, given: Mapping[str, Any]) -> str:
-    """What of an adapter's config has it read weights, in the words of PEFT."""
+    """The setting of an adapter's config that makes it read weights, in PEFT's terms."""
     from peft import PeftConfig
 
     where = {name: given[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in given}

@@ -1,4 +1,4 @@
-"""Whether a prompt fits into the memory that is free, asked before `generate` computes it."""
+"""Checks whether a prompt fits in the free memory before `generate` computes it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from rabbit_engine.planning.demand import Demand, refuse_beyond
 from rabbit_engine.streaming import fiber_on
 
 _USUAL_LENGTH = 20
-"""Tokens of prompt and answer by default, as in transformers."""
+"""The default number of tokens of prompt and answer, as in transformers."""
 
 
 def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, Any], config: Any) -> None:
-    """Raise PromptTooLongError where `generate` for `prompt` ([sequences, tokens], or embeddings) takes more than is free.
+    """Raise PromptTooLongError if `generate` for `prompt` ([sequences, tokens], or embeddings) needs more than the free memory.
 
-    `given` are its keywords, `config` the generation config that holds where they say nothing. A session's requests were
-    admitted already.
+    `given` are its keywords, `config` the generation config for everything else. A session's requests were already checked.
     """
     if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(runtime.binding) is not None:
         return
@@ -28,7 +27,7 @@ def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, An
 
 
 def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> Demand:
-    """What `generate` is asked for: every beam and every answer to the same prompt is a sequence of its own."""
+    """The demand of a `generate` call: every beam and every answer to the same prompt is a separate sequence."""
 
     def asked(name: str) -> Any:
         return given.get(name, getattr(config, name, None))
@@ -47,6 +46,6 @@ def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> De
 
 
 def _computed_tokens(given: Mapping[str, Any]) -> int:
-    """Tokens of the prompt that a cache holds already."""
+    """The number of prompt tokens that the cache already holds."""
     cache = given.get("past_key_values", given.get("cache"))
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

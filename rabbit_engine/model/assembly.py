@@ -1,4 +1,4 @@
-"""A model without weights and the entries of its files, put together: what is resident is read, the rest is set streaming."""
+"""Assembles a model without weights and the entries of its files: reads what is resident, and sets the rest streaming."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class Assembly:
     ring: Ring
 
     def free_bytes(self) -> int:
-        """What caches and activations may take now: free memory, less what of the ring was claimed and never written."""
+        """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""
         return max(0, free_memory_bytes(self.device) - self.ring.untouched_bytes)
 
     def close(self) -> None:
-        """End the reading, free the ring and what stays in it. A forked child has nothing to end: it returns at once."""
+        """Stop reading, and free the ring with everything in it. Returns at once in a forked child."""
         if self.transfer.forked:
             return
         self.transfer.close()
@@ -91,9 +91,9 @@ def assemble(
 ) -> Assembly:
     """Fill the skeleton `model`: residents on the device, the embedding by row, everything else streamed.
 
-    `decide` makes the plan, `claim` the ring of the device: a device that is not the machine's brings its own.
-    Raises BudgetError, and ConfigurationError for tiers that weights cannot be kept in yet, before memory is claimed;
-    MismatchedWeightsError where the files are not this model's.
+    `decide` makes the plan, `claim` the ring of the device: a simulated device provides its own.
+    Raises BudgetError, and ConfigurationError for tiers that cannot keep weights yet, before memory is allocated;
+    MismatchedWeightsError if the files do not fit the model.
     """
     give_large_blocks_back()
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
@@ -119,7 +119,7 @@ def _require_tiers(plan: Plan) -> None:
 
 
 class _Builder:
-    """Puts one model together; `close` undoes what was claimed so far."""
+    """Assembles one model; `close` undoes what was allocated so far."""
 
     def __init__(
         self, model: PreTrainedModel, partition: Partition, plan: Plan, stream: StreamConfig, trace: Trace, ring: Ring
@@ -135,7 +135,7 @@ class _Builder:
         self._uses = {size.name: size.scratch_use for size in plan.units}
 
     def close(self) -> None:
-        """End the transfer, or free the ring alone."""
+        """Close the transfer, or free the ring if there is none yet."""
         if self._transfer is not None:
             self._transfer.close()
         else:
@@ -155,7 +155,7 @@ class _Builder:
                         self._set_everywhere(weight.entry.name, weight.view(memory))
 
     def _decode_resident(self, unit: Unit, start: int) -> None:
-        """Read the stored unit into the scratch, and leave its decoded weights in their place."""
+        """Read the stored unit into the scratch, and write its decoded weights to their place."""
         scratch = self._plan.scratch_start
         fill_all(self._ring, [(unit, scratch)])
         tensors = unit.decode(self._ring.view(scratch, unit.nbytes), self._ring.view(start, unit.decoded_bytes))
@@ -171,9 +171,9 @@ class _Builder:
             ref.set(shared)
 
     def set_streaming(self) -> Assembly:
-        """Claim host memory, start the transfer, and bind every streamed unit to its module."""
+        """Allocate host memory, start the transfer, and bind every streamed unit to its module."""
         partition, device = self._partition, self._stream.device
-        join_rows(self._model)  # before units are bound: inside of their forwards
+        join_rows(self._model)  # before units are bound: inside their forwards
         moving = [partition.units[name] for name in partition.units if name in {*self._plan.streamed, *self._plan.host}]
         transfer = self._transfer = Transfer(
             moving,
@@ -205,7 +205,7 @@ class _Builder:
         return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring)
 
     def _bind(self, binding: Binding, unit: Unit, memory: torch.Tensor | None = None) -> None:
-        """Let the unit's module have its weights when it runs: as they come, or out of `memory` that they stay in."""
+        """Give the unit's module its weights when it runs: as they arrive, or from `memory` if they stay there."""
         weights, name = self._partition.weights, self._partition.modules.get(unit.name)
         if name is None:
             return
@@ -214,14 +214,14 @@ class _Builder:
         binding.bind(self._model.get_submodule(name), unit, refs, self._stand_ins, scratch=scratch, memory=memory)
 
     def _set_tied_elsewhere(self) -> None:
-        """A weight that another module streams, in the modules that share it."""
+        """Set a weight that another module streams in the modules that share it."""
         for name, ref in self._partition.weights.refs.items():
             if ref.holds_parameter and ref.table[ref.attribute].device.type == "meta":
                 ref.set(self._stand_ins.stand_in(self._partition.weights.entries[name], True))
 
     def _claim_slots(self) -> ExpertSlots | None:
-        """The slots for experts that are read as they are routed to, and those in host memory. They lie before the ring, which
-        may be of any size: reads go to whole pages."""
+        """The slots for experts that are read on demand, on the device and in host memory. They come before the ring, which may
+        have any size: reads cover whole pages."""
         plan, host = self._plan.experts, None
         if not plan.layers:
             return None
@@ -259,7 +259,7 @@ class _Builder:
         return {unit.name: HostPlace(ring, start, filled=True) for unit, start in starts}
 
     def _set_head(self, binding: Binding) -> None:
-        """A head in blocks: those that stay are views, the others are borrowed as they arrive."""
+        """Set a cut head: its resident blocks are views, the others are borrowed as they arrive."""
         partition, device = self._partition, self._stream.device
         starts = {unit.name: start for unit, start in self._residents}
         if partition.head is None or partition.head in starts:
@@ -275,7 +275,7 @@ class _Builder:
         partition.weights.refs[partition.head].set(self._stand_ins.add(weight))
 
     def _set_embedding(self) -> None:
-        """The embedding by row, unless it stays, or shares its memory with a head that does."""
+        """Set the embedding by row, unless it stays, or shares its memory with a head that does."""
         partition = self._partition
         if partition.embedding is None or partition.layout.embedding not in self._plan.by_row:
             return
@@ -294,7 +294,7 @@ def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContex
 
 
 def _resident_units(partition: Partition, plan: Plan) -> list[Unit]:
-    """What stays. A head whose every block stays is not cut: its module runs as it is."""
+    """The units that stay. A head whose blocks all stay is not cut: its module runs as it is."""
     found = [partition.units[name] for name in plan.resident]
     blocks = {block.unit for block in partition.blocks}
     if partition.head is None or not blocks <= set(plan.resident):
@@ -304,7 +304,7 @@ def _resident_units(partition: Partition, plan: Plan) -> list[Unit]:
 
 
 def _one_behind_another(units: Sequence[Unit], decoded: Collection[str] = ()) -> list[tuple[Unit, int]]:
-    """Each unit and where it starts when they lie one behind another, some of them decoded."""
+    """Each unit with its start when they are laid out consecutively, some of them decoded."""
     starts, position = [], 0
     for unit in units:
         starts.append((unit, position))
@@ -313,7 +313,7 @@ def _one_behind_another(units: Sequence[Unit], decoded: Collection[str] = ()) ->
 
 
 def _claim_scratch(ring: Ring, plan: Plan) -> dict[str, Scratch]:
-    """Scratch by its use: behind residents and slots, before the ring."""
+    """Scratch by its use: after residents and slots, before the ring."""
     base, found = plan.scratch_start, dict[str, Scratch]()
     for use, nbytes in scratch_shares(plan.units).items():
         found[use] = Scratch(ring.view(base, nbytes))
@@ -322,7 +322,7 @@ def _claim_scratch(ring: Ring, plan: Plan) -> dict[str, Scratch]:
 
 
 def _initialize_rest(model: PreTrainedModel, partition: Partition, device: torch.device) -> None:
-    """What no checkpoint holds, made as transformers makes it: non-persistent buffers, weights that may be missing."""
+    """Initialise what no checkpoint holds, like transformers: non-persistent buffers, weights that may be missing."""
     rest = {name for name, _ in model.named_non_persistent_buffers()} | (set(model.state_dict()) - set(partition.weights.entries))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in rest:

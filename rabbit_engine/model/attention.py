@@ -1,4 +1,4 @@
-"""Choosing the attention implementation, and saying why."""
+"""Chooses the attention implementation, with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rabbit_engine.utils.platform import is_flash_attention_available
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """`name` is what transformers is asked for; None leaves the choice to each part of the model: sdpa, else eager."""
+    """`name` is passed to transformers; None leaves the choice to each part of the model: sdpa, else eager."""
 
     name: str | None
     reason: str
@@ -28,9 +28,9 @@ def choose_attention(
     device: torch.device,
     flash: Callable[[], tuple[bool, str]] = is_flash_attention_available,
 ) -> AttentionChoice:
-    """Flash where the class, the dtype, the device and a real kernel call allow it, else sdpa, else eager.
+    """Flash if the class, the dtype, the device and a real kernel call allow it, else sdpa, else eager.
 
-    Raises AttentionUnavailableError for one that was asked for by name and does not work: never a silent other.
+    Raises AttentionUnavailableError for one requested by name that does not work, rather than use another silently.
     """
     problem = _flash_problem(cls, dtype, device, flash)
     if requested == "flash_attention_2" and problem is not None:

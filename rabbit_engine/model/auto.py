@@ -54,10 +54,10 @@ _ADAPTER = "adapter_config.json"
 
 
 class AutoModel:
-    """Loads any causal language model so that it runs in less memory than it has."""
+    """Loads any causal language model so that it runs in less memory than its size."""
 
     def __init__(self) -> None:
-        raise TypeError("AutoModel is not constructed: use AutoModel.from_pretrained(name)")
+        raise TypeError("AutoModel cannot be instantiated: use AutoModel.from_pretrained(name)")
 
     @overload
     @classmethod
@@ -148,47 +148,47 @@ class AutoModel:
         """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
 
         Args:
-            pretrained_model_name_or_path: a repo id or an address of the Hugging Face Hub, a folder, or a `.gguf` file.
-            device: "cuda:0", "mps" or "cpu"; None takes the best there is.
+            pretrained_model_name_or_path: a repo id or URL of the Hugging Face Hub, a folder, or a `.gguf` file.
+            device: "cuda:0", "mps" or "cpu"; None selects the best available.
             dtype: of the weights and of the computation; None keeps the checkpoint's own.
-            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, what weights may take with all they pass through: the ring, slots for
-                experts, staging buffers. The KV cache and activations come on top, unless `max_seq_len` is given. None is
-                what is free now, less those of `max_seq_len` tokens and a margin for the system.
-            attn_implementation: "auto" (flash_attention_2 where it works, else sdpa, else eager) or one of these.
-            compression: comes with a later version; anything but None is refused.
+            max_memory: `{0: "8GiB", "cpu": "24GiB"}`, the memory for weights and their buffers: the ring, slots for experts,
+                staging. The KV cache and activations come on top, unless `max_seq_len` is given. None uses what is free now,
+                minus those of `max_seq_len` tokens and a margin for the system.
+            attn_implementation: "auto" (flash_attention_2 if it works, else sdpa, else eager) or one of these.
+            compression: planned for a later version; anything but None is refused.
             layer_shards_saving_path: where the shards go; None puts them next to the checkpoint.
             delete_original: delete each original weight file once every shard made from it is verified.
-            split: "auto" streams from the original files where these hold the weights as the model has them (safetensors,
-                the same dtype, at most renamed) and splits where not, or where a path for shards is given; "always"
-                splits, "never" refuses what would need a split.
+            split: "auto" streams from the original files if they hold the weights in the model's form (safetensors, the same
+                dtype, at most renamed), and otherwise, or if a path for shards is given, splits; "always" splits, "never"
+                raises if a split is needed.
             prefetching: read the next layer while this one runs.
             profiling_mode: log every pass at INFO: bytes, rates, seconds waited.
-            show_layer_progress: a progress bar over the weights of each pass.
-            max_seq_len: tokens, prompts and answers together, whose KV cache and activations are set aside for, out of
-                `max_memory` too; None sets aside 1,024 where `max_memory` is None, else nothing. Longer texts run as long as
-                memory lasts.
+            show_layer_progress: show a progress bar over the weights of each pass.
+            max_seq_len: tokens, of prompts and answers together, to reserve KV cache and activations for, within
+                `max_memory` if that is given; None reserves 1,024 without `max_memory`, else nothing. Longer texts run as
+                long as memory lasts.
             cut: how finely the model is cut into units (`rabbit_engine.config.Cut`); the default suits disks and GPUs.
-            token: for gated and private repos; HF_TOKEN is read too.
-            hf_token: the older spelling of token.
+            token: for gated and private repos; by default from HF_TOKEN.
+            hf_token: the older name of token.
             revision: branch, tag or commit.
-            cache_dir: of the Hub.
+            cache_dir: cache folder of the Hub.
             local_files_only: download nothing.
-            trust_remote_code: run modelling code that the repository brings.
-            gguf_file: the file to take from a folder or repo with several.
+            trust_remote_code: run modelling code from the repository.
+            gguf_file: the file to load from a folder or repo with several.
             device_map: "auto" (also "balanced", "sequential"), or one device.
-            torch_dtype: the older spelling of dtype.
-            quantization_config: refused, as compression.
-            config: a config object, a folder, a file or a repo id, in place of the checkpoint's; an object is not changed.
+            torch_dtype: the older name of dtype.
+            quantization_config: refused, like compression.
+            config: a config object, a folder, a file or a repo id, instead of the checkpoint's; an object is left unchanged.
             subfolder: the part of the repo or folder to load.
             variant: of the weight files, as in `model.fp16.safetensors`.
-            use_safetensors: True takes safetensors alone, False pickles alone.
-            force_download: fetch the files again.
-            key_mapping: patterns of stored names, and what they become.
-            code_revision: of code that lies in another repo.
-            generation_config: in place of the checkpoint's.
-            output_loading_info: return the model and what transformers tells of the weights: missing, unexpected, mismatched.
-            other: attributes of the config, such as `use_cache=False`; keywords of transformers that mean nothing here, or are
-                refused with the reason (docs/migrating.md lists all); and those of other libraries, named once in a warning.
+            use_safetensors: True loads only safetensors, False only pickles.
+            force_download: download the files again.
+            key_mapping: patterns of stored names, and their replacements.
+            code_revision: revision of code in another repo.
+            generation_config: replaces the checkpoint's.
+            output_loading_info: return the model and transformers' report on the weights: missing, unexpected, mismatched.
+            other: attributes of the config, such as `use_cache=False`; keywords of transformers that have no effect or are
+                refused with the reason (docs/migrating.md lists all); and those of other libraries, each with one warning.
 
         Raises:
             RabbitError: a ConfigurationError, CheckpointError or ShardError that says what to do.
@@ -238,7 +238,7 @@ class AutoModel:
 
     @classmethod
     def from_config(cls, *_: Any, **__: Any) -> NoReturn:
-        """Raises TypeError: a model that is made from its config alone has no weights to stream."""
+        """Raises TypeError: a model built from its config alone has no weights to stream."""
         raise TypeError(
             "AutoModel.from_config would make random weights, and there are none to stream: use "
             "transformers.AutoModelForCausalLM.from_config, or from_pretrained(name, config=config)"
@@ -252,7 +252,7 @@ def load(
     stream: StreamConfig,
     assemble: Callable[..., Assembly] = assemble,
 ) -> Any:
-    """Resolve where the weights come from, split where that must be, and set them streaming, as `assemble` does it."""
+    """Resolve where the weights come from, split if needed, and set them streaming with `assemble`."""
     keep_few_kernels()  # before choose_attention computes something
     build = functools.partial(_build_streamed, stream=stream)
     model: Any
@@ -273,7 +273,7 @@ def load(
 
 
 def _build_streamed(architecture: Architecture, dtype: torch.dtype, *, stream: StreamConfig) -> PreTrainedModel:
-    """The class that streams, on the meta device, with the attention that is chosen. Raises AttentionUnavailableError."""
+    """The streaming class, on the meta device, with the chosen attention. Raises AttentionUnavailableError."""
     choice = choose_attention(stream.attn_implementation, architecture.cls, dtype, stream.device)
     try:
         cls = streamed_class(architecture.cls)  # type: ignore[arg-type]
@@ -291,9 +291,9 @@ def _build_streamed(architecture: Architecture, dtype: torch.dtype, *, stream: S
 
 
 def _load_own_adapter(model: Any) -> None:
-    """Apply the adapter that lies next to the weights, as transformers does where peft is installed.
+    """Apply the adapter next to the weights, as transformers does if peft is installed.
 
-    Raises ConfigurationError for a repo of the Hub, where transformers would load the adapter's base model instead, and
+    Raises ConfigurationError for a Hub repo, where transformers would load the adapter's base model instead, and
     DamagedCheckpointError for an adapter that cannot be loaded.
     """
     repo = model._prepared.repo
@@ -312,7 +312,7 @@ def _load_own_adapter(model: Any) -> None:
     except RabbitError:
         model.close()
         raise
-    except Exception as error:  # peft's code meets whatever the files say
+    except Exception as error:  # peft's code sees whatever the files contain
         model.close()
         raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
@@ -332,7 +332,7 @@ def _tell_head_dim(config: Any, prepared: Streamable) -> None:
 
 
 def _set_names(model: Any, name: str, prepared: Streamable, source: SourceConfig) -> None:
-    """Its name, generation config and the way to its tokenizer, from the checkpoint's folder."""
+    """Set its name, generation config and tokenizer source, from the checkpoint's folder."""
     model._prepared = prepared
     model.name_or_path = model.config.name_or_path = name
     folder = str(prepared.repo.folder)
@@ -347,17 +347,17 @@ def _set_names(model: Any, name: str, prepared: Streamable, source: SourceConfig
 
 
 def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:
-    """That of the folder. Raises DamagedCheckpointError."""
+    """The generation config of the folder. Raises DamagedCheckpointError."""
     require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
     try:
         read_generation_config(model, folder, trust_remote_code=source.trust_remote_code)
         _drop_empty(model.generation_config)
-    except Exception as error:  # the code of a config class meets any value
+    except Exception as error:  # the code of a config class sees any value
         raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
 
 
 def choose_named(attn_implementation: str | None, config: Any) -> str:
-    """The attention that is asked for by keyword, else in the caller's config object, else "auto"."""
+    """The attention requested by keyword, else by the caller's config object, else "auto"."""
     if attn_implementation not in (None, "auto"):
         return str(attn_implementation)
     return attention_of(config) or "auto"
@@ -365,13 +365,13 @@ def choose_named(attn_implementation: str | None, config: Any) -> str:
 
 def _set_generation_config(model: Any, generation_config: Any) -> None:
     if not isinstance(generation_config, GenerationConfig):
-        raise ConfigurationError(f"generation_config={generation_config!r} is not a GenerationConfig of transformers")
+        raise ConfigurationError(f"generation_config={generation_config!r} is not a transformers GenerationConfig")
     model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
     _drop_empty(model.generation_config)
 
 
 def _drop_empty(generation_config: Any) -> None:
-    """Lists that ask for nothing: `generate` refuses them, or fails."""
+    """Drop empty lists: `generate` rejects them, or fails."""
     for name in ("stop_strings", "bad_words_ids", "sequence_bias", "eos_token_id"):
         value = getattr(generation_config, name, None)
         if isinstance(value, list | dict | str) and not value:
@@ -379,7 +379,7 @@ def _drop_empty(generation_config: Any) -> None:
 
 
 def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:
-    """Let an answer end at `tokens` too."""
+    """Let an answer also end at `tokens`."""
     eos = generation_config.eos_token_id
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokens:

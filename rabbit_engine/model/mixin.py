@@ -1,4 +1,4 @@
-"""The streamed model: transformers' own class, whose weights come and go. Only here is it subclassed."""
+"""The streamed model: transformers' own class with streamed weights. The only module that subclasses it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _documented_as(original: Callable[..., Any]) -> Callable[[Method], Method]:
 
 
 class StreamingMixin:
-    """What a streamed model has besides its transformers class, and what it refuses.
+    """What a streamed model adds to its transformers class, and what it refuses.
 
     `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
     """
@@ -58,7 +58,7 @@ class StreamingMixin:
 
     @property
     def plan(self) -> Plan:
-        """What was decided: what is resident, streamed and read by row, and the memory that takes."""
+        """What is resident, streamed and read by row, and the memory it takes."""
         return self._assembly.plan
 
     @property
@@ -68,7 +68,7 @@ class StreamingMixin:
 
     @property
     def progress(self) -> PassProgress | None:
-        """Where the pass is that runs now, for another thread to show; None between passes."""
+        """The progress of the running pass, to display from another thread; None between passes."""
         return self._assembly.binding.progress()
 
     @property
@@ -78,7 +78,7 @@ class StreamingMixin:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer, loaded when first asked for. Raises TokenizerNotFoundError; it can be set."""
+        """The checkpoint's tokenizer, loaded on first use; it can be set. Raises TokenizerNotFoundError."""
         if self._own_tokenizer is None:
             with _LOADING_TOKENIZER:
                 if self._own_tokenizer is None:
@@ -90,7 +90,7 @@ class StreamingMixin:
         self._own_tokenizer = tokenizer
 
     def close(self) -> None:
-        """End the reader's thread and free the weights' memory. Safe to call again; using the model then raises."""
+        """End the reader's thread and free the weights' memory. Idempotent; using the model then raises."""
         self._assembly.close()
 
     def __enter__(self) -> Self:
@@ -103,9 +103,9 @@ class StreamingMixin:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with its tensors moved to the model's device.
 
-        A converted model that computes a number of positions right ends its answer there. The tokenizer, which stop strings
-        and token healing need, need not be given. Raises PromptTooLongError, before anything is computed, where the caches
-        and activations take more memory than is free.
+        A converted model that is exact up to a number of positions ends its answer there. Stop strings and token healing
+        work without passing a tokenizer. Raises PromptTooLongError, before anything is computed, if the caches and
+        activations need more memory than is free.
         """
         device = self._assembly.device
         positions = self._prepared.architecture.positions
@@ -121,22 +121,22 @@ class StreamingMixin:
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `load_adapter`.
 
-        Raises CannotLoadStateError where a converted model has other modules than those the adapter was trained on, for an
-        adapter of experts' own weights while these are read one by one, and for one that brings other values of a streamed
-        weight along. Raises WeightNotLoadedError that names the kind of adapter (DoRA, PiSSA ...) which reads those it adapts.
+        Raises CannotLoadStateError if a converted model has other modules than those the adapter was trained on, for an
+        adapter of experts that are read one by one, and for one that contains other values of a streamed weight. Raises
+        WeightNotLoadedError, which names the kind of adapter (DoRA, PiSSA ...), for one that reads streamed weights.
         """
         load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing while weights are streamed: those that the checkpoint ties are one already."""
+        """Do nothing while weights are streamed: those that the checkpoint ties are already shared."""
         if not _streams(self):
             super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """transformers' `resize_token_embeddings`; raises CannotResizeError where weights are streamed and the size changes."""
+        """transformers' `resize_token_embeddings`; raises CannotResizeError if weights are streamed and the size changes."""
         now = self.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
         step = pad_to_multiple_of or 1
         wanted = -(-(new_num_tokens or now) // step) * step
@@ -159,17 +159,17 @@ class StreamingMixin:
         super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
 
     def get_compiled_call(self, *_: Any, **__: Any) -> Any:
-        """Streamed weights are not there when a compiler looks: the call as it is."""
+        """The call itself, not compiled: streamed weights are not loaded when a compiler looks."""
         return self.__call__  # type: ignore[operator]
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
         raise CannotMoveError(
             f"a streamed model stays on {self._assembly.device} in {self._prepared.dtype}: "
-            "load it with device= and dtype= as you want them"
+            "load it with the device= and dtype= you need"
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Allowed for the device and dtype the model has. Raises CannotMoveError."""
+        """Allowed only for the model's own device and dtype. Raises CannotMoveError."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
         if same_device and dtype in (None, self._prepared.dtype):
@@ -201,7 +201,7 @@ class StreamingMixin:
         return self.to(torch.float64)
 
     def type(self, dst_type: Any) -> Self:
-        """Raises CannotMoveError unless it is the dtype the model has."""
+        """Raises CannotMoveError unless it is the model's own dtype."""
         return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
 
     def to_empty(self, **_: Any) -> NoReturn:
@@ -220,7 +220,7 @@ class StreamingMixin:
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Raises CannotSaveError."""
         raise CannotSaveError(
-            f"the weights of a streamed model are on disk already, in {self._prepared.folder}: copy the original checkpoint "
+            f"the weights of a streamed model are already on disk, in {self._prepared.folder}: copy the original checkpoint "
             "or that folder; an adapter is saved by PeftModel.save_pretrained"
         )
 
@@ -232,7 +232,7 @@ class StreamingMixin:
         """Raises CannotLoadStateError."""
         raise CannotLoadStateError(
             "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
-            "an adapter goes in by model.load_adapter"
+            "load an adapter with model.load_adapter"
         )
 
 
@@ -240,18 +240,18 @@ _NEED_TOKENIZER = ("stop_strings", "token_healing")
 """Of a generation config."""
 
 _LOADING_TOKENIZER = threading.RLock()
-"""Threads that ask for a tokenizer at the same time get the same one; loading it from a GGUF file takes seconds."""
+"""Threads that request a tokenizer at once get the same one; loading it from a GGUF file takes seconds."""
 
 
 def _streams(model: Any) -> bool:
-    """Whether any weight of the model is away between passes."""
+    """Whether any weight of the model is not loaded between passes."""
     return any(isinstance(weight, Placeholder) for weight in model.parameters())
 
 
 def _refuse_other(model: Any, module: Any, present: Any) -> None:
     if module is not present and _streams(model):
         raise CannotResizeError(
-            "cannot put other embeddings into a model whose weights are streamed: change and save it with "
+            "cannot replace the embeddings of a model whose weights are streamed: change and save it with "
             "transformers.AutoModelForCausalLM, and load the result"
         )
 
@@ -261,9 +261,9 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
-    """The tokenizer of the checkpoint's folder: built from the files of a family that is converted, else `AutoTokenizer`.
+    """The tokenizer of the checkpoint's folder: built from the files of a converted family, else from `AutoTokenizer`.
 
-    A tokenizer.json next to them wins: it is what the files were turned into already. Raises TokenizerNotFoundError or
+    A tokenizer.json next to them takes precedence: the files were converted already. Raises TokenizerNotFoundError or
     MissingExtraError.
     """
     folder = Path(source["pretrained_model_name_or_path"])
@@ -277,20 +277,20 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
         raise
     except ImportError as error:
         raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except Exception as error:  # the code of any tokenizer meets any file; `tokenizers` itself raises plain Exception
+    except Exception as error:  # tokenizer code sees any file, and `tokenizers` itself raises plain Exception
         raise TokenizerNotFoundError(
-            f"{source['pretrained_model_name_or_path']} holds no tokenizer that can be loaded ({first_line(error)}): "
-            "the model itself runs; set model.tokenizer, or pass token ids"
+            f"{source['pretrained_model_name_or_path']} has no tokenizer that can be loaded ({first_line(error)}), "
+            "but the model itself runs: set model.tokenizer, or pass token ids"
         ) from error
 
 
 def _checked(tokenizer: Any, folder: Path) -> Any:
-    """The tokenizer itself, which compares the length of every text with a number. Raises TokenizerNotFoundError without one."""
+    """The tokenizer, if its maximum length is a number, which it compares with every text. Raises TokenizerNotFoundError."""
     most = getattr(tokenizer, "model_max_length", 0)
     if not isinstance(most, int | float):
         raise TokenizerNotFoundError(
-            f"{folder}/tokenizer_config.json says model_max_length={most!r}, which is not a number: fix it or download it "
-            "again; the model itself runs, with token ids or a model.tokenizer that is set"
+            f"{folder}/tokenizer_config.json has model_max_length={most!r}, which is not a number: fix it or download it again; "
+            "the model itself runs, with token ids or another model.tokenizer"
         )
     return tokenizer
 
@@ -299,7 +299,7 @@ def _checked(tokenizer: Any, folder: Path) -> Any:
 def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of the real class, under its own name and module: transformers picks conversions and kernels by both.
 
-    A class of a repository that keeps its cache in tuples makes it itself: `generate` gives it none.
+    Remote code that keeps its cache in tuples creates it itself: `generate` passes it none.
     """
     made = type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__})
     return without_cache_objects(made) if keeps_tuples(cls) else made

@@ -1,4 +1,4 @@
-"""What sessions, servers and chats need of a model and its tokenizer, and nothing more."""
+"""The parts of a model and its tokenizer that sessions, servers and chats use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rabbit_engine.streaming import PassProgress, Profile
 
 
 class Decoder(Protocol):
-    """Token ids into text."""
+    """Decodes token ids to text."""
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> Any:
         """The text of a list of ids."""
 
 
 class TextTokenizer(Decoder, Protocol):
-    """Text into token ids, and back. A chat template and special tokens are asked for where there are any."""
+    """Encodes text as token ids, and decodes them. Chat templates and special tokens are only used if present."""
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
         """`input_ids` of a text, among other things."""
@@ -31,19 +31,19 @@ class TextTokenizer(Decoder, Protocol):
 
 
 class SessionModel(Protocol):
-    """A model whose answers a session gives: what `AutoModel.from_pretrained` returns, or PEFT around it."""
+    """A model for sessions: what `AutoModel.from_pretrained` returns, or PEFT around it."""
 
     @property
     def config(self) -> PretrainedConfig:
-        """The checkpoint's, as the class reads it."""
+        """The checkpoint's config, as the class reads it."""
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How it answers where a request does not say; only a model that generates has one."""
+        """The defaults of its answers; only a model that generates has one."""
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The checkpoint's, or the one that was set. Raises TokenizerNotFoundError."""
+        """The checkpoint's tokenizer, or the one that was set. Raises TokenizerNotFoundError."""
 
     @property
     def plan(self) -> Plan:
@@ -51,7 +51,7 @@ class SessionModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes."""
 
     @property
     def profile(self) -> Profile:
@@ -59,14 +59,14 @@ class SessionModel(Protocol):
 
     @property
     def progress(self) -> PassProgress | None:
-        """Where the pass is that runs now."""
+        """The progress of the running pass."""
 
     @property
     def base_model(self) -> nn.Module:
-        """What makes hidden states, without a head."""
+        """The part that computes hidden states, without a head."""
 
     def can_generate(self) -> bool:
-        """Whether it makes texts, and not only vectors of them."""
+        """Whether it generates texts, rather than only embeds them."""
 
     def generate(self, inputs: torch.Tensor, **keywords: Any) -> object:
         """transformers' `generate`."""

@@ -1,4 +1,4 @@
-"""The running parts of a streamed model behind one typed face: what sessions, servers and benchmarks work with."""
+"""The running parts of a streamed model behind one typed interface, for sessions, servers and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rabbit_engine.streaming import Binding, Ring, Trace, Transfer
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A streamed model's parts: `checkpoint` is where it comes from (class, dtype, files), `assembly` what runs it."""
+    """A streamed model's parts: `checkpoint` is its source (class, dtype, files), `assembly` runs it."""
 
     checkpoint: Streamable
     assembly: Assembly
 
     @property
     def architecture(self) -> Architecture:
-        """The class, its config, and what is known of its family."""
+        """The class, its config, and the properties of its family."""
         return self.checkpoint.architecture
 
     @property
@@ -34,17 +34,17 @@ class Runtime:
 
     @property
     def partition(self) -> Partition:
-        """The model cut into units, and the probe of what a text takes."""
+        """The model's units, and the probe of what a text needs."""
         return self.assembly.partition
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device that computes."""
         return self.assembly.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and of the computation."""
+        """The dtype of the weights and of the computation."""
         return self.checkpoint.dtype
 
     @property
@@ -59,7 +59,7 @@ class Runtime:
 
     @property
     def binding(self) -> Binding:
-        """The forwards that ask for units, and the pass that runs now."""
+        """The wrapped forwards, and the running pass."""
         return self.assembly.binding
 
     @property
@@ -68,16 +68,16 @@ class Runtime:
         return self.assembly.trace
 
     def free_bytes(self) -> int:
-        """What caches and activations may take now."""
+        """Bytes that caches and activations may take now."""
         return self.assembly.free_bytes()
 
     def close(self) -> None:
-        """End the reading and free the weights' memory. Safe to call again."""
+        """Stop reading and free the weights' memory. Idempotent."""
         self.assembly.close()
 
 
 def runtime_of(model: object) -> Runtime:
-    """What runs `model`, also where PEFT wraps it. Raises ConfigurationError for one that rabbit_engine did not load."""
+    """The runtime of `model`, also if PEFT wraps it. Raises ConfigurationError for one that rabbit_engine did not load."""
     assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_prepared", None)
     if not isinstance(assembly, Assembly) or checkpoint is None:
         raise ConfigurationError(f"{type(model).__name__} was not loaded by rabbit_engine: load it with rabbit_engine.AutoModel")

@@ -1,4 +1,4 @@
-"""Weights on their way: disk -> host memory -> ring -> parameter, and away again."""
+"""Streams weights: disk -> host memory -> ring -> parameter, and releases them again."""
 
 from rabbit_engine.streaming.binding.blocks import LinearBlocks, RowBlock
 from rabbit_engine.streaming.binding.linears import join_rows

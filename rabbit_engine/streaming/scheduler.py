@@ -1,12 +1,12 @@
-"""Many texts in one pass: each runs transformers' own forward, and all of them go through the layers together.
+"""Runs many texts in one pass: each runs transformers' own forward, and all go through the layers together.
 
-A fiber is a coroutine (a greenlet) that runs one generation and yields wherever it needs a unit that is not in memory.
-When all fibers wait, the unit is brought once, and one fiber after another computes with it. So each runs the same kernels
+A fiber is a coroutine (a greenlet) that runs one generation and yields whenever it needs a unit that is not in memory.
+When all fibers wait, the unit is read once, and one fiber after another computes with it. So each runs the same kernels
 on the same shapes as it would alone, and gets the same bits; they share only the transfer of the weights.
 
-`share_products` goes on to what Yu et al. (Orca, OSDI 2022) call selective batching: fibers also meet at every linear layer,
-which then runs once over the tokens of all. That is faster if computing is the bottleneck, but gives up bit equality: a
-kernel may order its sums by the number of rows.
+`share_products` adds what Yu et al. (Orca, OSDI 2022) call selective batching: fibers also meet at every linear layer,
+which then runs once over all their tokens. That is faster if computing is the bottleneck, but gives up bit equality: a
+kernel's order of summation may depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class UnitSource(Protocol):
         ...
 
     def hold(self, name: str) -> None:
-        """Bring the unit. Raises what its read raised."""
+        """Bring the unit into memory. Raises what its read raised."""
         ...
 
     def let_go(self, name: str) -> None:
-        """Release a unit that `hold` brought; it may be dropped after its last release."""
+        """Release a unit from `hold`; it may be dropped after its last release."""
         ...
 
 
@@ -96,7 +96,7 @@ class RandomStream:
 
 
 class Fiber(greenlet):
-    """One generation, `work()`, in the thread of its scheduler; `failure` is what it raised."""
+    """One generation, `work()`, in the thread of its scheduler; `failure` is the exception it raised."""
 
     def __init__(
         self, work: Callable[[], None], source: UnitSource, random_stream: RandomStream | None = None, *, shares: bool = False
@@ -114,14 +114,14 @@ class Fiber(greenlet):
         self.begin_own_time()
         try:
             self._work()
-        except BaseException as error:  # noqa: BLE001 - it would strike whoever resumed this one
+        except BaseException as error:  # noqa: BLE001 - it would be raised in whoever resumed this fiber
             self.failure = error
-            traceback.clear_frames(error.__traceback__)  # they hold the cache, until the collector comes
+            traceback.clear_frames(error.__traceback__)  # its frames hold the cache until the next garbage collection
         finally:
             self._end_own_time()
 
     def begin_own_time(self) -> None:
-        """Called when its pass is over: until it waits for the next, it runs alone."""
+        """Called after its pass: until it waits for the next, it runs alone."""
         if self._random_stream is not None and not self._has_random_stream:
             self._has_random_stream = True
             self._random_stream.take()
@@ -133,19 +133,19 @@ class Fiber(greenlet):
 
     @property
     def wants(self) -> str | _Product | None:
-        """The unit or the product it waits for, within a pass."""
+        """The unit or product that it waits for within a pass."""
         return self._wants
 
     def travels_on(self, source: UnitSource) -> bool:
-        """Whether this is the source that its scheduler takes: that of a second model, which its work calls, is not."""
+        """Whether this is its scheduler's source, not that of a second model that its work calls."""
         return self._source is source
 
     def stop(self, reason: BaseException) -> None:
-        """Raise `reason` in its work, at the next unit or pass that it waits for. Any thread may call this."""
+        """Raise `reason` in its work at the next unit or pass it waits for. Any thread may call this."""
         self._stopped_by = reason
 
     def resume(self) -> None:
-        """Let it run until it waits again, or its work is over."""
+        """Run it until it waits again or ends."""
         if self.dead:
             return
         if self._stopped_by is not None:
@@ -154,19 +154,19 @@ class Fiber(greenlet):
             self.switch()
 
     def await_pass(self) -> None:
-        """Called in its work: wait for the next pass."""
+        """Wait for the next pass. Called by its work."""
         self._end_own_time()
         self._wait(None)
 
     def await_unit(self, name: str) -> None:
-        """Called in its work: wait until unit `name` is here."""
+        """Wait until unit `name` is in memory. Called by its work."""
         self._wait(name)
 
     def await_product(self, forward: _Forward, states: torch.Tensor) -> torch.Tensor:
-        """Called in its work: `forward(states)`, computed with those of others."""
+        """Compute `forward(states)` together with other fibers. Called by its work."""
         product = _Product(forward, states)
         self._wait(product)
-        assert product.result is not None  # noqa: S101 - else its scheduler stopped it
+        assert product.result is not None  # noqa: S101 - otherwise its scheduler stopped it
         return product.result
 
     def _wait(self, wanted: str | _Product | None) -> None:
@@ -178,13 +178,13 @@ class Fiber(greenlet):
 
 
 def fiber_on(source: UnitSource) -> Fiber | None:
-    """The fiber that runs now, if it travels on this source."""
+    """The fiber that runs now, if this is its source."""
     current = getcurrent()
     return current if isinstance(current, Fiber) and current.travels_on(source) else None
 
 
 class Scheduler:
-    """Runs fibers pass by pass, in the thread that calls it; with `shares` they meet where `share_products` lets them."""
+    """Runs fibers pass by pass, in the calling thread; with `shares`, they meet where `share_products` lets them."""
 
     def __init__(self, source: UnitSource, *, shares: bool = False) -> None:
         self._source, self._shares = source, shares
@@ -192,11 +192,11 @@ class Scheduler:
 
     @property
     def fibers(self) -> int:
-        """The number of fibers that have work left."""
+        """The number of unfinished fibers."""
         return len(self._fibers)
 
     def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
-        """Take a fiber in, and run it to its first pass."""
+        """Add a fiber and run it to its first pass."""
         fiber = Fiber(work, self._source, random_stream, shares=self._shares)
         fiber.resume()
         self._fibers.append(fiber)
@@ -211,7 +211,7 @@ class Scheduler:
         self._forget_the_done()
 
     def run_pass(self) -> None:
-        """Run one pass of all fibers; those that end or fail on the way do not block the others."""
+        """Run one pass of all fibers; one that ends or fails does not stop the others."""
         aboard = tuple(self._fibers)
         with self._source.scheduled_pass():
             for fiber in aboard:
@@ -224,13 +224,13 @@ class Scheduler:
         self._forget_the_done()
 
     def _bring(self, waiting: list[Fiber]) -> None:
-        """Bring what the first one waits for, and let all go on that wait for the same. A unit that cannot be read fails
-        the first one: for the next it is tried again."""
+        """Read the unit that the first fiber waits for, and resume all that wait for it. If the read fails, only the first one
+        fails: the next one tries again."""
         name = waiting[0].wants
-        assert isinstance(name, str)  # noqa: S101 - those that wait for a unit
+        assert isinstance(name, str)  # noqa: S101 - they wait for a unit
         try:
             self._source.hold(name)
-        except Exception as error:  # noqa: BLE001 - raised where the unit is asked for
+        except Exception as error:  # noqa: BLE001 - raised where the unit is requested
             waiting[0].stop(error)
             waiting[0].resume()
             return
@@ -246,13 +246,13 @@ class Scheduler:
 
 
 def _multiply(waiting: list[Fiber]) -> None:
-    """Run the layer that the first one waits at, once for all that wait at it, and let them go on."""
+    """Run the linear layer of the first fiber once for all that wait at it, and resume them."""
     first = waiting[0].wants
     wants = [(fiber, fiber.wants) for fiber in waiting]
     met = [(fiber, want) for fiber, want in wants if isinstance(want, _Product) and want.forward is first.forward]  # type: ignore[union-attr]
     try:
         _compute([product for _, product in met])
-    except Exception as error:  # noqa: BLE001 - raised in each one's own layer
+    except Exception as error:  # noqa: BLE001 - raised in each fiber's own layer
         for fiber, _ in met:
             fiber.stop(error)
     for fiber, _ in met:
@@ -267,16 +267,16 @@ def _compute(products: list[_Product]) -> None:
 
 
 class HasModules(Protocol):
-    """A model, or what wraps one."""
+    """A model, or its wrapper."""
 
     def modules(self) -> Iterable[nn.Module]:
         """Its modules, at any depth."""
 
 
 def share_products(model: HasModules, source: UnitSource) -> Callable[[], None]:
-    """Let fibers on `source` whose scheduler shares meet at every linear layer of the model; all others run it as before.
+    """Let fibers on `source` meet at every linear layer of the model if their scheduler shares; others run it as before.
 
-    What it returns gives the layers their own forward back, once for every call of this.
+    Call the result, once per call of this, to restore the layers' own forward.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     with _meeting_points:
@@ -289,7 +289,7 @@ _meeting_points = threading.Lock()
 
 
 class _Meeting:
-    """The forward of a linear layer at which fibers meet; `users` sessions want it."""
+    """The forward of a linear layer at which fibers meet, for `users` sessions."""
 
     def __init__(self, layer: nn.Linear, source: UnitSource) -> None:
         self.own = layer.__dict__.get("forward")
@@ -309,7 +309,7 @@ def _meet_at(layer: nn.Linear, source: UnitSource) -> None:
 
 
 def _part_at(layers: list[nn.Linear]) -> None:
-    """Undo `_meet_at`; a layer whose forward another library has replaced since is left to that one."""
+    """Undo `_meet_at`, except for layers whose forward another library has since replaced."""
     with _meeting_points:
         for layer in layers:
             meeting = layer.__dict__.get("forward")
@@ -327,7 +327,7 @@ def _restore(layer: nn.Linear, forward: _Forward | None) -> None:
 
 
 def _renew_locks() -> None:
-    """A forked child inherits locks that no thread of its own will free, and may load a model of its own."""
+    """A forked child inherits locks that none of its threads will release, and may load a model itself."""
     global _meeting_points
     _meeting_points = threading.Lock()
     RandomStream._turn = threading.Lock()

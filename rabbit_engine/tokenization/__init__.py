@@ -1,4 +1,4 @@
-"""Tokenizers of the families that have none in transformers, from their original files: no code of a checkpoint runs.
+"""Tokenizers of families that transformers has no class for, built from their original files without running their code.
 
 `build_tokenizer` is the only public function. ChatGLM2 and 3, InternLM, InternLM2 and Baichuan use a sentencepiece model,
 GLM-4 and QWen a tiktoken file.

@@ -37,7 +37,7 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Specials:
-    """The special tokens of one folder. `parsed`: those that text becomes; `named`: ids with a meaning other than their piece."""
+    """The special tokens of one folder. `parsed`: those found in text; `named`: ids whose meaning differs from their piece."""
 
     attributes: Mapping[str, AddedToken]
     additional: tuple[AddedToken, ...]
@@ -47,21 +47,21 @@ class _Specials:
 
     @property
     def hidden(self) -> set[str]:
-        """Attributes that text does not become: then `tokenizers` must not look for special tokens in text."""
+        """Attributes that are not recognised in text: then `tokenizers` must not look for special tokens there."""
         return {token.content for token in self.attributes.values()} - self.parsed.keys()
 
 
 def build_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a family without a class in transformers, from its original files in `folder`; runs no code from there.
+    """The tokenizer of a family without a class in transformers, built from its original files in `folder`; runs no code there.
 
-    `family`: "chatglm" (ChatGLM2, ChatGLM3, GLM-4), "qwen", "internlm", "internlm2" or "baichuan". Ids are those of the
-    family's own tokenizer. Where `tokenizers` cannot give them sentencepiece itself is used, and the reason is logged.
+    `family`: "chatglm" (ChatGLM2, ChatGLM3, GLM-4), "qwen", "internlm", "internlm2" or "baichuan". Ids equal those of the
+    family's own tokenizer. If `tokenizers` cannot reproduce them, sentencepiece itself is used and the reason is logged.
 
     Raises TokenizerNotFoundError, MissingExtraError, or ConfigurationError for another family.
     """
     folder = Path(folder)
     if family not in _BUILDERS:
-        raise ConfigurationError(f"family={family!r} has no tokenizer here: known are {', '.join(sorted(_BUILDERS))}")
+        raise ConfigurationError(f"family={family!r} has no tokenizer: known families are {', '.join(sorted(_BUILDERS))}")
     return _BUILDERS[family](read_settings(folder))
 
 
@@ -73,7 +73,7 @@ def _build_chatglm(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def _chatglm_generation(settings: Settings) -> TokenizerFamily:
-    """ChatGLM2 or ChatGLM3, which share model files: decided by the code next to them, or by names in the configs."""
+    """ChatGLM2 or ChatGLM3, which share model files: told apart by the code next to them, or by names in the configs."""
     code = settings.folder / "tokenization_chatglm.py"
     said = code.read_text("utf-8", errors="replace") if code.is_file() else ""
     told = f"{said} {settings.chat_template} {settings.tokenizer} {settings.model.get('_name_or_path', '')}".lower()
@@ -88,9 +88,9 @@ def _build_qwen(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def _build_baichuan(settings: Settings) -> PreTrainedTokenizerBase:
-    """With the conversation's two tokens, which generation_config.json gives as ids; 195 and 196 in every released model.
+    """Baichuan with its two conversation tokens, which generation_config.json gives as ids; 195 and 196 in every released model.
 
-    Without a chat template where BOS is added: the family's own code then puts one before every message.
+    No chat template if BOS is added: the family's own code then puts one before every message.
     """
     model = read_pieces(_find(settings.folder, BAICHUAN.file))
     user, assistant = (settings.generation.get(f"{role}_token_id", index) for role, index in (("user", 195), ("assistant", 196)))
@@ -121,12 +121,12 @@ def _build_from_pieces(
     specials = _read_specials(family, settings, {piece: index for index, piece in enumerate(model.pieces)}, len(model.pieces))
     manner = replace(_manner(family, specials, len(model.pieces)), markup=roles or specials.ids, speller=Speller(model))
     odd = next((name for name, token in specials.parsed.items() if token.lstrip or token.rstrip or token.single_word), None)
-    tokenizer, reason = (None, f"{odd!r} looks at its neighbours") if odd else convert(model, specials.named)
+    tokenizer, reason = (None, f"{odd!r} depends on its neighbours") if odd else convert(model, specials.named)
     if tokenizer is not None and not _agrees(tokenizer, model):
-        tokenizer, reason = None, "the two disagree on a probe"
+        tokenizer, reason = None, "the two disagree on a test text"
     if tokenizer is not None:
         return _fast(tokenizer, manner, specials, settings)
-    logger.warning("the tokenizer in %s runs on sentencepiece, without offsets: %s", settings.folder, reason)
+    logger.warning("the tokenizer in %s uses sentencepiece itself, without offsets: %s", settings.folder, reason)
     return PieceTokenizer(
         vocab_file=str(model.path),
         manner=manner,
@@ -144,7 +144,7 @@ def _agrees(tokenizer: Tokenizer, model: PieceModel) -> bool:
 
 
 def _read_specials(family: TokenizerFamily, settings: Settings, pieces: Mapping[str, int], count: int) -> _Specials:
-    """`pieces` by name, `count` of them or of ranks. A special token without an id gets the next one."""
+    """Special tokens for `pieces` by name, of which there are `count` (or ranks). One without an id gets the next one."""
     said = {} if family.parses == "none" else settings.tokenizer
     attributes = read_attributes(said, family.attributes)
     added = settings.added
@@ -167,13 +167,13 @@ def _parsed_attributes(
 ) -> dict[str, AddedToken]:
     kept = {"named": attributes.keys(), "configured": settings.tokenizer.keys()}.get(family.parses, ())
     found = [token for name, token in attributes.items() if name in kept and token.content not in parsed]
-    return {token.content: token for token in reversed(found)}  # of two with one text the first counts
+    return {token.content: token for token in reversed(found)}  # of two with the same text, the first counts
 
 
 def _manner(family: TokenizerFamily, specials: _Specials, count: int) -> Manner:
-    """As transformers 4 decodes: tokens that were added, or come after the vocabulary, stand apart unless they are attributes.
+    """Decode like transformers 4: added tokens and those after the vocabulary stand apart unless they are attributes.
 
-    `count`: of pieces or ranks.
+    `count`: the number of pieces or ranks.
     """
     special = {token.content for token in specials.additional}
     special |= set() if family.parses == "none" else {token.content for token in specials.attributes.values()}
@@ -189,7 +189,7 @@ def _manner(family: TokenizerFamily, specials: _Specials, count: int) -> Manner:
 
 
 def _layouts(family: TokenizerFamily, settings: Settings, specials: _Specials) -> tuple[list[str], list[str]]:
-    """Special tokens around one text, "$A", and around a pair, "$A" and "$B"."""
+    """The special tokens around a single text, "$A", and around a pair, "$A" and "$B"."""
     marks = {name: token.content for name, token in specials.attributes.items()}
     bos = [marks["bos_token"]] if family.adds_bos and settings.tokenizer.get("add_bos_token", True) else []
     eos = [marks["eos_token"]] if family.adds_bos and settings.tokenizer.get("add_eos_token", False) else []

@@ -1,4 +1,4 @@
-"""The tokenizer classes: transformers' own, with the chat templates and decoding of the families' code."""
+"""The tokenizer classes: transformers' own, with the chat templates and decoding of the families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PRIVATE = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: Unico
 class Manner:
     """What a tokenizer needs besides its vocabulary: `names` of special tokens by id, `markup` of conversations to ids.
 
-    When decoded those in `apart` stand between spaces, and those in `silent` say nothing.
+    When decoding, those in `apart` are separated by spaces, and those in `silent` are omitted.
     """
 
     family: TokenizerFamily
@@ -40,18 +40,18 @@ class Manner:
 
 
 class FamilyMixin:
-    """A family's own conversations and decoding over either class of transformers."""
+    """A family's conversations and decoding, on top of either tokenizer class of transformers."""
 
     _manner: Manner
 
     def _text_ids(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a special token."""
+        """Ids of a text, without looking for special tokens."""
         raise NotImplementedError
 
     def apply_chat_template(self, conversation: Any, tools: Any = None, *args: Any, tokenize: bool = True, **kwargs: Any) -> Any:
-        """transformers' `apply_chat_template`; special tokens in what is said stay text where the family's own code has it so.
+        """transformers' `apply_chat_template`; special tokens in messages stay text if the family's own code treats them so.
 
-        Raises ConfigurationError for `return_assistant_tokens_mask`, which needs offsets that such ids have not.
+        Raises ConfigurationError for `return_assistant_tokens_mask`: it needs offsets, which such ids lack.
         """
         parent: Any = super()
         if not tokenize or self._manner.family.content == "template":
@@ -105,7 +105,7 @@ class FamilyMixin:
         return packed if return_dict else packed["input_ids"]
 
     def decoded(self, token_ids: list[int], *, skip_special_tokens: bool, **kwargs: Any) -> str:
-        """As the family's own code decodes; `skip_special_tokens` leaves out every special token."""
+        """Decode like the family's own code; `skip_special_tokens` omits every special token."""
         manner, texts, run = self._manner, list[str](), list[int]()
         for index in token_ids:
             name = manner.names.get(index)
@@ -118,7 +118,7 @@ class FamilyMixin:
         return (" " if kwargs.get("spaces_between_special_tokens", True) else "").join(texts)
 
     def _spelled(self, ids: list[int]) -> str:
-        """Ids between tokens that stand apart, as text."""
+        """The text of ids between separated tokens."""
         this: Any = self
         if self._manner.speller is None:
             return str(this.backend_tokenizer.decode(ids, skip_special_tokens=False))
@@ -127,7 +127,7 @@ class FamilyMixin:
         )
 
     def _parts(self, ids: Iterable[int], count: int) -> list[Part]:
-        """Ids as special tokens and runs of pieces, of which there are `count`; ids that a user added are special tokens too."""
+        """Split ids into special tokens and runs of pieces, of which there are `count`; ids that a user added are special too."""
         this: Any = self
         parts: list[Part] = []
         for index in ids:
@@ -169,12 +169,12 @@ def _guarded(value: Any, markup: re.Pattern[str], guard: str) -> Any:
 
 
 class FastTokenizer(FamilyMixin, RustTokenizer):
-    """Over a `tokenizers.Tokenizer`: offsets, and one file when saved."""
+    """A `FamilyMixin` over a `tokenizers.Tokenizer`: has offsets, and saves to one file."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """One that AutoTokenizer loads and that gives the same ids.
+        """Save a tokenizer that AutoTokenizer loads and that gives the same ids.
 
-        A chat template that needs this class's `apply_chat_template` stays behind: another class would give other ids.
+        A chat template that needs this class's `apply_chat_template` is left out: another class would give other ids.
         """
         family, template = self._manner.family, self.chat_template
         if family.content != "template" and template == family.chat_template and template is not None:
@@ -186,7 +186,7 @@ class FastTokenizer(FamilyMixin, RustTokenizer):
             self.chat_template = template
 
     def prepared(self, text: Any) -> Any:
-        """`text` in NFC by Python's tables where `tokenizers`' older ones give something else; else as it is, for the offsets."""
+        """`text` in NFC by Python's tables if `tokenizers`' older ones differ; else unchanged, to keep the offsets."""
         if isinstance(text, (list, tuple)):
             return type(text)(self.prepared(item) for item in text)
         if not (self._manner.family.nfc and isinstance(text, str)) or text.isascii():
@@ -202,7 +202,7 @@ class FastTokenizer(FamilyMixin, RustTokenizer):
 
 
 class PieceTokenizer(FamilyMixin, PythonTokenizer):
-    """Over sentencepiece itself, where `tokenizers` cannot do exactly the same: no offsets, and slower."""
+    """A `FamilyMixin` over sentencepiece, for models that `tokenizers` cannot reproduce: no offsets, and slower."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
 
@@ -221,16 +221,16 @@ class PieceTokenizer(FamilyMixin, PythonTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Pieces, and the special tokens after them."""
+        """The number of pieces and of the special tokens after them."""
         return max(len(self._processor), 1 + max(self._ids.values(), default=0))
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece or special token -> id."""
+        """Map each piece and special token to its id."""
         pieces = {self._processor.id_to_piece(index): index for index in range(len(self._processor))}
         return {**pieces, **self._ids, **self.added_tokens_encoder}
 
     def tokenize(self, text: str, *_: Any, **kwargs: Any) -> list[str]:
-        """Tokens of `text`, with special tokens where they are parsed."""
+        """The tokens of `text`, with special tokens if they are parsed."""
         if kwargs.get("split_special_tokens", False):
             return self.pieces_of(text)
         parts = split_at(self._parsed, text)
@@ -241,7 +241,7 @@ class PieceTokenizer(FamilyMixin, PythonTokenizer):
         return [token for group in tokens for token in group]
 
     def pieces_of(self, text: str) -> list[str]:
-        """A text without special tokens, in pieces."""
+        """The pieces of a text without special tokens."""
         return list(self._processor.encode(text, out_type=str))
 
     def _text_ids(self, text: str) -> list[int]:
@@ -256,22 +256,22 @@ class PieceTokenizer(FamilyMixin, PythonTokenizer):
         return self._manner.names.get(index) or str(self._processor.id_to_piece(index))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Tokens as text."""
+        """Join tokens into text."""
         return self.decoded([self.id_of(token) for token in tokens], skip_special_tokens=False)
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
-        """One text or a pair with the special tokens around it."""
+        """Add the special tokens around a text or a pair."""
         texts = {"$A": token_ids_0, "$B": token_ids_1 or []}
         layout = self._layouts[token_ids_1 is not None]
         return [index for name in layout for index in texts.get(name) or ([] if name in texts else [self.id_of(name)])]
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CannotSaveError: a tokenizer loaded from the saved files elsewhere would give other ids."""
+        """Raises CannotSaveError: a tokenizer loaded from the saved files would give other ids."""
         raise CannotSaveError(f"this tokenizer cannot be saved: copy its original files from {Path(self.vocab_file).parent}")
 
 
 def _settle(parts: list[str], index: int, token: AddedToken) -> None:
-    """What a token's properties do to its neighbours; one that wants to be a word of its own may become text again."""
+    """Apply a token's properties to its neighbours; one that must be a single word may become text again."""
     left = parts[index - 1] if index else ""
     right = parts[index + 1] if index + 1 < len(parts) else ""
     if token.rstrip and right:

@@ -1,6 +1,6 @@
-"""What the files do not say: each family's special tokens, their places and its conversations. Data only.
+"""Data that the files lack: each family's special tokens, their places and its conversations.
 
-Chat templates put `{{ cut }}` where the family's own code encodes two texts apart; as text it is nothing.
+Chat templates put `{{ cut }}` where the family's own code encodes two texts separately; it renders as nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFamily:
-    """One generation of tokenizers: the same code, whatever the vocabulary.
+    """One generation of tokenizers: the same code for any vocabulary.
 
-    `commands` get the ids after the vocabulary, in this order; `front` and `back` stand around a text, `pair_back` around
-    a pair. `attributes`: special tokens unless tokenizer_config.json says otherwise; `parses`: which special tokens
-    written in a text become themselves: "all", "named" (the attributes), "configured" (the attributes the file names) or "none";
-    tokens of `added_tokens_decoder` always do. `spelling` names the way back to text, to which `silent_commands` add
-    nothing. `content` says what becomes of special tokens in what is said in a conversation: "plain" text, "parsed" as in
-    any text, or, with "template", all of it is one text.
+    `commands` get the ids after the vocabulary, in this order; `front` and `back` go around a text, `pair_back` after a
+    pair. `attributes`: special tokens unless tokenizer_config.json says otherwise; `parses`: which special tokens are
+    recognised in text: "all", "named" (the attributes), "configured" (the attributes the file names) or "none"; tokens of
+    `added_tokens_decoder` always are. `spelling` names the way ids are decoded; `silent_commands` decode to nothing.
+    `content`: how special tokens in messages are treated: "plain" text, "parsed" as in any text, or, with "template", all of
+    the conversation is one text.
     """
 
     name: str

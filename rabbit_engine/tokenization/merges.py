@@ -1,8 +1,8 @@
-"""From pieces with priorities to the ranked merges of a `tokenizers` BPE. Pure: knows no file and no library.
+"""Converts pieces with priorities to the ranked merges of a `tokenizers` BPE. Pure: no files, no libraries.
 
-Both sentencepiece and tiktoken merge the adjacent pair whose *concatenation* stands first, ties from the left; `tokenizers`
+Both sentencepiece and tiktoken merge the adjacent pair whose *concatenation* ranks first, ties from the left; `tokenizers`
 ranks *pairs*. Merges within two adjacent symbols L, R are those that happen when the string LR is merged alone, and that
-run has one two-symbol state: so a piece has at most one pair that ever makes it, and ranking those pairs is exact.
+run has one two-symbol state: so each piece is made by at most one pair, and ranking those pairs is exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Symbols `left` and `right` become one; the larger `priority` comes first."""
+    """Symbols `left` and `right` become one; the larger `priority` merges first."""
 
     left: str
     right: str
@@ -23,12 +23,12 @@ class Merge:
 
     @property
     def made(self) -> str:
-        """The symbol that comes out."""
+        """The resulting symbol."""
         return self.left + self.right
 
 
 def merged(text: str, priorities: Mapping[str, float]) -> list[str]:
-    """The symbols that remain of `text` once no adjacent pair makes a piece of `priorities`."""
+    """The symbols left of `text` when no adjacent pair makes a piece of `priorities`."""
     symbols = list(text)
     while (best := _best_pair(symbols, priorities)) is not None:
         symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
@@ -36,11 +36,11 @@ def merged(text: str, priorities: Mapping[str, float]) -> list[str]:
 
 
 def derive_merges(priorities: Mapping[str, float]) -> list[Merge] | None:
-    """The merge that makes each piece, in the order of their ranks; None where no order of pairs gives the same ties."""
+    """The merge that makes each piece, in rank order; None if no order of pairs gives the same ties."""
     found = [merge for piece in priorities if len(piece) > 1 and (merge := _last_merge(piece, priorities))]
     found.sort(key=lambda merge: -merge.priority)
     used: dict[str, float] = {}
-    for merge in found:  # the first to name a symbol is the first that would take it
+    for merge in found:  # the first to name a symbol is the first to consume it
         used.setdefault(merge.left, merge.priority)
         used.setdefault(merge.right, merge.priority)
     ordered: list[Merge] = []
@@ -62,7 +62,7 @@ def _best_pair(symbols: list[str], priorities: Mapping[str, float]) -> int | Non
 
 
 def _last_merge(piece: str, priorities: Mapping[str, float]) -> Merge | None:
-    """The pair that makes `piece` when it is merged alone; None where the run ends elsewhere."""
+    """The last pair to merge when `piece` is merged alone; None if that does not result in `piece`."""
     symbols = list(piece)
     while len(symbols) > 2 and (best := _best_pair(symbols, priorities)) is not None:
         symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
@@ -78,10 +78,10 @@ def _tied(ordered: list[Merge]) -> Iterable[list[Merge]]:
 
 
 def _order_ties(tied: list[Merge], used: Mapping[str, float]) -> list[Merge] | None:
-    """`tied` so that of two that want the same symbol the left one comes first; None where that goes in a circle.
+    """`tied` sorted so that, of two that want the same symbol, the left one comes first; None if that is circular.
 
-    Also None where what one of them makes is at once part of another merge: then which comes first shows.
-    `used`: symbol -> priority of the first merge that takes it.
+    Also None if the result of one is used by another merge at once: then their order would show.
+    `used`: symbol -> priority of the first merge that consumes it.
     """
     if any(used.get(merge.made, -math.inf) >= merge.priority for merge in tied):
         return None

@@ -1,4 +1,4 @@
-"""A sentencepiece model as a value, and its exact form in `tokenizers` where there is one. Knows no family."""
+"""A sentencepiece model as a value, and its exact equivalent in `tokenizers`, if it has one. Independent of families."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceModel:
-    """`tokenizer.model`: pieces, scores and kinds by id, and what its normaliser does."""
+    """`tokenizer.model`: pieces, scores and kinds by id, and the settings of its normaliser."""
 
     path: Path
     pieces: tuple[str, ...]
@@ -39,7 +39,7 @@ class PieceModel:
     unknown_surface: str
 
     def of_kind(self, *kinds: int) -> dict[str, int]:
-        """piece -> id of the pieces of these kinds."""
+        """Map the pieces of these kinds to their ids."""
         return {piece: index for index, piece in enumerate(self.pieces) if self.kinds[index] in kinds}
 
     @property
@@ -61,12 +61,12 @@ def open_processor(path: Path) -> Any:
 
 
 def read_pieces(path: Path) -> PieceModel:
-    """The model file at `path`. Raises MissingExtraError or TokenizerNotFoundError."""
+    """Read the model file at `path`. Raises MissingExtraError or TokenizerNotFoundError."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise _missing(path, error) from error
-    serialized = open_processor(path).serialized_model_proto()  # it parses before we do, and says what is wrong
+    serialized = open_processor(path).serialized_model_proto()  # sentencepiece parses it first, with a precise error
     proto: Any = sentencepiece_model_pb2.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     return PieceModel(
@@ -91,7 +91,7 @@ def _missing(path: Path, error: ImportError) -> MissingExtraError:
 
 
 def obstacle(model: PieceModel) -> str | None:
-    """Why `tokenizers` cannot do exactly what sentencepiece does with this model; None where `convert` may try."""
+    """Why `tokenizers` cannot reproduce sentencepiece for this model; None if `convert` may try."""
     whole = model.of_kind(USER_DEFINED)
     reasons = {
         "it is not a BPE model": model.model_type != BPE,
@@ -99,15 +99,15 @@ def obstacle(model: PieceModel) -> str | None:
         "its spaces are suffixes or not escaped": model.space_is_suffix or not model.escapes_spaces,
         "it maps characters back when it decodes": model.denormalizes,
         "it has unused pieces": UNUSED in model.kinds,
-        "a piece of its user has a space": any(" " in piece for piece in whole),
+        "a user-defined piece contains a space": any(" " in piece for piece in whole),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def convert(model: PieceModel, named: Mapping[int, str]) -> tuple[Tokenizer | None, str]:
-    """`model` as a `tokenizers.Tokenizer`, or None and why not. No added tokens, no post-processor.
+    """`model` as a `tokenizers.Tokenizer`, or None and the reason. No added tokens, no post-processor.
 
-    `named`: ids whose name is not their piece, or which come after the pieces; text never becomes one of these.
+    `named`: ids whose name differs from their piece, or that come after the pieces; never produced from text.
     """
     if reason := obstacle(model):
         return None, reason
@@ -126,7 +126,7 @@ def convert(model: PieceModel, named: Mapping[int, str]) -> tuple[Tokenizer | No
     odd = vocabulary.keys() - whole_names - {merge.made for merge in merges} - {piece for piece in priorities if len(piece) == 1}
     splits = _splits(whole_names, odd, priorities, model.byte_fallback)
     if splits is None:
-        return None, "a name of its vocabulary cannot be kept apart from text"
+        return None, "a name in its vocabulary cannot be told from text"
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -151,7 +151,7 @@ def _lost_pieces(model: PieceModel, vocabulary: Mapping[str, int], named: Mappin
     if twice := set(named.values()) & set(model.pieces):
         return f"the special token {min(twice)!r} is a piece too"
     if any(index < len(model.pieces) and model.kinds[index] == NORMAL for index in named):
-        return "a piece that text becomes has a second name"
+        return "a piece found in text has a second name"
     if model.byte_fallback and len(model.of_kind(BYTE)) != 256:
         return "bytes are missing"
     return None
@@ -177,10 +177,10 @@ def _decoder(model: PieceModel) -> Any:
 
 
 def _splits(whole: set[str], odd: set[str], priorities: Mapping[str, float], bytes_known: bool) -> list[Any] | None:
-    """Pre-tokenizers that set pieces of the user apart, so that a part of the text that is a vocabulary entry is that entry.
+    """Pre-tokenizers that isolate user-defined pieces, so that text equal to a vocabulary entry becomes that entry.
 
-    `odd`: names that text never becomes. They are cut after their first symbol, where no merge happens either, and what
-    remains again if it is such a name; None where that cannot be.
+    `odd`: names that text must never become. They are cut after their first symbol, where no merge happens either, and so
+    is the rest if it is such a name; None if that is impossible.
     """
     if not whole:
         return []
@@ -199,7 +199,7 @@ def _splits(whole: set[str], odd: set[str], priorities: Mapping[str, float], byt
 
 
 def _depth(remains: Mapping[str, str]) -> int:
-    """How often a name must be cut until no name is left."""
+    """The number of cuts until no name is left."""
     depth, names = 0, set(remains)
     while names:
         depth, names = depth + 1, {remains[name] for name in names if remains[name] in remains}
@@ -207,7 +207,7 @@ def _depth(remains: Mapping[str, str]) -> int:
 
 
 def literals(texts: set[str]) -> str:
-    """A regular expression for the longest of `texts`, as a tree over their characters: quick where thousands share a start."""
+    """A regular expression for the longest of `texts`, as a prefix tree: fast even if thousands share a beginning."""
     tree: dict[str, Any] = {}
     for text in texts:
         functools.reduce(lambda node, char: node.setdefault(char, {}), text, tree)[""] = {}

@@ -1,4 +1,4 @@
-"""A tiktoken file and its exact form in `tokenizers`. Knows no family, and needs no package."""
+"""A tiktoken file and its exact equivalent in `tokenizers`. Independent of families, and needs no package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATTERN = (
 
 
 def looks_like_ranks(path: Path) -> bool:
-    """Whether the file is lines of base64 and a number: tiktoken's format, whatever its name."""
+    """Whether the file consists of lines of base64 and a number: tiktoken's format, under any name."""
     with path.open("rb") as file:
         fields = file.readline(1024).split()
     return len(fields) == 2 and fields[1].isdigit() and _is_base64(fields[0])
@@ -45,17 +45,17 @@ def _is_base64(field: bytes) -> bool:
 
 
 def byte_characters() -> list[str]:
-    """For each byte the character that `tokenizers`' ByteLevel writes it as: itself where it prints, else one from U+0100 on."""
+    """The character `tokenizers`' ByteLevel uses for each byte: the byte itself if printable, else one from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printing else chr(next(others)) for byte in range(256)]
 
 
 def convert_ranks(ranks: Mapping[bytes, int], specials: Iterable[str], *, digits: str, nfc: bool) -> Tokenizer:
-    """`ranks`, and after them `specials`, as a `tokenizers.Tokenizer` without added tokens or post-processor.
+    """`ranks` followed by `specials`, as a `tokenizers.Tokenizer` without added tokens or post-processor.
 
-    `digits`: how many digits stay together, as a quantifier. tiktoken takes a part that is a token as that token, whatever
-    its merges would give; so does `ignore_merges`.
+    `digits`: how many digits stay together, as a quantifier. tiktoken encodes a part that is a token as that token, whatever
+    its merges would give; `ignore_merges` does the same.
     """
     characters = byte_characters()
     written = {"".join(characters[byte] for byte in token): rank for token, rank in ranks.items()}

@@ -18,7 +18,7 @@ _NO_LIMIT = int(1e30)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """tokenizer_config.json (with special_tokens_map.json where that counts), generation_config.json and config.json."""
+    """tokenizer_config.json (with special_tokens_map.json where it applies), generation_config.json and config.json."""
 
     folder: Path
     tokenizer: Mapping[str, Any]
@@ -34,22 +34,22 @@ class Settings:
 
     @property
     def additional(self) -> tuple[AddedToken, ...]:
-        """`additional_special_tokens`, or under their newer name."""
+        """`additional_special_tokens`, under either of its names."""
         listed = self.tokenizer.get("additional_special_tokens") or self.tokenizer.get("extra_special_tokens") or ()
         return tuple(as_token(entry) for entry in (listed.values() if isinstance(listed, dict) else listed))
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What every tokenizer class takes as it is."""
+        """The settings that every tokenizer class takes unchanged."""
         kept = {name: self.tokenizer[name] for name in ("padding_side", "truncation_side") if name in self.tokenizer}
         limit = self.tokenizer.get("model_max_length") or _NO_LIMIT
         return {"model_max_length": limit, "clean_up_tokenization_spaces": False, **kept}
 
 
 def read_settings(folder: Path) -> Settings:
-    """The files in `folder`; one that is missing says nothing. Raises TokenizerNotFoundError where one cannot be read."""
+    """Read the files in `folder`; missing ones are empty. Raises TokenizerNotFoundError for one that cannot be read."""
     tokenizer = _read(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in tokenizer:  # transformers 4 reads the map only then
+    if "added_tokens_decoder" not in tokenizer:  # transformers 4 reads the map only in this case
         tokenizer = {**tokenizer, **_read(folder / "special_tokens_map.json")}
     template = folder / "chat_template.jinja"
     return Settings(
@@ -62,13 +62,13 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_attributes(config: Mapping[str, Any], defaults: Mapping[str, str | None]) -> dict[str, AddedToken]:
-    """Special tokens by attribute: those `config` names, else `defaults`."""
+    """Special tokens by attribute, from `config` or else `defaults`."""
     named = {**defaults, **{name: config[name] for name in ATTRIBUTES if config.get(name)}}
     return {name: as_token(named[name]) for name in ATTRIBUTES if named.get(name)}
 
 
 def as_token(entry: Any) -> AddedToken:
-    """A special token as the files write it: a string, or a dict of its properties. Text is matched as it stands."""
+    """A special token from a file: a string, or a dict of its properties. Its text is matched literally."""
     if not isinstance(entry, dict):
         return AddedToken(str(entry), special=True, normalized=False)
     flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
@@ -76,7 +76,7 @@ def as_token(entry: Any) -> AddedToken:
 
 
 def _templates(entry: Any) -> Any:
-    """One template, or those of a list by name."""
+    """One template, or a dict of named ones."""
     return {item["name"]: item["template"] for item in entry} if isinstance(entry, list) else entry
 
 

@@ -1,4 +1,4 @@
-"""Ids back into text as sentencepiece and the families' own code do it; `tokenizers`' decoders differ in corners."""
+"""Decodes ids exactly as sentencepiece and the families' own code do; `tokenizers`' decoders differ in corner cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rabbit_engine.tokenization.pieces import BYTE, CONTROL, SPACE, UNKNOWN, PieceModel
 
-Part = tuple[str, Sequence[int]]  # a special token's text, or "" and the ids of pieces
+Part = tuple[str, Sequence[int]]  # the text of a special token, or "" and the ids of pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Speller:
     model: PieceModel
 
     def spell(self, tokens: Iterable[int | str]) -> str:
-        """Ids, and strings that stand for themselves, as one text: bytes joined, the leading space dropped as the model says."""
+        """Decode ids, and strings as they are, to one text: bytes joined, the leading space dropped if the model does so."""
         text, pending, at_start, dropped = "", bytearray(), True, False
         for token in tokens:
             if isinstance(token, int) and self.model.kinds[token] == BYTE:
@@ -31,7 +31,7 @@ class Speller:
         return text + _spell_bytes(pending)
 
     def _surface(self, token: int | str, at_start: bool) -> tuple[str, bool]:
-        """What it adds to the text, and whether the one space a text's start loses went with it."""
+        """The text of one token, and whether it lost the single space that is dropped at the beginning."""
         if isinstance(token, str):
             return token, False
         kind, piece = self.model.kinds[token], self.model.pieces[token]
@@ -42,7 +42,7 @@ class Speller:
 
 
 def _spell_bytes(data: bytes | bytearray) -> str:
-    """UTF-8; every byte that belongs to no character is one U+FFFD, as sentencepiece counts them."""
+    """Decode UTF-8; every invalid byte becomes one U+FFFD, as in sentencepiece."""
     text, start = "", 0
     while start < len(data):
         size = next((size for size in (1, 2, 3, 4) if _is_character(data[start : start + size])), 0)
@@ -59,14 +59,14 @@ def _is_character(data: bytes | bytearray) -> bool:
 
 
 def spell_plain(speller: Speller, parts: Sequence[Part]) -> str:
-    """ChatGLM: special tokens stand for themselves within one text."""
+    """ChatGLM: special tokens are written as they are, within one text."""
     return speller.spell(token for name, ids in parts for token in ([name] if name else ids))
 
 
 def spell_spaced(speller: Speller, parts: Sequence[Part], *, first_too: bool) -> str:
-    """InternLM and Baichuan: the text before a special token gets a space in front unless another special token precedes it.
+    """InternLM and Baichuan: text before a special token gets a leading space unless it follows another special token.
 
-    `first_too`: also where a special token opens the text (InternLM).
+    `first_too`: also if a special token begins the text (InternLM).
     """
     text, run, after_special = "", list[int](), False
     for index, (name, ids) in enumerate(parts):
@@ -80,7 +80,7 @@ def spell_spaced(speller: Speller, parts: Sequence[Part], *, first_too: bool) ->
 
 
 def tidied(text: str) -> str:
-    """Without the spaces before English punctuation and contractions, which transformers 4 calls a clean-up."""
+    """Drop the spaces before English punctuation and contractions: transformers 4's clean-up."""
     for ending in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(ending, ending.strip())
     return text

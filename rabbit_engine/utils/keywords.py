@@ -30,56 +30,60 @@ class Keyword:
     harmless: tuple[Any, ...] = (None, False)
 
 
-_TORCH_ONLY = "ignored, as in transformers: PyTorch's weights alone are read"
-_ALWAYS = "always so here: the model is built without weights, and these go from disk to their place"
-_ONE_DEVICE = "layers run on one device here"
-_KERNELS = "kernels of the Hub would replace modules whose weights are streamed"
-_INTERNAL = "of transformers' own calls"
-_QUANTISED = "comes with a later version: weights are streamed in their own dtype"
+_TORCH_ONLY = "ignored, as in transformers: only PyTorch weights are read"
+_ALWAYS = "always on: the model is built without weights, which are read straight to their places"
+_ONE_DEVICE = "layers run on one device"
+_KERNELS = "kernels from the Hub would replace modules whose weights are streamed"
+_INTERNAL = "used by transformers' internal calls"
+_QUANTISED = "is planned for a later version: weights are streamed in their own dtype"
 
 KEYWORDS = (
-    Keyword("config", "done", "a config object, which is not changed, a folder, a file or a repo id"),
-    Keyword("cache_dir", "done", "of the Hub"),
-    Keyword("force_download", "done", "the files are fetched again; a folder of your own has nothing to fetch"),
+    Keyword("config", "done", "a config object (left unchanged), a folder, a file or a repo id"),
+    Keyword("cache_dir", "done", "cache folder of the Hub"),
+    Keyword("force_download", "done", "downloads the files again; has no effect on a local folder"),
     Keyword("local_files_only", "done", "downloads nothing"),
     Keyword("token", "done", "for gated and private repos"),
     Keyword("revision", "done", "a branch, tag or commit"),
-    Keyword("code_revision", "done", "of code that lies in another repo, with trust_remote_code"),
-    Keyword("trust_remote_code", "done", "runs modelling code that the repo brings"),
-    Keyword("subfolder", "done", "the part of the repo or folder to load; its split is its own"),
-    Keyword("variant", "done", "`model.<variant>.safetensors`, also in parts; its split is its own"),
-    Keyword("use_safetensors", "done", "True takes safetensors alone, False pickles alone"),
-    Keyword("gguf_file", "done", "the file to take from a folder or repo with several"),
-    Keyword("dtype", "done", "of the weights and the computation"),
-    Keyword("torch_dtype", "done", "the older spelling of dtype"),
+    Keyword("code_revision", "done", "revision of code in another repo, with trust_remote_code"),
+    Keyword("trust_remote_code", "done", "runs modelling code from the repo"),
+    Keyword("subfolder", "done", "the part of the repo or folder to load; split separately"),
+    Keyword("variant", "done", "`model.<variant>.safetensors`, also in parts; split separately"),
+    Keyword("use_safetensors", "done", "True loads only safetensors, False only pickles"),
+    Keyword("gguf_file", "done", "the file to load from a folder or repo with several"),
+    Keyword("dtype", "done", "dtype of the weights and the computation"),
+    Keyword("torch_dtype", "done", "the older name of dtype"),
     Keyword(
-        "device_map", "done", '"auto", "balanced", "balanced_low_0", "sequential", or one device; parts on several are refused'
+        "device_map", "done", '"auto", "balanced", "balanced_low_0", "sequential", or one device; several devices are refused'
     ),
-    Keyword("max_memory", "done", 'bytes that weights may take, by device; "disk" is ignored'),
+    Keyword("max_memory", "done", 'the memory limit for weights, by device; "disk" is ignored'),
     Keyword("attn_implementation", "done", '"auto", "flash_attention_2", "sdpa" or "eager"; others are refused'),
-    Keyword("experts_implementation", "done", "of experts that are in memory; streamed ones are computed one at a time"),
-    Keyword("generation_config", "done", "in place of the checkpoint's"),
+    Keyword("experts_implementation", "done", "for experts in memory; streamed ones are computed one at a time"),
+    Keyword("generation_config", "done", "replaces the checkpoint's"),
     Keyword("output_loading_info", "done", "returns the model and the same dictionary"),
     Keyword("key_mapping", "done", "renames stored weights"),
     Keyword("adapter_kwargs", "refused", "load the base model, then call model.load_adapter", (None, {})),
     Keyword("adapter_name", "refused", "load the base model, then call model.load_adapter", (None, "default")),
-    Keyword("num_labels", "done", "as any attribute of the config, such as use_cache, rope_parameters or output_attentions"),
+    Keyword(
+        "num_labels", "done", "set like any attribute of the config, such as use_cache, rope_parameters or output_attentions"
+    ),
     Keyword("output_attentions", "done", "an attribute of the config"),
     Keyword("model_type", "done", "an attribute of the config"),
     Keyword("name_or_path", "accepted", _INTERNAL),
     Keyword("low_cpu_mem_usage", "accepted", _ALWAYS),
     Keyword("offload_folder", "accepted", "weights are read from the checkpoint's own files"),
     Keyword("offload_state_dict", "accepted", _ALWAYS),
-    Keyword("offload_buffers", "accepted", "buffers are small and stay"),
-    Keyword("disable_mmap", "accepted", "always so here: files are read, never mapped"),
+    Keyword("offload_buffers", "accepted", "buffers are small and stay in memory"),
+    Keyword("disable_mmap", "accepted", "always on: files are read, never mapped"),
     Keyword(
-        "ignore_mismatched_sizes", "accepted", "weights of another size are an error whatever it says: random ones say nothing"
+        "ignore_mismatched_sizes",
+        "accepted",
+        "weights of another shape are always an error: random ones would give a meaningless answer",
     ),
-    Keyword("weights_only", "refused", "a pickle that wants more than tensors is never loaded", (None, True)),
+    Keyword("weights_only", "refused", "a pickle that contains more than tensors is never loaded", (None, True)),
     Keyword("from_tf", "accepted", _TORCH_ONLY),
     Keyword("from_flax", "accepted", _TORCH_ONLY),
     Keyword("mirror", "accepted", "ignored, as in transformers"),
-    Keyword("resume_download", "accepted", "always so here"),
+    Keyword("resume_download", "accepted", "always on"),
     Keyword("proxies", "accepted", "ignored, as in huggingface_hub 1: set HTTPS_PROXY"),
     Keyword("tqdm_class", "accepted", "downloads show huggingface_hub's own bars"),
     Keyword("_fast_init", "accepted", "ignored, as in transformers"),
@@ -98,10 +102,10 @@ KEYWORDS = (
     Keyword("use_kernels", "refused", _KERNELS),
     Keyword("kernel_config", "refused", _KERNELS),
     Keyword("allow_all_kernels", "refused", _KERNELS),
-    Keyword("fusion_config", "refused", "fused modules would read weights that are streamed apart", (None, False, {})),
+    Keyword("fusion_config", "refused", "fused modules would read weights that are streamed separately", (None, False, {})),
     Keyword("use_auth_token", "refused", "give token=", (None, False)),
     Keyword("use_flash_attention_2", "refused", 'give attn_implementation="flash_attention_2"'),
-    Keyword("return_unused_kwargs", "refused", "a keyword that is no attribute of the config is an error"),
+    Keyword("return_unused_kwargs", "refused", "a keyword that is not an attribute of the config is an error"),
 )
 """Keywords of transformers' `PreTrainedModel.from_pretrained` and its auto classes, and some of older releases."""
 
@@ -121,13 +125,13 @@ OWN_KEYWORDS = (
 """Keywords that transformers does not have."""
 
 RETIRED_KEYWORDS = {
-    "prefetch_pin_memory": "nothing is needed: host slots are pinned once, at load, wherever the device can use it",
-    "use_gds": "nothing is needed: reads go through host slots that are claimed once",
-    "cache_layers": 'max_memory={"cpu": "24GiB"}, which bounds the memory used for weights',
-    "offload_small_layers": "nothing is needed: embeddings are read by row, the rest follows max_memory",
-    "offload_small_layers_use_cpu_cache": "nothing is needed: embeddings are read by row, the rest follows max_memory",
-    "persister": "nothing is needed: shards are safetensors files, see layer_shards_saving_path",
-    "kv_cache_dir": 'generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
+    "prefetch_pin_memory": "it is not needed: host slots are pinned once, at load, if the device benefits",
+    "use_gds": "it is not needed: reads go through host slots that are allocated once",
+    "cache_layers": 'use max_memory={"cpu": "24GiB"}, which limits the memory for weights',
+    "offload_small_layers": "it is not needed: embeddings are read by row, the rest follows max_memory",
+    "offload_small_layers_use_cpu_cache": "it is not needed: embeddings are read by row, the rest follows max_memory",
+    "persister": "it is not needed: shards are safetensors files, see layer_shards_saving_path",
+    "kv_cache_dir": 'use generate(cache_implementation="offloaded"), which keeps the KV cache in host memory',
 }
 """Keywords of other layer-streaming libraries that have no effect here, and what replaces them."""
 
@@ -170,7 +174,7 @@ def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
 @functools.cache
 def warn_retired(keyword: str) -> None:
     """Warn, once a process, that a keyword of RabbitLLM has no effect; say what to use instead."""
-    warnings.warn(f"{keyword} has no effect here; instead: {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+    warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
 
 
 def refuse_compression(compression: str | None, quantization_config: Any) -> None:

@@ -54,7 +54,7 @@ def _device_problem(device: torch.device) -> str | None:
             return f"this torch ({torch.__version__}) sees {count} CUDA devices"
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            return "this torch has no MPS"
+            return "this torch was built without MPS"
     elif device.type != "cpu":
         return f"{device.type!r} is not supported, only cuda, mps and cpu"
     return None

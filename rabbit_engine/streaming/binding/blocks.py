@@ -1,7 +1,7 @@
-"""A matrix that is cut by rows: its linear layer computes a block of outputs from each block of rows as that arrives.
+"""A matrix cut by rows: its linear layer computes a block of outputs from each block of rows as it arrives.
 
 Each output is the same sum over the same products; where a kernel orders the sum by the shape of the whole matrix, results
-differ from the uncut ones by rounding (docs/architecture.md has the bound that was measured).
+differ from the uncut ones by rounding (docs/architecture.md has the measured bound).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Borrow = Callable[[], AbstractContextManager[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Rows `first` to `stop` of a matrix; within `borrow()` they are there, [stop - first, columns]."""
+    """Rows `first` to `stop` of a matrix; `borrow()` provides them, [stop - first, columns], within its block."""
 
     first: int
     stop: int
@@ -32,7 +32,7 @@ class RowBlock:
 
 
 class LinearBlocks(Placeholder):
-    """The weight of a linear layer, [outputs, inputs], in row blocks; `torch.nn.functional.linear` on it takes them in turn."""
+    """The weight of a linear layer, [outputs, inputs], in row blocks; `torch.nn.functional.linear` uses them in turn."""
 
     blocks: Sequence[RowBlock]
 
@@ -50,7 +50,7 @@ class LinearBlocks(Placeholder):
     def apply(self, states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`states` [..., inputs] times the transposed matrix: [..., outputs]."""
         if torch.is_grad_enabled() and states.requires_grad:
-            raise CannotTrainError(f"{self.weight_name} would record gradients: streamed weights run forwards only")
+            raise CannotTrainError(f"{self.weight_name} would record gradients: streamed weights only run forward")
         result: torch.Tensor | None = None
         for block in self.blocks:
             part = None if bias is None else bias[block.first : block.stop]
@@ -64,7 +64,7 @@ class LinearBlocks(Placeholder):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer `linear(states, weight, bias)`; everything else is torch's own."""
+        """Handle `linear(states, weight, bias)`; everything else is torch's own."""
         if func is functional.linear and isinstance(args[1], LinearBlocks):
             return args[1].apply(args[0], *args[2:], **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""Linear layers multiplied as transformers' own are.
+"""Linear layers that multiply like transformers' own.
 
-`torch.nn.functional.linear` joins the leading dimensions of any input into the rows of one product where the weight needs a
-gradient, as in transformers. Where it needs none, as here, an input that is not laid out row behind row (the last position
-of each prompt, which `generate` hands to the head) goes through `bmm`: in bf16 that copies the whole weight, and in float32
-it rounds otherwise.
+With a weight that needs a gradient, as in transformers, `torch.nn.functional.linear` joins the leading dimensions of any
+input into the rows of one product. With one that does not, as here, an input whose rows are not contiguous (the last position
+of each prompt, which `generate` passes to the head) goes through `bmm`: in bf16 that copies the whole weight, and in float32
+it rounds differently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`states` [..., inputs] times `weight` [outputs, inputs] transposed: [..., outputs], in one product of matrices."""
+    """`states` [..., inputs] times `weight` [outputs, inputs] transposed: [..., outputs], in one matrix product."""
     if states.dim() < 3 or (bias is not None and states.is_contiguous()):
         return functional.linear(states, weight, bias)
     result = functional.linear(states.reshape(-1, states.shape[-1]), weight).view(*states.shape[:-1], -1)
@@ -25,7 +25,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def join_rows(model: nn.Module) -> None:
-    """Have every linear layer of `model` compute `linear`."""
+    """Make every linear layer of `model` compute `linear`."""
     for module in model.modules():
         if type(module).forward is nn.Linear.forward:
             module.forward = _joined(module)

@@ -1,6 +1,6 @@
-"""A weight that is away: true shape, dtype and device, no storage; any computation on it raises its name.
+"""A weight that is not loaded: true shape, dtype and device, no storage; any computation on it raises its name.
 
-Never a meta tensor: on a CPU `torch.nn.functional.linear` takes a meta weight and returns uninitialised memory.
+Never a meta tensor: on a CPU `torch.nn.functional.linear` accepts a meta weight and returns uninitialised memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rabbit_engine.storage.directio import damage_as
 from rabbit_engine.storage.tensorfiles import TensorEntry, holds
 
 _WHERE = (
-    "a streamed weight is there only while its module runs; for the weight itself open its shard with safetensors. "
+    "a streamed weight is loaded only while its module runs; to read the weight itself, open its shard with safetensors. "
     "An adapter that reads the weights it adapts (DoRA, PiSSA, OLoRA, trainable_token_indices, modules_to_save, "
     "layer_replication) needs a max_memory that holds the whole model"
 )
@@ -24,17 +24,17 @@ _VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default
 
 
 class Placeholder(torch.Tensor):
-    """Stands in for the weight that `entry` describes while it is away."""
+    """Replaces the weight that `entry` describes while it is not loaded."""
 
     entry: TensorEntry
     advice = (
-        "a streamed weight is read anew every pass. "
+        "a streamed weight is read again in every pass. "
         "Merge or edit with transformers.AutoModelForCausalLM and save the result; an adapter also runs unmerged"
     )
 
     @staticmethod
     def __new__(cls, entry: TensorEntry, device: torch.device, *_: Any) -> Self:
-        """No storage is made; `torch.Tensor._make_wrapper_subclass` is what torch itself offers for that."""
+        """Allocates no storage, by torch's own means, `torch.Tensor._make_wrapper_subclass`."""
         self = torch.Tensor._make_wrapper_subclass(cls, entry.shape, dtype=entry.dtype, device=device)
         self.entry = entry
         return self
@@ -44,25 +44,25 @@ class Placeholder(torch.Tensor):
 
     @property
     def weight_name(self) -> str:
-        """Its name in the checkpoint."""
+        """The weight's name in the checkpoint."""
         return self.entry.name
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, away)"
+        return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, not loaded)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CannotPickleError(f"{self.weight_name} is away: there is nothing to pickle; copy its shard instead")
+        raise CannotPickleError(f"{self.weight_name} is not loaded and cannot be pickled: copy its shard instead")
 
     def data_ptr(self) -> int:
         """Raises WeightNotLoadedError."""
-        raise WeightNotLoadedError(f"{self.weight_name} is away and has no memory: {_WHERE}")
+        raise WeightNotLoadedError(f"{self.weight_name} is not loaded and has no memory: {_WHERE}")
 
     def untyped_storage(self) -> Any:
         """Raises WeightNotLoadedError."""
         self.data_ptr()
 
     def clone_of_nothing(self) -> Self:
-        """Another stand-in for the same weight."""
+        """Another placeholder for the same weight."""
         return type(self)(self.entry, self.device)
 
     @damage_as(DamagedShardError)
@@ -75,7 +75,7 @@ class Placeholder(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Raise WeightNotLoadedError, or CannotMergeError for a write, except for what nn.Parameter needs, and for a write of
-        the values that are stored: PEFT saves the base of an adapted head with the adapter."""
+        the stored values: PEFT saves the base of an adapted head with the adapter."""
         if func in _VIEWS_OF_NOTHING:
             return args[0].clone_of_nothing()
         if func is torch.ops.aten.copy_.default and isinstance(args[0], Placeholder) and args[0].holds(args[1]):
@@ -84,11 +84,11 @@ class Placeholder(torch.Tensor):
         operation = func.__name__ if hasattr(func, "__name__") else str(func)
         if func._schema.is_mutable and isinstance(args[0], Placeholder):
             raise CannotMergeError(f"{', '.join(away)} cannot be changed ({operation}): {args[0].advice}")
-        raise WeightNotLoadedError(f"{', '.join(away)} used while away ({operation}): {_WHERE}")
+        raise WeightNotLoadedError(f"{', '.join(away)} used while not loaded ({operation}): {_WHERE}")
 
 
 class ExpertsAway(Placeholder):
-    """Stands in for a stack of experts that are read one by one."""
+    """Replaces a stack of experts that are read one by one."""
 
     advice = (
         "its experts are read one by one. An adapter of the experts' own weights needs all of them in memory: "
@@ -99,24 +99,24 @@ class ExpertsAway(Placeholder):
 def placeholder_for(
     entry: TensorEntry, device: torch.device, is_parameter: bool, kind: type[Placeholder] = Placeholder
 ) -> torch.Tensor:
-    """A stand-in for the weight that `entry` describes."""
+    """A placeholder for the weight that `entry` describes."""
     away = kind(entry, device)
     return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away
 
 
 class StandIns:
-    """One stand-in for each stored weight, wherever it is used: a tied weight counts once, and tying it again changes nothing."""
+    """One placeholder per stored weight, wherever it is used: a tied weight counts once, and tying it again changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._made: dict[str, torch.Tensor] = {}
 
     def add(self, weight: Placeholder) -> torch.Tensor:
-        """Let the parameter of `weight` stand in for the stored weight of that name."""
+        """Use the parameter of `weight` as the placeholder of the stored weight with that name."""
         return self._made.setdefault(weight.entry.name, torch.nn.Parameter(weight, requires_grad=False))
 
     def stand_in(self, entry: TensorEntry, is_parameter: bool, kind: type[Placeholder] = Placeholder) -> torch.Tensor:
-        """The one of `entry`."""
+        """The placeholder of `entry`."""
         if entry.name not in self._made:
             self._made[entry.name] = placeholder_for(entry, self._device, is_parameter, kind)
         return self._made[entry.name]

@@ -1,7 +1,7 @@
-"""What a sparse layer computes, one expert at a time as it arrives: a function of transformers' experts interface.
+"""Computes a sparse layer one expert at a time, as they arrive: a function of transformers' experts interface.
 
-The interface lets a module's config choose who computes `experts(hidden_states, top_k_index, top_k_weights)`. Only a module
-whose experts are streamed has a config that chooses this one: others keep the function that transformers chose, which
+The interface lets a module's config choose who computes `experts(hidden_states, top_k_index, top_k_weights)`. Only modules
+whose experts are streamed have a config that chooses this function: others keep the one that transformers chose, which
 `generate` may change.
 """
 
@@ -36,9 +36,9 @@ IMPLEMENTATION = "rabbit_engine"
 
 
 class RoutedExperts:
-    """The experts `units` of a module, whose weights `cache` brings as they are routed to.
+    """The experts `units` of a module, whose weights `cache` reads on demand.
 
-    Those that are encoded are decoded into `scratch`, one expert at a time.
+    Encoded ones are decoded into `scratch`, one expert at a time.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class RoutedExperts:
     ) -> torch.Tensor:
         """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, experts a token]: [tokens, hidden].
 
-        Each expert's results go to places of their own and are summed at the end, in the order of `top_k_index`: the bits do
-        not depend on which expert came first. The rows of an expert have the order they have in transformers' `grouped_mm`
-        (`torch.sort` of the indices, which is not stable), as kernels round by the place of a row.
+        Each expert's results are stored separately and summed at the end, in the order of `top_k_index`: the bits do not
+        depend on the order of arrival. The rows of an expert have the order of transformers' `grouped_mm` (`torch.sort` of
+        the indices, which is not stable), as kernels round by the position of a row.
         """
         refuse_gradients(self._name, module, (hidden_states, top_k_weights), {})
         tokens, used = top_k_index.shape
@@ -70,7 +70,7 @@ class RoutedExperts:
                     pairs = order[starts[index] : starts[index + 1]]
                     states = hidden_states[pairs // used]
                     result = run_expert(module, weights, states, len(order))
-                    if results is None:  # an index past the last expert is nobody's, and adds nothing
+                    if results is None:  # an index past the last expert selects none and adds nothing
                         results = result.new_zeros(len(order), result.shape[-1])
                     results[pairs] = result
         if results is None:
@@ -80,7 +80,7 @@ class RoutedExperts:
 
     @contextmanager
     def _weights(self, index: int, memory: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-        """An expert's weights under the names of the module's stacks of them, while the block runs."""
+        """An expert's weights under the names of the module's stacks, while the block runs."""
         unit, scratch = self._units[index], self._scratch
         decoded = scratch.views(unit) if scratch is not None else []
         with scratch.holding(unit, memory, decoded) if scratch is not None else nullcontext():
@@ -91,7 +91,7 @@ class RoutedExperts:
 
 
 def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:
-    """How often each expert is used, `counts` times in all, as it weighs when the pass is over.
+    """How often each expert is used, `counts` times in all, weighted as of the end of the pass.
 
     `top_k_index` [sequences * length, experts a token] is on the CPU.
     """
@@ -105,9 +105,9 @@ def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) 
 
 
 def run_expert(module: ExpertsModule, weights: Mapping[str, torch.Tensor], states: torch.Tensor, all_rows: int) -> torch.Tensor:
-    """One expert on `states` [rows, hidden], as the interface says: up (and gate), activation, down, perhaps a norm.
+    """One expert on `states` [rows, hidden], as the interface defines: up (and gate), activation, down, perhaps a norm.
 
-    `all_rows` are those of all experts, which transformers' `grouped_mm` runs through the gate together.
+    `all_rows` is the number of rows of all experts, which transformers' `grouped_mm` passes through the gate together.
     """
     up = _project(module, weights, first_projection(module), states)
     alone = module.has_gate and len(up) == 1 < all_rows
@@ -117,7 +117,7 @@ def run_expert(module: ExpertsModule, weights: Mapping[str, torch.Tensor], state
 
 
 def _project(module: ExpertsModule, weights: Mapping[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
-    """In the dtype of the weights, also under autocast, as transformers' grouped kernels do."""
+    """In the dtype of the weights, also under autocast, like transformers' grouped kernels."""
     matrix = weights[name]
     states = states.to(matrix.dtype)
     with torch.autocast(states.device.type, enabled=False):
@@ -128,7 +128,7 @@ def _project(module: ExpertsModule, weights: Mapping[str, torch.Tensor], name: s
 def run_routed(
     module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The function of the interface: the module's own stream of experts."""
+    """The function of the interface: delegates to the module's `RoutedExperts`."""
     experts: RoutedExperts | None = getattr(module, "routed_experts", None)
     if experts is None:
         raise StreamingError(
@@ -142,13 +142,13 @@ register_experts_function(IMPLEMENTATION, run_routed)
 
 
 def adapts_routed(model: nn.Module) -> bool:
-    """Whether an adapter of PEFT is set on a stack of experts that are streamed: it would change all of them at once."""
+    """Whether a PEFT adapter is set on a stack of streamed experts: it would change all of them at once."""
     wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
     return any(hasattr(inside, "routed_experts") for wrapper in wrappers for inside in wrapper.modules())
 
 
 def route(module: nn.Module, experts: RoutedExperts) -> None:
-    """Let `experts` compute what `module` is asked for."""
+    """Let `experts` compute the forward of `module`."""
     chosen: Any = module
     chosen.routed_experts = experts
     choose_experts_function(chosen, IMPLEMENTATION)

@@ -1,4 +1,4 @@
-"""An embedding that stays on disk: its forward reads the rows of the ids it is given, and no others."""
+"""An embedding that stays on disk: its forward reads only the rows of the given ids."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class EmbeddingRows(Placeholder):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer `embedding(weight, ids)`; everything else raises as for any weight that is away."""
+        """Handle `embedding(weight, ids)`; everything else raises as for any weight that is not loaded."""
         if func is torch.ops.aten.embedding.default:
             weight, ids = args[0], args[1]
             needed, position = torch.unique(ids.cpu(), return_inverse=True)
             table = weight.read(needed).to(weight.device)
             return functional.embedding(position.to(weight.device), table)
-        if func is torch.ops.aten.select.int and args[1] == 0:  # Gemma 4 takes the row of its padding token by hand
+        if func is torch.ops.aten.select.int and args[1] == 0:  # Gemma 4 indexes the row of its padding token
             weight, row = args[0], args[2] % args[0].shape[0]
             return weight.read(torch.tensor([row], device="cpu"))[0].to(weight.device)
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -1,4 +1,4 @@
-"""The one weight of an embedding that is read by row and of a head that is cut into blocks, where these are tied."""
+"""The single weight of an embedding read by row and a head cut into blocks that are tied."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from rabbit_engine.streaming.binding.rows import EmbeddingRows
 
 
 class TiedRows(LinearBlocks, EmbeddingRows):
-    """Answers `embedding` by reading rows, and `linear` by taking blocks in turn."""
+    """Handles `embedding` by reading rows, and `linear` by taking blocks in turn."""

@@ -1,4 +1,4 @@
-"""Units and the modules they belong to: weights appear as parameters while the module runs, and are placeholders else.
+"""Binds units to their modules: weights appear as parameters while the module runs, and are placeholders otherwise.
 
 The forwards are wrapped, not hooked: a `finally` also sees KeyboardInterrupt, which torch's `always_call` hooks do not.
 """
@@ -33,20 +33,20 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class WeightRef:
-    """Where a weight sits: an attribute of a module (the object: names change under adapters), in one of its tables."""
+    """Where a weight belongs: an attribute of a module (the object: names change under adapters), in one of its tables."""
 
     module: nn.Module
     attribute: str
 
     @property
     def table(self) -> dict[str, Any]:
-        """The module's parameters or buffers, whichever holds this one."""
+        """The module's parameters or buffers, whichever holds this weight."""
         module = self.module
         return module._buffers if self.attribute in module._buffers else module._parameters
 
     @property
     def holds_parameter(self) -> bool:
-        """Whether a parameter sits here now, not a buffer."""
+        """Whether it holds a parameter now, not a buffer."""
         return self.attribute in self.module._parameters
 
     def set(self, tensor: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ def weight_refs(model: nn.Module, names: Sequence[str]) -> dict[str, WeightRef]:
 
 
 class BoundUnit:
-    """A unit, the refs of its weights, and what stands in for them while they are away."""
+    """A unit, the refs of its weights, and their placeholders."""
 
     def __init__(
         self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], stand_ins: StandIns, scratch: Scratch | None = None
@@ -76,8 +76,8 @@ class BoundUnit:
         self.take_away()
 
     def bring(self, place: int, memory: torch.Tensor) -> None:
-        """Set views of the ring, and of the scratch where weights are decoded. They are kept for the places where a unit
-        often lies: rebinding costs 0.1 microseconds, a new Parameter 8."""
+        """Set views of the ring, or of the scratch for encoded weights. They are cached for the places where a unit is often
+        put: rebinding takes 0.1 microseconds, a new Parameter 8."""
         if place not in self._views:
             if len(self._views) == _PLACES:
                 self._views.clear()
@@ -91,11 +91,11 @@ class BoundUnit:
         return [nn.Parameter(view, requires_grad=False) if is_parameter else view for view, is_parameter in kinds]
 
     def decoded(self, memory: torch.Tensor) -> AbstractContextManager[None]:
-        """Within the block its encoded weights are in the scratch; the unit lies in `memory`. Raises StreamingError."""
+        """Provide its decoded weights in the scratch within the block; the unit is in `memory`. Raises StreamingError."""
         return _NOTHING if self._scratch is None else self._scratch.holding(self.unit, memory, self._decoded)
 
     def take_away(self) -> None:
-        """Set the placeholders."""
+        """Restore the placeholders."""
         self._set(self._away)
 
     def _set(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -104,7 +104,7 @@ class BoundUnit:
                 ref.set(tensor)
 
     def forget(self) -> None:
-        """Drop the views, so that the ring's memory can go."""
+        """Drop the views, so that the ring's memory can be freed."""
         self.take_away()
         self._views.clear()
         self._decoded.clear()
@@ -113,7 +113,7 @@ class BoundUnit:
 class Binding:
     """All bound units of a model, and the one lock under which its forwards run.
 
-    A pass is a thread's own, or that of a scheduler, whose fibers are as many flows in one thread.
+    A pass belongs to one thread, or to a scheduler, whose fibers are several flows in one thread.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Binding:
         self._scratches: list[Scratch] = []
         self._lock = threading.RLock()
         self._sequences: dict[Any, int] = {}
-        """How many sequences the pass of each flow has; a flow is a greenlet, every thread's own is one."""
+        """The number of sequences in the pass of each flow, which is a greenlet; every thread has one."""
 
         self._show_progress = show_progress
         self._bar: Bar | None = None
@@ -152,8 +152,8 @@ class Binding:
         scratch: Scratch | None = None,
         memory: torch.Tensor | None = None,
     ) -> None:
-        """Bring `unit` whenever `module` runs. One that stays in `memory` (uint8 [unit.nbytes]) is there already, and only
-        decoded; weights that are encoded need `scratch`."""
+        """Bring `unit` whenever `module` runs. One that stays in `memory` (uint8 [unit.nbytes]) is only decoded; encoded weights
+        need `scratch`."""
         if scratch is not None:
             self._scratches.append(scratch)
         self._units[unit.name] = bound = BoundUnit(unit, refs, stand_ins, scratch)
@@ -161,9 +161,9 @@ class Binding:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
-            self._transfer.require_open()  # a forked process inherits locks that nobody there will free
+            self._transfer.require_open()  # a forked process inherits locks that nobody there will release
             forward = functools.partial(native, *args, **kwargs)
-            with self._lock:  # held already inside a root pass; for callers of a layer alone
+            with self._lock:  # reentrant: held by a root pass, but not by callers of a layer alone
                 return self._run_streamed(bound, forward) if memory is None else self._run_resident(bound, memory, forward)
 
         module.forward = not_compiled(run, native)
@@ -178,7 +178,7 @@ class Binding:
 
     def _run_streamed(self, bound: BoundUnit, forward: Callable[[], Any]) -> Any:
         name = bound.unit.name
-        place, memory = self._acquire(name)  # before the try: what was not acquired is not ours to release
+        place, memory = self._acquire(name)  # before the try: what was not acquired must not be released
         try:
             with self.computing(name), bound.decoded(memory):
                 bound.bring(place, memory)
@@ -189,7 +189,7 @@ class Binding:
 
     @contextmanager
     def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
-        """The only weight of a unit that belongs to no module of its own, while the block runs."""
+        """Provide the single weight of a unit that has no module of its own, while the block runs."""
         self._transfer.require_open()
         with self._lock:
             _, memory = self._acquire(unit.name)
@@ -215,33 +215,33 @@ class Binding:
         return gone
 
     def hold(self, name: str) -> None:
-        """Bring a unit for all fibers of a scheduler."""
+        """Acquire a unit for all fibers of a scheduler."""
         self._layer = max(self._layer, self._layer_of[name])
         with self._trace.span("wait", name):
             self._transfer.acquire(name)
 
     def let_go(self, name: str) -> None:
-        """They have all gone on from it."""
+        """Release a unit that all fibers have used."""
         if self._release(name) and name in self._units:
             self._units[name].take_away()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One thread at a time; a root pass holds the lock already, callers of a module alone do not."""
+        """Admit one thread at a time; a root pass already holds the lock, callers of a single module do not."""
         self._transfer.require_open()
         with self._lock:
             yield
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
-        """Count what the unit's module takes: on a GPU the launching alone, whose own time is in the trace."""
+        """Count the time of the unit's module: on a GPU only of launching it, its own time is in the trace."""
         start = time.perf_counter()
         with self._trace.device_span("compute", name, self._device):
             yield
         self._transfer.count_compute(name, time.perf_counter() - start)
 
     def progress(self) -> PassProgress | None:
-        """Where the pass is that runs now; None between passes. Any thread may ask."""
+        """The progress of the running pass; None between passes. Thread-safe."""
         began = self._began_s
         if not began:
             return None
@@ -250,16 +250,16 @@ class Binding:
         return PassProgress(self._layer, len(self._layers), max(0, read), elapsed, self._last_pass_s)
 
     def length_of(self, tokens: int) -> int:
-        """How long each sequence of this pass is, of so many tokens in all."""
+        """The length of each sequence in this pass, given the `tokens` of all."""
         sequences = self._sequences.get(getcurrent(), 1)
         return tokens // sequences if tokens % sequences == 0 else tokens
 
     @contextmanager
     def root_pass(self, sequences: int = 1) -> Iterator[None]:
-        """One forward of the root, over so many sequences, at a time; whatever ends it, nothing stays."""
+        """Run one forward of the root, over `sequences` sequences; all that it brought is released however it ends."""
         self._transfer.require_open()
         flow, fiber = getcurrent(), fiber_on(self)
-        if flow in self._sequences:  # a part of the model, within the model's own
+        if flow in self._sequences:  # a part of the model, called by the model itself
             yield
             return
         if fiber is not None:
@@ -323,12 +323,12 @@ class Binding:
 
 
 def _layer_of(unit: str, layers: Sequence[str]) -> int:
-    """Which layer, from 1, the unit is a part of; 0 for what belongs to none."""
+    """The layer, from 1, that the unit belongs to; 0 if none."""
     return next((index for index, layer in enumerate(layers, 1) if f"{unit}.".startswith(f"{layer}.")), 0)
 
 
 def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
-    """Run the module's forward as a root pass, with its tensors moved to `device`; its signature stays."""
+    """Run the module's forward as a root pass, with its tensors moved to `device`. Its signature is unchanged."""
     native = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -339,32 +339,32 @@ def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
 
 
 def not_compiled(run: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` under the name and signature of `native`. A compiler that traces a caller calls it, and compiles nothing inside.
+    """`run` with the name and signature of `native`. A compiler that traces a caller calls it without compiling anything inside.
 
-    Raises CannotExportError where it would be recorded.
+    Raises CannotExportError if it would be recorded.
     """
-    call = torch.compiler.disable(run, reason="streamed weights are not there when a compiler looks")
+    call = torch.compiler.disable(run, reason="streamed weights are not loaded when a compiler looks")
 
     @functools.wraps(native)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise CannotExportError(
-                "a trace would record what the slots hold now in place of the streamed weights: "
+                "a trace would record the current contents of the slots instead of the streamed weights: "
                 "make it from transformers.AutoModelForCausalLM"
             )
-        return call(*args, **kwargs)  # inside of another function: torch.compile(model.forward) undoes the outermost
+        return call(*args, **kwargs)  # inside another function: torch.compile(model.forward) undoes the outermost
 
     return torch.compiler.disable(forward, recursive=False)  # type: ignore[no-any-return]
 
 
 def _sequences_in(args: Any, kwargs: Any) -> int:
-    """How many sequences a forward is given: the first dimension of its ids or embeddings."""
+    """The number of sequences in a forward: the first dimension of its ids or embeddings."""
     inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     return next((max(1, len(given)) for given in inputs if isinstance(given, torch.Tensor) and given.dim() > 1), 1)
 
 
 def move(values: Any, device: torch.device) -> Any:
-    """Tensors in lists, tuples and dicts, on `device`; other objects (caches, outputs) as they are."""
+    """Tensors in lists, tuples and dicts, on `device`; other objects (caches, outputs) unchanged."""
     if isinstance(values, torch.Tensor):
         return values.to(device)
     if type(values) is dict:
@@ -383,11 +383,11 @@ def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
 
 
 def refuse_gradients(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Raise CannotTrainError where autograd would record through a slot that is overwritten behind its back."""
+    """Raise CannotTrainError if autograd would record a slot that is overwritten later."""
     if not torch.is_grad_enabled():
         return
     if any(tensor.requires_grad for tensor in (*_tensors_in((args, kwargs)), *module.parameters())):
         raise CannotTrainError(
-            f"{name} would record gradients: streamed layers run forwards only. "
+            f"{name} would record gradients: streamed layers only run forward. "
             "Use torch.no_grad(), or train with a model that is loaded whole"
         )

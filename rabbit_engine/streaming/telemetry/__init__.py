@@ -1,1 +1,1 @@
-"""What was measured while weights moved: profile, trace and progress."""
+"""Measurements of moving weights: profile, trace and progress."""

@@ -11,7 +11,7 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
 @dataclass(slots=True)
 class Moved:
-    """What was moved under one name. Seconds are sums over its reads (which overlap), its copies, waits and runs."""
+    """Counts under one name. Seconds are summed over its reads (which overlap), copies, waits and runs."""
 
     name: str
     bytes_read: int = 0
@@ -24,15 +24,15 @@ class Moved:
 
 @dataclass(slots=True)
 class UnitProfile(Moved):
-    """One unit's counts. Where a layer's rest is a unit, its runs hold those of the modules in it."""
+    """One unit's counts. If the rest of a layer is a unit, its runs include those of the modules in the layer."""
 
     loads: int = 0
 
 
 @dataclass(slots=True)
 class ExpertsProfile(Moved):
-    """The `count` experts of one layer: in its `runs`, `used` experts were needed, of which `read` came from disk; the others
-    were cached, on the device or in host memory."""
+    """The `count` experts of one layer: its `runs` used `used` experts, of which `read` came from disk and the others were
+    cached, on the device or in host memory."""
 
     count: int = 0
     runs: int = 0
@@ -41,7 +41,7 @@ class ExpertsProfile(Moved):
 
     @property
     def hit_rate(self) -> float:
-        """The share of used experts that did not come from disk; 0 before the first."""
+        """The fraction of used experts that did not come from disk; 0 before the first."""
         return 1 - self.read / self.used if self.used else 0.0
 
 
@@ -50,8 +50,8 @@ class Profile(Report):
     """Counts since the model was loaded.
 
     `read_s` are the seconds in which at least one read was under way, `wait_s` those in which the model waited for a
-    unit, `pass_s` those of whole passes. `disk_rate` and `link_rate` are the links' own bytes a second, as measured or
-    given when the model was loaded; 0 if unknown.
+    unit, `pass_s` those of whole passes. `disk_rate` and `link_rate` are the links' own rates in bytes per second, as
+    measured or given when the model was loaded; 0 if unknown.
     """
 
     units: dict[str, UnitProfile] = field(default_factory=dict)
@@ -69,17 +69,17 @@ class Profile(Report):
     _since: float = field(default=0.0, repr=False)
 
     def begin_read(self, now: float) -> None:
-        """A chunk's read begins."""
+        """Count the beginning of a chunk's read."""
         self._tick(now)
         self._under_way += 1
 
     def end_read(self, now: float) -> None:
-        """It is over."""
+        """Count its end."""
         self._tick(now)
         self._under_way -= 1
 
     def _tick(self, now: float) -> None:
-        """Seconds that reads share count once."""
+        """Count seconds shared by several reads once."""
         if self._under_way:
             self.read_s += now - self._since
         self._since = now
@@ -89,21 +89,21 @@ class Profile(Report):
         return self.units.get(name) or self.experts[name]
 
     def count_read(self, name: str, nbytes: int, seconds: float) -> None:
-        """A chunk has arrived."""
+        """Count a chunk that has arrived."""
         unit = self.of(name)
         unit.bytes_read += nbytes
         unit.read_s += seconds
         self.bytes_read += nbytes
 
     def count_copy(self, name: str, nbytes: int, seconds: float) -> None:
-        """A copy from host memory was launched."""
+        """Count a copy that was launched from host memory."""
         unit = self.of(name)
         unit.bytes_copied += nbytes
         unit.copy_s += seconds
         self.bytes_copied += nbytes
 
     def count_wait(self, name: str, seconds: float) -> None:
-        """The model asked for a unit, and had it after this long."""
+        """Count the time the model waited for a unit."""
         unit = self.units[name]
         unit.loads += 1
         unit.wait_s += seconds
@@ -111,19 +111,19 @@ class Profile(Report):
         self.wait_s += seconds
 
     def count_expert(self, name: str, *, is_read: bool) -> None:
-        """A layer uses one of its experts, which was read for it or was cached."""
+        """Count a use of an expert, which was read or cached."""
         layer = self.experts[name]
         layer.used += 1
         layer.read += is_read
 
     def count_expert_wait(self, name: str, seconds: float) -> None:
-        """The model waited so long for the next expert."""
+        """Count the time the model waited for the next expert."""
         self.experts[name].wait_s += seconds
         self.wait_s += seconds
 
     @property
     def hit_rate(self) -> float:
-        """The share of all used experts that did not come from disk; 0 if there are none."""
+        """The fraction of all used experts that did not come from disk; 0 if there are none."""
         used = sum(layer.used for layer in self.experts.values())
         return 1 - sum(layer.read for layer in self.experts.values()) / used if used else 0.0
 
@@ -132,7 +132,7 @@ class Profile(Report):
         return copy.deepcopy(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The sums as a table: what, and how much of it."""
+        """The sums as (name, value) rows."""
         own = f" (the disk's own: {format_rate(self.disk_rate, 1)})" if self.disk_rate else ""
         copied = [("copied", f"{format_bytes(self.bytes_copied)} from host memory")] if self.bytes_copied else []
         return [

@@ -9,8 +9,8 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
 @dataclass(frozen=True, slots=True)
 class PassProgress:
-    """A pass that runs: in `layer` of `layers` (0 before the first), `bytes_read` in `elapsed_s`; `expected_s` is how long
-    the pass before took, 0 in the first."""
+    """A running pass: in `layer` of `layers` (0 before the first), `bytes_read` after `elapsed_s`; `expected_s` is the time of
+    the previous pass, 0 in the first."""
 
     layer: int
     layers: int
@@ -20,7 +20,7 @@ class PassProgress:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds until the pass is over, as far as can be told; None while nothing is known."""
+        """Estimated seconds until the pass ends; None if unknown."""
         if self.expected_s:
             return max(0.0, self.expected_s - self.elapsed_s)
         return self.elapsed_s * (self.layers - self.layer) / self.layer if self.layer else None

@@ -1,4 +1,4 @@
-"""What was busy when: spans of the lanes disk, copy, wait and compute, recorded while `on`, in seconds of one clock."""
+"""Records when each lane (disk, copy, wait, compute) was busy, while `on`: spans in seconds of one clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from rabbit_engine.utils.platform import has_streams
 
 MOST_SPANS = 200_000
-"""The most spans that are kept, about 30 MB; older ones are dropped."""
+"""The most spans kept, about 30 MB; older ones are dropped."""
 
 
 MOST_RECENT = 20_000
@@ -27,7 +27,7 @@ MOST_RECENT = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One thing that one lane did, from `start_s` to `end_s` since the trace began; `nbytes` it moved."""
+    """One action of a lane, from `start_s` to `end_s` since the trace began; it moved `nbytes`."""
 
     lane: str
     name: str
@@ -37,7 +37,7 @@ class Span:
 
 
 class Trace:
-    """Spans of all lanes. Off, it costs a test of a flag."""
+    """The spans of all lanes. When off, it costs one flag test."""
 
     def __init__(self, *, on: bool = False, device: torch.device | None = None) -> None:
         self.on = on
@@ -49,7 +49,7 @@ class Trace:
             self.start(device)
 
     def start(self, device: torch.device | None = None) -> None:
-        """Record from now on. The clock of a device that has streams is read together with ours once."""
+        """Start recording. Reads the clock of a device with streams once, together with the host's."""
         if device is not None and has_streams(device) and self._device_origin is None:
             torch.accelerator.synchronize(device)
             self._device_origin = _device_mark(torch.accelerator.current_stream(device))
@@ -59,7 +59,7 @@ class Trace:
         self.on = True
 
     def stop(self) -> None:
-        """Record no more, and forget what was recorded."""
+        """Stop recording, and drop what was recorded."""
         self.on = False
         self.clear()
 
@@ -69,7 +69,7 @@ class Trace:
         return time.perf_counter() - self._origin
 
     def since(self, mark_s: float) -> list[Span]:
-        """What ended after `mark_s`, the newest MOST_RECENT of it, in the order of its end. It costs what is new, not all."""
+        """Spans that ended after `mark_s`, at most the newest MOST_RECENT, by end. Its cost is that of the new ones only."""
         found = []
         with self._lock:
             newest = list(itertools.takewhile(lambda span: self._is_after(span[3], mark_s), reversed(self._spans)))[:MOST_RECENT]
@@ -78,14 +78,14 @@ class Trace:
         return found
 
     def _is_after(self, mark: Any, mark_s: float) -> bool:
-        """Whether a reading is later; of one that the device has not reached yet, it is."""
+        """Whether a reading is later; a mark that the device has not reached yet is."""
         if not isinstance(mark, float) and not mark.query():
             return True
         return self._seconds(mark) > mark_s
 
     @contextmanager
     def span(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
-        """Record what the block takes on this thread's clock."""
+        """Record the time of the block on this thread's clock."""
         if not self.on:
             yield
             return
@@ -97,7 +97,7 @@ class Trace:
 
     @contextmanager
     def device_span(self, lane: str, name: str, device: torch.device, nbytes: int = 0, stream: Any = None) -> Iterator[None]:
-        """Record what the block takes on the device: between two events of `stream`, else of its current one, where it has
+        """Record the time of the block on the device, between two events of `stream` or else its current one, if it has
         streams."""
         if not self.on or not has_streams(device):
             with self.span(lane, name, nbytes):
@@ -109,18 +109,18 @@ class Trace:
         self.add(lane, name, begin, _device_mark(stream), nbytes)
 
     def add(self, lane: str, name: str, start: Any, end: Any, nbytes: int = 0) -> None:
-        """A span between two readings of `time.perf_counter`, or two events of the device that keep time."""
+        """Add a span between two readings of `time.perf_counter`, or two timing events of the device."""
         if self.on:
             with self._lock:
                 self._spans.append((lane, name, start, end, nbytes))
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Drop what was recorded."""
         with self._lock:
             self._spans.clear()
 
     def spans(self) -> list[Span]:
-        """What was recorded, in the order of its beginning. Waits for the device where spans lie on it."""
+        """The recorded spans, in the order of their starts. Waits for the device if it recorded any."""
         with self._lock:
             found = list(self._spans)
         return sorted(
@@ -153,7 +153,7 @@ def busy_seconds(spans: Iterable[Span], start_s: float, end_s: float) -> float:
 
 
 def busy_share(spans: Sequence[Span], lane: str) -> float:
-    """The share of a trace's time in which a lane (`"disk"` counts all its readers) was busy; 0 for an empty trace."""
+    """The fraction of a trace's time in which a lane (`"disk"` counts all its readers) was busy; 0 for an empty trace."""
     own = [span for span in spans if span.lane.split()[0] == lane]
     if not own:
         return 0.0

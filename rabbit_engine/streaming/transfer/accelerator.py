@@ -1,4 +1,4 @@
-"""What a device that copies while it computes offers: memory, streams, events. torch's own, for any accelerator of its."""
+"""What a device that copies while it computes provides: memory, streams and events; torch's own for any accelerator."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 
 
 class Event(Protocol):
-    """A point in a stream's work, set by `record`; one that was never recorded is passed already."""
+    """A point in a stream's work, set by `record`; one that was never recorded has passed."""
 
     def record(self, stream: Any) -> None:
-        """Stand behind everything that `stream` was given so far, and nowhere else any more."""
+        """Mark the end of all work given to `stream` so far, replacing the previous mark."""
 
     def synchronize(self) -> None:
         """Return when the work before it is done."""
 
 
 class Stream(Protocol):
-    """A queue of work that a device does in order, beside its other queues."""
+    """A queue of work that a device does in order, in parallel with its other queues."""
 
     def wait_event(self, event: Any) -> None:
-        """Begin what is launched from now on when the work before `event` is done."""
+        """Make work launched from now on wait for the work before `event`."""
 
 
 class Accelerator(Protocol):
@@ -29,55 +29,55 @@ class Accelerator(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors in its memory say that they are."""
+        """The device of tensors in its memory."""
         ...
 
     def claim(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] of its memory, which work of the current stream may still use that was given it before."""
+        """uint8 [nbytes] of its memory, which work given to the current stream earlier may still use."""
 
     def new_stream(self) -> Stream:
-        """A stream that nobody else uses."""
+        """A stream of its own for the caller."""
 
     def new_event(self) -> Event:
-        """An event that keeps no time."""
+        """An event without timing."""
 
     def current_stream(self) -> Stream:
-        """Where this thread's kernels go."""
+        """The stream of this thread's kernels."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Launch a copy from host memory in `stream`; `source` is read when its turn comes."""
+        """Launch a copy from host memory in `stream`, which reads `source` when it runs."""
 
     def synchronize(self) -> None:
         """Return when the work of all streams is done."""
 
     def pin(self, memory: torch.Tensor) -> None:
-        """Page-lock host memory, so that copies from it need no help of the CPU."""
+        """Page-lock host memory, so that copies from it do not involve the CPU."""
 
     def unpin(self, memory: torch.Tensor) -> None:
         """Undo `pin`; no copy from it may be under way."""
 
 
 class TorchAccelerator:
-    """A device as `torch.accelerator` has it: CUDA, ROCm, XPU and others."""
+    """A device of `torch.accelerator`: CUDA, ROCm, XPU and others."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     @property
     def device(self) -> torch.device:
-        """The device itself."""
+        """The device."""
         return self._device
 
     def claim(self, nbytes: int) -> torch.Tensor:
-        """From torch's allocator."""
+        """Allocate from torch's allocator."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def new_stream(self) -> torch.Stream:
-        """One of the device's pool."""
+        """A stream from the device's pool."""
         return torch.Stream(self._device)
 
     def new_event(self) -> torch.Event:
-        """Of the device's kind."""
+        """An event of the device's kind."""
         return torch.Event(self._device, enable_timing=False)
 
     def current_stream(self) -> torch.Stream:
@@ -85,7 +85,7 @@ class TorchAccelerator:
         return torch.accelerator.current_stream(self._device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Make `stream` current for the launch alone: `with stream:` keeps its state in the stream, for one thread at a time."""
+        """Make `stream` current only for the launch: `with stream:` keeps its state in the stream, for one thread at a time."""
         before = torch.accelerator.current_stream(self._device)
         torch.accelerator.set_stream(stream)
         try:
@@ -98,7 +98,7 @@ class TorchAccelerator:
         torch.accelerator.synchronize(self._device)
 
     def pin(self, memory: torch.Tensor) -> None:
-        """Nothing: torch pins memory of its own alone. Copies are right without, and slower."""
+        """Do nothing: torch only pins memory that it allocated. Copies are correct without pinning, but slower."""
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Nothing was pinned."""
+        """Do nothing: nothing was pinned."""

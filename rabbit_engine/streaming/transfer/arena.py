@@ -1,4 +1,4 @@
-"""A ring's bytes handed out and taken back: where in it each unit lies. Pure bookkeeping, no memory."""
+"""Allocates the bytes of a ring: where each unit is. Pure bookkeeping, no memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 
 class Arena:
-    """`nbytes` from `start` on, of which parts are taken, in the tightest hole that will do.
+    """Allocates parts of `nbytes` from `start` on, in the smallest hole that fits.
 
-    A large part goes to the outer end of its hole and a small one to the inner, so that the small ones do not cut the room
-    for the next large one in two: in a simulation of a Llama's layers that halved the time in which nothing could be read.
+    A large part goes to the outer end of its hole and a small one to the inner, so that small ones do not split the room
+    for the next large one: in a simulation of a Llama's layers that halved the time in which nothing could be read.
     """
 
     def __init__(self, nbytes: int, start: int = 0) -> None:
@@ -17,7 +17,7 @@ class Arena:
         self._taken: dict[int, int] = {}
 
     def take(self, nbytes: int) -> int | None:
-        """The start of `nbytes` that nobody has, now taken; None where no hole is that large."""
+        """Allocate `nbytes` and return their start; None if no hole is large enough."""
         holes = [(start, end) for start, end in self._holes() if end - start >= nbytes]
         if not holes:
             return None
@@ -29,11 +29,11 @@ class Arena:
         return place
 
     def give(self, place: int) -> None:
-        """Take back what starts at `place`."""
+        """Free the part that starts at `place`."""
         del self._taken[place]
 
     def keep_only(self, places: Collection[int]) -> None:
-        """Take back all that does not start at one of `places`."""
+        """Free every part that does not start at one of `places`."""
         self._taken = {place: nbytes for place, nbytes in self._taken.items() if place in places}
 
     def fits(self, nbytes: int) -> bool:
@@ -41,7 +41,7 @@ class Arena:
         return any(end - start >= nbytes for start, end in self._holes())
 
     def fits_beside(self, places: Collection[int], nbytes: int) -> bool:
-        """Whether `nbytes` would fit if only what starts at `places` were taken."""
+        """Whether `nbytes` would fit if only the parts at `places` were allocated."""
         return any(end - start >= nbytes for start, end in self._holes(places))
 
     def _holes(self, places: Collection[int] | None = None) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Which ring a device gets."""
+"""Chooses the ring for a device."""
 
 from __future__ import annotations
 

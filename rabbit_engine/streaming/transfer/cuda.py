@@ -1,4 +1,4 @@
-"""What CUDA (and ROCm, under its name) has of its own: host memory is page-locked where it lies."""
+"""What only CUDA (and ROCm, under its name) offers: page-locking existing host memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class CudaAccelerator(TorchAccelerator):
     """A CUDA device."""
 
     def pin(self, memory: torch.Tensor) -> None:
-        """To the byte: torch's own pinned allocator rounds up to powers of two."""
+        """Page-lock exactly these bytes: torch's own pinned allocator rounds up to powers of two."""
         if memory.numel():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Let the system have it again."""
+        """Undo `pin`."""
         if memory.numel():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

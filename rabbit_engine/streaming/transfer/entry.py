@@ -1,4 +1,4 @@
-"""A unit on its way to the device: where it comes from, where it goes, and how far it has come. Knows no policy."""
+"""A unit in transit to the device: its source, its place and its progress. Independent of policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = Literal["waiting", "reading", "here", "failed", "dropped"]
 
 @dataclass(slots=True, eq=False)
 class HostPlace:
-    """Room for a unit in host memory, from `start` on in `ring`: whether it is `filled`, and the mark behind the last copy."""
+    """A unit's place in host memory, from `start` on in `ring`: whether it is `filled`, and the mark after the last copy."""
 
     ring: Ring
     start: int
@@ -24,12 +24,12 @@ class HostPlace:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One unit, once: waiting (for a place) -> reading -> here. `failed` where a read failed; `dropped` where nobody wants it
-    any more and bytes of it are still being read: its place is not free before they have arrived.
+    """One transfer of a unit: waiting (for a place) -> reading -> here. `failed` if a read failed; `dropped` if it is no longer
+    wanted but still being read: its place is free only when those bytes have arrived.
 
-    It comes in `chunks` of its files, which pass through `host` where it has a place there, or whole from `host` where it has
-    no chunks. What was brought is counted under `counted_as`. `give_back` takes back the place of one that failed or was
-    dropped; whoever made the entry takes back that of one that is here.
+    It comes in `chunks` of its files, which pass through `host` if it has a place there, or whole from `host` without
+    chunks. Its bytes are counted under `counted_as`. `give_back` frees the place of a failed or dropped entry; its creator
+    frees that of one that is here.
     """
 
     unit: Unit
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def parts(self) -> int:
-        """In how many jobs it comes."""
+        """The number of jobs it takes."""
         return len(self.chunks) or 1
 
     @property
@@ -62,5 +62,5 @@ class Entry:
         return self.state in ("waiting", "reading")
 
     def begin(self, place: int, after: Mark) -> None:
-        """It goes to `place` in the device's ring, whose last use lies before `after`."""
+        """Assign it `place` in the device's ring, whose last use ends before `after`."""
         self.place, self.after, self.state = place, after, "reading"

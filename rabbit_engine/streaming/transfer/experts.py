@@ -1,7 +1,7 @@
-"""The policy for the experts of sparse layers: those that a pass is routed to are brought, the most used ones stay.
+"""The policy for the experts of sparse layers: those that a pass is routed to are read, the most used ones stay.
 
-All memory is in slots of one size, each for one expert. An expert on its way takes a free slot and gives it back when it
-was used, unless its layer keeps it. A layer keeps as many as its share allows, and every new one: it takes the place of the
+All memory is in slots of one size, each for one expert. An expert in transit takes a free slot and returns it after its use,
+unless its layer keeps it. A layer keeps as many experts as its share allows, including every new one, which replaces the
 least used one that is not needed now.
 """
 
@@ -28,7 +28,7 @@ from rabbit_engine.streaming.transfer.slots import Expert, ExpertLayer, Stay, wh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSlots:
-    """Room for the experts of `layers`: `count` slots of `nbytes` from `start` on in the device's ring, and in `host` as many
+    """Memory for the experts of `layers`: `count` slots of `nbytes` from `start` on in the device's ring, and in `host` as many
     as the layers keep there."""
 
     layers: Sequence[ExpertLayer]
@@ -38,7 +38,7 @@ class ExpertSlots:
     host: Ring | None = None
 
     def on_device(self) -> list[int]:
-        """Where each slot of the device begins."""
+        """The start of each slot on the device."""
         return [self.start + index * self.nbytes for index in range(self.count)]
 
     def in_host(self) -> list[HostPlace]:
@@ -49,7 +49,7 @@ class ExpertSlots:
 
 
 class ExpertCache:
-    """The experts in `slots`. `lend` is for the thread that runs the model; the rest is called with the lock held."""
+    """The experts in `slots`. The model's thread calls `lend`; everything else is called with the lock held."""
 
     def __init__(self, machine: Machine, slots: ExpertSlots, trace: Trace) -> None:
         self._machine, self._trace = machine, trace
@@ -64,10 +64,10 @@ class ExpertCache:
 
     @contextmanager
     def lend(self, name: str, uses: Mapping[int, float], tokens: int) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
-        """Bring the experts that `uses` names, each with how often a pass over `tokens` tokens uses it (see `decayed_uses`).
+        """Bring the experts in `uses`, each with how often a pass over `tokens` tokens uses it (see `decayed_uses`).
 
-        Within the block iterate over (expert, uint8 [its unit's nbytes]), in the order in which they are there; each is
-        there until the next one is asked for. Raises what its read raised, with the expert's name.
+        Within the block iterate over (expert, uint8 [its unit's nbytes]), in the order of arrival; each stays until the
+        next one is requested. Raises what its read raised, with the expert's name.
         """
         layer = self.layers[name]
         self._lent = True
@@ -82,7 +82,7 @@ class ExpertCache:
 
     @property
     def free_slots(self) -> int:
-        """How many slots of the device nobody has."""
+        """The number of free slots on the device."""
         return len(self._free)
 
     def _ask(self, layer: ExpertLayer, experts: Sequence[Expert], uses: Mapping[int, float], tokens: int) -> None:
@@ -104,12 +104,12 @@ class ExpertCache:
             self._machine.changed.notify_all()
 
     def _admit(self, stay: Stay, needed: Sequence[Expert]) -> None:
-        """An interrupt may strike between any two lines: a place in host memory is not filled before it changes hands."""
+        """An interrupt may strike between any two lines: a place in host memory is marked unfilled before it is reassigned."""
         other = stay.instead_of
         if stay.in_host:
             stay.expert.host = self._free_host.popleft()
         elif other is not None and other in needed:
-            other.kept = False  # it goes when it was used
+            other.kept = False  # it is dropped after its use
         elif other is not None:
             if other.host is not None:
                 other.host.filled = False
@@ -119,7 +119,7 @@ class ExpertCache:
         stay.expert.kept = True
 
     def _leave(self, expert: Expert) -> None:
-        """Its slot on the device is free, once its last use is over."""
+        """Free its slot on the device, once its last use is over."""
         if expert.entry is not None and expert.entry.place >= 0:
             self._after[expert.entry.place] = expert.last_use
             self._free.append(expert.entry.place)
@@ -135,14 +135,14 @@ class ExpertCache:
 
     def _hand_out(self, layer: ExpertLayer, expert: Expert) -> torch.Tensor:
         with self._machine.lock:
-            self._machine.require_open()  # the ring's memory goes once the lock is free
-            assert expert.entry is not None  # noqa: S101 - it is here
+            self._machine.require_open()  # or a closed ring's memory could not be freed
+            assert expert.entry is not None  # noqa: S101 - it has arrived
             self._machine.ring.wait(expert.entry.arrived)
             self._profile.count_expert(layer.name, is_read=expert.is_read)
             return self._machine.ring.view(expert.entry.place, expert.unit.nbytes)
 
     def _next_ready(self, layer: ExpertLayer, wanted: Sequence[Expert]) -> list[Expert]:
-        """Those that are here; waits for one where none is."""
+        """Those that have arrived; waits for one if none has."""
         start = time.perf_counter()
         entries = [expert.entry for expert in wanted if expert.entry is not None]
         with self._trace.span("wait", layer.name), self._machine.lock:
@@ -155,7 +155,7 @@ class ExpertCache:
             return [expert for expert in wanted if expert.is_here]
 
     def _let_go(self, expert: Expert) -> None:
-        """It was used: it stays on the device, or makes room."""
+        """After its use: it stays on the device, or makes room."""
         expert.last_use = self._machine.ring.last_use()
         if expert.kept and expert.host is None:
             return
@@ -164,7 +164,7 @@ class ExpertCache:
             self._machine.changed.notify_all()
 
     def next_job(self) -> Job | None:
-        """The next part of the oldest expert that is waited for; None while nothing is, or no slot is free."""
+        """The next part of the oldest expert that is waited for; None if there is none, or no slot is free."""
         while self._queue:
             entry = self._queue[0]
             if entry.state == "waiting":
@@ -178,7 +178,7 @@ class ExpertCache:
         return None
 
     def _forget(self, expert: Expert, entry: Entry) -> None:
-        """It did not come, or nobody waits for it any more: it stays nowhere."""
+        """It failed or is no longer waited for: keep it nowhere."""
         if expert.host is not None:
             expert.host.filled = False
             self._free_host.append(expert.host)
@@ -188,7 +188,7 @@ class ExpertCache:
             expert.entry = None
 
     def recover(self) -> None:
-        """After an error or an interrupt: nothing is waited for, and every slot is one's that is kept, or free."""
+        """After an error or an interrupt: wait for nothing, and make every slot either a kept expert's or free."""
         if not self._lent:
             return
         self._queue.clear()
@@ -204,7 +204,7 @@ class ExpertCache:
         self._lent = False
 
     def _settle(self, expert: Expert, last_use: Mark) -> None:
-        """It stays where it is kept; it may have been in use when the error or the interrupt struck."""
+        """Keep it where it belongs; it may have been in use when the error or the interrupt struck."""
         if expert.entry is not None and expert.entry.under_way:
             self._machine.drop(expert.entry)
             return
@@ -217,11 +217,11 @@ class ExpertCache:
         expert.host = expert.host if expert.in_host else None
 
     def forget(self) -> None:
-        """Nothing comes any more."""
+        """Drop everything: nothing will be read any more."""
         self._queue.clear()
 
 
 def _named(name: str, error: BaseException) -> BaseException:
-    """The error of a read, with the expert's name; of its own class where that is one of ours."""
+    """The error of a read, with the expert's name, in its own class if that is one of ours."""
     kind = type(error) if isinstance(error, RabbitError) else StreamingError
     return kind(f"{name} could not be read: {error}")

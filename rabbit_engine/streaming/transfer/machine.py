@@ -1,7 +1,7 @@
-"""The one machine that moves entries: from files, from host memory, or from files through host memory, in the readers' threads.
+"""Moves entries in the readers' threads: from files, from host memory, or from files through host memory.
 
-Which entries, in what order and to which places is for the policies: `ring_queue` for the units of a pass, `experts` for what
-is routed to. An error lives in its entry, and is raised where the unit is asked for.
+Policies decide which entries go where, in what order: `ring_queue` for the units of a pass, `experts` for those read on
+demand. An error is stored in its entry, and raised where the unit is requested.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from rabbit_engine.streaming.transfer.unit import Extent
 
 
 class Machine:
-    """Brings entries into `ring`. But for a job itself, everything is called with the reader's lock held."""
+    """Brings entries into `ring`. Everything except a job itself is called with the reader's lock held."""
 
     def __init__(self, ring: Ring, profile: Profile, reader: Reader) -> None:
         self.ring, self.profile = ring, profile
         self.lock, self.changed = reader.lock, reader.changed
         self.closed = False
-        self.under_way: dict[int, Entry] = {}  # changed by readers alone: an interrupt of the model's thread loses none
+        self.under_way: dict[int, Entry] = {}  # changed only by readers, so an interrupt of the model's thread loses none
         self._process = os.getpid()
 
     @property
     def forked(self) -> bool:
-        """Whether this process was forked after loading: it has no reader, and locks may be held that nobody here frees."""
+        """Whether this process was forked after loading: it has no reader, and locks may never be released."""
         return os.getpid() != self._process
 
     def require_process(self) -> None:
-        """Raise ModelClosedError in a process that was forked after loading: threads do not follow."""
+        """Raise ModelClosedError in a process that was forked after loading, which has no reader threads."""
         if self.forked:
             raise ModelClosedError("this process was forked after the model was loaded: load it in the process that uses it")
 
@@ -46,12 +46,12 @@ class Machine:
             raise ModelClosedError("the model is closed: load it again")
 
     def wait(self) -> None:
-        """Wait until something has changed. Raises ModelClosedError once nothing will."""
+        """Wait for any change. Raises ModelClosedError if none can come."""
         self.changed.wait()
         self.require_open()
 
     def issue(self, entry: Entry) -> Job:
-        """The next part of an entry that has parts left."""
+        """The job for the next part of an entry that has parts left."""
         chunk = entry.chunks[entry.issued] if entry.chunks else None
         entry.issued += 1
         entry.under_way += 1
@@ -60,29 +60,29 @@ class Machine:
         return partial(self._work, entry, chunk)
 
     def drop(self, entry: Entry) -> None:
-        """Nobody wants it any more: its place is free at once, or when the bytes that are being read to it have arrived."""
+        """Give up an entry: its place is free at once, or when the bytes being read to it have arrived."""
         entry.state = "dropped"
         if not entry.under_way:
             entry.give_back(entry)
 
     def _work(self, entry: Entry, chunk: Extent | None, lane: int) -> Callable[[], None]:
-        """Bring one part. Without the lock."""
+        """Bring one part, without the lock."""
         start, error = time.perf_counter(), None
         try:
             self._bring(entry, chunk, lane)
-        except Exception as caught:  # noqa: BLE001 - raised where the unit is asked for
+        except Exception as caught:  # noqa: BLE001 - raised where the unit is requested
             error = caught
         return partial(self._done, entry, chunk, error, time.perf_counter() - start)
 
     def _bring(self, entry: Entry, chunk: Extent | None, lane: int) -> None:
         name, host = entry.unit.name, entry.host
         if host is None:
-            assert chunk is not None  # noqa: S101 - what has no chunks is in host memory
+            assert chunk is not None  # noqa: S101 - an entry without chunks is in host memory
             self.ring.fill(chunk, entry.place, entry.after, name, lane)
             return
         inside, nbytes = (0, entry.unit.nbytes) if chunk is None else (chunk.place, chunk.nbytes)
         if chunk is not None:
-            self.ring.finish(host.copied)  # of the unit that was there before
+            self.ring.finish(host.copied)  # of the previous unit there
             host.ring.fill(chunk, host.start, None, name, lane)
         self.ring.copy(host.ring.view(host.start + inside, nbytes), entry.place + inside, entry.after, name)
 

@@ -1,4 +1,4 @@
-"""How fast this machine's links are: direct reads from its disk, copies to its device."""
+"""Measures the speed of this machine's links: direct reads from its disk, copies to its device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ASSUMED_LINK = 12e9
 
 
 def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes: int | None = None) -> Speeds:
-    """The links' rates, measured in a fraction of a second and in `most_bytes` of host memory where there is enough to read,
+    """The links' rates, measured in a fraction of a second and in `most_bytes` of host memory if there is enough to read, or
     else assumed."""
     link = 0.0 if device.type == "cpu" else measure_link(device)
     disk = measure_disk(entries, most_bytes)
@@ -41,10 +41,10 @@ def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes:
 
 
 def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) -> float | None:
-    """Bytes a second of direct reads, as many at once as the readers have, from the largest file, the better
-    of two samples; None for small ones, or where `most_bytes` hold no read that a disk is fast with."""
+    """Bytes per second of direct reads from the largest file, as many at once as the readers have, the better of two
+    samples; None for small files, or if `most_bytes` are too few for a read at the disk's full speed."""
     sizes: Counter[Path] = Counter()
-    for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share theirs
+    for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share a file
         if place.path.is_file():
             sizes[place.path] += place.nbytes
     if not sizes:
@@ -57,7 +57,7 @@ def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) 
     step = aligned_down(nbytes // count)
     read = direct_reads([Extent(path, index * step, read_bytes, 0) for index in range(count)])
     best = 0.0
-    for _ in range(2):  # the first wakes a disk that sleeps
+    for _ in range(2):  # the first wakes a sleeping disk
         start = time.perf_counter()
         read()
         best = max(best, count * read_bytes / (time.perf_counter() - start))
@@ -65,11 +65,11 @@ def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) 
 
 
 def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
-    """Read chunks as the readers do, several at once past the page cache, into small buffers: what this disk gives."""
+    """Returns a function that reads chunks like the readers: several at once past the page cache, into small buffers."""
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     buffer_bytes = max((chunk.nbytes for chunk in chunks), default=0) + 2 * PAGE
     for _ in range(READERS):
-        buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched: faults are not the disk's
+        buffers.put(as_bytes(claim_memory(buffer_bytes).fill_(1)))  # touched, so that page faults are not counted
     direct = {path: is_direct(path) for path in {chunk.path for chunk in chunks}}
 
     @damage_as(DamagedShardError)
@@ -89,7 +89,7 @@ def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
 
 
 def measure_link(device: torch.device) -> float:
-    """Bytes a second of a pinned copy to a CUDA device: the best of three of 64 MiB; an assumption for other devices."""
+    """Bytes per second of a pinned copy to a CUDA device: the best of three of 64 MiB; an assumption for other devices."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return _ASSUMED_LINK
     host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)

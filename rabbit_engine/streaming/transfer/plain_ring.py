@@ -1,4 +1,4 @@
-"""The ring of a device that returns from every call when its work is done: the CPU, and MPS, which has one queue."""
+"""The ring of a device whose calls return when their work is done: the CPU, and MPS, which has a single queue."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rabbit_engine.streaming.transfer.unit import Extent
 
 
 class PlainRing:
-    """On the CPU a chunk is read straight to its place, elsewhere through a staging buffer, as where a file's bytes lie so
-    that kernels would see misaligned weights. Staging memory that nothing is read through is never touched: it costs nothing.
+    """On the CPU a chunk is read straight to its place; on other devices, or if kernels would see misaligned weights, through a
+    staging buffer. Staging memory that is not used is never touched, and costs nothing.
     """
 
     def __init__(self, device: torch.device, nbytes: int, trace: Trace) -> None:
@@ -29,11 +29,11 @@ class PlainRing:
             self._staging.put(claim_memory(0))
 
     def pin(self, memory: torch.Tensor) -> torch.Tensor:
-        """As it is: the CPU copies from any memory."""
+        """Return it unchanged: the CPU copies from any memory."""
         return memory
 
     def fill(self, chunk: Extent, start: int, after: Mark, name: str, lane: int) -> None:
-        """Straight into the ring where the pages lie right, else through a staging buffer."""
+        """Read straight into the ring if the pages are aligned, else through a staging buffer."""
         del after
         self._touch(start + chunk.place, chunk.nbytes)
         if self._device.type == "cpu" and chunk.in_pages:
@@ -47,35 +47,35 @@ class PlainRing:
 
     @contextmanager
     def _staging_of(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """`nbytes` or more. It grows to what is read through it: of a larger one, huge pages would be touched whole."""
+        """At least `nbytes`. It grows as needed: of a larger buffer, huge pages would be touched whole."""
         memory = self._staging.get()
         try:
             if memory.nbytes < nbytes:
-                memory = claim_memory(0)  # lets go of the smaller one first
+                memory = claim_memory(0)  # frees the smaller one first
                 memory = claim_memory(nbytes)
             yield memory
         finally:
             self._staging.put(memory)
 
     def copy(self, source: torch.Tensor, start: int, after: Mark, name: str) -> None:
-        """Copy, and wait for it."""
+        """Copy synchronously."""
         del after
         self._touch(start, source.nbytes)
         with self._trace.span("copy", name, source.nbytes):
             self._memory[start : start + source.nbytes].copy_(source)
 
     def seal(self) -> Mark:
-        """`fill` returns when the bytes are there."""
+        """No mark: `fill` returns when the bytes have arrived."""
         return None
 
     def wait(self, mark: Mark) -> None:
-        """They are there."""
+        """Do nothing: the bytes have arrived."""
 
     def finish(self, mark: Mark) -> None:
-        """It is done."""
+        """Do nothing: the work is done."""
 
     def last_use(self) -> Mark:
-        """Let what was launched finish: MPS has one queue for everything."""
+        """Wait for launched work: MPS has a single queue."""
         if self._device.type == "mps":
             torch.mps.synchronize()
 
@@ -90,7 +90,7 @@ class PlainRing:
 
     @property
     def untouched_bytes(self) -> int:
-        """By huge pages, as the system gives them."""
+        """In huge pages, as the system allocates them."""
         return min(self._memory.nbytes, self._untouched.count(1) * HUGE_PAGE)
 
     def close(self) -> None:

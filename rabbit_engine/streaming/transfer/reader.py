@@ -1,4 +1,4 @@
-"""The threads that read, shared by all streamed models of a process: what a model waits for goes ahead of any prefetch."""
+"""The reader threads, shared by all streamed models of a process: what a model waits for is read before any prefetch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Protocol
 from rabbit_engine.streaming.transfer.ring import READERS
 
 Job = Callable[[int], Callable[[], None]]
-"""`job(lane)` reads, without the lock; what it returns is called with the lock held."""
+"""`job(lane)` reads without the lock; its result is called with the lock held."""
 
 
 class Source(Protocol):
     """A model's queue of reads."""
 
     def next_job(self, *, wanted: bool) -> Job | None:
-        """The read to do next, or None; `wanted` asks only for what a model waits for. The lock is held."""
+        """The next read, or None; `wanted` restricts it to what a model waits for. Called with the lock held."""
 
 
 class Reader:
-    """READERS threads over all sources that joined. One lock guards the bookkeeping of all of them, and is held for
-    microseconds. The threads start with the first source and end with the last."""
+    """READERS threads for all joined sources. One lock guards their bookkeeping, and is held for microseconds. The threads
+    start with the first source and end with the last."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # entered as C code: an interrupt cannot leave it half taken
+        self.lock = threading.RLock()  # entered in C code: an interrupt cannot leave it half acquired
         self.changed = threading.Condition(self.lock)
         self._sources: list[Source] = []
         self._threads: dict[int, threading.Thread] = {}
 
     def join(self, source: Source) -> None:
-        """Read for `source` from now on."""
+        """Start reading for `source`."""
         try:
             with self.lock:
                 self._sources.append(source)
@@ -42,15 +42,15 @@ class Reader:
             raise
 
     def _start_threads(self) -> None:
-        """One thread a lane; one that could not be started before, or was interrupted in its start, is started anew."""
+        """One thread per lane, including lanes whose earlier start failed or was interrupted."""
         for lane in range(READERS):
             if lane not in self._threads or not self._threads[lane].is_alive():
                 thread = threading.Thread(target=self._read_on, args=(lane,), name="rabbit-reader", daemon=True)
-                self._threads[lane] = thread  # first: it ends itself where it is not among them
+                self._threads[lane] = thread  # first: a thread that is not among them ends
                 thread.start()
 
     def leave(self, source: Source) -> None:
-        """Read for `source` no more; after the last one the threads end. Returns when they have."""
+        """Stop reading for `source`; after the last source, return when the threads have ended."""
         with self.lock:
             self._sources = [other for other in self._sources if other is not source]
             ending = [] if self._sources else list(self._threads.values())
@@ -62,7 +62,7 @@ class Reader:
                 thread.join()
 
     def is_busy_here(self) -> bool:
-        """Whether this thread is a reader, or is in the midst of bookkeeping."""
+        """Whether this thread is a reader, or is in the middle of bookkeeping."""
         return threading.current_thread() in self._threads.values() or self.changed._is_owned()  # type: ignore[attr-defined]
 
     def _read_on(self, lane: int) -> None:
@@ -84,7 +84,7 @@ class Reader:
             for source in self._sources:
                 job = source.next_job(wanted=wanted)
                 if job is not None:
-                    self._sources.remove(source)  # the others' turn next time
+                    self._sources.remove(source)  # the others go first next time
                     self._sources.append(source)
                     return job
         return None
@@ -94,7 +94,7 @@ _reader: tuple[int, Reader] | None = None
 
 
 def shared_reader() -> Reader:
-    """This process's reader. A forked process gets one of its own: threads do not follow."""
+    """This process's reader. A forked process gets a new one: it has no threads."""
     global _reader
     if _reader is None or _reader[0] != os.getpid():
         _reader = (os.getpid(), Reader())

@@ -1,6 +1,6 @@
-"""The memory that weights pass through, claimed once: where the model computes, and what stands before it.
+"""The memory that weights pass through, allocated once: on the device that computes, and in host memory ahead of it.
 
-Readers' threads call `fill`, `copy` and `seal`; the thread that runs the model calls `wait` and `last_use`.
+Reader threads call `fill`, `copy` and `seal`; the model's thread calls `wait` and `last_use`.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.unit import Extent, Unit
 
 READERS = 6
-"""Reads under way at once: four fill the disks that were measured, and two may be copying to their place."""
+"""Reads under way at once: four saturate the disks we measured, and two more may be copying."""
 
 STAGING_BYTES = CHUNK_BYTES + 2 * PAGE
 
 Mark = Any
-"""A point in a device's work: an event, or None where calls return when the work is done."""
+"""A point in a device's work: an event, or None if calls return when the work is done."""
 
 
 class Ring(Protocol):
-    """A device's ring of bytes, and the way into it."""
+    """A device's ring of bytes, and how to fill it."""
 
     def pin(self, memory: torch.Tensor) -> torch.Tensor:
-        """`memory` of the host, from which `copy` copies until the ring is closed, page-locked where the device needs that."""
+        """Host `memory` that `copy` reads until the ring is closed, page-locked if the device needs that."""
 
     def fill(self, chunk: Extent, start: int, after: Mark, name: str, lane: int) -> None:
-        """Read `chunk` to `start + chunk.place`, not before `after`; on return it may still be on its way."""
+        """Read `chunk` to `start + chunk.place`, not before `after`; it may still be in transit on return."""
 
     def copy(self, source: torch.Tensor, start: int, after: Mark, name: str) -> None:
-        """Copy a unit that waits in host memory to `start`, not before `after`."""
+        """Copy a unit from host memory to `start`, not before `after`."""
 
     def seal(self) -> Mark:
-        """The mark behind everything that was filled and copied so far."""
+        """The mark after everything filled and copied so far."""
 
     def wait(self, mark: Mark) -> None:
-        """What is launched after this call sees what lies before `mark`."""
+        """Make work launched after this call see what was written before `mark`."""
 
     def finish(self, mark: Mark) -> None:
-        """Return when what lies before `mark` is done."""
+        """Return when the work before `mark` is done."""
 
     def last_use(self) -> Mark:
-        """The mark behind everything that was launched so far."""
+        """The mark after everything launched so far."""
 
     def view(self, start: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] of the ring."""
 
     @property
     def untouched_bytes(self) -> int:
-        """What was claimed, but takes no memory until it is first written."""
+        """Allocated bytes that take no memory until they are first written."""
         ...
 
     def close(self) -> None:
-        """Let go of the memory once nothing uses it."""
+        """Free the memory once nothing uses it."""
 
 
 @damage_as(DamagedShardError)
 def read_chunk(chunk: Extent, memory: memoryview, trace: Trace, name: str, lane: int) -> None:
-    """Read a chunk's pages into `memory`, past the page cache where that works. Raises DamagedShardError or OSError."""
+    """Read a chunk's pages into `memory`, past the page cache if possible. Raises DamagedShardError or OSError."""
     direct = is_direct(chunk.path)
     with trace.span(f"disk {lane}", name, chunk.nbytes):
         read_pages(chunk.path, chunk.stamp, chunk.offset, chunk.nbytes, memory, direct=direct)
 
 
 def fill_all(ring: Ring, units: Sequence[tuple[Unit, int]]) -> None:
-    """Read each unit to its start in the ring, here and now, as many reads at once as the readers have."""
+    """Read each unit to its start in the ring, synchronously, with as many reads at once as the readers have."""
     chunks = [(chunk, start, unit.name) for unit, start in units for chunk in unit.chunks()]
     lanes: queue.SimpleQueue[int] = queue.SimpleQueue()
     for lane in range(READERS):

@@ -1,8 +1,8 @@
-"""The policy for the units of a pass: each goes where it fits in the ring, as far ahead of the model as there is room.
+"""The policy for the units of a pass: each is read as far ahead of the model as the ring has room.
 
-The readers fill the oldest entry first; when all of it is under way they go on to the successor of the newest one, in the
-order that was learned, also across the end of a pass. A unit asked for out of order drops what lies ahead of it: correct
-first. One that failed is tried again the next time it is asked for.
+The readers fill the oldest entry first; once all of it is under way, they continue with the successor of the newest one, in
+the learned order, also across the end of a pass. A unit requested out of order drops those ahead of it: correctness first. A
+failed one is tried again at its next request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rabbit_engine.streaming.transfer.unit import Unit
 
 @dataclass(slots=True)
 class Held:
-    """A unit that is in use, `count` times: its place in the ring, and the mark behind its copies."""
+    """A unit in use, `count` times: its place in the ring, and the mark after its copies."""
 
     place: int
     nbytes: int
@@ -35,7 +35,7 @@ class Held:
 
 
 class RingQueue:
-    """`units` in the order of a pass, through the part of the ring that `arena` hands out. Those in `host` are copied from
+    """`units` in the order of a pass, through the part of the ring that `arena` allocates. Those in `host` are copied from
     there. Everything is called with the lock held."""
 
     def __init__(
@@ -60,18 +60,18 @@ class RingQueue:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """What it brings, in the order of a pass."""
+        """Its units, in the order of a pass."""
         return tuple(self._units.values())
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The units that are in use now."""
+        """The units in use now."""
         return tuple(self._held)
 
-    # For the thread that runs the model.
+    # For the model's thread.
 
     def acquire(self, name: str) -> Held:
-        """Hold the unit; wait for it. Raises what its read raised."""
+        """Wait for the unit and hold it. Raises what its read raised."""
         held = self._held.get(name)
         if held is not None:
             held.count += 1
@@ -79,11 +79,11 @@ class RingQueue:
         return self._hold(self._next_entry(name))
 
     def _next_entry(self, name: str) -> Entry:
-        """The entry of `name`, at the head of the queue: what lies ahead of it is dropped, what is missing is wanted."""
+        """The entry of `name`, moved to the head of the queue: those ahead are dropped, a missing one is added as wanted."""
         self._order.ask(name)
         while self._queue and (self._queue[0].unit.name != name or self._queue[0].state == "dropped"):
-            self._drop_first()  # one that is dropped already: an interrupt struck before it was gone
-        if self._queue and self._queue[0].state == "failed":  # a prefetch: now that it matters it is tried again
+            self._drop_first()  # already dropped: an interrupt struck before it was removed
+        if self._queue and self._queue[0].state == "failed":  # a prefetch: now that it is needed, try again
             while self._queue:
                 self._drop_first()
         if not self._queue or self._queue[0].state == "waiting":
@@ -111,10 +111,10 @@ class RingQueue:
     def _require_room(self, name: str) -> None:
         mine = [held.place for held in self._held.values() if held.thread == threading.get_ident()]
         if not self._arena.fits_beside(mine, self._units[name].nbytes):
-            raise StreamingError(f"{name} is asked for inside {' and '.join(self._held)}: more at once than the ring can hold")
+            raise StreamingError(f"{name} is requested inside {' and '.join(self._held)}: more at once than the ring can hold")
 
     def _drop_first(self) -> None:
-        """Let the head of the queue go; an interrupt may strike between any two lines."""
+        """Drop the head of the queue; an interrupt may strike between any two lines."""
         self._machine.drop(self._queue[0])
         self._queue.popleft()
 
@@ -124,7 +124,7 @@ class RingQueue:
             self._arena.give(place)
 
     def release(self, name: str) -> bool:
-        """Let go of the unit; True when this was its last holder and its room is free again."""
+        """Release the unit; True if this was its last holder and its room is free again."""
         held = self._held.get(name)
         if held is None:
             return False
@@ -137,21 +137,21 @@ class RingQueue:
         return True
 
     def release_all(self) -> None:
-        """Let go of everything, however the pass ended. What is on its way goes on."""
+        """Release everything, however the pass ended. Units in transit continue."""
         if self._held:
             self._last_use = self._machine.ring.last_use()
         self._held.clear()
         self._arena.keep_only({entry.place for entry in (*self._queue, *self._machine.under_way.values())})
 
     def forget(self) -> None:
-        """Nothing comes any more."""
+        """Drop everything: nothing will be read any more."""
         self._queue.clear()
         self._host.clear()
 
-    # For the readers' threads.
+    # For the reader threads.
 
     def next_job(self, *, wanted: bool) -> Job | None:
-        """The oldest unfinished entry's next part, else the first of an entry that is foreseen; None while there is no room."""
+        """The next part of the oldest unfinished entry, else the first part of a predicted entry; None if there is no room."""
         for entry in self._queue:
             if wanted and not entry.wanted:
                 return None
@@ -167,7 +167,7 @@ class RingQueue:
         return self._machine.issue(entry) if self._find_room(entry) else None
 
     def has_work(self) -> bool:
-        """Whether `next_job` would find some."""
+        """Whether `next_job` would return one."""
         for entry in self._queue:
             if entry.state == "waiting":
                 return self._arena.fits(entry.unit.nbytes)
@@ -186,7 +186,7 @@ class RingQueue:
         return place is not None
 
     def _foreseen(self) -> str | None:
-        """The successor of the newest entry, unless it is here or on its way already."""
+        """The successor of the newest entry, unless it is here or in transit already."""
         tail = self._queue[-1].unit.name if self._queue else self._order.latest
         if not self._prefetching or tail is None or (self._queue and self._queue[-1].error is not None):
             return None

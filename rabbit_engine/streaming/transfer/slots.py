@@ -1,5 +1,5 @@
-"""Which experts of a layer stay: the most used ones. Uses fade with the tokens that the layer has seen since
-(docs/benchmarks.md has the policies that were tried). Pure: knows no memory."""
+"""Decides which experts of a layer stay: the most used ones. A use counts less with each token that the layer sees later
+(docs/benchmarks.md lists the policies that were tried). Pure: independent of memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HALF_LIFE_TOKENS = 32
 """A use counts half after its layer has seen this many more tokens."""
 
 _MOST_AGE = 600.0
-"""Halvings, before scores are rescaled: floats hold about a thousand."""
+"""Halvings before scores are rescaled: floats hold about a thousand."""
 
 
 @dataclass(slots=True, eq=False)
 class Expert:
-    """One expert. One that is `kept` stays on the device, or in host memory where it has a place there; `entry` is there from
-    when it is asked for until it leaves the device; `is_read` says whether its last use asked the disk."""
+    """One expert. A `kept` one stays on the device, or in host memory if it has a place there; `entry` is set from its request
+    until it leaves the device; `is_read` tells whether its last use read the disk."""
 
     unit: Unit
     index: int
@@ -44,7 +44,7 @@ class Expert:
 
 @dataclass(slots=True)
 class ExpertLayer:
-    """One layer's experts, of which a token uses `used`, and how many of them it may keep on the device and in host memory."""
+    """One layer's experts, of which a token uses `used`, and the numbers it may keep on the device and in host memory."""
 
     name: str
     units: Sequence[Unit]
@@ -58,7 +58,7 @@ class ExpertLayer:
         self.experts = [Expert(unit, index) for index, unit in enumerate(self.units)]
 
     def count(self, uses: Mapping[int, float], tokens: int) -> None:
-        """Add the uses of a pass over `tokens` tokens, as they weigh at its end: older uses fade, as newer ones weigh more."""
+        """Add the uses of a pass over `tokens` tokens, weighted as of its end: older uses fade, as newer ones weigh more."""
         self.age += tokens / HALF_LIFE_TOKENS
         if self.age > _MOST_AGE:
             for expert in self.experts:
@@ -74,7 +74,7 @@ class ExpertLayer:
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """`expert` is to stay: in place of another one, or where there is room, which is in host memory or on the device."""
+    """`expert` is to stay: in place of another one, or where there is room, in host memory or on the device."""
 
     expert: Expert
     instead_of: Expert | None = None
@@ -82,10 +82,10 @@ class Stay:
 
 
 def who_stays(layer: ExpertLayer, needed: Sequence[Expert]) -> list[Stay]:
-    """Which of the `needed` that are not kept are to stay from now on, the most used first: where there is room, or in place
-    of one that is not needed now, or was used less.
+    """Which of the `needed` experts that are not kept will stay, the most used first: where there is room, or in place of one
+    that is not needed now or was used less.
 
-    A layer that keeps no more than a token uses would forget everything at each token: there only a more used one stays.
+    A layer that keeps no more than a token uses would forget everything at each token: there, only a more used one stays.
     """
     new = _by_use(expert for expert in needed if not expert.kept and not expert.is_here)
     if not new:
@@ -114,5 +114,5 @@ def who_stays(layer: ExpertLayer, needed: Sequence[Expert]) -> list[Stay]:
 
 
 def _by_use(experts: Iterable[Expert]) -> list[Expert]:
-    """The least used one last."""
+    """Sorted by use, the least used one last."""
     return sorted(experts, key=lambda expert: -expert.score)

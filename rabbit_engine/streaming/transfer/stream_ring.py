@@ -1,7 +1,7 @@
-"""The ring of a device that copies while it computes: everything is launched, and marks say what waits for what.
+"""The ring of a device that copies while it computes: work is launched asynchronously, and marks order it.
 
-A chunk is read into a pinned staging buffer and copied from there, in a stream of the ring's own. What is launched there
-waits for the last use of the bytes it overwrites; what computes waits for the copies of the bytes it reads.
+A chunk is read into a pinned staging buffer and copied from there, in the ring's own stream. A copy waits for the last use
+of the bytes it overwrites; a computation waits for the copies of the bytes it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rabbit_engine.streaming.transfer.unit import Extent
 
 @dataclass(slots=True)
 class _Staging:
-    """A pinned buffer; `left` is behind the copy from it that was launched last."""
+    """A pinned buffer; `left` is the mark after the last copy from it."""
 
     memory: torch.Tensor
     left: Event
@@ -39,7 +39,7 @@ class StreamRing:
         try:
             for _ in range(2 * READERS):
                 self._staging.put(_Staging(self.pin(claim_memory(STAGING_BYTES)), accelerator.new_event()))
-            accelerator.synchronize()  # the memory may be in use by whoever had it before
+            accelerator.synchronize()  # its previous owner may still be using it
         except BaseException:
             self.close()
             raise
@@ -51,7 +51,7 @@ class StreamRing:
         return memory
 
     def fill(self, chunk: Extent, start: int, after: Mark, name: str, lane: int) -> None:
-        """Read into the staging buffer whose last copy was launched longest ago, and launch its copy."""
+        """Read into the staging buffer whose last copy is oldest, and launch its copy."""
         staging = self._staging.get()
         try:
             staging.left.synchronize()
@@ -63,29 +63,29 @@ class StreamRing:
             self._staging.put(staging)
 
     def copy(self, source: torch.Tensor, start: int, after: Mark, name: str) -> None:
-        """Launch a copy from pinned memory, behind `after`."""
+        """Launch a copy from pinned memory after `after`."""
         if after is not None:
             self._copies.wait_event(after)
         with self._trace.device_span("copy", name, self._accelerator.device, source.nbytes, self._copies):
             self._accelerator.copy(self._memory[start : start + source.nbytes], source, self._copies)
 
     def seal(self) -> Mark:
-        """An event behind the copies launched so far."""
+        """An event after the copies launched so far."""
         event = self._accelerator.new_event()
         event.record(self._copies)
         return event
 
     def wait(self, mark: Mark) -> None:
-        """This thread's stream waits for the copies."""
+        """Make this thread's stream wait for the copies."""
         self._accelerator.current_stream().wait_event(mark)
 
     def finish(self, mark: Mark) -> None:
-        """This thread waits for them."""
+        """Wait for the copies in this thread."""
         if mark is not None:
             mark.synchronize()
 
     def last_use(self) -> Mark:
-        """An event behind what this thread's stream was given so far, and behind the last use in any other stream."""
+        """An event after all work of this thread's stream so far, and after the last use in any other stream."""
         stream, event = self._accelerator.current_stream(), self._accelerator.new_event()
         if self._used is not None and self._used[0] != stream:
             stream.wait_event(self._used[1])
@@ -99,7 +99,7 @@ class StreamRing:
 
     @property
     def untouched_bytes(self) -> int:
-        """A device's memory is taken when it is claimed."""
+        """A device's memory is taken when it is allocated."""
         return 0
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What brings a model's weights to its device: one machine that moves them, and a policy each for units and experts."""
+"""Brings a model's weights to its device: one machine that moves them, with one policy for units and one for experts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from rabbit_engine.streaming.transfer.unit import Unit
 
 
 class Transfer:
-    """Brings units into a ring, ahead of the model, and experts as they are routed to. `close` ends it, and the ring.
+    """Brings units into a ring ahead of the model, and experts on demand. `close` ends it and the ring.
 
-    `start` is where the ring's part for units on their way begins, `nbytes` how large it is. Units in `host` wait in
-    host memory and are copied from there, the others are read from their files. Units in `rare` are foreseen only
-    behind one another. Experts in `slots` are brought before anything that is foreseen. `rates` are the disk's and the
-    link's own bytes a second, for the profile.
+    `start` is where the ring's part for units in transit begins, `nbytes` its size. Units in `host` are copied from host
+    memory, the others are read from their files. Units in `rare` are only predicted after one another. Experts in `slots`
+    are read before any prediction. `rates` are the disk's and the link's own bytes per second, for the profile.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Transfer:
         counts = {unit.name: UnitProfile(unit.name) for unit in units}
         self._profile = Profile(units=counts, disk_rate=rates[0], link_rate=rates[1])
         self._machine = Machine(ring, self._profile, self._reader)
-        arena = Arena(aligned_down(nbytes), start)  # units lie at its ends too, and reads go to whole pages
+        arena = Arena(aligned_down(nbytes), start)  # other units share its edges, and reads cover whole pages
         self._queue = RingQueue(self._machine, arena, units, host=host, rare=rare, prefetching=prefetching)
         self.experts = ExpertCache(self._machine, slots, trace or Trace()) if slots is not None else None
         host_rings = [place.ring for place in host.values()] + ([slots.host] if slots is not None and slots.host else [])
@@ -57,10 +56,10 @@ class Transfer:
         if units or slots is not None:
             self._reader.join(self)
 
-    # For the thread that runs the model.
+    # For the model's thread.
 
     def acquire(self, name: str) -> tuple[int, torch.Tensor]:
-        """Hold the unit until `release`: where it lies in the ring, and its bytes. Waits for it; raises what its read raised."""
+        """Wait for the unit and hold it until `release`: its place in the ring, and its bytes. Raises what its read raised."""
         self.require_open()
         with self._machine.lock:
             self.require_open()
@@ -69,7 +68,7 @@ class Transfer:
             return held.place, self._ring.view(held.place, held.nbytes)
 
     def release(self, name: str) -> bool:
-        """Let go of the unit; True when this was its last holder and its room is free again."""
+        """Release the unit; True if this was its last holder and its room is free again."""
         if self.forked:
             return False
         with self._machine.lock:
@@ -79,7 +78,7 @@ class Transfer:
             return is_free
 
     def release_all(self) -> None:
-        """Let go of everything: a pass has ended, however it ended (a KeyboardInterrupt may strike between any two lines)."""
+        """Release everything at the end of a pass, however it ended (a KeyboardInterrupt may strike between any two lines)."""
         if self.forked:
             return
         with self._machine.lock:
@@ -91,7 +90,7 @@ class Transfer:
     # From loading to the end.
 
     def abandon(self) -> None:
-        """`close`, for a finalizer: the garbage collector may strike in a reader's thread or amid bookkeeping."""
+        """`close`, for a finalizer: garbage collection may run in a reader's thread or amid bookkeeping."""
         if not self.forked and not self._freed:
             if self._reader.is_busy_here():
                 threading.Thread(target=self.close, name="rabbit-closer").start()
@@ -99,7 +98,7 @@ class Transfer:
                 self.close()
 
     def close(self) -> None:
-        """End the reading and let go of the ring. Safe to call again, also after an interrupt."""
+        """Stop reading and free the ring. Idempotent, also after an interrupt."""
         if self.forked or self._freed:
             return
         with self._machine.lock:
@@ -116,19 +115,19 @@ class Transfer:
         self._freed = True
 
     def wait_until_idle(self) -> None:
-        """Return when nothing is being read ahead any more: the ring is full, or nothing is to come."""
+        """Return when nothing is being prefetched any more: the ring is full, or there is nothing to read."""
         with self._machine.lock:
             while self._machine.under_way or (not self._machine.closed and self._queue.has_work()):
                 self._machine.changed.wait()
 
     @property
     def closed(self) -> bool:
-        """Whether it can bring nothing any more: `close` was called, or this process was forked after loading."""
+        """Whether it can bring nothing any more: it was closed, or this process was forked after loading."""
         return self._machine.closed or self.forked
 
     @property
     def forked(self) -> bool:
-        """Whether this process was forked after loading: it has no reader, and locks may be held that nobody here frees."""
+        """Whether this process was forked after loading: it has no reader, and locks may never be released."""
         return self._machine.forked
 
     def require_open(self) -> None:
@@ -136,24 +135,24 @@ class Transfer:
         self._machine.require_open()
 
     def require_process(self) -> None:
-        """Raise ModelClosedError in a process that was forked after loading: threads do not follow."""
+        """Raise ModelClosedError in a process that was forked after loading, which has no reader threads."""
         self._machine.require_process()
 
-    # What it brings, and what it counted.
+    # Its units and counts.
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """What passes through the ring, in the order of a pass."""
+        """The units that pass through the ring, in the order of a pass."""
         return self._queue.units
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The units that are held now."""
+        """The units held now."""
         return self._queue.held
 
     @property
     def bytes_read(self) -> int:
-        """From disk, so far."""
+        """Bytes read from disk so far."""
         return self._profile.bytes_read
 
     def profile(self) -> Profile:
@@ -164,21 +163,21 @@ class Transfer:
             return self._profile.copy()
 
     def count_compute(self, name: str, seconds: float) -> None:
-        """The module of unit `name`, or an expert of it, ran for `seconds`."""
+        """Count `seconds` for the module of unit `name`, or an expert of it."""
         self._profile.of(name if name in self._profile.units else name.rpartition("[")[0]).compute_s += seconds
 
     def count_pass(self, seconds: float) -> None:
-        """One pass of the model is over."""
+        """Count one pass of the model."""
         if self.forked:
             return
         with self._machine.lock:
             self._profile.passes += 1
             self._profile.pass_s += seconds
 
-    # For the readers' threads, with the lock held.
+    # For the reader threads, with the lock held.
 
     def next_job(self, *, wanted: bool) -> Job | None:
-        """The next part of an expert that is waited for, else of a unit; `wanted` asks only for what the model waits for."""
+        """The next part of an expert that is waited for, else of a unit; `wanted` restricts it to what the model waits for."""
         if self._machine.closed:
             return None
         job = self.experts.next_job() if self.experts is not None else None
