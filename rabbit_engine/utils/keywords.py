@@ -35,7 +35,7 @@ _ALWAYS = "always on: the model is built without weights, which are read straigh
 _ONE_DEVICE = "layers run on one device"
 _KERNELS = "kernels from the Hub would replace modules whose weights are streamed"
 _INTERNAL = "used by transformers' internal calls"
-_QUANTISED = "is planned for a later version: weights are streamed in their own dtype"
+_QUANTISED = "comes with a later version; weights are streamed in their own dtype"
 
 KEYWORDS = (
     Keyword("config", "done", "a config object (left unchanged), a folder, a file or a repo id"),
