@@ -15,7 +15,7 @@ import torch
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.storage.jsonvalues import shown
-from rabbit_engine.utils.platform import find_device
+from rabbit_engine.utils.platform import find_device, is_accelerator
 from rabbit_engine.utils.sizes import parse_bytes
 from rabbit_engine.utils.speeds import Speeds
 
@@ -218,7 +218,7 @@ def parse_planned_device(device: str | None, has_budget: Callable[[torch.device]
     except (RuntimeError, TypeError):
         return find_device(device)  # raises the error that explains
     wanted = torch.device("cpu") if wanted.type == "cpu" else torch.device(wanted.type, wanted.index or 0)
-    return wanted if wanted.type in ("cuda", "mps") and has_budget(wanted) else find_device(wanted)
+    return wanted if is_accelerator(wanted) and has_budget(wanted) else find_device(wanted)
 
 
 def _same_device(first: Any, second: Any) -> bool:
@@ -260,8 +260,8 @@ def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tupl
 
 
 def _place(place: int | str | torch.device) -> int | str:
-    """0 for `0`, `"0"`, `"cuda:0"` and `torch.device("cuda:0")`; `"cpu"` and `"mps"` unchanged."""
-    name = str(place).removeprefix("cuda:").removesuffix(":0")
+    """0 for `0`, `"0"`, `"cuda:0"`, `"xpu:0"` and `torch.device("cuda:0")`; `"cpu"` and `"mps"` unchanged."""
+    name = str(place).removeprefix("cuda:").removeprefix("xpu:").removesuffix(":0")
     if name.isdigit():
         return int(name)
     if name not in ("cpu", "mps"):

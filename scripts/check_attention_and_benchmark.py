@@ -273,7 +273,7 @@ def main(
     contexts: Annotated[str, typer.Option(help="Tokens of context.")] = "128,512,1024,2048",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; tables hold medians.")] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Decoded tokens a round.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best available.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda:0, xpu:0, mps or cpu; the default is the best available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print checks and records as JSON lines too.")] = False,
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory
+from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory, parse_planned_device
 from rabbit_engine.utils import keywords, platform
 
 RABBITLLM = {
@@ -123,10 +123,21 @@ def test_device_that_is_not_there_is_an_error(streamed: Any) -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(errors.DeviceUnavailableError, match="is not available"):
         streamed("anything", device=missing)
-    with pytest.raises(errors.DeviceUnavailableError):
-        parse_device("xpu")
+    with pytest.raises(errors.DeviceUnavailableError, match="'meta' is not supported"):
+        parse_device("meta")
     with pytest.raises(errors.DeviceUnavailableError, match="not a device torch knows"):
         parse_device("gpu")
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="there is one")
+def test_an_accelerator_that_is_not_there_can_be_planned_for() -> None:
+    with pytest.raises(errors.DeviceUnavailableError, match="sees 0 XPU devices"):
+        parse_device("xpu")
+    xpu = parse_planned_device("xpu:1", lambda _: True)
+    assert xpu == torch.device("xpu", 1)
+    assert parse_max_memory({"xpu:1": 10, "cpu": 20}, xpu) == (10, 20)
+    with pytest.raises(errors.DeviceUnavailableError, match="'meta' is not supported"):
+        parse_planned_device("meta", lambda _: True)
 
 
 def test_device_map() -> None:

@@ -15,9 +15,12 @@ from simulated import SimulatedAccelerator, Watch, load_simulated
 from test_quantised import quantised
 
 from rabbit_engine import Session
-from rabbit_engine.config import Cut
+from rabbit_engine.config import Cut, StreamConfig
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.streaming import LinearBlocks, RandomStream, Scheduler
+from rabbit_engine.planning.budget import FreeMemory, budget_for
+from rabbit_engine.streaming import STAGING_BYTES, LinearBlocks, RandomStream, Scheduler
+from rabbit_engine.streaming.transfer.measure import copy_rate
+from rabbit_engine.streaming.transfer.ring import READERS
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 FINE = Cut(least_bytes=1000, most_bytes=2500, rest_share=0.5)
@@ -180,3 +183,24 @@ def test_a_thread_of_its_own_after_another_is_right(checkpoint: Any, plain: Any,
     for thread in threads:
         thread.join(60)
     assert found == {index: whole.generate(ids, **GREEDY).tolist() for index, ids in enumerate(prompts(3))}
+
+
+def test_the_link_is_measured_with_waits_around_every_copy() -> None:
+    device = SimulatedAccelerator()
+    assert copy_rate(device, 2**16) > 0
+    assert (device.races, device.pending) == ([], 0)
+    assert device.copies == 3
+
+
+def test_every_device_with_streams_sets_aside_as_much_for_its_ring(checkpoint: Any, streamed: Any) -> None:
+    partition, free = (
+        runtime_of(streamed(checkpoint("llama"))).partition,
+        FreeMemory(device_bytes=10**9, host_bytes=10**9, pinned_bytes=10**8),
+    )
+    cuda, xpu, mps = (
+        budget_for(partition, StreamConfig(device=torch.device(name), device_budget_bytes=10**9), free)
+        for name in ("cuda:0", "xpu:0", "mps")
+    )
+    assert cuda == xpu
+    assert (cuda.host_bytes, cuda.host_staging_bytes) == (10**8, 2 * READERS * STAGING_BYTES)
+    assert mps.host_staging_bytes == READERS * STAGING_BYTES

@@ -89,7 +89,7 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any, rabbit: Any)
     [
         (("--device", "foo", "--max-memory", "1GiB"), "--device foo is not a device torch knows"),
         (("--device", "cuda:7", "--max-memory", "cpu=24GiB"), "--device cuda:7 is not available"),
-        (("--device", "xpu", "--max-memory", "1GiB"), "error: --device xpu"),
+        (("--device", "meta", "--max-memory", "1GiB"), "error: --device meta"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(arguments: tuple[str, ...], words: str, checkpoint: Any, rabbit: Any) -> None:

@@ -20,7 +20,7 @@ from rabbit_engine.utils.sizes import parse_bytes
 DEFAULT_TOKENS = 4096
 """Commands that hold conversations reserve memory for this many tokens by default."""
 
-_PLACE = re.compile(r"(cuda:)?\d+|cpu|mps(:0)?")
+_PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
 
 
 def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
@@ -57,7 +57,7 @@ def _parse_folder(text: str) -> Path:
     return Path(text)
 
 
-Device = Annotated[str | None, typer.Option(help="cuda:0, mps or cpu; the default is the best available.")]
+Device = Annotated[str | None, typer.Option(help="cuda:0, xpu:0, mps or cpu; the default is the best available.")]
 Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")]
 MaxMemory = Annotated[
     str | None,

@@ -23,7 +23,7 @@ from rabbit_engine.streaming import Span, Trace, busy_share
 from rabbit_engine.streaming.transfer.measure import direct_reads
 from rabbit_engine.streaming.transfer.unit import Unit
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
-from rabbit_engine.utils.platform import environment
+from rabbit_engine.utils.platform import environment, has_streams
 from rabbit_engine.utils.sizes import format_bytes
 
 PROMPT_TOKENS = 16
@@ -145,8 +145,8 @@ def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> L
             model(ids[:, -1:], use_cache=True, **past)
         if can_go_back:
             cache.crop(-1)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if has_streams(model.device):
+            torch.accelerator.synchronize(model.device)
 
     return step
 

@@ -28,7 +28,14 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.storage.directio import CHUNK_BYTES
 from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.streaming.transfer.ring import READERS
-from rabbit_engine.utils.platform import best_device, free_memory_bytes, is_flash_attention_available
+from rabbit_engine.utils.platform import (
+    best_device,
+    free_memory_bytes,
+    has_streams,
+    is_accelerator,
+    is_flash_attention_available,
+    own_memory_bytes,
+)
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 from rabbit_engine.utils.speeds import Speeds
 
@@ -256,7 +263,8 @@ def judge_cuda(cuda: Cuda) -> Finding:
         value = f"{', '.join(cuda.devices)}; torch is built for {cuda.built_for}, {driver}"
         return Finding(name="cuda", status="ok", value=value, numbers=numbers)
     if cuda.driver is None:
-        other = "mps" if best_device().type == "mps" else "the CPU"
+        best = best_device()
+        other = "the CPU" if best.type == "cpu" else best.type
         return Finding(name="cuda", status="info", value=f"{driver} was found: models run on {other}", numbers=numbers)
     if cuda.built_for is None:
         value = f"torch {cuda.torch_version} is a CPU build, although {seen}"
@@ -271,9 +279,11 @@ def judge_cuda(cuda: Cuda) -> Finding:
 
 def check_memory(device: torch.device) -> Iterator[Finding]:
     """Memory of the GPUs, and of the host as far as this process may have it."""
-    if device.type == "cuda":
-        pairs = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
-        yield _judge_memory("vram", [free for free, _ in pairs], [total for _, total in pairs], "nvidia-smi shows what holds it")
+    count = torch.accelerator.device_count() if is_accelerator(device) else 0
+    pairs = [pair for index in range(count) if (pair := own_memory_bytes(torch.device(device.type, index)))]
+    if pairs:
+        holder = "nvidia-smi shows what holds it" if device.type == "cuda" else "close what holds it"
+        yield _judge_memory("vram", [free for free, _ in pairs], [total for _, total in pairs], holder)
     free, total = free_memory_bytes(torch.device("cpu")), psutil.virtual_memory().total
     yield _judge_memory("ram", [free], [total], "close what holds it, or raise the limit of this container")
 
@@ -390,14 +400,15 @@ def _try_device(device: torch.device) -> tuple[float, float, Finding]:
         products = measure_products(device)
     except RuntimeError as error:  # no memory left, no kernel for this GPU, a driver that went away
         return 0.0, 0.0, _unusable(device, first_line(error))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # or it would lack in the budget
+    if has_streams(device):
+        torch.get_device_module(device).empty_cache()  # or it would lack in the budget
     value = f"products with one token go through {format_rate(products, 1)} of bf16 weights on {device}"
     return link, products, Finding(name="compute rate", status="info", value=value, numbers={"rate": products})
 
 
 def _unusable(device: torch.device, problem: str) -> Finding:
-    advice = "free its memory (see nvidia-smi) or install a torch built for it; `rabbit run --device cpu` needs neither"
+    shown = " (see nvidia-smi)" if device.type == "cuda" else ""
+    advice = f"free its memory{shown} or install a torch built for it; `rabbit run --device cpu` needs neither"
     return Finding(name="compute rate", status="fail", value=f"{device} does not compute: {problem}", advice=advice)
 
 
@@ -405,14 +416,15 @@ def judge_link(device: torch.device, rate: float) -> Finding:
     """How fast weights get to the device."""
     if device.type == "cpu":
         return Finding(name="link rate", status="info", value="no copies: the model runs in host memory", numbers={"rate": None})
-    if device.type != "cuda":
+    if not has_streams(device):
         value = f"not measured on {device}, taken for {format_rate(rate, 1)}"
         return Finding(name="link rate", status="info", value=value, numbers={"rate": None, "assumed": rate})
-    slow = rate < _SLOW_LINK
+    slow, is_cuda = rate < _SLOW_LINK, device.type == "cuda"
+    memory = "pinned host memory" if is_cuda else "host memory"
     return Finding(
         name="link rate",
         status="warn" if slow else "ok",
-        value=f"{format_rate(rate, 1)} from pinned host memory to {device}",
+        value=f"{format_rate(rate, 1)} from {memory} to {device}",
         numbers={"rate": rate},
-        advice="the card may sit in a slot of few lanes: nvidia-smi -q shows the link's width" if slow else "",
+        advice="the card may sit in a slot of few lanes: nvidia-smi -q shows the link's width" if slow and is_cuda else "",
     )

@@ -149,7 +149,7 @@ class AutoModel:
 
         Args:
             pretrained_model_name_or_path: a repo id or URL of the Hugging Face Hub, a folder, or a `.gguf` file.
-            device: "cuda:0", "mps" or "cpu"; None selects the best available.
+            device: "cuda:0", "xpu:0", "mps" or "cpu"; None selects the best available.
             dtype: of the weights and of the computation; None keeps the checkpoint's own.
             max_memory: `{0: "8GiB", "cpu": "24GiB"}`, the memory for weights and their buffers: the ring, slots for experts,
                 staging. The KV cache and activations come on top, unless `max_seq_len` is given. None uses what is free now,

@@ -12,6 +12,7 @@ from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.streaming import STAGING_BYTES, make_unit
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
+from rabbit_engine.utils.platform import has_streams
 
 DEFAULT_TOKENS = 1024
 """The context length whose cache is reserved by default."""
@@ -57,7 +58,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
             reserved_bytes=reserved,
             given_bytes=given,
         )
-    buffers = 2 * READERS if stream.device.type == "cuda" else READERS
+    buffers = 2 * READERS if has_streams(stream.device) else READERS
     buffers += READERS if partition.experts else 0  # on the way into host memory
     return Budget(
         device_bytes=device,
@@ -71,7 +72,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
 def _host_bytes(stream: StreamConfig, free: FreeMemory) -> int:
     own = stream.host_budget_bytes
     host = own if own is not None else max(0, free.host_bytes - _SYSTEM_BYTES - int(free.host_bytes * _HOST_SHARE))
-    return min(host, free.pinned_bytes) if stream.device.type == "cuda" else host
+    return min(host, free.pinned_bytes) if has_streams(stream.device) else host
 
 
 def misaligned(partition: Partition, *, loading: bool = False) -> list[Extent]:

@@ -20,12 +20,9 @@ _AMPERE = (8, 0)
 
 
 def best_device() -> torch.device:
-    """`cuda:0` if CUDA is available, else `mps`, else `cpu`."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    if torch.backends.mps.is_available():
-        return torch.device("mps", 0)
-    return torch.device("cpu")
+    """The first device of the accelerator that torch was built for (CUDA, ROCm, XPU, MPS ...) if there is one, else `cpu`."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, 0)
 
 
 def find_device(requested: str | int | torch.device | None) -> torch.device:
@@ -38,7 +35,9 @@ def find_device(requested: str | int | torch.device | None) -> torch.device:
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
-        raise DeviceUnavailableError(f'device={requested!r} is not a device torch knows; try "cuda:0", "mps" or "cpu"') from error
+        raise DeviceUnavailableError(
+            f'device={requested!r} is not a device torch knows; try "cuda:0", "xpu:0", "mps" or "cpu"'
+        ) from error
     problem = _device_problem(device)
     if problem:
         raise DeviceUnavailableError(
@@ -48,16 +47,26 @@ def find_device(requested: str | int | torch.device | None) -> torch.device:
 
 
 def _device_problem(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            return f"this torch ({torch.__version__}) sees {count} CUDA devices"
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            return "this torch was built without MPS"
-    elif device.type != "cpu":
-        return f"{device.type!r} is not supported, only cuda, mps and cpu"
-    return None
+    if device.type == "cpu":
+        return None
+    if not is_accelerator(device):
+        return f"{device.type!r} is not supported, only cpu and accelerators such as cuda, xpu and mps"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found is not None and found.type == device.type else 0
+    known = f"this torch ({torch.__version__}) sees {count} {device.type.upper()} devices"
+    return known if (device.index or 0) >= count else None
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether this machine has the device, and this torch sees it."""
+    return _device_problem(device) is None
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether torch can run models on a device of that type, if the machine has one."""
+    with contextlib.suppress(RuntimeError):  # "meta" and others, which have no module
+        return device.type != "cpu" and bool(torch.get_device_module(device))
+    return False
 
 
 def has_streams(device: torch.device) -> bool:
@@ -65,12 +74,19 @@ def has_streams(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
+def own_memory_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Free and total bytes of the device's own memory; None if it uses the host's, as the CPU and MPS do."""
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device) if hasattr(module, "mem_get_info") else None
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now, within the cgroup's limit for host memory; memory in torch's GPU cache
     counts as free."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    own = own_memory_bytes(device)
+    if own is not None:
+        module = torch.get_device_module(device)
+        return own[0] + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
     free = int(psutil.virtual_memory().available)
     limits = [limit for limit in (_cgroup_free_bytes(),) if limit is not None]
     return max(0, min([free, *limits]))

@@ -23,8 +23,11 @@ from rabbit_engine.storage.directio import (
     read_pages,
 )
 from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.streaming.transfer.accelerator import Accelerator
+from rabbit_engine.streaming.transfer.claim import accelerator_of
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.streaming.transfer.unit import Extent
+from rabbit_engine.utils.platform import has_streams, is_available
 from rabbit_engine.utils.speeds import Speeds
 
 _SAMPLE_CHUNKS = 24
@@ -89,16 +92,24 @@ def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
 
 
 def measure_link(device: torch.device) -> float:
-    """Bytes per second of a pinned copy to a CUDA device: the best of three of 64 MiB; an assumption for other devices."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Bytes per second of copies to the device as the ring makes them; an assumption for one without streams, or not here."""
+    if not has_streams(device) or not is_available(device):
         return _ASSUMED_LINK
-    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(2**26, dtype=torch.uint8, device=device)
+    return copy_rate(accelerator_of(device))
+
+
+def copy_rate(accelerator: Accelerator, nbytes: int = 2**26) -> float:
+    """Bytes per second of a copy from page-locked memory: the best of three."""
+    host, there, stream = claim_memory(nbytes).fill_(1), accelerator.claim(nbytes), accelerator.new_stream()
     best = 0.0
-    for _ in range(3):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        there.copy_(host, non_blocking=True)
-        torch.cuda.synchronize(device)
-        best = max(best, host.nbytes / (time.perf_counter() - start))
+    accelerator.pin(host)
+    try:
+        accelerator.synchronize()
+        for _ in range(3):
+            start = time.perf_counter()
+            accelerator.copy(there, host, stream)
+            accelerator.synchronize()
+            best = max(best, nbytes / (time.perf_counter() - start))
+    finally:
+        accelerator.unpin(host)
     return best
