@@ -234,7 +234,7 @@ class AutoModel:
         _load_own_adapter(model)
         if generation_config is not None:
             _set_generation_config(model, generation_config)
-        return (model, loading_info(model._prepared)) if output_loading_info else model
+        return (model, loading_info(model._checkpoint)) if output_loading_info else model
 
     @classmethod
     def from_config(cls, *_: Any, **__: Any) -> NoReturn:
@@ -256,13 +256,13 @@ def load(
     keep_few_kernels()  # before choose_attention computes something
     build = functools.partial(_build_streamed, stream=stream)
     model: Any
-    prepared, model = execute(resolve(name, source, split, build=build))
-    _tell_head_dim(model.config, prepared)
-    _set_names(model, str(name), prepared, source)
+    checkpoint, model = execute(resolve(name, source, split, build=build))
+    _tell_head_dim(model.config, checkpoint)
+    _set_names(model, str(name), checkpoint, source)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
-        model._assembly = assemble(model, prepared.entries, prepared.ties, stream)
-    _require_pass(model, prepared)
-    refuse_past(model, prepared.architecture)
+        model._assembly = assemble(model, checkpoint.entries, checkpoint.ties, stream)
+    _require_pass(model, checkpoint)
+    refuse_past(model, checkpoint.architecture)
     explain_failures(model)
     weakref.finalize(model, model._assembly.transfer.abandon)
     if stream.profiling_mode:
@@ -296,7 +296,7 @@ def _load_own_adapter(model: Any) -> None:
     Raises ConfigurationError for a Hub repo, where transformers would load the adapter's base model instead, and
     DamagedCheckpointError for an adapter that cannot be loaded.
     """
-    repo = model._prepared.repo
+    repo = model._checkpoint.repo
     if _ADAPTER not in repo.names:
         return
     if not can_load_adapters():
@@ -317,33 +317,33 @@ def _load_own_adapter(model: Any) -> None:
         raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
 
-def _require_pass(model: Any, prepared: Streamable) -> None:
+def _require_pass(model: Any, checkpoint: Streamable) -> None:
     try:
-        require_pass(prepared.architecture, prepared.dtype, model._assembly.partition.probe)
+        require_pass(checkpoint.architecture, checkpoint.dtype, model._assembly.partition.probe)
     except BaseException:
         model.close()
         raise
 
 
-def _tell_head_dim(config: Any, prepared: Streamable) -> None:
-    said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (prepared.architecture.config, config))
+def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
+    said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (checkpoint.architecture.config, config))
     if used != said:
         logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
 
 
-def _set_names(model: Any, name: str, prepared: Streamable, source: SourceConfig) -> None:
+def _set_names(model: Any, name: str, checkpoint: Streamable, source: SourceConfig) -> None:
     """Set its name, generation config and tokenizer source, from the checkpoint's folder."""
-    model._prepared = prepared
+    model._checkpoint = checkpoint
     model.name_or_path = model.config.name_or_path = name
-    folder = str(prepared.repo.folder)
+    folder = str(checkpoint.repo.folder)
     model._tokenizer_source = {
         "pretrained_model_name_or_path": folder,
         "trust_remote_code": source.trust_remote_code,
-        **({"gguf_file": prepared.gguf_file} if prepared.gguf_file else {}),
+        **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
     }
-    if model.can_generate() and prepared.gguf_file is None:
+    if model.can_generate() and checkpoint.gguf_file is None:
         _read_generation_config(model, folder, source)
-        _end_at(model.generation_config, prepared.architecture.chat_ends)
+        _end_at(model.generation_config, checkpoint.architecture.chat_ends)
 
 
 def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:

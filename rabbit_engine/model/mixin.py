@@ -51,7 +51,7 @@ class StreamingMixin:
     """
 
     _assembly: Assembly
-    _prepared: Streamable
+    _checkpoint: Streamable
     _tokenizer_source: Mapping[str, Any]
     _own_tokenizer: Any = None
     _attention_reason: str
@@ -82,7 +82,7 @@ class StreamingMixin:
         if self._own_tokenizer is None:
             with _LOADING_TOKENIZER:
                 if self._own_tokenizer is None:
-                    self._own_tokenizer = load_tokenizer(self._prepared.architecture.tokenizer, self._tokenizer_source)
+                    self._own_tokenizer = load_tokenizer(self._checkpoint.architecture.tokenizer, self._tokenizer_source)
         return self._own_tokenizer  # type: ignore[no-any-return]
 
     @tokenizer.setter
@@ -108,7 +108,7 @@ class StreamingMixin:
         activations need more memory than is free.
         """
         device = self._assembly.device
-        positions = self._prepared.architecture.positions
+        positions = self._checkpoint.architecture.positions
         prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
         config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
         if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
@@ -164,7 +164,7 @@ class StreamingMixin:
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
         raise CannotMoveError(
-            f"a streamed model stays on {self._assembly.device} in {self._prepared.dtype}: "
+            f"a streamed model stays on {self._assembly.device} in {self._checkpoint.dtype}: "
             "load it with the device= and dtype= you need"
         )
 
@@ -172,7 +172,7 @@ class StreamingMixin:
         """Allowed only for the model's own device and dtype. Raises CannotMoveError."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
-        if same_device and dtype in (None, self._prepared.dtype):
+        if same_device and dtype in (None, self._checkpoint.dtype):
             return self
         return self._apply()
 
@@ -220,7 +220,7 @@ class StreamingMixin:
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Raises CannotSaveError."""
         raise CannotSaveError(
-            f"the weights of a streamed model are already on disk, in {self._prepared.folder}: copy the original checkpoint "
+            f"the weights of a streamed model are already on disk, in {self._checkpoint.folder}: copy the original checkpoint "
             "or that folder; an adapter is saved by PeftModel.save_pretrained"
         )
 

@@ -78,7 +78,7 @@ class Runtime:
 
 def runtime_of(model: object) -> Runtime:
     """The runtime of `model`, also if PEFT wraps it. Raises ConfigurationError for one that rabbit_engine did not load."""
-    assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_prepared", None)
+    assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_checkpoint", None)
     if not isinstance(assembly, Assembly) or checkpoint is None:
         raise ConfigurationError(f"{type(model).__name__} was not loaded by rabbit_engine: load it with rabbit_engine.AutoModel")
     return Runtime(checkpoint, assembly)

@@ -13,7 +13,7 @@ Job = Callable[[int], Callable[[], None]]
 """`job(lane)` reads without the lock; its result is called with the lock held."""
 
 
-class Source(Protocol):
+class ReadQueue(Protocol):
     """A model's queue of reads."""
 
     def next_job(self, *, wanted: bool) -> Job | None:
@@ -21,24 +21,24 @@ class Source(Protocol):
 
 
 class Reader:
-    """READERS threads for all joined sources. One lock guards their bookkeeping, and is held for microseconds. The threads
-    start with the first source and end with the last."""
+    """READERS threads for all joined queues. One lock guards their bookkeeping, and is held for microseconds. The threads
+    start with the first queue and end with the last."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # entered in C code: an interrupt cannot leave it half acquired
         self.changed = threading.Condition(self.lock)
-        self._sources: list[Source] = []
+        self._queues: list[ReadQueue] = []
         self._threads: dict[int, threading.Thread] = {}
 
-    def join(self, source: Source) -> None:
-        """Start reading for `source`."""
+    def join(self, queue: ReadQueue) -> None:
+        """Start reading for `queue`."""
         try:
             with self.lock:
-                self._sources.append(source)
+                self._queues.append(queue)
                 self._start_threads()
                 self.changed.notify_all()
         except BaseException:
-            self.leave(source)  # without the lock: it waits for threads that need it to end
+            self.leave(queue)  # without the lock: it waits for threads that need it to end
             raise
 
     def _start_threads(self) -> None:
@@ -49,12 +49,12 @@ class Reader:
                 self._threads[lane] = thread  # first: a thread that is not among them ends
                 thread.start()
 
-    def leave(self, source: Source) -> None:
-        """Stop reading for `source`; after the last source, return when the threads have ended."""
+    def leave(self, queue: ReadQueue) -> None:
+        """Stop reading for `queue`; after the last one, return when the threads have ended."""
         with self.lock:
-            self._sources = [other for other in self._sources if other is not source]
-            ending = [] if self._sources else list(self._threads.values())
-            if not self._sources:
+            self._queues = [other for other in self._queues if other is not queue]
+            ending = [] if self._queues else list(self._threads.values())
+            if not self._queues:
                 self._threads = {}
             self.changed.notify_all()
         for thread in ending:
@@ -81,11 +81,11 @@ class Reader:
 
     def _next_job(self) -> Job | None:
         for wanted in (True, False):
-            for source in self._sources:
-                job = source.next_job(wanted=wanted)
+            for queue in self._queues:
+                job = queue.next_job(wanted=wanted)
                 if job is not None:
-                    self._sources.remove(source)  # the others go first next time
-                    self._sources.append(source)
+                    self._queues.remove(queue)  # the others go first next time
+                    self._queues.append(queue)
                     return job
         return None
 
