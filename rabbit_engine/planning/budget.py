@@ -10,7 +10,7 @@ from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.probe import Probe
 from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.streaming import STAGING_BYTES, make_unit
-from rabbit_engine.streaming.transfer.ring import READERS
+from rabbit_engine.streaming.transfer.ring import READERS, STREAM_BUFFERS
 from rabbit_engine.streaming.transfer.unit import Extent
 from rabbit_engine.utils.platform import has_streams
 
@@ -58,7 +58,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
             reserved_bytes=reserved,
             given_bytes=given,
         )
-    buffers = 2 * READERS if has_streams(stream.device) else READERS
+    buffers = STREAM_BUFFERS if has_streams(stream.device) else READERS
     buffers += READERS if partition.experts else 0  # on the way into host memory
     return Budget(
         device_bytes=device,

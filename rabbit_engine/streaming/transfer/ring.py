@@ -22,6 +22,9 @@ READERS = 6
 
 STAGING_BYTES = CHUNK_BYTES + 2 * PAGE
 
+STREAM_BUFFERS = 2 * READERS
+"""Staging buffers of a device that copies while it computes: one is read into while another is copied from."""
+
 Mark = Any
 """A point in a device's work: an event, or None if calls return when the work is done."""
 

@@ -14,7 +14,7 @@ import torch
 from rabbit_engine.storage.directio import PAGE, as_bytes, claim_memory
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.accelerator import Accelerator, Event, Stream
-from rabbit_engine.streaming.transfer.ring import READERS, STAGING_BYTES, Mark, read_chunk
+from rabbit_engine.streaming.transfer.ring import STAGING_BYTES, STREAM_BUFFERS, Mark, read_chunk
 from rabbit_engine.streaming.transfer.unit import Extent
 
 
@@ -27,7 +27,7 @@ class _Staging:
 
 
 class StreamRing:
-    """`nbytes` of an accelerator, and 2 * READERS staging buffers: one is read into while another is copied from."""
+    """`nbytes` of an accelerator, and STREAM_BUFFERS staging buffers."""
 
     def __init__(self, accelerator: Accelerator, nbytes: int, trace: Trace) -> None:
         self._accelerator, self._trace = accelerator, trace
@@ -37,7 +37,7 @@ class StreamRing:
         self._staging: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
         self._used: tuple[Stream, Event] | None = None
         try:
-            for _ in range(2 * READERS):
+            for _ in range(STREAM_BUFFERS):
                 self._staging.put(_Staging(self.pin(claim_memory(STAGING_BYTES)), accelerator.new_event()))
             accelerator.synchronize()  # its previous owner may still be using it
         except BaseException:
