@@ -210,24 +210,9 @@ class Plan(Report):
         return sum(self.moved_bytes(tier) for tier in self.tiers if tier.name == HOST)
 
     @property
-    def least_link_bytes(self) -> int:
-        """Bytes copied to the device per token at best."""
-        return sum(self.moved_bytes(tier, cached=True) for tier in self.tiers if tier.name == HOST)
-
-    @property
     def rare_bytes(self) -> int:
         """Additional bytes from disk in a pass that runs an image."""
         return sum(unit.disk_bytes for unit in self._from_disk if unit.rare)
-
-    @property
-    def disk_s(self) -> float:
-        """Seconds per pass on the disk at its own rate."""
-        return self.link_seconds(self._disk)
-
-    @property
-    def link_s(self) -> float:
-        """Seconds per pass to copy to the device; 0 on a CPU."""
-        return sum((self.link_seconds(tier) for tier in self.tiers if tier.name == HOST), 0.0)
 
     @property
     def pass_s(self) -> float:

@@ -19,7 +19,6 @@ _WEIGHTS = re.compile(
 )
 """File names of weights and indexes; groups: the variant, the kind, the variant of an index."""
 
-_AT_REVISION = ("tree", "blob", "resolve", "raw", "commit")
 _NEXT_TO_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
