@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_keywords import RABBITLLM
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.architectures import registry
+from rabbit_engine.architectures import converted_families, unregister_family
 from rabbit_engine.cli.app import app
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.utils.keywords import RETIRED_KEYWORDS
@@ -33,12 +33,14 @@ WRITTEN = [page for page in PAGES if page.name != "cli.md"]
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """Run the example of adding-a-model.md; the registry is put back at the end."""
+    """Run the example of adding-a-model.md; what it registers is unregistered at the end."""
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-model.md").read_text(encoding="utf-8"), re.DOTALL)
-    before = list(registry._CONVERTED)
+    before = converted_families()
     exec(compile(code, "adding-a-model.md", "exec"), {})
     yield
-    registry._CONVERTED[:] = before
+    for family in {*converted_families()} - {*before}:
+        unregister_family(family.name)
+    assert converted_families() == before
 
 
 def as_yi(folder: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_asks_for_nothing_is_taken(client: TestClient, plain: str) -> None:
         assert (answer["choices"][0]["logprobs"] is not None) is told
 
 
-@pytest.mark.parametrize("name", sorted(fields._FALSE_ASKS))
+@pytest.mark.parametrize("name", sorted(fields.FALSE_ASKS))
 def test_what_is_on_by_itself_is_not_switched_off_without_a_word(client: TestClient, name: str) -> None:
     assert chat(client, **{name: False}).json()["error"]["param"] == name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import pickle
 import re
@@ -36,7 +37,8 @@ def test_every_public_name_is_there_and_listed() -> None:
 def test_type_checkers_see_the_names_where_they_come_from() -> None:
     (block,) = [node for node in ast.parse(Path(rabbit_engine.__file__).read_text()).body if isinstance(node, ast.If)]
     seen = {alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert seen == {name: f"rabbit_engine.{module}" for name, module in rabbit_engine._HOMES.items()}
+    assert all(getattr(importlib.import_module(home), name) is getattr(rabbit_engine, name) for name, home in seen.items())
+    assert {*seen, "RabbitError"} == set(rabbit_engine.__all__)
 
 
 def test_types_are_shipped() -> None:
@@ -60,6 +62,14 @@ def test_no_two_classes_share_a_name() -> None:
     trees = [ast.parse(path.read_text()) for path in (ROOT / "rabbit_engine").rglob("*.py")]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_package_exports_a_name_that_hides_a_module_of_it() -> None:
+    for package in (ROOT / "rabbit_engine").rglob("__init__.py"):
+        imports = [node for node in ast.parse(package.read_text()).body if isinstance(node, ast.ImportFrom)]
+        exported = {alias.asname or alias.name for node in imports for alias in node.names}
+        modules = {path.stem for path in package.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+        assert exported & modules == set()
 
 
 def test_import_prints_nothing_starts_nothing_and_takes_no_device() -> None:

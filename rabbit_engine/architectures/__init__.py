@@ -19,7 +19,7 @@ from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
 from rabbit_engine.architectures.record import Proof, Record, read_record
-from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family
+from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family, unregister_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
 
 __all__ = [
@@ -57,5 +57,6 @@ __all__ = [
     "require_layers",
     "stated_dtype",
     "stated_positions",
+    "unregister_family",
     "warn_of_unused",
 ]

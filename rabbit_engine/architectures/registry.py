@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rabbit_engine.architectures.architecture import Family, RawConfig
 from rabbit_engine.architectures.families import baichuan, chatglm, internlm, qwen
 
-_CONVERTED: list[Family] = [*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIES, *baichuan.FAMILIES]
+_converted: list[Family] = [*chatglm.FAMILIES, *qwen.FAMILIES, *internlm.FAMILIES, *baichuan.FAMILIES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def find_known(class_name: str) -> Known | None:
 
 def converted_families() -> tuple[Family, ...]:
     """Families whose checkpoints are converted to another class, last registered first; none of their own code runs."""
-    return tuple(_CONVERTED)
+    return tuple(_converted)
 
 
 def register_family(family: Family) -> None:
@@ -103,9 +103,14 @@ def register_family(family: Family) -> None:
 
     A family of the same name is replaced. docs/adding-a-model.md shows how to write one.
     """
-    _CONVERTED[:] = [family, *(other for other in _CONVERTED if other.name != family.name)]
+    _converted[:] = [family, *(other for other in _converted if other.name != family.name)]
+
+
+def unregister_family(name: str) -> None:
+    """Convert the checkpoints of that family no more."""
+    _converted[:] = [other for other in _converted if other.name != name]
 
 
 def find_family(raw: RawConfig) -> Family | None:
     """The family that converts a config.json, or None if transformers has a class for it."""
-    return next((family for family in _CONVERTED if family.owns(raw)), None)
+    return next((family for family in _converted if family.owns(raw)), None)

@@ -38,7 +38,7 @@ def prepare(*, verbose: bool) -> None:
     handler.setFormatter(_Line())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("rabbit_engine").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("rabbit_engine.checkpoints.prepare").setLevel(logging.INFO)  # long work is announced before it begins
+    logging.getLogger("rabbit_engine.checkpoints.preparation").setLevel(logging.INFO)  # long work is announced before it begins
     for category in () if verbose else _NOT_FOR_USERS:
         warnings.simplefilter("ignore", category)
     warnings.showwarning = _show_warning

@@ -191,7 +191,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     }
 )
 
-_FALSE_ASKS = frozenset({"enable_thinking", "think", "thinking", "add_bos_token", "detokenize"})
+FALSE_ASKS = frozenset({"enable_thinking", "think", "thinking", "add_bos_token", "detokenize"})
 """Refused fields that are on unless they are false."""
 
 IGNORED = frozenset(
@@ -279,7 +279,7 @@ def _check_attribute(name: str, value: Any, known: Mapping[str, Any], others: Co
 def refuse(name: str, value: Any, within: str = "") -> None:
     """Raise for a field of REFUSED, unless its value has no effect; `within` prefixes its name."""
     why, neutral = REFUSED[name]
-    if value is False and name in _FALSE_ASKS:
+    if value is False and name in FALSE_ASKS:
         raise unsupported(within + name, why)
     if not any(value == known and type(value) is type(known) for known in _OFF) and value not in neutral:
         raise unsupported(within + name, why)

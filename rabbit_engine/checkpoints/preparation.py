@@ -16,7 +16,7 @@ from rabbit_engine.checkpoints.formats import GgufTensor, TensorSource, WeightFi
 from rabbit_engine.checkpoints.hub import delete_original, fetch_weights
 from rabbit_engine.checkpoints.reading import WHOLE_FILES
 from rabbit_engine.checkpoints.request import ModelRequest
-from rabbit_engine.checkpoints.resolve import InPlace, MustSplit, Resolution, Shards, Streamable, resolve
+from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Streamable, resolve
 from rabbit_engine.checkpoints.shards import (
     Journal,
     Manifest,
