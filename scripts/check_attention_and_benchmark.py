@@ -240,7 +240,7 @@ def parse_contexts(text: str, model: Any) -> list[int]:
     if not fitting:
         raise typer.BadParameter(f"--contexts {text}: the model has {most} positions, and one must be left to decode")
     if fitting != wanted:
-        typer.echo(f"the model has {most} positions: longer contexts are left out", err=True)
+        typer.echo(f"the model has {most} positions: skipping longer contexts", err=True)
     return fitting
 
 

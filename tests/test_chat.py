@@ -82,9 +82,9 @@ def test_a_file_is_not_overwritten_unless_that_is_said(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     for path in (tmp_path / "no" / "such" / "folder.json", tmp_path / ("x" * 300)):
-        with pytest.raises(ConfigurationError, match="cannot be written"):
+        with pytest.raises(ConfigurationError, match="cannot write"):
             write_conversation(path, "some/model", TALK)
-    with pytest.raises(ConfigurationError, match="cannot be written"):
+    with pytest.raises(ConfigurationError, match="cannot write"):
         write_conversation(tmp_path, "some/model", TALK, overwrite=True)
 
 
@@ -406,7 +406,7 @@ def test_an_error_is_one_line_and_the_session_goes_on() -> None:
 
 
 def test_what_is_left_out_of_a_long_conversation_is_said() -> None:
-    assert "the oldest 7 tokens of the conversation are left out" in talk(Puppet(["x"], cut_tokens=7), "Hi")[2]
+    assert "dropped the oldest 7 tokens of the conversation" in talk(Puppet(["x"], cut_tokens=7), "Hi")[2]
 
 
 def test_commands_do_what_help_says(tmp_path: Path) -> None:

@@ -347,9 +347,7 @@ HI = {"model": NAME, "messages": user("Hi")}
         bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": 5}]}, says="tool_calls"),
         bad(400, {**HI, "messages": [{"role": "assistant", "tool_calls": True}]}, says="tool_calls"),
         bad(400, {**HI, "stop": [1]}, says="stop"),
-        bad(
-            400, {"model": NAME, "prompt": ["a"] * 200, "n": 16}, path="/v1/completions", says="answers at a time", param="prompt"
-        ),
+        bad(400, {"model": NAME, "prompt": ["a"] * 200, "n": 16}, path="/v1/completions", says="answers at once", param="prompt"),
         bad(404, {}, path="/v1/images/generations", says="nothing at this path"),
     ],
 )

@@ -66,8 +66,8 @@ class Chat:
         request = self._session.request(self.conversation.asked(question), **self._options)
         if request.prompt.cut_tokens:
             self._screen.note(
-                f"the oldest {request.prompt.cut_tokens} tokens of the conversation are left out: prompt and answer together may "
-                f"have {self._session.most_tokens} tokens (/reset forgets all of it)"
+                f"dropped the oldest {request.prompt.cut_tokens} tokens of the conversation: prompt and answer together may have "
+                f"{self._session.most_tokens} tokens (/reset forgets all of it)"
             )
         self._interrupt.pressed = False
         reply = follow(self._session, request, self._screen, self._interrupt)
@@ -102,7 +102,7 @@ class Chat:
         if text:
             self.conversation = replace(self.conversation, system="" if text == "-" else text)
         told = self.conversation.system
-        self._screen.say(f"system: {told}" if told else "no system text is set")
+        self._screen.say(f"system: {told}" if told else "no system message is set")
 
     def _reset(self, _: str) -> None:
         forgotten = len(self.conversation.said)

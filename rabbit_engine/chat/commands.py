@@ -19,8 +19,8 @@ class Command:
 
 COMMANDS = (
     Command("help", "", "show this"),
-    Command("system", "[TEXT]", "set the system text; without TEXT, show it; - removes it"),
-    Command("reset", "", "forget the conversation, but keep the system text"),
+    Command("system", "[TEXT]", "set the system message; without TEXT, show it; - removes it"),
+    Command("reset", "", "forget the conversation, but keep the system message"),
     Command("save", "FILE", "write the conversation as JSON"),
     Command("save!", "FILE", "the same, and overwrite an existing file"),
     Command("load", "FILE", "continue a saved conversation"),

@@ -26,7 +26,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The system text, and the messages so far: questions and answers in turn."""
+    """The system message, and the messages so far: questions and answers in turn."""
 
     system: str = ""
     said: tuple[Said, ...] = ()
@@ -60,15 +60,15 @@ def write_conversation(path: Path, model: str, conversation: Conversation, *, ov
         with written_whole(path) as file:
             file.write(json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise ConfigurationError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_conversation(path: Path) -> Saved:
-    """What `write_conversation` wrote. Raises ConfigurationError that says what is wrong with the file."""
+    """Read the output of `write_conversation`. Raises ConfigurationError that says what is wrong with the file."""
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ConfigurationError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a saved conversation: it is not valid JSON ({error})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Follows one answer to its end: shows its text as it comes, and the progress of the pass while a token takes long."""
+"""Follows one answer to its end: shows its text as it is generated, and the progress of the pass if a token takes long."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _Follower:
 
 
 def status(progress: PassProgress | None, tokens: int, prompt_tokens: int, width: int) -> str:
-    """Which token is computed, and how far its pass is; in at most `width` columns if possible."""
+    """The number of the current token, and the progress of its pass; in at most `width` columns if possible."""
     which = f"token {tokens + 1}" if tokens else f"prompt of {prompt_tokens} tokens"
     if progress is None:
         return f"{which} ..."

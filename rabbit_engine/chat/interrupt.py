@@ -1,4 +1,4 @@
-"""Ctrl-C as a flag, not an exception, during an answer; and typed keys that are not echoed into it."""
+"""Turns Ctrl-C into a flag during an answer, and keeps typed keys from being echoed into it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Interrupt:
 
 @contextmanager
 def keys_hidden() -> Iterator[None]:
-    """Typed keys are not echoed; they wait for the next prompt."""
-    if sys.platform == "win32":  # echoes only what is being read
+    """Do not echo typed keys; they wait for the next prompt."""
+    if sys.platform == "win32":  # only echoes what is being read
         yield
         return
     import termios

@@ -1,4 +1,4 @@
-"""The screen: text as it comes, notes, and a status line below them that is erased afterwards."""
+"""The screen: text as it is generated, notes, and a status line below them that is erased afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 _ERASE = "\x1b[J"  # from the cursor on: the status line below the text
-_LINE_BELOW = "\x1bD\x1b[A"  # down and up again: where the text is on the last row of the screen, all moves up by one
+_LINE_BELOW = "\x1bD\x1b[A"  # down and up again: if the text is on the last row of the screen, everything scrolls up by one
 _SAVE, _RESTORE = "\x1b7", "\x1b8"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -34,7 +34,7 @@ class Screen:
         self._notes = Console(file=notes, highlight=False, soft_wrap=not notes.isatty())
 
     def write(self, text: str) -> None:
-        """More of an answer, as it comes."""
+        """Write more of an answer."""
         if self._live:
             text = text.translate(_CONTROLS)
         if self._ended_row and text:
@@ -45,7 +45,7 @@ class Screen:
         self._column = advance(self._column, text, self.width)
 
     def show(self, line: str) -> None:
-        """A line below the text, cut to the width of the screen; nothing on a screen that is not live."""
+        """Show a line below the text, cut to the width of the screen; nothing on a screen that is not live."""
         if not self._live:
             return
         width, below = self.width, ""

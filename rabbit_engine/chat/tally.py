@@ -20,7 +20,7 @@ class Tally:
     later_s: float = 0.0
 
     def add(self, reply: Reply) -> None:
-        """Add an answer, unless it has no token."""
+        """Add an answer, unless it has no tokens."""
         if reply.tokens:
             self.answers += 1
             self.prompt_tokens += reply.prompt_tokens

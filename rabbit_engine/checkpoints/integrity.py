@@ -102,7 +102,7 @@ def _compare(path: Path, recorded: Sum | None, on_bytes: OnBytes) -> FileState:
         return FileState(path, "unrecorded")
     if found == wanted:
         return FileState(path, "whole")
-    return FileState(path, "damaged", f"{path} is not what it was (its sum is {found}, expected {wanted}): {advice}")
+    return FileState(path, "damaged", f"{path} has changed (its sum is {found}, expected {wanted}): {advice}")
 
 
 def _blob_hash(blob: Path) -> _Hash:

@@ -47,7 +47,7 @@ class _Resolved:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and of the computation."""
+        """The dtype of the weights and of the computation."""
         return self.request.dtype
 
     @property

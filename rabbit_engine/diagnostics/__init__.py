@@ -1,1 +1,1 @@
-"""What this machine can do: doctor, benchmarks, disk rate, and the demo."""
+"""Measures this machine: doctor, benchmarks, disk rate, and the demo."""

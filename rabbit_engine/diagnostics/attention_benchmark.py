@@ -1,7 +1,7 @@
-"""Where the seconds of a pass go: into attention itself, into waiting for weights, into everything else.
+"""Measures where the seconds of a pass go: attention itself, waiting for weights, everything else.
 
-"Attention" is the function that transformers calls between the projections, and nothing else: no projection, no rotary
-embedding, no cache, no making of masks. On a GPU it is the time between two events around it.
+"Attention" is the function that transformers calls between the projections, and nothing else: no projections, no rotary
+embedding, no cache, no masks. On a GPU it is the time between two events around it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rabbit_engine.transformers_bridge.attention import AttentionFunction, wrapp
 
 @dataclass(frozen=True, slots=True)
 class PassSample:
-    """Seconds of one pass: all of it, in attention (0 where the class asks transformers for none), waiting for weights (this
-    thread, not a GPU), with a read or a copy of weights under way; and the bytes that were read."""
+    """Seconds of one pass: in total, in attention (0 if the class does not call transformers' functions), waiting for weights
+    (in this thread, not on a GPU), with a read or a copy of weights under way; and the bytes read."""
 
     pass_s: float
     attention_s: float
@@ -48,7 +48,7 @@ def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
 
 
 def sample_passes(model: StreamedModel, step: Callable[[], None], passes: int) -> PassSample:
-    """Run `step`, a pass of a model loaded with `profiling_mode=True`, `passes` times; the mean of one.
+    """Run `step`, a pass of a model loaded with `profiling_mode=True`, `passes` times; returns the mean of one.
 
     Recording costs a few microseconds a layer.
     """
@@ -65,7 +65,7 @@ def sample_passes(model: StreamedModel, step: Callable[[], None], passes: int) -
 
 
 def one_pass(spans: Sequence[Span], passes: int) -> PassSample:
-    """A trace of `passes` passes, which one span of the lane "pass" encloses, as seconds and bytes of one of them."""
+    """The mean seconds and bytes of a pass in a trace of `passes` passes, enclosed by one span of the lane "pass"."""
     whole = next(span for span in spans if span.lane == "pass")
 
     def seconds(*lanes: str) -> float:

@@ -1,4 +1,4 @@
-"""Timed runs into one record type: every condition, every round, interleaved, with the disk's own rate in the same run."""
+"""Timed runs as one record type: every condition, every round, interleaved, with the disk's own rate in the same run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from rabbit_engine.utils.sizes import format_bytes
 
 PROMPT_TOKENS = 16
 STEPS = 3
-RESIDENT = "transformers, resident (the compute alone)"
+RESIDENT = "transformers, resident (computation alone)"
 DISK = "disk alone: direct reads of the same bytes"
-RING = "ring alone: the same bytes through the ring, nothing computed"
+RING = "ring alone: the same bytes through the ring, no computation"
 DECODE = "decoding"
 Lane = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRow:
-    """One lane of a benchmark: seconds and CPU seconds of every round, bytes a round moves, and what all rounds had in common."""
+    """One lane of a benchmark: seconds and CPU seconds of every round, bytes per round, and the conditions of all rounds."""
 
     lane: str
     rounds_s: tuple[float, ...]
@@ -47,7 +47,7 @@ class BenchmarkRow:
 
     @property
     def median_s(self) -> float:
-        """The middle round."""
+        """The median round."""
         return statistics.median(self.rounds_s)
 
     @property
@@ -57,21 +57,21 @@ class BenchmarkRow:
 
     @property
     def rate(self) -> float:
-        """Bytes a second of the middle round; 0 where nothing moves."""
+        """Bytes per second of the median round; 0 if nothing moves."""
         return self.bytes_moved / self.median_s if self.median_s else 0.0
 
     @property
     def cpu_s_per_gb(self) -> float:
-        """CPU seconds of the process a gigabyte moved, of the middle round; 0 where nothing moves or was counted."""
+        """CPU seconds of the process per gigabyte moved, in the median round; 0 if nothing moves or was counted."""
         return statistics.median(self.cpu_s) / self.bytes_moved * 1e9 if self.cpu_s and self.bytes_moved else 0.0
 
     def as_json(self) -> str:
-        """One line, every round in it."""
+        """All rounds as one line of JSON."""
         return json.dumps({**asdict(self), "median_s": self.median_s})
 
 
 def make_checkpoint(folder: Path, layers: int, hidden_size: int) -> Path:
-    """A Llama of random bf16 weights, saved by transformers; kept if it is there."""
+    """A Llama with random bf16 weights, saved by transformers; kept if it exists."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden_size,
@@ -93,7 +93,7 @@ def make_checkpoint(folder: Path, layers: int, hidden_size: int) -> Path:
 
 
 def evict(folder: Path) -> None:
-    """Drop the page cache of every weight file below `folder`: a round begins with the weights on disk."""
+    """Drop every weight file below `folder` from the page cache, so that a round reads from disk."""
     for path in folder.rglob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -104,9 +104,10 @@ def evict(folder: Path) -> None:
 
 
 def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane) -> dict[str, list[tuple[float, float]]]:
-    """Run every lane `steps` times a round; `(seconds, CPU seconds)` a step, by lane.
+    """Run every lane `steps` times a round; returns `(seconds, CPU seconds)` per step, by lane.
 
-    A lane is warmed by one step outside the clock, and ended by waiting inside it, so that what it reads ahead is its own.
+    Each lane is warmed by one step before the clock starts, and its wait at the end is timed, so that it pays for its own
+    read-ahead.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
     for _ in range(rounds):
@@ -122,19 +123,19 @@ def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane
 
 
 def made_up_prompt(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    """int64 [1, tokens] on the model's device: its vocabulary in order, again and again, but for the first two."""
+    """int64 [1, tokens] on the model's device: its vocabulary in order, repeated, without the first two."""
     words: int = model.config.get_text_config().vocab_size
     return 2 + torch.arange(tokens, device=model.device)[None] % (words - 2)
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Any:
-    """The cache behind a prompt of int64 [1, tokens]; logits of the last token alone where the class can do that."""
+    """The cache after a prompt of int64 [1, tokens]; only the last token's logits if the class can do that."""
     with torch.no_grad():
         return cache_of(model(ids, use_cache=True, **last_logits_argument(model.forward)))
 
 
 def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
-    """One decoded token behind a prompt that is in the cache already."""
+    """Decode one token after a prompt that is already in the cache."""
     ids = made_up_prompt(model, prompt_tokens)
     cache = prefill(model, ids)
     past = cache_argument(model.forward, cache)
@@ -152,7 +153,7 @@ def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> L
 
 
 def _can_go_back(cache: Any) -> bool:
-    """Whether the last token can be taken out again; a state or a full window cannot: then the cache grows by a token a step."""
+    """Whether the last token can be removed again; not from a state or a full window: then the cache grows each step."""
     try:
         cache.crop(-1)
     except (RuntimeError, ValueError, AttributeError, NotImplementedError):
@@ -161,7 +162,7 @@ def _can_go_back(cache: Any) -> bool:
 
 
 def ring_step(model: StreamedModel) -> Lane:
-    """One pass's units through the ring: asked for and let go, nothing computed."""
+    """Pass the units of one pass through the ring: acquired and released, without computation."""
     transfer = runtime_of(model).transfer
     names = [unit.name for unit in transfer.units]
 
@@ -175,7 +176,7 @@ def ring_step(model: StreamedModel) -> Lane:
 
 
 def _settled(model: StreamedModel, lane: Lane) -> Lane:
-    """The lane, begun when the model reads nothing ahead any more."""
+    """The lane, started once the model reads nothing ahead."""
 
     def run() -> None:
         runtime_of(model).transfer.wait_until_idle()
@@ -185,10 +186,10 @@ def _settled(model: StreamedModel, lane: Lane) -> Lane:
 
 
 def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any) -> tuple[list[BenchmarkRow], list[Span], Plan]:
-    """How much of the disk's rate streaming gets, and what it costs the CPU; the spans of the last round's decoding; the plan.
+    """The fraction of the disk's rate that streaming gets, and its CPU cost; the spans of the last round's decoding; the plan.
 
-    Bytes and seconds are a token's, the same one each time: its experts stay cached where there is room. The disk lane reads
-    the same bytes, in the same order, and computes nothing.
+    Bytes and seconds are for one token, always the same one: its experts stay cached if there is room. The disk lane reads
+    the same bytes in the same order, without computation.
     """
     with AutoModel.from_pretrained(name, profiling_mode=True, **keywords) as model:
         transfer, trace = runtime_of(model).transfer, runtime_of(model).trace
@@ -215,7 +216,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
 
 
 def _uncached(model: StreamedModel) -> list[Unit]:
-    """As many experts of each layer as the same token, again and again, reads each time."""
+    """The number of experts of each layer that the same token, repeated, reads each time."""
     experts = runtime_of(model).partition.experts
     return [unit for layer in model.plan.experts.layers for unit in experts[layer.name][: layer.uncached]]
 
@@ -232,7 +233,7 @@ def _tracing(trace: Trace) -> Iterator[None]:
 
 def _conditions(steps: int) -> dict[str, object]:
     return {
-        "what": f"a decoded token behind {PROMPT_TOKENS}, {steps} a round",
+        "what": f"a decoded token after {PROMPT_TOKENS}, {steps} a round",
         "threads": torch.get_num_threads(),
         **environment(),
     }
@@ -243,12 +244,12 @@ def _record(lane: str, values: Sequence[tuple[float, float]], moved: int, condit
 
 
 def residency(name: str | Path, budgets: Sequence[int], steps: int = STEPS, **keywords: Any) -> list[BenchmarkRow]:
-    """Bytes read and seconds a token as the budget grows: one record a budget, a round a token."""
+    """Bytes read and seconds per token as the budget grows: one record per budget, one token per round."""
     records = []
     for budget in budgets:
         with AutoModel.from_pretrained(name, max_memory={"cpu": budget}, device="cpu", **keywords) as model:
             step = decode_step(model)
-            for _ in range(2):  # the first teaches the order
+            for _ in range(2):  # the first token teaches the order
                 step()
             runtime_of(model).transfer.wait_until_idle()
             before = model.profile.bytes_read
@@ -270,7 +271,7 @@ def offloaded(folder: Path, layers: int, offload_folder: Path) -> PreTrainedMode
 
 
 def resident(folder: Path) -> PreTrainedModel:
-    """The whole model in memory of its own: a map of its files would keep their pages in the cache for the other lanes."""
+    """The whole model in its own memory: mapped files would keep their pages in the cache for the other lanes."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -279,13 +280,13 @@ def resident(folder: Path) -> PreTrainedModel:
 
 
 def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, rounds: int = 5) -> list[BenchmarkRow]:
-    """Seconds a decoded token from a cold page cache, every layer streamed: ours, transformers' disk offload, resident; and
+    """Seconds per decoded token from a cold page cache, every layer streamed: ours, transformers' disk offload, resident; and
     the disk alone."""
     make_checkpoint(folder, layers, hidden_size)
     head = 2 * 32000 * hidden_size
     budget: dict[int | str, int | str] = {
         "cpu": head + 80 * 2**20
-    }  # about what the other keeps: the head, and room for two matrices
+    }  # about what the other one keeps: the head, and room for two matrices
     with (
         AutoModel.from_pretrained(folder, device="cpu", max_memory=budget) as streamed,
         AutoModel.from_pretrained(folder, device="cpu", max_memory=budget, prefetching=False) as unhurried,
@@ -309,7 +310,7 @@ def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, round
 
 
 def as_markdown(records: Sequence[BenchmarkRow]) -> str:
-    """A table of medians, with the conditions under it."""
+    """A table of medians, with the conditions below."""
     lines = ["| lane | s a token | slowest - fastest | GB a token | GB/s | CPU s a GB |", "|---|---|---|---|---|---|"]
     for record in records:
         moved = f"{record.bytes_moved / 1e9:.2f} | {record.rate / 1e9:.2f} | {record.cpu_s_per_gb:.2f}"
@@ -321,5 +322,5 @@ def as_markdown(records: Sequence[BenchmarkRow]) -> str:
 
 
 def shares(spans: Sequence[Span]) -> dict[str, float]:
-    """The share of a trace in which each lane was busy."""
+    """The fraction of a trace in which each lane was busy."""
     return {lane: busy_share(spans, lane) for lane in ("disk", "copy", "compute", "wait")}

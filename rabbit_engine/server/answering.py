@@ -1,4 +1,4 @@
-"""Requests into a session and its events into answers, whole or streamed."""
+"""Turns API requests into session requests, and session events into answers, whole or streamed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SILENCE_S = 10.0
 
 
 class Answering:
-    """One model's answers."""
+    """Answers requests for one model."""
 
     def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics, ending: asyncio.Event) -> None:
         self._session, self._name, self._embedder, self._metrics = session, name, embedder, metrics
         self._ending = ending
 
-    # The next three may be slow, and run in a thread of their own.
+    # The next three may be slow, and run in a separate thread.
 
     def chat_requests(self, asked: ChatRequest) -> list[Request]:
         """One request for each answer. Raises for what is not supported."""
@@ -45,11 +45,11 @@ class Answering:
         return _copies([request], asked.choices)
 
     def text_requests(self, asked: CompletionRequest) -> list[Request]:
-        """The same for plain texts."""
+        """One request for each completion. Raises for what is not supported."""
         asked.refuse_unsupported()
         if len(asked.prompts) * asked.choices > self._session.most_requests:
             most = self._session.most_requests
-            raise RequestError(400, f"the server takes at most {most} answers at a time", param="prompt")
+            raise RequestError(400, f"the server takes at most {most} answers at once", param="prompt")
         special = asked.add_special_tokens is not False
         options = asked.options()
         found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
@@ -58,7 +58,7 @@ class Answering:
     def embedding_prompts(self, asked: EmbeddingRequest) -> list[list[int]]:
         """The token ids of texts. Raises if the model does not embed."""
         if self._embedder is None:
-            raise RequestError(400, f"{self._name} does not embed: it has no sentence-transformers files", param="model")
+            raise RequestError(400, f"{self._name} cannot embed texts: it has no sentence-transformers files", param="model")
         found = [self._session.encode(text) for text in asked.inputs]
         for ids in found:
             self._session.refuse_longer(ids)
@@ -102,7 +102,7 @@ class Answering:
         return [found[index] for index in range(count)]
 
     async def chat_stream(self, asked: ChatRequest, events: Events, count: int) -> AsyncIterator[str]:
-        """A chat answer as it comes."""
+        """A chat answer as it is generated."""
         wire = Wire("chat.completion", self._name, self._session.model.tokenizer)
         for index in range(count):
             yield words.chat_delta(wire, index, {"role": "assistant", "content": ""})
@@ -129,7 +129,7 @@ class Answering:
         yield words.LAST_CHUNK
 
     async def text_stream(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> AsyncIterator[str]:
-        """A completion as it comes."""
+        """A completion as it is generated."""
         wire = Wire("text_completion", self._name, self._session.model.tokenizer)
         replies: dict[int, Reply] = {}
         lengths = dict.fromkeys(range(len(requests)), 0)
@@ -185,7 +185,7 @@ class Answering:
     async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, object]:
         """Vectors of texts."""
         embedder, model = self._embedder, self._session.model
-        assert embedder is not None  # noqa: S101 - `embedding_prompts` refuses
+        assert embedder is not None  # noqa: S101 - `embedding_prompts` rejects it
         futures = self._session.call([(partial(embedder.embed, model, ids), len(ids)) for ids in prompts])
         try:
             vectors = [await asyncio.wrap_future(future) for future in futures]
@@ -202,7 +202,7 @@ class Answering:
 
 
 def _copies(requests: Sequence[Request], count: int) -> list[Request]:
-    """`count` copies of each; the copies of a seeded one get seeds of their own."""
+    """`count` copies of each; the copies of a seeded one get different seeds."""
     return [_reseeded(request, index) for request in requests for index in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""The service: OpenAI's interface over HTTP, and a web page to chat with."""
+"""The service: OpenAI's API over HTTP, and a web page for chatting."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _OPEN_PATHS = ("/", "/health")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens there."""
+    """Whether only this machine can reach a server at that address."""
     with suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
 
 
 def _is_local(host: str) -> bool:
-    """Whether the Host header names this machine: a foreign web page may point a name of its own here (DNS rebinding)."""
+    """Whether the Host header names this machine: a foreign web page may point its own name here (DNS rebinding)."""
     with suppress(ValueError):
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     return False
@@ -79,7 +79,7 @@ def create_app(
     that no web page reaches it under another name; `origins` are the pages that may use it from a browser."""
     service = _Service(session, name, api_key, local=local and api_key is None, timeouts=timeouts)
     with suppress(RabbitError):  # without one, token ids still work, and texts get an error
-        _ = session.model.tokenizer  # loaded now: the first request need not wait for it
+        _ = session.model.tokenizer  # loaded now, so that the first request does not wait for it
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=service.lifespan, **hidden)
     app.add_middleware(_Gate, service=service)
@@ -171,7 +171,7 @@ class _Service:
         self._lanes.stop()
 
     def end_answers(self) -> None:
-        """The server ends: streams end with an error event, whole answers with 503. Called in the loop that serves."""
+        """End streams with an error event and other answers with 503, as the server stops. Called in the serving event loop."""
         self.ending.set()
 
     def admit(self, scope: Scope) -> None:
@@ -190,13 +190,13 @@ class _Service:
         self._metrics.count_request(getattr(scope.get("route"), "path", "other"), status)
 
     async def page(self) -> HTMLResponse:
-        """The page to chat with."""
+        """The page for chatting."""
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(files("rabbit_engine.server").joinpath("page.html").read_text("utf-8"), headers=headers)
 
     async def health(self) -> JSONResponse:
-        """Whether it can answer."""
+        """Whether the server can answer."""
         closed = runtime_of(self._session.model).transfer.closed
         body = {"status": "closed" if closed else "ok", "model": self._name, "running": self._session.running}
         return JSONResponse({**body, "waiting": self._session.waiting}, 503 if closed else 200)
@@ -206,7 +206,7 @@ class _Service:
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def plan(self) -> dict[str, object]:
-        """What was decided for the model."""
+        """The plan of the model."""
         plan = self._session.model.plan
         return {
             "model": self._name,
@@ -216,7 +216,7 @@ class _Service:
         }
 
     async def show_lanes(self, seconds: float = 10.0) -> dict[str, object]:
-        """What the disk, the copies and the computing did in the last seconds, and where the pass is."""
+        """The activity of disk, copies and computation in the last seconds, and the progress of the pass."""
         return await asyncio.to_thread(self._lanes.show, min(max(seconds, 0.1), MOST_SECONDS))
 
     async def models(self) -> dict[str, object]:
@@ -271,7 +271,7 @@ class _Service:
         return Response(body, media_type="text/event-stream")
 
     async def _take(self, request: Request, kind: type[Kind], prepare: Callable[[Kind], T]) -> tuple[Kind, T]:
-        """The request, and what `prepare` makes of it: parsed, checked and tokenised off the event loop, large ones in turn."""
+        """The request, and the result of `prepare`: parsed, checked and tokenised off the event loop, large ones in turn."""
         body = await read_body(request, self.timeouts.body_s)
 
         def work() -> tuple[Kind, T]:
@@ -287,7 +287,7 @@ class _Service:
 
 
 class _Stream(StreamingResponse):
-    """Chunks as they come. A client that disconnects before the first one frees its place, too."""
+    """Chunks as they are generated. A client that disconnects before the first one is cancelled, too."""
 
     def __init__(self, chunks: AsyncIterator[str], events: Events) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -332,11 +332,11 @@ def _answer_error(error: Exception) -> Response:
 
 
 async def _query_error(_: Request, error: Exception) -> Response:
-    return RequestError(400, f"the query cannot be read: {error}").response()
+    return RequestError(400, f"cannot read the query: {error}").response()
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
-    """What the framework refuses, in the same format."""
+    """What the framework rejects, in the same format."""
     status = getattr(error, "status_code", 500)
-    codes = {404: "there is nothing at this path", 405: "this path does not take this method"}
+    codes = {404: "there is nothing at this path", 405: "this path does not support this method"}
     return RequestError(status, codes.get(status, str(getattr(error, "detail", error)))).response()

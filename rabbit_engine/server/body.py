@@ -16,7 +16,7 @@ from rabbit_engine.server.errors import RequestError
 
 MOST_BODY_BYTES = 4 * 2**20
 MOST_VALUES = 2**17
-"""In a body: parsing holds the GIL, for about 30 ms with this many."""
+"""The most JSON values in a body: parsing holds the GIL, for about 30 ms with this many."""
 
 LARGE_BODY_BYTES = 64 * 2**10
 """Larger bodies are parsed one at a time."""
@@ -33,7 +33,7 @@ async def read_body(request: Request, timeout_s: float) -> bytes:
 
     Other content types are refused: any web page could send them without a CORS preflight.
     """
-    kind = request.headers.get("content-type", "no type at all").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "of unknown type").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, f"the body is {kind}: send Content-Type: application/json")
     announced = request.headers.get("content-length", "")

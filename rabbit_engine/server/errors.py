@@ -19,7 +19,7 @@ from rabbit_engine.sessions.options import NAMES
 
 
 class RequestError(Exception):
-    """A request that is answered with an error."""
+    """A request that gets an error as its answer."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None
@@ -29,7 +29,7 @@ class RequestError(Exception):
 
     @property
     def kind(self) -> str:
-        """What OpenAI calls this status's errors."""
+        """OpenAI's name for errors with this status."""
         known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         return known.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
@@ -48,7 +48,7 @@ class RequestError(Exception):
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What a client is told: the message of our own errors, of others only the type."""
+    """The error for a client: the message of our own errors, only the type of others."""
     match error:
         case RequestError():
             return error
@@ -68,4 +68,4 @@ def as_request_error(error: BaseException) -> RequestError:
         case RabbitError():
             return RequestError(500, str(error))
         case _:
-            return RequestError(500, f"the server failed ({type(error).__name__}); its log says more")
+            return RequestError(500, f"the server failed ({type(error).__name__}); see its log")

@@ -1,4 +1,4 @@
-"""How each request field is handled: one table of all that clients of OpenAI's, vLLM's and llama.cpp's servers send.
+"""How each request field is handled: one table of all fields that clients of OpenAI's, vLLM's and llama.cpp's servers send.
 
 A field is honoured (the request's model in `schema` has it), refused because ignoring it would silently change the answer,
 or ignored because it changes no answer. An unknown field is refused if it looks like a misspelt one, and logged otherwise.
@@ -24,18 +24,18 @@ _OFF: tuple[Any, ...] = (None, "", [], {}, False)
 _CONSTRAINED = "it would need constrained decoding, which is not supported: describe the format in the prompt"
 _BEAMS = "the server has no beam search"
 _ONE_SAMPLER = "this sampler is not supported; temperature, top_p, top_k, min_p and typical_p are"
-_ONE_MODEL = "the server serves only the model that it was started with"
+_ONE_MODEL = "the server serves only the model it was started with"
 _PROMPT_LOGPROBS = "log probabilities of the prompt are not computed"
-_TEMPLATE = "the checkpoint's own is used"
+_TEMPLATE = "the checkpoint's own is always used"
 _OVERFLOW = "start the server with --overflow truncate"
 _THINKING = "thinking cannot be limited separately: use max_tokens"
-_INSIDE = "put its fields into the request itself"
-_SYSTEM = "put it into messages, with the role system"
-_CONTINUED = "put it into messages, with continue_final_message"
+_INSIDE = "put its fields in the request itself"
+_SYSTEM = "put it in messages, with the role system"
+_CONTINUED = "put it in messages, with continue_final_message"
 
 REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        # name: why, and the values besides those of _OFF with which it has no effect
+        # name: why, and further values with no effect besides those of _OFF
         "response_format": (_CONSTRAINED, ({"type": "text"},)),
         "structured_outputs": (_CONSTRAINED, ()),
         "guided_json": (_CONSTRAINED, ()),
@@ -68,7 +68,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "return_token_ids": ("answers are text; logprobs name the tokens", ()),
         "return_tokens_as_token_ids": ("answers are text; logprobs name the tokens", ()),
         "detokenize": ("answers are text", (True,)),
-        "spaces_between_special_tokens": ("special tokens are written as the tokenizer does", (True,)),
+        "spaces_between_special_tokens": ("special tokens are written as by the tokenizer", (True,)),
         "logits_processors": ("clients cannot send code", ()),
         "logit_processors": ("clients cannot send code", ()),
         "chat_template": (_TEMPLATE, ()),
@@ -99,7 +99,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "min_length": ("use min_tokens", (0,)),
         "bad_words_ids": ("use bad_words, or logit_bias", ()),
         "repeat_penalty": ("use repetition_penalty", (1,)),
-        "repeat_last_n": ("repetition_penalty looks at the whole text", (0, -1, 64)),
+        "repeat_last_n": ("repetition_penalty covers the whole text", (0, -1, 64)),
         "penalize_nl": ("use logit_bias", ()),
         "no_repeat_ngram": ("use no_repeat_ngram_size", (0,)),
         "typical": ("use typical_p", (1,)),
@@ -142,15 +142,15 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "forced_bos_token_id": (_CONSTRAINED, ()),
         "forced_eos_token_id": (_CONSTRAINED, ()),
         "eos_token_id": ("use stop_token_ids", ()),
-        "token_healing": ("the prompt is taken as it is", ()),
+        "token_healing": ("the prompt is used as it is", ()),
         "max_time": ("use max_tokens", ()),
         "lora_request": (_ONE_MODEL, ()),
         "watermark": ("answers are not marked", ()),
         "t_max_predict_ms": ("use max_tokens", (0,)),
-        "input_type": ("put the prompt of the checkpoint before the text", ()),
-        "task": ("put the prompt of the checkpoint before the text", ()),
+        "input_type": ("put the checkpoint's prompt before the text", ()),
+        "task": ("put the checkpoint's prompt before the text", ()),
         "instruction": ("put it before the text", ()),
-        "prompt_name": ("put the prompt of the checkpoint before the text", ()),
+        "prompt_name": ("put the checkpoint's prompt before the text", ()),
         "normalize": ("the checkpoint decides whether vectors are normalised", ()),
         "embed_dtype": ("vectors are float32", ("float32",)),
         "output_dtype": ("vectors are float32", ("float", "float32")),
@@ -173,8 +173,8 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "presence": ("use presence_penalty", (0,)),
         "frequency": ("use frequency_penalty", (0,)),
         "typical_sampling": ("use typical_p", (1,)),
-        "repetition_context_size": ("repetition_penalty looks at the whole text", (20, 0, -1)),
-        "penalty_range": ("repetition_penalty looks at the whole text", (0, -1)),
+        "repetition_context_size": ("repetition_penalty covers the whole text", (20, 0, -1)),
+        "penalty_range": ("repetition_penalty covers the whole text", (0, -1)),
         **dict.fromkeys(("system", "system_prompt"), (_SYSTEM, ())),
         **dict.fromkeys(("prefix", "assistant_prefix"), (_CONTINUED, ())),
         "instruction_template": (_TEMPLATE, ()),
@@ -203,7 +203,7 @@ IGNORED = frozenset(
         *("return_full_text", "details", "decoder_input_details", "chat_id", "title", "background_tasks", "features"),
     }
 )
-"""They change no answer: they say who asks, what is stored, and how fast it comes."""
+"""Fields that change no answer: they concern the caller, storage and speed."""
 
 _CONFIG_IGNORED = frozenset(
     {
@@ -217,7 +217,7 @@ _CONFIG_IGNORED = frozenset(
         *("speculation_type", "target_lookbehind"),
     }
 )
-"""Attributes of a GenerationConfig that say how an answer is computed, not which; special tokens are the checkpoint's."""
+"""Attributes of a GenerationConfig that change how an answer is computed, not its text; special tokens are the checkpoint's."""
 
 _CONFIG_LENGTH = 20
 """The default `max_length` of a GenerationConfig."""

@@ -1,4 +1,4 @@
-"""What the disk, the copies and the computation are doing: recorded while a client polls."""
+"""Records the activity of disk, copies and computation while a client polls."""
 
 from __future__ import annotations
 

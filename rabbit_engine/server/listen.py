@@ -1,4 +1,4 @@
-"""Runs the application on an address until it is told to stop."""
+"""Runs the application at an address until it is told to stop."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Server(uvicorn.Server):
         self.force_exit = self._signals > 2
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, give running answers time to finish, then end them; every client gets a last event or a status."""
+        """Stop accepting, give running answers time to finish, then end them; every client gets a last event or a status."""
         ending = asyncio.ensure_future(self._end_after_grace())
         try:
             await super().shutdown(sockets=sockets)
@@ -97,7 +97,7 @@ def run(
     app = create_app(session, name, api_key=api_key, origins=origins, local=is_loopback(host))
     server = make_server(app, host=host, port=port, on_ready=on_ready)
     gc.collect()
-    gc.freeze()  # the model stays: collections need not scan it
+    gc.freeze()  # the model stays: garbage collection need not scan it
     server.run()
 
 
@@ -124,7 +124,7 @@ def make_server(
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ConfigurationError if the address cannot be listened on, before a model is loaded."""
+    """Raise ConfigurationError if the address is not free, before a model is loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:

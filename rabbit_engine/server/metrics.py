@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: of requests, and of how the weights move."""
+"""Prometheus metrics of requests, and of the weights moved."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class _ModelCounts(Collector):
     def collect(self) -> Iterator[Metric]:
         """Once a scrape."""
         session, profile = self._session, self._session.model.profile
-        yield GaugeMetricFamily("rabbit_running_requests", "Answers that every pass serves.", session.running)
-        yield GaugeMetricFamily("rabbit_waiting_requests", "Requests that have not begun.", session.waiting)
+        yield GaugeMetricFamily("rabbit_running_requests", "Answers under way.", session.running)
+        yield GaugeMetricFamily("rabbit_waiting_requests", "Requests that have not started.", session.waiting)
         yield CounterMetricFamily("rabbit_passes", "Passes over the weights.", value=profile.passes)
         yield CounterMetricFamily("rabbit_pass_seconds", "Seconds of passes.", value=profile.pass_s)
         yield CounterMetricFamily("rabbit_read_bytes", "Bytes of weights read from disk.", value=profile.bytes_read)

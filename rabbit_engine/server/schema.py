@@ -1,5 +1,5 @@
-"""Validated requests of OpenAI's interface: known fields have types and ranges; a field that would change the answer but is
-not supported is refused (the table is `fields`); one that changes nothing is ignored."""
+"""Validated requests of OpenAI's API: known fields have types and ranges; a field that would change the answer but is not
+supported is refused (the table is `fields`); one that changes nothing is ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_INPUTS = 2048
 _MOST_STOPS = 16
 _MOST_TOKENS = 1024
 _MOST_CHARACTERS = 4096
-"""In a stop text or a bad word."""
+"""The most characters of a stop text or a bad word."""
 
 _MOST = 2**31
 """The largest integer, as in `Options`."""
@@ -33,7 +33,7 @@ Stops = Annotated[
 
 
 def _check_texts(value: Any) -> Any:
-    """Checks the set of item types: fast for a list of a million."""
+    """Check the set of item types: fast for a list of a million."""
     items = value if isinstance(value, list) else [value]
     kinds = set(map(type, items))
     if kinds == {list}:
@@ -53,7 +53,7 @@ Kind = TypeVar("Kind", bound="Asked")
 
 
 class Asked(BaseModel):
-    """What every request has: the model's name."""
+    """The field of every request: the model's name."""
 
     model_config = ConfigDict(extra="ignore")
     path: ClassVar[str]
@@ -117,7 +117,7 @@ class _Request(Asked):
         return None
 
     def options(self) -> dict[str, Any]:
-        """As options of a session; fields of `generation_config` apply where the request has none of its own."""
+        """The session's options; fields of `generation_config` apply unless the request sets them itself."""
         own = {
             "max_new_tokens": self.most_tokens,
             "temperature": self.temperature,
@@ -184,7 +184,7 @@ _CONFIG_SHAPING = ("no_repeat_ngram_size", "repetition_penalty", "presence_penal
 
 
 def _config_model() -> Any:
-    """The fields of a generation config that are honoured, with the types and ranges of the request's own, and no others'."""
+    """The fields of a generation config that are honoured, with the types and ranges of the request's own, and no others."""
     types = get_type_hints(_Request, include_extras=True)
     own = (*_CONFIG_DRAWING, *_CONFIG_SHAPING)
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"} | dict(
@@ -232,12 +232,12 @@ class ChatRequest(_Request):
 
     @property
     def most_tokens(self) -> int | None:
-        """The newer name counts."""
+        """The newer name takes precedence."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def name_of_most(self) -> str:
-        """The newer one counts."""
+        """The newer one takes precedence."""
         return "max_completion_tokens" if self.max_completion_tokens is not None else super().name_of_most
 
     @property
@@ -247,7 +247,7 @@ class ChatRequest(_Request):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told of."""
+        """The tools that the model is told about."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
@@ -257,7 +257,7 @@ class ChatRequest(_Request):
         return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
     def template(self) -> dict[str, Any]:
-        """What the chat template gets besides the messages."""
+        """The chat template's input besides the messages."""
         given = dict(self.chat_template_kwargs or {})
         if reserved := sorted(_RESERVED & set(given)):
             raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by the client")
@@ -279,7 +279,7 @@ class ChatRequest(_Request):
         return rest, calls[:1] if self.parallel_tool_calls is False else calls
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them: text instead of parts, arguments as objects."""
+        """The messages in the form of chat templates: text instead of parts, arguments as objects."""
         try:
             return read_messages(self.messages)
         except ConfigurationError as error:
@@ -321,7 +321,7 @@ class CompletionRequest(_Request):
         if self.best_of is not None and self.best_of != self.choices:
             raise unsupported("best_of", "use n")
         if self.echo and self.logprobs is not None:
-            raise unsupported("logprobs", "with echo it would need those of the prompt, which are not computed")
+            raise unsupported("logprobs", "with echo it would include those of the prompt, which are not computed")
 
 
 class EmbeddingRequest(Asked):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """Seconds. A connection without a request under way is closed after `idle_s`, or twice that; the head of one must come
-    within it, and its body within `body_s`. The body of a refused request is still read for `drain_s` and
-    discarded: many clients read no answer before they have sent everything.
+    """Seconds. A connection without a request under way is closed after `idle_s` to twice that; the head of a request must
+    arrive within it, and its body within `body_s`. The body of a refused request is still read and discarded for
+    `drain_s`: many clients read no answer before they have sent everything.
 
     When the server stops, running answers get `grace_s` to finish (none after a second signal), and then
     `last_words_s` to send their last event, or their 503.

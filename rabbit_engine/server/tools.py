@@ -1,7 +1,7 @@
-"""Tool calls in a model's text, in the formats of the most common chat templates.
+"""Parses tool calls in a model's text, in the formats of the most common chat templates.
 
 <tool_call>{"name": ..., "arguments": {...}}</tool_call>   Qwen, Hermes, SmolLM and others
-[TOOL_CALLS][{"name": ..., "arguments": {...}}]            Mistral (the marker is a special token, and may be gone)
+[TOOL_CALLS][{"name": ..., "arguments": {...}}]            Mistral (the marker is a special token, and may be missing)
 {"name": ..., "parameters": {...}}                         Llama 3, with or without <|python_tag|> before it
 """
 
@@ -33,7 +33,7 @@ def check_tools(tools: Sequence[Any]) -> None:
     for index, tool in enumerate(tools):
         where, kind = f"tools.{index}", tool.get("type", "function") if isinstance(tool, Mapping) else None
         if kind != "function":
-            raise RequestError(400, f'{where}: it is {{"type": "function", "function": {{"name": ...}}}}', param=where)
+            raise RequestError(400, f'{where}: a tool is {{"type": "function", "function": {{"name": ...}}}}', param=where)
         function = tool.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's format."""
+"""Formats answers as OpenAI does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rabbit_engine.sessions import Piece, Reply, TokenLogprob
 
 _REASONS = {"cancelled": "stop"}
 LAST_CHUNK = "data: [DONE]\n\n"
-KEEP_ALIVE = ": the weights are on their way\n\n"
+KEEP_ALIVE = ": weights are loading\n\n"
 """A comment in the event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
 
 

@@ -1,7 +1,7 @@
-"""Reads that bypass the page cache, into memory that is allocated once. Knows files and bytes, not tensors.
+"""Reads that bypass the page cache, into memory that is allocated once. Independent of tensors.
 
 A model that is read again in every pass never finds its pages in the cache (a cyclic scan evicts what it needs next), and
-filling the cache costs a copy and memory that other programs need. So files are read with O_DIRECT where the system has it,
+filling the cache costs a copy and memory that other programs need. So files are read with O_DIRECT if the system has it,
 with F_NOCACHE on macOS, else buffered, and the kernel is asked to drop the pages.
 """
 
@@ -49,9 +49,9 @@ def aligned_up(count: int) -> int:
 def claim_memory(nbytes: int) -> torch.Tensor:
     """uint8 [nbytes] on the CPU, page-aligned, zeroed, returned to the system with its last view.
 
-    In huge pages where the system has them: a direct read into 4 KiB pages is cut into many small requests, and got a third
-    of the rate on the disk it was measured on (docs/benchmarks.md). The last part of a huge page is in small ones: it takes
-    no more memory than was asked for. Private memory: shared memory rarely gets huge pages.
+    In huge pages if the system has them: a direct read into 4 KiB pages is split into many small requests, and reached a
+    third of the rate on our test disk (docs/benchmarks.md). The last part of a huge page is in small ones, so that it takes
+    no more memory than requested. Private memory: shared memory rarely gets huge pages.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -208,7 +208,7 @@ def stamp_of(file: io.FileIO) -> tuple[int, int]:
 def read_into(file: io.RawIOBase, buffer: memoryview, path: Path, needed: int | None = None) -> None:
     """Fill `buffer` from the file's position, or at least its first `needed` bytes if the file ends there.
 
-    Raises DamagedFileError when the file ends first, UnreadableFileError when the disk fails.
+    Raises DamagedFileError if the file ends earlier, UnreadableFileError if the disk fails.
     """
     needed = len(buffer) if needed is None else needed
     done = 0

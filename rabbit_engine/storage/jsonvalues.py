@@ -17,13 +17,13 @@ def parse(raw: bytes | str) -> Any:
     try:
         return json.loads(raw, object_pairs_hook=_without_repeats)
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise ValueError("it is nested too deep") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"it names a key twice, among {', '.join(list(found)[:3])}")
+        raise ValueError(f"it repeats a key, among {', '.join(list(found)[:3])}")
     return found
 
 
@@ -37,7 +37,7 @@ def file_name(value: Any) -> str:
         raise ValueError(f"{shown(value)} is not a file name")
     posix, windows = PurePosixPath(value), PureWindowsPath(value)
     if posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts):
-        raise OutsideError(f"{shown(value)} leads outside of the folder")
+        raise OutsideError(f"{shown(value)} leads outside the folder")
     sizes = [len(part.encode(errors="replace")) for part in posix.parts]
     if not sizes or max(sizes) > _NAME_BYTES or sum(sizes) > 4 * _NAME_BYTES or not value.isprintable():
         raise ValueError(f"{shown(value)} is not a file name")
@@ -126,12 +126,12 @@ class Fields:
 def counts(value: Any, where: str) -> tuple[int, ...]:
     """A list of integers from 0, none of them a float, a boolean or beyond 63 bits. Raises ValueError."""
     if not isinstance(value, list) or any(type(item) is not int or not 0 <= item < 2**63 for item in value):
-        raise ValueError(f"{where} is {shown(value)}, not made of whole numbers from 0")
+        raise ValueError(f"{where} is {shown(value)}, not made of integers from 0")
     return tuple(value)
 
 
 def different(values: list[str], where: str) -> tuple[str, ...]:
-    """The same values, none twice. Raises ValueError."""
+    """The same values; no two may be equal. Raises ValueError."""
     twice = next((value for value in values if values.count(value) > 1), None) if len(set(values)) < len(values) else None
     if twice is not None:
         raise ValueError(f"{where} has {shown(twice)} twice")

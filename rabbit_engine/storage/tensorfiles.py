@@ -1,4 +1,4 @@
-"""Safetensors files, byte by byte: check a header, read a tensor, write an aligned file. Knows nothing of models.
+"""Safetensors files, byte by byte: check a header, read a tensor, write an aligned file. Independent of models.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header, then the data.
 """
@@ -24,13 +24,13 @@ from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
-"""Every tensor that is written starts on a multiple of this, as direct reads require."""
+"""Every written tensor starts on a multiple of this, as direct reads require."""
 
 PAD_PREFIX = "__pad__."
 CHECKSUM_KEY = "data_xxh3_128"
 COPY_BYTES = 16 * 2**20
 _COMPARED_BYTES = 2**20
-"""Bytes of each tensor that are read at a time while a model loads: the smallest budget may be 3 MB."""
+"""Bytes of each tensor read at a time while a model loads: the smallest budget may be 3 MB."""
 
 _LFS_POINTER = b"version https://git-lfs"
 _HEADER_LIMIT = 100_000_000

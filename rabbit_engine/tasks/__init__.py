@@ -1,1 +1,1 @@
-"""What a head's output means: embeddings."""
+"""Uses of a model other than generating text: embeddings."""

@@ -1,6 +1,6 @@
-"""Vectors of texts, as the checkpoint defines them: sentence-transformers' files next to the weights.
+"""Embeds texts as the checkpoint defines it, in sentence-transformers' files next to the weights.
 
-`modules.json` lists the steps; `1_Pooling/config.json` says how hidden states become one vector.
+`modules.json` lists the steps; `1_Pooling/config.json` defines how hidden states become one vector.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Embedder:
 
 
 def find_embedder(folder: Path) -> Embedder | None:
-    """How the checkpoint in `folder` embeds; None if it has no modules.json.
+    """The embedder of the checkpoint in `folder`; None if it has no modules.json.
 
     Raises ConfigurationError for an unsupported step or pooling, DamagedCheckpointError for files that cannot be read.
     """
@@ -66,7 +66,7 @@ def find_embedder(folder: Path) -> Embedder | None:
         part = file_name(steps["Pooling"].text("path")) if "Pooling" in steps else "1_Pooling"
     unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise ConfigurationError(f"{path} embeds in steps that are not supported: {', '.join(sorted(unknown))}")
+        raise ConfigurationError(f"{path} contains steps that are not supported: {', '.join(sorted(unknown))}")
     return Embedder(_find_pooling(folder / part / "config.json"), "Normalize" in steps) if steps else None
 
 
@@ -75,10 +75,10 @@ def _find_pooling(path: Path) -> str:
         config = Fields.of(listed)
         modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
         named = config.optional_text("pooling_mode")
-    if named is not None:  # the newer files name it
+    if named is not None:  # newer files name it
         modes = [f"pooling_mode_{ {'lasttoken': 'lasttoken', 'cls': 'cls_token'}.get(named, f'{named}_tokens') }"]
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ConfigurationError(f"{path} pools in a way that is not supported: {', '.join(modes) or 'none is named'}")
+        raise ConfigurationError(f"{path} has a pooling that is not supported: {', '.join(modes) or 'none is named'}")
     return modes[0]
 
 

@@ -1,4 +1,4 @@
-"""Everything private or unstable of transformers that is used here, one small module an interface.
+"""All uses of private or unstable parts of transformers, one small module per interface.
 
-The rest of the package imports only what transformers documents; `tests/test_bridge.py` says what each module relies on.
+The rest of the package imports only what transformers documents; `tests/test_bridge.py` tests what each module relies on.
 """

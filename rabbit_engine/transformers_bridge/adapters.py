@@ -1,4 +1,4 @@
-"""Adapters of PEFT, as transformers' models carry them."""
+"""PEFT adapters on transformers' models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def can_load_adapters() -> bool:
 
 
 def remove_adapter(model: PreTrainedModel, name: str) -> None:
-    """Take an adapter out, and with the last one every trace. `delete_adapter` may ask for a newer peft than there is."""
+    """Remove an adapter, and with the last one every trace: `delete_adapter` may require a newer peft."""
     from peft.functional import delete_adapter
 
     delete_adapter(model, adapter_name=name, prefix=f"{model.peft_config.pop(name).peft_type.value.lower()}_")

@@ -1,4 +1,4 @@
-"""Which attention function a model runs, which ones its class can run, and where it looks them up."""
+"""The attention function that a model runs, those that its class supports, and where it looks them up."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Class = TypeVar("Class", bound=type[PreTrainedModel])
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
-    """The attention implementation that a config names ("sdpa", "eager", ...); None where nobody chose one yet."""
+    """The attention implementation that a config names ("sdpa", "eager", ...); None if none has been chosen."""
     return getattr(config, "_attn_implementation", None)
 
 
 def has_sdpa(cls: type[PreTrainedModel]) -> bool:
-    """Whether every attention of the class can run as torch's `scaled_dot_product_attention`."""
+    """Whether every attention layer of the class can run torch's `scaled_dot_product_attention`."""
     return bool(cls._supports_sdpa)
 
 
 def has_flash_attention(cls: type[PreTrainedModel]) -> bool:
-    """Whether the class can run flash attention; classes of a repository may say so by an older name."""
+    """Whether the class can run flash attention; remote code may declare it under an older name."""
     return any(getattr(cls, name, False) for name in ("_supports_flash_attn", "_supports_flash_attn_2"))
 
 
@@ -36,7 +36,7 @@ def without_flash_attention(cls: Class) -> Class:
 
 @contextmanager
 def sdpa_for_flash_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let every part of `model` run sdpa where it would run a kernel of another kind than sdpa or eager."""
+    """Make every part of `model` run sdpa in place of any kernel other than sdpa and eager."""
     parts = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, attention_of(config)) for config in parts.values()]
     try:
@@ -51,9 +51,9 @@ def sdpa_for_flash_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def wrapped_attention(wrap: Callable[[str, AttentionFunction], AttentionFunction]) -> Iterator[None]:
-    """Let all models run `wrap(name, function)` in place of the attention function that they look up.
+    """Make all models run `wrap(name, function)` in place of the attention function that they look up.
 
-    Wrapped where models look it up: eager is no entry of the registry but each model's own default.
+    Wraps the look-up: eager is not in the registry, but each model's own default.
     """
     native = AttentionInterface.get_interface
 

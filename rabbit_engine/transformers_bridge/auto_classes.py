@@ -1,4 +1,4 @@
-"""Which classes the auto classes of transformers have for a config, and by which names."""
+"""The classes that transformers' auto classes have for a config, and their names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 AutoClass = type[Any]
-"""`transformers.AutoModel`, `AutoModelForCausalLM` and the like: their base is private."""
+"""`transformers.AutoModel`, `AutoModelForCausalLM` and so on: their base class is private."""
 
 
 def auto_model_classes() -> list[AutoClass]:
-    """Every auto class of models that the installed transformers has."""
+    """Every auto class for models in the installed transformers."""
     return [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
 
 
 def classes_for(auto: AutoClass, config: PretrainedConfig) -> list[type[PreTrainedModel]]:
-    """What `auto` builds of such a config, the default first; empty where it knows none."""
+    """The classes that `auto` builds for a config, the default first; empty if it has none."""
     if type(config) not in auto._model_mapping:
         return []
     found = auto._model_mapping[type(config)]
@@ -25,7 +25,7 @@ def classes_for(auto: AutoClass, config: PretrainedConfig) -> list[type[PreTrain
 
 
 def class_names(auto: AutoClass) -> list[str]:
-    """The names of all classes that `auto` builds; none of them is imported for it."""
+    """The names of all classes that `auto` builds, without importing them."""
     mapping = getattr(auto, "_model_mapping", None)  # an alias of a removed class may have none
     named = mapping._model_mapping.values() if mapping is not None else ()
     return [name for item in named for name in ((item,) if isinstance(item, str) else item)]

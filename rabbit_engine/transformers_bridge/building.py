@@ -1,4 +1,4 @@
-"""A model without weights, and the making of those that no checkpoint holds."""
+"""Builds a model without weights, and initialises those that no checkpoint holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import initialization as init
 def build_without_weights(
     cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """`cls` as `from_pretrained` builds it, every parameter on the meta device. `config` becomes the model's own.
+    """`cls` as `from_pretrained` builds it, with every parameter on the meta device. `config` becomes the model's own.
 
     Raises whatever the class does, and ValueError or ImportError for an attention implementation that it does not have.
     """
@@ -24,7 +24,7 @@ def build_without_weights(
 
 
 def mark_loaded(tensor: torch.Tensor) -> None:
-    """Let `initialize_the_rest` leave the values of a parameter or buffer alone."""
+    """Make `initialize_the_rest` leave the values of a parameter or buffer unchanged."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 

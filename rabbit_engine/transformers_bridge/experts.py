@@ -13,14 +13,14 @@ from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 _MARKS = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_experts")
-"""What the decorator of a class of experts, and the class, leave on a module."""
+"""Attributes that the decorator of a class of experts, and the class, set on a module."""
 
 
 class ExpertsModule(nn.Module):
-    """The face of a module with the interface, for type checkers alone: no module is an instance.
+    """The attributes of a module with the interface, for type checkers only: no module is an instance.
 
     Its stacks of weights are `gate_up_proj` or `up_proj` and `down_proj`, [experts, outputs, inputs], or [experts, inputs,
-    outputs] where `is_transposed`, and `..._bias` [experts, outputs] where `has_bias`.
+    outputs] if `is_transposed`, and `..._bias` [experts, outputs] if `has_bias`.
     """
 
     config: PretrainedConfig
@@ -43,19 +43,19 @@ def has_experts_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
 
 
 def register_experts_function(name: str, function: ExpertsFunction) -> None:
-    """Let the config of any module choose `function` by `name`."""
+    """Make `function` available to the config of any module under `name`."""
     ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def choose_experts_function(module: ExpertsModule, name: str) -> None:
-    """Let the function `name` compute `module` alone, which gets a config of its own: the model may choose another afterwards."""
+    """Make the function `name` compute only `module`, which gets its own config: the model may choose another one later."""
     module.config = copy.deepcopy(module.config)
     module.config._experts_implementation = name
 
 
 @contextmanager
 def experts_computed_by(model: nn.Module, name: str) -> Iterator[None]:
-    """Let the function `name` compute all experts of `model` meanwhile."""
+    """Make the function `name` compute all experts of `model` within the block."""
     configs: list[Any] = [module.config for module in model.modules() if has_experts_interface(module)]
     before = {id(config): (config, config._experts_implementation_internal) for config in configs}
     try:
@@ -68,15 +68,15 @@ def experts_computed_by(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def first_projection(module: ExpertsModule) -> str:
-    """The name of the stack of weights that the hidden states meet first."""
+    """The name of the stack of weights that is applied first to the hidden states."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def activated(module: ExpertsModule, up: torch.Tensor) -> torch.Tensor:
-    """The first projection's result [rows, outputs] through the activation, and the gate if there is one: [rows, width]."""
+    """Apply the activation, and the gate if there is one, to the first projection's result [rows, outputs]: [rows, width]."""
     return module._apply_gate(up) if module.has_gate else module.act_fn(up)
 
 
 def finished(module: ExpertsModule, down: torch.Tensor) -> torch.Tensor:
-    """The second projection's result [rows, hidden], normed where the class norms each expert's."""
+    """The second projection's result [rows, hidden], normalised if the class normalises each expert's."""
     return module.post_expert_norm(down) if getattr(module, "has_post_expert_norm", False) else down

@@ -1,4 +1,4 @@
-"""Workarounds for bugs of a released transformers that break a whole family, until a release fixes them."""
+"""Workarounds for bugs in transformers releases that break a whole family, until they are fixed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers.utils.generic import ModelOutput
 
 
 def fix_known_bugs(model: PreTrainedModel) -> None:
-    """Llama 4 with images (transformers 5.24.0): its forward asks the text model's output for `image_outputs`, of which that
-    class of output knows nothing."""
+    """Llama 4 with images (transformers 5.24.0): its forward reads `image_outputs` of the text model's output, whose class does
+    not have it."""
     text: Any = getattr(model, "language_model", None)
     if text is not None and model.config.model_type == "llama4":
         text.register_forward_hook(_add_image_outputs)

@@ -1,4 +1,4 @@
-"""What `generate` starts from, and what it refuses."""
+"""The generation config that `generate` uses, and the settings it rejects."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
 _REFUSING = ("transformers.generation.", "transformers.cache_utils")
-"""Modules that raise where settings of `generate` do not fit."""
+"""Modules that raise if settings of `generate` do not fit."""
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path | str, *, trust_remote_code: bool = False) -> None:
-    """Give `model` the generation config of a folder, and the `generate` that its code brings, as `from_pretrained` does.
+    """Give `model` the generation config of a folder, and the `generate` of its code, like `from_pretrained`.
 
-    A folder without generation_config.json gives what its config.json says of it. Raises whatever the config class does.
+    A folder without generation_config.json uses the settings in its config.json. Raises whatever the config class does.
     """
     generating: Any = model
     generating.adjust_generation_fn(
@@ -28,12 +28,12 @@ def read_generation_config(model: PreTrainedModel, folder: Path | str, *, trust_
 
 
 def without_cache_objects(cls: Class) -> Class:
-    """A class decorator: `generate` hands the forward no cache, which makes its own."""
+    """A class decorator: `generate` passes the forward no cache; it makes its own."""
     cls._supports_default_dynamic_cache = classmethod(lambda _: False)  # type: ignore[attr-defined]
     return cls
 
 
 def refused_by_generate(error: BaseException) -> bool:
-    """Whether `generate` itself raised `error`, and not the model: then it is the settings."""
+    """Whether `generate` itself raised `error`, rather than the model: then the settings are wrong."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith(_REFUSING)

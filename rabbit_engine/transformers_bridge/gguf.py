@@ -15,7 +15,7 @@ from rabbit_engine.transformers_bridge.quantizers import Quantizer
 
 
 class GgufFile:
-    """A GGUF file whose header has been read. Raises ImportError where the package gguf is not installed."""
+    """A GGUF file whose header has been read. Raises ImportError without the package gguf."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -24,19 +24,19 @@ class GgufFile:
 
     @property
     def quantizer(self) -> Quantizer:
-        """What dequantises the file's tensors while they are loaded."""
+        """The quantiser that dequantises the file's tensors at load."""
         return self._quantizer
 
     def dtype(self) -> torch.dtype:
-        """The dtype that transformers loads the file in: its own where it is plain floats, float32 where it is quantised."""
+        """The dtype that transformers loads the file in: its own for plain floats, float32 for quantised weights."""
         dtype: torch.dtype = self._quantizer.update_dtype(None)
         return dtype
 
     def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Unread]:
         """The file's tensors by key, to be loaded into `model` as `dtype`.
 
-        Architectures that only transformers' older reader knows are dequantised whole, in memory. The reader raises anything
-        where the header's numbers are wrong.
+        Architectures that only transformers' older reader supports are dequantised at once, in memory. The reader may raise
+        anything if the header's numbers are wrong.
         """
         self._quantizer.update_dtype(dtype)
         self._quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[self._path])

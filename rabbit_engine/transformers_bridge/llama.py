@@ -1,4 +1,4 @@
-"""The parts of a Llama that a family of the same computation puts others in place of."""
+"""The parts of a Llama that families with the same computation replace."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CACHE = str(cache_keyword(LlamaAttention.forward))
 
 
 class MaskedLlamaAttention(LlamaAttention):
-    """Llama's attention with a mask that the subclass makes."""
+    """Llama's attention with a mask from its subclass."""
 
     def mask(self, mask: torch.Tensor | None, states: torch.Tensor, seen: int, keys: int) -> torch.Tensor:
-        """Scores to add, [1 or batch, heads, queries, keys], where `seen` of the keys came before the queries.
+        """Scores to add, [1 or batch, heads, queries, keys]; `seen` of the keys come before the queries.
 
-        `states` [batch, queries, hidden] has the dtype and the device. `mask` is what transformers made for sdpa (bool, True
-        may be seen) or eager (scores to add), or None for plain causal attention.
+        `states` [batch, queries, hidden] gives the dtype and the device. `mask` is transformers' mask for sdpa (bool, True is
+        visible) or eager (scores to add), or None for plain causal attention.
         """
         raise NotImplementedError
 
@@ -32,7 +32,7 @@ class MaskedLlamaAttention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Llama's, whose layers hand everything over by keyword."""
+        """Llama's forward, whose layers pass everything by keyword."""
         queries = hidden_states.shape[1]
         seen, keys = 0, queries
         cache: Cache | None = kwargs.get(_CACHE)
@@ -45,9 +45,9 @@ class MaskedLlamaAttention(LlamaAttention):
 
 
 def replace_attention(model: LlamaModel, kind: type[MaskedLlamaAttention], rotary: nn.Module) -> None:
-    """Let every layer attend by `kind`, whose queries and keys turn by `rotary`: (states, position ids) -> cos, sin.
+    """Make every layer use the attention `kind`, whose queries and keys `rotary` rotates: (states, position ids) -> cos, sin.
 
-    cos and sin are [batch, queries, head_dim]. `model` is one that its class is still constructing.
+    cos and sin are [batch, queries, head_dim]. Call it in the constructor of `model`.
     """
     model.rotary_emb = rotary  # type: ignore[assignment]
     for index, layer in enumerate(model.layers):

@@ -1,4 +1,4 @@
-"""Tensors into the weights of a model, as `from_pretrained` loads them."""
+"""Loads tensors into the weights of a model, like `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform
 
 
 class Unread(Protocol):
-    """A stored tensor, or one that is read when it is sliced."""
+    """A stored tensor, or one that is read when indexed."""
 
     def __getitem__(self, index: Any, /) -> torch.Tensor:
-        """All of it; only `[...]` is asked for."""
+        """The whole tensor; the only index used is `[...]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights that were made, by the model's names, on the CPU, in the shapes and dtypes of the model.
+    """The loaded weights by the model's names, on the CPU, with the shapes and dtypes of the model.
 
-    `mismatched` are (weight, shape that was stored, shape of the model's); `failed` maps a weight to what went wrong.
+    `mismatched` are (weight, stored shape, the model's shape); `failed` maps a weight to its error.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -38,7 +38,7 @@ class Loaded:
 
 
 def weight_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """weight -> its dtype in a model that is loaded as `dtype`; a class may keep some in float32."""
+    """weight -> its dtype in a model loaded as `dtype`; a class may keep some in float32."""
     plan = model._get_dtype_plan(dtype)
     return {
         name: next((kept for pattern, kept in plan.items() if re.search(pattern, name)), tensor.dtype)
@@ -47,14 +47,14 @@ def weight_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch
 
 
 def may_be_missing(model: PreTrainedModel) -> tuple[str, ...]:
-    """Patterns of the weights that a checkpoint need not have: the class makes them itself."""
+    """Patterns of weights that a checkpoint may lack: the class creates them itself."""
     return tuple(model._keys_to_ignore_on_load_missing or ())
 
 
 def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pattern[str]:
-    """What matches the stored weights, in the model's words, for which the model has no place and transformers misses none.
+    """A pattern of the stored weights, under the model's names, that the model does not have and transformers ignores.
 
-    Those are the class's own, buffers that older versions stored, and scales where these are undone.
+    These are the class's own, buffers that older versions stored, and the scales of dequantised weights.
     """
     buffers = [name for name, _ in model.named_buffers()]
     stored_once = [name for name in ("rotary_emb.inv_freq", "position_ids") if any(buffer.endswith(name) for buffer in buffers)]
@@ -70,9 +70,9 @@ def load_weights(
     transforms: Sequence[WeightTransform],
     quantizer: Quantizer | None = None,
 ) -> Loaded:
-    """Read `tensors`, by key, and make of them the weights that they are. `model`, on the meta device, stays as it is."""
+    """Read `tensors` and convert them to weights. `model`, on the meta device, is left unchanged."""
     before, wanted = dict(model.state_dict(keep_vars=True)), weight_dtypes(model, dtype)
-    own: Any = copy.deepcopy(list(transforms))  # each counts which tensors it was used for
+    own: Any = copy.deepcopy(list(transforms))  # each counts the tensors it was used for
     plan = model._get_dtype_plan(dtype)
     config = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, hf_quantizer=quantizer, weight_mapping=own)
     try:
@@ -81,7 +81,7 @@ def load_weights(
         if info.mismatched_keys or info.conversion_errors:
             return Loaded({}, sorted(info.mismatched_keys), info.conversion_errors)
         made = {name: model.get_parameter_or_buffer(name).detach() for name in before if name not in info.missing_keys}
-        return Loaded({name: tensor.to(wanted[name]) for name, tensor in made.items()})  # dequantising leaves some as stored
+        return Loaded({name: tensor.to(wanted[name]) for name, tensor in made.items()})  # dequantising leaves some unchanged
     finally:
         _put_back(model, before)
 

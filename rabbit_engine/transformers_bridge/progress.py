@@ -1,4 +1,4 @@
-"""transformers' own progress bars, switched off for a while."""
+"""Switches transformers' own progress bars off temporarily."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import logging, modeling_gguf_pytorch_utils
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """No bar of transformers' is shown meanwhile; that of its older GGUF reader heeds no switch, so it is replaced."""
+    """Show no bars of transformers within the block; that of its older GGUF reader ignores the switch, so it is replaced."""
     gguf_reader: Any = modeling_gguf_pytorch_utils
     enabled, gguf_bar = logging.is_progress_bar_enabled(), getattr(gguf_reader, "tqdm", tqdm)
     logging.disable_progress_bar()

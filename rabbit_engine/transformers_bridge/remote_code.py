@@ -1,4 +1,4 @@
-"""Classes whose code a checkpoint brings (`trust_remote_code=True`)."""
+"""Classes from a checkpoint's own code (`trust_remote_code=True`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PACKAGE = "transformers_modules"
 
 
 def import_class(name: str, repo: str | Path, code_revision: str | None = None) -> Any:
-    """The object `name` ("modeling_x.XForCausalLM") of a repository's code, which runs as it is imported: it raises anything."""
+    """The object `name` ("modeling_x.XForCausalLM") of a repository's code. Importing runs the code, which may raise anything."""
     return get_class_from_dynamic_module(name, str(repo), code_revision=code_revision)
 
 
 def as_generating_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`cls` as `AutoModelForCausalLM` uses it: with `generate`, which classes written for older versions inherited."""
+    """`cls` as `AutoModelForCausalLM` uses it: with `generate`, which classes for older versions inherited."""
     cls.register_for_auto_class(auto_class=AutoModelForCausalLM)
     generating: type[PreTrainedModel] = add_generation_mixin_to_remote_model(cls)
     return generating
@@ -31,7 +31,7 @@ def is_remote(cls: type) -> bool:
 
 
 def came_through_remote_code(error: BaseException) -> bool:
-    """Whether a repository's code stands anywhere between where `error` was caught and where it was raised."""
+    """Whether a repository's code is on the stack between where `error` was raised and where it was caught."""
     trace = error.__traceback__
     while trace is not None:
         if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
@@ -41,5 +41,5 @@ def came_through_remote_code(error: BaseException) -> bool:
 
 
 def says_it_takes_cache_objects(cls: type[PreTrainedModel]) -> bool:
-    """Whether a class written for transformers 4 says that its forward takes a cache object in place of tuples."""
+    """Whether a class for transformers 4 declares that its forward takes a cache object instead of tuples."""
     return bool(getattr(cls, "_supports_cache_class", False))

@@ -1,4 +1,4 @@
-"""The rotary embedding of a model, which meets the positions of every text before the first layer."""
+"""The rotary embedding of a model, which sees the positions of every text before the first layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def fixed_frequencies(model: nn.Module) -> Iterator[None]:
-    """Let every rotary embedding keep the frequencies it has meanwhile: none looks at positions, which may be without values."""
+    """Make every rotary embedding keep its frequencies within the block: none reads positions, which may have no values."""
     before = [(module, module.rope_type) for module in model.modules() if getattr(module, "rope_type", None) is not None]
     try:
         for module, kind in before:

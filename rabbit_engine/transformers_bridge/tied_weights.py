@@ -1,4 +1,4 @@
-"""Which weights of a model are one and the same."""
+"""The weights of a model that share one tensor."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from transformers import PreTrainedModel
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """weight -> the weight it shares its tensor with, by the names of the state dict, parts of composite models included."""
+    """weight -> the weight it shares its tensor with, by state dict names, parts of composite models included."""
     return {target: source for target, source in model.all_tied_weights_keys.items() if target != source}
 
 
 def untie(model: PreTrainedModel, weight: str) -> None:
-    """Note that `weight` is one of its own, as `from_pretrained` does where tied weights are stored with different values."""
+    """Mark `weight` as not tied, as `from_pretrained` does if tied weights are stored with different values."""
     model.all_tied_weights_keys.pop(weight, None)

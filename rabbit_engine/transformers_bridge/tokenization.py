@@ -1,4 +1,4 @@
-"""What a tokenizer of ours overrides in transformers' two classes, under names of its own."""
+"""The private methods that our tokenizers override in transformers' two classes, under public names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.tokenization_python import Trie
 
 
 def split_at(words: Iterable[str], text: str) -> list[str]:
-    """`text` cut before and after each of `words`, the longest where several begin at one place; its parts joined are `text`."""
+    """`text` cut before and after each of `words`, the longest first if several match; the parts joined are `text`."""
     parts: list[str] = Trie(*[list(words)]).split(text)
     return parts
 
@@ -26,10 +26,10 @@ class _Decoding:
 
 
 class RustTokenizer(_Decoding, TokenizersBackend):
-    """Over a `tokenizers.Tokenizer`."""
+    """A tokenizer over a `tokenizers.Tokenizer`."""
 
     def prepared(self, text: Any) -> Any:
-        """A text, a pair's second text (None where there is none), or lists of them, as they are tokenised."""
+        """A text, a pair's second text (or None), or lists of them, as they will be tokenised."""
         return text
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -37,10 +37,10 @@ class RustTokenizer(_Decoding, TokenizersBackend):
 
 
 class PythonTokenizer(_Decoding, PreTrainedTokenizer):
-    """Over code of the subclass: pieces of a text, and what each piece's id is."""
+    """A tokenizer whose subclass splits text into pieces and maps pieces to ids."""
 
     def pieces_of(self, text: str) -> list[str]:
-        """A text without special tokens, in pieces."""
+        """The pieces of a text without special tokens."""
         raise NotImplementedError
 
     def id_of(self, piece: str) -> int:

@@ -1,4 +1,4 @@
-"""What transformers does to a checkpoint's tensors by their names: renamings in turn, then at most one converter."""
+"""transformers' conversion of a checkpoint's tensors by name: all renamings in turn, then at most one converter."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ __all__ = ["NameMap", "Place", "WeightRenaming", "WeightTransform", "as_values",
 def transforms_for(
     model: PreTrainedModel, quantizer: Quantizer | None = None, first: Iterable[WeightTransform] = ()
 ) -> list[WeightTransform]:
-    """Copies of the transforms `first`, then those that transformers has for this model and the quantiser of its checkpoint."""
+    """Copies of the transforms `first`, then transformers' own for this model and its checkpoint's quantiser."""
     return [*copy.deepcopy(list(first)), *get_model_conversion_mapping(model, None, quantizer)]
 
 
 def as_values(transform: WeightTransform) -> list[list[str]]:
-    """What a transform does, as plain values: its source patterns, its target patterns and its operations."""
+    """A transform as plain values: its source patterns, its target patterns and its operations."""
     operations = [repr(operation) for operation in getattr(transform, "operations", ())]
     return [list(transform.source_patterns), list(transform.target_patterns), operations]
 
 
 def in_loading_order(keys: Iterable[str]) -> list[str]:
-    """A checkpoint's keys as transformers takes them: numbers in names count, so layer 2 comes before layer 10."""
+    """A checkpoint's keys in transformers' order: numbers in names count, so layer 2 comes before layer 10."""
     return sorted(keys, key=dot_natural_key)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a stored tensor goes: into `weight` as it is, or through `converter`, whose source number `source` it is.
+    """Where a stored tensor goes: into `weight` unchanged, or through `converter`, as its source number `source`.
 
-    `weight` is the first of the weights that the converter makes.
+    `weight` is the first of the converter's weights.
     """
 
     weight: str
@@ -47,7 +47,7 @@ class Place:
 
 
 class NameMap:
-    """The keys of a checkpoint in the words of `model`, by `transforms`."""
+    """Maps the keys of a checkpoint to the names of `model`, with `transforms`."""
 
     def __init__(self, model: PreTrainedModel, transforms: Sequence[WeightTransform]) -> None:
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -55,7 +55,7 @@ class NameMap:
         self._prefix, self._state = model.base_model_prefix, model.state_dict()
 
     def place_of(self, key: str) -> Place | None:
-        """The weight that the tensor stored as `key` goes into; None where the model has no place for it."""
+        """The weight that the tensor `key` goes into; None if the model has no place for it."""
         name, pattern = self._rename(key, self._renamings, self._converters)
         if name not in self._state and key in self._state:
             name, pattern = self._rename(key, [], [])
@@ -67,7 +67,7 @@ class NameMap:
         return Place(name, converter, converter.source_patterns.index(pattern))
 
     def renamed(self, key: str) -> str:
-        """`key` in the model's words, as far as there are any."""
+        """`key` under the model's name, as far as it has one."""
         return self._rename(key, self._renamings, [])[0]
 
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
