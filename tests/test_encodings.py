@@ -170,3 +170,12 @@ def test_values_without_scales_are_not_quantised(stored: dict[str, TensorEntry])
 def test_every_format_that_transformers_undoes_has_an_encoding_here(method: str) -> None:
     values = TensorEntry("w", Path("w.safetensors"), 0, 4, torch.float32, (1,))
     assert decoded_entry(method, "w", torch.bfloat16, values, None) in (values, "its scales are not stored")
+
+
+def test_an_encoded_weight_is_not_cut_into_ranges_of_its_bytes() -> None:
+    values = TensorEntry("w", Path("w.safetensors"), 0, 64, torch.float8_e4m3fn, (8, 8))
+    scales = TensorEntry("s", Path("w.safetensors"), 64, 4, torch.float32, (1, 1))
+    entry = fp8_entry("w", torch.bfloat16, values, scales)
+    assert isinstance(entry, TensorEntry)
+    with pytest.raises(ValueError, match="w is stored encoded"):
+        entry.rows(0, 4)

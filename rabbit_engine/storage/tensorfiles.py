@@ -88,7 +88,9 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, stop: int) -> TensorEntry:
-        """Rows `first` to `stop` (along dimension 0) as an entry."""
+        """Rows `first` to `stop` (along dimension 0) as an entry. Raises ValueError for an encoded one: see `each_row`."""
+        if self.is_encoded:
+            raise ValueError(f"{self.name} is stored encoded: its rows are not ranges of its bytes")
         row_bytes = self.nbytes // self.shape[0]
         begin, end, position, found = first * row_bytes, stop * row_bytes, 0, []
         for place in self.places:
