@@ -158,7 +158,8 @@ class _Builder:
         """Read the stored unit into the scratch, and write its decoded weights to their place."""
         scratch = self._plan.scratch_start
         fill_all(self._ring, [(unit, scratch)])
-        tensors = unit.decode(self._ring.view(scratch, unit.nbytes), self._ring.view(start, unit.decoded_bytes))
+        stored, work = self._ring.view(scratch, unit.nbytes), self._ring.view(scratch + unit.nbytes, unit.work_bytes)
+        tensors = unit.decode(stored, self._ring.view(start, unit.decoded_bytes), work)
         self._ring.finish(self._ring.last_use())  # the next unit is read to the same scratch; any stream may use these
         for weight, tensor in zip(unit.weights, tensors, strict=True):
             self._set_everywhere(weight.entry.name, tensor)

@@ -12,6 +12,7 @@ import torch
 class Cast:
     """One component of the weight's shape, rounded to its dtype."""
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Round to nearest, as `Tensor.to` does."""
+        del work
         out.copy_(stored[0])

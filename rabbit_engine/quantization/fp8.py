@@ -6,23 +6,30 @@ A weight [..., rows, columns] is cut into a grid of blocks of equal size, one sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rabbit_engine.storage.encoding import WORK_BYTES
+from rabbit_engine.storage.encoding import carve
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
-_EXPONENT_SHIFT = 2.0**120
-"""Factor by which an e4m3 value shrinks when its bits are shifted to float32's positions: the biases are 7 and 127."""
+_MOST_AT_ONCE = 2**20
+"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
 
-_LARGEST_FAST_SCALE = 2.0**7
-"""A larger scale times the shift might overflow float32."""
+_SHIFT = torch.tensor(7, dtype=torch.int16, device="cpu")
+_VALUE_BITS = torch.tensor(-0x4080, dtype=torch.int16, device="cpu")
+"""The sign of a float16 and the seven bits that e4m3's exponent and mantissa are shifted to. Both are tensors because torch
+would convert a Python number for every operation."""
 
-_NAN_CODE = 0x7F
-_VALUE_BITS = -0x78100000
-"""The sign of a float32 and the seven bits that e4m3's exponent and mantissa are shifted to."""
+_EXPONENT_SHIFT = 2.0**8
+"""Factor by which an e4m3 value shrinks when its bits are shifted to float16's positions: the biases are 7 and 15."""
+
+_LARGEST_SHIFTED_SCALE = 2.0**119
+"""A larger scale times `_EXPONENT_SHIFT` might overflow float32."""
+
+_LARGEST_CODE = 0x7E
+"""The code of 448, without the sign; the next one is NaN, which float16 has elsewhere."""
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu, torch.uint8)
 
@@ -31,57 +38,59 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.fl
 class Fp8Blocks:
     """Components: the weight in an eight-bit float, and its scales, one for each block."""
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Decode one row of blocks at a time, so that temporaries stay in the processor's caches."""
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+        """Decode some rows at a time: to float32, times their scales, to the dtype of `out`."""
         weight, scales = stored
-        columns = weight.shape[-1]
-        grid = _grid(scales)
-        block_rows, block_columns = weight.shape[-2] // grid.shape[-2], columns // grid.shape[-1]
+        columns, grid = weight.shape[-1], _grid(scales)
         values, target = weight.view(-1, columns), out.view(-1, columns)
-        step = min(block_rows, max(1, WORK_BYTES // (2 * 4 * columns)))
-        product = _ShiftedProduct(step * columns) if _can_shift(weight, grid) else _product
-        for index, scale in enumerate(grid.view(-1, 1, grid.shape[-1], 1)):
-            end = (index + 1) * block_rows
-            for row in range(end - block_rows, end, step):
-                rows = slice(row, min(row + step, end))
-                blocks = values[rows].view(-1, grid.shape[-1], block_columns)
-                target[rows].view(blocks.shape).copy_(product(blocks, scale))
+        can_shift = _can_shift(values, grid)
+        if can_shift:
+            grid = grid * _EXPONENT_SHIFT
+        at_once = max(1, min(_MOST_AT_ONCE, work.nbytes // (2 + 4)) // columns)
+        half, single = carve(work, (torch.int16, at_once * columns), (torch.float32, at_once * columns))
+        for codes, factors, decoded in _pieces(values, grid, target, at_once):
+            wide = single[: codes.numel()].view(codes.shape)
+            wide.copy_(_shifted(codes, half) if can_shift else codes)
+            wide.view(len(factors), -1, grid.shape[1], columns // grid.shape[1]).mul_(factors[:, None, :, None])
+            decoded.copy_(wide)
 
 
 def _grid(scales: torch.Tensor) -> torch.Tensor:
-    """The scales in float32, [..., block rows, block columns]; bytes are exponents, biased by 127."""
+    """The scales in float32, [rows of blocks, blocks in a row]; bytes are exponents, biased by 127."""
     found = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
-    return found if found.ndim >= 2 else found.reshape(1, 1)
+    return found.reshape(-1, scales.shape[-1] if scales.ndim >= 2 else 1)
 
 
-def _can_shift(weight: torch.Tensor, grid: torch.Tensor) -> bool:
-    is_e4m3 = weight.dtype == torch.float8_e4m3fn
-    return weight.device.type == "cpu" and is_e4m3 and bool(grid.abs().amax() < _LARGEST_FAST_SCALE)
+def _can_shift(values: torch.Tensor, grid: torch.Tensor) -> bool:
+    """Whether `_shifted` converts the values, which takes a twentieth of torch's time on a CPU: finite e4m3 ones."""
+    if values.device.type != "cpu" or values.dtype != torch.float8_e4m3fn or grid.abs().amax() >= _LARGEST_SHIFTED_SCALE:
+        return False
+    positive, negative = values.view(torch.int8).amax(), values.view(torch.uint8).amax()
+    return bool(positive <= _LARGEST_CODE and negative <= 0x80 + _LARGEST_CODE)
 
 
-def _product(block: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return block.float().mul_(scale)
+def _pieces(
+    values: torch.Tensor, grid: torch.Tensor, target: torch.Tensor, at_once: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """At most `at_once` rows of `values` and `target`, which are whole rows of blocks or lie in one, and their scales."""
+    block_rows = len(values) // len(grid)
+    blocks = max(1, at_once // block_rows)
+    rows = blocks * block_rows
+    for codes, factors, decoded in zip(values.split(rows), grid.split(blocks), target.split(rows), strict=True):
+        for some, out in zip(codes.split(at_once), decoded.split(at_once), strict=True):
+            yield some, factors, out
 
 
-class _ShiftedProduct:
-    """The same values. torch converts eight-bit floats one by one on a CPU; shifting their bits into place is 20 times faster.
+def _shifted(codes: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """e4m3 values over `_EXPONENT_SHIFT`, as float16 in `memory`.
 
-    The sign goes where float32 has its sign, the seven bits after it go where float32 has the lowest four of the exponent and
-    the highest three of the mantissa; a NaN has no such place. The memory for `most` values is reused: claiming it for every
-    block would take four times as long as the arithmetic.
+    The sign goes where float16 has its sign, the seven bits after it go to the lowest four of the exponent and the highest
+    three of the mantissa. A processor converts the smallest values, whose exponent is 0 in both, as fast as others.
     """
-
-    def __init__(self, most: int) -> None:
-        self._shifted = torch.empty(most, dtype=torch.int32, device="cpu")
-        self._codes = torch.empty(most, dtype=torch.uint8, device="cpu")
-
-    def __call__(self, block: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """float32 of `block`'s shape, overwritten by the next call."""
-        codes, shifted = (memory[: block.numel()].view(block.shape) for memory in (self._codes, self._shifted))
-        if int(torch.bitwise_and(block.view(torch.uint8), _NAN_CODE, out=codes).amax()) == _NAN_CODE:
-            return _product(block, scale)
-        torch.bitwise_left_shift(shifted.copy_(block.view(torch.int8)), 20, out=shifted)
-        return shifted.bitwise_and_(_VALUE_BITS).view(torch.float32).mul_(scale * _EXPONENT_SHIFT)
+    bits = memory[: codes.numel()].view(codes.shape)
+    bits.copy_(codes.view(torch.int8))
+    torch.bitwise_left_shift(bits, _SHIFT, out=bits)
+    return bits.bitwise_and_(_VALUE_BITS).view(torch.float16)
 
 
 def fp8_entry(name: str, dtype: torch.dtype, weight: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:

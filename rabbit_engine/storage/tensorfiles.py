@@ -20,7 +20,7 @@ import xxhash
 
 from rabbit_engine.errors import DamagedFileError, first_line
 from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
-from rabbit_engine.storage.encoding import Encoding
+from rabbit_engine.storage.encoding import Encoding, work_bytes
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
@@ -138,15 +138,15 @@ def encoded(
     )
 
 
-def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor) -> None:
-    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order."""
+def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order. `work` as `Encoding` says."""
     if entry.encoding is not None:
-        entry.encoding.decode([next(stored) for _ in entry.components], out)
+        entry.encoding.decode([next(stored) for _ in entry.components], out, work)
     elif entry.parts and entry.is_encoded:
         flat, position = out.view(-1), 0
         for part in entry.parts:
             count = math.prod(part.shape)
-            decode(part, stored, flat[position : position + count].view(part.shape))
+            decode(part, stored, flat[position : position + count].view(part.shape), work)
             position += count
     else:
         out.copy_(next(stored).view(out.shape))
@@ -249,7 +249,8 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """The tensor, decoded, in its own memory: the file is not mapped. Raises DamagedFileError."""
     if entry.is_encoded:
         out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        decode(entry, (read_tensor(tensor) for tensor in entry.stored), out)
+        work = torch.empty(work_bytes(entry.decoded_bytes), dtype=torch.uint8, device="cpu")
+        decode(entry, (read_tensor(tensor) for tensor in entry.stored), out, work)
         return out
     flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     position = 0

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from rabbit_engine.errors import StreamingError
-from rabbit_engine.storage.tensorfiles import TensorEntry
-from rabbit_engine.streaming.transfer.unit import SCRATCH_ALIGNMENT, Unit
+from rabbit_engine.streaming.transfer.unit import Unit
 
 
 class Scratch:
@@ -26,11 +25,7 @@ class Scratch:
 
     def views(self, unit: Unit) -> list[torch.Tensor]:
         """Where the encoded weights of `unit` are decoded to, in their order."""
-        entries, place, found = [weight.entry for weight in unit.weights if weight.entry.is_encoded], 0, []
-        for entry in entries:
-            found.append(_view(self._memory, place, entry))
-            place += entry.decoded_bytes + -entry.decoded_bytes % SCRATCH_ALIGNMENT
-        return found
+        return unit.scratch_views(self._memory)
 
     @contextmanager
     def holding(self, unit: Unit, memory: torch.Tensor, views: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -42,9 +37,7 @@ class Scratch:
             if self._users:
                 raise StreamingError(f"{unit.name} is asked for while the weights of another unit are in its scratch memory")
             self._unit = None  # whatever interrupts the decoding leaves nobody's weights
-            encoded = (weight for weight in unit.weights if weight.entry.is_encoded)
-            for weight, out in zip(encoded, views, strict=True):
-                weight.decode(memory, out)
+            unit.decode_encoded(memory, views, self._memory)
             self._unit = unit
         self._users += 1
         try:
@@ -60,7 +53,3 @@ class Scratch:
         """Let go of the memory."""
         self._unit = None
         self._memory = self._memory[:0].clone()
-
-
-def _view(memory: torch.Tensor, place: int, entry: TensorEntry) -> torch.Tensor:
-    return memory[place : place + entry.decoded_bytes].view(entry.dtype).view(entry.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -11,13 +11,10 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, aligned_up
-from rabbit_engine.storage.encoding import WORK_BYTES
+from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry, decode
 
 SCRATCH_ALIGNMENT = 64
-
-_WORK_SHARE = 8
-"""What decoding takes on the way, at most, in terms of the decoded bytes: seen in MXFP4, four for a float of two bytes."""
 
 KERNEL_ALIGNMENT = 16
 """Weights start on a multiple of this: float32 kernels round otherwise at 8 mod 16, and equal bits are promised."""
@@ -59,9 +56,9 @@ class UnitWeight:
         """A weight that is not encoded in `memory` (uint8 [unit.nbytes]), without a copy."""
         return _view(memory, self.entry, self.places[0])
 
-    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
-        """Write an encoded weight to `out`, of its shape and dtype."""
-        decode(self.entry, map(partial(_view, memory), self.entry.stored, self.places), out)
+    def decode(self, memory: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+        """Write an encoded weight to `out`, of its shape and dtype; temporaries lie in `work` (uint8 [unit.work_bytes])."""
+        decode(self.entry, map(partial(_view, memory), self.entry.stored, self.places), out, work)
 
 
 def _view(memory: torch.Tensor, entry: TensorEntry, place: int) -> torch.Tensor:
@@ -91,35 +88,45 @@ class Unit:
         return any(weight.entry.is_encoded for weight in self.weights)
 
     @property
+    def encoded(self) -> tuple[UnitWeight, ...]:
+        """Those of its weights that are decoded before use."""
+        return tuple(weight for weight in self.weights if weight.entry.is_encoded)
+
+    @property
     def scratch_bytes(self) -> int:
         """Whole pages for its encoded weights once they are decoded, and `work_bytes`."""
-        decoded = [weight.entry.decoded_bytes for weight in self.weights if weight.entry.is_encoded]
-        return aligned_up(sum(nbytes + -nbytes % SCRATCH_ALIGNMENT for nbytes in decoded)) + self.work_bytes
+        return _decoded_bytes(self.encoded) + self.work_bytes
 
     @property
     def work_bytes(self) -> int:
-        """Whole pages for what decoding takes on the way."""
-        decoded = (weight.entry.decoded_bytes for weight in self.weights if weight.entry.is_encoded)
-        return aligned_up(min(WORK_BYTES, _WORK_SHARE * max(decoded, default=0)))
+        """Whole pages for the temporaries of decoding, one weight at a time."""
+        return aligned_up(max((work_bytes(weight.entry.decoded_bytes) for weight in self.encoded), default=0))
 
     @property
     def decoded_bytes(self) -> int:
         """Whole pages for all its weights, decoded, each from a multiple of SCRATCH_ALIGNMENT on."""
-        sizes = (weight.entry.decoded_bytes for weight in self.weights)
-        return aligned_up(sum(nbytes + -nbytes % SCRATCH_ALIGNMENT for nbytes in sizes))
+        return _decoded_bytes(self.weights)
 
-    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
-        """Every weight of the unit that lies in `memory` (uint8 [nbytes]), in `out` (uint8 [decoded_bytes])."""
-        found, place = [], 0
-        for weight in self.weights:
-            entry = weight.entry
-            tensor = out[place : place + entry.decoded_bytes].view(entry.dtype).view(entry.shape)
-            if entry.is_encoded:
-                weight.decode(memory, tensor)
+    def scratch_views(self, scratch: torch.Tensor) -> list[torch.Tensor]:
+        """Where its encoded weights are decoded to in `scratch` (uint8 [scratch_bytes] or more), in their order."""
+        return _decoded_views(self.encoded, scratch)
+
+    def decode_encoded(self, memory: torch.Tensor, views: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+        """Write the encoded weights of the unit that lies in `memory` (uint8 [nbytes]) to their `views` in `scratch`."""
+        start = _decoded_bytes(self.encoded)
+        work = scratch[start : start + self.work_bytes]
+        for weight, out in zip(self.encoded, views, strict=True):
+            weight.decode(memory, out, work)
+
+    def decode(self, memory: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> list[torch.Tensor]:
+        """Every weight of the unit that lies in `memory` (uint8 [nbytes]), in `out` (uint8 [decoded_bytes]); temporaries lie in
+        `work` (uint8 [work_bytes])."""
+        found = _decoded_views(self.weights, out)
+        for weight, tensor in zip(self.weights, found, strict=True):
+            if weight.entry.is_encoded:
+                weight.decode(memory, tensor, work)
             else:
                 tensor.copy_(weight.view(memory))
-            found.append(tensor)
-            place += entry.decoded_bytes + -entry.decoded_bytes % SCRATCH_ALIGNMENT
         return found
 
     @property
@@ -134,6 +141,23 @@ class Unit:
     def staged_chunks(self) -> tuple[Extent, ...]:
         """Those of them that go through a staging buffer, also on a CPU."""
         return tuple(chunk for extent in self.extents if not extent.in_pages for chunk in _cut(extent))
+
+
+def _decoded_bytes(weights: Iterable[UnitWeight]) -> int:
+    return aligned_up(sum(_padded(weight.entry.decoded_bytes) for weight in weights))
+
+
+def _decoded_views(weights: Iterable[UnitWeight], memory: torch.Tensor) -> list[torch.Tensor]:
+    """Where each weight lies in `memory`, decoded, one behind another."""
+    found, place = [], 0
+    for entry in (weight.entry for weight in weights):
+        found.append(memory[place : place + entry.decoded_bytes].view(entry.dtype).view(entry.shape))
+        place += _padded(entry.decoded_bytes)
+    return found
+
+
+def _padded(nbytes: int) -> int:
+    return nbytes + -nbytes % SCRATCH_ALIGNMENT
 
 
 def _cut(extent: Extent) -> Iterator[Extent]:
