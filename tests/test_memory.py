@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,29 @@ def test_neither_freed_tensors_nor_prompts_of_ever_new_lengths_grow_the_process(
     of_tensors, of_kernels = map(int, done.stdout.split())
     assert of_tensors < 4 * 2**20  # left to glibc: 20 MB
     assert of_kernels < 10 * 2**20  # all kernels kept: 60 MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the threads of a process are counted in /proc")
+def test_readers_start_no_threads_of_torch(tmp_path: Path) -> None:
+    """Those of the thread that runs the model wait far longer for each other once a process has more of them than processors."""
+    threads, nbytes = torch.get_num_threads(), 2**20
+    path = tmp_path / "misaligned"
+    path.write_bytes(bytes(nbytes + 8))
+    chunk = Extent(path, offset=8, nbytes=nbytes, place=0)
+    counted: list[int] = []
+
+    def read() -> None:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        ring.fill(chunk, 0, None, "misaligned", 0)
+        counted.append(len(list(Path("/proc/self/task").iterdir())) - before)
+
+    torch.set_num_threads(2)
+    try:
+        ring = claim_ring(torch.device("cpu"), nbytes, Trace())
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join()
+        ring.close()
+    finally:
+        torch.set_num_threads(threads)
+    assert counted == [0]

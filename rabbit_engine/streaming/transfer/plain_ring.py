@@ -6,6 +6,7 @@ import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from rabbit_engine.storage.directio import HUGE_PAGE, PAGE, as_bytes, claim_memory
@@ -62,7 +63,7 @@ class PlainRing:
         del after
         self._touch(start, source.nbytes)
         with self._trace.span("copy", name, source.nbytes):
-            self._memory[start : start + source.nbytes].copy_(source)
+            _copy(self._memory[start : start + source.nbytes], source)
 
     def seal(self) -> Mark:
         """No mark: `fill` returns when the bytes have arrived."""
@@ -99,3 +100,12 @@ class PlainRing:
         while not self._staging.empty():
             self._staging.get()
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy uint8 [nbytes]. On a CPU numpy does it, in the calling thread: torch would start threads for every reader, and with
+    more of them than processors every operation of the model waits for them to wake (32 microseconds, 6 before)."""
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
