@@ -150,7 +150,7 @@ def test_every_keyword_of_other_libraries_is_on_the_page_with_what_becomes_of_it
     assert set(rows) >= set(RETIRED_KEYWORDS) | set(RABBITLLM)
     for name, row in rows.items():
         if name in RETIRED_KEYWORDS:
-            assert "no meaning (a warning)" in row, name
+            assert "no effect (a warning)" in row, name
         elif name not in known:
             assert "an error" in row or "first argument" in row, name
 

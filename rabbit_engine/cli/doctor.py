@@ -77,7 +77,7 @@ def _findings_table(findings: tuple[engine.doctor.Finding, ...]) -> Table:
 
 def _paces_table(found: engine.doctor.Diagnosis) -> Table:
     rate = f"{format_rate(found.speeds.disk, 1)} ({found.speeds.source})"
-    title = f"bf16 on {found.device}, in what memory is free now, from a disk of {rate}"
+    title = f"bf16 on {found.device}, in the memory free now, from a disk of {rate}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("model", "weights", "from", "a token, about", "bound", "4-bit would"):
         table.add_column(name)
