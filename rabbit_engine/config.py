@@ -67,7 +67,7 @@ _NAME_BYTES, _PATH_BYTES = 255, 4095
 """The longest names that today's file systems and operating systems accept."""
 
 
-def _check_text(keyword: str, value: Any) -> None:
+def _check_text(keyword: str, value: object) -> None:
     """Raise ConfigurationError unless `value` is None or a string that can be part of a file name."""
     if value is not None and not isinstance(value, str):
         raise ConfigurationError(f"{keyword}={value!r} is of type {type(value).__name__}: pass a string, or leave it out")
@@ -84,7 +84,7 @@ def _can_be_file(path: str) -> bool:
     return b"\0" not in name and len(name) <= _PATH_BYTES and max(map(len, name.split(b"/"))) <= _NAME_BYTES
 
 
-def _check_renamings(mapping: Any) -> None:
+def _check_renamings(mapping: object) -> None:
     """Raise ConfigurationError unless `mapping` maps regular expressions to names."""
     if not isinstance(mapping, Mapping) or not all(isinstance(text, str) for row in mapping.items() for text in row):
         raise ConfigurationError(f"key_mapping={mapping!r} does not map patterns of stored names to replacements")
@@ -179,7 +179,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def parse_path(keyword: str, value: Any) -> Path | None:
+def parse_path(keyword: str, value: object) -> Path | None:
     """A keyword's value as a path, or None if it is not given. Raises ConfigurationError for a value that is not a path."""
     if value is None or value == "":
         return None

@@ -170,7 +170,7 @@ def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, A
     return found
 
 
-def _refuse_quantized(folder: Path, method: Any) -> None:
+def _refuse_quantized(folder: Path, method: object) -> None:
     if method:
         kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
         raise CompressionUnavailableError(

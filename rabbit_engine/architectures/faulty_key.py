@@ -55,7 +55,7 @@ def _works(attempt: Callable[[dict[str, Any]], Any], raw: dict[str, Any]) -> boo
     return True
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

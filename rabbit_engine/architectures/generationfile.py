@@ -10,28 +10,28 @@ from typing import Any
 from rabbit_engine.errors import DamagedCheckpointError, first_line
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
     """For options where transformers does not accept 5.0 for 5; 0.0 turns the option off."""
     return isinstance(value, int) or value == 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float))
 
 
-def _are(fits: Callable[[Any], bool], value: Any) -> bool:
+def _are(fits: Callable[[Any], bool], value: object) -> bool:
     return isinstance(value, list) and all(map(fits, value))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     """A negative id means none; transformers accepts it."""
     return isinstance(value, int) and -(2**63) <= value < 2**63
 
@@ -41,7 +41,7 @@ def _is_index(value: Any) -> bool:
     return _is_id(value) and not isinstance(value, bool) and value >= 0
 
 
-def _is_bias(value: Any) -> bool:
+def _is_bias(value: object) -> bool:
     """An item of `[[[17, 4], -2.5], ...]`; transformers does not accept an integer as the bias."""
     return isinstance(value, list) and len(value) > 1 and _are(_is_index, value[0]) and isinstance(value[1], float)
 

@@ -74,7 +74,7 @@ def _renaming(method: Callable[..., Any]) -> Callable[..., Any]:
     others = [name for name in CACHE_NAMES if name not in inspect.signature(method).parameters]
 
     @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         for name in others:
             if name in kwargs:
                 kwargs.setdefault(own, kwargs.pop(name))
@@ -85,7 +85,7 @@ def _renaming(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _explained(method: Callable[..., Any], written: str | None) -> Callable[..., Any]:
     @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         try:
             return method(*args, **kwargs)
         except RabbitError:

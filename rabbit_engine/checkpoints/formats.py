@@ -66,7 +66,7 @@ class LazyTensor(Protocol):
     def path(self) -> Path:
         """The file that holds it."""
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: object) -> torch.Tensor:
         """Read it; the only index used is `...`."""
 
 
@@ -233,7 +233,7 @@ class SafetensorsTensor(_Named):
         return self.entry.path
 
     @damage_as(DamagedCheckpointError)
-    def __getitem__(self, _: Any) -> torch.Tensor:
+    def __getitem__(self, _: object) -> torch.Tensor:
         return read_tensor(self.entry)
 
 
@@ -361,7 +361,7 @@ class PickleTensor(_Named):
         """The file that holds it."""
         return self.file.path
 
-    def __getitem__(self, _: Any) -> torch.Tensor:
+    def __getitem__(self, _: object) -> torch.Tensor:
         return self.file.read(self.name)
 
 
@@ -374,7 +374,7 @@ class GgufTensor:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.uint8
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: object) -> torch.Tensor:
         return self.inner[index]  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -99,7 +98,7 @@ def _config_overrides(source: SourceConfig) -> ConfigOverrides:
     )
 
 
-def _config_place(name: Any, source: SourceConfig) -> Path:
+def _config_place(name: object, source: SourceConfig) -> Path:
     """The file or folder of a config given by path or repo id."""
     if not isinstance(name, str | PathLike):
         raise ConfigurationError(f"config={name!r} is not a config: pass a config object, a folder, a file or a repo id")

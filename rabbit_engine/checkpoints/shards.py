@@ -310,7 +310,7 @@ def read_journal(folder: Path) -> Journal | None:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {advice}") from cause
 
 
-def _tensor_row(row: Any, files: Collection[str]) -> tuple[str, str, str, list[int]]:
+def _tensor_row(row: object, files: Collection[str]) -> tuple[str, str, str, list[int]]:
     """(key, file, dtype, shape). Raises ValueError."""
     if not isinstance(row, list) or len(row) != 4 or not all(isinstance(item, str) for item in row[:3]):
         raise ValueError(f"tensors has {shown(row)}, expected a key, a file, a dtype and a shape")

@@ -132,7 +132,7 @@ class Loading:
             token=self.token, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
         )
 
-    def splitting(self, **changed: Any) -> engine.config.SplitConfig:
+    def splitting(self, **changed: object) -> engine.config.SplitConfig:
         """How the checkpoint is split, for commands that do not load it; `changed` are other fields of SplitConfig."""
         settings: dict[str, Any] = {
             "mode": self.split,

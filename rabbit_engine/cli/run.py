@@ -47,7 +47,7 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
     return {"do_sample": bool(given) or seed is not None, **given}
 
 
-def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> None:
+def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: object) -> None:
     """Generate one text and write it as it comes; with beam search, the best one at the end.
 
     Raises ConfigurationError for settings that `generate` rejects.
@@ -60,7 +60,7 @@ def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.
     typer.echo(model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: Any) -> Any:
+def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: object) -> Any:
     try:
         return model.generate(**inputs, num_return_sequences=1, **keywords)
     except RabbitError:

@@ -37,7 +37,7 @@ def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
     """Record every call of an attention function, of any model, as a span."""
 
     def traced(name: str, function: AttentionFunction) -> AttentionFunction:
-        def attention(*args: Any, **kwargs: Any) -> Any:
+        def attention(*args: object, **kwargs: object) -> Any:
             with trace.device_span("attention", name, device):
                 return function(*args, **kwargs)
 

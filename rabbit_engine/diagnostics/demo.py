@@ -82,7 +82,7 @@ def ask(
     question: str = QUESTION,
     max_new_tokens: int = 24,
     on_loaded: Callable[[Plan], None] = lambda _: None,
-    **keywords: Any,
+    **keywords: object,
 ) -> DemoResult:
     """Ask the small model, in MEMORY unless `max_memory` is given; `on_text` gets the text as it is generated."""
     if keywords.get("max_memory") is None:

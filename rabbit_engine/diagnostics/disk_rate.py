@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -114,7 +114,7 @@ def scratch_file(folder: Path, nbytes: int, own_files: Path = OWN_FILES) -> Iter
         Path(name).unlink()
 
 
-def _write_random(file: IO[Any], nbytes: int) -> None:
+def _write_random(file: IO[bytes], nbytes: int) -> None:
     """Write random bytes, which no file system can compress, and wait until they are on disk."""
     generator = torch.Generator().manual_seed(time.time_ns())
     block = torch.empty(2**21, dtype=torch.int64)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
@@ -115,7 +115,7 @@ def measure_products(device: torch.device) -> float:
     return weight.nbytes / statistics.median(seconds[1:])
 
 
-def _partition(config: Any) -> Partition:
+def _partition(config: PretrainedConfig) -> Partition:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return partition_model(model, *unread_entries(model))

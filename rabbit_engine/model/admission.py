@@ -15,7 +15,7 @@ _USUAL_LENGTH = 20
 """The default number of tokens of prompt and answer, as in transformers."""
 
 
-def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, Any], config: Any) -> None:
+def refuse_what_cannot_fit(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> None:
     """Raise PromptTooLongError if `generate` for `prompt` ([sequences, tokens], or embeddings) needs more than the free memory.
 
     `given` are its keywords, `config` the generation config for everything else. A session's requests were already checked.
@@ -26,7 +26,7 @@ def refuse_what_cannot_fit(runtime: Runtime, prompt: Any, given: Mapping[str, An
     refuse_beyond(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device))
 
 
-def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: Any) -> Demand:
+def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: object) -> Demand:
     """The demand of a `generate` call: every beam and every answer to the same prompt is a separate sequence."""
 
     def asked(name: str) -> Any:

@@ -118,7 +118,7 @@ class StreamingMixin:
         refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
-    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, peft_model_id: object = None, adapter_name: str | None = None, *args: object, **kwargs: object) -> Any:
         """transformers' `load_adapter`.
 
         Raises CannotLoadStateError if a converted model has other modules than those the adapter was trained on, for an
@@ -128,13 +128,13 @@ class StreamingMixin:
         load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+    def tie_weights(self, *args: object, **kwargs: object) -> None:
         """Do nothing while weights are streamed: those that the checkpoint ties are already shared."""
         if not _streams(self):
             super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: object, **kwargs: object
     ) -> Any:
         """transformers' `resize_token_embeddings`; raises CannotResizeError if weights are streamed and the size changes."""
         now = self.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
@@ -148,21 +148,21 @@ class StreamingMixin:
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # type: ignore[misc]
 
-    def set_input_embeddings(self, value: Any) -> None:
+    def set_input_embeddings(self, value: object) -> None:
         """transformers' `set_input_embeddings`; raises CannotResizeError for another module while weights are streamed."""
         _refuse_other(self, value, self.get_input_embeddings())  # type: ignore[attr-defined]
         super().set_input_embeddings(value)  # type: ignore[misc]
 
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
+    def set_output_embeddings(self, new_embeddings: object) -> None:
         """transformers' `set_output_embeddings`; raises CannotResizeError for another module while weights are streamed."""
         _refuse_other(self, new_embeddings, self.get_output_embeddings())  # type: ignore[attr-defined]
         super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
 
-    def get_compiled_call(self, *_: Any, **__: Any) -> Any:
+    def get_compiled_call(self, *_: object, **__: object) -> Any:
         """The call itself, not compiled: streamed weights are not loaded when a compiler looks."""
         return self.__call__  # type: ignore[operator]
 
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
+    def _apply(self, *_: object, **__: object) -> NoReturn:
         raise CannotMoveError(
             f"a streamed model stays on {self._assembly.device} in {self._checkpoint.dtype}: "
             "load it with the device= and dtype= you need"
@@ -176,7 +176,7 @@ class StreamingMixin:
             return self
         return self._apply()
 
-    def cuda(self, device: Any = None) -> Self:
+    def cuda(self, device: object = None) -> Self:
         """`to` a CUDA device."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
@@ -184,11 +184,11 @@ class StreamingMixin:
         """`to("cpu")`."""
         return self.to("cpu")
 
-    def half(self, *_: Any) -> Self:
+    def half(self, *_: object) -> Self:
         """`to(torch.float16)`."""
         return self.to(torch.float16)
 
-    def float(self, *_: Any) -> Self:
+    def float(self, *_: object) -> Self:
         """`to(torch.float32)`."""
         return self.to(torch.float32)
 
@@ -200,35 +200,35 @@ class StreamingMixin:
         """`to(torch.float64)`."""
         return self.to(torch.float64)
 
-    def type(self, dst_type: Any) -> Self:
+    def type(self, dst_type: object) -> Self:
         """Raises CannotMoveError unless it is the model's own dtype."""
         return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
 
-    def to_empty(self, **_: Any) -> NoReturn:
+    def to_empty(self, **_: object) -> NoReturn:
         """Raises CannotMoveError."""
         self._apply()
 
     def __copy__(self) -> NoReturn:
         raise CannotCopyError("a streamed model owns a thread and slots: load it a second time instead of copying it")
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __deepcopy__(self, memo: object) -> NoReturn:
         self.__copy__()
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise CannotPickleError("a streamed model cannot be pickled: send its name, and load it where it is needed")
 
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+    def save_pretrained(self, *_: object, **__: object) -> NoReturn:
         """Raises CannotSaveError."""
         raise CannotSaveError(
             f"the weights of a streamed model are already on disk, in {self._checkpoint.folder}: copy the original checkpoint "
             "or that folder; an adapter is saved by PeftModel.save_pretrained"
         )
 
-    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+    def push_to_hub(self, *_: object, **__: object) -> NoReturn:
         """Raises CannotSaveError."""
         self.save_pretrained()
 
-    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+    def load_state_dict(self, *_: object, **__: object) -> NoReturn:
         """Raises CannotLoadStateError."""
         raise CannotLoadStateError(
             "the weights of a streamed model are read from its shards: save them as a checkpoint and load that; "
@@ -248,7 +248,7 @@ def _streams(model: Any) -> bool:
     return any(isinstance(weight, Placeholder) for weight in model.parameters())
 
 
-def _refuse_other(model: Any, module: Any, present: Any) -> None:
+def _refuse_other(model: object, module: object, present: object) -> None:
     if module is not present and _streams(model):
         raise CannotResizeError(
             "cannot replace the embeddings of a model whose weights are streamed: change and save it with "
@@ -284,7 +284,7 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _checked(tokenizer: Any, folder: Path) -> Any:
+def _checked(tokenizer: object, folder: Path) -> Any:
     """The tokenizer, if its maximum length is a number, which it compares with every text. Raises TokenizerNotFoundError."""
     most = getattr(tokenizer, "model_max_length", 0)
     if not isinstance(most, int | float):

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +130,7 @@ class _Watch(TorchDispatchMode):
         self.live_bytes += nbytes
         self._peak_bytes = max(self._peak_bytes, self.live_bytes)
 
-    def begin_phase(self, *_: Any) -> None:
+    def begin_phase(self, *_: object) -> None:
         """Restart the count of live bytes."""
         self._peaks.append(self._peak_bytes)
         self._peak_bytes = self.live_bytes
@@ -213,7 +213,7 @@ def _prompt(model: PreTrainedModel, watch: _Watch, tokens: int) -> _Prompt:
     return _Prompt(tokens, output, watch.operations - operations, (layers, max(after, default=0)))
 
 
-def _grown_bytes(model: PreTrainedModel, prompt: Any) -> int:
+def _grown_bytes(model: PreTrainedModel, prompt: object) -> int:
     """Bytes by which the cache after a prompt grows with a token."""
     cache = cache_of(prompt)
     held = _cache_bytes(cache)
@@ -221,7 +221,7 @@ def _grown_bytes(model: PreTrainedModel, prompt: Any) -> int:
     return max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
 
 
-def _cache_bytes(cache: Any) -> int:
+def _cache_bytes(cache: object) -> int:
     layers = getattr(cache, "layers", None) or []
     held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
@@ -329,15 +329,15 @@ def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
         yield
 
 
-def _enter(name: str, watch: _Watch) -> Any:
-    def enter(*_: Any) -> None:
+def _enter(name: str, watch: _Watch) -> Callable[..., None]:
+    def enter(*_: object) -> None:
         watch.running.append(name)
         watch.ran.setdefault(name)
 
     return enter
 
 
-def _note_routing(name: str, watch: _Watch) -> Any:
+def _note_routing(name: str, watch: _Watch) -> Callable[..., None]:
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
         if len(args) > 1:
@@ -346,8 +346,8 @@ def _note_routing(name: str, watch: _Watch) -> Any:
     return note
 
 
-def _leave(watch: _Watch) -> Any:
-    def leave(*_: Any) -> None:
+def _leave(watch: _Watch) -> Callable[..., None]:
+    def leave(*_: object) -> None:
         watch.running.pop()
 
     return leave

@@ -267,7 +267,7 @@ def _is_idle_length(name: str, given: Mapping[str, Any]) -> bool:
     return name == "max_length" and (given.get("max_new_tokens") is not None or given[name] == _CONFIG_LENGTH)
 
 
-def _check_attribute(name: str, value: Any, known: Mapping[str, Any], others: Collection[str]) -> None:
+def _check_attribute(name: str, value: object, known: Mapping[str, Any], others: Collection[str]) -> None:
     if name in REFUSED:
         refuse(name, value, "generation_config.")
     elif name in known and value is not None and value != known[name]:
@@ -276,7 +276,7 @@ def _check_attribute(name: str, value: Any, known: Mapping[str, Any], others: Co
         raise unsupported(f"generation_config.{name}", "it is a field of the request itself")
 
 
-def refuse(name: str, value: Any, within: str = "") -> None:
+def refuse(name: str, value: object, within: str = "") -> None:
     """Raise for a field of REFUSED, unless its value has no effect; `within` prefixes its name."""
     why, neutral = REFUSED[name]
     if value is False and name in FALSE_ASKS:

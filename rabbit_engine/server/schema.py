@@ -157,7 +157,7 @@ class _Request(Asked):
         return "max_tokens" if self.max_tokens is not None else "generation_config.max_new_tokens"
 
 
-def _of_config(config: Any) -> dict[str, Any]:
+def _of_config(config: object) -> dict[str, Any]:
     """The options in a transformers GenerationConfig, which its own client sends as JSON."""
     try:
         given = json.loads(config) if isinstance(config, str) else {} if config is None else config

@@ -162,7 +162,7 @@ class Session:
 
     # The methods for most uses.
 
-    def chat(self, messages: Chat, /, **options: Any) -> Reply:
+    def chat(self, messages: Chat, /, **options: object) -> Reply:
         """Answer a conversation, or a user's message.
 
         `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and variables of the chat template,
@@ -170,25 +170,25 @@ class Session:
         """
         return self._wait_for([self.request(messages, **options)])[0]
 
-    def stream(self, messages: Chat, /, **options: Any) -> Generator[str, None, Reply]:
+    def stream(self, messages: Chat, /, **options: object) -> Generator[str, None, Reply]:
         """As `chat`, piece by piece. Leaving the loop cancels the request. The generator's return value is the Reply."""
         return self._pieces(self.request(messages, **options))
 
-    def generate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
+    def generate(self, prompts: str | Sequence[str | Sequence[int]], **options: object) -> list[Reply]:
         """Continue many texts (or lists of token ids) at once: each pass serves all, and the replies are in the prompts' order.
 
         If there are more than `max_requests`, the rest wait; `max_queue` does not apply.
         """
         return self._wait_for(self._requests(prompts, options), bounded=False)
 
-    async def achat(self, messages: Chat, /, **options: Any) -> Reply:
+    async def achat(self, messages: Chat, /, **options: object) -> Reply:
         """`chat`, awaited. Cancelling the task cancels the request."""
         request = await asyncio.to_thread(self.request, messages, **options)
         async with aclosing(self.events([request])) as events:
             replies = [event async for _, event in events if isinstance(event, Reply)]
         return replies[0]
 
-    async def astream(self, messages: Chat, /, **options: Any) -> AsyncIterator[str]:
+    async def astream(self, messages: Chat, /, **options: object) -> AsyncIterator[str]:
         """`stream`, awaited."""
         request = await asyncio.to_thread(self.request, messages, **options)
         async with aclosing(self.events([request])) as events:
@@ -196,7 +196,7 @@ class Session:
                 if isinstance(event, Piece) and event.text:
                     yield event.text
 
-    async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> list[Reply]:
+    async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: object) -> list[Reply]:
         """`generate`, awaited. Cancelling the task cancels all requests."""
         requests = await asyncio.to_thread(self._requests, prompts, options)
         replies: dict[int, Reply] = {}
@@ -208,7 +208,7 @@ class Session:
 
     # What a server needs.
 
-    def request(self, messages: Chat, /, **options: Any) -> Request:
+    def request(self, messages: Chat, /, **options: object) -> Request:
         """Encode a conversation, truncated if it is too long and truncation is on. Raises as `chat` does."""
         chosen, template = self._split(options)
         self._template.check(template)
@@ -216,7 +216,7 @@ class Session:
         prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
         return Request(prompt, chosen)
 
-    def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: Any) -> Request:
+    def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: object) -> Request:
         """Encode a text to continue, with the tokenizer's special tokens unless `special_tokens` is False."""
         chosen, unknown = self._split(options)
         if unknown:

@@ -31,7 +31,7 @@ class OutsideError(ValueError):
     """A name that points outside its folder."""
 
 
-def file_name(value: Any) -> str:
+def file_name(value: object) -> str:
     """The name of a file inside a folder. Raises OutsideError for a path that leaves it, ValueError for any other value."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a file name")
@@ -44,7 +44,7 @@ def file_name(value: Any) -> str:
     return value
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value, shortened for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -58,7 +58,7 @@ class Fields:
     where: str = ""
 
     @classmethod
-    def of(cls, value: Any, where: str = "") -> Fields:
+    def of(cls, value: object, where: str = "") -> Fields:
         """The fields of a value that must be an object."""
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'it'} is {shown(value)}, not an object")
@@ -123,7 +123,7 @@ class Fields:
         return f"{self.where}.{key}" if self.where else key
 
 
-def counts(value: Any, where: str) -> tuple[int, ...]:
+def counts(value: object, where: str) -> tuple[int, ...]:
     """A list of integers from 0, none of them a float, a boolean or beyond 63 bits. Raises ValueError."""
     if not isinstance(value, list) or any(type(item) is not int or not 0 <= item < 2**63 for item in value):
         raise ValueError(f"{where} is {shown(value)}, not made of integers from 0")

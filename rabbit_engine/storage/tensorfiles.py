@@ -343,7 +343,7 @@ def write_aligned(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         file.write(header)
 
 
-def _write_padded(file: BinaryIO, digest: Any, tensor: torch.Tensor) -> None:
+def _write_padded(file: BinaryIO, digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
     raw = as_bytes(tensor.contiguous().reshape(-1).view(torch.uint8))
     for start in range(0, len(raw), COPY_BYTES):
         digest.update(raw[start : start + COPY_BYTES])

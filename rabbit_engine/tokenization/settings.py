@@ -67,7 +67,7 @@ def read_attributes(config: Mapping[str, Any], defaults: Mapping[str, str | None
     return {name: as_token(named[name]) for name in ATTRIBUTES if named.get(name)}
 
 
-def as_token(entry: Any) -> AddedToken:
+def as_token(entry: object) -> AddedToken:
     """A special token from a file: a string, or a dict of its properties. Its text is matched literally."""
     if not isinstance(entry, dict):
         return AddedToken(str(entry), special=True, normalized=False)
@@ -75,7 +75,7 @@ def as_token(entry: Any) -> AddedToken:
     return AddedToken(entry["content"], special=bool(entry.get("special", True)), normalized=False, **flags)
 
 
-def _templates(entry: Any) -> Any:
+def _templates(entry: object) -> Any:
     """One template, or a dict of named ones."""
     return {item["name"]: item["template"] for item in entry} if isinstance(entry, list) else entry
 

@@ -16,6 +16,6 @@ def fix_known_bugs(model: PreTrainedModel) -> None:
         text.register_forward_hook(_add_image_outputs)
 
 
-def _add_image_outputs(_: Any, __: Any, output: Any) -> None:
+def _add_image_outputs(_: object, __: object, output: object) -> None:
     if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
         output.image_outputs = None

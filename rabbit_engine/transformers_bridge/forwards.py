@@ -25,7 +25,7 @@ def cache_of(output: Any) -> Any:
     return next((output[name] for name in CACHE_NAMES if name in names), None)
 
 
-def cache_argument(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
+def cache_argument(forward: Callable[..., Any], cache: object) -> dict[str, Any]:
     """The keyword argument that passes `cache` to a forward; empty without a cache, or if the forward takes none."""
     name = cache_keyword(forward)
     return {} if name is None or cache is None else {name: cache}

@@ -21,7 +21,7 @@ from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform
 class Unread(Protocol):
     """A stored tensor, or one that is read when indexed."""
 
-    def __getitem__(self, index: Any, /) -> torch.Tensor:
+    def __getitem__(self, index: object, /) -> torch.Tensor:
         """The whole tensor; the only index used is `[...]`."""
 
 

@@ -39,7 +39,7 @@ def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:
     return quantizer
 
 
-def dequantizes(operation: Any) -> Format | None:
+def dequantizes(operation: object) -> Format | None:
     """The format that an operation of a converter undoes; None for another operation."""
     if not type(operation).__module__.startswith("transformers."):
         return None

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import sys
-from typing import Any
 
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 2**18
@@ -36,7 +35,7 @@ def give_large_blocks_back() -> bool:
 
 
 @functools.cache
-def glibc() -> Any:
+def glibc() -> ctypes.CDLL | None:
     """glibc, or None if the C library is another one."""
     if not sys.platform.startswith("linux"):
         return None

@@ -177,7 +177,7 @@ def warn_retired(keyword: str) -> None:
     warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
 
 
-def refuse_compression(compression: str | None, quantization_config: Any) -> None:
+def refuse_compression(compression: str | None, quantization_config: object) -> None:
     """Raise CompressionUnavailableError for compression and quantisation, which this version does not support yet."""
     if compression is not None and compression not in COMPRESSIONS:
         raise ConfigurationError(f"compression={compression!r} is not one of {', '.join(map(repr, COMPRESSIONS))}")

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path, PureWindowsPath
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError
@@ -34,7 +33,7 @@ class Address:
     use_safetensors: bool | None = None
 
 
-def read_name(name: Any) -> Address:
+def read_name(name: object) -> Address:
     """The repo or folder that `name` refers to.
 
     Raises ConfigurationError for an invalid name, and CheckpointNotFoundError for a path that does not exist, suggesting

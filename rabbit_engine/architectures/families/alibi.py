@@ -98,7 +98,7 @@ class AlibiLlamaForCausalLM(LlamaForCausalLM):
         self.model = AlibiLlamaModel(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+    def init_continuous_batching(self, *_: object, **__: object) -> Any:
         """Raises UnsupportedOperationError."""
         raise UnsupportedOperationError(
             "continuous batching packs prompts one after another, which loses the distances that ALiBi needs: "

@@ -20,7 +20,7 @@ def refuse(raw: RawConfig, what: str, why: str) -> UnsupportedArchitectureError:
     )
 
 
-def require(raw: RawConfig, key: str, value: Any, why: str) -> None:
+def require(raw: RawConfig, key: str, value: object, why: str) -> None:
     """Raise UnsupportedArchitectureError if `key` is present with another value than `value`."""
     if raw.get(key, value) != value:
         raise refuse(raw, f"{key}={raw[key]!r}", why)

@@ -33,13 +33,13 @@ class Placeholder(torch.Tensor):
     )
 
     @staticmethod
-    def __new__(cls, entry: TensorEntry, device: torch.device, *_: Any) -> Self:
+    def __new__(cls, entry: TensorEntry, device: torch.device, *_: object) -> Self:
         """Allocates no storage, by torch's own means, `torch.Tensor._make_wrapper_subclass`."""
         self = torch.Tensor._make_wrapper_subclass(cls, entry.shape, dtype=entry.dtype, device=device)
         self.entry = entry
         return self
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         super().__init__()
 
     @property
@@ -47,10 +47,10 @@ class Placeholder(torch.Tensor):
         """The weight's name in the checkpoint."""
         return self.entry.name
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.weight_name}: {list(self.shape)} {self.dtype} on {self.device}, not loaded)"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         raise CannotPickleError(f"{self.weight_name} is not loaded and cannot be pickled: copy its shard instead")
 
     def data_ptr(self) -> int:

@@ -32,7 +32,7 @@ class EmbeddingRows(Placeholder):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: object, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Handle `embedding(weight, ids)`; everything else raises as for any weight that is not loaded."""
         if func is torch.ops.aten.embedding.default:

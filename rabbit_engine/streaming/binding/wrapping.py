@@ -159,7 +159,7 @@ class Binding:
         self._units[unit.name] = bound = BoundUnit(unit, refs, stand_ins, scratch)
         native = module.forward
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> Any:
             refuse_gradients(unit.name, module, args, kwargs)
             self._transfer.require_open()  # a forked process inherits locks that nobody there will release
             forward = functools.partial(native, *args, **kwargs)
@@ -331,7 +331,7 @@ def guard(module: nn.Module, binding: Binding, device: torch.device) -> None:
     """Run the module's forward as a root pass, with its tensors moved to `device`. Its signature is unchanged."""
     native = module.forward
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> Any:
         with binding.root_pass(_sequences_in(args, kwargs)):
             return native(*move(args, device), **move(kwargs, device))
 
@@ -346,7 +346,7 @@ def not_compiled(run: Callable[..., Any], native: Callable[..., Any]) -> Callabl
     call = torch.compiler.disable(run, reason="streamed weights are not loaded when a compiler looks")
 
     @functools.wraps(native)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> Any:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise CannotExportError(
                 "a trace would record the current contents of the slots instead of the streamed weights: "
@@ -382,7 +382,7 @@ def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
-def refuse_gradients(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def refuse_gradients(name: str, module: nn.Module, args: object, kwargs: object) -> None:
     """Raise CannotTrainError if autograd would record a slot that is overwritten later."""
     if not torch.is_grad_enabled():
         return

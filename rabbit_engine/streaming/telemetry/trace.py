@@ -108,7 +108,7 @@ class Trace:
         yield
         self.add(lane, name, begin, _device_mark(stream), nbytes)
 
-    def add(self, lane: str, name: str, start: Any, end: Any, nbytes: int = 0) -> None:
+    def add(self, lane: str, name: str, start: object, end: object, nbytes: int = 0) -> None:
         """Add a span between two readings of `time.perf_counter`, or two timing events of the device."""
         if self.on:
             with self._lock:

@@ -65,9 +65,8 @@ class PlainRing:
         with self._trace.span("copy", name, source.nbytes):
             _copy(self._memory[start : start + source.nbytes], source)
 
-    def seal(self) -> Mark:
+    def seal(self) -> None:
         """No mark: `fill` returns when the bytes have arrived."""
-        return None
 
     def wait(self, mark: Mark) -> None:
         """Do nothing: the bytes have arrived."""
@@ -75,7 +74,7 @@ class PlainRing:
     def finish(self, mark: Mark) -> None:
         """Do nothing: the work is done."""
 
-    def last_use(self) -> Mark:
+    def last_use(self) -> None:
         """Wait for launched work: MPS has a single queue."""
         if self._device.type == "mps":
             torch.mps.synchronize()

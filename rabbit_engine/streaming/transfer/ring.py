@@ -8,13 +8,14 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, damage_as, is_direct, read_pages
 from rabbit_engine.streaming.telemetry.trace import Trace
+from rabbit_engine.streaming.transfer.accelerator import Event
 from rabbit_engine.streaming.transfer.unit import Extent, Unit
 
 READERS = 6
@@ -25,7 +26,7 @@ STAGING_BYTES = CHUNK_BYTES + 2 * PAGE
 STREAM_BUFFERS = 2 * READERS
 """Staging buffers of a device that copies while it computes: one is read into while another is copied from."""
 
-Mark = Any
+Mark = Event | None
 """A point in a device's work: an event, or None if calls return when the work is done."""
 
 
