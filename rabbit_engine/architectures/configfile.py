@@ -38,17 +38,23 @@ def read_config(folder: Path) -> RawConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: is it a model folder?")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): download it again") from error
-    if not isinstance(raw, dict):
-        raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__}, expected an object: download it again")
+    raw = read_object(path, "download it again")
     for key, value in _numbers(raw):
         if value > (_MOST_LABELS if key.endswith("labels") else _MOST) and _COUNT.search(key):
             raise UnsupportedArchitectureError(f"{path} has {key}={value}, more than any model has: download it again")
         if isinstance(value, int) and not -(2**63) <= value < 2**63 and not key.endswith(_UNUSED):
             raise UnsupportedArchitectureError(f"{path} has {key}={value}, which does not fit in 64 bits: download it again")
+    return raw
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises DamagedCheckpointError, with `advice`, if it cannot be read or holds something else."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): {advice}") from error
+    if not isinstance(raw, dict):
+        raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__}, expected an object: {advice}")
     return raw
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rabbit_engine.errors import DamagedCheckpointError, first_line
+from rabbit_engine.architectures.configfile import read_object
+from rabbit_engine.errors import DamagedCheckpointError
 
 
 def _is_count(value: object) -> bool:
@@ -98,12 +98,7 @@ def require_generation_config(folder: Path, vocabulary: int | None) -> None:
     if not path.is_file():
         return
     advice = "download it again, or delete it to generate with the defaults"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read ({first_line(error)}): {advice}") from error
-    if not isinstance(raw, dict):
-        raise DamagedCheckpointError(f"{path} holds a JSON {type(raw).__name__}, expected an object: {advice}")
+    raw = read_object(path, advice)
     for key, (wanted, fits) in _WANTED.items():
         if raw.get(key) is not None and not fits(raw[key]):
             raise DamagedCheckpointError(f"{path} has {key}={raw[key]!r}, expected {wanted}: {advice}")
