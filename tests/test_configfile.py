@@ -351,7 +351,7 @@ def test_threads_that_ask_for_the_tokenizer_at_the_same_time_get_the_same_one(ll
 def test_a_tokenizer_s_length_of_another_type_is_named_when_it_is_loaded(value: Any, llama: Path) -> None:
     edit(llama / "tokenizer_config.json", model_max_length=value)
     with AutoModel.from_pretrained(llama, device="cpu") as model:
-        with pytest.raises(errors.TokenizerNotFoundError, match=r"tokenizer_config\.json says model_max_length="):
+        with pytest.raises(errors.TokenizerNotFoundError, match=r"tokenizer_config\.json has model_max_length="):
             _ = model.tokenizer
         edit(llama / "tokenizer_config.json", model_max_length=None)
         assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
