@@ -43,7 +43,7 @@ def test_choice_and_reason(requested: str, cls: Any, dtype: Any, device: Any, fl
     assert reason in choice.reason
 
 
-def test_asked_for_by_name_and_not_there_is_an_error(checkpoint: Any, streamed: Any) -> None:
+def test_attention_requested_by_name_but_unusable_is_an_error(checkpoint: Any, streamed: Any) -> None:
     with pytest.raises(errors.AttentionUnavailableError, match="its kernel does not run"):
         choose_attention("flash_attention_2", LlamaForCausalLM, torch.bfloat16, CUDA, fails)
     with pytest.raises(errors.AttentionUnavailableError, match="the device is cpu"):

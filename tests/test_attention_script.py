@@ -79,7 +79,7 @@ def test_a_class_without_sdpa_says_so(checkpoint: Callable[[str], Path]) -> None
     assert "eager, as GptOssForCausalLM has no sdpa" in done.stdout
 
 
-def test_every_lane_is_measured_and_what_is_left_out_is_told(measured: str) -> None:
+def test_every_lane_is_measured_and_omissions_are_reported(measured: str) -> None:
     tables = [row for row in rows(measured) if len(row) == 7 and row[0] != "implementation"]
     for name in ("auto (sdpa)", "sdpa", "eager"):
         assert [row[1] for row in tables if row[0] == name] == ["4", "16"] * 4, "two phases, streamed and resident"
@@ -165,7 +165,7 @@ def test_parts_of_a_pass_are_not_more_than_the_pass(checkpoint: Callable[[str], 
     assert not runtime_of(model).trace.on
 
 
-def test_reads_that_overlap_count_once_and_what_lies_outside_the_passes_not_at_all() -> None:
+def test_overlapping_reads_count_once_and_those_outside_passes_not_at_all() -> None:
     spans = [
         Span("disk 0", "a", 0.0, 2.0, 100),
         Span("pass", "all", 1.0, 5.0),

@@ -115,7 +115,7 @@ def test_the_cache_of_an_output_goes_back_in_by_the_forwards_own_keyword(make: A
     assert forwards.cache_of(after) is cache
 
 
-def test_there_is_no_cache_where_none_was_asked_for() -> None:
+def test_there_is_no_cache_if_none_was_requested() -> None:
     assert forwards.cache_of(llama()(IDS, use_cache=False)) is None
 
 
@@ -183,7 +183,7 @@ def test_every_layer_looks_its_attention_function_up(name: str) -> None:
 # tied weights
 
 
-def test_tied_weights_name_what_shares_a_tensor() -> None:
+def test_tied_weights_lists_weights_that_share_a_tensor() -> None:
     assert tied_weights.tied_weights(llama(tie_word_embeddings=True)) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert tied_weights.tied_weights(llama(tie_word_embeddings=False)) == {}
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=1))
@@ -221,7 +221,7 @@ def test_code_that_reads_values_while_it_is_built_gets_them() -> None:
     assert building.build_without_weights(Reading, LlamaConfig(**SIZES), torch.float32).rates == [0.0, 0.5, 1.0]
 
 
-def test_what_is_marked_as_loaded_keeps_its_values_and_the_rest_is_made() -> None:
+def test_weights_marked_as_loaded_keep_their_values_and_the_rest_is_initialised() -> None:
     model = building.build_without_weights(LlamaForCausalLM, LlamaConfig(**SIZES), torch.float32).to_empty(device="cpu")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data.fill_(7)
@@ -353,7 +353,7 @@ def test_a_llama_turns_by_the_rotary_embedding_that_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_mask_of_ones_own_is_what_a_llama_attends_by(implementation: str) -> None:
+def test_a_llama_attends_with_a_custom_mask(implementation: str) -> None:
     """With the causal mask written out it is Llama, cache and padding included."""
     seen_and_keys: list[tuple[int, int]] = []
 

@@ -73,7 +73,7 @@ def test_a_base_models_name_gets_its_prefix_and_a_strange_one_has_no_place() -> 
     assert names.renamed("norm.weight") == "model.norm.weight"
 
 
-def test_transforms_of_ones_own_come_first_and_are_copies() -> None:
+def test_custom_transforms_come_first_and_are_copies() -> None:
     own = weight_transforms.WeightRenaming(r"^blocks\.", "model.layers.")
     transforms = weight_transforms.transforms_for(llama(), first=[own])
     assert transforms[0] is not own
@@ -111,7 +111,7 @@ def test_tensors_become_weights_and_the_model_stays_empty() -> None:
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
-def test_what_does_not_fit_is_told_and_not_raised() -> None:
+def test_misfitting_weights_are_reported_and_not_raised() -> None:
     model = building.build_without_weights(LlamaForCausalLM, LlamaConfig(**SIZES), torch.float32)
     loaded = loading.load_weights(model, {"model.norm.weight": torch.ones(3)}, torch.float32, [])
     assert [(name, tuple(got), tuple(wanted)) for name, got, wanted in loaded.mismatched] == [("model.norm.weight", (3,), (16,))]
@@ -148,7 +148,7 @@ def test_a_class_says_what_may_be_missing_and_what_may_be_unused() -> None:
 # quantisers
 
 
-def test_eight_bit_floats_are_loaded_as_what_their_scales_make_of_them() -> None:
+def test_eight_bit_floats_are_loaded_with_their_scales() -> None:
     quantizer = quantizers.open_dequantizer({"quant_method": "fp8", "weight_block_size": [8, 8]})
     model = building.build_without_weights(LlamaForCausalLM, LlamaConfig(**SIZES), torch.float32)
     values = torch.arange(24 * 16).reshape(24, 16).remainder(7).to(torch.float8_e4m3fn)
@@ -186,14 +186,14 @@ def test_a_converter_says_what_it_dequantises_from_which_tensors(
 
 
 @pytest.mark.parametrize("end", ["", "$"])
-def test_the_scales_of_each_of_several_weights_are_told_apart(end: str) -> None:
+def test_the_scales_of_several_weights_are_distinguished(end: str) -> None:
     patterns = [f"e.*.{name}{end}" for name in ("gate.weight", "up.weight", "gate.weight_scale_inv", "up.weight_scale_inv")]
     fp8 = next(found for found in quantizers.FORMATS if found.method == "fp8")
     assert quantizers.roles_of(fp8, patterns) == [("values", 0), ("values", 1), ("scales", 0), ("scales", 1)]
     assert quantizers.roles_of(fp8, [*patterns, "e.*.gate.zero_point"]) is None
 
 
-def test_a_quantisation_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_quantisation_is_refused() -> None:
     with pytest.raises(ValueError, match="made-up"):
         quantizers.open_dequantizer({"quant_method": "made-up"})
 
@@ -216,7 +216,7 @@ def test_progress_bars_are_away_for_a_while(capfd: pytest.CaptureFixture[str]) -
 # gguf
 
 
-def test_a_gguf_files_tensors_are_dequantised_where_they_are_taken(tmp_path: Path) -> None:
+def test_a_gguf_files_tensors_are_dequantised_when_read(tmp_path: Path) -> None:
     from fuzzing.checkpoints import gguf as write_gguf
 
     write_gguf(tmp_path)
@@ -296,7 +296,7 @@ def test_a_folders_generation_config_becomes_the_models(tmp_path: Path) -> None:
     assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.25, [7, 9])
 
 
-def test_a_folder_without_one_gives_what_its_config_says(tmp_path: Path) -> None:
+def test_a_folder_without_a_generation_config_uses_its_config(tmp_path: Path) -> None:
     LlamaConfig(**SIZES, eos_token_id=11).save_pretrained(tmp_path)
     model = llama()
     generation.read_generation_config(model, tmp_path)
@@ -316,7 +316,7 @@ def test_a_class_that_makes_its_own_cache_gets_none() -> None:
     assert given == [None]
 
 
-def test_settings_that_generate_refuses_are_told_from_errors_of_the_model() -> None:
+def test_settings_that_generate_rejects_are_distinguished_from_model_errors() -> None:
     for settings in ({"max_new_tokens": -1}, {"num_beams": 1, "num_return_sequences": 2, "do_sample": False}):
         with pytest.raises(ValueError, match=r"max_new_tokens|num_return_sequences") as caught:
             llama().generate(IDS, **settings)

@@ -56,7 +56,7 @@ TALK = Conversation("Be brief.", (Said("user", "Hi"), Said("assistant", "Hello, 
 # The conversation.
 
 
-def test_a_question_follows_what_was_said() -> None:
+def test_a_question_follows_the_conversation() -> None:
     assert Conversation().asked("Hi") == [{"role": "user", "content": "Hi"}]
     roles = [message["role"] for message in TALK.asked("And now?")]
     assert roles == ["system", "user", "assistant", "user"]
@@ -70,7 +70,7 @@ def test_a_saved_conversation_is_read_as_it_was(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
 
 
-def test_a_file_is_not_overwritten_unless_that_is_said(tmp_path: Path) -> None:
+def test_a_file_is_not_overwritten_unless_requested(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text("precious")
     with pytest.raises(ConfigurationError, match="/save! "):
@@ -80,7 +80,7 @@ def test_a_file_is_not_overwritten_unless_that_is_said(tmp_path: Path) -> None:
     assert read_conversation(path).conversation == TALK
 
 
-def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_an_unwritable_conversation_is_a_rabbit_error(tmp_path: Path) -> None:
     for path in (tmp_path / "no" / "such" / "folder.json", tmp_path / ("x" * 300)):
         with pytest.raises(ConfigurationError, match="cannot write"):
             write_conversation(path, "some/model", TALK)
@@ -234,7 +234,7 @@ def test_a_text_does_not_command_the_terminal(screen_of: Any) -> None:
     assert terminal.rows == ["a[2Jbc", "d]0;title"]
 
 
-def test_a_screen_that_is_not_live_gets_the_text_alone() -> None:
+def test_a_screen_that_is_not_live_gets_only_the_text() -> None:
     out, notes = io.StringIO(), io.StringIO()
     screen = Screen(out, notes, live=False)
     screen.show("layer 1 of 2")
@@ -256,7 +256,7 @@ def test_columns_as_terminals_count_them() -> None:
     assert (cut("layer", 5), cut("layer", 4), cut("日本語", 5), cut("x", 0)) == ("layer", "lay…", "日本…", "")
 
 
-def test_the_line_says_which_token_and_where_its_pass_is() -> None:
+def test_the_status_line_shows_the_token_and_the_progress_of_its_pass() -> None:
     progress = PassProgress(37, 80, 12_300_000_000, 10.0, 21.0)
     assert status(None, 0, 12, 80) == "prompt of 12 tokens ..."
     assert status(progress, 4, 12, 80) == "token 5: layer 37 of 80, 12.30 GB at 1.23 GB/s, token in 11 s"
@@ -319,7 +319,7 @@ def test_commands_and_their_files_are_completed(tmp_path: Path) -> None:
     assert completed(f"/system {tmp_path}/ta") == completed("hello /s") == []
 
 
-def test_history_lies_where_the_system_wants_it() -> None:
+def test_history_is_in_the_systems_state_folder() -> None:
     home = Path("/home/u")
     assert history_file("linux", {}, home) == home / ".local/state/rabbit_engine/chat_history"
     assert history_file("linux", {"XDG_STATE_HOME": "/s"}, home) == Path("/s/rabbit_engine/chat_history")
@@ -381,7 +381,7 @@ def test_an_answer_is_written_remembered_and_summed_up() -> None:
     assert (len(chat.conversation.said), chat.failures) == (4, 0)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_its_text() -> None:
     with Interrupt() as interrupt:
         threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
         chat, out, notes = talk(Puppet(["Hel", None], ["Bye"]), "Hi", "Go", interrupt=interrupt)
@@ -398,14 +398,14 @@ def test_a_question_without_any_answer_is_not_kept() -> None:
     assert "the question was not kept" in notes
 
 
-def test_an_error_is_one_line_and_the_session_goes_on() -> None:
+def test_an_error_is_one_line_and_the_session_continues() -> None:
     puppet = Puppet(StreamingError("the disk\nis gone"), MemoryError(), ["Hello"])
     chat, out, notes = talk(puppet, "Hi", "Hi", "Hi")
     assert notes.splitlines()[:2] == ["error: the disk is gone", "error: MemoryError"]
     assert (out, chat.failures, len(chat.conversation.said)) == ("Hello\n", 2, 2)
 
 
-def test_what_is_left_out_of_a_long_conversation_is_said() -> None:
+def test_tokens_dropped_from_a_long_conversation_are_reported() -> None:
     assert "dropped the oldest 7 tokens of the conversation" in talk(Puppet(["x"], cut_tokens=7), "Hi")[2]
 
 

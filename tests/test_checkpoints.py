@@ -103,7 +103,7 @@ def test_dtype_is_the_checkpoints_own(tmp_path: Path, plain: Any, streamed: Any)
     assert streamed(folder, torch_dtype="float16").dtype == torch.float16
 
 
-def test_gguf_in_a_folder_of_its_own_or_named(smollm: Path, tmp_path: Path) -> None:
+def test_gguf_alone_in_a_folder_or_named(smollm: Path, tmp_path: Path) -> None:
     from rabbit_engine.checkpoints.formats import find_weight_files, only_gguf
 
     assert only_gguf(["a.gguf", "README.md"]) == "a.gguf"
@@ -209,7 +209,7 @@ class Evil:
         return (Path.touch, (Path("/tmp/rabbit-evil"),))
 
 
-def test_pickle_that_wants_more_than_tensors_is_not_loaded(own_checkpoint: Any, streamed: Any) -> None:
+def test_a_pickle_with_more_than_tensors_is_not_loaded(own_checkpoint: Any, streamed: Any) -> None:
     folder = as_bins(own_checkpoint("llama"), 1)
     for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")

@@ -104,7 +104,7 @@ def test_a_class_that_generates_runs_however_it_is_written(named: Any, qwen: Pat
         torch.testing.assert_close(model(ids).logits, expected)
 
 
-def test_one_class_as_a_text_is_taken_where_transformers_takes_it(qwen: Path) -> None:
+def test_one_class_as_a_text_is_accepted_as_by_transformers(qwen: Path) -> None:
     edit(qwen, architectures="Qwen2ForCausalLM")
     try:
         transformers.AutoConfig.from_pretrained(qwen)

@@ -103,7 +103,7 @@ def test_version_and_help(rabbit: Any) -> None:
 # Running.
 
 
-def test_run_says_what_it_does_and_answers_on_stdout_alone(rabbit: Any, speaker: Path, greedy: str) -> None:
+def test_run_answers_on_stdout_and_reports_on_stderr(rabbit: Any, speaker: Path, greedy: str) -> None:
     done = rabbit("run", speaker, PROMPT, *RUN)
     assert (done.code, done.out) == (0, greedy)
     lines = done.err.splitlines()
@@ -129,7 +129,7 @@ def test_a_temperature_of_zero_is_greedy_without_a_warning(rabbit: Any, speaker:
     assert sampling(None, None, None, 3) == {"do_sample": True}
 
 
-def test_demo_answers_paris_and_says_what_it_took(rabbit: Any, smollm: Path) -> None:
+def test_demo_answers_paris_and_prints_statistics(rabbit: Any, smollm: Path) -> None:
     done = rabbit("demo", "--device", "cpu")
     assert (done.code, done.out) == (0, "The capital of France is Paris.\n")
     said = ("loading", "a pass over the disk", "> What is the capital", "weights of the model", "held at once", "bytes read")
@@ -200,7 +200,7 @@ def test_ctrl_c_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.Monk
     assert (done.code, done.out, done.err.splitlines()[-1]) == (130, "", "interrupted")
 
 
-def test_what_nobody_foresaw_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rabbit_engine.cli.run.encode", raising(KeyError("heads\nfeet")))
     done = rabbit("run", speaker, "hi", *RUN)
     assert (done.code, done.err.splitlines()[-1]) == (1, "error: KeyError: 'heads\\nfeet' (rabbit -v ... shows where)")
@@ -269,7 +269,7 @@ def test_errors_are_a_line_about_options_and_a_code(arguments: Any, code: int, w
         (("serve", "x", "--overflow", "cut"), "'--overflow'"),
     ],
 )
-def test_values_that_cannot_be_are_refused_by_their_option(arguments: tuple[str, ...], words: str, rabbit: Any) -> None:
+def test_impossible_values_are_refused_by_their_option(arguments: tuple[str, ...], words: str, rabbit: Any) -> None:
     done = rabbit(*arguments)
     assert (done.code, done.out) == (2, "")
     assert words in done.err
@@ -354,7 +354,7 @@ def test_split_then_verify_then_a_flipped_bit(rabbit: Any, own_checkpoint: Any, 
     assert rabbit("verify", tmp_path / "shards").code == 0
 
 
-def test_verify_of_a_file_that_is_no_model_says_so(rabbit: Any, tmp_path: Path) -> None:
+def test_verify_rejects_a_file_that_is_not_a_model(rabbit: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     code, _, said = rabbit("verify", str(tmp_path / "notes.txt"))
     assert code == 1

@@ -184,7 +184,7 @@ def test_a_dtype_that_nothing_computes_in_is_refused_by_name(dtype: Any, llama: 
         AutoModel.from_pretrained(llama, device="cpu")
 
 
-def test_a_dtype_asked_for_wins_over_one_of_the_config_that_cannot_run(llama: Path, ids: torch.Tensor) -> None:
+def test_a_requested_dtype_wins_over_one_in_the_config_that_cannot_run(llama: Path, ids: torch.Tensor) -> None:
     expected = transformers.LlamaForCausalLM.from_pretrained(llama)(ids).logits
     edit(llama / "config.json", dtype="float8_e4m3fn")
     with AutoModel.from_pretrained(llama, device="cpu", dtype="float32") as model:

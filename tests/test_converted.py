@@ -157,7 +157,7 @@ def test_bfloat16_is_the_converted_class_bit_for_bit(folder: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("folder", ["chatglm3", "glm4_9b", "qwen", "qwen_bias", "baichuan1_13b", "internlm1_7b"])
-def test_rows_of_a_fused_projection_are_streamed_from_where_they_lie(folder: str, streamed: Any) -> None:
+def test_rows_of_a_fused_projection_are_streamed_in_place(folder: str, streamed: Any) -> None:
     expected = load_file(matrix.ORACLES / folder / "expected.safetensors")
     model = streamed(matrix.ORACLES / folder, split="never")
     assert model.plan.streamed
@@ -166,7 +166,7 @@ def test_rows_of_a_fused_projection_are_streamed_from_where_they_lie(folder: str
     greedy_is_the_authors(model, expected)
 
 
-def test_what_is_more_than_rows_is_split(changed: Any) -> None:
+def test_weights_that_are_not_plain_rows_are_split(changed: Any) -> None:
     for folder in ("internlm2", "baichuan2_7b", "baichuan2_13b"):
         with pytest.raises(errors.ConfigurationError, match="must be split"):
             AutoModel.from_pretrained(changed(folder, folder), device="cpu", split="never")
@@ -217,7 +217,9 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
     ],
 )
-def test_what_a_conversion_cannot_keep_is_refused(folder: str, changes: dict[str, Any], words: str, changed: Any) -> None:
+def test_a_config_that_a_conversion_cannot_represent_is_refused(
+    folder: str, changes: dict[str, Any], words: str, changed: Any
+) -> None:
     with pytest.raises(errors.UnsupportedArchitectureError, match=words):
         AutoModel.from_pretrained(changed(folder, **changes), device="cpu")
 
@@ -269,7 +271,7 @@ def test_the_first_qwen_releases_words_are_read(changed: Any, streamed: Any) -> 
     largest_difference(streamed(changed("qwen", **changes)), load_file(matrix.ORACLES / "qwen" / "expected.safetensors"))
 
 
-def test_the_class_tells_the_family_where_its_type_is_an_older_ones(changed: Any, streamed: Any) -> None:
+def test_the_class_decides_the_family_if_two_share_a_model_type(changed: Any, streamed: Any) -> None:
     model = streamed(changed("internlm2", model_type="internlm"))
     largest_difference(model, load_file(matrix.ORACLES / "internlm2" / "expected.safetensors"))
 
@@ -309,12 +311,12 @@ def test_a_config_that_does_not_fit_the_weights_is_an_error(
         ("chatglm3", {"multi_query_group_num": 0}),
     ],
 )
-def test_a_config_that_makes_no_sense_is_an_error_of_ours(folder: str, changes: dict[str, Any], changed: Any) -> None:
+def test_a_nonsensical_config_is_a_rabbit_error(folder: str, changes: dict[str, Any], changed: Any) -> None:
     with pytest.raises(errors.CheckpointError):
         AutoModel.from_pretrained(changed(folder, **changes), device="cpu")
 
 
-def test_shards_are_made_anew_when_their_conversion_changes(changed: Any, streamed: Any) -> None:
+def test_shards_are_rebuilt_when_their_conversion_changes(changed: Any, streamed: Any) -> None:
     folder = changed("baichuan2_7b")
     (folder / "modeling_baichuan.py").write_text("class BaichuanForCausalLM: pass")
     expected = load_file(folder / "expected.safetensors")
@@ -413,7 +415,7 @@ def test_an_adapter_of_the_familys_own_class_is_refused(tmp_path: Path, streamed
         assert torch.equal(again(ids).logits, adapter(ids).logits)
 
 
-def test_text_goes_in_and_comes_out(changed: Any, streamed: Any) -> None:
+def test_a_converted_model_generates_text_with_its_original_tokenizer(changed: Any, streamed: Any) -> None:
     """A converted model with the original file of its tokenizer, no code of the family's."""
     folder = changed("baichuan2_13b")
     corpus = iter(Path(__file__).read_text(encoding="utf-8").splitlines())

@@ -142,7 +142,7 @@ def test_requests_on_the_page_are_ones_the_server_takes() -> None:
         assert not set(json.loads(body)) - set(schema.ChatRequest.model_fields), body
 
 
-def test_every_keyword_of_other_libraries_is_on_the_page_with_what_becomes_of_it() -> None:
+def test_every_keyword_of_other_libraries_is_on_the_page_with_its_effect() -> None:
     text = (DOCS / "migrating.md").read_text(encoding="utf-8")
     table = text.partition("## Keyword by keyword")[2].partition("## ")[0]
     rows = {name: row for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")}
@@ -155,7 +155,7 @@ def test_every_keyword_of_other_libraries_is_on_the_page_with_what_becomes_of_it
             assert "an error" in row or "first argument" in row, name
 
 
-def test_every_error_is_on_the_page_of_troubles_and_no_page_names_one_that_is_not() -> None:
+def test_every_error_is_documented_and_no_page_names_an_unknown_one() -> None:
     ours = {name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, errors.RabbitError)}
     roots = {"RabbitError", "CheckpointError", "ShardError", "StreamingError", "UnsupportedOperationError"}
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
     return examine(tmp_path_factory.mktemp("disk"), SAMPLE, 2, {SMALL: pace.KNOWN_SHAPES[SMALL]})
 
 
-def test_every_check_finds_something_and_a_problem_comes_with_advice(found: Diagnosis) -> None:
+def test_every_check_has_a_finding_and_every_problem_has_advice(found: Diagnosis) -> None:
     assert [finding.name for finding in found.findings if finding.name != "vram"] == NAMES
     assert all(finding.value for finding in found.findings)
     assert all(finding.advice for finding in found.findings if finding.status in ("warn", "fail"))
@@ -83,7 +83,7 @@ def test_the_command_prints_findings_and_paces(tmp_path: Path, monkeypatch: pyte
     assert told["can_run"] is True
 
 
-def test_exit_code_is_1_where_models_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_code_is_1_if_models_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda folder, *_: examine(folder, SAMPLE, 2, {}))
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
@@ -92,7 +92,7 @@ def test_exit_code_is_1_where_models_cannot_run(tmp_path: Path, monkeypatch: pyt
     assert json.loads(done.stdout)["can_run"] is False
 
 
-def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is not a folder"):
         find_folder(tmp_path / "absent")
     done = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path / "absent")])
@@ -214,7 +214,7 @@ def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(own_fil
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_nothing_is_left_of_a_run_that_is_ended(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_ended_run_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would what it starts
         "import signal, sys, pathlib, rabbit_engine.diagnostics.disk_rate as d; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_written_is_a_finding() -> None:
 
 
 @linux
-def test_a_folder_in_memory_is_told_from_a_disk() -> None:
+def test_a_folder_in_memory_is_distinguished_from_a_disk() -> None:
     finding = check_folder(Path("/dev/shm"))
     assert (finding.status, finding.numbers["file_system"]) == ("warn", "tmpfs")
     assert "not a disk" in finding.value

@@ -123,7 +123,7 @@ def experts_of(stored: dict[str, TensorEntry]) -> TensorEntry:
     return gathered("experts.gate_up_proj", torch.bfloat16, (4, 32, 8), parts)
 
 
-def test_a_unit_decodes_what_lies_in_its_memory(stored: dict[str, TensorEntry]) -> None:
+def test_a_unit_decodes_the_contents_of_its_memory(stored: dict[str, TensorEntry]) -> None:
     whole = experts_of(stored)
     packed = entry_of(mxfp4_entry("down", torch.bfloat16, stored["blocks"], stored["scales"]))
     unit = make_unit("layer", [whole, packed, stored["odd"]])
@@ -148,7 +148,7 @@ def memory_of(unit: Any) -> torch.Tensor:
     return memory
 
 
-def test_each_expert_is_what_the_stack_has_in_its_place(stored: dict[str, TensorEntry]) -> None:
+def test_each_expert_equals_its_slice_of_the_stack(stored: dict[str, TensorEntry]) -> None:
     for entry in (experts_of(stored), entry_of(mxfp4_entry("down", torch.bfloat16, stored["blocks"], stored["scales"]))):
         whole = read_tensor(entry)
         experts = [read_tensor(row) for row in each_row(entry)]
@@ -166,7 +166,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_fp8_weight_is_told_and_not_decoded(case: str) -> None:
+def test_an_invalid_fp8_weight_is_reported_and_not_decoded(case: str) -> None:
     shape, dtype, grid, scale_dtype = WRONG[case]
     weight = TensorEntry("w", Path("f"), 0, 0, dtype, shape)
     scales = TensorEntry("s", Path("f"), 0, 0, scale_dtype, grid)
@@ -174,7 +174,7 @@ def test_what_is_no_fp8_weight_is_told_and_not_decoded(case: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 15), (4, 3, 16), (2, 4, 0, 16)])
-def test_what_is_no_mxfp4_weight_is_told_and_not_decoded(shape: tuple[int, ...]) -> None:
+def test_an_invalid_mxfp4_weight_is_reported_and_not_decoded(shape: tuple[int, ...]) -> None:
     blocks = TensorEntry("b", Path("f"), 0, 0, torch.uint8, shape)
     scales = TensorEntry("s", Path("f"), 0, 0, torch.uint8, shape[:-1])
     assert isinstance(mxfp4_entry("w", torch.bfloat16, blocks, scales), str)

@@ -544,7 +544,7 @@ def test_any_two_tiers_bring_the_right_bytes(tiers: tuple[int, int], make_transf
         assert profile.read == COUNT
 
 
-def test_the_least_used_goes_and_uses_fade(make_transfer: Any, layer_units: Any) -> None:
+def test_the_least_used_expert_leaves_and_uses_fade(make_transfer: Any, layer_units: Any) -> None:
     transfer = make_transfer(4, 0)
     for _ in range(10):
         bring(transfer, layer_units, 0, 1)
@@ -589,7 +589,7 @@ class SlowRing(PlainRing):
         self.gate.set()
 
 
-def test_a_read_that_nobody_waits_for_spoils_no_other_expert(layer_units: Any) -> None:
+def test_an_abandoned_read_spoils_no_other_expert(layer_units: Any) -> None:
     """An interrupt leaves a read under way to a slot that the layer keeps; the next pass may not give that slot away."""
     slot = max(unit.nbytes for unit in layer_units)
     ring = SlowRing(torch.device("cpu"), slot * 4, Trace())

@@ -109,7 +109,7 @@ def with_config(client: TestClient, config: Any, **more: Any) -> Any:
         ({"stop": "x"}, "stop", "a field of the request itself"),
     ],
 )
-def test_what_a_generation_config_cannot_have_is_refused_with_its_place(
+def test_an_invalid_generation_config_field_is_refused_with_its_place(
     client: TestClient, config: dict[str, Any], param: str, says: str
 ) -> None:
     for sent in (config, json.dumps(config)):
@@ -169,7 +169,7 @@ def test_a_value_that_cannot_be_is_refused_by_the_clients_own_name(
     assert says in error.json()["error"]["message"]
 
 
-def test_what_asks_for_nothing_is_taken(client: TestClient, plain: str) -> None:
+def test_refused_fields_are_accepted_with_values_of_no_effect(client: TestClient, plain: str) -> None:
     assert text_of(chat(client, top_logprobs=0, tools=None, stream_options={"include_obfuscation": False})) == plain
     assert text_of(chat(client, tools=[{"function": {"name": "f"}}])) == plain
     completion = {"model": "mine", "prompt": "abc", "max_tokens": 2}
@@ -179,7 +179,7 @@ def test_what_asks_for_nothing_is_taken(client: TestClient, plain: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(fields.FALSE_ASKS))
-def test_what_is_on_by_itself_is_not_switched_off_without_a_word(client: TestClient, name: str) -> None:
+def test_a_feature_that_is_on_by_default_is_not_switched_off_silently(client: TestClient, name: str) -> None:
     assert chat(client, **{name: False}).json()["error"]["param"] == name
 
 
@@ -200,7 +200,7 @@ WANTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", fields.REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name_and_reason(client: TestClient, plain: str, name: str) -> None:
+def test_unsupported_fields_are_refused_by_name_and_reason(client: TestClient, plain: str, name: str) -> None:
     why, neutral = fields.REFUSED[name]
     wanted = WANTED.get(name, 7)
     if wanted is not None:
@@ -260,11 +260,13 @@ def test_unknown_fields_without_end_are_refused_not_compared(client: TestClient)
     assert "5000 unknown fields" in error.json()["error"]["message"]
 
 
-def test_what_changes_nothing_is_ignored(client: TestClient, plain: str) -> None:
+def test_fields_that_change_nothing_are_ignored(client: TestClient, plain: str) -> None:
     assert text_of(chat(client, **dict.fromkeys(fields.IGNORED, "x"))) == plain
 
 
-def test_a_variable_that_the_template_does_not_read_is_refused_or_told(client: TestClient, plain: str, caplog: Any) -> None:
+def test_a_variable_that_the_template_does_not_read_is_refused_or_warned_about(
+    client: TestClient, plain: str, caplog: Any
+) -> None:
     assert chat(client, reasoning_effort="high").json()["error"]["param"] == "reasoning_effort"
     assert chat(client, chat_template_kwargs={"temprature": 1}).status_code == 400
     assert text_of(chat(client, chat_template_kwargs={"enable_thinking": False})) == plain

@@ -80,7 +80,7 @@ def test_a_header_that_does_not_add_up_is_named(fault: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", [b"[]", b"\xff\xfe{}", b"[" * 100_000, b'{"a": 1, "a": 1}', b"null"])
-def test_a_header_that_is_no_table_is_named(text: bytes, tmp_path: Path) -> None:
+def test_a_header_that_is_not_a_table_is_named(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({NORM: torch.ones(32)}, path)
     header_edited(path, text=text)
@@ -95,7 +95,7 @@ def test_metadata_may_be_empty_text(tmp_path: Path) -> None:
     assert [entry.shape for entry in header.tensors] == [(2,)]
 
 
-def test_what_stands_in_a_files_place_is_recognised(tmp_path: Path) -> None:
+def test_a_wrong_file_in_place_of_weights_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for raw, words in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "git lfs pull"),
@@ -352,7 +352,7 @@ def test_a_damaged_shard_whose_original_is_gone_is_named(interrupted: Path, tmp_
         AutoModel.from_pretrained(folder, device="cpu", delete_original=True)
 
 
-def test_links_lead_nowhere_when_originals_are_deleted(own_checkpoint: Any, precious: Path) -> None:
+def test_links_are_not_followed_when_originals_are_deleted(own_checkpoint: Any, precious: Path) -> None:
     folder = own_checkpoint("llama")
     for path in folder.glob("*.safetensors"):  # the originals lie outside, the folder links to them
         shutil.move(path, precious / f"real-{path.name}")
@@ -362,7 +362,7 @@ def test_links_lead_nowhere_when_originals_are_deleted(own_checkpoint: Any, prec
     assert {path.name: path.stat().st_size for path in precious.iterdir()} == kept
 
 
-def test_a_linked_subfolder_leads_nowhere_when_originals_are_deleted(own_checkpoint: Any, precious: Path) -> None:
+def test_a_linked_subfolder_is_not_followed_when_originals_are_deleted(own_checkpoint: Any, precious: Path) -> None:
     folder = own_checkpoint("llama")
     (folder / "sub").symlink_to(precious)
     for path in folder.glob("*.safetensors"):
@@ -434,7 +434,7 @@ def test_something_else_in_a_files_place_while_in_use(place: str, own_checkpoint
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.EACCES])
-def test_what_the_disk_answers_is_named(
+def test_a_read_error_of_the_disk_is_named(
     number: int, own_checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_checkpoint("llama")
@@ -457,7 +457,7 @@ def test_what_the_disk_answers_is_named(
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_an_interrupted_read_goes_on(
+def test_an_interrupted_read_resumes(
     own_checkpoint: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_checkpoint("llama")

@@ -93,12 +93,12 @@ USES: dict[str, Callable[[Session], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_child_that_uses_a_session_is_told_at_once(session: Session, use: str) -> None:
+def test_a_forked_child_that_uses_a_session_gets_an_error_at_once(session: Session, use: str) -> None:
     assert outcome_in_a_child(lambda: USES[use](session)) == "ModelClosedError"
 
 
 @pytest.mark.parametrize("use", ["generate", "chat", "encode"])
-def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -> None:
+def test_a_forked_child_gets_an_error_even_if_every_lock_was_held(session: Session, use: str) -> None:
     locks, held, go_on = locks_of(session, shared_reader(), RandomStream), threading.Event(), threading.Event()
     assert len(locks) >= 5
 
@@ -126,7 +126,7 @@ def test_it_is_told_also_where_every_lock_was_held(session: Session, use: str) -
         thread.join()
 
 
-def test_a_child_that_goes_on_with_a_stream_is_told(session: Session) -> None:
+def test_a_forked_child_that_continues_a_stream_gets_an_error(session: Session) -> None:
     stream = session.stream("abc", max_new_tokens=60, temperature=0)
     next(stream)
     assert outcome_in_a_child(lambda: list(stream)) == "ModelClosedError"
@@ -148,7 +148,7 @@ def test_children_forked_amid_passes_end_session_and_model_at_once(session: Sess
     assert session.generate([[5, 6]], max_new_tokens=1)  # the parent's goes on
 
 
-def test_a_child_that_waits_for_a_future_of_its_parent_is_told(session: Session) -> None:
+def test_a_forked_child_that_waits_for_a_future_of_its_parent_gets_an_error(session: Session) -> None:
     go_on = threading.Event()
     first, second = session.call([(lambda: go_on.wait(30), 1), (lambda: 5, 1)])
     try:
@@ -201,7 +201,7 @@ class Asking(torch.utils.data.Dataset[int]):
         return len(self._session.generate([[5, 6]], max_new_tokens=1)[0].tokens)
 
 
-def test_a_worker_of_a_data_loader_is_told(session: Session) -> None:
+def test_a_data_loaders_worker_gets_an_error(session: Session) -> None:
     loader = torch.utils.data.DataLoader(Asking(session), num_workers=1, multiprocessing_context="fork", timeout=20)
     with pytest.raises(errors.ModelClosedError, match="forked"):
         list(loader)

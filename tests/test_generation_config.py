@@ -93,7 +93,7 @@ def test_a_field_does_in_a_session_what_it_does_in_transformers(saying: Saying, 
 
 
 @pytest.mark.parametrize("strings", [1, 2, "special"])
-def test_stop_strings_end_it_where_they_do_in_transformers(saying: Saying, answer: list[int], strings: Any) -> None:
+def test_stop_strings_end_an_answer_as_in_transformers(saying: Saying, answer: list[int], strings: Any) -> None:
     texts = [chr(31 + token) for token in answer]
     stop = {1: texts[2], 2: ["".join(texts[1:3]), "none"], "special": ["<s>", texts[3]]}[strings]
     folder = saying(stop_strings=stop)
@@ -119,7 +119,7 @@ def test_rabbit_run_writes_what_transformers_says(saying: Saying, answer: list[i
     assert capsys.readouterr().out == "".join(chr(31 + token) for token in expected) + "\n"
 
 
-def test_rabbit_run_writes_one_answer_where_several_are_drawn(saying: Saying, rabbit: Any) -> None:
+def test_rabbit_run_writes_one_answer_even_if_several_are_sampled(saying: Saying, rabbit: Any) -> None:
     folder = saying(do_sample=True, num_return_sequences=2)
     done = rabbit("run", folder, PROMPT, "--no-chat", "--max-new-tokens", 8, "--device", "cpu")
     expected = by_transformers(folder, max_new_tokens=8, do_sample=False, num_return_sequences=1)
@@ -136,7 +136,7 @@ def test_rabbit_run_writes_one_answer_where_several_are_drawn(saying: Saying, ra
         ({"cache_implementation": "quantized"}, "quant"),
     ],
 )
-def test_rabbit_run_says_where_the_settings_are_that_generate_refuses(
+def test_rabbit_run_names_the_file_of_settings_that_generate_rejects(
     saying: Saying, rabbit: Any, fields: dict[str, Any], words: str
 ) -> None:
     done = rabbit("run", saying(**fields), PROMPT, "--no-chat", "--max-new-tokens", 2, "--device", "cpu")
@@ -163,7 +163,7 @@ def test_a_bias_and_bad_words_of_a_request_go_with_the_checkpoints(saying: Sayin
     assert not set(answer[:4]) & set(found)
 
 
-def test_what_a_session_answers_without_is_said(saying: Saying, caplog: Any) -> None:
+def test_ignored_settings_of_the_checkpoint_are_logged(saying: Saying, caplog: Any) -> None:
     folder = saying(num_beams=3, num_return_sequences=2)
     found, _ = of_session(folder, max_new_tokens=8)
     assert found == by_transformers(folder, max_new_tokens=8, num_beams=1, num_return_sequences=1)
@@ -185,13 +185,13 @@ def test_stop_tokens_end_an_answer_and_are_not_in_its_text(session: Session, ans
     assert session.generate(PROMPT, stop_token_ids=[answer[2]], include_stop=True)[0].text == reply.text + chr(31 + answer[2])
 
 
-def test_a_stop_text_stays_in_the_answer_where_that_is_asked_for(session: Session, answer: list[int]) -> None:
+def test_a_stop_text_stays_in_the_answer_if_requested(session: Session, answer: list[int]) -> None:
     text = "".join(chr(31 + token) for token in answer)
     assert session.generate(PROMPT, stop=text[2:4])[0].text == text[:2]
     assert session.generate(PROMPT, stop=text[2:4], include_stop=True)[0].text == text[:4]
 
 
-def test_ignore_eos_goes_on_and_min_new_tokens_wait(session: Session) -> None:
+def test_ignore_eos_continues_and_min_new_tokens_wait(session: Session) -> None:
     end = {talking.END: 100.0}
     assert session.generate(PROMPT, logit_bias=end)[0].tokens == (talking.END,)
     assert session.generate(PROMPT, logit_bias=end, ignore_eos=True)[0].tokens == (talking.END,) * 8
@@ -217,6 +217,6 @@ def test_a_temperature_of_zero_in_the_file_is_greedy(saying: Saying, answer: lis
 
 
 @pytest.mark.parametrize("fields", [{"bad_words_ids": [[999]]}, {"repetition_penalty": -1}, {"do_sample": True, "top_k": -1}])
-def test_settings_that_generate_refuses_are_a_configuration_error(saying: Saying, fields: dict[str, Any]) -> None:
+def test_settings_that_generate_rejects_are_a_configuration_error(saying: Saying, fields: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigurationError, match=r"generate rejects these settings.*generation_config\.json"):
         of_session(saying(**fields), max_new_tokens=8)

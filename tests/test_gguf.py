@@ -83,7 +83,7 @@ def test_heads_that_do_not_fit_the_tensors_are_named_by_the_file(heads: int, who
         AutoModel.from_pretrained(tmp_path / "model.gguf", device="cpu")
 
 
-def test_a_pointer_and_a_big_endian_file_are_told(whole: bytes, tmp_path: Path) -> None:
+def test_a_pointer_and_a_big_endian_file_are_recognised(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
     with pytest.raises(errors.DamagedCheckpointError, match=r"model\.gguf is not a GGUF file.*git lfs pull"):
@@ -102,7 +102,7 @@ def test_a_part_of_a_split_file_says_how_to_join_them(whole: bytes, tmp_path: Pa
         AutoModel.from_pretrained(tmp_path / "m-00001-of-00003.gguf", device="cpu")
 
 
-def test_which_of_several_files_is_asked_for(tmp_path: Path) -> None:
+def test_one_of_several_files_must_be_selected(tmp_path: Path) -> None:
     for name in ("m-Q4_K_M.gguf", "m-Q8_0.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(errors.CheckpointNotFoundError, match=r"choose with gguf_file=, one of m-Q4_K_M\.gguf, m-Q8_0\.gguf"):

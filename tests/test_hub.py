@@ -105,7 +105,7 @@ def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path
     assert hub.served == []
 
 
-def test_interrupted_download_goes_on(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+def test_interrupted_download_resumes(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
     hub.cut_after = 10_000
     folder = runtime_of(streamed(REPO, cache_dir=tmp_path / "cache")).checkpoint.repo.folder
     assert 10_000 in [size for _, size in hub.served]
@@ -152,9 +152,7 @@ def test_disk_is_counted_before_the_download(
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write: /proc")
-def test_a_folder_for_shards_that_cannot_be_written_is_said_before_the_download(
-    hub: FakeHub, tmp_path: Path, streamed: Any
-) -> None:
+def test_an_unwritable_shards_folder_is_reported_before_the_download(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
     with pytest.raises(errors.ShardsNotWritableError, match="layer_shards_saving_path"):
         streamed(REPO, cache_dir=tmp_path / "cache", layer_shards_saving_path="/proc/rabbit")
     assert not [name for name, _ in hub.served if name.endswith(".safetensors")]

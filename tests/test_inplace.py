@@ -25,9 +25,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_a_plain_checkpoint_is_streamed_where_it_lies(
-    family: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any
-) -> None:
+def test_a_plain_checkpoint_is_streamed_in_place(family: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any) -> None:
     folder = own_checkpoint(family)
     before = files_of(folder)
     model = streamed(folder, split="never")
@@ -70,7 +68,7 @@ def test_any_offset_in_a_file_is_right(shift: int, own_checkpoint: Any, plain: A
         ("mixtral", {"dtype": "bfloat16"}, r"stored as torch\.float32, the model needs torch\.bfloat16"),
     ],
 )
-def test_what_must_be_split_is_split_or_refused(
+def test_a_checkpoint_that_must_be_split_is_split_or_refused(
     family: str, keywords: Any, reason: str, own_checkpoint: Any, streamed: Any, ids: Any, tmp_path: Path
 ) -> None:
     oracle = ORACLES / family
@@ -105,7 +103,7 @@ def test_a_path_for_shards_asks_for_a_split(own_checkpoint: Any, streamed: Any, 
         streamed(folder, split="sometimes")
 
 
-def test_a_split_that_is_there_is_used(own_checkpoint: Any, streamed: Any) -> None:
+def test_an_existing_split_is_used(own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama")
     assert runtime_of(streamed(folder, split="always")).checkpoint.manifest is not None
     assert runtime_of(streamed(folder)).checkpoint.manifest is not None
@@ -187,7 +185,7 @@ def test_on_a_file_system_in_memory(own_checkpoint: Any, plain: Any, streamed: A
 
 
 @pytest.mark.usefixtures("without_direct_reads")
-def test_buffered_reads_are_right_and_said_openly(own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_buffered_reads_are_right_and_reported(own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = own_checkpoint("llama_biased")
     model = streamed(folder, split="never")
     assert any("page cache" in note and "refuses direct reads (EINVAL)" in note for note in model.plan.notes)

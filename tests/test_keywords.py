@@ -105,7 +105,7 @@ def test_compression_is_refused_saying_so(keywords: Any, streamed: Any) -> None:
         streamed("anything", **keywords)
 
 
-def test_what_deletes_files_is_said_plainly(checkpoint: Any, streamed: Any) -> None:
+def test_delete_original_and_max_memory_are_checked(checkpoint: Any, streamed: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="must be True or False"):
         streamed(checkpoint("llama"), delete_original="no")
     with pytest.raises(errors.ConfigurationError, match=r"max_memory\['gpu'\] is not a device"):
@@ -119,7 +119,7 @@ def test_unknown_compression_is_another_error(streamed: Any) -> None:
         streamed("anything", compression="3bit")
 
 
-def test_device_that_is_not_there_is_an_error(streamed: Any) -> None:
+def test_a_missing_device_is_an_error(streamed: Any) -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(errors.DeviceUnavailableError, match="is not available"):
         streamed("anything", device=missing)
@@ -130,7 +130,7 @@ def test_device_that_is_not_there_is_an_error(streamed: Any) -> None:
 
 
 @pytest.mark.skipif(torch.xpu.is_available(), reason="there is one")
-def test_an_accelerator_that_is_not_there_can_be_planned_for() -> None:
+def test_a_missing_accelerator_can_be_planned_for() -> None:
     with pytest.raises(errors.DeviceUnavailableError, match="sees 0 XPU devices"):
         parse_device("xpu")
     xpu = parse_planned_device("xpu:1", lambda _: True)

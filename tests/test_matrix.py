@@ -169,7 +169,7 @@ def read_of(model: Any, words: str) -> int:
     return sum(unit.bytes_read for name, unit in model.profile.units.items() if words in name)
 
 
-def test_the_plan_says_what_an_image_costs(checkpoint: Any, streamed: Any) -> None:
+def test_the_plan_includes_the_cost_of_an_image(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("gemma3_image"))
     tower = sum(
         unit.nbytes for name, unit in runtime_of(model).partition.units.items() if "vision_tower" in name and "layers" in name
@@ -182,9 +182,7 @@ def test_the_plan_says_what_an_image_costs(checkpoint: Any, streamed: Any) -> No
     assert read_of(model, "vision_tower") == tower
 
 
-def test_a_class_that_is_not_in_the_registry_is_searched_and_the_log_says_so(
-    tmp_path: Path, streamed: Any, ids: Any, caplog: Any
-) -> None:
+def test_a_class_missing_in_the_registry_is_searched_and_logged(tmp_path: Path, streamed: Any, ids: Any, caplog: Any) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     config = HeliumConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
@@ -195,7 +193,7 @@ def test_a_class_that_is_not_in_the_registry_is_searched_and_the_log_says_so(
     logits_are_equal(model, oracle(tmp_path), {"input_ids": ids})
 
 
-def test_text_layers_alone_where_the_checkpoint_is_of_text(checkpoint: Any, streamed: Any) -> None:
+def test_only_text_layers_for_a_text_checkpoint(checkpoint: Any, streamed: Any) -> None:
     assert type(streamed(checkpoint("gemma3"))).__name__ == "Gemma3ForCausalLM"
 
 

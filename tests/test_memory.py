@@ -56,7 +56,7 @@ def test_a_token_costs_the_same_whatever_the_vocabulary(vocabulary: int) -> None
     assert 4 * (2 * 32 + 2 * 48) <= probe.layers.token <= 4 * (4 * 32 + 4 * 48)
 
 
-def test_scores_are_counted_where_the_kernel_holds_them() -> None:
+def test_scores_are_counted_if_the_kernel_holds_them() -> None:
     heads, softmax = 4, 4 * 2  # float32 scores, and what the softmax makes of them
     fused = run_probe(on_meta("llama", max_position_embeddings=2048))
     eager = run_probe(on_meta("llama", max_position_embeddings=2048, attn_implementation="eager"))
@@ -78,7 +78,7 @@ def test_operations_that_are_remembered_give_the_same_probe(family: str) -> None
     assert found.alone
 
 
-def test_operands_that_are_equal_but_of_another_type_are_told_apart() -> None:
+def test_equal_operands_of_different_types_are_distinguished() -> None:
     values = [described((2, value), []) for value in (1, True, 1.0)]
     assert len(set(values)) == 3
     rows, columns = torch.ones(2, 3), torch.ones(3, 2).T
@@ -123,7 +123,7 @@ def test_the_longest_prompt_that_fits_is_found() -> None:
         ({"max_new_tokens": 1, "attention_mask": torch.tensor([[1] * 9, [0] + [1] * 8])}, {}, Demand(9, 1, 2, padded=True)),
     ],
 )
-def test_what_generate_is_asked_for_is_counted(given: dict[str, Any], config: dict[str, Any], expected: Demand) -> None:
+def test_the_demand_of_a_generate_call_is_counted(given: dict[str, Any], config: dict[str, Any], expected: Demand) -> None:
     assert demand_of(torch.ones(2, 9, dtype=torch.long), given, type("Config", (), config)()) == expected
 
 
@@ -152,7 +152,7 @@ def test_memory_that_a_ring_has_not_written_is_not_free() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_claimed_memory_takes_what_was_asked_for() -> None:
+def test_claimed_memory_takes_no_more_than_requested() -> None:
     nbytes, before = 2 * HUGE_PAGE + 4096, resident()
     memory = claim_memory(nbytes).fill_(1)
     assert resident() - before < nbytes + 2**18  # not the third huge page
@@ -160,7 +160,7 @@ def test_claimed_memory_takes_what_was_asked_for() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_staging_takes_what_the_plan_counts(tmp_path: Path) -> None:
+def test_staging_takes_the_bytes_that_the_plan_counts(tmp_path: Path) -> None:
     """A buffer for the largest read has huge pages that smaller reads would touch whole."""
     path, chunk_bytes = tmp_path / "weights", HUGE_PAGE + HUGE_PAGE // 4
     path.write_bytes(bytes(range(256)) * (chunk_bytes // 256 + 1))

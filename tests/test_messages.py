@@ -103,14 +103,14 @@ def test_messages_of_the_openai_package_and_their_calls_are_read() -> None:
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "not valid JSON"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(given: Any, says: str) -> None:
+def test_anything_but_text_is_refused_with_its_place(given: Any, says: str) -> None:
     with pytest.raises(errors.ConfigurationError, match=says):
         read_messages(given)
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "tool", "function"])
 @pytest.mark.parametrize("rest", [{}, {"content": None}])
-def test_a_message_without_content_is_no_empty_question(role: str, rest: dict[str, Any]) -> None:
+def test_a_message_without_content_is_not_an_empty_question(role: str, rest: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigurationError, match=rf"^messages\.1\.content: .*{role}"):
         read_messages([*HI, {"role": role, **rest}])
 
@@ -146,7 +146,7 @@ def test_media_in_a_message_are_refused_by_name(key: str) -> None:
     assert read_messages([{"role": "user", "content": "look", key: []}])[0]["content"] == "look"
 
 
-def test_what_else_would_change_the_answer_is_refused() -> None:
+def test_other_keys_that_would_change_the_answer_are_refused() -> None:
     for extra, says in (({"prefix": True}, "continue_final_message"), ({"function_call": {"name": "f"}}, "use tool_calls")):
         with pytest.raises(errors.ConfigurationError, match=says):
             read_messages([*HI, {"role": "assistant", "content": "x", **extra}])

@@ -43,7 +43,7 @@ def tied(request: Any, checkpoint: Any, streamed: Any) -> Any:
 
 
 @torch.no_grad()
-def test_what_prepares_or_initialises_weights_does_a_tied_model_no_harm(
+def test_preparing_or_initialising_weights_does_not_harm_a_tied_model(
     tied: Any, checkpoint: Any, plain: Any, ids: torch.Tensor
 ) -> None:
     want = plain(checkpoint("llama_tied"))(ids).logits

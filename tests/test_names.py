@@ -51,12 +51,12 @@ def test_an_address_is_the_repo_the_revision_and_the_part(name: str, address: Ad
         ("s3://bucket/name", "not a Hub URL"),
     ],
 )
-def test_what_is_no_name_is_refused(name: Any, told: str) -> None:
+def test_an_invalid_name_is_refused(name: Any, told: str) -> None:
     with pytest.raises(errors.ConfigurationError, match=told):
         AutoModel.from_pretrained(name)
 
 
-def test_a_file_stands_for_the_folder_it_is_loaded_from(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_weight_file_selects_its_folder(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder: Path = checkpoint("llama_tied")
     want = streamed(folder)(ids).logits
     file = next(folder.glob("*.safetensors"))
@@ -97,6 +97,6 @@ def test_an_address_and_keywords_that_disagree_are_refused(streamed: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~no_such_user/model", "no\0such"])
-def test_a_name_that_no_system_takes_is_an_error_of_ours(name: str) -> None:
+def test_a_name_that_no_system_accepts_is_a_rabbit_error(name: str) -> None:
     with pytest.raises(errors.RabbitError):
         AutoModel.from_pretrained(name, device="cpu", local_files_only=True)

@@ -90,7 +90,7 @@ def visit(browser: Any) -> Iterator[Any]:
         found.context.close()
 
 
-def test_a_question_is_answered_and_nothing_comes_from_elsewhere(visit: Any, url: str) -> None:
+def test_a_question_is_answered_and_nothing_is_loaded_from_other_sites(visit: Any, url: str) -> None:
     here = visit(url)
     here.page.wait_for_selector("#plan tr")
     assert here.page.text_content("#model") == NAME
@@ -123,7 +123,7 @@ def test_the_plan_and_the_live_lanes_are_shown(visit: Any, url: str) -> None:
     assert "a pass" in here.page.text_content("#plan")
 
 
-def test_stop_gives_the_place_up_and_keeps_what_came(visit: Any, url: str, session: Session) -> None:
+def test_stop_frees_the_place_and_keeps_the_text(visit: Any, url: str, session: Session) -> None:
     here = visit(url)
     here.ask("Write a long story about a fox.")
     here.page.wait_for_function("() => (document.querySelector('.said.assistant')?.textContent ?? '').length > 5")
@@ -144,7 +144,7 @@ def test_markup_is_text(visit: Any, url: str) -> None:
     assert here.complaints == []
 
 
-def test_an_error_of_the_server_is_shown_and_the_question_comes_back(visit: Any, url: str) -> None:
+def test_a_server_error_is_shown_and_the_question_restored(visit: Any, url: str) -> None:
     here = visit(url)
     here.page.evaluate("document.getElementById('most').value = 10000000")
     here.ask("Hello there")

@@ -79,7 +79,7 @@ def test_tokens_are_equal_in_every_mode(family: str, checkpoint: Any, plain: Any
         assert torch.equal(*tokens), mode
 
 
-def test_streamed_assistant_beside_streamed_target(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_streamed_assistant_with_a_streamed_target(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     target, assistant = streamed(checkpoint("llama")), streamed(checkpoint("llama_tied"))
     expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
     assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), expected)
@@ -105,7 +105,7 @@ def test_dict_in_generate_is_equal(checkpoint: Any, plain: Any, streamed: Any, i
 
 
 @pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
-def test_what_the_config_asks_for_comes_once(
+def test_outputs_that_the_config_requests_come_once(
     what: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
 ) -> None:
     folder = own_checkpoint("llama", **{what: True, "attn_implementation": "eager"})
@@ -189,7 +189,7 @@ def test_other_modes(mode: dict[str, Any], checkpoint: Any, plain: Any, streamed
     assert torch.equal(got, expected)
 
 
-def test_hooks_see_what_they_would_see(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_hooks_see_the_same_as_without_streaming(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     seen: dict[str, list[torch.Tensor]] = {"plain": [], "streamed": []}
     for name, load in (("plain", plain), ("streamed", streamed)):
         model = load(checkpoint("llama"))
@@ -203,7 +203,7 @@ def test_hooks_see_what_they_would_see(checkpoint: Any, plain: Any, streamed: An
     assert all(torch.equal(a, b) for a, b in zip(seen["plain"], seen["streamed"], strict=True))
 
 
-def test_a_first_use_is_told_of_nothing_deprecated(checkpoint: Any, streamed: Any, ids: torch.Tensor, caplog: Any) -> None:
+def test_a_first_use_shows_no_deprecation_warnings(checkpoint: Any, streamed: Any, ids: torch.Tensor, caplog: Any) -> None:
     """Neither a warning nor a line of transformers' log: both say each thing once a process, so what was said is forgotten."""
     transformers.utils.logging.warning_once.cache_clear()
     transformers.utils.logging.set_verbosity_warning()

@@ -116,7 +116,7 @@ def test_residents_are_spread_evenly_over_the_depth() -> None:
         assert max(gaps) <= 2 * 80 / kept + 1
 
 
-def test_the_reason_tells_what_bounds_a_pass() -> None:
+def test_the_reason_names_what_limits_a_pass() -> None:
     speeds = Speeds(disk=5e9, link=13e9, source="given")
     layer = 1_711_308_800
     llama_70b = [UnitSize(f"l{i}.{j}", "streamed", layer // 4) for i in range(80) for j in range(4)]
@@ -179,7 +179,7 @@ def test_a_second_gpu_and_another_machine_are_tiers_of_a_plan(
     assert ("on cuda:1" in dict(plan.rows())) == (on_second > 0)
 
 
-def test_caches_of_texts_live_beside_the_weights_of_a_tier() -> None:
+def test_caches_of_texts_share_a_tier_with_weights() -> None:
     plan = place(FOUR, "cuda:0", Budget(device_bytes=301, reserved_bytes=50, host_bytes=100))
     assert (plan.tiers[0].nbytes, plan.held_bytes("cuda:0")) == (351, 351)
     assert Tenant(TEXTS, "cuda:0", 50) in plan.tenants
@@ -395,5 +395,5 @@ def test_three_weights_tied_to_one_source() -> None:
     assert ties.shared == {"a": "b", "source": "b"}
 
 
-def test_missing_weights_heeds_what_may_be_missing() -> None:
+def test_missing_weights_excludes_those_that_may_be_missing() -> None:
     assert missing_weights(["a", "b.bias", "c", "d"], ["a"], {"c": "a"}, [r"\.bias$"]) == ["d"]

@@ -41,13 +41,13 @@ def session(folder: Path) -> Iterator[Session]:
     ],
     ids=repr,
 )
-def test_a_prompt_that_is_none_is_a_configuration_error(session: Session, prompt: Any) -> None:
+def test_an_invalid_prompt_is_a_configuration_error(session: Session, prompt: Any) -> None:
     with pytest.raises(errors.ConfigurationError):
         session.generate([prompt], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("prompts", [None, 5, [5, 6], {"a": 1}, b"abc", torch.tensor([5, 6]), Ellipsis], ids=repr)
-def test_what_is_no_list_of_prompts_is_a_configuration_error(session: Session, prompts: Any) -> None:
+def test_anything_but_a_list_of_prompts_is_a_configuration_error(session: Session, prompts: Any) -> None:
     with pytest.raises(errors.ConfigurationError):
         session.generate(prompts, max_new_tokens=2)
 
@@ -57,7 +57,7 @@ def test_what_is_no_list_of_prompts_is_a_configuration_error(session: Session, p
     ["", "<|new|>", "half \ud800", [], [{"role": "user", "content": ""}], [{"role": "user", "content": []}], None, [5]],
     ids=repr,
 )
-def test_a_chat_that_comes_to_no_prompt_is_a_configuration_error(session: Session, messages: Any) -> None:
+def test_a_chat_without_prompt_tokens_is_a_configuration_error(session: Session, messages: Any) -> None:
     with pytest.raises(errors.ConfigurationError):
         session.chat(messages, max_new_tokens=2)
 
@@ -72,7 +72,7 @@ def test_a_template_that_raises_is_a_configuration_error(session: Session, templ
 @pytest.mark.parametrize(
     "ids", [(5, 6, 7), torch.tensor([5, 6, 7]), numpy.array([5, 6, 7]), list(numpy.array([5, 6, 7])), range(5, 8)]
 )
-def test_ids_come_in_any_container(session: Session, ids: Any) -> None:
+def test_ids_are_accepted_in_any_container(session: Session, ids: Any) -> None:
     expected = session.generate([[5, 6, 7]], max_new_tokens=3)[0].tokens
     assert session.generate([ids], max_new_tokens=3)[0].tokens == expected
 
@@ -128,7 +128,7 @@ def test_a_text_is_refused_by_its_beginning_where_tokens_could_be_long() -> None
     assert 0 < counting.taken <= 100 * 4
 
 
-def test_a_conversation_is_refused_by_the_length_of_what_the_template_makes() -> None:
+def test_a_conversation_is_refused_by_the_length_of_its_rendered_template() -> None:
     tokenizer = byte_level("abcd")
     tokenizer.chat_template = "{{ messages[0].content[:40] }}"
     encoder = Encoder(Owner(tokenizer), 10_000, most=10)
@@ -138,7 +138,7 @@ def test_a_conversation_is_refused_by_the_length_of_what_the_template_makes() ->
         encoder.encode_messages([{"role": "user", "content": "abcd" * 10_000}], {})
 
 
-def test_of_tokens_that_stand_for_any_number_of_characters_nothing_is_said() -> None:
+def test_tokens_of_unbounded_length_give_no_lower_bound() -> None:
     words = Tokenizer(models.WordLevel({"w": 0}, unk_token="w"))
     swallowing = byte_level("abcd")
     from tokenizers import AddedToken
@@ -152,7 +152,7 @@ def test_of_tokens_that_stand_for_any_number_of_characters_nothing_is_said() -> 
 
 
 @pytest.mark.parametrize("text", ["abcd" * 300, "e\u0301" * 500, "日本語" * 300, "\x04" * 900, " " * 700, "a b " * 300])
-def test_what_is_said_is_never_more_than_there_are(text: str) -> None:
+def test_the_lower_bound_never_exceeds_the_number_of_tokens(text: str) -> None:
     for tokenizer in (byte_level("abcd"), byte_level("abcd", normalizer=normalizers.NFC())):
         assert read_token_lengths(tokenizer).fewest_tokens(text) <= len(tokenizer(text)["input_ids"])
 

@@ -45,7 +45,7 @@ def test_types_are_shipped() -> None:
     assert (ROOT / "rabbit_engine" / "py.typed").is_file()
 
 
-def test_what_an_editor_completes_is_what_from_pretrained_takes_and_returns() -> None:
+def test_from_pretrained_has_types_that_an_editor_completes() -> None:
     model, with_info = (found.__func__ for found in typing.get_overloads(AutoModel.from_pretrained))  # classmethods
     taken, shown = inspect.signature(AutoModel.from_pretrained), inspect.signature(model)
     assert [*taken.parameters] == [*shown.parameters][1:]  # without cls
@@ -125,7 +125,7 @@ def test_sizes_are_bytes_however_they_are_written(texts: list[str | float], coun
     "text",
     ["lots", "", "GB", "-1GB", -1, "8Gbit", "8GBB", "1,5GB", "80%", "8 G B", None, True, float("nan"), "inf", "1e300"],
 )
-def test_what_is_not_a_size_is_an_error_that_says_how_to_write_one(text: Any) -> None:
+def test_an_invalid_size_is_an_error_that_shows_the_format(text: Any) -> None:
     with pytest.raises(ValueError, match="write 8GiB, 8GB or a number of bytes"):
         parse_bytes(text)
 

@@ -92,7 +92,7 @@ def test_fp8_of_unreadable_blocks_is_named(tmp_path: Path, streamed: Any) -> Non
         streamed(folder)
 
 
-def test_fp8_said_in_the_text_config_is_seen(tmp_path: Path, streamed: Any) -> None:
+def test_fp8_in_the_text_config_is_recognised(tmp_path: Path, streamed: Any) -> None:
     folder = rewrite(families.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
     inputs = families.picture("qwen2_5_vl")
     raw = json.loads((folder / "config.json").read_text())
@@ -103,7 +103,7 @@ def test_fp8_said_in_the_text_config_is_seen(tmp_path: Path, streamed: Any) -> N
         assert torch.equal(streamed(folder)(**inputs).logits, expected)
 
 
-def test_fp8_that_nobody_explains_is_refused(tmp_path: Path) -> None:
+def test_fp8_without_a_config_is_refused(tmp_path: Path) -> None:
     folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
     raw = json.loads((folder / "config.json").read_text())
     del raw["quantization_config"]
@@ -112,7 +112,7 @@ def test_fp8_that_nobody_explains_is_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(folder, device="cpu")
 
 
-def test_a_quantization_config_that_cannot_be_read_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_an_unreadable_quantization_config_is_a_rabbit_error(tmp_path: Path) -> None:
     folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8 | {"weight_block_size": "big"})
     with pytest.raises(errors.CompressionUnavailableError, match="cannot be read"):
         AutoModel.from_pretrained(folder, device="cpu")
@@ -139,7 +139,7 @@ def quantised(family: str, folder: Path, **changes: int) -> tuple[Path, Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_moe", "gpt_oss"])
-def test_any_budget_streams_what_is_stored_and_has_the_bits_of_transformers(
+def test_any_budget_streams_stored_bytes_with_the_bits_of_transformers(
     family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor
 ) -> None:
     """From the smallest, where all moves, through one where some stays as it is stored, to where all is decoded at load."""
@@ -163,7 +163,7 @@ def test_any_budget_streams_what_is_stored_and_has_the_bits_of_transformers(
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-def test_experts_come_one_by_one_as_they_are_stored(family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+def test_stored_experts_are_read_one_by_one(family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
     folder, _ = quantised(family, tmp_path / "model")
     model = streamed(folder)
     assert model.plan.experts.layers
@@ -173,7 +173,7 @@ def test_experts_come_one_by_one_as_they_are_stored(family: str, tmp_path: Path,
     assert 0 < sum(found.read for found in model.profile.experts.values()) <= used
 
 
-def test_texts_of_a_session_share_what_is_decoded(tmp_path: Path, streamed: Any) -> None:
+def test_texts_of_a_session_share_decoded_units(tmp_path: Path, streamed: Any) -> None:
     folder, whole = quantised("deepseek_v3", tmp_path / "model")
     model = streamed(folder)
     words = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
@@ -186,7 +186,7 @@ def test_texts_of_a_session_share_what_is_decoded(tmp_path: Path, streamed: Any)
         assert list(reply.tokens) == tokens.tolist()
 
 
-def test_what_interrupts_a_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+def test_an_interrupted_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
     folder, whole = quantised("llama", tmp_path / "model")
     model = streamed(folder)
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -197,7 +197,7 @@ def test_what_interrupts_a_pass_leaves_no_wrong_weight(tmp_path: Path, streamed:
         assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
-def test_a_weight_that_is_away_raises_its_name_though_it_is_resident(tmp_path: Path, streamed: Any) -> None:
+def test_an_unloaded_weight_raises_its_name_even_if_resident(tmp_path: Path, streamed: Any) -> None:
     """Where it stays as it is stored, there are no decoded bytes to compute with."""
     folder, _ = quantised("llama", tmp_path / "model", num_hidden_layers=12, hidden_size=64)
     least = int(smallest(folder)["cpu"])

@@ -224,7 +224,7 @@ def test_an_interrupt_at_any_line_leaves_experts_and_units_right(first: int, run
     assert device.races == []
 
 
-def test_what_stays_is_there_for_any_stream(units: list[Unit]) -> None:
+def test_residents_are_ready_for_any_stream(units: list[Unit]) -> None:
     """Not only for the stream of the thread that loaded it."""
     device = SimulatedAccelerator()
     ring = SimulatedRing(device, units[1].nbytes)

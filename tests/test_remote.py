@@ -197,7 +197,7 @@ def test_code_that_is_too_old_is_an_error_that_says_so(words: str, others: str, 
         AutoModel.from_pretrained(folder, device="cpu", trust_remote_code=True)(ids)
 
 
-def test_a_package_that_its_code_wants_is_named(old: Any) -> None:
+def test_a_package_that_its_code_needs_is_named(old: Any) -> None:
     folder = old("layer_past", change=("import torch\n", "import torch\nimport no_such_package\n"))
     with pytest.raises(errors.MissingExtraError, match="no_such_package"):
         AutoModel.from_pretrained(folder, device="cpu", trust_remote_code=True)

@@ -77,7 +77,7 @@ def test_original_files_are_resolved_with_one_model_and_one_map(
 
 
 @pytest.mark.parametrize("work", [load, plan])
-def test_a_split_that_is_there_is_resolved_with_one_model_and_no_map(
+def test_an_existing_split_is_resolved_with_one_model_and_no_map(
     work: Callable[..., Any], own_checkpoint: Any, built: list[str]
 ) -> None:
     folder = own_checkpoint("llama")
@@ -87,7 +87,7 @@ def test_a_split_that_is_there_is_resolved_with_one_model_and_no_map(
     assert len(built) == 1
 
 
-def test_what_loading_tells_needs_no_second_look(own_checkpoint: Any, built: list[str]) -> None:
+def test_loading_info_needs_no_second_resolution(own_checkpoint: Any, built: list[str]) -> None:
     folder = own_checkpoint("llama")
     built.clear()
     assert names_mapped(lambda: load_telling(folder)) == stored_names(folder)
@@ -187,7 +187,7 @@ def test_an_interrupted_split_of_other_files_is_not_resumed_and_the_plan_says_so
     assert "streamed from the shards" in plan(folder)
 
 
-def test_resolving_writes_nothing_and_prints_what_it_found(own_checkpoint: Any) -> None:
+def test_resolving_writes_nothing_and_describes_its_source(own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama")
     before = sorted(folder.rglob("*"))
     for keywords, kind, text in (
@@ -209,7 +209,7 @@ def test_resolving_writes_nothing_and_prints_what_it_found(own_checkpoint: Any) 
 
 
 @pytest.mark.parametrize("work", [plan, load])
-def test_a_split_that_is_needed_and_refused_is_refused_alike(work: Callable[..., Any], own_checkpoint: Any) -> None:
+def test_a_needed_split_is_refused_by_plan_and_loading_alike(work: Callable[..., Any], own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama")
     never = {"split": "never"} if work is load else {"mode": "never"}
     with pytest.raises(errors.ConfigurationError) as caught:

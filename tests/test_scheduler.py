@@ -89,7 +89,7 @@ def test_a_pass_reads_the_weights_once_for_all(checkpoint: Any, streamed: Any) -
     assert five.passes - one.passes == one.passes - before.passes == 6
 
 
-def test_one_that_comes_later_joins_the_next_pass_and_leaves_alone(checkpoint: Any, streamed: Any) -> None:
+def test_a_later_fiber_joins_the_next_pass_and_leaves_alone(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     long, short = prompts(2)
     expected = [scores(model, long, max_new_tokens=9), scores(model, short, max_new_tokens=3)]
@@ -155,7 +155,7 @@ def test_an_unreadable_unit_fails_who_asks_for_it_and_the_next_reads_it_again(
     assert runtime_of(model).transfer.held == ()
 
 
-def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any, streamed: Any) -> None:
+def test_a_fiber_stopped_during_a_pass_leaves_the_others_right(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     ids, other = prompts(2)
     expected = scores(model, other)
@@ -179,7 +179,7 @@ def test_one_that_is_stopped_amid_a_pass_leaves_the_others_right(checkpoint: Any
     assert all(isinstance(p, Placeholder) for n, p in model.named_parameters() if ".layers." in n and "proj" in n)
 
 
-def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any) -> None:
+def test_a_fiber_stopped_before_it_has_a_unit_releases_none(own_checkpoint: Any, streamed: Any) -> None:
     """Where a layer's rest is held around its matrices, others are inside of it while this one still waits for it."""
     model = streamed(own_checkpoint("gemma3"), cut=Cut(least_bytes=1000, rest_share=0.0))
     assert any(size.encloses for size in runtime_of(model).partition.sizes)
@@ -203,7 +203,7 @@ def test_one_that_is_stopped_before_it_has_a_unit_releases_none(own_checkpoint: 
     assert all(torch.equal(found[index], expected[index]) for index in (0, 2, 3))
 
 
-def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -> None:
+def test_a_failed_fiber_frees_its_cache_at_once(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     caches: list[Any] = []
     scheduler = Scheduler(runtime_of(model).binding)
@@ -223,7 +223,7 @@ def test_what_failed_lets_its_cache_go_at_once(checkpoint: Any, streamed: Any) -
         gc.enable()
 
 
-def test_seeds_hold_beside_another_scheduler(checkpoint: Any, streamed: Any) -> None:
+def test_seeds_hold_while_another_scheduler_runs(checkpoint: Any, streamed: Any) -> None:
     sampled = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 95}
     models, asked = [streamed(checkpoint("llama")) for _ in range(2)], prompts(2)
     alone = []
@@ -274,7 +274,7 @@ def test_another_thread_takes_its_turn(checkpoint: Any, streamed: Any) -> None:
     assert answers == [expected] * 2
 
 
-def test_a_second_model_within_its_work_runs_as_ever(checkpoint: Any, streamed: Any) -> None:
+def test_a_second_model_within_its_work_runs_as_usual(checkpoint: Any, streamed: Any) -> None:
     target, assistant = streamed(checkpoint("llama")), streamed(checkpoint("llama"))
     ids = prompts(1)[0]
     expected = target.generate(ids, assistant_model=assistant, **GREEDY).tolist()

@@ -206,7 +206,7 @@ def test_n_seed_stop_and_logprobs(client: openai.OpenAI, model: Any) -> None:
     assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in told.logprobs.content)
 
 
-def test_streamed_choices_are_told_apart(client: openai.OpenAI) -> None:
+def test_streamed_choices_have_their_index(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=NAME, messages=user("Hi"), n=2, seed=3, temperature=1.0)
     texts = {0: "", 1: ""}
     for chunk in client.chat.completions.create(
@@ -252,7 +252,7 @@ def test_the_chat_client_of_transformers_is_understood(url: str, model: Any) -> 
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_goes_away_frees_its_place(url: str, session: Session, streams: bool) -> None:
+def test_a_client_that_disconnects_frees_its_place(url: str, session: Session, streams: bool) -> None:
     body = {"model": NAME, "messages": user("Count to a thousand."), "max_tokens": 1000, "stream": streams}
     with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(30, read=1.0)) as hasty:  # noqa: PT012
         if not streams:
@@ -265,7 +265,7 @@ def test_a_client_that_goes_away_frees_its_place(url: str, session: Session, str
     assert post(f"{url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 1}).status_code == 200
 
 
-def test_a_full_queue_answers_429_and_when_to_come_again(model: Any) -> None:
+def test_a_full_queue_answers_429_with_retry_after(model: Any) -> None:
     with Session(model, max_requests=1, max_queue=0) as session, serving(session) as url:
         stream = session.stream("Count to a thousand.", max_new_tokens=1000)
         next(stream)
@@ -280,7 +280,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(model: Any) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 8])
-def test_a_client_that_goes_away_before_the_first_chunk_frees_its_places(model: Any, n: int) -> None:
+def test_a_client_that_disconnects_before_the_first_chunk_frees_its_places(model: Any, n: int) -> None:
     body = json.dumps({"model": NAME, "messages": user("Count."), "max_tokens": 500, "stream": True, "n": n}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with Session(model, max_requests=16, max_queue=200) as session, serving(session) as url:
@@ -293,7 +293,9 @@ def test_a_client_that_goes_away_before_the_first_chunk_frees_its_places(model: 
         wait_until(lambda: session.running == session.waiting == 0, 30)
 
 
-def test_embeddings_that_are_given_up_harm_nobody(url: str, session: Session, client: openai.OpenAI, monkeypatch: Any) -> None:
+def test_cancelled_embeddings_affect_no_other_request(
+    url: str, session: Session, client: openai.OpenAI, monkeypatch: Any
+) -> None:
     futures = session.call([(lambda: time.sleep(0.2), 1)] * 3)
     for future in futures[1:]:
         future.cancel()
@@ -425,7 +427,7 @@ def test_garbage_by_the_hundred_and_it_answers_on(url: str, client: openai.OpenA
     assert session.waiting == 0
 
 
-def test_a_key_is_asked_for_and_a_host_of_others_wants_one(session: Session) -> None:
+def test_a_key_is_required_when_set_and_for_public_hosts(session: Session) -> None:
     with serving(session, api_key="secret", local=False) as url:
         assert get(f"{url}/health").status_code == 200
         for path in ("/v1/models", "/plan", "/lanes", "/metrics"):
@@ -444,7 +446,7 @@ def test_a_key_is_asked_for_and_a_host_of_others_wants_one(session: Session) -> 
         check_exposure(host, None)
 
 
-def test_a_page_elsewhere_may_use_it_where_that_is_allowed(session: Session) -> None:
+def test_a_page_of_another_origin_may_use_it_if_allowed(session: Session) -> None:
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     with serving(session, api_key="secret", origins=["https://chat.example"]) as url:
         answer = httpx.options(f"{url}/v1/chat/completions", headers=asked)
@@ -474,7 +476,7 @@ def test_health_metrics_plan_lanes_and_page(url: str, client: openai.OpenAI, mod
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def test_tool_calls_come_out_of_the_text(url: str, client: openai.OpenAI, monkeypatch: Any, model: Any) -> None:
+def test_tool_calls_are_parsed_from_the_text(url: str, client: openai.OpenAI, monkeypatch: Any, model: Any) -> None:
     """A model this small calls nothing by itself: its template is made to, and what it writes is replaced, token by token."""
     wanted = 'I look. <tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
     tokens = [*model.tokenizer(wanted)["input_ids"], model.tokenizer.eos_token_id]
@@ -592,7 +594,7 @@ def test_embeddings_of_a_model_that_embeds(
     assert sum(value**2 for value in short) == pytest.approx(1, abs=1e-5)
 
 
-def test_ways_of_embedding_that_are_unknown_are_told(embedding_folder: Any) -> None:
+def test_unknown_ways_of_embedding_are_reported(embedding_folder: Any) -> None:
     folder = embedding_folder("weightedmean_tokens")
     with pytest.raises(errors.ConfigurationError, match="weightedmean"):
         find_embedder(folder)
@@ -663,7 +665,7 @@ def rabbit(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_the_command_serves_until_it_is_told_to_end(smollm: Path, smollm_shards: Path, tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_stopped(smollm: Path, smollm_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     process = rabbit(
         *(smollm, "--port", 0, "--name", NAME, "--max-memory", "150MB", "--api-key-file", tmp_path / "key"),
@@ -691,7 +693,7 @@ def test_the_command_serves_until_it_is_told_to_end(smollm: Path, smollm_shards:
         (["--overflow", "maybe"], "'--overflow'"),
     ],
 )
-def test_what_the_command_refuses_before_it_loads(arguments: list[str], says: str) -> None:
+def test_serve_refuses_wrong_options_before_it_loads(arguments: list[str], says: str) -> None:
     process = rabbit("no-such-model-anywhere", *arguments)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -699,7 +701,7 @@ def test_what_the_command_refuses_before_it_loads(arguments: list[str], says: st
     assert "Traceback" not in told
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
+def test_a_port_in_use_is_reported_before_the_model_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -101,7 +101,7 @@ def test_a_text_may_have_as_many_commas_as_it_likes() -> None:
 @pytest.mark.parametrize(
     "bad", [b'{"a": "\\ud83d"}', b'{"a": "\xed\xa0\xbd"}', b"\xff\xfe{\x00}\x00", b"nul", b"", b"[" * 50_000]
 )
-def test_what_is_no_json_is_refused(bad: bytes) -> None:
+def test_invalid_json_is_refused(bad: bytes) -> None:
     with pytest.raises(RequestError, match=r"not valid JSON|not a JSON object") as caught:
         body.parse_object(bad)
     assert caught.value.status == 400
@@ -135,7 +135,7 @@ def test_small_requests_do_not_wait_for_a_large_one_that_is_being_read(session: 
 
 
 @pytest.mark.parametrize(("mebibytes", "headers", "status"), [(5, {}, 413), (20, {}, 413), (20, {"Host": "elsewhere"}, 400)])
-def test_a_client_that_sends_all_before_it_reads_hears_the_refusal(
+def test_a_client_that_sends_everything_before_it_reads_gets_the_refusal(
     session: Session, mebibytes: int, headers: dict[str, str], status: int
 ) -> None:
     with serving(session) as (_, port):
@@ -155,7 +155,7 @@ def test_a_body_of_a_size_without_reason_is_not_taken(session: Session) -> None:
         assert rest_of(connection).startswith(b"HTTP/1.1 413")
 
 
-def test_a_refused_body_that_does_not_come_is_not_waited_for(session: Session) -> None:
+def test_a_refused_body_that_does_not_arrive_is_not_waited_for(session: Session) -> None:
     with serving(session, drain_s=0.1) as (_, port), asking(port, {}, missing=body.MOST_BODY_BYTES) as connection:
         assert rest_of(connection).startswith(b"HTTP/1.1 413")
 
@@ -169,7 +169,7 @@ def test_a_body_that_never_ends_is_given_up(session: Session) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: local"])
-def test_a_connection_on_which_no_request_comes_is_closed(session: Session, sent: bytes) -> None:
+def test_a_connection_without_a_request_is_closed(session: Session, sent: bytes) -> None:
     with serving(session, idle_s=0.1) as (_, port), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(sent)
         assert rest_of(connection) == b""
@@ -188,7 +188,7 @@ def test_a_second_request_that_never_ends_its_head_is_closed_and_a_slow_answer_i
 # The end.
 
 
-def test_the_end_leaves_nobody_without_a_word(session: Session) -> None:
+def test_shutdown_answers_every_client(session: Session) -> None:
     with (
         serving(session, grace_s=0.2) as (server, port),
         asking(port, {**ENDLESS, "stream": True}) as stream,
@@ -219,7 +219,7 @@ def test_a_second_signal_gives_answers_no_more_time(session: Session, second: si
         assert rest_of(whole).startswith(b"HTTP/1.1 503")
 
 
-def test_an_answer_that_is_done_in_time_is_whole(session: Session) -> None:
+def test_an_answer_that_finishes_in_time_is_whole(session: Session) -> None:
     with serving(session) as (server, port), asking(port, {**ENDLESS, "max_tokens": 200}) as whole:
         wait_until(lambda: session.running == 1)
         server.handle_exit(signal.SIGTERM, None)

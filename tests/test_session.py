@@ -182,7 +182,7 @@ def test_a_cancelled_agenerate_gives_all_places_up(session: Session) -> None:
     ]
 
 
-def test_a_caller_that_fails_at_the_end_harms_nobody_else(session: Session) -> None:
+def test_a_callback_that_fails_at_the_end_affects_no_other_job(session: Session) -> None:
     def tell(_: int, event: Any) -> None:
         raise ZeroDivisionError("the caller's own")
 
@@ -190,7 +190,7 @@ def test_a_caller_that_fails_at_the_end_harms_nobody_else(session: Session) -> N
     assert str(session.chat(QUESTIONS[0])) == "The capital of France is Paris."
 
 
-def test_what_is_asked_of_the_model_itself_can_be_given_up(session: Session) -> None:
+def test_works_for_the_model_itself_can_be_cancelled(session: Session) -> None:
     begun: list[int] = []
     futures = session.call([(lambda: begun.append(1), 3)] * 3)
     for future in futures:
@@ -245,7 +245,7 @@ def test_models_that_remember_in_their_modules_answer_one_at_a_time(
         assert [list(reply.tokens) for reply in session.generate(asked, max_new_tokens=6, temperature=0)] == alone
 
 
-def test_a_full_queue_is_an_error_that_says_when_to_come_again(model: Any) -> None:
+def test_a_full_queue_is_an_error_that_says_when_to_retry(model: Any) -> None:
     with Session(model, max_requests=1, max_queue=1) as session:
         streams = [session.stream("Count to a hundred.", max_new_tokens=400) for _ in range(2)]
         next(streams[0])
@@ -261,7 +261,7 @@ def test_a_full_queue_is_an_error_that_says_when_to_come_again(model: Any) -> No
         assert len(session.generate(["a", "b", "c", "d"], max_new_tokens=1)) == 4
 
 
-def test_closing_ends_what_is_under_way(model: Any) -> None:
+def test_closing_ends_answers_under_way(model: Any) -> None:
     session = Session(model)
     stream = session.stream("Count to a hundred.", max_new_tokens=400)
     next(stream)

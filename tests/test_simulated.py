@@ -170,7 +170,7 @@ def test_kernels_in_another_stream_are_waited_for(checkpoint: Any, plain: Any, s
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_a_thread_of_its_own_after_another_is_right(checkpoint: Any, plain: Any, simulated: Any) -> None:
+def test_a_new_thread_after_another_is_right(checkpoint: Any, plain: Any, simulated: Any) -> None:
     whole, model, found = plain(checkpoint("llama")), simulated(checkpoint("llama")), dict[int, Any]()
 
     def work(index: int, ids: torch.Tensor) -> None:

@@ -241,7 +241,7 @@ def test_disk_that_fills_up_midway_leaves_no_half_shard(
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write: /proc")
-def test_read_only_folder_says_what_to_do(checkpoint: Any) -> None:
+def test_a_read_only_folder_is_an_error_with_advice(checkpoint: Any) -> None:
     with pytest.raises(errors.ShardsNotWritableError, match="layer_shards_saving_path"):
         split(checkpoint("llama"), Path("/proc/rabbit"))
 
@@ -383,7 +383,7 @@ def test_config_without_a_dtype_still_finds_its_split_after_deletion(
     assert torch.equal(streamed(folder)(ids).logits, first)
 
 
-def test_manifest_says_what_it_is_made_of(own_checkpoint: Any) -> None:
+def test_manifest_describes_its_source(own_checkpoint: Any) -> None:
     prepared = split(own_checkpoint("llama_tied"))
     raw = json.loads((prepared.folder / MANIFEST_NAME).read_text())
     assert raw["dtype"] == "float32"

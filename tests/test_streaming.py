@@ -182,7 +182,7 @@ def test_a_read_that_fails_names_the_file_and_is_tried_again(own_checkpoint: Any
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
-def test_without_prefetching_only_what_is_asked_for_is_read(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_without_prefetching_only_requested_units_are_read(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     model = streamed(checkpoint("llama"), prefetching=False)
     model.generate(ids, **GREEDY)
     assert (model.profile.passes, model.profile.loads) == (8, 8 * 4)
@@ -205,7 +205,7 @@ def test_two_threads_are_served_in_turn(checkpoint: Any, plain: Any, streamed: A
     assert all(torch.equal(got[i], expected[i]) for i in range(3))
 
 
-def test_a_layer_called_beside_a_pass_is_right(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_layer_called_outside_a_pass_is_right(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     model, whole = streamed(checkpoint("llama")), plain(checkpoint("llama"))
     with torch.no_grad():
         hidden = whole.get_input_embeddings()(ids)
@@ -230,7 +230,7 @@ def test_a_layer_called_beside_a_pass_is_right(checkpoint: Any, plain: Any, stre
     assert wrong == []
 
 
-def test_a_forked_process_is_told_to_load_its_own(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_forked_process_is_told_to_load_its_own_model(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     model = streamed(checkpoint("llama"))
     model(ids)
     child = os.fork()
@@ -245,7 +245,7 @@ def test_a_forked_process_is_told_to_load_its_own(checkpoint: Any, streamed: Any
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_process_forked_amid_a_pass_is_told_too(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_process_forked_during_a_pass_gets_an_error_too(checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
     model = streamed(checkpoint("llama"))
     stop = threading.Event()
 
@@ -373,7 +373,7 @@ def test_refused_operations_say_so_and_break_nothing(
 @pytest.mark.parametrize(
     "move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.float(), lambda m: m.to(device="cpu", dtype=torch.float32)]
 )
-def test_moving_to_where_it_is_is_allowed(move: Any, checkpoint: Any, streamed: Any) -> None:
+def test_moving_to_its_own_device_is_allowed(move: Any, checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     assert move(model) is model
 
@@ -445,7 +445,7 @@ def test_an_adapter_that_reads_weights_is_refused_by_its_name(
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
-def test_an_adapter_that_brings_its_base_layer_is_applied_where_that_is_the_same(
+def test_an_adapter_with_its_base_layer_is_applied_if_that_is_unchanged(
     target: str, way: str, own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     """PEFT saves the base of an adapted head or embedding with the adapter."""

@@ -39,7 +39,7 @@ def stream(budget: int | None, device: torch.device = CPU, host: int | None = No
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral", "gemma3"])
 @pytest.mark.parametrize("split", ["auto", "always"])
-def test_a_forecast_is_what_loading_decides(family: str, split: str, own_checkpoint: Any, streamed: Any) -> None:
+def test_a_forecast_equals_the_plan_of_loading(family: str, split: str, own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint(family)
     first = forecast(folder, SourceConfig(), SplitConfig(mode=split), stream(None))
     assert not (folder / "rabbit_shards").exists()
@@ -77,7 +77,7 @@ def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp
         forecast(REPO, SourceConfig(cache_dir=tmp_path, local_files_only=True), SplitConfig(), stream(250_000))
 
 
-def test_a_gpu_that_is_not_here_can_be_planned_for(checkpoint: Any, rabbit: Any) -> None:
+def test_a_missing_gpu_can_be_planned_for(checkpoint: Any, rabbit: Any) -> None:
     done = rabbit("plan", checkpoint("llama"), "--device", "cuda:0", "--max-memory", "0=115kB,cpu=110MB", "--disk-rate", "5GB")
     assert done.code == 0, done.err
     assert "in host memory" in done.out
@@ -232,7 +232,7 @@ def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_
         pytest.param({}, None, id="no cgroup"),
     ],
 )
-def test_what_a_memory_cgroup_still_allows(files: dict[str, str], room: int | None, tmp_path: Path) -> None:
+def test_free_memory_is_limited_by_the_cgroup(files: dict[str, str], room: int | None, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     found = [platform.cgroup_room(tmp_path, *names) for names in platform.CGROUP_FILES]

@@ -180,7 +180,7 @@ def rss() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def test_memory_is_what_the_plan_said(large: Path, ids: torch.Tensor) -> None:
+def test_peak_memory_stays_within_the_plan(large: Path, ids: torch.Tensor) -> None:
     budget = 90 * 10**6
     with AutoModel.from_pretrained(large, device="cpu", max_memory={"cpu": budget}) as warm:
         warm.generate(ids, **GREEDY)  # whatever kernels and libraries claim the first time

@@ -274,7 +274,7 @@ def test_pieces_are_those_of_sentencepiece(name: str, tmp_path: Path) -> None:
         pytest.param({}, {"eos_token": token("</s>", single_word=True)}, id="a token that is a word"),
     ],
 )
-def test_what_tokenizers_cannot_do_exactly_runs_on_sentencepiece(
+def test_a_model_that_tokenizers_cannot_reproduce_uses_sentencepiece(
     options: dict[str, Any], config: dict[str, Any], pieces: Callable[..., Made], caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer, processor = pieces("internlm", options, tokenizer_config_json=config)
@@ -536,7 +536,7 @@ def test_chatglm3_and_glm4_tell_their_tools(pieces: Callable[..., Made]) -> None
     assert f"## weather\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n在调用上述函数时" in told
 
 
-def test_qwen_speaks_chatml_in_which_what_is_said_is_text() -> None:
+def test_qwen_uses_chatml_and_special_tokens_in_messages_stay_text() -> None:
     encoding, start = tiktoken_encoding("", QWEN_SPECIALS), len(ranks())
     for seed in range(20):
         messages = said(seed, system=seed % 2 == 0)
@@ -590,7 +590,7 @@ def test_internlm_and_internlm2_write_one_prompt(pieces: Callable[..., Made]) ->
     assert internlm2.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == internlm2.encode(prompt)
 
 
-def test_conversations_come_padded_and_cut_as_asked() -> None:
+def test_conversations_are_padded_and_truncated_as_requested() -> None:
     chats = [said(1, system=False), said(2, system=True)]
     rows = qwen().apply_chat_template(chats)["input_ids"]
     tensors = qwen().apply_chat_template(chats, padding=True, return_tensors="pt")
@@ -635,7 +635,7 @@ def test_a_rank_file_with_holes_is_refused(content: bytes, said: str, folder: Fo
         build_tokenizer("qwen", folder(qwen_tiktoken=content))
 
 
-def test_a_file_that_is_no_model_is_refused(folder: Folder) -> None:
+def test_a_file_that_is_not_a_model_is_refused(folder: Folder) -> None:
     with pytest.raises(TokenizerNotFoundError, match="not a sentencepiece model"):
         build_tokenizer("internlm", folder(tokenizer_model=b"\x0a\x05not a model"))
 

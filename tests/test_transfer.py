@@ -162,7 +162,7 @@ def test_more_units_at_once_than_slots_is_an_error_not_a_deadlock(transfer: Tran
     assert transfer.held == ()
 
 
-def test_an_error_lives_where_it_is_asked_for_and_is_tried_again(units: list[Unit], ring: CountingRing) -> None:
+def test_an_error_is_raised_where_the_unit_is_requested_and_tried_again(units: list[Unit], ring: CountingRing) -> None:
     broken = True
     ring.fail = lambda name: OSError("no such block") if name == "u1" and broken else None
     transfer = transfer_of(units, ring)
@@ -240,7 +240,7 @@ def test_an_interrupt_at_any_line_hands_no_byte_out_twice(units: list[Unit]) -> 
     assert line > 40
 
 
-def test_a_unit_asked_for_inside_another_is_an_error_also_when_it_was_foreseen(units: list[Unit]) -> None:
+def test_a_unit_requested_inside_another_is_an_error_even_if_prefetched(units: list[Unit]) -> None:
     ring = ring_of(units, 1)
     transfer = transfer_of(units, ring)
     try:
@@ -338,7 +338,7 @@ class EndlessPrefetch:
         return None if wanted else job
 
 
-def test_what_a_model_waits_for_is_read_ahead_of_prefetches(units: list[Unit]) -> None:
+def test_a_wanted_unit_is_read_before_prefetches(units: list[Unit]) -> None:
     order: list[str] = []
     prefetches = EndlessPrefetch(order)
     reader = shared_reader()
@@ -358,7 +358,7 @@ def test_what_a_model_waits_for_is_read_ahead_of_prefetches(units: list[Unit]) -
         reader.leave(prefetches)
 
 
-def test_close_waits_for_its_reads_where_another_model_keeps_the_readers(units: list[Unit], ring: CountingRing) -> None:
+def test_close_waits_for_its_reads_while_another_model_keeps_the_readers(units: list[Unit], ring: CountingRing) -> None:
     entered, go = threading.Event(), threading.Event()
     left: list[int] = []
 

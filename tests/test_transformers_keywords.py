@@ -54,14 +54,14 @@ def test_the_table_has_every_keyword_of_transformers(function: Any) -> None:
     assert keywords_of(function) - NOT_ASKED <= set(TABLE) | {"pretrained_model_name_or_path"}
 
 
-def test_what_is_done_is_a_parameter_or_an_attribute_of_the_config() -> None:
+def test_supported_keywords_are_parameters_or_attributes_of_the_config() -> None:
     attributes = {"num_labels", "output_attentions", "model_type", "experts_implementation"}
     assert {name for name, row in TABLE.items() if row.treatment == "done"} - OWN == attributes
     assert len(TABLE) == len(KEYWORDS)
     assert OWN - set(TABLE) == {*OWN_KEYWORDS, "pretrained_model_name_or_path", "other"}
 
 
-def test_what_is_accepted_changes_nothing(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, recwarn: Any) -> None:
+def test_accepted_keywords_change_nothing(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, recwarn: Any) -> None:
     accepted = {row.name: "anything" for row in KEYWORDS if row.treatment == "accepted"}
     harmless = {row.name: row.harmless[0] for row in KEYWORDS if row.treatment == "refused"}
     model, whole = streamed(checkpoint("llama"), **accepted, **harmless), plain(checkpoint("llama"))
@@ -71,7 +71,7 @@ def test_what_is_accepted_changes_nothing(checkpoint: Any, plain: Any, streamed:
 
 
 @pytest.mark.parametrize("row", [row for row in KEYWORDS if row.treatment == "refused"], ids=lambda row: row.name)
-def test_what_is_refused_says_why(row: Any) -> None:
+def test_a_refused_keyword_says_why(row: Any) -> None:
     asked = {row.name: False if row.name == "weights_only" else object()}
     with pytest.raises(errors.ConfigurationError, match=f"^{row.name}=.* {re.escape(row.reason)}"):
         AutoModel.from_pretrained("anything", device="cpu", **asked)
@@ -113,19 +113,19 @@ def test_attributes_of_the_config_are_set_as_in_transformers(
     assert (got.attentions is None, got.past_key_values is None) == (want.attentions is None, want.past_key_values is None)
 
 
-def test_fewer_layers_are_asked_for_by_an_attribute(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_fewer_layers_are_requested_by_an_attribute(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     whole, model = (load(checkpoint("llama"), num_hidden_layers=2) for load in (plain, streamed))
     assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
-def test_what_is_no_attribute_of_the_config_is_unknown(checkpoint: Any, streamed: Any) -> None:
+def test_a_keyword_that_is_not_an_attribute_of_the_config_is_unknown(checkpoint: Any, streamed: Any) -> None:
     for keywords, nearest in ({"num_hiden_layers": 2}, "num_hidden_layers"), ({"low_cpu_memory_usage": 1}, "low_cpu_mem_usage"):
         with pytest.raises(errors.UnknownKeywordError, match=f"no keyword '{next(iter(keywords))}'.* did you mean '{nearest}'"):
             streamed(checkpoint("llama"), **keywords)
 
 
 @torch.no_grad()
-def test_a_config_stands_in_for_the_checkpoints(
+def test_a_given_config_replaces_the_checkpoints(
     checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     folder = checkpoint("llama")
@@ -146,7 +146,9 @@ def test_a_config_stands_in_for_the_checkpoints(
         streamed(folder, config=7)
 
 
-def test_a_generation_config_stands_in_for_the_checkpoints(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
+def test_a_given_generation_config_replaces_the_checkpoints(
+    checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
     given = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
     model, whole = (load(checkpoint("llama"), generation_config=given) for load in (streamed, plain))
     assert model.generation_config == whole.generation_config
@@ -156,7 +158,7 @@ def test_a_generation_config_stands_in_for_the_checkpoints(checkpoint: Any, plai
         streamed(checkpoint("llama"), generation_config={"max_new_tokens": 3})
 
 
-def test_what_was_loaded_is_told_as_transformers_tells_it(own_checkpoint: Any, plain: Any) -> None:
+def test_loading_info_equals_that_of_transformers(own_checkpoint: Any, plain: Any) -> None:
     folder = own_checkpoint("llama_tied")
     path = next(folder.glob("*.safetensors"))
     save_file({**load_file(path), "score.weight": torch.ones(2, 32)}, path, metadata={"format": "pt"})
@@ -194,7 +196,7 @@ def _of_variant(name: str, variant: str) -> str:
 
 
 @pytest.mark.parametrize("split", ["auto", "always"])
-def test_subfolders_and_variants_are_told_apart(
+def test_subfolders_and_variants_are_distinguished(
     split: str, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     _moved(checkpoint("llama"), tmp_path)
@@ -209,7 +211,7 @@ def test_subfolders_and_variants_are_told_apart(
     assert not torch.equal(told[0], told[2])
 
 
-def test_what_part_is_not_there_is_named(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
+def test_a_missing_subfolder_is_named(checkpoint: Any, streamed: Any, tmp_path: Path) -> None:
     _moved(checkpoint("llama"), tmp_path, variant="half")
     with pytest.raises(errors.CheckpointNotFoundError, match="its variants, for variant=: half"):
         streamed(tmp_path)
