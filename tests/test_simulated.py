@@ -170,6 +170,21 @@ def test_kernels_in_another_stream_are_waited_for(checkpoint: Any, plain: Any, s
         assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("beyond", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss"])
+def test_decoded_weights_are_waited_for_in_another_stream(family: str, beyond: float, ids: Any, tmp_path: Path) -> None:
+    """Decoded in one stream, used and overwritten in another."""
+    folder, whole = quantised(family, tmp_path / "model")
+    device = SimulatedAccelerator()
+    with torch.no_grad(), Watch(device), load_simulated(folder, device, in_host=40_000, beyond=beyond) as model:
+        expected = whole(ids).logits
+        for _ in range(4):
+            with device.in_stream():
+                assert torch.equal(model(ids).logits, expected)
+            assert torch.equal(model(ids).logits, expected)
+    assert device.races == []
+
+
 def test_a_new_thread_after_another_is_right(checkpoint: Any, plain: Any, simulated: Any) -> None:
     whole, model, found = plain(checkpoint("llama")), simulated(checkpoint("llama")), dict[int, Any]()
 

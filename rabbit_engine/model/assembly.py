@@ -317,7 +317,7 @@ def _claim_scratch(ring: Ring, plan: Plan) -> dict[str, Scratch]:
     """Scratch by its use: after residents and slots, before the ring."""
     base, found = plan.scratch_start, dict[str, Scratch]()
     for use, nbytes in scratch_shares(plan.units).items():
-        found[use] = Scratch(ring.view(base, nbytes))
+        found[use] = Scratch(ring.view(base, nbytes), ring)
         base += nbytes
     return found
 

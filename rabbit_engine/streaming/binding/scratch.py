@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from rabbit_engine.errors import StreamingError
+from rabbit_engine.streaming.transfer.ring import Mark, Ring
 from rabbit_engine.streaming.transfer.unit import Unit
 
 
@@ -15,11 +16,12 @@ class Scratch:
     """One place for decoded weights: uint8 `memory`, which belongs to one unit at a time.
 
     What was decoded last stays there until another unit needs the place, so that several texts that go through a unit decode
-    it once. The thread that runs the model calls; kernels of a device follow one another in its stream.
+    it once. The thread that runs the model calls, in any stream of the device.
     """
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory = memory
+    def __init__(self, memory: torch.Tensor, ring: Ring) -> None:
+        self._memory, self._ring = memory, ring
+        self._last_use: Mark = None
         self._unit: Unit | None = None
         self._users = 0
 
@@ -33,6 +35,8 @@ class Scratch:
 
         Raises StreamingError where another unit's are needed until later.
         """
+        if self._last_use is not None:
+            self._ring.wait(self._last_use)  # this thread's stream may be another one
         if self._unit is not unit:
             if self._users:
                 raise StreamingError(f"{unit.name} is asked for while the weights of another unit are in its scratch memory")
@@ -44,6 +48,7 @@ class Scratch:
             yield
         finally:
             self._users -= 1
+            self._last_use = self._ring.last_use()
 
     def reset(self) -> None:
         """A pass has ended, however it ended: nobody needs what is there."""
