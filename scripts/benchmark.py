@@ -1,4 +1,4 @@
-"""Seconds a decoded token: streamed, transformers' disk offload and resident, beside the disk's own rate; then residency.
+"""Seconds per decoded token: streamed, transformers' disk offload and resident, with the disk's own rate; then by budget.
 
     python scripts/benchmark.py [--folder DIR] [--layers N] [--hidden-size N] [--rounds N]
 
@@ -19,13 +19,13 @@ from rabbit_engine.diagnostics.benchmark import as_markdown, decode_on_cpu, resi
 
 def main(
     folder: Annotated[
-        Path | None, typer.Option(help="Where the model is made and kept; the default is a temporary folder.")
+        Path | None, typer.Option(help="Where the model is written and kept; a temporary folder by default.")
     ] = None,
     layers: int = 12,
     hidden_size: int = 2048,
     rounds: int = 5,
 ) -> None:
-    """Make a random Llama, time every lane, print a table and the records; then the same as the budget grows."""
+    """Make a random Llama, time every lane, and print a table and the records; then repeat with growing budgets."""
     with tempfile.TemporaryDirectory() as scratch:
         target = folder or Path(scratch) / "model"
         records = decode_on_cpu(target, layers, hidden_size, rounds)

@@ -1,10 +1,10 @@
-"""On an NVIDIA GPU: 70B-shaped layers in 8, 4 and 2 GiB of device memory, beside a pinned copy and the resident model.
+"""On an NVIDIA GPU: layers of a 70B in 8, 4 and 2 GiB of device memory, compared with a pinned copy and the resident model.
 
     python scripts/benchmark_cuda.py [--folder DIR] [--layers N] [--caps 8,4,2] [--rounds N]
 
-Makes a random Llama with the shape of a 70B (1.7 GB a layer in bf16), as many layers as DIR has room for, and for each cap
-and each place the weights come from (host memory, disk) prints seconds a pass, the host-to-device rate over that of a pinned
-copy, peak device memory beside the plan, and whether logits equal the resident model's. The last lines are JSON records.
+Makes a random Llama with the shape of a 70B (1.7 GB a layer in bf16), with as many layers as DIR has room for. For each cap
+and each source of the weights (host memory, disk) it prints seconds per pass, the host-to-device rate relative to a pinned
+copy, planned and peak device memory, and whether logits equal the resident model's. The last lines are JSON records.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate
 DEVICE = torch.device("cuda", 0)
 LAYER_BYTES = 1_711_308_800
 WORKSPACE_BYTES = 384 * 2**20
-"""Left of a cap to what is no weight: cuBLAS, logits, the caching allocator's rounding."""
+"""The part of a cap that is not for weights: cuBLAS, logits, the caching allocator's rounding."""
 
 TOKENS = 256
 
 
 def shape_of_70b(layers: int) -> LlamaConfig:
-    """Llama 3.1 70B but for its depth."""
+    """Llama 3.1 70B except for its depth."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,
@@ -53,7 +53,7 @@ def shape_of_70b(layers: int) -> LlamaConfig:
 
 
 def make_checkpoint(folder: Path, layers: int) -> Path:
-    """Random weights, written a layer at a time in transformers' own format; kept if they are there."""
+    """Write random weights, one layer at a time, in transformers' own format; kept if they exist."""
     if (folder / "model.safetensors.index.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
 
 
 def resident_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor | None:
-    """The whole model's logits on the device, or None where it has no room for the model."""
+    """The whole model's logits on the device, or None if the model does not fit there."""
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if needed > 0.9 * torch.cuda.mem_get_info(DEVICE)[0]:
         return None
@@ -93,7 +93,7 @@ def resident_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def run(folder: Path, cap: int, host_bytes: int, ids: torch.Tensor, expected: torch.Tensor | None, rounds: int) -> BenchmarkRow:
-    """One cap and one host budget; `rounds` interleaved with a pinned copy."""
+    """One cap and one host budget; `rounds`, interleaved with a pinned copy."""
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), DEVICE)
     torch.cuda.reset_peak_memory_stats(DEVICE)
@@ -125,7 +125,7 @@ def run(folder: Path, cap: int, host_bytes: int, ids: torch.Tensor, expected: to
 
 
 def as_table(records: list[BenchmarkRow]) -> str:
-    """A row a record."""
+    """One row per record."""
     lines = [
         "| cap | s a pass | over the link | of a pinned copy | peak on device (planned) | logits |",
         "|---|---|---|---|---|---|",
@@ -149,9 +149,9 @@ def as_table(records: list[BenchmarkRow]) -> str:
 
 def main(
     folder: Annotated[
-        Path | None, typer.Option(help="Where the model is made and kept; the default is a temporary folder.")
+        Path | None, typer.Option(help="Where the model is written and kept; a temporary folder by default.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="The default is as many as the disk has room for, 16 at most.")] = None,
+    layers: Annotated[int | None, typer.Option(help="By default as many as the disk has room for, at most 16.")] = None,
     caps: Annotated[str, typer.Option(help="Device memory in GiB, one run each.")] = "8,4,2",
     rounds: int = 5,
 ) -> None:

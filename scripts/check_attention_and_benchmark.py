@@ -1,11 +1,11 @@
-"""Which attention implementations work here and why; with `--benchmark`, what they make of a prompt and of a token.
+"""Which attention implementations work here and why; with `--benchmark`, their speed on a prompt and on a token.
 
     python scripts/check_attention_and_benchmark.py [--model M] [--benchmark] [--contexts 128,512,1024,2048] [--rounds N] [--json]
 
-Works without a GPU. The model is the demo's small one unless another is named. An implementation works when the model was
-loaded with it. The benchmark streams the model from disk in the smallest budget there is, and runs it again with
-everything resident; implementations and context lengths are interleaved in one process. What is counted as attention is told
-in `rabbit_engine/attentionbench.py`. Where auto is one of the others, their difference is the noise.
+Works without a GPU. The model is the demo's small one by default. An implementation works if the model was loaded with it.
+The benchmark streams the model from disk in the smallest budget, and runs it again with everything resident; implementations
+and context lengths are interleaved in one process. `rabbit_engine/diagnostics/attention_benchmark.py` defines what counts as
+attention. Where auto is one of the others, their difference is the noise.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One condition: `implementation` as it was asked for, `active` as it is in use; `tokens` of a prompt, or behind which one
-    is decoded."""
+    """One condition: `implementation` as requested, `active` as in use; `tokens` of a prompt, or after which one is decoded."""
 
     placement: str
     phase: str
@@ -65,7 +64,7 @@ class Lane:
 
 
 def loader(model: str | None, **keywords: Any) -> Loader:
-    """Loads the model, or the demo's, with these keywords and those it is called with."""
+    """Loads the model, or the demo's, with these keywords and those of the call."""
     if model is None:
         return lambda **more: load_small_model(**keywords, **more)[0]
     return partial(AutoModel.from_pretrained, model, **keywords)
@@ -77,7 +76,7 @@ def place_of(device: torch.device) -> int | str:
 
 
 def smallest_memory(load: Loader, device: torch.device) -> Memory:
-    """The smallest `max_memory`, with which all that can be streamed is; on a GPU with no weight in host memory."""
+    """The smallest `max_memory`, which streams everything possible; on a GPU with no weights in host memory."""
     memory: Memory = {place_of(device): 1, "cpu": 1}
     for missing in dict.fromkeys(("cpu", place_of(device))):
         try:
@@ -110,7 +109,7 @@ def checks(models: Mapping[str, Any], errors: Mapping[str, AttentionUnavailableE
 
 
 def facts(model: Any, requested: str, source: str) -> str:
-    """What the choice depends on, and what it is, a line each."""
+    """What the choice depends on, and the choice, one line each."""
     device, dtype, cls = runtime_of(model).device, runtime_of(model).dtype, runtime_of(model).architecture.cls
     gpu = "no CUDA device"
     if torch.cuda.is_available():
@@ -128,7 +127,7 @@ def facts(model: Any, requested: str, source: str) -> str:
 
 
 def prompt_step(model: Any, tokens: int) -> Step:
-    """A prompt of so many tokens, into a cache of its own."""
+    """A prompt of `tokens` tokens, with its own cache."""
     ids = made_up_prompt(model, tokens)
 
     def step() -> None:
@@ -151,7 +150,7 @@ def lanes_of(placement: str, models: Mapping[str, Any], contexts: Sequence[int])
 
 
 def measure(lanes: Mapping[Lane, tuple[Any, Step]], rounds: int, passes: int) -> list[BenchmarkRow]:
-    """Every lane once a round, behind a pass of one token outside the clock: a prompt once, a decoded token `passes` times."""
+    """Every lane once a round, after an untimed pass of one token: a prompt once, a decoded token `passes` times."""
     found: dict[Lane, list[PassSample]] = {lane: [] for lane in lanes}
     for index in range(rounds):
         start = time.perf_counter()
@@ -179,7 +178,7 @@ def record_of(lane: Lane, samples: Sequence[PassSample]) -> BenchmarkRow:
 
 
 def figure(value: float) -> str:
-    """Three digits, and all of those before the point."""
+    """Three digits, or all of those before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -231,9 +230,9 @@ def conclusion(records: Sequence[BenchmarkRow], requested: str) -> str:
 
 
 def parse_contexts(text: str, model: Any) -> list[int]:
-    """`"128,512"` as ascending numbers of tokens, less those for which the model has no positions."""
+    """`"128,512"` as ascending numbers of tokens, without those that exceed the model's positions."""
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise typer.BadParameter(f"--contexts {text} is no list of numbers of tokens, such as 128,512")
+        raise typer.BadParameter(f"--contexts {text} is not a list of numbers of tokens, such as 128,512")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     wanted = sorted({int(part) for part in text.split(",")})
     fitting = [tokens for tokens in wanted if most is None or tokens < most]
@@ -252,7 +251,7 @@ def no_room(whole_bytes: int, count: int, free_bytes: int) -> str | None:
 
 
 def benchmark(load: Loader, models: Mapping[str, Any], contexts: Sequence[int], rounds: int, passes: int) -> list[BenchmarkRow]:
-    """The streamed `models`, then the same with everything resident where there is room."""
+    """The streamed `models`, then the same with everything resident if there is room."""
     first = next(iter(models.values()))
     device, whole_bytes = runtime_of(first).device, first.plan.weights_bytes + first.plan.staging_bytes
     records = measure(lanes_of(STREAMED, models, contexts), rounds, passes)

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness over a streamed model and over the same one in memory: exit code 1 where any answer differs.
+"""Compares lm-evaluation-harness on a streamed model and on the same one in memory: exit code 1 if any answer differs.
 
-python scripts/check_lm_eval.py MODEL [MAX_MEMORY]     needs `pip install lm-eval`, and MODEL twice in memory.
+python scripts/check_lm_eval.py MODEL [MAX_MEMORY]     needs `pip install lm-eval`, and memory for twice MODEL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHOICES = [
 
 
 def answers(model: Any, tokenizer: Any) -> tuple[Any, ...]:
-    """Likelihoods of the choices, text until a full stop, and the likelihood of a whole text, as the harness asks for them."""
+    """Likelihoods of the choices, text until a full stop, and the likelihood of a whole text, as the harness requests them."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -35,7 +35,7 @@ def answers(model: Any, tokenizer: Any) -> tuple[Any, ...]:
 
 
 def main(model: str, max_memory: str = "150MB") -> None:
-    """Compare, and print both where they differ."""
+    """Compare, and print both if they differ."""
     with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": max_memory}) as streamed:
         got = answers(streamed, streamed.tokenizer)
         want = answers(AutoModelForCausalLM.from_pretrained(model), streamed.tokenizer)

@@ -1,12 +1,12 @@
-"""Whether memory holds: prompts and sessions within memory cgroups, and random plans within their budgets (Linux).
+"""Checks memory limits: prompts and sessions within memory cgroups, and random plans within their budgets (Linux).
 
-    python scripts/check_memory.py limits [--runs 60]   needs root: each run has a cgroup of its own
+    python scripts/check_memory.py limits [--runs 60]   needs root: each run has its own cgroup
     python scripts/check_memory.py plans [--runs 100]
 
-`limits` gives no max_memory, so that the library judges what is free. A run ends well, or is refused by name; one that the
-kernel kills fails the check. `plans` loads random models in random budgets and compares what resident memory grew by, up to
-the end of a generation, with the budget and what a prompt was said to take. What a process holds once, whatever its models
-(modules that the first load imports, compiled kernels), is there before.
+`limits` passes no max_memory, so that the library judges what is free. A run succeeds, or is refused by name; one that the
+kernel kills fails the check. `plans` loads random models with random budgets and compares the growth of resident memory, up to
+the end of a generation, with the budget and the predicted need of the prompt. What a process allocates once for all models
+(modules that the first load imports, compiled kernels) is allocated before.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PROMPTS = (16, 256, 1000, 2048)
 MODES = ("generate", "session", "padded")
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 _MARGIN_BYTES = 5 * 10**6
-"""Of a plan: the heap of small blocks (kernels that replace others among them), Python's objects for units and views."""
+"""Margin of a plan: the heap of small blocks (kernels that replace others among them), Python's objects for units and views."""
 _WARM_UP = 12
-"""Plans that do not count: what a process holds once, it holds after them."""
+"""The first plans do not count: what a process allocates once, it has after them."""
 _WAYS: tuple[dict[str, Any], ...] = ({}, {"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4})
 
 
 def main() -> int:
-    """Run a part, print its figures; 0 where everything held."""
+    """Run a part, print its figures; 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["limits", "plans", "child"])
     parser.add_argument("rest", nargs="*")
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def check_limits(folder: Path, runs: int) -> int:
-    """Every limit with every prompt in every mode, in a fixed shuffled order."""
+    """Run every limit with every prompt in every mode, in a fixed shuffled order."""
     cases = list(itertools.product(LIMITS_GB, PROMPTS, MODES))
     random.Random(0).shuffle(cases)
     write_model(folder, vocab_size=200_000, hidden_size=1024, intermediate_size=512, num_hidden_layers=25)
@@ -73,7 +73,7 @@ def check_limits(folder: Path, runs: int) -> int:
 
 @contextlib.contextmanager
 def memory_cgroup(limit_bytes: int) -> Iterator[tuple[Path, Path]]:
-    """A cgroup with a limit, and the file that tells its peak. Exits where the system has none to give."""
+    """A cgroup with a limit, and the file with its peak. Exits if the system does not allow it."""
     v1 = (_V1 / "memory.limit_in_bytes").exists()
     group = (_V1 if v1 else _V2) / f"check-memory-{os.getpid()}"
     try:
@@ -88,7 +88,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[tuple[Path, Path]]:
 
 
 def run_limited(limit_bytes: int, folder: Path, tokens: int, mode: str) -> tuple[str, int]:
-    """What became of a child within the limit, and its peak in bytes."""
+    """The outcome of a child within the limit, and its peak in bytes."""
     with memory_cgroup(limit_bytes) as (group, peak):
         enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
         command = [sys.executable, __file__, "child", str(folder), str(tokens), mode]
@@ -102,7 +102,7 @@ def run_limited(limit_bytes: int, folder: Path, tokens: int, mode: str) -> tuple
 
 
 def run_child(folder: Path, tokens: int, mode: str) -> int:
-    """One load and prompt in the budget that the library finds; tells "answered" or "refused: why"."""
+    """One load and prompt with the library's own budget; prints "answered" or "refused: why"."""
     import torch
 
     from rabbit_engine import AutoModel, Session, errors
@@ -136,7 +136,7 @@ class NoTokenizer:
 
 
 def write_model(folder: Path, **shape: Any) -> None:
-    """A Llama in bf16, all of whose matrices repeat the same numbers."""
+    """A Llama in bf16 whose matrices all repeat the same numbers."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -196,17 +196,17 @@ def random_shape(chosen: random.Random) -> dict[str, Any]:
 
 
 def fill_kernels() -> None:
-    """Compile as many of torch's kernels for bf16 as the process will keep."""
+    """Compile as many of torch's bf16 kernels as the process will keep."""
     import torch
 
-    import rabbit_engine  # noqa: F401 - says how many, before the first
+    import rabbit_engine  # noqa: F401 - sets how many, before the first
 
     for size in range(64, 128):
         torch.ones(size, 256, dtype=torch.bfloat16) @ torch.ones(256, 8 * size, dtype=torch.bfloat16)
 
 
 def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
-    """By how many bytes the peak of loading and generating was over the budget and the need of the prompt."""
+    """The bytes by which the peak of loading and generating exceeds the budget and the need of the prompt."""
     import torch
 
     from rabbit_engine import AutoModel, errors

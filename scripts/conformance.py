@@ -1,8 +1,8 @@
-"""transformers' own model tests, run over streamed models: a table of families, and docs/conformance.json.
+"""Runs transformers' own model tests on streamed models; writes a table of families, and docs/conformance.json.
 
 `ModelTesterMixin` comes with the source distribution of the installed transformers, which pip fetches once into `.conformance/`.
-`GenerationTesterMixin` does not: its tests run where a checkout of transformers is given with --transformers.
-A test that fails is run again over models that transformers loads whole; one that fails there too is counted apart.
+`GenerationTesterMixin` does not: its tests run with a checkout of transformers, given with --transformers.
+A failing test is run again on models that transformers loads whole; one that fails there too is counted separately.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ FAMILIES = (
     "gpt_oss", "glm", "gpt2", "qwen3_next", "gemma4",
 )  # fmt: skip
 OUTCOMES = ("passed", "failed", "fails_whole_too", "known", "skipped", "left_out")
-"""`fails_whole_too`: not by streaming. `known`: a documented refusal. `skipped`: by the test itself. `left_out`: by scope.py."""
+"""`fails_whole_too`: not because of streaming. `known`: a documented refusal. `skipped`: by the test itself. `left_out`: by
+scope.py."""
 SEVERITY = ("failed", "known", "left_out", "skipped", "passed")
 """A test with subtests reports several times: the first of these that it reported is its outcome."""
 SOURCES = {
@@ -42,12 +43,12 @@ SOURCES = {
     False: "the source distribution of transformers: ModelTesterMixin; GenerationTesterMixin is not in it",
 }
 MISSING = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
-"""What `test_modeling_common` imports and the source distribution leaves out."""
+"""Modules that `test_modeling_common` imports and the source distribution lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of one test of one family."""
+    """The outcome of one test of one family."""
 
     family: str
     test: str
@@ -56,7 +57,7 @@ class Result:
 
 
 def find_tests(transformers: str) -> Path:
-    """The folder whose `tests` package is that of this version of transformers; fetched where it is not there."""
+    """The folder whose `tests` package is that of this version of transformers; downloaded if missing."""
     folder = CACHE / f"transformers-{transformers}"
     if not folder.exists():
         CACHE.mkdir(exist_ok=True)
@@ -67,7 +68,7 @@ def find_tests(transformers: str) -> Path:
 
 
 def download_sdist(transformers: str, folder: Path) -> Path:
-    """The source distribution's archive, by pip. Without build isolation: its metadata needs setuptools alone."""
+    """The source distribution's archive, from pip. Without build isolation: its metadata needs only setuptools."""
     only_source = ["--no-deps", "--no-binary", "transformers", "--no-build-isolation"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *only_source, "--dest", str(folder)]
     subprocess.run([*command, f"transformers=={transformers}"], check=True)
@@ -75,7 +76,7 @@ def download_sdist(transformers: str, folder: Path) -> Path:
 
 
 def unpack_tests(archive: Path, target: Path) -> None:
-    """Its `tests` as a package in `target`, with an empty mixin for each that the archive leaves out."""
+    """Its `tests` as a package in `target`, with an empty mixin for each that the archive lacks."""
     target.mkdir()
     with tarfile.open(archive) as tar:
         members = [member for member in tar.getmembers() if member.isfile() and member.name.split("/")[1:2] == ["tests"]]
@@ -92,7 +93,7 @@ def unpack_tests(archive: Path, target: Path) -> None:
 
 
 def run_tests(tests: Path, family: str, names: Iterable[str] = (), *, whole: bool = False) -> list[Result]:
-    """A family's tests, all or those named, in a process of their own. Raises RuntimeError where pytest itself fails."""
+    """A family's tests, all or those named, in a separate process. Raises RuntimeError if pytest itself fails."""
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "record.json"
         settings = {"TESTS": str(tests), "FAMILIES": family, "RECORD": str(record), "WHOLE": "1" if whole else ""}
@@ -109,7 +110,7 @@ def run_tests(tests: Path, family: str, names: Iterable[str] = (), *, whole: boo
 
 
 def merge_reports(family: str, reports: list[dict[str, str]]) -> list[Result]:
-    """One result a test: the gravest of its reports."""
+    """One result per test: the worst of its reports."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     for report in reports:
         found[report["test"].rsplit("::", 1)[-1]].append(report)
@@ -121,7 +122,7 @@ def merge_reports(family: str, reports: list[dict[str, str]]) -> list[Result]:
 
 
 def check_family(tests: Path, family: str) -> tuple[list[Result], float]:
-    """A family's results and the seconds they took; what failed is tried again without streaming."""
+    """A family's results and the seconds they took; failures are tried again without streaming."""
     started = time.monotonic()
     results = run_tests(tests, family)
     failed = [result.test for result in results if result.outcome == "failed"]
@@ -164,12 +165,12 @@ def make_record(found: dict[str, tuple[list[Result], float]], source: str, secon
 
 
 def by_test(results: list[Result], outcome: str) -> dict[str, int]:
-    """In how many families each test had that outcome; the variants of a parameterised one together."""
+    """The number of families with that outcome per test; the variants of a parameterised test together."""
     return dict(sorted(Counter(without_variant(each.test) for each in results if each.outcome == outcome).items()))
 
 
 def by_reason(results: list[Result], outcome: str) -> dict[str, dict[str, int]]:
-    """The same, below each reason. Class names in a reason are taken out, so that families share it."""
+    """The same, grouped by reason. Class names in a reason are removed, so that families share it."""
     grouped: dict[str, list[Result]] = defaultdict(list)
     for each in results:
         if each.outcome == outcome:
@@ -178,7 +179,7 @@ def by_reason(results: list[Result], outcome: str) -> dict[str, dict[str, int]]:
 
 
 def listed(results: list[Result], outcome: str) -> list[dict[str, str]]:
-    """Each test with that outcome, and the first line of what it raised."""
+    """Each test with that outcome, and the first line of its error."""
     return [
         {"family": each.family, "test": each.test, "reason": each.reason.split("\n")[0]}
         for each in results
@@ -194,17 +195,15 @@ def without_variant(test: str) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=FAMILIES, help="names in tests/families.py; all where none is given")
+    parser.add_argument("families", nargs="*", default=FAMILIES, help="names in tests/families.py; all by default")
     parser.add_argument("--transformers", type=Path, help="a checkout of transformers, at the tag of the installed version")
     parser.add_argument("--jobs", type=int, default=2, help="families at a time")
-    parser.add_argument(
-        "--record", type=Path, help="where it goes; without it, a run of all families writes docs/conformance.json"
-    )
+    parser.add_argument("--record", type=Path, help="output file; by default, a run of all families writes docs/conformance.json")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run, print, record; 1 where a streamed model fails a test that a whole one passes."""
+    """Run, print, record; 1 if a streamed model fails a test that a whole one passes."""
     arguments = parse_arguments()
     started = time.monotonic()
     tests = arguments.transformers or find_tests(version("transformers"))

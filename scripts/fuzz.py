@@ -1,13 +1,13 @@
-"""Changed checkpoints, thousands of them: each must end in a RabbitError that names the file, or load right.
+"""Damages thousands of checkpoints: each must end in a RabbitError that names the file, or load correctly.
 
     python scripts/fuzz.py --cases 10000 --seed 1
     python scripts/fuzz.py --kind gguf --kind bin --cases 500
     python scripts/fuzz.py --seed 1 --replay 4711
 
-A case is a tiny checkpoint with one file changed at random: cut, bits flipped, JSON values of other types, something else
-in its place. Right is an error of ours that names the file or its folder, or logits equal to those before the change or to
-what transformers gives for the same files. Wrong is any other exception, an error that names nothing, other logits, more
-than 10 s or 3 GiB, and a file outside of the checkpoint that is changed. Exit code 1 when a case is wrong.
+A case is a tiny checkpoint with one file changed at random: truncated, bits flipped, JSON values of other types, or replaced.
+Correct is a RabbitError that names the file or its folder, or logits equal to those before the change or to transformers' for
+the same files. Wrong is any other exception, an error that names nothing, other logits, more than 10 s or 3 GiB, or a changed
+file outside the checkpoint. Exit code 1 if a case is wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _told(seed: int, index: int, kinds: Sequence[str], verdict: Verdict) -> str:
 
 
 def table(verdicts: dict[int, Verdict]) -> str:
-    """How many cases of each kind came to what."""
+    """The number of cases by kind and outcome."""
     counts = Counter((verdict.kind, verdict.outcome) for verdict in verdicts.values())
     outcomes = [*RIGHT, *WRONG]
     rows = [["kind", *outcomes]]
@@ -61,8 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kind", action="append", default=[], choices=sorted(KINDS), help="only these; may be repeated")
-    parser.add_argument("--replay", type=int, action="append", help="only this case; give the seed and kinds it was found with")
+    parser.add_argument("--kind", action="append", default=[], choices=sorted(KINDS), help="only these kinds; may be repeated")
+    parser.add_argument("--replay", type=int, action="append", help="only this case; pass the seed and kinds it was found with")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     indices = arguments.replay or range(arguments.cases)

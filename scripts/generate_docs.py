@@ -1,4 +1,4 @@
-"""Write the pages that are generated: docs/cli.md from the commands' own help, COMPATIBILITY.md's table from the record.
+"""Writes the generated pages: docs/cli.md from the commands' own help, COMPATIBILITY.md's table from the record.
 
 python scripts/generate_docs.py [--check]     `--check` only compares.
 """
@@ -21,7 +21,7 @@ COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "r
 CONFORMANCE = ROOT / "docs" / "conformance.json"
 FAMILIES = ("<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->")
 KEYWORD_TABLE = (
-    "<!-- the keywords: rabbit_engine/keywords.py, `make docs` writes them -->",
+    "<!-- the keywords: rabbit_engine/utils/keywords.py, `make docs` writes them -->",
     "<!-- end of the keywords -->",
 )
 MIXIN = ("<!-- conformance: `make conformance` runs it, `make docs` writes it -->", "<!-- end of conformance -->")
@@ -36,14 +36,14 @@ def cli_page() -> str:
 
 
 def compatibility_page() -> str:
-    """COMPATIBILITY.md with its tables written anew."""
+    """COMPATIBILITY.md with its tables regenerated."""
     page = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8")
     page = between(page, FAMILIES, families_table(read_record()))
     return between(page, MIXIN, conformance_table(json.loads(CONFORMANCE.read_text(encoding="utf-8"))))
 
 
 def migrating_page() -> str:
-    """docs/migrating.md with its table of transformers' keywords written anew."""
+    """docs/migrating.md with its table of transformers' keywords regenerated."""
     page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
     rows = [["keyword", "here", "how, or why"], *([f"`{row.name}`", row.treatment, row.reason] for row in KEYWORDS)]
     return between(page, KEYWORD_TABLE, as_table(rows))
@@ -72,7 +72,7 @@ def families_table(record: Record) -> str:
 
 
 def conformance_table(record: dict[str, Any]) -> str:
-    """What became of each family's tests, and why tests were left out or skipped."""
+    """The outcome of each family's tests, and why tests were left out or skipped."""
     outcomes = [name for name in next(iter(record["families"].values())) if name != "seconds"]
     rows = [[family, *(str(counts[name]) for name in outcomes)] for family, counts in record["families"].items()]
     head = ["family", *(name.replace("_", " ") for name in outcomes)]

@@ -1,1 +1,1 @@
-"""Mutated checkpoints and what becomes of them: see scripts/fuzz.py."""
+"""Mutated checkpoints and their outcomes: see scripts/fuzz.py."""

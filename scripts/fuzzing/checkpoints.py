@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every form that a person can hand us, made once; a case changes a copy of one."""
+"""Tiny checkpoints of every form that users have, made once; a case changes a copy of one."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ def split(folder: Path) -> None:
 
 
 def deleted(folder: Path) -> None:
-    """A split whose originals are gone."""
+    """A split whose originals are deleted."""
     sharded(folder)
     _split(folder, delete=True)
 
 
 def interrupted(folder: Path) -> None:
-    """Half a split: a journal, some shards, some originals gone."""
+    """Half a split: a journal, some shards, some originals deleted."""
     sharded(folder)
     whole: Callable[..., Any] = vars(splitter)["write_shard"]
     written: list[Any] = []
@@ -153,7 +153,7 @@ def interrupted(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A form of checkpoint and which of its files a case changes; `keywords` go to `from_pretrained`."""
+    """A form of checkpoint and the files that a case may change; `keywords` go to `from_pretrained`."""
 
     make: Callable[[Path], None]
     targets: tuple[str, ...]
@@ -181,4 +181,4 @@ KINDS: dict[str, Kind] = {
     "tokenizer": Kind(one_file, ("tokenizer.json", "tokenizer_config.json")),
     "generation": Kind(one_file, ("generation_config.json",)),
 }
-"""`readable` kinds are files that transformers reads too; what it makes of a changed one is right."""
+"""`readable` kinds are files that transformers also reads; its result for a changed one is correct."""

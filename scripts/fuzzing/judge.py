@@ -1,4 +1,4 @@
-"""One case: change a copy of a checkpoint, load it, and say whether what came of it is right."""
+"""One case: change a copy of a checkpoint, load it, and judge the outcome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WRONG = ("foreign", "unnamed", "wrong", "escaped", "hang", "died")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a case: one of RIGHT or WRONG, what was done to which file, and what was said."""
+    """The outcome of a case: one of RIGHT or WRONG, the change and its file, and the message."""
 
     outcome: str
     kind: str
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a loaded checkpoint gives: logits, and for its tokenizer or generation config token ids."""
+    """The output of a loaded checkpoint: logits, and for its tokenizer or generation config token ids."""
 
     logits: torch.Tensor
     ids: Any = None
@@ -57,7 +57,7 @@ def be_quiet() -> None:
 
 
 def make_bases(root: Path, kinds: list[str]) -> dict[str, Answer]:
-    """The unchanged checkpoints below `root`, and what each one gives."""
+    """The unchanged checkpoints below `root`, and the output of each."""
     answers = {}
     for name in kinds:
         kind, folder = KINDS[name], root / name
@@ -77,7 +77,7 @@ def _unchanged(kind: Kind, folder: Path, name: str) -> Answer:
 
 
 def _plain(folder: Path, kind: Kind, name: str) -> Answer:
-    """What transformers gives, over weights in memory of their own: kernels round by alignment."""
+    """transformers' output, with weights in their own memory: kernels round by alignment."""
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=kind.gguf_file).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -117,7 +117,7 @@ class Case:
             outside = self._mutate()
             outcome, said = self._load()
             if sorted(path.name for path in outside.iterdir() if path.read_text() == "mine") != sorted(_OUTSIDE):
-                outcome, said = "escaped", f"a file outside of the checkpoint was changed; {said}"
+                outcome, said = "escaped", f"a file outside the checkpoint was changed; {said}"
             return Verdict(outcome, self._name, f"{self._target}: {self._change}", said)
         finally:
             shutil.rmtree(self._folder.parent, ignore_errors=True)
@@ -135,7 +135,7 @@ class Case:
             got = _streamed(self._folder, self._kind, self._name)
         except RabbitError as error:
             return self._refused(error)
-        except Exception as error:  # noqa: BLE001 - finding those is what this is for
+        except Exception as error:  # noqa: BLE001 - finding these is the purpose
             return self._foreign(error)
         if got.equals(self._before):
             return "loaded", ""

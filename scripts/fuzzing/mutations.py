@@ -21,7 +21,7 @@ INTERESTING = (0, 1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The file to change, the randomness to change it with, and a file outside of the checkpoint to name."""
+    """The file to change, the randomness to change it with, and a file outside the checkpoint to name."""
 
     path: Path
     rng: random.Random
@@ -29,7 +29,7 @@ class Place:
 
 
 def mutate(place: Place) -> str:
-    """Change the file; what was done, in words."""
+    """Change the file; returns what was done."""
     suffix = place.path.suffix
     own = {".json": [json_value] * 8, ".safetensors": [header_value] * 6 + [saved_anew] * 2}
     own |= {".bin": [pickled_anew] * 3 + [cut] * 2, ".gguf": [number_in_header] * 5 + [flip_in_header] * 3 + [cut]}
@@ -38,7 +38,7 @@ def mutate(place: Place) -> str:
 
 
 def cut(place: Place) -> str:
-    """Cut off anywhere; often near the beginning."""
+    """Truncate anywhere; often near the beginning."""
     size = place.path.stat().st_size
     length = place.rng.randrange(min(size, place.rng.choice((16, 400, size))))
     place.path.write_bytes(place.path.read_bytes()[:length])
@@ -46,14 +46,14 @@ def cut(place: Place) -> str:
 
 
 def grow(place: Place) -> str:
-    """Bytes behind the end."""
+    """Append bytes."""
     extra = place.rng.randbytes(place.rng.choice((1, 8, 4096)))
     place.path.write_bytes(place.path.read_bytes() + extra)
     return f"{len(extra)} bytes too many"
 
 
 def flip(place: Place) -> str:
-    """Flip one to four bits. In a shard only those of its header: its data is for `rabbit verify`."""
+    """Flip one to four bits. In a shard only those of its header: `rabbit verify` covers its data."""
     raw = bytearray(place.path.read_bytes())
     return _flip(place, raw, _checked_bytes(place.path, raw))
 
@@ -84,13 +84,13 @@ def overwrite(place: Place) -> str:
 
 
 def _checked_bytes(path: Path, raw: bytearray) -> int:
-    """How much of the file is checked when it is loaded: all of it, or a shard's header."""
+    """The part of the file that is checked when it is loaded: all of it, or a shard's header."""
     is_shard = path.suffix == ".safetensors" and "rabbit_shards" in path.parts
     return 8 + int.from_bytes(raw[:8], "little") if is_shard else len(raw)
 
 
 def stand_in(place: Place) -> str:
-    """Something else in its place."""
+    """Replace it with something else."""
     what = place.rng.choice(("nothing", "empty", "folder", "pointer", "page", "noise", "dangling link"))
     place.path.unlink()
     contents = {"empty": b"", "pointer": LFS_POINTER, "page": HTML, "noise": place.rng.randbytes(300)}
@@ -104,7 +104,7 @@ def stand_in(place: Place) -> str:
 
 
 def json_value(place: Place) -> str:
-    """Change one to three values or keys, wherever they stand."""
+    """Change one to three values or keys, anywhere."""
     try:
         tree = json.loads(place.path.read_bytes())
     except ValueError:
@@ -199,7 +199,7 @@ def strange(value: Any, place: Place) -> Any:
 
 
 def number_in_header(place: Place) -> str:
-    """A telling number over four or eight bytes of a GGUF file's header."""
+    """A special number over four or eight bytes of a GGUF file's header."""
     raw = bytearray(place.path.read_bytes())
     width = place.rng.choice((4, 8))
     at = place.rng.choice((4, 8, 16, place.rng.randrange(min(2600, len(raw) - 8))))
@@ -220,7 +220,7 @@ def saved_anew(place: Place) -> str:
 
 
 def pickled_anew(place: Place) -> str:
-    """A whole pickle of other things than named tensors."""
+    """A whole pickle of something other than named tensors."""
     state: Any = torch.load(place.path, weights_only=True)
     key = place.rng.choice(list(state))
     others: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _change_tensors(state: dict[str, torch.Tensor], rng: random.Random) -> str:
 
 
 def precious(outside: Path) -> Path:
-    """A folder outside of the checkpoint that must stay as it is; the file in it that names lead to."""
+    """A folder outside the checkpoint that must not change; the file in it that names lead to."""
     shutil.rmtree(outside, ignore_errors=True)
     outside.mkdir(parents=True)
     for name in ("precious.txt", "model.safetensors", "config.json"):

@@ -1,4 +1,4 @@
-"""Cases in forked processes with limits of time and memory: a case that hangs or dies is a finding, and the others go on."""
+"""Runs cases in forked processes with limits of time and memory: one that hangs or dies is a finding, and the rest continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASE_S = 10.0
 """A case that takes longer hangs."""
 
 CASE_BYTES = 3 * 2**30
-"""What a case may claim beyond what the process had."""
+"""The memory a case may allocate beyond the process's own."""
 
 _fork = multiprocessing.get_context("fork")
 
@@ -37,7 +37,7 @@ class _Worker:
 def run_cases(
     root: Path, seed: int, indices: Sequence[int], answers: dict[str, Answer], workers: int
 ) -> Iterator[tuple[int, Verdict]]:
-    """Judge each case; (index, verdict) in the order in which they end."""
+    """Judge each case; (index, verdict) in order of completion."""
     todo, busy = iter(indices), [_start(root, seed, answers) for _ in range(min(workers, len(indices)))]
     try:
         for worker in busy:
@@ -68,7 +68,7 @@ def _give(worker: _Worker, index: int) -> None:
 
 
 def _verdict(worker: _Worker, *, ended: bool) -> Verdict | None:
-    """What the worker says, or what its silence means."""
+    """The worker's verdict, or one for its silence."""
     if ended:
         try:
             return worker.pipe.recv()  # type: ignore[no-any-return]

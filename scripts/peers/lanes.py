@@ -1,4 +1,4 @@
-"""A lane is one peer and what it may be told; a run is one process of it in a limited group. Nothing is printed here."""
+"""A lane is one peer with its settings; a run is one process of it in a limited group. Prints nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What every run gets: bytes of memory, seconds, and the files that must not be in the page cache."""
+    """The limits of every run: bytes of memory, seconds, and the files that must not be in the page cache."""
 
     memory_bytes: int
     timeout_s: float
@@ -60,12 +60,12 @@ class Run:
 
     @property
     def token_s(self) -> float:
-        """Mean seconds of the decoded tokens behind the first."""
+        """Mean seconds of the decoded tokens after the first."""
         return statistics.fmean(self.figures["token_s"])
 
     @property
     def read_bytes_a_token(self) -> float:
-        """Bytes the disk gave for each of them."""
+        """Bytes read from disk for each of them."""
         return float(self.figures["read_bytes"]) / len(self.figures["token_s"])
 
     def as_json(self) -> str:
@@ -102,7 +102,7 @@ def prepare_lane(lane: Lane, timeout_s: float) -> Run:
 
 
 def run_lane(lane: Lane, settings: tuple[str, ...], phase: str, arguments: Sequence[str], limits: Limits) -> Run:
-    """One cold process in a group of its own."""
+    """One cold process in its own group."""
     evict(limits.cold)
     start = time.perf_counter()
     with limited_group(f"peers-{os.getpid()}-{next(_group_numbers)}", limits.memory_bytes) as group:
@@ -141,6 +141,6 @@ def _last_line(text: str) -> str:
 
 
 def best_settings(trials: Sequence[Run]) -> tuple[str, ...] | None:
-    """Those of the fastest survivor; None where none survived."""
+    """The settings of the fastest survivor; None if none survived."""
     survivors = [run for run in trials if run.outcome == "ok"]
     return min(survivors, key=lambda run: run.token_s).settings if survivors else None

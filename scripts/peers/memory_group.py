@@ -14,7 +14,7 @@ _REMOVE_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Controller:
-    """Where the memory controller is mounted, and what its files are called."""
+    """The mount point of the memory controller, and the names of its files."""
 
     version: str
     root: Path

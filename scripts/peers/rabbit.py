@@ -10,7 +10,7 @@ from rabbit_engine import AutoModel
 
 
 def main() -> None:
-    """Without --max-memory the engine takes what it finds free."""
+    """Without --max-memory the engine uses the free memory."""
     arguments = parser(__doc__)
     arguments.add_argument("--max-memory", type=int, help="Bytes for weights.")
     options = arguments.parse_args()

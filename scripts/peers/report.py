@@ -61,7 +61,7 @@ def _tokens(survivors: Sequence[Run]) -> str:
 
 
 def _trial(run: Run) -> str:
-    """What a preparation or a trial came to."""
+    """The outcome of a preparation or a trial."""
     name = " ".join((run.phase, run.lane, *run.settings))
     if run.outcome != "ok":
         return f"- {name}: {run.outcome}: {run.error}"

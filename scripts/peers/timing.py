@@ -54,12 +54,12 @@ class Clock:
         self._read: list[int] = []
 
     def start(self) -> None:
-        """Generation begins now."""
+        """Start the clock."""
         self._times_s.append(time.perf_counter())
         self._read.append(read_bytes())
 
     def note(self, token: int) -> None:
-        """`token` is there."""
+        """Note the arrival of `token`."""
         self.tokens.append(token)
         self._times_s.append(time.perf_counter())
         self._read.append(read_bytes())

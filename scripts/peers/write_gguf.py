@@ -32,7 +32,7 @@ IN_LAYER = {
 
 
 def gguf_name(name: str) -> str:
-    """`gguf_name("model.layers.3.mlp.up_proj.weight") -> "blk.3.ffn_up.weight"`. Raises KeyError for what no plain Llama has."""
+    """`gguf_name("model.layers.3.mlp.up_proj.weight") -> "blk.3.ffn_up.weight"`. Raises KeyError for a weight that a plain Llama lacks."""
     module = name.removesuffix(".weight")
     if module in WHOLE:
         return f"{WHOLE[module]}.weight"
@@ -46,7 +46,7 @@ def interleave_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def read_tensor(files: dict[str, Path], name: str, config: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """One tensor as the file wants it: fp32 where it is a vector, else the 16 bits of bf16."""
+    """One tensor in the file's form: fp32 for a vector, else the 16 bits of bf16."""
     with safe_open(files[name], framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     if name.endswith("q_proj.weight"):
@@ -75,7 +75,7 @@ def pieces(vocabulary: int) -> Iterator[tuple[str, gguf.TokenType]]:
 
 
 def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """The numbers llama.cpp needs of a Llama's config.json."""
+    """The numbers llama.cpp needs from a Llama's config.json."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -99,7 +99,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int) -> None:
 
 
 def write_gguf(folder: Path, target: Path) -> None:
-    """The file is whole or absent. Raises KeyError for a model that is no plain Llama."""
+    """The file is whole or absent. Raises KeyError for a model that is not a plain Llama."""
     config = json.loads((folder / "config.json").read_text())
     files = find_tensors(folder)
     scratch = target.with_name(f".{target.name}.part")
