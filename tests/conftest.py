@@ -89,8 +89,8 @@ def own_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 def aligned(model: Any) -> Any:
-    """The model, its weights in memory of their own: a map of a safetensors file may put them at 8 mod 16, where float32
-    kernels round otherwise, and we promise equal bits for equally aligned weights."""
+    """The model with its weights in their own memory: a map of a safetensors file may put them at 8 mod 16, where float32
+    kernels round differently, and we promise equal bits for equally aligned weights."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model

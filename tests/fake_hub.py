@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """Repos by name as folders; `gated` ones want the token "hf_good"; `served` lists the files sent, with their bytes."""
+    """Repos by name as folders; `gated` ones need the token "hf_good"; `served` lists the files sent, with their bytes."""
 
     repos: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)

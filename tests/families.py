@@ -35,7 +35,7 @@ MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_he
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 DEEPSEEK = {"n_routed_experts": 12, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 
-# name: (config class, model class, what the config has beside BASE; None takes a BASE key away)
+# name: (config class, model class, the config's keys besides BASE; None takes a BASE key away)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "llama_tied": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
@@ -228,7 +228,7 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
 
 
 IMAGE = 100
-"""The token that stands for a piece of an image, beside `vocab_size` 110 for those around it."""
+"""The token for a piece of an image, in addition to `vocab_size` 110 for those around it."""
 
 _EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _PIXELS = {"image_size": 28, "patch_size": 7}

@@ -15,7 +15,7 @@ FOLDER = str(Path(rabbit_engine.streaming.transfer.__file__).parent)
 
 def interrupt_at(line: int, work: Callable[[], Any]) -> bool:
     """Raise KeyboardInterrupt before the `line`th line of the transfer that `work()` runs in this thread, from 1; whether it
-    ran so many.
+    ran that many.
 
     Not where a `with` begins or ends: Python handles no signal between a lock that was taken and its block.
     """

@@ -1,4 +1,4 @@
-"""The rows of COMPATIBILITY.md's table: which models, the checkpoint's class, and the tiny model that stands for them."""
+"""The rows of COMPATIBILITY.md's table: which models, the checkpoint's class, and the tiny model that represents them."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from tokenizers.models import BPE
 from torch import nn
 
 PUBLIC_MODULES = frozenset({"transformers", "transformers.utils.logging"})
-"""Of the others nothing is imported: what transformers documents of them stands in `transformers` too."""
+"""Nothing is imported from the others: what transformers documents of them is in `transformers` too."""
 
 ALSO_PUBLIC = frozenset({"__version__", "logging"})
-"""Of `transformers`, beside the classes and functions of its `__all__`."""
+"""Names of `transformers`, in addition to the classes and functions of its `__all__`."""
 
 UNSTABLE = frozenset(
     {

@@ -100,7 +100,7 @@ class Event:
 
 
 class SimulatedAccelerator:
-    """One device; `races` are all that were found, also those that no one was told of."""
+    """One device; `races` are all that were found, including those that raised nothing."""
 
     def __init__(self, seed: int = 0) -> None:
         self.device = CPU
@@ -119,7 +119,7 @@ class SimulatedAccelerator:
     # The seam.
 
     def claim(self, nbytes: int) -> torch.Tensor:
-        """Poisoned, and in use by what the current stream was given for whoever had the memory before."""
+        """Poisoned, and still in use by work that the current stream was given for the memory's previous owner."""
         self._memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self._last: dict[Stream, Any] = {}  # by byte: the position of the last kernel that used it, or copy that wrote it
         self._written: dict[Stream, Any] = {}  # by byte: the position of the last kernel that wrote it
@@ -149,7 +149,7 @@ class SimulatedAccelerator:
             self._names.append(name)
             self._named[place] = len(self._names) - 1
             self._positions(stream)[place] = stream.position
-            as_bytes(self._memory)[place] = bytes([POISON]) * target.nbytes  # nobody may rely on what was there
+            as_bytes(self._memory)[place] = bytes([POISON]) * target.nbytes  # nothing may rely on the previous contents
             launched = bytes(as_bytes(source))
             stream.pending.append(Copy(name, stream.position, {**stream.clock}, as_bytes(target), source, launched))
 
@@ -216,7 +216,7 @@ class SimulatedAccelerator:
             self.race(f"the source of {copy.name} changed before it was copied")
 
     def use(self, tensor: torch.Tensor, kernel: str) -> None:
-        """A kernel of the current stream reads `tensor`, which lies in this device's memory."""
+        """A kernel of the current stream reads `tensor`, which is in this device's memory."""
         place, stream = self._place(tensor), self.current_stream()
         with self.lock:
             written = np.zeros(place.stop - place.start, np.int64)
@@ -234,7 +234,7 @@ class SimulatedAccelerator:
             self._positions(stream)[place] = stream.position
 
     def write(self, tensor: torch.Tensor, kernel: str) -> None:
-        """A kernel of the current stream writes `tensor`, which lies in this device's memory."""
+        """A kernel of the current stream writes `tensor`, which is in this device's memory."""
         place, stream = self._place(tensor), self.current_stream()
         with self.lock:
             for other, positions in self._last.items():
@@ -255,7 +255,7 @@ class SimulatedAccelerator:
 
     @contextlib.contextmanager
     def in_stream(self) -> Iterator[None]:
-        """This thread's kernels go to a stream of their own, as within `torch.cuda.stream`."""
+        """Run this thread's kernels in a new stream, as within `torch.cuda.stream`."""
         self._here.stream = self.add_stream(f"stream {len(self._streams)}", eager=True)
         try:
             yield
@@ -343,7 +343,7 @@ class SimulatedRing(StreamRing):
 
 
 class SimulatedHost(PlainRing):
-    """Host memory that the device copies from, and is told of what is read to it."""
+    """Host memory that the device copies from; it records what is read into it."""
 
     def __init__(self, device: SimulatedAccelerator, nbytes: int) -> None:
         super().__init__(CPU, nbytes, Trace())

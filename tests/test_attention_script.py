@@ -29,7 +29,7 @@ SHARE = re.compile(r"([\d.]+)% of a decoded token behind (\d+) tokens \(([\d.e+-
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the script in this process: a Python of its own would import for longer than it works."""
+    """Run the script in this process: importing in a new one would take longer than the work."""
     command, out, err, code = [str(SCRIPT), *map(str, arguments)], io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)

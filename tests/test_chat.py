@@ -153,7 +153,7 @@ def test_an_unknown_command_names_the_closest(line: str, words: str) -> None:
 
 
 class Terminal(io.StringIO):
-    """A terminal of so many columns and rows, as pyte draws it."""
+    """A terminal with this many columns and rows, as pyte draws it."""
 
     def __init__(self, columns: int = 40, rows: int = 8) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ def test_history_is_in_the_systems_state_folder() -> None:
     assert history_file("win32", {"LOCALAPPDATA": "/l"}, home) == Path("/l/rabbit_engine/chat_history")
 
 
-# What is made of lines, with a session that says what it is told to.
+# What happens to lines, with a session that answers as told.
 
 
 class Puppet:

@@ -53,7 +53,7 @@ PROMPT = "é日😀5 é日😀7 é日😀9"
 
 @pytest.fixture(scope="module")
 def greedy(speaker: Path) -> str:
-    """What transformers itself goes on with."""
+    """The tokens transformers itself generates."""
     tokenizer = AutoTokenizer.from_pretrained(speaker)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = AutoModelForCausalLM.from_pretrained(speaker).generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -111,7 +111,7 @@ def test_run_answers_on_stdout_and_reports_on_stderr(rabbit: Any, speaker: Path,
     assert "original files" in lines[1]
     assert lines[2].startswith("everything fits")
     assert len(lines) == 3
-    assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.err)  # no control codes where nobody watches
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.err)  # no control codes without a terminal
 
 
 def test_run_says_what_a_pass_costs_and_where_it_converts_to(rabbit: Any, speaker: Path, greedy: str, tmp_path: Path) -> None:

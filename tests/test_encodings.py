@@ -27,7 +27,7 @@ def random_fp8(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float8_e4m
 
 
 def work_for(out: torch.Tensor) -> torch.Tensor:
-    """Memory for temporaries, of what lies there after other weights."""
+    """Memory for temporaries, still holding other weights."""
     return torch.full((work_bytes(out.nbytes),), 0x7F, dtype=torch.uint8)
 
 
@@ -98,7 +98,7 @@ def test_mxfp4_has_the_bits_that_transformers_dequantises_however_much_is_decode
 
 @pytest.fixture
 def stored(tmp_path: Path) -> dict[str, TensorEntry]:
-    """Experts' projections in FP8 with scales, and MXFP4, in a file whose tensors lie on odd places."""
+    """Experts' projections in FP8 with scales, and MXFP4, in a file whose tensors are misaligned."""
     tensors = {"odd": torch.zeros(3, dtype=torch.uint8)}
     for index in range(4):
         tensors[f"{index}.gate"], tensors[f"{index}.gate_scale"] = random_fp8(16, 8, seed=index), torch.rand(2, 1)

@@ -58,7 +58,7 @@ def counts(experts: ExpertsPlan) -> int:
 
 
 def routing_of(model: Any) -> tuple[list[tuple[str, torch.Tensor]], Callable[[], None]]:
-    """What every experts module is asked for from now on: (its name, the indices)."""
+    """The requests to every experts module from now on: (its name, the indices)."""
     seen: list[tuple[str, torch.Tensor]] = []
 
     def note(name: str) -> Any:
@@ -181,7 +181,7 @@ def test_sampled_text_is_equal(checkpoint: Any, plain: Any, streamed: Any, ids: 
 def test_the_bytes_read_are_those_of_the_routed_experts(
     split: str, own_checkpoint: Any, streamed: Any, ids: torch.Tensor
 ) -> None:
-    """64 experts, 4 routed, none cached: counted by what the layers were asked for."""
+    """64 experts, 4 routed, none cached: counted by the requests to the layers."""
     model = streamed(own_checkpoint("qwen3_moe", **MIDDLE, mlp_only_layers=[]), split=split)
     assert all(layer.on_device == 0 and layer.routing.used == 4 for layer in model.plan.experts.layers)
     seen, _ = routing_of(model)
@@ -380,7 +380,7 @@ def test_a_closed_model_says_so(checkpoint: Any, streamed: Any, ids: torch.Tenso
 
 
 def test_a_layers_experts_alone_are_right(checkpoint: Any, plain: Any, streamed: Any) -> None:
-    """Called outside of a pass, and with an index past the last expert: it is nobody's."""
+    """Called outside a pass, and with an index past the last expert, which selects none."""
     module, whole = (load(checkpoint("mixtral")).model.layers[1].mlp.experts for load in (streamed, plain))
     generator = torch.Generator().manual_seed(3)
     states, weights = torch.randn(5, 32, generator=generator), torch.rand(5, 2, generator=generator)
@@ -403,7 +403,7 @@ def test_gradients_through_experts_are_refused(checkpoint: Any, streamed: Any) -
 
 
 def test_other_models_keep_transformers_experts(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
-    """Only a module whose experts are streamed is told to use our function; the model's own choice stays."""
+    """Only a module with streamed experts uses our function; the model's own choice stays."""
     model = streamed(checkpoint("mixtral"))
     assert model.get_experts_implementation() == plain(checkpoint("mixtral")).get_experts_implementation()
     expected = model(ids).logits

@@ -182,7 +182,7 @@ def test_a_pickle_cut_anywhere_is_named(checkpoint: Any, tmp_path: Path) -> None
 
 
 def test_a_pickle_whose_directory_points_elsewhere_is_named(tmp_path: Path) -> None:
-    """A map is read at the offsets that the directory of the zip gives, whatever lies there."""
+    """A map is read at the offsets in the zip's directory, whatever is there."""
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.arange(1000.0), "b": torch.arange(1000.0) + 1}, path)
     whole = bytearray(path.read_bytes())
@@ -354,7 +354,7 @@ def test_a_damaged_shard_whose_original_is_gone_is_named(interrupted: Path, tmp_
 
 def test_links_are_not_followed_when_originals_are_deleted(own_checkpoint: Any, precious: Path) -> None:
     folder = own_checkpoint("llama")
-    for path in folder.glob("*.safetensors"):  # the originals lie outside, the folder links to them
+    for path in folder.glob("*.safetensors"):  # the originals are outside, the folder links to them
         shutil.move(path, precious / f"real-{path.name}")
         path.symlink_to(precious / f"real-{path.name}")
     kept = {path.name: path.stat().st_size for path in precious.iterdir()}

@@ -145,7 +145,7 @@ def test_children_forked_amid_passes_end_session_and_model_at_once(session: Sess
     next(stream)
     assert [outcome_in_a_child(end_in_every_way) for _ in range(3)] == ["nothing"] * 3
     stream.close()
-    assert session.generate([[5, 6]], max_new_tokens=1)  # the parent's goes on
+    assert session.generate([[5, 6]], max_new_tokens=1)  # the parent's continues
 
 
 def test_a_forked_child_that_waits_for_a_future_of_its_parent_gets_an_error(session: Session) -> None:

@@ -34,7 +34,7 @@ def test_logits_and_tokens_are_equal(
 def test_experts_on_demand_are_within_rounding(
     family: str, host: str | None, tmp_path: Path, plain: Any, streamed: Any, ids: Any
 ) -> None:
-    """transformers groups the experts of a pass in kernels of their own there; ours run one by one. None to all cached."""
+    """There transformers groups the experts of a pass in its own kernels; ours run one by one. None to all cached."""
     folder = families.save(family, tmp_path, dtype=torch.float32)
     whole, first = plain(folder).to("cuda"), streamed(folder, device="cuda")
     assert first.plan.experts.layers

@@ -1,4 +1,4 @@
-"""Linear layers compute transformers' bits without copying their weights, however their input lies in memory."""
+"""Linear layers compute transformers' bits without copying their weights, for any memory layout of their input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Products(TorchDispatchMode):
 
 
 def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """States of width 64 that lie in memory as families hand them to their layers."""
+    """States of width 64 in the memory layouts in which families pass them to their layers."""
     return {
         "row behind row": torch.randn(2, 7, 64, dtype=dtype),
         "the last position": torch.randn(1, 7, 64, dtype=dtype)[:, -1:],

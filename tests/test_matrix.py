@@ -25,7 +25,7 @@ Record = Callable[..., None]
 
 
 def oracle(folder: Path, image: bool = False) -> Any:
-    """transformers' own load, its weights in memory of their own (see conftest's `plain`)."""
+    """transformers' own load, its weights in their own memory (see conftest's `plain`)."""
     auto = AutoModelForImageTextToText if image else AutoModelForCausalLM
     model = auto.from_pretrained(folder).eval()
     fix_known_bugs(model)

@@ -189,7 +189,7 @@ def test_equal_copies_of_a_tie_are_compared_in_small_pieces(tmp_path: Path) -> N
 
 
 def test_a_head_that_stays_is_staged_within_the_plan(own_checkpoint: Any, streamed: Any) -> None:
-    """Its blocks may lie right where the whole does not; buffers for it are in the budget all the same."""
+    """Its blocks may be aligned where the whole is not; buffers for it are in the budget all the same."""
     model = streamed(own_checkpoint("llama", vocab_size=1000), max_memory={"cpu": "10MB"})
     plan = model.plan
     staged = [chunk.read_bytes for unit in runtime_of(model).partition.units.values() for chunk in unit.staged_chunks()]
@@ -231,7 +231,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(not heap.glibc(), reason="glibc's own")
 def test_neither_freed_tensors_nor_prompts_of_ever_new_lengths_grow_the_process() -> None:
-    """In a process of its own: what another test has freed would serve these blocks too."""
+    """In a separate process: memory freed by another test would serve these blocks too."""
     own = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)

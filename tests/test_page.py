@@ -59,7 +59,7 @@ def url(session: Session) -> Iterator[str]:
 
 
 class Visit:
-    """A page, what it asked for, and what it complained of."""
+    """A page, its requests, and its complaints."""
 
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.context = browser.new_context(**options)

@@ -98,7 +98,7 @@ class Owner:
 
 
 def byte_level(*tokens: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with these tokens beside those of the bytes."""
+    """A byte-level BPE with these tokens in addition to those of the bytes."""
     vocabulary = {sign: index for index, sign in enumerate(byte_characters())}
     merges: list[tuple[str, str]] = []
     for token in tokens:

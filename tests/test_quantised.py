@@ -198,7 +198,7 @@ def test_an_interrupted_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: An
 
 
 def test_an_unloaded_weight_raises_its_name_even_if_resident(tmp_path: Path, streamed: Any) -> None:
-    """Where it stays as it is stored, there are no decoded bytes to compute with."""
+    """If it stays encoded, there are no decoded bytes to compute with."""
     folder, _ = quantised("llama", tmp_path / "model", num_hidden_layers=12, hidden_size=64)
     least = int(smallest(folder)["cpu"])
     for budget in range(least, 2 * least, 4096):

@@ -63,7 +63,7 @@ class FailingRing(SimulatedRing):
 
 
 class Run:
-    """A transfer over a device of its own: in the ring's memory lie residents, slots for experts, and units on their way."""
+    """A transfer over a separate device: the ring's memory holds residents, slots for experts, and units in transit."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SmolLM2 beside itself as transformers loads it. One file, so that one worker does that, which takes 13 s of CPU."""
+"""SmolLM2 compared with transformers' own load of it. In one file, so that only one worker loads it, which takes 13 s of CPU."""
 
 from __future__ import annotations
 

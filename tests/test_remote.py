@@ -88,7 +88,7 @@ class OldForCausalLM(PreTrainedModel):
 
 @pytest.fixture
 def old(tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint that brings a model of its own, whose blocks call their cache `past`; `replaced` edits its code."""
+    """A checkpoint with its own model code, whose blocks call their cache `past`; `replaced` edits its code."""
 
     def make(past: str = "layer_past", **replaced: str) -> Path:
         folder = tmp_path / f"old_{past}_{len(replaced)}"

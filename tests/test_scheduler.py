@@ -294,7 +294,7 @@ def test_shared_products_agree_within_rounding(own_checkpoint: Any, streamed: An
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for one, ids in zip(alone, asked, strict=True):
-        assert torch.equal(scores(model, ids), one)  # whoever rides with nobody runs as before
+        assert torch.equal(scores(model, ids), one)  # a fiber alone runs as before
 
 
 def test_an_error_in_a_shared_product_is_everybodys(own_checkpoint: Any, streamed: Any) -> None:

@@ -46,7 +46,7 @@ post, get = (
 
 @contextmanager
 def serving(session: Session, **keywords: Any) -> Iterator[str]:
-    """The address of a server in a thread of its own."""
+    """The address of a server in a new thread."""
     config = uvicorn.Config(create_app(session, NAME, **keywords), port=0, log_level="warning", timeout_graceful_shutdown=3)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -397,7 +397,7 @@ def test_too_large_and_of_another_type(url: str) -> None:
 
 
 def test_another_name_for_this_machine_is_refused(url: str) -> None:
-    """A web page elsewhere may point a name of its own at 127.0.0.1."""
+    """A foreign web page may point its own name at 127.0.0.1."""
     for host in ("evil.example", "127.0.0.1.evil.example", "[::1", "", "a/health?x="):
         assert get(f"{url}/v1/models", headers={"Host": host}).status_code == 400
     for host in ("localhost", "localhost:1234", "127.0.0.1", "[::1]:80"):

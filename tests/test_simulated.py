@@ -1,4 +1,4 @@
-"""Models on an accelerator that copies as late as it may: transformers' answer, and nobody uses bytes without waiting."""
+"""Models on an accelerator that copies as late as possible: transformers' answer, and no bytes are used before their wait."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW_BLOCK_BOUND = 2e-6
 
 @pytest.fixture
 def simulated() -> Iterator[Callable[..., Any]]:
-    """`simulated(folder, ...)` loads on a device of its own, `model.simulated`, that sees this thread's kernels."""
+    """`simulated(folder, ...)` loads on a new device, `model.simulated`, that sees this thread's kernels."""
     devices: list[SimulatedAccelerator] = []
     with contextlib.ExitStack() as stack, torch.no_grad():
 
@@ -161,7 +161,7 @@ def test_a_pass_that_ends_anywhere_leaves_no_bytes_in_use(
 
 
 def test_kernels_in_another_stream_are_waited_for(checkpoint: Any, plain: Any, simulated: Any, ids: Any) -> None:
-    """As within `torch.cuda.stream`, or in a thread that has a stream of its own."""
+    """As within `torch.cuda.stream`, or in a thread with its own stream."""
     whole, model = plain(checkpoint("llama")), simulated(checkpoint("llama"), in_host=40_000)
     expected = whole(ids).logits
     for _ in range(3):

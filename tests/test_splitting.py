@@ -1,4 +1,4 @@
-"""A split is whole or goes on: kills, full disks, flipped bits, cut files, read-only folders, two at once."""
+"""A split is whole or resumes: kills, full disks, flipped bits, cut files, read-only folders, two at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights come and go: nothing stays behind, nothing away can be used, whatever ends a pass."""
+"""Weights come and go: however a pass ends, none stays, and no unloaded weight can be used."""
 
 from __future__ import annotations
 

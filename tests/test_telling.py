@@ -1,4 +1,4 @@
-"""What the user is told: the plan before anything is fetched, the profile, the trace, the picture, the machine's limits."""
+"""What users see: the plan before anything is downloaded, the profile, the trace, the picture, the machine's limits."""
 
 from __future__ import annotations
 

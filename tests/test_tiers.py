@@ -25,7 +25,7 @@ from rabbit_engine.streaming import LinearBlocks
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FINE = Cut(least_bytes=1000, most_bytes=2500, rest_share=0.5)
-"""Every module of a tiny model is a unit of its own, and the head comes in several row blocks."""
+"""Every module of a tiny model is a unit, and the head comes in several row blocks."""
 
 ROW_BLOCK_BOUND = 2e-6
 """float32: a kernel may order its sums by the shape of the matrix; the largest difference seen was below 1e-6."""
@@ -64,7 +64,7 @@ def test_any_budget_and_any_cut_is_right(
 def test_a_budget_of_any_number_of_bytes_is_right(
     beyond: int, cut: Cut, checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
 ) -> None:
-    """A ring may end anywhere in a page; what lies at its end may not."""
+    """A ring may end anywhere in a page; the data at its end may not."""
     folder = checkpoint("llama_biased")
     budget = int(smallest(folder, cut=cut)["cpu"]) + beyond
     model = streamed(folder, cut=cut, max_memory={"cpu": budget})

@@ -218,7 +218,7 @@ def test_a_slow_reader_is_waited_for(units: list[Unit], ring: CountingRing) -> N
 
 
 def test_an_interrupt_at_any_line_hands_no_byte_out_twice(units: list[Unit]) -> None:
-    """What is dropped, while it is read, for a unit that is asked for out of order keeps its place until the read has ended."""
+    """A unit dropped while it is read, because another was requested out of order, keeps its place until the read has ended."""
     for line in itertools.count(1):
         ring = ring_of(units, 3)
         ring.delay = 0.002
