@@ -1,10 +1,10 @@
-"""An accelerator made of host memory that does everything as late as a real one may, and finds who did not wait.
+"""An accelerator made of host memory that does everything as late as a real one may, and detects missing waits.
 
-It stands behind the seam of `streaming/transfer/accelerator.py`, as `TorchAccelerator` does. Its memory is poisoned until it
-is written. A copy happens when somebody waits for an event behind it, never before. Kernels run at once, on the CPU; `Watch`
+It implements the interface of `streaming/transfer/accelerator.py`, like `TorchAccelerator`. Its memory is poisoned until it
+is written. A copy happens when something waits for an event after it, never before. Kernels run at once, on the CPU; `Watch`
 sees them, and the order of streams and events says which copies are done for which kernel. `RaceError`, with names, for
 
-- a kernel that reads bytes whose copy it did not wait for, or that nobody wrote;
+- a kernel that reads bytes whose copy it did not wait for, or that were never written;
 - a copy over bytes that a kernel uses which the copy does not wait for;
 - a source that changed, or was unpinned, before its copy happened, and one that is not pinned;
 - host memory that is written before this thread knows that the copies from it are done (`SimulatedHost` sees that).
@@ -196,7 +196,7 @@ class SimulatedAccelerator:
             clock[stream] = max(clock.get(stream, 0), position)
 
     def do(self, clock: Mapping[Stream, int]) -> None:
-        """Let the copies happen that lie before `clock`, in any order in which no two that overlap change places."""
+        """Run the copies before `clock`, in any order that keeps overlapping ones in sequence."""
         for stream, position in clock.items():
             due = [copy for copy in stream.pending if copy.position <= position]
             stream.pending = [copy for copy in stream.pending if copy.position > position]

@@ -32,7 +32,7 @@ IN_LAYER = {
 
 
 def gguf_name(name: str) -> str:
-    """`gguf_name("model.layers.3.mlp.up_proj.weight") -> "blk.3.ffn_up.weight"`. Raises KeyError for a weight a plain Llama lacks."""
+    """`gguf_name("model.layers.3.mlp.up_proj.weight") -> "blk.3.ffn_up.weight"`. Raises KeyError for other weights."""
     module = name.removesuffix(".weight")
     if module in WHOLE:
         return f"{WHOLE[module]}.weight"
