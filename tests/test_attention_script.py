@@ -126,7 +126,7 @@ def test_the_last_line_is_the_share_of_its_own_figures_and_of_the_record(measure
         (("--device", "cpu", "--attn-implementation", "flash_attention_2"), 1, "does not work here: the device is cpu"),
         (("--device", "cpu", "--attn-implementation", "flush"), 1, "'flush' is not one of 'auto'"),
         (("--device", "no-such-device"), 1, "is not a device torch knows"),
-        (("--benchmark", "--contexts", "many"), 2, "is no list of numbers"),
+        (("--benchmark", "--contexts", "many"), 2, "is not a list of numbers"),
         (("--benchmark", "--contexts", "256"), 2, "the model has 256 positions"),
     ],
 )
