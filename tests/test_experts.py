@@ -642,31 +642,6 @@ def test_a_batch_is_as_long_as_one_of_its_sequences(own_checkpoint: Any, streame
     assert ages == {padded["input_ids"].shape[1] / routed.HALF_LIFE_TOKENS}
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_an_adapter_of_experts_needs_them_in_memory(
-    resident: bool, own_checkpoint: Any, plain: Any, streamed: Any, ids: Any, tmp_path: Path
-) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    folder = own_checkpoint("mixtral")
-    torch.manual_seed(3)
-    config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"], init_lora_weights=False)
-    adapted = get_peft_model(plain(folder), config)
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    model = streamed(folder, **({"max_memory": None} if resident else {}))
-    with torch.no_grad():
-        before = model(ids).logits
-        if resident:
-            model.load_adapter(str(tmp_path / "adapter"))
-            torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=0, atol=1e-6)
-            return
-        with pytest.raises(errors.CannotLoadStateError, match="adapter of the experts' own weights needs all of them in memory"):
-            model.load_adapter(str(tmp_path / "adapter"))
-        assert torch.equal(model(ids).logits, before)
-        with pytest.raises(errors.CannotMergeError, match="its experts are read one by one"):
-            get_peft_model(model, config)(ids)
-
-
 def test_scores_survive_any_number_of_tokens(layer_units: Any) -> None:
     layer = ExpertLayer("l", layer_units, 2, 4)
     for tokens in (1, 10**6, 3, 10**9, 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import talking
 import torch
+from forking import outcome_in_a_child
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.streaming import RandomStream
@@ -35,27 +35,6 @@ def session(folder: Path) -> Iterator[Session]:
     with AutoModel.from_pretrained(folder, device="cpu") as model, Session(model) as session:
         session.generate([[5, 6]], max_new_tokens=1)
         yield session
-
-
-def outcome_in_a_child(work: Callable[[], Any]) -> str:
-    """What `work()` raised in a forked child, "nothing", or "a hang" after ten seconds."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)
-        told = "nothing"
-        try:
-            work()
-        except BaseException as error:
-            told = type(error).__name__
-        os.write(writing, told.encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
-    return told or "a hang"
 
 
 def locks_of(*owners: Any) -> list[Any]:
