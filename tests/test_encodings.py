@@ -109,6 +109,10 @@ def stored(tmp_path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in read_header(tmp_path / "model.safetensors").tensors}
 
 
+def scaled(values: TensorEntry, scales: TensorEntry) -> dict[str, TensorEntry]:
+    return {"values": values, "scales": scales}
+
+
 def entry_of(found: TensorEntry | str) -> TensorEntry:
     assert isinstance(found, TensorEntry), found
     return found
@@ -116,7 +120,7 @@ def entry_of(found: TensorEntry | str) -> TensorEntry:
 
 def experts_of(stored: dict[str, TensorEntry]) -> TensorEntry:
     parts = [
-        entry_of(fp8_entry(f"{index}.{name}", torch.bfloat16, stored[f"{index}.{name}"], stored[f"{index}.{name}_scale"]))
+        entry_of(fp8_entry(f"{index}.{name}", torch.bfloat16, scaled(stored[f"{index}.{name}"], stored[f"{index}.{name}_scale"])))
         for index in range(4)
         for name in ("gate", "up")
     ]
@@ -125,7 +129,7 @@ def experts_of(stored: dict[str, TensorEntry]) -> TensorEntry:
 
 def test_a_unit_decodes_the_contents_of_its_memory(stored: dict[str, TensorEntry]) -> None:
     whole = experts_of(stored)
-    packed = entry_of(mxfp4_entry("down", torch.bfloat16, stored["blocks"], stored["scales"]))
+    packed = entry_of(mxfp4_entry("down", torch.bfloat16, scaled(stored["blocks"], stored["scales"])))
     unit = make_unit("layer", [whole, packed, stored["odd"]])
     memory = memory_of(unit)
     assert unit.scratch_bytes - unit.work_bytes == 8192  # 4 x 32 x 8 and 4 x 64 x 6 values of two bytes, in whole pages
@@ -149,7 +153,7 @@ def memory_of(unit: Any) -> torch.Tensor:
 
 
 def test_each_expert_equals_its_slice_of_the_stack(stored: dict[str, TensorEntry]) -> None:
-    for entry in (experts_of(stored), entry_of(mxfp4_entry("down", torch.bfloat16, stored["blocks"], stored["scales"]))):
+    for entry in (experts_of(stored), entry_of(mxfp4_entry("down", torch.bfloat16, scaled(stored["blocks"], stored["scales"])))):
         whole = read_tensor(entry)
         experts = [read_tensor(row) for row in each_row(entry)]
         assert torch.equal(torch.cat(experts), whole)
@@ -170,31 +174,32 @@ def test_an_invalid_fp8_weight_is_reported_and_not_decoded(case: str) -> None:
     shape, dtype, grid, scale_dtype = WRONG[case]
     weight = TensorEntry("w", Path("f"), 0, 0, dtype, shape)
     scales = TensorEntry("s", Path("f"), 0, 0, scale_dtype, grid)
-    assert isinstance(fp8_entry("w", torch.bfloat16, weight, scales), str)
+    assert isinstance(fp8_entry("w", torch.bfloat16, scaled(weight, scales)), str)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 15), (4, 3, 16), (2, 4, 0, 16)])
 def test_an_invalid_mxfp4_weight_is_reported_and_not_decoded(shape: tuple[int, ...]) -> None:
     blocks = TensorEntry("b", Path("f"), 0, 0, torch.uint8, shape)
     scales = TensorEntry("s", Path("f"), 0, 0, torch.uint8, shape[:-1])
-    assert isinstance(mxfp4_entry("w", torch.bfloat16, blocks, scales), str)
-    assert isinstance(mxfp4_entry("w", torch.bfloat16, blocks, None), str)
+    assert isinstance(mxfp4_entry("w", torch.bfloat16, scaled(blocks, scales)), str)
+    assert isinstance(mxfp4_entry("w", torch.bfloat16, {"values": blocks}), str)
 
 
 def test_values_without_scales_are_not_quantised(stored: dict[str, TensorEntry]) -> None:
-    assert fp8_entry("w", torch.bfloat16, stored["0.gate"], None) is stored["0.gate"]
+    assert fp8_entry("w", torch.bfloat16, {"values": stored["0.gate"]}) is stored["0.gate"]
 
 
 @pytest.mark.parametrize("method", [stored.method for stored in FORMATS])
 def test_every_format_that_transformers_undoes_has_an_encoding_here(method: str) -> None:
     values = TensorEntry("w", Path("w.safetensors"), 0, 4, torch.float32, (1,))
-    assert decoded_entry(method, "w", torch.bfloat16, values, None) in (values, "its scales are not stored")
+    assert decoded_entry(method, "w", torch.bfloat16, {"values": values}) in (values, "its scales are not stored")
+    assert decoded_entry(method, "w", torch.bfloat16, {"scales": values}) == "only its scales are stored"
 
 
 def test_an_encoded_weight_is_not_cut_into_ranges_of_its_bytes() -> None:
     values = TensorEntry("w", Path("w.safetensors"), 0, 64, torch.float8_e4m3fn, (8, 8))
     scales = TensorEntry("s", Path("w.safetensors"), 64, 4, torch.float32, (1, 1))
-    entry = fp8_entry("w", torch.bfloat16, values, scales)
+    entry = fp8_entry("w", torch.bfloat16, scaled(values, scales))
     assert isinstance(entry, TensorEntry)
     with pytest.raises(ValueError, match="w is stored encoded"):
         entry.rows(0, 4)

@@ -19,7 +19,7 @@ from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointE
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
-from rabbit_engine.transformers_bridge.quantizers import Format, Quantizer, Role, dequantizes, open_dequantizer, roles_of
+from rabbit_engine.transformers_bridge.quantizers import Format, Quantizer, dequantizes, open_dequantizer, roles_of
 from rabbit_engine.transformers_bridge.weight_transforms import (
     NameMap,
     Place,
@@ -42,20 +42,28 @@ _NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedTensor:
+    """One of the tensors that a quantised weight is stored as: its `role` in the format of that `method`."""
+
+    method: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """The weight of the model that a stored tensor goes into.
 
     `converted`: the weight is made from several tensors, or is the first of several made from one. `slices`: (weight, rows)
     for each of those, if they are plain row ranges of the tensor. `stack`: (index, count) of a tensor in a weight that stacks
-    tensors unchanged, or groups of them concatenated along rows (experts). `quantised`: the method of a weight that is
-    dequantised first, and the tensor's role in it.
+    tensors unchanged, or groups of them concatenated along rows (experts). `quantised`: what the tensor is to a weight that is
+    dequantised first.
     """
 
     name: str
     converted: bool
     slices: tuple[tuple[str, int], ...] = ()
     stack: tuple[int, int] | None = None
-    quantised: tuple[str, Role] | None = None
+    quantised: QuantisedTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ def _quantised_target(place: Place, patterns: Sequence[str], stored: Format, ste
         return Target(place.weight, True)
     role, which = roles[place.source]
     stack = (which, 1 + max(index for _, index in roles)) if steps else None
-    return Target(place.weight, True, stack=stack, quantised=(stored.method, role))
+    return Target(place.weight, True, stack=stack, quantised=QuantisedTensor(stored.method, role))
 
 
 def open_conversion(

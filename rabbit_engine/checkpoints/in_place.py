@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -91,37 +90,28 @@ def weight_entries(name: str, parts: Sequence[Part]) -> list[TensorEntry]:
 
 
 def decoded_parts(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
-    """`parts` with the values and scales of each quantised weight joined to one entry, which decodes to `dtype`.
+    """`parts` with the tensors that are stored for each quantised weight joined to one entry, which decodes to `dtype`.
 
     Raises NotInPlaceError for an unsupported encoding.
     """
-    quantised = [part for part in parts if part.target.quantised is not None]
     found = [part for part in parts if part.target.quantised is None]
-    for stack in dict.fromkeys(part.target.stack for part in quantised):
-        values, scales = (
-            [part for part in quantised if part.target.stack == stack and _role(part) == role] for role in ("values", "scales")
-        )
-        if scales and [_owner(part) for part in scales] != [_owner(part) for part in values]:
-            raise NotInPlaceError(f"{quantised[0].entry.name}: {len(values)} tensors have {len(scales)} of scales")
-        found += [_decoded(part, scale, dtype) for part, scale in zip_longest(values, scales)]
-    return found
+    weights: dict[tuple[tuple[int, int] | None, str], dict[str, Part]] = {}
+    for part in parts:
+        if part.target.quantised is not None:
+            stored = weights.setdefault((part.target.stack, part.entry.name.rpartition(".")[0]), {})
+            if stored.setdefault(part.target.quantised.role, part) is not part:
+                raise NotInPlaceError(f"{part.entry.name}: two tensors for the {part.target.quantised.role} of one weight")
+    return found + [_decoded(stored, dtype) for stored in weights.values()]
 
 
-def _decoded(values: Part, scales: Part | None, dtype: torch.dtype) -> Part:
-    kind = values.target.quantised[0] if values.target.quantised else ""
-    entry = decoded_entry(kind, values.entry.name, dtype, values.entry, None if scales is None else scales.entry)
+def _decoded(stored: Mapping[str, Part], dtype: torch.dtype) -> Part:
+    """One weight of the tensors that are stored for it, by their roles."""
+    part = next(iter(stored.values()))
+    method = part.target.quantised.method if part.target.quantised else ""
+    entry = decoded_entry(method, part.entry.name, dtype, {role: part.entry for role, part in stored.items()})
     if isinstance(entry, str):
-        raise NotInPlaceError(f"{values.entry.name}: {entry}")
-    return Part(entry, replace(values.target, quantised=None, converted=values.target.stack is not None))
-
-
-def _role(part: Part) -> str:
-    return part.target.quantised[1] if part.target.quantised else ""
-
-
-def _owner(part: Part) -> str:
-    """The module part of its stored name."""
-    return part.entry.name.rpartition(".")[0]
+        raise NotInPlaceError(f"{part.entry.name}: {entry}")
+    return Part(entry, replace(part.target, quantised=None, converted=part.target.stack is not None))
 
 
 def _stacked(name: str, parts: Sequence[Part]) -> TensorEntry:

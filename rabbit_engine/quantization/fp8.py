@@ -6,7 +6,7 @@ A weight [..., rows, columns] is cut into a grid of blocks of equal size, one sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,12 @@ def _shifted(codes: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_and_(_VALUE_BITS).view(torch.float16)
 
 
-def fp8_entry(name: str, dtype: torch.dtype, weight: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:
-    """The entry of the weight that `weight` and `scales` encode, decoded to `dtype`; or the reason why they do not.
+def fp8_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
+    """The entry of the weight that "values" and "scales" encode, decoded to `dtype`; or the reason why they do not.
 
-    Without scales it is `weight` itself, which is not quantised.
+    Without scales it is the values, which are not quantised.
     """
+    weight, scales = stored["values"], stored.get("scales")
     if scales is None:
         return weight
     if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):

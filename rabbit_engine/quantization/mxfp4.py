@@ -6,7 +6,7 @@ exponents biased by 127. The weight is [experts, groups * 32, out]: transposed, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,8 +78,9 @@ def _decode_looked_up(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Ten
     out.copy_(torch.ldexp(table[codes.to(torch.int32)], (scales.t().to(torch.int32) - _BIAS)[:, None, None]))
 
 
-def mxfp4_entry(name: str, dtype: torch.dtype, blocks: TensorEntry, scales: TensorEntry | None) -> TensorEntry | str:
-    """The entry of the weight that `blocks` and `scales` encode, decoded to `dtype`; or the reason why they do not."""
+def mxfp4_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
+    """The entry of the weight that "values" (blocks) and "scales" encode, decoded to `dtype`; or the reason why they do not."""
+    blocks, scales = stored["values"], stored.get("scales")
     if scales is None:
         return "its scales are not stored"
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 Quantizer = HfQuantizer
-
-Role = Literal["values", "scales", "unused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +17,12 @@ class Format:
     """A quantisation that transformers undoes without a GPU, one weight at a time.
 
     `method` is its name in a `quantization_config`, `operation` the class that undoes it in a converter. `roles` say what a
-    stored tensor is to the weight, by the end of its name.
+    stored tensor is to the weight, by the end of its name: "values", "unused", or what else `quantization/` decodes it with.
     """
 
     method: str
     operation: str
-    roles: Mapping[str, Role]
+    roles: Mapping[str, str]
 
 
 FORMATS = (
@@ -46,7 +44,7 @@ def dequantizes(operation: object) -> Format | None:
     return next((found for found in FORMATS if found.operation == type(operation).__name__), None)
 
 
-def roles_of(stored: Format, patterns: Sequence[str]) -> list[tuple[Role, int]] | None:
+def roles_of(stored: Format, patterns: Sequence[str]) -> list[tuple[str, int]] | None:
     """What each source pattern of a converter that dequantises is, and of which of its weights: the first, the second ...
 
     None for patterns that nothing is known of.
@@ -57,7 +55,7 @@ def roles_of(stored: Format, patterns: Sequence[str]) -> list[tuple[Role, int]] 
     return known if len(known) == len(patterns) else None
 
 
-def _owner_and_role(stored: Format, pattern: str) -> tuple[str, Role | None]:
+def _owner_and_role(stored: Format, pattern: str) -> tuple[str, str | None]:
     owner, _, end = pattern.rpartition(".")
     if end in stored.roles:
         return owner, stored.roles[end]
