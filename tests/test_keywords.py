@@ -67,9 +67,9 @@ def test_max_seq_len_claims_its_part_of_the_budget(checkpoint: Any, streamed: An
     free = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}).plan
     asked = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}, max_seq_len=1000).plan
     per_token = 3 * 2 * 2 * 8 * 4  # layers, key and value, heads, width, float32
-    assert free.budget.device_bytes == 10**7
+    assert free.budget.device_bytes == free.budget.weights_bytes == asked.budget.device_bytes == 10**7
     assert asked.budget.reserved_bytes >= 1000 * per_token
-    assert asked.budget.device_bytes == 10**7 - asked.budget.reserved_bytes
+    assert asked.budget.weights_bytes == 10**7 - asked.budget.reserved_bytes
     with pytest.raises(errors.BudgetError, match="for the tokens of max_seq_len") as caught:
         streamed(checkpoint("llama"), max_memory={"cpu": 1}, max_seq_len=1000)
     streamed(checkpoint("llama"), max_memory={"cpu": caught.value.smallest_bytes}, max_seq_len=1000)

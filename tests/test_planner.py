@@ -180,7 +180,7 @@ def test_a_second_gpu_and_another_machine_are_tiers_of_a_plan(
 
 
 def test_caches_of_texts_share_a_tier_with_weights() -> None:
-    plan = place(FOUR, "cuda:0", Budget(device_bytes=301, reserved_bytes=50, host_bytes=100))
+    plan = place(FOUR, "cuda:0", Budget(device_bytes=351, reserved_bytes=50, host_bytes=100))
     assert (plan.tiers[0].nbytes, plan.held_bytes("cuda:0")) == (351, 351)
     assert Tenant(TEXTS, "cuda:0", 50) in plan.tenants
     elsewhere = [
@@ -191,6 +191,20 @@ def test_caches_of_texts_share_a_tier_with_weights() -> None:
     moved = place_in(FOUR, elsewhere, tenants_of(elsewhere, Budget(reserved_bytes=50)))
     assert (moved.held_bytes("cuda:0"), moved.held_bytes("host")) == (301, 250)
     assert (len(moved.resident), len(moved.host), len(moved.streamed)) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("by_default", "words", "smallest"),
+    [
+        (False, r"needs 201 B for weights .* and 50 B for the tokens of max_seq_len, the budget is 250 B: ", 251),
+        (True, r"needs 201 B for weights \([^)]*\), the budget is 200 B: ", 201),
+    ],
+    ids=["max_seq_len was given", "max_memory would reserve nothing"],
+)
+def test_the_smallest_budget_counts_caches_only_if_giving_it_would(by_default: bool, words: str, smallest: int) -> None:
+    with pytest.raises(BudgetError, match=rf"^cuda:0 {words}give max_memory=\{{0: {smallest}\}}") as caught:
+        place(FOUR, "cuda:0", Budget(device_bytes=250, reserved_bytes=50, reserved_by_default=by_default))
+    assert caught.value.smallest_bytes == smallest
 
 
 sizes = st.integers(1, 10**12)

@@ -208,7 +208,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
         conditions = {
             "model": str(name),
             "plan": model.plan.reason,
-            "budget": model.plan.budget.device_bytes,
+            "budget": model.plan.budget.weights_bytes,
             **_conditions(steps),
         }
         records = [_record(lane, values, moved, conditions) for lane, values in found.items()]

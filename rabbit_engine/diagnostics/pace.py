@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.budget import DEFAULT_TOKENS, budget_for, reserved_bytes
+from rabbit_engine.planning.budget import DEFAULT_TOKENS, FreeMemory, budget_for
 from rabbit_engine.planning.decide import find_free_memory
 from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
 from rabbit_engine.planning.placement import place
@@ -84,8 +84,8 @@ def estimate_paces(
 
 def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:
     """The plan of `shape` within the budget of `stream`, in seconds per token."""
-    partition = _partition(AutoConfig.for_model(**shape))
-    budget = budget_for(partition, stream, find_free_memory(stream))
+    partition, free = _partition(AutoConfig.for_model(**shape)), find_free_memory(stream)
+    budget = budget_for(partition, stream, free)
     four_bit = [_in_four_bits(size) for size in partition.sizes]
     plan = _plan(partition.sizes, stream, budget)
     four_bit_plan = _plan(four_bit, stream, budget)
@@ -94,7 +94,7 @@ def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float
         model=name,
         parameters=sum(_elements(entry.shape) for entry in partition.weights.entries.values()),
         weights_bytes=sum(size.nbytes for size in partition.sizes),
-        smallest_bytes=_smallest_bytes(partition, stream, budget),
+        smallest_bytes=_smallest_bytes(partition, stream, free),
         pass_bytes=plan.pass_bytes if plan else None,
         token_s=(max(plan.least_pass_s, compute_s), max(plan.pass_s, compute_s)) if plan else None,
         bound="memory" if plan is None else plan.bound if plan.pass_s > compute_s else "compute",
@@ -129,12 +129,11 @@ def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Pl
         return None
 
 
-def _smallest_bytes(partition: Partition, stream: StreamConfig, budget: Budget) -> int:
-    """The smallest budget, from the error for an empty one, plus the memory for the tokens."""
-    reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
-    empty = replace(budget, device_bytes=0, given_bytes=0, reserved_bytes=reserved, host_bytes=None)
+def _smallest_bytes(partition: Partition, stream: StreamConfig, free: FreeMemory) -> int:
+    """The smallest budget with which texts of 1024 tokens run, from the error for an empty one."""
+    empty = replace(stream, device_budget_bytes=0, max_seq_len=stream.max_seq_len or DEFAULT_TOKENS)
     try:
-        place(partition.sizes, str(stream.device), empty)
+        place(partition.sizes, str(stream.device), replace(budget_for(partition, empty, free), host_bytes=None))
     except BudgetError as error:
         return error.smallest_bytes
     return 0

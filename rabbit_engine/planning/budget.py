@@ -1,8 +1,10 @@
-"""How much memory weights may take: the given budget, or the free memory minus a margin. Pure."""
+"""How much memory a model may take: the given budget, or the free memory minus a margin. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.planning.demand import Demand, need_bytes
@@ -40,38 +42,36 @@ def reserved_bytes(probe: Probe, tokens: int) -> int:
 
 
 def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> Budget:
-    """The given budget, or the free memory minus a margin for the cache, activations and the system.
+    """The given budget, or the free memory minus a margin for the system.
 
-    A given budget covers weights and their buffers, and with `max_seq_len` also the cache of that many tokens.
+    Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given.
     """
-    reserved = reserved_bytes(partition.probe, stream.max_seq_len or DEFAULT_TOKENS)
-    given = stream.device_budget_bytes
-    if given is not None:
-        reserved = reserved if stream.max_seq_len else 0
-        device = max(0, given - reserved)
-    else:
-        device = max(0, free.device_bytes - reserved - _SYSTEM_BYTES - int(free.device_bytes * _SYSTEM_SHARE))
-    if stream.device.type == "cpu":
-        return Budget(
-            device_bytes=device,
-            host_staging_bytes=READERS * max((chunk.read_bytes for chunk in misaligned(partition, loading=True)), default=0),
-            reserved_bytes=reserved,
-            given_bytes=given,
-        )
-    buffers = STREAM_BUFFERS if has_streams(stream.device) else READERS
-    buffers += READERS if partition.experts else 0  # on the way into host memory
+    given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
+    tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     return Budget(
-        device_bytes=device,
-        host_bytes=_host_bytes(stream, free),
-        host_staging_bytes=buffers * STAGING_BYTES,
-        reserved_bytes=reserved,
-        given_bytes=given,
+        device_bytes=_without_margin(free.device_bytes, _SYSTEM_SHARE) if given is None else given,
+        host_bytes=None if on_cpu else _host_bytes(stream, free),
+        host_staging_bytes=_staging_bytes(partition, stream.device),
+        reserved_bytes=reserved_bytes(partition.probe, tokens) if tokens else 0,
+        reserved_by_default=stream.max_seq_len is None,
     )
 
 
+def _without_margin(free_bytes: int, share: float) -> int:
+    return max(0, free_bytes - _SYSTEM_BYTES - int(free_bytes * share))
+
+
+def _staging_bytes(partition: Partition, device: torch.device) -> int:
+    if device.type == "cpu":
+        return READERS * max((chunk.read_bytes for chunk in misaligned(partition, loading=True)), default=0)
+    buffers = STREAM_BUFFERS if has_streams(device) else READERS
+    buffers += READERS if partition.experts else 0  # on the way into host memory
+    return buffers * STAGING_BYTES
+
+
 def _host_bytes(stream: StreamConfig, free: FreeMemory) -> int:
-    own = stream.host_budget_bytes
-    host = own if own is not None else max(0, free.host_bytes - _SYSTEM_BYTES - int(free.host_bytes * _HOST_SHARE))
+    given = stream.host_budget_bytes
+    host = _without_margin(free.host_bytes, _HOST_SHARE) if given is None else given
     return min(host, free.pinned_bytes) if has_streams(stream.device) else host
 
 

@@ -28,7 +28,7 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     budget = budget_for(partition, stream, find_free_memory(stream))
     on_cpu = stream.device.type == "cpu"
     notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
-    speeds = stream.speeds or speeds_for(entries, stream.device, budget.device_bytes if on_cpu else None)
+    speeds = stream.speeds or speeds_for(entries, stream.device, budget.weights_bytes if on_cpu else None)
     plan = _place(partition, str(stream.device), budget, speeds, notes)
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan

@@ -36,7 +36,7 @@ def place(
 ) -> Plan:
     """`place_in` the device, host memory and the disk. Raises BudgetError with the smallest budget that works."""
     tiers = tiers_of(device, budget, speeds)
-    return place_in(units, tiers, tenants_of(tiers, budget), source=speeds.source, notes=notes, given_bytes=budget.given_bytes)
+    return place_in(units, tiers, tenants_of(tiers, budget), source=speeds.source, notes=notes)
 
 
 def place_in(
@@ -46,20 +46,18 @@ def place_in(
     *,
     source: str = "given",
     notes: Iterable[str] = (),
-    given_bytes: int | None = None,
 ) -> Plan:
     """Decide which tier keeps each of `units`, given in the order of a pass. `tiers` go from the fastest to the disk.
 
     The ring is as small as it can be while hiding the longest gap; all other bytes go to weights that stay, spread evenly
     over the depth of the model, the fastest tier first. They are chosen in one fixed order, so more memory never means more
     bytes a pass. What every pass needs stays before any expert does: it saves its bytes in every pass, an expert only in the
-    passes routed to it. Raises BudgetError with the smallest budget that works, or, if the caller gave the device
-    `given_bytes`, with that number.
+    passes routed to it. Raises BudgetError with the smallest budget that works.
     """
     scratch = sum(scratch_shares(units).values())
     held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]
     _check_host(tiers, held)
-    memory = _Memory(tuple(tiers), tuple(held), given_bytes)
+    memory = _Memory(tuple(tiers), tuple(held))
     placed = _place_all(units, memory) or _place_some(units, memory)
     ring = [Tenant(RING, tiers[0].name, placed.ring_bytes)] if placed.ring_bytes else []
     return Plan(
@@ -84,37 +82,18 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """The tiers, and what is reserved in them before any weight is placed."""
+    """The tiers, and what is set aside in them before any weight is placed."""
 
     tiers: tuple[Tier, ...]
     tenants: tuple[Tenant, ...]
-    given_bytes: int | None
 
     @property
     def device(self) -> str:
         """The first tier."""
         return self.tiers[0].name
 
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of the device for the caches of texts."""
-        return sum(tenant.nbytes for tenant in self.tenants if (tenant.name, tenant.tier) == (TEXTS, self.device))
-
-    @property
-    def budget_bytes(self) -> int:
-        """Bytes of the device for weights and their buffers."""
-        nbytes = self.tiers[0].nbytes
-        return _ENDLESS if nbytes is None else max(0, nbytes - self.reserved_bytes)
-
-    @property
-    def buffers_bytes(self) -> int:
-        """Bytes of the device for buffers."""
-        return sum(tenant.nbytes for tenant in self.tenants if tenant.tier == self.device) - self.reserved_bytes
-
     def room(self, tier: Tier) -> int:
-        """Bytes of the tier for weights that stay."""
-        if tier.name == self.device:
-            return self.budget_bytes - self.buffers_bytes
+        """Bytes of the tier for weights: all but what its tenants take."""
         taken = sum(tenant.nbytes for tenant in self.tenants if tenant.tier == tier.name)
         return (_ENDLESS if tier.nbytes is None else tier.nbytes) - taken
 
@@ -221,14 +200,15 @@ def _ring_bytes(streamed: Sequence[UnitSize]) -> tuple[int, int]:
 
 def _too_small(memory: _Memory, weights: int, least: int, has_experts: bool) -> BudgetError:
     room_for = f"a ring{' and slots for experts' if has_experts else ''} of {format_bytes(least)}"
-    weights += memory.buffers_bytes
-    given = memory.budget_bytes if memory.given_bytes is None else memory.given_bytes
-    reserved = 0 if memory.given_bytes is None else memory.reserved_bytes
-    for_tokens = f" and {format_bytes(reserved)} for the tokens of max_seq_len" if reserved else ""
+    tenants = [tenant for tenant in memory.tenants if tenant.tier == memory.device]
+    weights += sum(tenant.nbytes for tenant in tenants if tenant.name != TEXTS)
+    texts = sum(tenant.nbytes for tenant in tenants if tenant.name == TEXTS and not tenant.optional)
+    budget = max(0, (memory.tiers[0].nbytes or 0) - sum(tenant.nbytes for tenant in tenants if tenant.optional))
+    for_tokens = f" and {format_bytes(texts)} for the tokens of max_seq_len" if texts else ""
     return BudgetError(
         f"{memory.device} needs {format_bytes(weights)} for weights ({room_for} and what must stay){for_tokens}, the budget is "
-        f"{format_bytes(given)}: give max_memory={{{_place_name(memory.device)}: {weights + reserved}}} or more",
-        weights + reserved,
+        f"{format_bytes(budget)}: give max_memory={{{_place_name(memory.device)}: {weights + texts}}} or more",
+        weights + texts,
     )
 
 

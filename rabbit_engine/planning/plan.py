@@ -48,12 +48,12 @@ class Plan(Report):
     def budget(self) -> Budget:
         """The memory that the plan was made for, on the device and in the host."""
         first, host = self.tiers[0], next((tier for tier in self.tiers if tier.name == HOST), None)
-        texts, staging = self.reserved_bytes, self.staging_bytes
         return Budget(
-            device_bytes=None if first.nbytes is None else max(0, first.nbytes - texts),
+            device_bytes=first.nbytes,
             host_bytes=host.nbytes if host else None,
-            host_staging_bytes=staging,
-            reserved_bytes=texts,
+            host_staging_bytes=self.staging_bytes,
+            reserved_bytes=self.reserved_bytes,
+            reserved_by_default=any(tenant.optional for tenant in self.tenants),
         )
 
     @property

@@ -38,8 +38,8 @@ def rows(plan: Plan) -> Rows:
 
 
 def _budget(plan: Plan) -> str:
-    given = plan.budget.device_bytes
-    amount = "not bounded" if given is None else format_bytes(given)
+    nbytes = plan.budget.weights_bytes
+    amount = "not bounded" if nbytes is None else format_bytes(nbytes)
     reserved = f", after reserving {format_bytes(plan.reserved_bytes)}" if plan.reserved_bytes else ""
     return f"{amount} on {plan.device} for weights and their buffers{reserved}"
 

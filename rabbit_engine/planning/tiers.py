@@ -81,27 +81,33 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A use of `nbytes` of a tier other than weights that stay there."""
+    """A use of `nbytes` of a tier other than weights that stay there; an `optional` one is left out if the caller gives the
+    tier's size."""
 
     name: str
     tier: str
     nbytes: int
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bytes for weights and their buffers on the device and in host memory; `None` is unlimited. On a CPU both are one:
-    `device_bytes`.
+    """Bytes of the device and of host memory that may be used; `None` is unlimited. On a CPU both are one: `device_bytes`.
 
-    `host_staging_bytes` are the buffers that reads go through (on a CPU only those of misaligned weights). The caches and
-    activations of texts take `reserved_bytes` of the device on top, out of `given_bytes` if the caller gave those.
+    `reserved_bytes` of the device are for the caches and activations of texts (`reserved_by_default` if the caller named no
+    number of tokens), `host_staging_bytes` for the buffers that reads go through (on a CPU only those of misaligned weights).
     """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     host_staging_bytes: int = 0
     reserved_bytes: int = 0
-    given_bytes: int | None = None
+    reserved_by_default: bool = False
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """Bytes of the device for weights and their buffers: all but the reserved ones."""
+        return None if self.device_bytes is None else max(0, self.device_bytes - self.reserved_bytes)
 
 
 UNBOUNDED = Budget()
@@ -109,8 +115,7 @@ UNBOUNDED = Budget()
 
 def tiers_of(device: str, budget: Budget, speeds: Speeds) -> tuple[Tier, ...]:
     """The device, host memory if the device has its own, and the disk, which holds every weight."""
-    own = None if budget.device_bytes is None else budget.device_bytes + budget.reserved_bytes
-    first = Tier(device, own, None, frozenset({"weights", "experts", "caches"}))
+    first = Tier(device, budget.device_bytes, None, frozenset({"weights", "experts", "caches"}))
     if device == "cpu":
         return first, Tier(DISK, None, speeds.disk)
     return first, Tier(HOST, budget.host_bytes, speeds.link or math.inf), Tier(DISK, None, speeds.disk, via=HOST)
@@ -120,5 +125,8 @@ def tenants_of(tiers: Sequence[Tier], budget: Budget) -> tuple[Tenant, ...]:
     """The caches of texts on the first tier that may hold them, and the read buffers in host memory."""
     texts = next(tier.name for tier in tiers if "caches" in tier.holds)
     staging = next((tier.name for tier in tiers if tier.name == HOST), tiers[0].name)
-    found = (Tenant(TEXTS, texts, budget.reserved_bytes), Tenant(STAGING, staging, budget.host_staging_bytes))
+    found = (
+        Tenant(TEXTS, texts, budget.reserved_bytes, budget.reserved_by_default),
+        Tenant(STAGING, staging, budget.host_staging_bytes),
+    )
     return tuple(tenant for tenant in found if tenant.nbytes)
