@@ -116,12 +116,13 @@ def loading_info(source: Streamable) -> dict[str, Any]:
 
 def _unused_then(source: Streamable) -> Sequence[str]:
     """The unused weights of a split made by a version that did not record them, read from its originals."""
-    if source.manifest is None or source.gguf_file is not None:
+    request = source.request
+    if source.manifest is None or request.source.gguf_file is not None:
         return ()
     made_from = source.manifest.source
     if "unused_weights" in made_from or made_from["deleted"]:
         return ()
-    tensors = open_remaining(source.request, source.request.weight_files(), None, WHOLE_FILES).tensors
+    tensors = open_remaining(request, request.weight_files(), None, WHOLE_FILES).tensors
     return map_names(source.architecture, source.dtype, tensors, build_plain).unused()
 
 

@@ -40,14 +40,16 @@ SHARDS_FOLDER = "rabbit_shards"
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """A located model: its repo, class and dtype, and the folder for its split, which may not exist yet."""
+    """A located model: its repo, class and dtype, and the folder for its split, which may not exist yet.
+
+    `source` also has what the name selected, and the only GGUF file of the repo.
+    """
 
     repo: Repo
     source: SourceConfig = field(repr=False)
     architecture: Architecture = field(repr=False)
     dtype: torch.dtype
     folder: Path
-    gguf_file: str | None
     split: SplitConfig
 
     @property
@@ -57,7 +59,7 @@ class ModelRequest:
 
     def weight_files(self) -> WeightFiles:
         """The weight files to load. Raises the errors of the function `weight_files`."""
-        return weight_files(self.repo, self.gguf_file, self.source)
+        return weight_files(self.repo, self.source)
 
 
 def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, reading: Reading = WHOLE_FILES) -> ModelRequest:
@@ -65,22 +67,22 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
     name, source = _resolve_name(name, source)
     repo = find_repo(name, source)
     root = shards_root(repo, split.saving_path)
-    gguf_file = source.gguf_file or _only_gguf(repo, root, source)
-    if gguf_file is not None:
-        _open_gguf(repo, gguf_file, source, split)
+    source = replace(source, gguf_file=source.gguf_file or _only_gguf(repo, root, source))
+    if source.gguf_file is not None:
+        _open_gguf(repo, source.gguf_file, source, split)
     else:
         require_one_gguf(repo.names, str(repo.folder))
     if source.force_download and repo.commit is not None:  # once: what comes later finds the new files
-        fetch_weights(repo, weight_files(repo, gguf_file, source).names, source)
+        fetch_weights(repo, weight_files(repo, source).names, source)
         source = replace(source, force_download=False)
-    architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=gguf_file)
-    dtype = split.dtype or _own_dtype(repo, architecture.config, gguf_file, source, root, reading)
-    folder = root / split_name(dtype, gguf_file, source, repo.names)
-    return ModelRequest(repo, source, architecture, dtype, folder, gguf_file, split)
+    architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=source.gguf_file)
+    dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
+    folder = root / split_name(dtype, source, repo.names)
+    return ModelRequest(repo, source, architecture, dtype, folder, split)
 
 
 def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
-    prefix = _split_prefix(None, source, repo.names)
+    prefix = _split_prefix(source, repo.names)
     return None if source.variant is not None or _deleted_dtype(root, prefix) else only_gguf(repo.names)
 
 
@@ -117,7 +119,7 @@ def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitCon
         if repo.only_cached:
             raise weights_not_cached(repo)
         raise CheckpointNotFoundError(f"{repo.name} has no GGUF files: leave out gguf_file={gguf_file!r}")
-    weight_files(repo, gguf_file, source)
+    weight_files(repo, source)
     fetch_weights(repo, [gguf_file], source)
     check_gguf(repo.folder / gguf_file)
 
@@ -146,14 +148,14 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
     return repo.cache / SHARDS_FOLDER / f"{repo.commit}{part}" if repo.commit else repo.folder / SHARDS_FOLDER
 
 
-def split_name(dtype: torch.dtype, gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
+def split_name(dtype: torch.dtype, source: SourceConfig, names: Sequence[str]) -> str:
     """The folder name of one of a checkpoint's splits: it identifies the original files and the dtype."""
-    return _split_prefix(gguf_file, source, names) + str(dtype).removeprefix("torch.")
+    return _split_prefix(source, names) + str(dtype).removeprefix("torch.")
 
 
-def _split_prefix(gguf_file: str | None, source: SourceConfig, names: Sequence[str]) -> str:
-    if gguf_file is not None:
-        return f"{Path(gguf_file).stem}-"
+def _split_prefix(source: SourceConfig, names: Sequence[str]) -> str:
+    if source.gguf_file:
+        return f"{Path(source.gguf_file).stem}-"
     pickled = source.use_safetensors is False and any(name.endswith(".safetensors") for name in names)
     variant = [] if source.variant is None else [f"variant.{source.variant}"]
     return "".join(f"{part}-" for part in (*variant, *(["pickles"] if pickled else [])))
@@ -171,31 +173,24 @@ def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
     return None
 
 
-def _own_dtype(
-    repo: Repo,
-    config: PretrainedConfig,
-    gguf_file: str | None,
-    source: SourceConfig,
-    root: Path,
-    reading: Reading,
-) -> torch.dtype:
+def _own_dtype(repo: Repo, config: PretrainedConfig, source: SourceConfig, root: Path, reading: Reading) -> torch.dtype:
     """The checkpoint's own dtype, as transformers determines it: the config's, else that of the first floating-point tensor."""
     said = stated_dtype(config)
     if said is not None:
         return said
-    if gguf_file is not None:
-        return gguf_dtype(repo.folder / gguf_file)
-    deleted = _deleted_dtype(root, _split_prefix(None, source, repo.names))
+    if source.gguf_file is not None:
+        return gguf_dtype(repo.folder / source.gguf_file)
+    deleted = _deleted_dtype(root, _split_prefix(source, repo.names))
     if deleted is not None:
         return deleted
-    files = weight_files(repo, None, source)
+    files = weight_files(repo, source)
     found = first_floating_dtype(reading.open(repo, files, source), files, repo.folder)
     if not found.is_floating_point or found.itemsize == 1:
         raise ConfigurationError(f"{repo.name}: the config names no dtype, and its first weights are {found}: pass dtype=")
     return found
 
 
-def weight_files(repo: Repo, gguf_file: str | None, source: SourceConfig) -> WeightFiles:
+def weight_files(repo: Repo, source: SourceConfig) -> WeightFiles:
     """The weight files of a repo that `source` selects.
 
     Raises CheckpointNotFoundError, or HubUnreachableError if only the cache was searched.
@@ -203,12 +198,12 @@ def weight_files(repo: Repo, gguf_file: str | None, source: SourceConfig) -> Wei
     where = str(repo.folder) if repo.commit is None else "/".join(filter(None, (repo.name, repo.subfolder)))
     try:
         return find_weight_files(
-            repo.names, repo.read_text, gguf_file, where, variant=source.variant, use_safetensors=source.use_safetensors
+            repo.names, repo.read_text, source.gguf_file, where, variant=source.variant, use_safetensors=source.use_safetensors
         )
     except CheckpointNotFoundError as error:
         if (
             repo.only_cached
-            and gguf_file is None
+            and source.gguf_file is None
             and not any(name.endswith((".gguf", "adapter_config.json")) for name in repo.names)
         ):
             raise weights_not_cached(repo) from error

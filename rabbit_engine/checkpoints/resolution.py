@@ -50,11 +50,6 @@ class _Resolved:
         """The dtype of the weights and of the computation."""
         return self.request.dtype
 
-    @property
-    def gguf_file(self) -> str | None:
-        """The name of the model's GGUF file, or None."""
-        return self.request.gguf_file
-
 
 @dataclass(frozen=True, slots=True)
 class InPlace(_Resolved):
@@ -168,11 +163,18 @@ def resolve(
     and ShardError.
     """
     request = open_request(name, source, split, reading)
-    existing = Existing() if split.mode == "never" else find_existing(request, repair=repair)
+    if request.split.mode == "never":
+        return _without_shards(request, reading, build)
+    existing = find_existing(request, repair=repair)
     if existing.problem:
         logger.warning("%s", existing.problem)
-    resolution = _from_shards(request, existing, build, repair) or _from_originals(request, existing, reading, build)
-    if split.mode == "never" and isinstance(resolution.source, MustSplit):
+    return _from_shards(request, existing, build, repair) or _from_originals(request, existing, reading, build)
+
+
+def _without_shards(request: ModelRequest, reading: Reading, build: Build) -> Resolution:
+    """In place, whether shards exist or not. Raises ConfigurationError if that cannot be."""
+    resolution = _from_originals(request, Existing(), reading, build)
+    if isinstance(resolution.source, MustSplit):
         raise ConfigurationError(f'split="never", but {request.repo.name} must be split: {resolution.source.reason}')
     return resolution
 

@@ -258,7 +258,7 @@ def load(
     model: Any
     checkpoint, model = execute(resolve(name, source, split, build=build))
     _tell_head_dim(model.config, checkpoint)
-    _set_names(model, str(name), checkpoint, source)
+    _set_names(model, str(name), checkpoint)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble(model, checkpoint.entries, checkpoint.ties, stream)
     _require_pass(model, checkpoint)
@@ -331,17 +331,18 @@ def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
         logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
 
 
-def _set_names(model: Any, name: str, checkpoint: Streamable, source: SourceConfig) -> None:
+def _set_names(model: Any, name: str, checkpoint: Streamable) -> None:
     """Set its name, generation config and tokenizer source, from the checkpoint's folder."""
+    source = checkpoint.request.source
     model._checkpoint = checkpoint
     model.name_or_path = model.config.name_or_path = name
     folder = str(checkpoint.repo.folder)
     model._tokenizer_source = {
         "pretrained_model_name_or_path": folder,
         "trust_remote_code": source.trust_remote_code,
-        **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
+        **({"gguf_file": source.gguf_file} if source.gguf_file else {}),
     }
-    if model.can_generate() and checkpoint.gguf_file is None:
+    if model.can_generate() and source.gguf_file is None:
         _read_generation_config(model, folder, source)
         _end_at(model.generation_config, checkpoint.architecture.chat_ends)
 
