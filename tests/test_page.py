@@ -149,7 +149,7 @@ def test_a_server_error_is_shown_and_the_question_restored(visit: Any, url: str)
     here.page.evaluate("document.getElementById('most').value = 10000000")
     here.ask("Hello there")
     here.page.wait_for_selector(".note.bad")
-    assert "room for" in here.page.text_content(".note.bad")
+    assert "fit: shorten" in here.page.text_content(".note.bad")
     assert here.page.input_value("#text") == "Hello there"
 
 
