@@ -14,6 +14,7 @@ from conftest import smallest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedTokenizerFast
 
 from rabbit_engine import AutoModel, Session, errors
@@ -195,6 +196,16 @@ def test_an_interrupted_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: An
             model(ids)
         handle.remove()
         assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_close_frees_memory_that_weights_were_decoded_to(family: str, tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(quantised(family, tmp_path / "model")[0])
+    memory = StorageWeakRef(runtime_of(model).ring.view(0, 1).untyped_storage())
+    model(ids)
+    assert not memory.expired()
+    model.close()
+    assert memory.expired()
 
 
 def test_an_unloaded_weight_raises_its_name_even_if_resident(tmp_path: Path, streamed: Any) -> None:

@@ -439,9 +439,9 @@ def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any
     monkeypatch.setattr("rabbit_engine.sessions.session.measure_room", lambda *_: small)
     running: list[int] = []
     with Session(model) as session:
-        runtime_of(model).binding.on_pass = lambda _: running.append(session.running)
+        runtime_of(model).binding.passes.on_pass = lambda _: running.append(session.running)
         replies = session.generate(["One two three four", "Five six seven"], max_new_tokens=4)
-        runtime_of(model).binding.on_pass = lambda _: None
+        runtime_of(model).binding.passes.on_pass = lambda _: None
     assert len(replies) == 2
     assert set(running) == {1}
 

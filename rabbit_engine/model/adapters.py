@@ -9,7 +9,7 @@ from torch import nn
 
 from rabbit_engine.errors import CannotLoadStateError, WeightNotLoadedError
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.streaming import ExpertsAway, Placeholder, adapts_routed
+from rabbit_engine.streaming import ExpertsPlaceholder, Placeholder, adapts_routed
 from rabbit_engine.transformers_bridge.adapters import remove_adapter
 
 _WHOLE = "set max_memory high enough for the whole model"
@@ -24,7 +24,7 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
     Raises CannotLoadStateError if the adapter would be applied wrongly, and WeightNotLoadedError if its kind reads the weights
     it adapts and these are streamed; the model is then unchanged.
     """
-    away = _weights_away(model)
+    placeholders = _placeholders_in(model)
     try:
         info = load()
     except WeightNotLoadedError as error:
@@ -32,19 +32,19 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
             f"{_kind_of(source, given)} reads weights that are streamed: {_WHOLE}, or merge the adapter into its base model "
             "with transformers and peft, save that, and load the result"
         ) from error
-    wrong = _what_is_wrong(model, away, info)
+    wrong = _what_is_wrong(model, placeholders, info)
     if wrong:
         remove_adapter(model, name)
         raise CannotLoadStateError(wrong)
     return info
 
 
-def _what_is_wrong(model: Any, away: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:
-    changed = _put_back(away)
+def _what_is_wrong(model: Any, placeholders: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:
+    changed = _put_back(placeholders)
     if changed:
         return f"the adapter contains {changed[0]} with other values than the checkpoint, and that weight is streamed: {_WHOLE}"
     if adapts_routed(model):
-        return f"the adapter changes experts: {ExpertsAway.advice}"
+        return f"the adapter changes experts: {ExpertsPlaceholder.advice}"
     family, lost = runtime_of(model).architecture.family, sorted(getattr(info, "unexpected_keys", None) or ())
     if family is not None and lost:
         return (
@@ -54,17 +54,17 @@ def _what_is_wrong(model: Any, away: list[tuple[nn.Module, str, Placeholder]], i
     return ""
 
 
-def _weights_away(model: nn.Module) -> list[tuple[nn.Module, str, Placeholder]]:
+def _placeholders_in(model: nn.Module) -> list[tuple[nn.Module, str, Placeholder]]:
     """Modules, the names of their parameters, and the placeholders of these."""
     named: list[tuple[nn.Module, str, Any]]
     named = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items()]
     return [(module, name, weight) for module, name, weight in named if isinstance(weight, Placeholder)]
 
 
-def _put_back(away: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
+def _put_back(placeholders: list[tuple[nn.Module, str, Placeholder]]) -> list[str]:
     """Restore each placeholder where a weight was set; returns the names of weights with other values in the checkpoint."""
     changed = []
-    for module, name, weight in away:
+    for module, name, weight in placeholders:
         given = module._parameters[name]
         module._parameters[name] = weight  # type: ignore[assignment]
         if given is not None and not isinstance(given, Placeholder) and not weight.holds(given):

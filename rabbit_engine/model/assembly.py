@@ -22,18 +22,20 @@ from rabbit_engine.planning.tiers import DISK, HOST, scratch_shares
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
     Binding,
+    BoundUnit,
     EmbeddingRows,
     ExpertCache,
     ExpertLayer,
-    ExpertsAway,
     ExpertSlots,
+    ExpertsPlaceholder,
     HostPlace,
     LinearBlocks,
+    Placeholders,
+    ResidentUnit,
     Ring,
     RoutedExperts,
     RowBlock,
     Scratch,
-    StandIns,
     TiedRows,
     Trace,
     Transfer,
@@ -75,9 +77,9 @@ class Assembly:
             return
         self.transfer.close()
         self.binding.forget()
-        weights, stand_ins = self.partition.weights, StandIns(self.device)
+        weights, placeholders = self.partition.weights, Placeholders(self.device)
         for name, ref in weights.refs.items():
-            ref.set(stand_ins.stand_in(weights.entries[name], ref.holds_parameter))
+            ref.set(placeholders.of(weights.entries[name], ref.holds_parameter))
 
 
 def assemble(
@@ -129,7 +131,7 @@ class _Builder:
         decoded = {size.name for size in plan.units if size.decoded}
         self._residents = _one_behind_another(_resident_units(partition, plan), decoded)
         self._decoded = decoded
-        self._stand_ins = StandIns(stream.device)
+        self._placeholders = Placeholders(stream.device)
         self._transfer: Transfer | None = None
         self._scratch = _claim_scratch(ring, plan)
         self._uses = {size.name: size.scratch_use for size in plan.units}
@@ -189,7 +191,8 @@ class _Builder:
             trace=self._trace,
         )
         layers, show_progress = partition.layout.layers, self._stream.show_layer_progress
-        binding = Binding(transfer, device, self._trace, layers=layers, show_progress=show_progress)
+        scratches = tuple(self._scratch.values())
+        binding = Binding(transfer, device, self._trace, scratches=scratches, layers=layers, show_progress=show_progress)
         self._set_head(binding)
         self._set_embedding()
         for unit in moving:
@@ -202,7 +205,7 @@ class _Builder:
         self._set_tied_elsewhere()
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
-                guard(part, binding, device)
+                guard(part, binding.root_pass, device)
         return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring)
 
     def _bind(self, binding: Binding, unit: Unit, memory: torch.Tensor | None = None) -> None:
@@ -212,13 +215,17 @@ class _Builder:
             return
         refs = {weight.entry.name: weights.refs_to(weight.entry.name, name) for weight in unit.weights}
         scratch = self._scratch[self._uses[unit.name]] if unit.is_encoded else None
-        binding.bind(self._model.get_submodule(name), unit, refs, self._stand_ins, scratch=scratch, memory=memory)
+        if memory is None:
+            bound = BoundUnit(unit, refs, self._placeholders, scratch)
+        else:
+            bound = ResidentUnit(unit, refs, self._placeholders, scratch, memory)
+        binding.bind(self._model.get_submodule(name), bound)
 
     def _set_tied_elsewhere(self) -> None:
         """Set a weight that another module streams in the modules that share it."""
         for name, ref in self._partition.weights.refs.items():
             if ref.holds_parameter and ref.table[ref.attribute].device.type == "meta":
-                ref.set(self._stand_ins.stand_in(self._partition.weights.entries[name], True))
+                ref.set(self._placeholders.of(self._partition.weights.entries[name], True))
 
     def _claim_slots(self) -> ExpertSlots | None:
         """The slots for experts that are read on demand, on the device and in host memory. They come before the ring, which may
@@ -241,7 +248,7 @@ class _Builder:
         for layer in self._plan.experts.layers:
             for name in weights.names_in(layer.name):
                 ref = weights.refs[name]
-                ref.set(self._stand_ins.stand_in(weights.entries[name], ref.holds_parameter, ExpertsAway))
+                ref.set(self._placeholders.of(weights.entries[name], ref.holds_parameter, ExpertsPlaceholder))
             units = self._partition.experts[layer.name]
             scratch = self._scratch["expert"] if any(unit.is_encoded for unit in units) else None
             experts = RoutedExperts(layer.name, units, cache, binding, scratch)
@@ -273,7 +280,7 @@ class _Builder:
         entry, embedding = partition.weights.entries[partition.head], partition.embedding
         tied = embedding is not None and partition.weights.entries[embedding].name == entry.name
         weight = (TiedRows if tied else LinearBlocks)(entry, device, blocks)
-        partition.weights.refs[partition.head].set(self._stand_ins.add(weight))
+        partition.weights.refs[partition.head].set(self._placeholders.add(weight))
 
     def _set_embedding(self) -> None:
         """Set the embedding by row, unless it stays, or shares its memory with a head that does."""
@@ -283,7 +290,7 @@ class _Builder:
         entry, ref = partition.weights.entries[partition.embedding], partition.weights.refs[partition.embedding]
         if isinstance(ref.table[ref.attribute], nn.Parameter) and ref.table[ref.attribute].device.type != "meta":
             return
-        ref.set(self._stand_ins.add(EmbeddingRows(entry, self._stream.device)))
+        ref.set(self._placeholders.add(EmbeddingRows(entry, self._stream.device)))
 
 
 def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:

@@ -266,7 +266,7 @@ def load(
     explain_failures(model)
     weakref.finalize(model, model._assembly.transfer.abandon)
     if stream.profiling_mode:
-        model._assembly.binding.on_pass = functools.partial(_log_pass, model._assembly.transfer)
+        model._assembly.binding.passes.on_pass = functools.partial(_log_pass, model._assembly.transfer)
     logger.info("attention: %s (%s)", model.active_attention_implementation, model._attention_reason)
     logger.info("plan of %s:\n%s", name, model.plan)
     return model

@@ -69,7 +69,7 @@ class StreamingMixin:
     @property
     def progress(self) -> PassProgress | None:
         """The progress of the running pass, to display from another thread; None between passes."""
-        return self._assembly.binding.progress()
+        return self._assembly.binding.passes.progress()
 
     @property
     def active_attention_implementation(self) -> str:

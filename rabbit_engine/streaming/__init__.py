@@ -1,13 +1,16 @@
 """Streams weights: disk -> host memory -> ring -> parameter, and releases them again."""
 
+from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.binding.blocks import LinearBlocks, RowBlock
+from rabbit_engine.streaming.binding.bound import BoundUnit, ResidentUnit, WeightRef, weight_refs
 from rabbit_engine.streaming.binding.linears import join_rows
-from rabbit_engine.streaming.binding.placeholder import ExpertsAway, Placeholder, StandIns, placeholder_for
+from rabbit_engine.streaming.binding.passes import guard
+from rabbit_engine.streaming.binding.placeholder import ExpertsPlaceholder, Placeholder, Placeholders
 from rabbit_engine.streaming.binding.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.binding.rows import EmbeddingRows
 from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.tied import TiedRows
-from rabbit_engine.streaming.binding.wrapping import Binding, WeightRef, guard, move, weight_refs
+from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
@@ -23,26 +26,28 @@ from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 __all__ = [
     "STAGING_BYTES",
     "Binding",
+    "BoundUnit",
     "EmbeddingRows",
     "ExpertCache",
     "ExpertLayer",
     "ExpertSlots",
-    "ExpertsAway",
+    "ExpertsPlaceholder",
     "ExpertsProfile",
     "Fiber",
     "HostPlace",
     "LinearBlocks",
     "PassProgress",
     "Placeholder",
+    "Placeholders",
     "Profile",
     "RandomStream",
+    "ResidentUnit",
     "Ring",
     "RoutedExperts",
     "RowBlock",
     "Scheduler",
     "Scratch",
     "Span",
-    "StandIns",
     "TiedRows",
     "Trace",
     "Transfer",
@@ -58,7 +63,6 @@ __all__ = [
     "join_rows",
     "make_unit",
     "move",
-    "placeholder_for",
     "route",
     "row_blocks",
     "share_products",

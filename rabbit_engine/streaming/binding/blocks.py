@@ -43,7 +43,7 @@ class LinearBlocks(Placeholder):
         self.blocks = blocks
         return self
 
-    def clone_of_nothing(self) -> Self:
+    def another(self) -> Self:
         """The same blocks."""
         return type(self)(self.entry, self.device, self.blocks)
 

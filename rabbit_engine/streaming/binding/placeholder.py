@@ -20,7 +20,7 @@ _WHERE = (
     "An adapter that reads the weights it adapts (DoRA, PiSSA, OLoRA, trainable_token_indices, modules_to_save, "
     "layer_replication) needs a max_memory that holds the whole model"
 )
-_VIEWS_OF_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # what nn.Parameter itself calls
 
 
 class Placeholder(torch.Tensor):
@@ -61,7 +61,7 @@ class Placeholder(torch.Tensor):
         """Raises WeightNotLoadedError."""
         self.data_ptr()
 
-    def clone_of_nothing(self) -> Self:
+    def another(self) -> Self:
         """Another placeholder for the same weight."""
         return type(self)(self.entry, self.device)
 
@@ -76,18 +76,18 @@ class Placeholder(torch.Tensor):
     ) -> Any:
         """Raise WeightNotLoadedError, or CannotMergeError for a write, except for what nn.Parameter needs, and for a write of
         the stored values: PEFT saves the base of an adapted head with the adapter."""
-        if func in _VIEWS_OF_NOTHING:
-            return args[0].clone_of_nothing()
+        if func in _ALIASES:
+            return args[0].another()
         if func is torch.ops.aten.copy_.default and isinstance(args[0], Placeholder) and args[0].holds(args[1]):
             return args[0]
-        away = sorted({leaf.weight_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Placeholder)})
+        names = sorted({leaf.weight_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Placeholder)})
         operation = func.__name__ if hasattr(func, "__name__") else str(func)
         if func._schema.is_mutable and isinstance(args[0], Placeholder):
-            raise CannotMergeError(f"{', '.join(away)} cannot be changed ({operation}): {args[0].advice}")
-        raise WeightNotLoadedError(f"{', '.join(away)} used while not loaded ({operation}): {_WHERE}")
+            raise CannotMergeError(f"{', '.join(names)} cannot be changed ({operation}): {args[0].advice}")
+        raise WeightNotLoadedError(f"{', '.join(names)} used while not loaded ({operation}): {_WHERE}")
 
 
-class ExpertsAway(Placeholder):
+class ExpertsPlaceholder(Placeholder):
     """Replaces a stack of experts that are read one by one."""
 
     advice = (
@@ -96,15 +96,7 @@ class ExpertsAway(Placeholder):
     )
 
 
-def placeholder_for(
-    entry: TensorEntry, device: torch.device, is_parameter: bool, kind: type[Placeholder] = Placeholder
-) -> torch.Tensor:
-    """A placeholder for the weight that `entry` describes."""
-    away = kind(entry, device)
-    return torch.nn.Parameter(away, requires_grad=False) if is_parameter else away
-
-
-class StandIns:
+class Placeholders:
     """One placeholder per stored weight, wherever it is used: a tied weight counts once, and tying it again changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -115,8 +107,9 @@ class StandIns:
         """Use the parameter of `weight` as the placeholder of the stored weight with that name."""
         return self._made.setdefault(weight.entry.name, torch.nn.Parameter(weight, requires_grad=False))
 
-    def stand_in(self, entry: TensorEntry, is_parameter: bool, kind: type[Placeholder] = Placeholder) -> torch.Tensor:
-        """The placeholder of `entry`."""
+    def of(self, entry: TensorEntry, is_parameter: bool, kind: type[Placeholder] = Placeholder) -> torch.Tensor:
+        """The placeholder of the weight that `entry` describes."""
         if entry.name not in self._made:
-            self._made[entry.name] = placeholder_for(entry, self._device, is_parameter, kind)
+            weight = kind(entry, self._device)
+            self._made[entry.name] = torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
         return self._made[entry.name]

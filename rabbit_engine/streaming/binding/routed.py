@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from rabbit_engine.errors import StreamingError
+from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.binding.scratch import Scratch
-from rabbit_engine.streaming.binding.wrapping import Binding, refuse_gradients
+from rabbit_engine.streaming.binding.wrapping import refuse_gradients
 from rabbit_engine.streaming.transfer.experts import ExpertCache
 from rabbit_engine.streaming.transfer.slots import HALF_LIFE_TOKENS
 from rabbit_engine.streaming.transfer.unit import Unit
@@ -62,9 +63,9 @@ class RoutedExperts:
         counts = torch.bincount(chosen.reshape(-1), minlength=module.num_experts)[: module.num_experts].tolist()
         starts = list(itertools.accumulate(counts, initial=0))
         results: torch.Tensor | None = None
-        length = self._binding.length_of(tokens)
+        length = self._binding.passes.length_of(tokens)
         uses = decayed_uses(chosen, counts, length)
-        with self._binding.alone(), self._cache.lend(self._name, uses, length) as arrivals:
+        with self._binding.passes.alone(), self._cache.lend(self._name, uses, length) as arrivals:
             for index, memory in arrivals:
                 with self._binding.computing(self._units[index].name), self._weights(index, memory) as weights:
                     pairs = order[starts[index] : starts[index + 1]]
