@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rabbit_engine import AutoModel, errors
+from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.cli import main
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.storage.directio import buffered_reasons
@@ -216,6 +216,30 @@ def smollm_model(smollm: Path, smollm_shards: Path) -> Iterator[Any]:
     ) as model:
         assert 0 < model.plan.pass_bytes < model.plan.weights_bytes / 4
         yield model
+
+
+@pytest.fixture(scope="module")
+def session(smollm_model: Any) -> Iterator[Session]:
+    """SmolLM2 for many callers, with answers of up to eight tokens."""
+    with Session(smollm_model, max_new_tokens=8, max_queue=8) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def url(session: Session) -> Iterator[str]:
+    """The address of a server of `session`."""
+    from serving import serving
+
+    with serving(session) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Any:
+    """OpenAI's own client of that server."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 class Done(NamedTuple):

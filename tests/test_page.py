@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import NAME, serving, wait_until
+from serving import NAME, serving
+from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
 
@@ -50,12 +51,6 @@ def session(smollm: Path, smollm_shards: Path) -> Iterator[Session]:
         Session(model, max_new_tokens=64) as session,
     ):
         yield session
-
-
-@pytest.fixture(scope="module")
-def url(session: Session) -> Iterator[str]:
-    with serving(session) as address:
-        yield address
 
 
 class Visit:

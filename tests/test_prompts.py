@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.sessions.encoding import Encoder, read_token_lengths
+from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text
 from rabbit_engine.tokenization.ranks import byte_characters
 
 
@@ -170,3 +172,42 @@ def test_two_texts_are_tokenised_at_the_same_time(session: Session) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(encoder.encode_text, ("a", "bb"))
     assert (len(first), len(second)) == (1, 2)
+
+
+def test_too_long_is_refused_or_cut_as_asked_never_silently(smollm_model: Any, caplog: Any) -> None:
+    encoder, limits, tokenizer = Encoder(smollm_model, 49152, None), Limits(120, 16), smollm_model.tokenizer
+    messages = [{"role": "system", "content": "Be brief."}]
+    for index in range(12):
+        messages += [{"role": "user", "content": f"Question {index}?"}, {"role": "assistant", "content": f"Answer {index}."}]
+    messages.append({"role": "user", "content": "And the last?"})
+    with pytest.raises(errors.PromptTooLongError, match="more than the 120"):
+        fit_messages(encoder, messages, limits, None, "refuse")
+    with caplog.at_level(logging.WARNING):
+        cut = fit_messages(encoder, messages, limits, 20, "truncate")
+    text = tokenizer.decode(cut.ids)
+    assert "Be brief." in text
+    assert "And the last?" in text
+    assert "Question 0?" not in text
+    assert "Question 11?" in text
+    assert len(cut.ids) + 20 <= 120
+    assert f"{cut.cut_tokens} of" in caplog.text
+    assert cut.answer_tokens == 20
+
+
+def test_one_message_that_is_too_long_keeps_its_end(smollm_model: Any) -> None:
+    words = " ".join(f"word{index}" for index in range(200))
+    cut = fit_messages(Encoder(smollm_model, 49152, None), [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
+    assert "word199" in smollm_model.tokenizer.decode(cut.ids)
+    assert len(cut.ids) <= 90
+    text = fit_text(smollm_model.tokenizer(words)["input_ids"], Limits(100, 16), 10, "truncate")
+    assert len(text.ids) == 90
+    assert text.cut_tokens > 100
+
+
+@pytest.mark.parametrize("asked", [None, 8])
+def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
+    limits = Limits(100, 64)
+    assert limits.answer_tokens(95, None) == 5
+    assert limits.answer_tokens(20, 8) == 8
+    with pytest.raises(errors.PromptTooLongError):
+        limits.answer_tokens(100 if asked is None else 93, asked)

@@ -7,14 +7,15 @@ import json
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 import talking
+from serving import running
+from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
 from rabbit_engine.server import app, body, listen
@@ -36,22 +37,8 @@ def serving(session: Session, **timeouts: float) -> Iterator[tuple[Any, int]]:
     """The server of `rabbit serve` in a thread, and its port."""
     chosen = Timeouts(**timeouts)
     server = listen.make_server(app.create_app(session, "mine", timeouts=chosen), timeouts=chosen)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield server, server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
+    with running(server) as port:
+        yield server, port
 
 
 @contextmanager

@@ -5,53 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from smol import QUESTIONS, alone, encoded
+from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
-from rabbit_engine.sessions import Options
-from rabbit_engine.sessions.encoding import Encoder
-from rabbit_engine.sessions.prompts import Limits, fit_messages, fit_text
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.sessions.text import TextFlow
 
-QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2+2?", "Who wrote Hamlet?")
 
-
-@pytest.fixture(scope="module")
-def model(smollm_model: Any) -> Any:
-    return smollm_model
-
-
-@pytest.fixture(scope="module")
-def session(model: Any) -> Iterator[Session]:
-    with Session(model, max_new_tokens=8) as session:
-        yield session
-
-
-def encoded(model: Any, text: str) -> torch.Tensor:
-    found = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return found["input_ids"]
-
-
-def alone(model: Any, text: str, **keywords: Any) -> str:
-    """What transformers' model says, loaded whole."""
-    ids = encoded(model, text)
-    tokens = model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, **keywords})[0, ids.shape[1] :]
-    return model.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def test_many_at_once_get_what_each_gets_alone_in_the_passes_of_one(model: Any, session: Session) -> None:
-    expected = [alone(model, text) for text in QUESTIONS]
-    before = model.profile.passes
+def test_many_at_once_get_what_each_gets_alone_in_the_passes_of_one(smollm_model: Any, session: Session) -> None:
+    expected = [alone(smollm_model, text) for text in QUESTIONS]
+    before = smollm_model.profile.passes
     found: dict[int, str] = {}
     threads = [
         threading.Thread(target=lambda i=i, text=text: found.update({i: str(session.chat(text))}))
@@ -62,7 +32,7 @@ def test_many_at_once_get_what_each_gets_alone_in_the_passes_of_one(model: Any, 
     for thread in threads:
         thread.join(120)
     assert [found[index] for index in range(4)] == expected
-    assert model.profile.passes - before < 2 * 8
+    assert smollm_model.profile.passes - before < 2 * 8
 
 
 def test_stream_yields_the_pieces_of_the_text_and_returns_the_reply(session: Session) -> None:
@@ -83,26 +53,19 @@ def test_leaving_a_stream_gives_the_place_up(session: Session) -> None:
     wait_until(lambda: session.running == 0)
 
 
-def wait_until(true: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-
-
-def test_generate_continues_many_texts_in_their_order(model: Any, session: Session) -> None:
+def test_generate_continues_many_texts_in_their_order(smollm_model: Any, session: Session) -> None:
     texts = ["Once upon a time", "The sky is", "2 + 2 ="]
-    found = session.generate([*texts, model.tokenizer("The sky is")["input_ids"]], max_new_tokens=5)
+    found = session.generate([*texts, smollm_model.tokenizer("The sky is")["input_ids"]], max_new_tokens=5)
     for text, reply in zip(texts, found, strict=False):
-        ids = model.tokenizer(text, return_tensors="pt").input_ids
-        assert list(reply.tokens) == model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
+        ids = smollm_model.tokenizer(text, return_tensors="pt").input_ids
+        assert list(reply.tokens) == smollm_model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
     assert found[3].text == found[1].text
     assert session.generate([]) == []
 
 
-def test_seeded_answers_are_those_of_generate(model: Any, session: Session) -> None:
+def test_seeded_answers_are_those_of_generate(smollm_model: Any, session: Session) -> None:
     torch.manual_seed(7)
-    expected = alone(model, QUESTIONS[1], do_sample=True, temperature=0.9, top_k=50)
+    expected = alone(smollm_model, QUESTIONS[1], do_sample=True, temperature=0.9, top_k=50)
     texts: list[str] = []
     others = [threading.Thread(target=lambda: session.chat("Hi", temperature=1.0)) for _ in range(2)]
     for thread in others:
@@ -121,10 +84,10 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(session: Session) -> None:
     assert len(stopped.tokens) < len(whole.tokens)
 
 
-def test_logprobs_are_those_of_the_logits(model: Any, session: Session) -> None:
+def test_logprobs_are_those_of_the_logits(smollm_model: Any, session: Session) -> None:
     reply = session.chat(QUESTIONS[0], logprobs=3, max_new_tokens=4)
-    ids = encoded(model, QUESTIONS[0])
-    found = model.generate(
+    ids = encoded(smollm_model, QUESTIONS[0])
+    found = smollm_model.generate(
         ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=2
     )
     assert reply.logprobs is not None
@@ -134,8 +97,8 @@ def test_logprobs_are_those_of_the_logits(model: Any, session: Session) -> None:
         assert [token for token, _ in step.top] == row.topk(3).indices.tolist()
 
 
-def test_penalties_and_biases_change_the_answer(model: Any, session: Session) -> None:
-    paris = model.tokenizer(" Paris")["input_ids"][0]
+def test_penalties_and_biases_change_the_answer(smollm_model: Any, session: Session) -> None:
+    paris = smollm_model.tokenizer(" Paris")["input_ids"][0]
     assert "Paris" not in session.chat(QUESTIONS[0], logit_bias={paris: -100}).text
     said = session.chat("Say la la la la la la la la.", max_new_tokens=16).tokens
     penalised = session.chat("Say la la la la la la la la.", max_new_tokens=16, frequency_penalty=2.0).tokens
@@ -146,17 +109,17 @@ def most_common(tokens: tuple[int, ...]) -> int:
     return max(tokens.count(token) for token in tokens)
 
 
-def test_async_callers_share_passes_too(model: Any, session: Session) -> None:
+def test_async_callers_share_passes_too(smollm_model: Any, session: Session) -> None:
     async def all_of_them() -> tuple[list[str], str]:
         replies = await asyncio.gather(*[session.achat(text) for text in QUESTIONS])
         pieces = [piece async for piece in session.astream(QUESTIONS[0])]
         return [str(reply) for reply in replies], "".join(pieces)
 
-    before = model.profile.passes
+    before = smollm_model.profile.passes
     texts, streamed = asyncio.run(all_of_them())
-    assert texts == [alone(model, text) for text in QUESTIONS]
+    assert texts == [alone(smollm_model, text) for text in QUESTIONS]
     assert streamed == texts[0]
-    assert model.profile.passes - before < 6 * 8 + 8  # those of alone() included
+    assert smollm_model.profile.passes - before < 6 * 8 + 8  # those of alone() included
 
 
 def test_a_cancelled_task_gives_its_place_up(session: Session) -> None:
@@ -201,8 +164,8 @@ def test_works_for_the_model_itself_can_be_cancelled(session: Session) -> None:
     assert session.chat("Hi", max_new_tokens=1).tokens
 
 
-def test_one_that_waits_and_is_given_up_frees_its_place_at_once(model: Any) -> None:
-    with Session(model, max_requests=1, max_queue=2) as session:
+def test_one_that_waits_and_is_given_up_frees_its_place_at_once(smollm_model: Any) -> None:
+    with Session(smollm_model, max_requests=1, max_queue=2) as session:
         stream = session.stream("Count to a hundred.", max_new_tokens=400)
         next(stream)
         told: list[Any] = []
@@ -217,14 +180,14 @@ def test_one_that_waits_and_is_given_up_frees_its_place_at_once(model: Any) -> N
         stream.close()
 
 
-def test_a_checkpoint_that_guesses_tokens_says_the_same_text(model: Any, session: Session) -> None:
+def test_a_checkpoint_that_guesses_tokens_says_the_same_text(smollm_model: Any, session: Session) -> None:
     question = "Repeat: one two three one two three one two three."
     expected = session.chat(question, max_new_tokens=16)
-    model.generation_config.prompt_lookup_num_tokens = 5
+    smollm_model.generation_config.prompt_lookup_num_tokens = 5
     try:
         found, told = session.chat(question, max_new_tokens=16), session.chat(question, max_new_tokens=16, logprobs=0)
     finally:
-        model.generation_config.prompt_lookup_num_tokens = None
+        smollm_model.generation_config.prompt_lookup_num_tokens = None
     assert found.tokens == expected.tokens == told.tokens
     assert len(told.logprobs or ()) == len(told.tokens)
 
@@ -245,8 +208,8 @@ def test_models_that_remember_in_their_modules_answer_one_at_a_time(
         assert [list(reply.tokens) for reply in session.generate(asked, max_new_tokens=6, temperature=0)] == alone
 
 
-def test_a_full_queue_is_an_error_that_says_when_to_retry(model: Any) -> None:
-    with Session(model, max_requests=1, max_queue=1) as session:
+def test_a_full_queue_is_an_error_that_says_when_to_retry(smollm_model: Any) -> None:
+    with Session(smollm_model, max_requests=1, max_queue=1) as session:
         streams = [session.stream("Count to a hundred.", max_new_tokens=400) for _ in range(2)]
         next(streams[0])
         waiting = threading.Thread(target=lambda: next(streams[1], None))
@@ -261,8 +224,8 @@ def test_a_full_queue_is_an_error_that_says_when_to_retry(model: Any) -> None:
         assert len(session.generate(["a", "b", "c", "d"], max_new_tokens=1)) == 4
 
 
-def test_closing_ends_answers_under_way(model: Any) -> None:
-    session = Session(model)
+def test_closing_ends_answers_under_way(smollm_model: Any) -> None:
+    session = Session(smollm_model)
     stream = session.stream("Count to a hundred.", max_new_tokens=400)
     next(stream)
     session.close()
@@ -272,7 +235,7 @@ def test_closing_ends_answers_under_way(model: Any) -> None:
     with pytest.raises(errors.SessionClosedError):
         session.chat("Hi")
     assert [thread for thread in threading.enumerate() if thread.name == "rabbit-session"] != [None]
-    assert str(model.tokenizer.decode(model.generate(encoded(model, "Hi"), max_new_tokens=1)[0, -1:])) != ""
+    assert str(smollm_model.tokenizer.decode(smollm_model.generate(encoded(smollm_model, "Hi"), max_new_tokens=1)[0, -1:])) != ""
 
 
 def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_model: Any) -> None:
@@ -282,103 +245,6 @@ def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_
             model.close()
             with pytest.raises(errors.ModelClosedError):
                 session.generate([[5, 6, 7]], max_new_tokens=3)
-
-
-def test_too_long_is_refused_or_cut_as_asked_never_silently(model: Any, caplog: Any) -> None:
-    encoder, limits, tokenizer = Encoder(model, 49152, None), Limits(120, 16), model.tokenizer
-    messages = [{"role": "system", "content": "Be brief."}]
-    for index in range(12):
-        messages += [{"role": "user", "content": f"Question {index}?"}, {"role": "assistant", "content": f"Answer {index}."}]
-    messages.append({"role": "user", "content": "And the last?"})
-    with pytest.raises(errors.PromptTooLongError, match="more than the 120"):
-        fit_messages(encoder, messages, limits, None, "refuse")
-    with caplog.at_level(logging.WARNING):
-        cut = fit_messages(encoder, messages, limits, 20, "truncate")
-    text = tokenizer.decode(cut.ids)
-    assert "Be brief." in text
-    assert "And the last?" in text
-    assert "Question 0?" not in text
-    assert "Question 11?" in text
-    assert len(cut.ids) + 20 <= 120
-    assert f"{cut.cut_tokens} of" in caplog.text
-    assert cut.answer_tokens == 20
-
-
-def test_one_message_that_is_too_long_keeps_its_end(model: Any) -> None:
-    words = " ".join(f"word{index}" for index in range(200))
-    cut = fit_messages(Encoder(model, 49152, None), [{"role": "user", "content": words}], Limits(100, 16), 10, "truncate")
-    assert "word199" in model.tokenizer.decode(cut.ids)
-    assert len(cut.ids) <= 90
-    text = fit_text(model.tokenizer(words)["input_ids"], Limits(100, 16), 10, "truncate")
-    assert len(text.ids) == 90
-    assert text.cut_tokens > 100
-
-
-@pytest.mark.parametrize("asked", [None, 8])
-def test_an_answer_never_passes_the_limit(asked: int | None) -> None:
-    limits = Limits(100, 64)
-    assert limits.answer_tokens(95, None) == 5
-    assert limits.answer_tokens(20, 8) == 8
-    with pytest.raises(errors.PromptTooLongError):
-        limits.answer_tokens(100 if asked is None else 93, asked)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"temperature": "hot"},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"stop": ("",)},
-        {"logprobs": 21},
-        {"max_new_tokens": 0},
-        {"frequency_penalty": 3},
-        {"logit_bias": {1: 101}},
-        {"seed": 2**64},
-        {"stop": (1,)},
-    ],
-)
-def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(errors.ConfigurationError):
-        Options(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "instead"),
-    [
-        ("stop_strings", ["x"], "use stop"),
-        ("do_sample", False, "temperature=0"),
-        ("eos_token_id", 5, "stop_token_ids"),
-        ("suppress_tokens", [5], "logit_bias"),
-        ("max_completion_tokens", 5, "max_new_tokens"),
-        ("n", 2, "several times"),
-        ("best_of", 2, "several times"),
-        ("num_beams", 4, "model.generate"),
-        ("guidance_scale", 2.0, "model.generate"),
-        ("logits_processor", [1], "model.generate"),
-        ("stopping_criteria", [1], "use stop"),
-        ("assistant_model", 1, "model.generate"),
-    ],
-)
-def test_an_option_of_generate_is_refused_with_what_to_use(session: Session, name: str, value: Any, instead: str) -> None:
-    for ask in (session.chat, session.generate):
-        with pytest.raises(errors.ConfigurationError, match=rf"^{name} is not an option of a session: .*{instead}"):
-            ask("Hi", **{name: value}, max_new_tokens=1)
-
-
-def test_variables_that_the_template_reads_pass_and_those_without_end_do_not(session: Session, monkeypatch: Any) -> None:
-    text = str(session.model.tokenizer.chat_template)
-    monkeypatch.setattr(session.model.tokenizer, "chat_template", text + "{% if do_sample %}{{ 'more' }}{% endif %}{{ '\\n' }}")
-    longer, plain = (session.request("Hi", do_sample=given, max_new_tokens=1).prompt.ids for given in (True, False))
-    assert len(longer) > len(plain)
-    with pytest.raises(errors.ConfigurationError, match=r"^n is not an option"):
-        session.request("Hi", n=2)
-    with pytest.raises(errors.ConfigurationError, match="100000 variables"):
-        session.request("Hi", **{f"x{index}": 1 for index in range(100_000)})
 
 
 def test_work_in_the_sessions_thread_that_would_wait_for_it_is_told(session: Session) -> None:
@@ -394,7 +260,7 @@ def test_work_in_the_sessions_thread_that_would_wait_for_it_is_told(session: Ses
     assert session.chat("Hi", max_new_tokens=1).tokens
 
 
-def test_wrong_use_is_told(session: Session, model: Any) -> None:
+def test_wrong_use_is_told(session: Session, smollm_model: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="no such option"):
         session.generate("Hi", temprature=1)
     with pytest.raises(errors.ConfigurationError, match="is not a number"):
@@ -406,7 +272,7 @@ def test_wrong_use_is_told(session: Session, model: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="not in the vocabulary"):
         session.generate([[10**9]])
     with pytest.raises(errors.ConfigurationError, match="overflow"):
-        Session(model, overflow="ignore")  # type: ignore[arg-type]
+        Session(smollm_model, overflow="ignore")  # type: ignore[arg-type]
     with pytest.raises(errors.ConfigurationError, match="AutoModel"):
         Session(object())
 
@@ -423,8 +289,8 @@ def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, stream
         assert len(session.generate([[5, 6]], max_new_tokens=2)[0].tokens) <= 2
 
 
-def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
-    probe = runtime_of(model).partition.probe
+def test_as_many_at_a_time_as_their_caches_fit(smollm_model: Any) -> None:
+    probe = runtime_of(smollm_model).partition.probe
     one = Room(0, probe).need([Demand(100, 100)])
     room = Room(2 * one, probe, positions=8192)
     assert room.fits([Demand(100, 100)])
@@ -433,15 +299,15 @@ def test_as_many_at_a_time_as_their_caches_fit(model: Any) -> None:
     assert Room(2**62, probe, positions=77).most_tokens == 77
 
 
-def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any) -> None:
-    probe = runtime_of(model).partition.probe
+def test_more_requests_than_fit_wait_for_their_turn(smollm_model: Any, monkeypatch: Any) -> None:
+    probe = runtime_of(smollm_model).partition.probe
     small = Room(Room(0, probe).need([Demand(8, 4)]) + 1, probe, positions=8192)
     monkeypatch.setattr("rabbit_engine.sessions.session.measure_room", lambda *_: small)
     running: list[int] = []
-    with Session(model) as session:
-        runtime_of(model).binding.passes.on_pass = lambda _: running.append(session.running)
+    with Session(smollm_model) as session:
+        runtime_of(smollm_model).binding.passes.on_pass = lambda _: running.append(session.running)
         replies = session.generate(["One two three four", "Five six seven"], max_new_tokens=4)
-        runtime_of(model).binding.passes.on_pass = lambda _: None
+        runtime_of(smollm_model).binding.passes.on_pass = lambda _: None
     assert len(replies) == 2
     assert set(running) == {1}
 
@@ -456,8 +322,8 @@ def test_more_requests_than_fit_wait_for_their_turn(model: Any, monkeypatch: Any
         "👩‍👩‍👧‍👦 family",
     ],
 )
-def test_pieces_join_to_the_text_whatever_the_tokens_cut(model: Any, text: str) -> None:
-    tokenizer = model.tokenizer
+def test_pieces_join_to_the_text_whatever_the_tokens_cut(smollm_model: Any, text: str) -> None:
+    tokenizer = smollm_model.tokenizer
     tokens = tokenizer(text)["input_ids"]
     flow = TextFlow(tokenizer)
     pieces = [flow.push(token) for token in tokens]
@@ -484,11 +350,3 @@ def test_a_stop_is_found_wherever_pieces_are_cut_and_nothing_of_it_is_shown(stop
         found = [text.find(stop) for stop in stops if stop in text]
         assert shown == flow.text == (text[: min(found)] if found else text)
         assert flow.stopped == bool(found)
-
-
-@pytest.mark.parametrize(
-    "option", [{"logit_bias": 5}, {"logit_bias": {"x": 1}}, {"seed": 1.5}, {"max_new_tokens": 1.5}, {"ignore_eos": "x"}]
-)
-def test_an_option_of_the_wrong_type_is_named(option: dict[str, Any]) -> None:
-    with pytest.raises(errors.ConfigurationError, match=next(iter(option))):
-        Options(**option)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupting import interrupt_at
 from safetensors.torch import save
+from waiting import wait_until
 
 from rabbit_engine.errors import ModelClosedError, StreamingError
 from rabbit_engine.storage import directio
@@ -197,13 +198,6 @@ def test_a_prefetch_that_failed_once_is_tried_again_when_it_matters(units: list[
             use(transfer, ring, units, index)
     finally:
         transfer.close()
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_slow_reader_is_waited_for(units: list[Unit], ring: CountingRing) -> None:
