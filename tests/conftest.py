@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import importlib.metadata
 import io
@@ -216,6 +217,14 @@ def smollm_model(smollm: Path, smollm_shards: Path) -> Iterator[Any]:
     ) as model:
         assert 0 < model.plan.pass_bytes < model.plan.weights_bytes / 4
         yield model
+
+
+@pytest.fixture
+def pieces(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
+    """`pieces(family, options, **files)`: the tokenizer under test, and sentencepiece with the same file."""
+    from vocabularies import make_pieces
+
+    return functools.partial(make_pieces, tmp_path)
 
 
 @pytest.fixture(scope="module")
