@@ -8,7 +8,7 @@ WORKERS ?= 2
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Our own code alone, the same whatever versions of other packages: the legs of other versions leave these files out.
-OURS := attention_script chat cli docs doctor fields fuzz integrity keywords messages names page planner prompts server_answers server_command server_embeddings server_limits server_requests session session_options telling untouched
+OURS := attention_script chat chat_screen chat_terminal cli docs doctor fields fuzz integrity keywords messages names page planner prompts server_answers server_command server_embeddings server_limits server_requests session session_options telling untouched
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # $(call environment,PYTHON,PACKAGES): the target's folder as a virtual environment, by uv where it is, else by venv and pip.
