@@ -10,9 +10,12 @@ from typing import Any
 import families
 import pytest
 import torch
-from safetensors.torch import load_file
+from editing import edited
+from safetensors.torch import load_file, save_file
 
-from rabbit_engine import errors
+from rabbit_engine import AutoModel, errors
+from rabbit_engine.checkpoints import prepare
+from rabbit_engine.config import SourceConfig, SplitConfig
 
 
 def as_bins(folder: Path, count: int) -> Path:
@@ -285,3 +288,55 @@ def test_head_dim_of_the_checkpoint_is_right(
         assert torch.equal(model(ids).logits, expected)
         model.close()
         assert torch.equal(streamed(folder)(ids).logits, expected)
+
+
+def mixed(state: dict[str, torch.Tensor], wide: str) -> dict[str, torch.Tensor]:
+    """bfloat16, but for names with `wide` in them."""
+    return {key: tensor.float() if wide in key else tensor.bfloat16() for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "sharded, dtype in the index", "bin"])
+def test_a_config_without_dtype_has_the_dtype_that_transformers_finds(form: str, own_checkpoint: Any, plain: Any) -> None:
+    folder = own_checkpoint("llama")
+    edited(folder / "config.json", lambda c: c.pop("dtype"))
+    files = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    if "index" in form:
+        edited(folder / "model.safetensors.index.json", lambda i: i["metadata"].update(dtype="float16"))
+    if form in ("safetensors", "bin"):
+        for path in folder.glob("model*"):
+            path.unlink()
+        # stored in an order that is neither that of the names nor the model's
+        files = {
+            folder / "model.safetensors": {key: files[path][key] for path in files for key in sorted(files[path], reverse=True)}
+        }
+    found = set()
+    for wide in ("norm", "embed", "lm_head", "layers.0", "no weight", "mlp"):
+        for path, state in files.items():
+            if form == "bin":
+                torch.save(mixed(state, wide), folder / "pytorch_model.bin")
+            else:
+                save_file(mixed(state, wide), path, {"format": "pt"})
+        dtype = prepare(folder, SourceConfig(), SplitConfig(), progress=False).dtype
+        assert dtype == plain(folder).dtype
+        found.add(dtype)
+    assert found == {torch.float16} if "index" in form else {torch.float32, torch.bfloat16}
+
+
+def test_mixed_dtypes_without_one_in_the_config_give_transformers_logits(
+    own_checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama")
+    edited(folder / "config.json", lambda c: c.pop("dtype"))
+    for path in folder.glob("*.safetensors"):
+        save_file(mixed(load_file(path), "norm"), path, {"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(streamed(folder)(ids).logits, plain(folder)(ids).logits)
+
+
+def test_integers_first_and_no_dtype_ask_for_one(own_checkpoint: Any) -> None:
+    folder = own_checkpoint("llama")
+    edited(folder / "config.json", lambda c: c.pop("dtype"))
+    for path in folder.glob("*.safetensors"):
+        save_file({key: tensor.to(torch.int32) for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(errors.ConfigurationError, match=r"first weights are torch\.int32: pass dtype="):
+        AutoModel.from_pretrained(folder, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -75,20 +76,26 @@ def test_killed_while_deleting_originals_loses_nothing(
         assert torch.equal(streamed(folder, layer_shards_saving_path=tmp_path / "shards")(ids).logits, expected)
 
 
-def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = own_checkpoint("llama")
+def interrupted_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Split until model.layers.1; the names of the shards begun, by later splits too."""
     written: list[str] = []
     native = splitter.write_shard
 
     def write(path: Path, *arguments: Any) -> Any:
         written.append(path.stem)
-        if len(written) == 3:
+        if path.stem == "model.layers.1" and written.count(path.stem) == 1:
             raise KeyboardInterrupt
         return native(path, *arguments)
 
     monkeypatch.setattr(splitter, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         split(folder)
+    return written
+
+
+def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+    written = interrupted_split(folder, monkeypatch)
     split(folder)
     assert written == [
         "model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.1", "model.layers.2", "model.norm", "lm_head",
@@ -292,17 +299,7 @@ def test_interrupted_split_of_another_checkpoint_is_not_gone_on_with(
     own_checkpoint: Any, streamed: Any, plain: Any, ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = own_checkpoint("llama")
-    native = splitter.write_shard
-
-    def write(path: Path, *arguments: Any) -> Any:
-        if path.stem == "model.layers.1":
-            raise KeyboardInterrupt
-        return native(path, *arguments)
-
-    monkeypatch.setattr(splitter, "write_shard", write)
-    with pytest.raises(KeyboardInterrupt):
-        split(folder)
-    monkeypatch.undo()
+    interrupted_split(folder, monkeypatch)
     for path in folder.glob("model*"):
         path.unlink()
     model = families.build("llama")
@@ -391,3 +388,14 @@ def test_manifest_describes_its_source(own_checkpoint: Any) -> None:
     assert [row["name"] for row in raw["source"]["files"]] == sorted(p.name for p in prepared.repo.folder.glob("*.safetensors"))
     assert all((prepared.folder / row["file"]).stat().st_size == row["file_bytes"] for row in raw["shards"])
     assert not (prepared.folder / JOURNAL_NAME).exists()
+
+
+def test_a_disk_that_fails_a_write_is_named(own_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_checkpoint("llama")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(errors.ShardsNotWritableError, match=r"journal\.json cannot be written \(Input/output error\)"):
+        split(folder)
