@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupting import interrupt_at
-from safetensors.torch import save
 from waiting import wait_until
 
 from rabbit_engine.errors import ModelClosedError, StreamingError
 from rabbit_engine.storage import directio
-from rabbit_engine.storage.tensorfiles import read_header, read_tensor, write_aligned
-from rabbit_engine.streaming import HostPlace, Trace, Transfer, Unit, fill_all, make_unit, row_blocks
-from rabbit_engine.streaming.transfer.arena import Arena
+from rabbit_engine.storage.tensorfiles import read_header, write_aligned
+from rabbit_engine.streaming import HostPlace, Trace, Transfer, Unit, make_unit
 from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
 from rabbit_engine.streaming.transfer.ring import READERS
@@ -352,8 +348,10 @@ def test_a_wanted_unit_is_read_before_prefetches(units: list[Unit]) -> None:
         reader.leave(prefetches)
 
 
-def test_close_waits_for_its_reads_while_another_model_keeps_the_readers(units: list[Unit], ring: CountingRing) -> None:
+def close_during_a_read(transfer: Transfer, ring: CountingRing) -> tuple[list[Exception], list[int]]:
+    """The errors of a thread that waits for u0, and the length of the ring's first byte whenever a read ended."""
     entered, go = threading.Event(), threading.Event()
+    seen: list[Exception] = []
     left: list[int] = []
 
     def slow(*_: Any) -> None:
@@ -361,104 +359,36 @@ def test_close_waits_for_its_reads_while_another_model_keeps_the_readers(units: 
         go.wait(10)
         left.append(ring.view(0, 1).numel())
 
-    ring.fill = slow  # type: ignore[method-assign]
-    other, transfer = transfer_of(units, ring_of(units)), transfer_of(units, ring)
-
-    def ask() -> None:
-        with pytest.raises(ModelClosedError):
-            transfer.acquire("u0")
-
-    asker = threading.Thread(target=ask)
-    asker.start()
-    entered.wait(10)
-    closer = threading.Thread(target=transfer.close)
-    closer.start()
-    closer.join(0.1)
-    go.set()
-    for thread in (closer, asker):
-        thread.join(10)
-    other.close()
-    assert set(left) == {1}  # the ring's memory was there until its last read had ended
-
-
-def test_close_wakes_who_waits_and_ends_the_threads(units: list[Unit], ring: CountingRing) -> None:
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(*_: Any) -> None:
-        entered.set()
-        go.wait(10)
-
-    ring.fill = slow  # type: ignore[method-assign]
-    transfer = transfer_of(units, ring)
-    seen: list[BaseException] = []
-
     def ask() -> None:
         try:
             transfer.acquire("u0")
         except ModelClosedError as error:
             seen.append(error)
 
-    asker = threading.Thread(target=ask)
+    ring.fill = slow  # type: ignore[method-assign]
+    asker, closer = threading.Thread(target=ask), threading.Thread(target=transfer.close)
     asker.start()
     entered.wait(10)
-    closer = threading.Thread(target=transfer.close)
     closer.start()
+    closer.join(0.1)
     go.set()
-    closer.join(10)
-    asker.join(10)
+    for thread in (closer, asker):
+        thread.join(10)
+        assert not thread.is_alive()
+    return seen, left
+
+
+def test_close_waits_for_its_reads_while_another_model_keeps_the_readers(units: list[Unit], ring: CountingRing) -> None:
+    other = transfer_of(units, ring_of(units))
+    seen, left = close_during_a_read(transfer_of(units, ring), ring)
+    other.close()
     assert len(seen) == 1
-    assert not closer.is_alive()
+    assert set(left) == {1}  # the ring's memory was there until its last read had ended
+
+
+def test_close_wakes_who_waits_and_ends_the_threads(units: list[Unit], ring: CountingRing) -> None:
+    transfer = transfer_of(units, ring)
+    seen, _ = close_during_a_read(transfer, ring)
+    assert len(seen) == 1
     with pytest.raises(ModelClosedError):
         transfer.acquire("u0")
-
-
-@settings(max_examples=200, deadline=None)
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=60), nbytes=st.integers(50, 200), seed=st.randoms())
-def test_the_arena_never_hands_out_a_byte_twice(sizes: list[int], nbytes: int, seed: random.Random) -> None:
-    arena, taken = Arena(nbytes), dict[int, int]()
-    for size in sizes:
-        place = arena.take(size)
-        if place is None:
-            assert taken, "an empty arena has room for anything up to its size"
-            gone = seed.choice(sorted(taken))
-            arena.give(gone)
-            del taken[gone]
-            continue
-        taken[place] = size
-        spans = sorted((start, start + length) for start, length in taken.items())
-        assert spans[-1][1] <= nbytes
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-def test_weights_off_a_boundary_are_moved_onto_one(tmp_path: Path) -> None:
-    """A file as others write it: its header leaves the data at 8 modulo 16, and neighbours follow without a gap."""
-    path = tmp_path / "odd.safetensors"
-    tensors = {"a": torch.arange(40_000.0), "b": torch.arange(30_000.0) + 0.5, "c": torch.arange(3, dtype=torch.int8)}
-    raw = save(tensors)
-    size = int.from_bytes(raw[:8], "little")
-    pad = (8 - (8 + size)) % 16
-    path.write_bytes((size + pad).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * pad + raw[8 + size :])
-    entries = read_header(path).tensors
-    assert all(entry.offset % 16 == 8 for entry in entries)
-    unit = make_unit("odd", entries)
-    assert all(weight.places[0] % 16 == 0 for weight in unit.weights)
-    ring = PlainRing(torch.device("cpu"), unit.nbytes, Trace())
-    fill_all(ring, [(unit, 0)])
-    for weight in unit.weights:
-        view = weight.view(ring.view(0, unit.nbytes))
-        assert view.data_ptr() % 16 == 0
-        assert torch.equal(view, tensors[weight.entry.name])
-
-
-@pytest.mark.parametrize("most", [1, 4096, 10_000, 10**9])
-def test_row_blocks_are_the_matrix(tmp_path: Path, most: int) -> None:
-    path = tmp_path / "m.safetensors"
-    matrix = torch.randn(37, 200)
-    write_aligned(path, {"m": matrix}, {})
-    entry = next(t for t in read_header(path).tensors if t.name == "m")
-    blocks = row_blocks(entry, most)
-    assert [first for first, _, _ in blocks] == [0, *(stop for _, stop, _ in blocks[:-1])]
-    assert blocks[-1][1] == 37
-    for first, stop, rows in blocks:
-        assert rows.nbytes <= max(most, 800)
-        assert torch.equal(read_tensor(rows), matrix[first:stop])
