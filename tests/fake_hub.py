@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -56,6 +59,15 @@ class FakeHub:
             server.shutdown()
             server.server_close()
             thread.join()
+
+    @contextmanager
+    def as_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+        """Running, and huggingface_hub asks it, whatever the environment says."""
+        with self.running():
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(constants, "ENDPOINT", self.url)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+            yield self
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         path = unquote(urlparse(request.path).path)

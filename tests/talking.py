@@ -14,6 +14,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %};[a]{% endif %}"
 )
 PAD, BOS, END = 0, 1, 95
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": END,
+}
 
 
 def make_tokenizer(template: str | None = TEMPLATE, added: tuple[str, ...] = ()) -> Any:
@@ -33,11 +44,7 @@ def make_tokenizer(template: str | None = TEMPLATE, added: tuple[str, ...] = ())
 def save(folder: Path, template: str | None = TEMPLATE, added: tuple[str, ...] = (), **config: Any) -> Path:
     """The checkpoint in `folder`: weights as large as they make an answer of many different characters."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": END}
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{**sizes, "num_key_value_heads": 2, "max_position_embeddings": 128, **ids, **config})
-    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 128, **config}))
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import talking
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -16,18 +17,7 @@ from transformers import AutoConfig, Qwen2Config
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.model.runtime import runtime_of
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 95,
-    "tie_word_embeddings": True,
-}
+SIZES = {**talking.SIZES, "tie_word_embeddings": True}
 ENCODER = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 

@@ -12,6 +12,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+import talking
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,18 +26,6 @@ from rabbit_engine.cli.app import app
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.model.runtime import runtime_of
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 95,
-}
-
 
 def _tokenizer(folder: Path) -> None:
     words = Tokenizer(models.WordLevel(vocab={f"w{index}": index for index in range(96)}, unk_token="w0"))
@@ -48,7 +37,7 @@ def _tokenizer(folder: Path) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(LlamaConfig(**talking.SIZES)).save_pretrained(folder)
     _tokenizer(folder)
     return folder
 
@@ -152,7 +141,7 @@ def test_a_value_that_lets_no_buffer_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_key_that_lets_no_pass_work_is_found_among_experts(tmp_path: Path) -> None:
-    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=9)
+    config = MixtralConfig(**talking.SIZES, num_local_experts=4, num_experts_per_tok=9)
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(errors.UnsupportedArchitectureError, match="at fault is num_experts_per_tok=9"):
         AutoModel.from_pretrained(tmp_path, device="cpu")
@@ -192,7 +181,7 @@ def test_a_requested_dtype_wins_over_one_in_the_config_that_cannot_run(llama: Pa
 
 
 def test_building_changes_no_config() -> None:
-    config = LlamaConfig(**SIZES, quantization_config=None)
+    config = LlamaConfig(**talking.SIZES, quantization_config=None)
     before = copy.deepcopy(config.to_dict())
     build_skeleton(transformers.LlamaForCausalLM, config, torch.bfloat16, "eager")
     assert (config.to_dict(), config._attn_implementation) == (before, None)

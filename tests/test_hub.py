@@ -29,13 +29,8 @@ def hub(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     (folder / "consolidated.00.safetensors").write_bytes(b"not wanted")
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
     (folder / "README.md").write_text("not wanted")
-    with FakeHub(repos={REPO: folder}).running() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        yield running
+    with FakeHub(repos={REPO: folder}).as_the_hub(monkeypatch) as hub:
+        yield hub
 
 
 def test_repo_streams_and_only_needed_files_travel(

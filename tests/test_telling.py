@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import tqdm.auto
@@ -53,13 +52,8 @@ def test_a_forecast_equals_the_plan_of_loading(family: str, split: str, own_chec
 
 @pytest.fixture
 def hub(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    with FakeHub(repos={REPO: checkpoint("llama")}).running() as running:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        yield running
+    with FakeHub(repos={REPO: checkpoint("llama")}).as_the_hub(monkeypatch) as hub:
+        yield hub
 
 
 def test_a_repos_plan_needs_its_headers_alone(hub: FakeHub, checkpoint: Any, tmp_path: Path) -> None:
