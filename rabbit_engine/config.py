@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -209,8 +209,8 @@ def parse_device(device: str | int | torch.device | None, device_map: Any = None
     return find_device(device_map)
 
 
-def parse_planned_device(device: str | None, has_budget: Callable[[torch.device], bool]) -> torch.device:
-    """A device to plan for: one of this machine, or any other that has a budget."""
+def parse_planned_device(device: str | None, max_memory: MaxMemory | None) -> torch.device:
+    """A device to plan for: one of this machine, or any other whose size `max_memory` names."""
     if device is None:
         return find_device(None)
     try:
@@ -218,7 +218,8 @@ def parse_planned_device(device: str | None, has_budget: Callable[[torch.device]
     except (RuntimeError, TypeError):
         return find_device(device)  # raises the error that explains
     wanted = torch.device("cpu") if wanted.type == "cpu" else torch.device(wanted.type, wanted.index or 0)
-    return wanted if is_accelerator(wanted) and has_budget(wanted) else find_device(wanted)
+    is_sized = is_accelerator(wanted) and parse_max_memory(max_memory, wanted)[0] is not None
+    return wanted if is_sized else find_device(wanted)
 
 
 def _same_device(first: Any, second: Any) -> bool:
@@ -253,7 +254,7 @@ def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tupl
         warnings.warn(
             f'max_memory={dict(max_memory)!r} sets no CPU limit, and the model runs there; add "cpu"',
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,  # the caller of from_pretrained
         )
     own = host if device.type == "cpu" else budgets.get(device.index or 0, budgets.get(device.type))
     return own, host

@@ -31,6 +31,7 @@ from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.assembly import assemble
 from rabbit_engine.model.auto import load
+from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.storage.directio import as_bytes
 from rabbit_engine.streaming import Placeholder, Trace
@@ -379,4 +380,5 @@ def load_simulated(
         return caught.value.smallest_bytes
 
     claim = lambda _, nbytes, trace: ring(device, nbytes, trace)  # noqa: E731
-    return load(folder, SourceConfig(), SplitConfig(), stream, functools.partial(assemble, decide=decide, claim=claim))
+    settings = LoadSettings(SourceConfig(), SplitConfig(), stream)
+    return load(folder, settings, functools.partial(assemble, decide=decide, claim=claim))

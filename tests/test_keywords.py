@@ -63,6 +63,13 @@ def test_a_retired_keyword_warns_once(checkpoint: Any, streamed: Any) -> None:
         streamed(checkpoint("llama"), cache_layers=4)
 
 
+@pytest.mark.parametrize("given", [{"max_memory": {0: "1MB"}}, {"cache_layers": 4}], ids=lambda given: next(iter(given)))
+def test_a_warning_points_to_the_line_that_loads(given: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=next(iter(given))) as caught, pytest.raises(errors.CheckpointNotFoundError):
+        AutoModel.from_pretrained("/nothing", device="cpu", **given)
+    assert caught[0].filename == __file__
+
+
 def test_max_seq_len_claims_its_part_of_the_budget(checkpoint: Any, streamed: Any) -> None:
     free = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}).plan
     asked = streamed(checkpoint("llama"), max_memory={"cpu": "10MB"}, max_seq_len=1000).plan
@@ -133,11 +140,11 @@ def test_a_missing_device_is_an_error(streamed: Any) -> None:
 def test_a_missing_accelerator_can_be_planned_for() -> None:
     with pytest.raises(errors.DeviceUnavailableError, match="sees 0 XPU devices"):
         parse_device("xpu")
-    xpu = parse_planned_device("xpu:1", lambda _: True)
+    xpu = parse_planned_device("xpu:1", {"xpu:1": 10})
     assert xpu == torch.device("xpu", 1)
     assert parse_max_memory({"xpu:1": 10, "cpu": 20}, xpu) == (10, 20)
     with pytest.raises(errors.DeviceUnavailableError, match="'meta' is not supported"):
-        parse_planned_device("meta", lambda _: True)
+        parse_planned_device("meta", {0: 10})
 
 
 def test_device_map() -> None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pickle
+import pydoc
 import re
 import subprocess
 import sys
@@ -46,16 +47,21 @@ def test_types_are_shipped() -> None:
 
 
 def test_from_pretrained_has_types_that_an_editor_completes() -> None:
-    model, with_info = (found.__func__ for found in typing.get_overloads(AutoModel.from_pretrained))  # classmethods
-    taken, shown = inspect.signature(AutoModel.from_pretrained), inspect.signature(model)
-    assert [*taken.parameters] == [*shown.parameters][1:]  # without cls
-    for name, parameter in taken.parameters.items():
-        assert parameter.default == shown.parameters[name].default
-        assert name == "output_loading_info" or parameter.annotation == shown.parameters[name].annotation
-    assert (shown.return_annotation, inspect.signature(with_info).parameters["output_loading_info"].annotation) == (
-        "StreamedModel",
-        "Literal[True]",
+    model, with_info = (
+        inspect.signature(found.__func__)  # classmethods
+        for found in typing.get_overloads(AutoModel.from_pretrained)
     )
+    assert (model.return_annotation, with_info.return_annotation) == ("StreamedModel", "tuple[StreamedModel, dict[str, Any]]")
+    assert with_info.parameters["output_loading_info"].annotation == "Literal[True]"
+    assert inspect.signature(AutoModel.from_pretrained) == model.replace(parameters=[*model.parameters.values()][1:])
+
+
+def test_help_explains_every_keyword_with_its_default() -> None:
+    signature, text = pydoc.plain(pydoc.render_doc(AutoModel.from_pretrained)).split("A transformers model", 1)
+    for name, parameter in inspect.signature(AutoModel.from_pretrained).parameters.items():
+        assert str(parameter) in signature
+        assert re.search(rf"^ +{name}: \S", text, re.MULTILINE), name
+    assert "max_memory: 'MaxMemory | None' = None" in signature
 
 
 def test_no_two_classes_share_a_name() -> None:

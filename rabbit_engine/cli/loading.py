@@ -126,21 +126,6 @@ class Loading:
             "trust_remote_code": self.trust_remote_code,
         }
 
-    def source(self) -> engine.config.SourceConfig:
-        """Where the checkpoint comes from, for commands that do not load it."""
-        return engine.config.SourceConfig(
-            token=self.token, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
-        )
-
-    def splitting(self, **changed: object) -> engine.config.SplitConfig:
-        """How the checkpoint is split, for commands that do not load it; `changed` are other fields of SplitConfig."""
-        settings: dict[str, Any] = {
-            "mode": self.split,
-            "dtype": engine.config.parse_dtype(self.dtype),
-            "saving_path": self.saving_path,
-        }
-        return engine.config.SplitConfig(**settings | changed)
-
 
 class Only:
     """Names the options of Loading that a command takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -37,20 +38,8 @@ def plan(
     With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """
     output.note(f"reading the headers of {model} ...")
-    config, memory = engine.config, loading.budget
-    target = config.parse_planned_device(loading.device, lambda wanted: config.parse_max_memory(memory, wanted)[0] is not None)
-    device_budget, host_budget = config.parse_max_memory(memory, target)
+    settings = engine.model.read_settings({**loading.keywords(), "max_seq_len": max_seq_len}, planned=True)
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
-    found = engine.forecast.forecast(
-        model,
-        loading.source(),
-        loading.splitting(),
-        config.StreamConfig(
-            device=target,
-            device_budget_bytes=device_budget,
-            host_budget_bytes=host_budget,
-            max_seq_len=max_seq_len,
-            speeds=Speeds(**rates, source="given") if rates else None,
-        ),
-    )
-    Console(highlight=False).print(as_table(found.rows(), f"{model} on {target}"))
+    stream = replace(settings.stream, speeds=Speeds(**rates, source="given") if rates else None)
+    found = engine.forecast.forecast(model, settings.source, settings.split, stream)
+    Console(highlight=False).print(as_table(found.rows(), f"{model} on {stream.device}"))

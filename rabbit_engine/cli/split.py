@@ -22,8 +22,8 @@ def split(
 ) -> None:
     """Split MODEL into one shard a layer; resumes an interrupted split, and rebuilds damaged shards."""
     output.note(f"reading the headers of {model} ...")
-    splitting = loading.splitting(mode="always", delete_original=delete_original)
-    prepared = engine.checkpoints.prepare(model, loading.source(), splitting, repair=True)
+    settings = engine.model.read_settings({**loading.keywords(), "split": "always", "delete_original": delete_original})
+    prepared = engine.checkpoints.prepare(model, settings.source, settings.split, repair=True)
     assert prepared.manifest is not None  # noqa: S101 - a split was requested
     total = sum(record.file_bytes for record in prepared.manifest.shards)
     print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {prepared.manifest.dtype}, in {prepared.folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,24 +26,19 @@ from rabbit_engine.config import (
     Cut,
     MaxMemory,
     SourceConfig,
-    SplitConfig,
     StreamConfig,
-    parse_device,
-    parse_dtype,
-    parse_max_memory,
-    parse_path,
 )
 from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
+from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters
-from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.generation import read_generation_config
 from rabbit_engine.utils.kernels import keep_few_kernels
-from rabbit_engine.utils.keywords import refuse_compression, take_keywords
+from rabbit_engine.utils.overloads import arguments_of, signed_as_overload
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 if TYPE_CHECKING:
@@ -107,43 +103,9 @@ class AutoModel:
     ) -> tuple[StreamedModel, dict[str, Any]]: ...
 
     @classmethod
+    @signed_as_overload
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        device: str | int | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        max_memory: MaxMemory | None = None,
-        attn_implementation: str | None = "auto",
-        compression: str | None = None,
-        layer_shards_saving_path: str | Path | None = None,
-        delete_original: bool = False,
-        split: str = "auto",
-        prefetching: bool = True,
-        profiling_mode: bool = False,
-        show_layer_progress: bool = False,
-        max_seq_len: int | None = None,
-        cut: Cut = DEFAULT_CUT,
-        token: str | bool | None = None,
-        hf_token: str | bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        gguf_file: str | None = None,
-        device_map: Any = None,
-        torch_dtype: str | torch.dtype | None = None,
-        quantization_config: Any = None,
-        config: Any = None,
-        subfolder: str = "",
-        variant: str | None = None,
-        use_safetensors: bool | None = None,
-        force_download: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        code_revision: str | None = None,
-        generation_config: Any = None,
-        output_loading_info: bool = False,
-        **other: Any,
+        cls, pretrained_model_name_or_path: str | Path, **keywords: Any
     ) -> StreamedModel | tuple[StreamedModel, dict[str, Any]]:
         """A transformers model whose layers are streamed from disk, one at a time, with the answer of the whole model.
 
@@ -193,48 +155,13 @@ class AutoModel:
         Raises:
             RabbitError: a ConfigurationError, CheckpointError or ShardError that says what to do.
         """
-        overrides = take_keywords(other)
-        refuse_compression(compression, quantization_config)
-        target = parse_device(device, device_map)
-        device_budget, host_budget = parse_max_memory(max_memory, target)
-        source = SourceConfig(
-            token=token if token is not None else hf_token,
-            revision=revision,
-            cache_dir=parse_path("cache_dir", cache_dir),
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            gguf_file=gguf_file,
-            subfolder=subfolder or "",
-            variant=variant,
-            use_safetensors=use_safetensors,
-            force_download=force_download,
-            key_mapping=key_mapping or {},
-            code_revision=code_revision,
-            config=config,
-            overrides=overrides,
-        )
-        splitting = SplitConfig(
-            mode=split,
-            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
-            saving_path=parse_path("layer_shards_saving_path", layer_shards_saving_path),
-            delete_original=delete_original,
-        )
-        stream = StreamConfig(
-            device=target,
-            device_budget_bytes=device_budget,
-            host_budget_bytes=host_budget,
-            attn_implementation=choose_named(attn_implementation, config),
-            prefetching=prefetching,
-            profiling_mode=profiling_mode,
-            show_layer_progress=show_layer_progress,
-            max_seq_len=max_seq_len,
-            cut=cut,
-        )
-        model = load(pretrained_model_name_or_path, source, splitting, stream)
+        name = pretrained_model_name_or_path
+        arguments = arguments_of(_SIGNATURE, name, **keywords)
+        model = load(name, settings_of(arguments))
         _load_own_adapter(model)
-        if generation_config is not None:
-            _set_generation_config(model, generation_config)
-        return (model, loading_info(model._checkpoint)) if output_loading_info else model
+        if arguments["generation_config"] is not None:
+            _set_generation_config(model, arguments["generation_config"])
+        return (model, loading_info(model._checkpoint)) if arguments["output_loading_info"] else model
 
     @classmethod
     def from_config(cls, *_: Any, **__: Any) -> NoReturn:
@@ -245,18 +172,21 @@ class AutoModel:
         )
 
 
-def load(
-    name: str | Path,
-    source: SourceConfig,
-    split: SplitConfig,
-    stream: StreamConfig,
-    assemble: Callable[..., Assembly] = assemble,
-) -> Any:
+_SIGNATURE = inspect.signature(AutoModel.from_pretrained)
+
+
+def read_settings(keywords: Mapping[str, Any], *, planned: bool = False) -> LoadSettings:
+    """What `AutoModel.from_pretrained` does with these keywords, without a model's name. See `settings_of`."""
+    return settings_of(arguments_of(_SIGNATURE, "", **keywords), planned=planned)
+
+
+def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assembly] = assemble) -> Any:
     """Resolve where the weights come from, split if needed, and set them streaming with `assemble`."""
     keep_few_kernels()  # before choose_attention computes something
+    stream = settings.stream
     build = functools.partial(_build_streamed, stream=stream)
     model: Any
-    checkpoint, model = execute(resolve(name, source, split, build=build))
+    checkpoint, model = execute(resolve(name, settings.source, settings.split, build=build))
     _tell_head_dim(model.config, checkpoint)
     _set_names(model, str(name), checkpoint)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
@@ -355,13 +285,6 @@ def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> No
         _drop_empty(model.generation_config)
     except Exception as error:  # the code of a config class sees any value
         raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
-
-
-def choose_named(attn_implementation: str | None, config: Any) -> str:
-    """The attention requested by keyword, else by the caller's config object, else "auto"."""
-    if attn_implementation not in (None, "auto"):
-        return str(attn_implementation)
-    return attention_of(config) or "auto"
 
 
 def _set_generation_config(model: Any, generation_config: Any) -> None:

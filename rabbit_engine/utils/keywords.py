@@ -174,7 +174,7 @@ def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
 @functools.cache
 def warn_retired(keyword: str) -> None:
     """Warn, once a process, that a keyword of RabbitLLM has no effect; say what to use instead."""
-    warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=4)
+    warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=5)
 
 
 def refuse_compression(compression: str | None, quantization_config: object) -> None:

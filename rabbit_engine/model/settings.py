@@ -1,0 +1,101 @@
+"""From the arguments of `AutoModel.from_pretrained` to checked settings, which loading and `rabbit plan` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rabbit_engine.config import (
+    SourceConfig,
+    SplitConfig,
+    StreamConfig,
+    parse_device,
+    parse_dtype,
+    parse_max_memory,
+    parse_path,
+    parse_planned_device,
+)
+from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.utils.keywords import refuse_compression, take_keywords
+
+Arguments = Mapping[str, Any]
+"""Every parameter of `from_pretrained` by name: the given value or the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """Where a checkpoint comes from, whether and how it is split, and how its model is run."""
+
+    source: SourceConfig
+    split: SplitConfig
+    stream: StreamConfig
+
+
+def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
+    """Check the arguments. A `planned` device need not be present if `max_memory` names its size.
+
+    Raises ConfigurationError, CompressionUnavailableError and DeviceUnavailableError.
+    """
+    overrides = take_keywords(arguments["other"])
+    refuse_compression(arguments["compression"], arguments["quantization_config"])
+    if planned:
+        device = parse_planned_device(arguments["device"], arguments["max_memory"])
+    else:
+        device = parse_device(arguments["device"], arguments["device_map"])
+    return LoadSettings(_source_of(arguments, overrides), _split_of(arguments), _stream_of(arguments, device))
+
+
+def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConfig:
+    token = arguments["token"]
+    return SourceConfig(
+        token=arguments["hf_token"] if token is None else token,
+        revision=arguments["revision"],
+        cache_dir=parse_path("cache_dir", arguments["cache_dir"]),
+        local_files_only=arguments["local_files_only"],
+        trust_remote_code=arguments["trust_remote_code"],
+        gguf_file=arguments["gguf_file"],
+        subfolder=arguments["subfolder"] or "",
+        variant=arguments["variant"],
+        use_safetensors=arguments["use_safetensors"],
+        force_download=arguments["force_download"],
+        key_mapping=arguments["key_mapping"] or {},
+        code_revision=arguments["code_revision"],
+        config=arguments["config"],
+        overrides=overrides,
+    )
+
+
+def _split_of(arguments: Arguments) -> SplitConfig:
+    dtype = arguments["dtype"]
+    return SplitConfig(
+        mode=arguments["split"],
+        dtype=parse_dtype(arguments["torch_dtype"] if dtype is None else dtype),
+        saving_path=parse_path("layer_shards_saving_path", arguments["layer_shards_saving_path"]),
+        delete_original=arguments["delete_original"],
+    )
+
+
+def _stream_of(arguments: Arguments, device: torch.device) -> StreamConfig:
+    device_bytes, host_bytes = parse_max_memory(arguments["max_memory"], device)
+    return StreamConfig(
+        device=device,
+        device_budget_bytes=device_bytes,
+        host_budget_bytes=host_bytes,
+        attn_implementation=_attention_of(arguments),
+        prefetching=arguments["prefetching"],
+        profiling_mode=arguments["profiling_mode"],
+        show_layer_progress=arguments["show_layer_progress"],
+        max_seq_len=arguments["max_seq_len"],
+        cut=arguments["cut"],
+    )
+
+
+def _attention_of(arguments: Arguments) -> str:
+    """The attention requested by keyword, else by the caller's config object, else "auto"."""
+    named = arguments["attn_implementation"]
+    if named not in (None, "auto"):
+        return str(named)
+    return attention_of(arguments["config"]) or "auto"
