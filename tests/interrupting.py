@@ -1,4 +1,4 @@
-"""Ctrl-C wherever it may strike: a KeyboardInterrupt before any line of the transfer's own code."""
+"""Ctrl-C wherever it may strike: a KeyboardInterrupt before any line of a part of the code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import rabbit_engine.streaming.transfer
 
-FOLDER = str(Path(rabbit_engine.streaming.transfer.__file__).parent)
+TRANSFER = str(Path(rabbit_engine.streaming.transfer.__file__).parent)
 
 
-def interrupt_at(line: int, work: Callable[[], Any]) -> bool:
-    """Raise KeyboardInterrupt before the `line`th line of the transfer that `work()` runs in this thread, from 1; whether it
-    ran that many.
+def interrupt_at(line: int, work: Callable[[], Any], within: str = TRANSFER) -> bool:
+    """Raise KeyboardInterrupt before the `line`th line that `work()` runs in this thread, from 1, of the file or folder `within`;
+    whether it ran that many.
 
     Not where a `with` begins or ends: Python handles no signal between a lock that was taken and its block.
     """
@@ -24,7 +24,7 @@ def interrupt_at(line: int, work: Callable[[], Any]) -> bool:
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal remaining
         file = frame.f_code.co_filename
-        if not file.startswith(FOLDER):
+        if not file.startswith(within):
             return None
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
             remaining -= 1

@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 from conftest import smallest
+from interrupting import interrupt_at
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.streaming.binding import scratch
 
 BLOCK = 8
 MXFP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -196,6 +198,16 @@ def test_an_interrupted_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: An
             model(ids)
         handle.remove()
         assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_an_interrupt_at_any_line_of_decoding_leaves_room_for_other_experts(tmp_path: Path, streamed: Any, ids: Any) -> None:
+    folder, whole = quantised("gpt_oss", tmp_path / "model", num_hidden_layers=1)
+    model = streamed(folder)
+    with torch.no_grad():
+        expected = whole(ids).logits
+        for line in range(1, 14):
+            assert interrupt_at(line, lambda: model(ids), scratch.__file__)
+            assert torch.equal(model(ids).logits, expected), line
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])

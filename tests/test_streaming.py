@@ -74,7 +74,7 @@ def test_shards_are_ordinary_aligned_safetensors_in_the_models_names(checkpoint:
     assert all(raw.find(t.numpy().tobytes()) % 4096 == 0 for t in tensors.values())
 
 
-def test_weight_used_while_away_raises_its_name(checkpoint: Any, streamed: Any) -> None:
+def test_weight_used_while_not_loaded_raises_its_name(checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint("llama"))
     layer = model.model.layers[1]
     with pytest.raises(errors.WeightNotLoadedError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight"):
@@ -95,9 +95,9 @@ def test_weight_used_while_away_raises_its_name(checkpoint: Any, streamed: Any) 
 
 def test_placeholder_tells_the_truth_about_its_weight(checkpoint: Any, plain: Any, streamed: Any) -> None:
     model, whole = streamed(checkpoint("qwen3")), plain(checkpoint("qwen3"))
-    for (name, away), (_, there) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-        assert (away.shape, away.dtype, away.device, away.requires_grad) == (there.shape, there.dtype, there.device, False), name
-        assert isinstance(away, torch.nn.Parameter)
+    for (name, found), (_, weight) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert (found.shape, found.dtype, found.device, found.requires_grad) == (weight.shape, weight.dtype, weight.device, False)
+        assert isinstance(found, torch.nn.Parameter), name
     assert "model.layers.0.input_layernorm.weight: [32] torch.float32 on cpu, not loaded" in repr(
         model.model.layers[0].input_layernorm.weight
     )
