@@ -80,6 +80,9 @@ def test_max_seq_len_claims_its_part_of_the_budget(checkpoint: Any, streamed: An
     with pytest.raises(errors.BudgetError, match="for the tokens of max_seq_len") as caught:
         streamed(checkpoint("llama"), max_memory={"cpu": 1}, max_seq_len=1000)
     streamed(checkpoint("llama"), max_memory={"cpu": caught.value.smallest_bytes}, max_seq_len=1000)
+    with pytest.raises(errors.BudgetError, match="for the tokens of max_seq_len") as caught:
+        AutoModel.from_pretrained(checkpoint("llama"), device="cpu", max_seq_len=10**12)
+    assert caught.value.smallest_bytes >= 10**12 * per_token  # giving max_memory would not make them free
     with pytest.raises(errors.ConfigurationError, match="max_seq_len='many' is not a number"):
         streamed(checkpoint("llama"), max_seq_len="many")
 
