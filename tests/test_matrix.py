@@ -95,7 +95,7 @@ def experts_of(model: Any) -> str:
     if routed:
         assert all(layer.bytes_read > 0 for layer in model.profile.experts.values())
         return "on demand"
-    return "whole" if any("Experts move whole" in note for note in model.plan.notes) else "none"
+    return "whole" if runtime_of(model).partition.whole_experts else "none"
 
 
 @pytest.mark.parametrize("row", matrix.NATIVE, ids=lambda row: row.models)
