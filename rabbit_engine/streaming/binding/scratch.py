@@ -56,5 +56,5 @@ class Scratch:
 
     def forget(self) -> None:
         """Let go of the memory."""
-        self._unit = None
+        self._unit = self._last_use = None
         self._memory = self._memory[:0].clone()
