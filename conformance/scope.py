@@ -1,25 +1,25 @@
-"""Which of transformers' tests are left out, by name, and why; and which failures are refusals that the library documents.
+"""Which of transformers' tests are left out, and why; and which failures are documented refusals of the library.
 
-Whatever is not named here runs. A pattern is matched against the test's name as the shell matches file names.
+All other tests run. Patterns match test names as a shell matches file names.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-TRAINING = "training and gradients: a streamed model runs forwards only"
-INITIALISATION = "initialisation of new weights: a streamed model has those of its checkpoint"
-LOADING = "how transformers loads incomplete, mismatched or renamed checkpoints and what it reports of that"
-SAVING = "saving and pickling: the weights are on disk already"
-RESIZING = "resizing embeddings: streamed weights do not change"
+TRAINING = "training and gradients: a streamed model only runs forward passes"
+INITIALISATION = "initialisation of new weights: a streamed model has its checkpoint's weights"
+LOADING = "how transformers loads incomplete, mismatched or renamed checkpoints, and what it reports about them"
+SAVING = "saving and pickling: the weights are already on disk"
+RESIZING = "resizing embeddings: streamed weights cannot be changed"
 AT_REST = "reads weights outside a forward, where a streamed weight is a placeholder"
-DEVICES = "accelerate's device maps and offload, device contexts: the library's own placement instead"
-FACTS = "parallelism plans and other facts of the class, whatever becomes of its weights"
-COMPILE = "compile and export: streamed weights are not there when a compiler looks"
+DEVICES = "accelerate's device maps and offload, device contexts: the library places weights itself"
+FACTS = "parallelism plans and other facts about the class, which do not depend on its weights"
+COMPILE = "compile and export: streamed weights are not in memory when the compiler reads them"
 FLASH = "flash and flex attention, kernels: need an accelerator"
-OTHER_MODELS = "of encoder-decoders, vision, audio and composite models: a causal language model has no such part"
-LAYER = "builds the rotary embedding by itself, no model"
-TESTER = "about the sizes of the tester's own configs"
+OTHER_MODELS = "for encoder-decoder, vision, audio and composite models: a causal language model has no such parts"
+LAYER = "builds only the rotary embedding, not a model"
+TESTER = "checks the sizes of the tester's own configs"
 
 OUT_OF_SCOPE: tuple[tuple[str, str], ...] = (
     ("test_training*", TRAINING),
@@ -75,10 +75,10 @@ OUT_OF_SCOPE: tuple[tuple[str, str], ...] = (
     ("test_model_is_small", TESTER),
 )
 
-LOOKED_UP = "WeightNotLoadedError: Gemma4's forward looks its embeddings up in the whole embedding matrix, which is read by row"
+LOOKED_UP = "WeightNotLoadedError: Gemma 4's forward uses the whole embedding matrix, which is read by row"
 
-REPLACED = "CannotResizeError: other embeddings are not put into a model whose weights are streamed"
-OWN_EXPERTS = "streamed experts are computed by a function of their own, with grouped_mm's bits: transformers' is not called"
+REPLACED = "CannotResizeError: the embeddings of a streamed model cannot be replaced"
+OWN_EXPERTS = "the library's own function computes streamed experts, with grouped_mm's bits: transformers' is not called"
 
 KNOWN_FAILURES: tuple[tuple[str, str], ...] = (
     ("*::test_model_get_set_embeddings", REPLACED),
@@ -86,19 +86,19 @@ KNOWN_FAILURES: tuple[tuple[str, str], ...] = (
     ("gemma4::test_inputs_embeds", LOOKED_UP),
     ("gemma4::test_generate_*_inputs_embeds*", LOOKED_UP),
 )
-"""`family::test` patterns, each with the documented refusal that it meets. They run, and must fail."""
+"""`family::test` patterns, each with its documented refusal. These tests run, and must fail."""
 
 
 def first_reason(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
-    """The reason beside the first pattern that fits the name."""
+    """The reason of the first pattern that matches the name."""
     return next((reason for pattern, reason in table if fnmatchcase(name, pattern)), None)
 
 
 def reason_left_out(test: str) -> str | None:
-    """Why the test is out of scope; None where it runs."""
+    """Why the test is out of scope; None if it runs."""
     return first_reason(test, OUT_OF_SCOPE)
 
 
 def reason_known(family: str, test: str) -> str | None:
-    """The refusal that the test is known to meet; None where it has to pass."""
+    """The documented refusal that makes the test fail; None if it must pass."""
     return first_reason(f"{family}::{test}", KNOWN_FAILURES)

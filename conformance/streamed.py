@@ -1,8 +1,8 @@
-"""Model classes for transformers' own tests, whose instances are streamed. Where the library refuses, its advice is followed.
+"""Model classes for transformers' own tests, whose instances are streamed. If the library refuses, its advice is followed.
 
-The tests construct (`model_class(config)`), load, save, copy and cast models to get at a second one. A streamed model is
-never saved, copied or cast: its errors say to copy the checkpoint, or to load it again. `Followed` does that, so that what
-such a test is about, what the second model computes, is still tested.
+The tests construct (`model_class(config)`), load, save, copy and cast models to get a second one. A streamed model cannot be
+saved, copied or cast: its errors say to copy the checkpoint, or to load it again. `Followed` does that, so that these tests
+still check what the second model computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rabbit_engine.transformers_bridge.attention import attention_of
 
 
 class Workspace:
-    """The checkpoints and the streamed models of the test that runs; conftest.py closes it after each."""
+    """The checkpoints and streamed models of the current test; conftest.py closes it after each test."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
@@ -45,25 +45,25 @@ class Workspace:
 
 
 class Current:
-    """The workspace of the test that runs, and whether this is the control: the same, loaded whole by transformers."""
+    """The workspace of the current test, and whether this is the control run, with models loaded whole by transformers."""
 
     workspace: Workspace
     whole = bool(os.environ.get("CONFORMANCE_WHOLE"))
 
 
 class Followed:
-    """What a streamed model refuses, done as its errors advise: the checkpoint is copied, or loaded again."""
+    """Does what a streamed model refuses as its errors advise: copies the checkpoint, or loads it again."""
 
     checkpoint: Path
     loaded_with: dict[str, Any]
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Copy the checkpoint, with the config as it is now."""
+        """Copy the checkpoint, with the current config."""
         shutil.copytree(self.checkpoint, save_directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("rabbit_shards"))
         self.config.save_pretrained(save_directory)  # type: ignore[attr-defined]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Load again where the dtype is another one."""
+        """Load again if the dtype changes."""
         dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
         if dtype in (None, self.dtype):  # type: ignore[attr-defined]
             return super().to(*args, **kwargs)  # type: ignore[misc]
@@ -89,11 +89,11 @@ def followed_class(streamed: type) -> type:
 
 
 BUDGETS: dict[tuple[str, str], int] = {}
-"""What `smallest_bytes` found for a config and keywords: finding it takes a load of its own."""
+"""Cache of `smallest_bytes` by config and keywords: computing it takes an extra load."""
 
 
 def smallest_bytes(checkpoint: Path, **keywords: Any) -> int:
-    """The smallest budget that works: everything that can be streamed is."""
+    """The smallest budget that works: everything that can be streamed is streamed."""
     key = ((checkpoint / "config.json").read_text(), repr(sorted(keywords.items())))
     if key not in BUDGETS:
         try:
@@ -111,15 +111,15 @@ def load_smallest(checkpoint: Path, **keywords: Any) -> Any:
 
 
 def load(checkpoint: Path, **keywords: Any) -> Any:
-    """A model on the CPU of which as much as can be is streamed; whole in the control. Raises RuntimeError where nothing is."""
+    """A model on the CPU, streamed as far as possible; whole in the control run. Raises RuntimeError if nothing is streamed."""
     if Current.whole:
         return AutoModelForCausalLM.from_pretrained(checkpoint, **keywords)
     keywords = {"device": "cpu", **keywords}
     model = load_smallest(checkpoint, **keywords)
-    if not model.plan.streamed:  # moving a file onto a boundary takes a buffer larger than such a model: shards need none
+    if not model.plan.streamed:  # realigning a file takes a buffer larger than such a model: shards need none
         model = load_smallest(checkpoint, **keywords, split="always")
     if not model.plan.streamed:
-        raise RuntimeError(f"nothing of {checkpoint} is streamed: the test would show nothing")
+        raise RuntimeError(f"nothing of {checkpoint} is streamed: the test would prove nothing")
     model.__class__ = followed_class(type(model))
     model.checkpoint, model.loaded_with = checkpoint, keywords
     return model
@@ -133,7 +133,7 @@ def stream(whole: PreTrainedModel) -> Any:
 
 
 class StreamedType(type):
-    """The type of a model class whose instances, however they are made, are streamed."""
+    """The type of a model class whose instances are always streamed."""
 
     whole: type[PreTrainedModel]
 
@@ -154,11 +154,11 @@ class StreamedType(type):
         shutil.copytree(pretrained_model_name_or_path, checkpoint, dirs_exist_ok=True)
         model = load(checkpoint, **keywords)
         model._keys_to_ignore_on_load_unexpected = cls._keys_to_ignore_on_load_unexpected  # type: ignore[attr-defined]
-        return model  # with what a test patched: this names the weights of multi-token prediction
+        return model  # tests patch this: it names the weights of multi-token prediction
 
 
 def streamed_type(whole: type[PreTrainedModel]) -> type:
-    """The causal language model class `whole`, as the tests are to see it."""
+    """The causal language model class `whole`, as the tests see it."""
     ways = {
         "_from_config": classmethod(StreamedType.build_from_config),
         "from_pretrained": classmethod(StreamedType.stream_copy),
@@ -167,18 +167,18 @@ def streamed_type(whole: type[PreTrainedModel]) -> type:
 
 
 class Backbone(torch.nn.Module):
-    """What a base model gives, from a pass of the streamed language model around it."""
+    """A base model's output, from a pass of the streamed language model that contains it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> BaseModelOutput:
-        """int64 [batch, seq] -> hidden states [batch, seq, hidden] behind the last norm."""
+        """int64 [batch, seq] -> hidden states [batch, seq, hidden] after the last norm."""
         return BaseModelOutput(last_hidden_state=self.model(input_ids, output_hidden_states=True).hidden_states[-1])
 
     def to(self, *args: Any, **kwargs: Any) -> Backbone:
-        """Where it is already, or the model's own error."""
+        """Does nothing if the model is there already; otherwise the model raises its own error."""
         self.model.to(*args, **kwargs)
         return self
 
@@ -194,5 +194,5 @@ class BackboneType(type):
 
 
 def backbone_type(base: type[PreTrainedModel], causal: type) -> type:
-    """The class `base` of the model inside `causal`, as the tests are to see it."""
+    """The base model class `base` of `causal`, as the tests see it."""
     return BackboneType(base.__name__, (base,), {"__module__": base.__module__, "causal": causal})

@@ -1,4 +1,4 @@
-"""One test class a family: transformers' mixins, over streamed models of the configs in tests/families.py."""
+"""One test class per family: transformers' mixins, on streamed models with the configs of tests/families.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from conformance.streamed import backbone_type, streamed_type
 from tests import test_modeling_common as common
 
 WHOLE_TEXT = ("test_*_dict_outputs_use_cache", "test_*_static_cache", "test_assisted_*", "test_prompt_lookup_*")
-"""Tests that count on caches and attentions as long as the text in every layer: a sliding window is wider than it there."""
+"""Tests that expect caches and attentions as long as the text in every layer: they get a sliding window wider than the text."""
 
 
 class ModelTester:
-    """What the mixins ask of a family: a config, inputs, and a few sizes."""
+    """What the mixins need from a family: a config, inputs, and a few sizes."""
 
     batch_size, seq_length, is_training = 7, 7, False
 
@@ -32,7 +32,7 @@ class ModelTester:
             setattr(self, name, getattr(self.config, name))
 
     def get_config(self) -> Any:
-        """A config of the test's own: the fields that its class has, and the size of a head that some tests read."""
+        """A new config for the test: the fields of its class, and the head size that some tests read."""
         fields = type(self.config)().to_dict()
         config = type(self.config)(**{name: value for name, value in self.config.to_dict().items() if name in fields})
         if getattr(config, "head_dim", self) is None:
@@ -40,13 +40,13 @@ class ModelTester:
         return config
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Config, and int64 [batch, seq] of ids and of a mask: row i sees its first i + 1 tokens."""
+        """The config, and ids and mask as int64 [batch, seq]: row i sees its first i + 1 tokens."""
         input_ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.tril(torch.ones_like(input_ids))}
 
 
 class LinearAttention:
-    """The shapes of a cache's states, which each family with gated delta nets gives its own tests."""
+    """The shapes of a cache's states; in transformers, each family with gated delta nets defines them for its own tests."""
 
     def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, int, int]:
         keys = config.linear_num_key_heads * config.linear_key_head_dim
@@ -58,7 +58,7 @@ class LinearAttention:
 
 
 def family_class(family: str) -> type:
-    """The family's test class: its language model in every test, its base model in those of the rotary embedding."""
+    """The family's test class: its language model in every test, its base model in the tests of the rotary embedding."""
     config_name, model_name, _ = families.FAMILIES[family]
     causal = streamed_type(getattr(transformers, model_name))
     base = backbone_type(transformers.MODEL_MAPPING[getattr(transformers, config_name)], causal)

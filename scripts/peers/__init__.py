@@ -1,5 +1,5 @@
-"""One runner a peer, each run by that peer's own Python from the folder above: `python -m peers.airllm_4 MODEL --tokens 3`.
+"""One runner per peer, each run by that peer's own Python from the parent folder: `python -m peers.airllm_4 MODEL --tokens 3`.
 
-A runner loads the model, decodes greedily behind a prompt and prints one JSON line. Beside its peer it imports only the standard
-library and what that peer brings.
+A runner loads the model, decodes greedily after a prompt and prints one JSON line. It imports only its peer, that peer's
+dependencies and the standard library.
 """

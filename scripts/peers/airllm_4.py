@@ -12,9 +12,9 @@ from peers.timing import decode_by_generate, parser, run
 
 
 def main() -> None:
-    """As its README shows it, with device="cpu"."""
+    """As in its README, with device="cpu"."""
     arguments = parser(__doc__)
-    arguments.add_argument("--shards", type=Path, required=True, help="Where the split goes.")
+    arguments.add_argument("--shards", type=Path, required=True, help="The folder for the split.")
     options = arguments.parse_args()
     options.shards.mkdir(parents=True, exist_ok=True)
 

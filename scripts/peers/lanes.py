@@ -21,7 +21,7 @@ _group_numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """One peer: its runner, its Python, its model, and the settings to try, of which the best survivor is used."""
+    """One peer: its runner, its Python, its model, and the settings to try; the fastest that survive are used."""
 
     name: str
     module: str
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def read_bytes_a_token(self) -> float:
-        """Bytes read from disk for each of them."""
+        """Bytes read from disk for each of these tokens."""
         return float(self.figures["read_bytes"]) / len(self.figures["token_s"])
 
     def as_json(self) -> str:
@@ -87,7 +87,7 @@ def evict(paths: Iterable[Path]) -> None:
 
 
 def prepare_lane(lane: Lane, timeout_s: float) -> Run:
-    """Load once without a limit: the split a peer makes of a checkpoint is no part of what is measured."""
+    """Load once without a limit: splitting the checkpoint is not part of the measurement."""
     start = time.perf_counter()
     outcome, error, figures = _execute(lane.command("--prepare"), timeout_s)
     return Run(
@@ -102,7 +102,7 @@ def prepare_lane(lane: Lane, timeout_s: float) -> Run:
 
 
 def run_lane(lane: Lane, settings: tuple[str, ...], phase: str, arguments: Sequence[str], limits: Limits) -> Run:
-    """One cold process in its own group."""
+    """One process with a cold page cache, in its own group."""
     evict(limits.cold)
     start = time.perf_counter()
     with limited_group(f"peers-{os.getpid()}-{next(_group_numbers)}", limits.memory_bytes) as group:

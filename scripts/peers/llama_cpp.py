@@ -16,7 +16,7 @@ def decode(model: Any, prompt_ids: list[int], count: int) -> Clock:
 
 
 def main() -> None:
-    """One thread a core, as torch takes; the context just holds the prompt and the tokens."""
+    """One thread per core, like torch; the context has just enough room for the prompt and the tokens."""
     options = parser(__doc__, "a GGUF file").parse_args()
     threads = len(os.sched_getaffinity(0))
 

@@ -1,4 +1,4 @@
-"""A cgroup that limits the memory of one process, page cache counted. Needs root; v1 and v2."""
+"""A cgroup (v1 or v2) that limits the memory of one process, including the page cache. Needs root."""
 
 from __future__ import annotations
 
@@ -46,42 +46,42 @@ V2 = Controller(
 
 
 def find_controller() -> Controller:
-    """The version whose memory controller is mounted. Raises FileNotFoundError where none is."""
+    """The version whose memory controller is mounted. Raises FileNotFoundError if none is."""
     if (V1.root / V1.limit).exists():
         return V1
     controllers = V2.root / "cgroup.controllers"
     if controllers.exists() and "memory" in controllers.read_text().split():
         return V2
     raise FileNotFoundError(
-        f"no memory controller in {V1.root} (v1) nor in {controllers} (v2): run as root where cgroups are mounted"
+        f"no memory controller in {V1.root} (v1) or {controllers} (v2): run as root on a system with cgroups mounted"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A group that exists; `limited_group` makes one."""
+    """An existing group; `limited_group` creates one."""
 
     controller: Controller
     folder: Path
 
     def joined(self, command: Sequence[str]) -> list[str]:
-        """`command`, in this group from its first instruction on."""
+        """`command`, in this group from its first instruction."""
         return ["sh", "-c", _JOIN_THEN_RUN, str(self.folder / "cgroup.procs"), *command]
 
     def peak_bytes(self) -> int | None:
-        """The most the group has held, page cache included; None on kernels that do not say."""
+        """The group's peak memory, page cache included; None on kernels that do not report it."""
         path = self.folder / self.controller.peak
         return int(path.read_text()) if path.exists() else None
 
     def oom_kills(self) -> int:
-        """Processes the kernel has killed here for want of memory."""
+        """The number of processes that the kernel killed here because memory ran out."""
         pairs = (line.split() for line in (self.folder / self.controller.events).read_text().splitlines())
         return next(int(count) for name, count in pairs if name == "oom_kill")
 
 
 @contextlib.contextmanager
 def limited_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
-    """A fresh group of `limit_bytes` without swap, removed at the end. Raises PermissionError for all but root."""
+    """A new group of `limit_bytes` without swap, removed at the end. Raises PermissionError unless run as root."""
     controller = find_controller()
     if controller is V2:
         _hand_down_memory(V2.root / "cgroup.subtree_control")
@@ -98,7 +98,7 @@ def limited_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def _hand_down_memory(subtree_control: Path) -> None:
-    """Groups of v2 have a memory limit only where the group above says so; most systems say so already."""
+    """A v2 group can have a memory limit only if its parent group enables it; most systems already do."""
     if "memory" not in subtree_control.read_text().split():
         subtree_control.write_text("+memory")
 

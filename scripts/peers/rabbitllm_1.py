@@ -1,7 +1,7 @@
 """RabbitLLM on the CPU: `python -m peers.rabbitllm_1 MODEL_DIR --shards DIR [--supply-rotary]`.
 
-The first load splits the model into DIR. RabbitLLM 1.1.0 gives rotary embeddings to decoded tokens only in its Qwen classes, so a
-plain Llama fails at the second token; --supply-rotary lends a Llama the method of its Qwen2 class.
+The first load splits the model into DIR. RabbitLLM 1.1.0 passes rotary embeddings to decoded tokens only in its Qwen classes, so
+a plain Llama fails at the second token; --supply-rotary gives it the method of the Qwen2 class.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from peers.timing import decode_by_generate, parser, run
 
 
 def read_dtype(folder: Path) -> torch.dtype:
-    """The checkpoint's own, which RabbitLLM 1.1.0 does not take from every config.json (it then computes in float16)."""
+    """The checkpoint's dtype, which RabbitLLM 1.1.0 does not read from every config.json (it then computes in float16)."""
     config = json.loads((folder / "config.json").read_text())
     dtype: torch.dtype = getattr(torch, config.get("dtype") or config["torch_dtype"])
     return dtype
 
 
 def main() -> None:
-    """As its README shows it, with device="cpu" and the checkpoint's dtype."""
+    """As in its README, with device="cpu" and the checkpoint's dtype."""
     arguments = parser(__doc__)
-    arguments.add_argument("--shards", type=Path, required=True, help="Where the split goes.")
-    arguments.add_argument("--supply-rotary", action="store_true", help="Lend a Llama the rotary embeddings of its Qwen2 class.")
+    arguments.add_argument("--shards", type=Path, required=True, help="The folder for the split.")
+    arguments.add_argument("--supply-rotary", action="store_true", help="Give a Llama the rotary embeddings of the Qwen2 class.")
     options = arguments.parse_args()
     options.shards.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Runs as text: the table of medians with every round, the trials, the failures, and whose tokens were equal."""
+"""The runs as text: the table of medians with every round, the trials, the failures, and which lanes gave equal tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HEADER = """\
 
 
 def as_markdown(lanes: Sequence[str], runs: Sequence[Run]) -> str:
-    """All of it; `lanes` gives the order."""
+    """The whole report; `lanes` gives the order."""
     rounds = {lane: [run for run in runs if run.lane == lane and run.phase.startswith("round")] for lane in lanes}
     sections = [
         "\n".join([HEADER, *(_row(lane, found) for lane, found in rounds.items())]),
-        "Peak RSS counts the pages of mapped files, which the kernel may take back.",
+        "Peak RSS includes pages of mapped files, which the kernel can reclaim.",
         _tokens([run for found in rounds.values() for run in found if run.outcome == "ok"]),
         "\n".join(_trial(run) for run in runs if not run.phase.startswith("round")),
     ]
@@ -47,7 +47,7 @@ def _row(lane: str, found: Sequence[Run]) -> str:
 
 
 def _tokens(survivors: Sequence[Run]) -> str:
-    """Whose tokens were the same: one line for each different answer, nothing where there is none."""
+    """Which lanes gave the same tokens: one line for each different answer, empty if there are no answers."""
     answers: dict[tuple[int, ...], list[str]] = {}
     for run in survivors:
         lanes = answers.setdefault(tuple(run.figures["tokens"]), [])

@@ -1,4 +1,4 @@
-"""What every runner shares: its arguments, a clock that is a transformers streamer, and the one JSON line.
+"""Shared by all runners: the arguments, a clock that is a transformers streamer, and the JSON line.
 
 Only the standard library is imported here: each peer's Python must be able to run it.
 """
@@ -16,12 +16,12 @@ PROMPT_IDS = tuple(range(2, 18))
 
 
 def parser(described: str | None, model: str = "the model's folder") -> argparse.ArgumentParser:
-    """MODEL, --tokens, --prompt-ids and --prepare; a runner adds what its peer can be told."""
+    """MODEL, --tokens, --prompt-ids and --prepare; a runner adds the options of its peer."""
     arguments = argparse.ArgumentParser(description=described)
     arguments.add_argument("model", type=Path, help=model)
     arguments.add_argument("--tokens", type=int, default=3, help="Tokens decoded and timed after the first one.")
-    arguments.add_argument("--prompt-ids", type=parse_ids, default=list(PROMPT_IDS), help="As 1,5,9.")
-    arguments.add_argument("--prepare", action="store_true", help="Only load: makes a peer write the files that it needs once.")
+    arguments.add_argument("--prompt-ids", type=parse_ids, default=list(PROMPT_IDS), help="For example 1,5,9.")
+    arguments.add_argument("--prepare", action="store_true", help="Only load, so that a peer writes the files it needs once.")
     return arguments
 
 
@@ -31,12 +31,12 @@ def parse_ids(text: str) -> list[int]:
 
 
 def read_bytes() -> int:
-    """Bytes this process has had the disk read so far, by calls and by faults alike; what the page cache gave is not in it."""
+    """Bytes this process has read from disk so far, by system calls and page faults; without what the page cache served."""
     return _number_after("/proc/self/io", "read_bytes:")
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had at once, pages of mapped files included."""
+    """Peak memory of this process, including pages of mapped files."""
     return 1024 * _number_after("/proc/self/status", "VmHWM:")
 
 
@@ -46,7 +46,7 @@ def _number_after(path: str, name: str) -> int:
 
 
 class Clock:
-    """Notes the time and the bytes read at every token. A streamer of `generate()`: the first `put` is the prompt."""
+    """Records the time and the bytes read at every token. A streamer for `generate()`: the first `put` is the prompt."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -59,23 +59,23 @@ class Clock:
         self._read.append(read_bytes())
 
     def note(self, token: int) -> None:
-        """Note the arrival of `token`."""
+        """Record the arrival of `token`."""
         self.tokens.append(token)
         self._times_s.append(time.perf_counter())
         self._read.append(read_bytes())
 
     def put(self, ids: Any) -> None:
-        """The prompt `[1, prompt_tokens]` starts the clock, each token `[1]` after it is noted."""
+        """The prompt `[1, prompt_tokens]` starts the clock; each token `[1]` after it is recorded."""
         if self._times_s:
             self.note(int(ids.item()))
         else:
             self.start()
 
     def end(self) -> None:
-        """Nothing is kept open."""
+        """Nothing to close."""
 
     def figures(self) -> dict[str, Any]:
-        """The first token apart, seconds of each later one, and the bytes read for the first and for all later ones."""
+        """Seconds of the first token and of each later one; bytes read for the first and for all later ones."""
         steps = [after - before for before, after in zip(self._times_s, self._times_s[1:], strict=False)]
         return {
             "first_token_s": steps[0],
@@ -103,7 +103,7 @@ def run(
 
 
 def decode_by_generate(model: Any, prompt_ids: list[int], count: int) -> Clock:
-    """`count` greedy tokens by one `generate()` of transformers' kind, with its KV cache."""
+    """`count` greedy tokens by one call of a `generate()` like transformers', with its KV cache."""
     import torch
 
     clock = Clock()
@@ -115,7 +115,7 @@ def decode_by_generate(model: Any, prompt_ids: list[int], count: int) -> Clock:
 
 
 def decode_by_iterator(tokens: Iterable[int], count: int) -> Clock:
-    """`count` tokens of a peer that yields them one by one."""
+    """`count` tokens from a peer that yields them one at a time."""
     clock = Clock()
     clock.start()
     for token in tokens:

@@ -1,6 +1,6 @@
 """transformers' disk offload on the CPU: `python -m peers.transformers_offload MODEL_DIR [--resident-bytes N]`.
 
-accelerate places modules in memory until N is full, less the largest layer, and leaves the rest in the checkpoint's own files.
+accelerate fills N bytes of memory, less the largest layer, with modules and leaves the rest in the checkpoint's own files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from peers.timing import decode_by_generate, parser, run
 
 
 def main() -> None:
-    """Raises SystemExit where the offload wrote a copy of weights: what is measured here is the offload in place."""
+    """Raises SystemExit if the offload copied weights: this measures offloading in place."""
     arguments = parser(__doc__)
-    arguments.add_argument("--resident-bytes", type=int, default=1_000_000_000, help="max_memory of the CPU.")
+    arguments.add_argument("--resident-bytes", type=int, default=1_000_000_000, help="max_memory for the CPU.")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as offload_folder:
 

@@ -1,7 +1,7 @@
-"""Writes a Llama's folder as one GGUF file, BF16 with norms in F32: `python -m peers.write_gguf MODEL_DIR FILE.gguf`.
+"""Converts a Llama's folder to one GGUF file, BF16 with norms in F32: `python -m peers.write_gguf MODEL_DIR FILE.gguf`.
 
-Names and the order of rotary dimensions are those of llama.cpp's convert_hf_to_gguf.py. The vocabulary is a made-up one of the
-right size: the benchmark works on token ids. Needs gguf, safetensors and torch.
+Names and the order of rotary dimensions follow llama.cpp's convert_hf_to_gguf.py. The vocabulary is invented, of the right
+size: the benchmark uses token ids. Needs gguf, safetensors and torch.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def gguf_name(name: str) -> str:
 
 
 def interleave_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """[heads*d, in] whose heads hold d/2 pairs as two halves -> the same with each pair side by side, as ggml rotates them."""
+    """[heads*d, in] with each head's d/2 pairs in two halves -> the same with each pair adjacent, as ggml rotates them."""
     return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def read_tensor(files: dict[str, Path], name: str, config: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """One tensor in the file's form: fp32 for a vector, else the 16 bits of bf16."""
+    """One tensor as the file stores it: fp32 for a vector, else the 16 bits of bf16."""
     with safe_open(files[name], framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     if name.endswith("q_proj.weight"):
@@ -59,7 +59,7 @@ def read_tensor(files: dict[str, Path], name: str, config: dict[str, Any]) -> np
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Every tensor's name and the file that holds it, in the files' order."""
+    """Every tensor's name and the file that holds it, in file order."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -75,7 +75,7 @@ def pieces(vocabulary: int) -> Iterator[tuple[str, gguf.TokenType]]:
 
 
 def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """The numbers llama.cpp needs from a Llama's config.json."""
+    """The numbers that llama.cpp needs from a Llama's config.json."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -90,7 +90,7 @@ def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-    """As of a SentencePiece model without merges that matter."""
+    """Write it as a SentencePiece model; the scores do not matter."""
     names, types = zip(*pieces(vocabulary), strict=True)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(list(names))
