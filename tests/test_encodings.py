@@ -74,6 +74,14 @@ def test_fp8_in_the_other_format_and_a_nan_have_the_bits_that_transformers_dequa
         assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
+def test_fp8_with_a_large_scale_and_a_nan_scale_has_the_bits_that_transformers_dequantises() -> None:
+    weight, scales = torch.full((2, 8), 2.0**-6).to(torch.float8_e4m3fn), torch.tensor([[2.0**124], [torch.nan]])
+    out = torch.empty(2, 8, dtype=torch.bfloat16)
+    Fp8Blocks().decode([weight, scales], out, work_for(out))
+    assert torch.equal(out[0], torch.full((8,), 2.0**118, dtype=torch.bfloat16))
+    assert out[1].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("most", [128, 255])
 def test_mxfp4_has_the_bits_that_transformers_dequantises(dtype: torch.dtype, most: int) -> None:
@@ -161,6 +169,9 @@ def test_each_expert_equals_its_slice_of_the_stack(stored: dict[str, TensorEntry
 
 WRONG = {
     "a grid that does not divide": ((16, 8), torch.float8_e4m3fn, (3, 1), torch.float32),
+    "scales of one expert for two": ((2, 16, 8), torch.float8_e4m3fn, (1, 2, 1), torch.float32),
+    "scales of a matrix for two": ((2, 16, 8), torch.float8_e4m3fn, (2, 1), torch.float32),
+    "rows longer than the memory for temporaries": ((2, 3 * 2**20), torch.float8_e4m3fn, (1, 1), torch.float32),
     "scales for a batch": ((16, 8), torch.float8_e4m3fn, (2, 2, 1), torch.float32),
     "a list of scales": ((16, 8), torch.float8_e4m3fn, (16,), torch.float32),
     "integers": ((16, 8), torch.int8, (2, 1), torch.float32),
