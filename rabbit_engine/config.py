@@ -161,6 +161,8 @@ class StreamConfig:
         if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
             raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is not one of {known}")
+        if not isinstance(self.cut, Cut):
+            raise ConfigurationError(f"cut={self.cut!r} is not a rabbit_engine.config.Cut: pass one, or leave it out")
 
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32", "fp64": "float64"}

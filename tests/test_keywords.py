@@ -115,6 +115,12 @@ def test_compression_is_refused_saying_so(keywords: Any, streamed: Any) -> None:
         streamed("anything", **keywords)
 
 
+@pytest.mark.parametrize("cut", [None, "fine", {"least_bytes": 1}])
+def test_a_cut_of_another_type_is_refused(cut: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match=r"cut=.* is not a rabbit_engine\.config\.Cut"):
+        AutoModel.from_pretrained("any/model", device="cpu", cut=cut)
+
+
 def test_delete_original_and_max_memory_are_checked(checkpoint: Any, streamed: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="must be True or False"):
         streamed(checkpoint("llama"), delete_original="no")

@@ -19,6 +19,7 @@ import pytest
 
 import rabbit_engine
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.model import StreamedModel
 from rabbit_engine.utils.sizes import format_bytes, format_rate, parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,11 @@ def test_from_pretrained_has_types_that_an_editor_completes() -> None:
     assert (model.return_annotation, with_info.return_annotation) == ("StreamedModel", "tuple[StreamedModel, dict[str, Any]]")
     assert with_info.parameters["output_loading_info"].annotation == "Literal[True]"
     assert inspect.signature(AutoModel.from_pretrained) == model.replace(parameters=[*model.parameters.values()][1:])
+
+
+def test_types_of_from_pretrained_resolve_at_run_time() -> None:
+    hints = typing.get_type_hints(AutoModel.from_pretrained)
+    assert hints["return"] == StreamedModel | tuple[StreamedModel, dict[str, Any]]
 
 
 def test_help_explains_every_keyword_with_its_default() -> None:

@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -33,6 +33,7 @@ from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
+from rabbit_engine.model.streamed import StreamedModel
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters
@@ -40,9 +41,6 @@ from rabbit_engine.transformers_bridge.generation import read_generation_config
 from rabbit_engine.utils.kernels import keep_few_kernels
 from rabbit_engine.utils.overloads import arguments_of, signed_as_overload
 from rabbit_engine.utils.sizes import format_bytes, format_rate
-
-if TYPE_CHECKING:
-    from rabbit_engine.model.streamed import StreamedModel
 
 logger = logging.getLogger(__name__)
 
