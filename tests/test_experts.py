@@ -71,6 +71,14 @@ def test_autocast_and_inference_mode_are_equal(family: str, checkpoint: Any, pla
         assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
+def test_a_bfloat16_model_runs_under_float16_autocast(own_checkpoint: Any, streamed: Any, plain: Any, ids: Any) -> None:
+    """Some experts have a single row, and torch promotes no float16 with bfloat16."""
+    folder = own_checkpoint("mixtral", dtype=torch.bfloat16)
+    model, whole = streamed(folder), plain(folder)
+    with torch.inference_mode(), torch.autocast("cpu", torch.float16):
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
 def test_two_sparse_models_at_once(checkpoint: Any, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     """A streamed target and a streamed assistant share the readers."""
     model, assistant = streamed(checkpoint("mixtral")), streamed(checkpoint("qwen3_moe"))

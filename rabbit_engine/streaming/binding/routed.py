@@ -113,7 +113,7 @@ def run_expert(module: ExpertsModule, weights: Mapping[str, torch.Tensor], state
     up = _project(module, weights, first_projection(module), states)
     alone = module.has_gate and len(up) == 1 < all_rows
     # half of one row is contiguous, half of several is not: GELU has a kernel for each
-    inner = activated(module, torch.cat([up, up]))[:1] if alone else activated(module, up)
+    inner = activated(module, up.repeat(2, 1))[:1] if alone else activated(module, up)
     return finished(module, _project(module, weights, "down_proj", inner))
 
 
