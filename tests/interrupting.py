@@ -12,12 +12,14 @@ import rabbit_engine.streaming.transfer
 
 TRANSFER = str(Path(rabbit_engine.streaming.transfer.__file__).parent)
 
+ENDS = ("with ", "return ")
+
 
 def interrupt_at(line: int, work: Callable[[], Any], within: str = TRANSFER) -> bool:
     """Raise KeyboardInterrupt before the `line`th line that `work()` runs in this thread, from 1, of the file or folder `within`;
     whether it ran that many.
 
-    Not where a `with` begins or ends: Python handles no signal between a lock that was taken and its block.
+    Not where a `with` begins or ends, as a `return` out of it does: Python handles no signal between a lock and its block.
     """
     remaining = line
 
@@ -26,7 +28,7 @@ def interrupt_at(line: int, work: Callable[[], Any], within: str = TRANSFER) -> 
         file = frame.f_code.co_filename
         if not file.startswith(within):
             return None
-        if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
+        if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith(ENDS):
             remaining -= 1
             if not remaining:
                 raise KeyboardInterrupt
