@@ -1,0 +1,96 @@
+"""Compiled kernels for encoded weights on a CPU: whether they can run here, and how their rows are divided among threads.
+
+The kernels stand in modules of this package that import numba; import those only where `can_run` holds: importing numba takes
+half a second. Each has torch operations behind it that give the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module, metadata
+
+import torch
+
+from rabbit_engine.errors import first_line
+from rabbit_engine.quantization.kernels.pool import shared_pool
+
+logger = logging.getLogger(__name__)
+
+_PIECES = 4
+"""Ranges of rows for each thread: other work on a core delays one range, not a whole share."""
+
+_torch_only: ContextVar[bool] = ContextVar("_torch_only", default=False)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether compiled kernels run on tensors of `device`: on a CPU where numba can be imported."""
+    return device.type == "cpu" and not _torch_only.get() and _numba_version() is not None
+
+
+def kernels_in_use() -> str:
+    """What computes on encoded weights on a CPU, such as "numba 0.65.0" or "torch operations". Imports numba."""
+    version = None if _torch_only.get() else _numba_version()
+    return "torch operations" if version is None else f"numba {version}"
+
+
+@contextmanager
+def torch_operations() -> Iterator[None]:
+    """Within the block, this thread decodes with torch operations in place of compiled kernels."""
+    token = _torch_only.set(True)
+    try:
+        yield
+    finally:
+        _torch_only.reset(token)
+
+
+@cache
+def _numba_version() -> str | None:
+    """The version of numba; None without it, or if its compiler is turned off (NUMBA_DISABLE_JIT)."""
+    try:
+        numba = import_module("numba")
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:  # such as a numba that is older than numpy
+        logger.warning("numba cannot be imported (%s): weights are decoded with slower torch operations", first_line(error))
+        return None
+    return None if numba.config.DISABLE_JIT else metadata.version("numba")
+
+
+def run_rows(kernel: Callable[..., None], count: int, *args: object, least: int = 1) -> None:
+    """Call `kernel(first, stop, *args)` for ranges that cover rows 0 to `count`, and return when all are computed.
+
+    Up to `torch.get_num_threads()` threads compute, this one among them; a thread is worth `least` rows. `kernel` should
+    release the GIL. Raises what the kernel raises.
+    """
+    threads = min(torch.get_num_threads(), count // least)
+    if threads <= 1:
+        if count:
+            kernel(0, count, *args)
+        return
+    step = -(-count // (threads * _PIECES))
+    left = deque((first, min(first + step, count)) for first in range(0, count, step))
+
+    def compute() -> None:
+        while left:
+            try:
+                first, stop = left.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            kernel(first, stop, *args)
+
+    helpers: list[Future[None]] = []
+    try:
+        helpers += (shared_pool().submit(compute) for _ in range(threads - 1))
+        compute()
+    finally:  # also when interrupted: nobody may write to the caller's memory after this
+        left.clear()
+        running = [helper for helper in helpers if not helper.cancel()]
+        problems = [problem for helper in running if (problem := helper.exception()) is not None]
+    if problems:
+        raise problems[0]

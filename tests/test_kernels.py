@@ -1,0 +1,115 @@
+"""Kernels on a CPU: every row is computed once, by as many threads as torch may use, and nobody computes after the return."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from forking import outcome_in_a_child
+
+from rabbit_engine.quantization import kernels
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def count_rows(first: int, stop: int, seen: list[int]) -> None:
+    for row in range(first, stop):
+        seen[row] += 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 1000])
+def test_every_row_is_computed_once(count: int, two_threads: None) -> None:
+    seen = [0] * count
+    kernels.run_rows(count_rows, count, seen)
+    assert seen == [1] * count
+
+
+def test_as_many_threads_compute_as_torch_may_use(two_threads: None) -> None:
+    together = threading.Barrier(2, timeout=10)
+    threads = set()
+
+    def meet(first: int, stop: int) -> None:
+        if first < 2:
+            together.wait()
+        threads.add(threading.current_thread())
+
+    kernels.run_rows(meet, 8)
+    assert len(threads) == 2
+    assert threading.current_thread() in threads
+
+
+def test_few_rows_are_computed_by_this_thread_alone(two_threads: None) -> None:
+    calls = []
+    kernels.run_rows(lambda *rows: calls.append((rows, threading.current_thread())), 8, least=5)
+    assert calls == [((0, 8), threading.current_thread())]
+
+
+def test_an_interrupt_waits_for_rows_under_way_and_leaves_the_rest(two_threads: None) -> None:
+    started, seen = threading.Event(), []
+
+    def interrupted_here(first: int, stop: int) -> None:
+        if threading.current_thread() is here:
+            started.wait(10)
+            raise KeyboardInterrupt
+        started.set()
+        time.sleep(0.05)
+        seen.append(first)
+
+    here = threading.current_thread()
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run_rows(interrupted_here, 1000)
+    at_return = list(seen)
+    time.sleep(0.1)
+    assert seen == at_return
+    assert len(seen) == 1
+
+
+def test_an_error_in_another_thread_is_raised_here(two_threads: None) -> None:
+    raised = threading.Event()
+
+    def fails_there(first: int, stop: int) -> None:
+        if threading.current_thread() is not here:
+            raised.set()
+            raise ValueError("row 1")
+        raised.wait(10)
+
+    here = threading.current_thread()
+    with pytest.raises(ValueError, match="row 1"):
+        kernels.run_rows(fails_there, 8)
+
+
+def test_a_forked_child_computes_with_threads_of_its_own(two_threads: None) -> None:
+    kernels.run_rows(count_rows, 8, [0] * 8)
+
+    def compute() -> None:
+        seen = [0] * 8
+        kernels.run_rows(count_rows, 8, seen)
+        assert seen == [1] * 8
+
+    assert outcome_in_a_child(compute) == "nothing"
+
+
+def test_threads_end_when_idle(two_threads: None) -> None:
+    kernels.run_rows(lambda first, stop: time.sleep(0.01), 8)
+    deadline = time.monotonic() + 10
+    while any(thread.name == "rabbit-kernels" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_kernels_in_use_are_named() -> None:
+    assert kernels.kernels_in_use().startswith("numba 0.")
+    assert kernels.can_run(torch.device("cpu"))
+    assert not kernels.can_run(torch.device("meta"))
+    with kernels.torch_operations():
+        assert kernels.kernels_in_use() == "torch operations"
+        assert not kernels.can_run(torch.device("cpu"))
