@@ -220,6 +220,21 @@ def smollm_model(smollm: Path, smollm_shards: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
+def adapter(own_checkpoint: Any, tmp_path: Path) -> Path:
+    """A LoRA adapter with random weights for the tiny llama next to it, saved by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(own_checkpoint("llama"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
 def pieces(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     """`pieces(family, options, **files)`: the tokenizer under test, and sentencepiece with the same file."""
     from vocabularies import make_pieces

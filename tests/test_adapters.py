@@ -17,19 +17,6 @@ from rabbit_engine import errors
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture
-def adapter(own_checkpoint: Any, tmp_path: Path) -> Path:
-    """A LoRA adapter with random weights for the tiny llama, saved by PEFT."""
-    base = AutoModelForCausalLM.from_pretrained(own_checkpoint("llama"))
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 @pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
 def test_lora_inference_is_equal(way: str, adapter: Path, plain: Any, streamed: Any, ids: torch.Tensor) -> None:
     folder = adapter.parent / "llama"

@@ -122,10 +122,10 @@ def interleaved(lanes: Mapping[str, Lane], rounds: int, steps: int, before: Lane
     return seconds
 
 
-def made_up_prompt(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    """int64 [1, tokens] on the model's device: its vocabulary in order, repeated, without the first two."""
+def made_up_prompt(model: PreTrainedModel, tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """int64 [1, tokens] on the model's device, or on another: its vocabulary in order, repeated, without the first two."""
     words: int = model.config.get_text_config().vocab_size
-    return 2 + torch.arange(tokens, device=model.device)[None] % (words - 2)
+    return 2 + torch.arange(tokens, device=device or model.device)[None] % (words - 2)
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Any:
@@ -134,9 +134,9 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Any:
         return cache_of(model(ids, use_cache=True, **last_logits_argument(model.forward)))
 
 
-def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> Lane:
-    """Decode one token after a prompt that is already in the cache."""
-    ids = made_up_prompt(model, prompt_tokens)
+def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS, device: torch.device | None = None) -> Lane:
+    """Decode one token after a prompt that is already in the cache. `device` is where a model computes whose own is another."""
+    ids = made_up_prompt(model, prompt_tokens, device)
     cache = prefill(model, ids)
     past = cache_argument(model.forward, cache)
     can_go_back = _can_go_back(cache)
@@ -146,8 +146,8 @@ def decode_step(model: PreTrainedModel, prompt_tokens: int = PROMPT_TOKENS) -> L
             model(ids[:, -1:], use_cache=True, **past)
         if can_go_back:
             cache.crop(-1)
-        if has_streams(model.device):
-            torch.accelerator.synchronize(model.device)
+        if has_streams(ids.device):
+            torch.accelerator.synchronize(ids.device)
 
     return step
 
