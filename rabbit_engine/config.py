@@ -139,7 +139,8 @@ class StreamConfig:
     """How a model is run.
 
     Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens.
-    `speeds` of None are measured.
+    `speeds` of None are measured. `fused_products` True multiplies by stored forms of weights where it can, False never, and
+    None where the encoding says so.
     """
 
     device: torch.device
@@ -151,6 +152,7 @@ class StreamConfig:
     show_layer_progress: bool = False
     max_seq_len: int | None = None
     speeds: Speeds | None = None
+    fused_products: bool | None = None
     cut: Cut = DEFAULT_CUT
 
     def __post_init__(self) -> None:
@@ -161,6 +163,8 @@ class StreamConfig:
         if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
             raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is not one of {known}")
+        if self.fused_products not in (None, True, False):
+            raise ConfigurationError(f"fused_products={self.fused_products!r} is not True, False or None")
         if not isinstance(self.cut, Cut):
             raise ConfigurationError(f"cut={self.cut!r} is not a rabbit_engine.config.Cut: pass one, or leave it out")
 

@@ -14,7 +14,17 @@ from transformers.integrations.moe import use_experts_implementation
 
 from rabbit_engine import errors
 from rabbit_engine.storage.tensorfiles import read_header, write_aligned
-from rabbit_engine.streaming import Binding, ExpertLayer, ExpertSlots, RoutedExperts, Trace, Transfer, make_unit, route
+from rabbit_engine.streaming import (
+    Binding,
+    ExpertLayer,
+    ExpertSlots,
+    RoutedExperts,
+    Trace,
+    Transfer,
+    UnitWeights,
+    make_unit,
+    route,
+)
 from rabbit_engine.streaming.binding import routed
 from rabbit_engine.streaming.transfer.plain_ring import PlainRing
 
@@ -224,7 +234,12 @@ def test_every_flag_of_the_interface_is_honoured(flags: dict[str, bool], tmp_pat
         expected = module(states, indices, weights)
         for name in stacks:
             delattr(module, name)
-        route(module, RoutedExperts("layer", units, transfer.experts, Binding(transfer, cpu, Trace())))
+        route(
+            module,
+            RoutedExperts(
+                "layer", units, transfer.experts, Binding(transfer, cpu, Trace()), [UnitWeights(unit) for unit in units]
+            ),
+        )
         for _ in range(2):
             assert torch.equal(module(states, indices, weights), expected)
     transfer.close()

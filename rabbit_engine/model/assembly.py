@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +18,11 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
-from rabbit_engine.planning.tiers import DISK, HOST, scratch_shares
+from rabbit_engine.planning.tiers import DISK, HOST, ScratchUse, scratch_shares
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
     Binding,
+    Borrow,
     BoundUnit,
     EmbeddingRows,
     ExpertCache,
@@ -40,6 +41,7 @@ from rabbit_engine.streaming import (
     Trace,
     Transfer,
     Unit,
+    UnitWeights,
     claim_ring,
     fill_all,
     guard,
@@ -135,6 +137,8 @@ class _Builder:
         self._transfer: Transfer | None = None
         self._scratch = _claim_scratch(ring, plan)
         self._uses = {size.name: size.scratch_use for size in plan.units}
+        self._decoded_blocks: dict[str, torch.Tensor] = {}
+        """The blocks of a cut head that were decoded at load, by their units."""
 
     def close(self) -> None:
         """Close the transfer, or free the ring if there is none yet."""
@@ -163,6 +167,9 @@ class _Builder:
         stored, work = self._ring.view(scratch, unit.nbytes), self._ring.view(scratch + unit.nbytes, unit.work_bytes)
         tensors = unit.decode(stored, self._ring.view(start, unit.decoded_bytes), work)
         self._ring.finish(self._ring.last_use())  # the next unit is read to the same scratch; any stream may use these
+        if any(block.unit == unit.name for block in self._partition.blocks):
+            self._decoded_blocks[unit.name] = tensors[0]
+            return
         for weight, tensor in zip(unit.weights, tensors, strict=True):
             self._set_everywhere(weight.entry.name, tensor)
 
@@ -214,12 +221,19 @@ class _Builder:
         if name is None:
             return
         refs = {weight.entry.name: weights.refs_to(weight.entry.name, name) for weight in unit.weights}
-        scratch = self._scratch[self._uses[unit.name]] if unit.is_encoded else None
+        own = self._weights_of(unit)
         if memory is None:
-            bound = BoundUnit(unit, refs, self._placeholders, scratch)
+            bound = BoundUnit(unit, refs, self._placeholders, own)
         else:
-            bound = ResidentUnit(unit, refs, self._placeholders, scratch, memory)
+            bound = ResidentUnit(unit, refs, self._placeholders, own, memory)
         binding.bind(self._model.get_submodule(name), bound)
+
+    def _weights_of(self, unit: Unit, use: ScratchUse | None = None) -> UnitWeights:
+        """The unit's weights, packed or decoded in the scratch for `use`, by default the unit's own."""
+        if not unit.is_encoded:
+            return UnitWeights(unit)
+        packed = self._partition.packed(unit, self._stream.fused_products)
+        return UnitWeights(unit, self._scratch[use or self._uses[unit.name]], packed)
 
     def _set_tied_elsewhere(self) -> None:
         """Set a weight that another module streams in the modules that share it."""
@@ -250,8 +264,7 @@ class _Builder:
                 ref = weights.refs[name]
                 ref.set(self._placeholders.of(weights.entries[name], ref.holds_parameter, ExpertsPlaceholder))
             units = self._partition.experts[layer.name]
-            scratch = self._scratch["expert"] if any(unit.is_encoded for unit in units) else None
-            experts = RoutedExperts(layer.name, units, cache, binding, scratch)
+            experts = RoutedExperts(layer.name, units, cache, binding, [self._weights_of(unit, "expert") for unit in units])
             route(self._model.get_submodule(layer.name), experts)
 
     def _fill_host(self) -> dict[str, HostPlace]:
@@ -275,7 +288,12 @@ class _Builder:
         blocks = []
         for block in partition.blocks:
             unit = partition.units[block.unit]
-            borrow = _resident(self._ring, unit, starts[unit.name]) if unit.name in starts else partial(binding.borrow, unit)
+            if unit.name in self._decoded_blocks:
+                borrow: Borrow = partial(_provided, self._decoded_blocks[unit.name])
+            elif unit.name in starts:
+                borrow = partial(_resident, self._weights_of(unit), self._ring.view(starts[unit.name], unit.nbytes))
+            else:
+                borrow = partial(binding.borrow, unit, self._weights_of(unit))
             blocks.append(RowBlock(block.first, block.stop, borrow))
         entry, embedding = partition.weights.entries[partition.head], partition.embedding
         tied = embedding is not None and partition.weights.entries[embedding].name == entry.name
@@ -293,19 +311,23 @@ class _Builder:
         ref.set(self._placeholders.add(EmbeddingRows(entry, self._stream.device)))
 
 
-def _resident(ring: Ring, unit: Unit, start: int) -> Callable[[], AbstractContextManager[torch.Tensor]]:
-    @contextmanager
-    def borrow() -> Iterator[torch.Tensor]:
-        yield unit.weights[0].view(ring.view(start, unit.nbytes))
+@contextmanager
+def _provided(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor
 
-    return borrow
+
+@contextmanager
+def _resident(weights: UnitWeights, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The single weight of a unit that stays in `memory`."""
+    with weights.using(memory):
+        yield weights.views(memory)[0]
 
 
 def _resident_units(partition: Partition, plan: Plan) -> list[Unit]:
-    """The units that stay. A head whose blocks all stay is not cut: its module runs as it is."""
+    """The units that stay. A plain head whose blocks all stay is not cut: its module runs as it is."""
     found = [partition.units[name] for name in plan.resident]
     blocks = {block.unit for block in partition.blocks}
-    if partition.head is None or not blocks <= set(plan.resident):
+    if partition.head is None or not blocks <= set(plan.resident) or partition.weights.entries[partition.head].is_encoded:
         return found
     whole = make_unit(partition.head, [partition.weights.entries[partition.head]])
     return [unit for unit in found if unit.name not in blocks] + [whole]

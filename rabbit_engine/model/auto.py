@@ -64,6 +64,7 @@ class AutoModel:
         max_memory: MaxMemory | None = None,
         attn_implementation: str | None = "auto",
         compression: str | None = None,
+        fused_products: bool | None = None,
         layer_shards_saving_path: str | Path | None = None,
         delete_original: bool = False,
         split: str = "auto",
@@ -116,6 +117,9 @@ class AutoModel:
                 minus those of `max_seq_len` tokens and a margin for the system.
             attn_implementation: "auto" (flash_attention_2 if it works, else sdpa, else eager) or one of these.
             compression: planned for a later version; anything but None is refused.
+            fused_products: True multiplies few rows by quantised weights in their stored form, which is faster and may differ
+                from the decoded weights by rounding; False always decodes; None decodes a format whose bits transformers
+                defines.
             layer_shards_saving_path: where the shards go; None puts them next to the checkpoint.
             delete_original: delete each original weight file once every shard made from it is verified.
             split: "auto" streams from the original files if they hold the weights in the model's form (safetensors, the same

@@ -89,6 +89,7 @@ def _stream_of(arguments: Arguments, device: torch.device) -> StreamConfig:
         profiling_mode=arguments["profiling_mode"],
         show_layer_progress=arguments["show_layer_progress"],
         max_seq_len=arguments["max_seq_len"],
+        fused_products=arguments["fused_products"],
         cut=arguments["cut"],
     )
 

@@ -29,14 +29,16 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     on_cpu = stream.device.type == "cpu"
     notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.weights_bytes if on_cpu else None)
-    plan = _place(partition, str(stream.device), budget, speeds, notes)
+    plan = _place(partition, stream, budget, speeds, notes)
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
 
 
-def _place(partition: Partition, device: str, budget: Budget, speeds: Speeds, notes: Sequence[str]) -> Plan:
-    """Decode all weights at load if they fit decoded; else decode each time they are used."""
-    if partition.is_encoded:
+def _place(partition: Partition, stream: StreamConfig, budget: Budget, speeds: Speeds, notes: Sequence[str]) -> Plan:
+    """Decode all weights at load if they fit decoded and none is multiplied by in its stored form; else decode each time they
+    are used."""
+    device = str(stream.device)
+    if partition.is_encoded and not partition.stays_packed(stream.fused_products):
         with suppress(BudgetError):
             plan = place(partition.decoded_sizes, device, budget, speeds, notes)
             if not (plan.streamed or plan.host or plan.experts.layers):

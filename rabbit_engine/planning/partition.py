@@ -23,7 +23,7 @@ from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.planning.tiers import Role, UnitSize
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
-from rabbit_engine.streaming import Unit, WeightRef, make_unit, row_blocks, weight_refs
+from rabbit_engine.streaming import Unit, WeightRef, make_unit, multiplies_packed, row_blocks, weight_refs
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights, untie
 
@@ -71,7 +71,7 @@ class Partition:
 
     `blocks` are the parts of the weight `head` if it is cut; `embedding` is the weight that can be read by row. `experts` are
     the experts, in order, of each module whose experts can be read one by one; `whole_experts` maps the other classes to the
-    reason why not.
+    reason why not. `linears` are the stored weights that only a plain linear layer uses.
     """
 
     layout: Layout
@@ -85,6 +85,23 @@ class Partition:
     embedding: str | None
     experts: Mapping[str, tuple[Unit, ...]]
     whole_experts: Mapping[str, str]
+    linears: frozenset[str]
+
+    def packed(self, unit: Unit, fused: bool | None) -> frozenset[str]:
+        """The weights of the unit that are multiplied by in their stored form; `fused` as in `StreamConfig.fused_products`."""
+        owner = unit.name.rpartition("[")[0]
+        if owner in self.experts:
+            module: Any = self.weights.refs[self.weights.names_in(owner)[0]].module
+            used_in_linear = not module.is_transposed
+        else:
+            used_in_linear = any(unit.name == block.unit for block in self.blocks)
+        entries = [weight.entry for weight in unit.weights if used_in_linear or weight.entry.name in self.linears]
+        return frozenset(entry.name for entry in entries if multiplies_packed(entry, fused))
+
+    def stays_packed(self, fused: bool | None) -> bool:
+        """Whether any weight is multiplied by in its stored form, so that decoding it at load would only cost."""
+        experts = (units[0] for units in self.experts.values())
+        return any(self.packed(unit, fused) for unit in (*self.units.values(), *experts))
 
     @property
     def is_encoded(self) -> bool:
@@ -293,9 +310,12 @@ class _Partitioner:
                 continue
             own = [name for name in names if self._weights.entries[name].name not in head]
             unit = self._weights.unit(module, own)
-            if module == self._layout.embedding and self._embedding():
+            if module == self._layout.embedding and (embedding := self._embedding()) is not None:
                 self._units[module] = unit
-                self._sizes.insert(0, UnitSize(module, "embedding", unit.nbytes, unit.read_bytes))
+                by_row = UnitSize(
+                    module, "embedding", unit.nbytes, unit.read_bytes, only_by_row=self._weights.entries[embedding].is_encoded
+                )
+                self._sizes.insert(0, by_row)
             else:
                 self._add(module, unit, streamed=False)
 
@@ -305,7 +325,18 @@ class _Partitioner:
         if module is None or not isinstance(self._model.get_submodule(module), nn.Embedding):
             return None
         names = self._weights.owned[module]
-        return names[0] if len(names) == 1 and not self._weights.entries[names[0]].is_encoded else None
+        return names[0] if len(names) == 1 and self._weights.entries[names[0]].rows_together == 1 else None
+
+    def _linears(self) -> frozenset[str]:
+        """The stored weights that only a plain linear layer uses. A tied head is one too: the embedding is read by row."""
+        found = (name for name in self._weights.entries if name.rpartition(".")[2] == "weight" and self._is_linear(name))
+        return frozenset(self._weights.entries[name].name for name in found)
+
+    def _is_linear(self, name: str) -> bool:
+        module, entry = name.rpartition(".")[0], self._weights.entries[name]
+        is_plain = type(self._model.get_submodule(module)).forward is nn.Linear.forward
+        alone = module in self._run_order and not self._parent_has_weights(module)
+        return is_plain and alone and (self._users[entry.name] == 1 or module == self._layout.head)
 
     def finish(self) -> Partition:
         """The finished partition."""
@@ -322,13 +353,14 @@ class _Partitioner:
             self._embedding(),
             self._experts,
             self._whole_experts,
+            self._linears(),
         )
 
 
 def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
     """The size of a unit that stays and is decoded at load: the memory of its decoded weights, and scratch for the stored
     ones."""
-    if not unit.is_encoded:
+    if not unit.is_encoded or size.only_by_row:
         return size
     return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes + unit.work_bytes, decoded=True)
 

@@ -114,7 +114,8 @@ def _place_all(units: Sequence[UnitSize], memory: _Memory) -> _Placed | None:
     if any(unit.role == "experts" and unit.scratch_bytes and not unit.decoded for unit in units):
         return None  # experts are decoded one by one, on demand
     rooms = {tier.name: memory.room(tier) for tier in memory.tiers if tier.computes}
-    packed = _packed(units, rooms) or _packed([unit for unit in units if unit.role != "embedding"], rooms)
+    staying = [unit for unit in units if not unit.only_by_row]
+    packed = _packed(staying, rooms) or _packed([unit for unit in staying if unit.role != "embedding"], rooms)
     return None if packed is None else _Placed(packed)
 
 

@@ -29,7 +29,7 @@ class UnitSize:
     `resident` must stay. One that `encloses` is held while units inside it are in use. A `rare` one runs in few passes (a
     vision tower, for images) and is the last to stay. The `experts` of a layer are read on demand, with `routing`, unless
     everything fits. One with encoded weights needs `scratch_bytes` of the device while in use; one that is `decoded` at load
-    needs them then, and `nbytes` counts its decoded weights.
+    needs them then, and `nbytes` counts its decoded weights. An encoded embedding is `only_by_row`: it never stays.
     """
 
     name: str
@@ -41,6 +41,7 @@ class UnitSize:
     routing: Routing | None = None
     scratch_bytes: int = 0
     decoded: bool = False
+    only_by_row: bool = False
 
     @property
     def disk_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -37,6 +38,8 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.fl
 @dataclass(frozen=True, slots=True)
 class Fp8Blocks:
     """Components: the weight in an eight-bit float, and its scales, one for each block."""
+
+    by_rows: ClassVar[bool] = True
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Decode some rows at a time: to float32, times their scales, to the dtype of `out`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,12 +15,38 @@ _WORK_SHARE = 8
 class Encoding(Protocol):
     """A storage format of weights. Encodings are values: equal ones decode alike, and print as their name."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every component holds the weight's rows in order along its own dimension 0, so that a range of rows is a
+        range of each component."""
+
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Write the weight that `stored` holds to `out`, which has its shape, dtype and device.
 
         `stored` are the weight's components in the order of `TensorEntry.components`, in their own dtypes and shapes, on the
         device of `out`. `work`, uint8 [`work_bytes(out.nbytes)`] or more on that device, is memory for temporaries: large ones
         that are allocated for every weight would take longer to map than to fill.
+        """
+
+
+@runtime_checkable
+class Product(Protocol):
+    """What an encoding has in addition if it can multiply by a weight without decoding it.
+
+    The result may differ from that of the decoded weight by rounding.
+    """
+
+    @property
+    def fused_by_default(self) -> bool:
+        """Whether `linear` is used unless the caller asks for decoded weights: nothing defines other bits for this format."""
+
+    def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `linear` with `rows` rows of states in `dtype` works on `device`, and takes less time than decoding."""
+
+    def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+        """`states` [rows, columns] times the transposed weight of `shape` [outputs, columns]: [rows, outputs], in their dtype.
+
+        `stored` as in `Encoding.decode`.
         """
 
 

@@ -87,10 +87,27 @@ class TensorEntry:
         """Bytes of the decoded tensor; equal to `nbytes` unless it is encoded."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def rows_together(self) -> int:
+        """The number of rows (along dimension 0) that can only be cut from others together: 1 for a plain tensor, a row of
+        blocks for scales by block; all rows of an encoding that mixes them."""
+        count = self.shape[0]
+        if not self.is_encoded:
+            return 1
+        if self.encoding is None or not self.encoding.by_rows:
+            return count
+        stored = [component.shape[0] if component.shape else 1 for component in self.components]
+        if any(max(rows, count) % min(rows, count) for rows in stored):
+            return count
+        return max(1, *(count // rows for rows in stored))
+
     def rows(self, first: int, stop: int) -> TensorEntry:
-        """Rows `first` to `stop` (along dimension 0) as an entry. Raises ValueError for an encoded one: see `each_row`."""
+        """Rows `first` to `stop` (along dimension 0) as an entry. Raises ValueError if that would cut `rows_together`."""
+        together, name, shape = self.rows_together, f"{self.name}[{first}:{stop}]", (stop - first, *self.shape[1:])
+        if first % together or stop % together:
+            raise ValueError(f"{self.name} is stored encoded, {together} rows together: rows {first} to {stop} cut them")
         if self.is_encoded:
-            raise ValueError(f"{self.name} is stored encoded: its rows are not ranges of its bytes")
+            return self if shape == self.shape else self._encoded_rows(name, first, stop)
         row_bytes = self.nbytes // self.shape[0]
         begin, end, position, found = first * row_bytes, stop * row_bytes, 0, []
         for place in self.places:
@@ -98,8 +115,14 @@ class TensorEntry:
             if low < high:
                 found.append(replace(place, offset=place.offset + low, nbytes=high - low))
             position += place.nbytes
-        name, shape = f"{self.name}[{first}:{stop}]", (stop - first, *self.shape[1:])
         return gathered(name, self.dtype, shape, found)
+
+    def _encoded_rows(self, name: str, first: int, stop: int) -> TensorEntry:
+        """Rows in proportion of every component."""
+        assert self.encoding is not None  # noqa: S101 - parts are not cut: see rows_together
+        count = self.shape[0]
+        parts = [part.rows(part.shape[0] * first // count, part.shape[0] * stop // count) for part in self.components]
+        return encoded(name, self.dtype, (stop - first, *self.shape[1:]), self.encoding, parts)
 
 
 def each_row(entry: TensorEntry) -> list[TensorEntry]:

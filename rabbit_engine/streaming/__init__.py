@@ -1,15 +1,17 @@
 """Streams weights: disk -> host memory -> ring -> parameter, and releases them again."""
 
 from rabbit_engine.streaming.binding.binding import Binding
-from rabbit_engine.streaming.binding.blocks import LinearBlocks, RowBlock
+from rabbit_engine.streaming.binding.blocks import Borrow, LinearBlocks, RowBlock
 from rabbit_engine.streaming.binding.bound import BoundUnit, ResidentUnit, WeightRef, weight_refs
 from rabbit_engine.streaming.binding.linears import join_rows
+from rabbit_engine.streaming.binding.packed import PackedWeight, multiplies_packed
 from rabbit_engine.streaming.binding.passes import guard
 from rabbit_engine.streaming.binding.placeholder import ExpertsPlaceholder, Placeholder, Placeholders
 from rabbit_engine.streaming.binding.routed import RoutedExperts, adapts_routed, route
 from rabbit_engine.streaming.binding.rows import EmbeddingRows
 from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.tied import TiedRows
+from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
@@ -26,6 +28,7 @@ from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 __all__ = [
     "STAGING_BYTES",
     "Binding",
+    "Borrow",
     "BoundUnit",
     "EmbeddingRows",
     "ExpertCache",
@@ -36,6 +39,7 @@ __all__ = [
     "Fiber",
     "HostPlace",
     "LinearBlocks",
+    "PackedWeight",
     "PassProgress",
     "Placeholder",
     "Placeholders",
@@ -53,6 +57,7 @@ __all__ = [
     "Transfer",
     "Unit",
     "UnitProfile",
+    "UnitWeights",
     "WeightRef",
     "adapts_routed",
     "busy_share",
@@ -63,6 +68,7 @@ __all__ = [
     "join_rows",
     "make_unit",
     "move",
+    "multiplies_packed",
     "route",
     "row_blocks",
     "share_products",

@@ -112,6 +112,7 @@ KEYWORDS = (
 OWN_KEYWORDS = (
     "device",
     "compression",
+    "fused_products",
     "layer_shards_saving_path",
     "delete_original",
     "split",

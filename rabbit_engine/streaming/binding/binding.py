@@ -17,6 +17,7 @@ from torch import nn
 from rabbit_engine.streaming.binding.bound import BoundUnit, ResidentUnit
 from rabbit_engine.streaming.binding.passes import Passes
 from rabbit_engine.streaming.binding.scratch import Scratch
+from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
 from rabbit_engine.streaming.scheduler import fiber_on
 from rabbit_engine.streaming.telemetry.progress import PassMeter
@@ -77,7 +78,7 @@ class Binding:
         name = bound.unit.name
         place, memory = self._acquire(name)  # before the try: what was not acquired must not be released
         try:
-            with self.computing(name), bound.decoded(memory):
+            with self.computing(name), bound.using(memory):
                 bound.set_weights(place, memory)
                 return forward()
         finally:
@@ -85,21 +86,21 @@ class Binding:
 
     def _run_resident(self, bound: ResidentUnit, forward: Callable[[], Any]) -> Any:
         try:
-            with bound.decoded(bound.memory):
+            with bound.using(bound.memory):
                 bound.set_weights(0, bound.memory)
                 return forward()
         finally:
             bound.set_placeholders()
 
     @contextmanager
-    def borrow(self, unit: Unit) -> Iterator[torch.Tensor]:
+    def borrow(self, unit: Unit, weights: UnitWeights) -> Iterator[torch.Tensor]:
         """Provide the single weight of a unit that has no module of its own, while the block runs."""
         self._transfer.require_open()
         with self.passes.lock:
             _, memory = self._acquire(unit.name)
             try:
-                with self.computing(unit.name):
-                    yield unit.weights[0].view(memory)
+                with self.computing(unit.name), weights.using(memory):
+                    yield weights.views(memory)[0]
             finally:
                 self.let_go(unit.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from rabbit_engine.streaming.binding.placeholder import Placeholders
-from rabbit_engine.streaming.binding.scratch import Scratch
+from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.transfer.unit import Unit
 
 _PLACES = 8
-_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,13 @@ def weight_refs(model: nn.Module, names: Sequence[str]) -> dict[str, WeightRef]:
 
 
 class BoundUnit:
-    """A unit, the refs of its weights, and their placeholders. One with encoded weights has the `scratch` to decode them to."""
+    """A unit, its `weights`, their refs and placeholders."""
 
     def __init__(
-        self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], placeholders: Placeholders, scratch: Scratch | None = None
+        self, unit: Unit, refs: Mapping[str, Sequence[WeightRef]], placeholders: Placeholders, weights: UnitWeights
     ) -> None:
         self.unit = unit
-        self._scratch = scratch
-        self._decoded = scratch.views(unit) if scratch is not None else []
+        self._weights = weights
         self._refs = [refs[weight.entry.name] for weight in unit.weights]
         self._are_parameters = [refs[0].holds_parameter for refs in self._refs]
         pairs = zip(unit.weights, self._are_parameters, strict=True)
@@ -62,9 +60,13 @@ class BoundUnit:
         self._views: dict[int, list[torch.Tensor]] = {}
         self.set_placeholders()
 
+    def using(self, memory: torch.Tensor) -> AbstractContextManager[None]:
+        """A block in which the weights of the unit in `memory` are used. Raises StreamingError."""
+        return self._weights.using(memory)
+
     def set_weights(self, place: int, memory: torch.Tensor) -> None:
-        """Set views of the ring, or of the scratch for encoded weights. They are cached for the places where a unit is often
-        put: rebinding takes 0.1 microseconds, a new Parameter 8."""
+        """Set the weights of the unit in `memory`. They are cached for the places where a unit is often put: rebinding takes
+        0.1 microseconds, a new Parameter 8."""
         if place not in self._views:
             if len(self._views) == _PLACES:
                 self._views.clear()
@@ -72,14 +74,8 @@ class BoundUnit:
         self._set(self._views[place])
 
     def _make_views(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        decoded = iter(self._decoded)
-        found = (next(decoded) if weight.entry.is_encoded else weight.view(memory) for weight in self.unit.weights)
-        kinds = zip(found, self._are_parameters, strict=True)
+        kinds = zip(self._weights.views(memory), self._are_parameters, strict=True)
         return [nn.Parameter(view, requires_grad=False) if is_parameter else view for view, is_parameter in kinds]
-
-    def decoded(self, memory: torch.Tensor) -> AbstractContextManager[None]:
-        """Provide its decoded weights in the scratch within the block; the unit is in `memory`. Raises StreamingError."""
-        return _NOTHING if self._scratch is None else self._scratch.holding(self.unit, memory, self._decoded)
 
     def set_placeholders(self) -> None:
         """Set the placeholders again."""
@@ -94,7 +90,6 @@ class BoundUnit:
         """Drop the views, so that the ring's memory can be freed."""
         self.set_placeholders()
         self._views.clear()
-        self._decoded.clear()
 
 
 class ResidentUnit(BoundUnit):
@@ -105,10 +100,10 @@ class ResidentUnit(BoundUnit):
         unit: Unit,
         refs: Mapping[str, Sequence[WeightRef]],
         placeholders: Placeholders,
-        scratch: Scratch | None,
+        weights: UnitWeights,
         memory: torch.Tensor,
     ) -> None:
-        super().__init__(unit, refs, placeholders, scratch)
+        super().__init__(unit, refs, placeholders, weights)
         self.memory = memory
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from rabbit_engine.errors import StreamingError
 from rabbit_engine.streaming.binding.binding import Binding
-from rabbit_engine.streaming.binding.scratch import Scratch
+from rabbit_engine.streaming.binding.packed import PackedWeight
+from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import refuse_gradients
 from rabbit_engine.streaming.transfer.experts import ExpertCache
 from rabbit_engine.streaming.transfer.slots import HALF_LIFE_TOKENS
@@ -39,13 +40,13 @@ IMPLEMENTATION = "rabbit_engine"
 class RoutedExperts:
     """The experts `units` of a module, whose weights `cache` reads on demand.
 
-    Encoded ones are decoded into `scratch`, one expert at a time.
+    `weights` are those of each unit.
     """
 
     def __init__(
-        self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding, scratch: Scratch | None = None
+        self, name: str, units: Sequence[Unit], cache: ExpertCache, binding: Binding, weights: Sequence[UnitWeights]
     ) -> None:
-        self._name, self._units, self._cache, self._binding, self._scratch = name, units, cache, binding, scratch
+        self._name, self._units, self._cache, self._binding, self._unit_weights = name, units, cache, binding, weights
 
     def run(
         self, module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -82,13 +83,15 @@ class RoutedExperts:
     @contextmanager
     def _weights(self, index: int, memory: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         """An expert's weights under the names of the module's stacks, while the block runs."""
-        unit, scratch = self._units[index], self._scratch
-        decoded = scratch.views(unit) if scratch is not None else []
-        with scratch.holding(unit, memory, decoded) if scratch is not None else nullcontext():
-            views = iter(decoded)
-            found = (next(views) if weight.entry.is_encoded else weight.view(memory) for weight in unit.weights)
+        unit, weights = self._units[index], self._unit_weights[index]
+        with weights.using(memory):
             names = (weight.entry.name.rpartition("[")[0].rpartition(".")[2] for weight in unit.weights)
-            yield {name: view[0] for name, view in zip(names, found, strict=True)}
+            yield {name: _of_one(view) for name, view in zip(names, weights.views(memory), strict=True)}
+
+
+def _of_one(view: torch.Tensor) -> torch.Tensor:
+    """The weight of one expert in a stack of one; a packed weight has no dimension of experts."""
+    return view if isinstance(view, PackedWeight) else view[0]
 
 
 def decayed_uses(top_k_index: torch.Tensor, counts: Sequence[int], length: int) -> dict[int, float]:

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.storage.directio import as_bytes, damage_as, open_unchanged, read_into
+from rabbit_engine.storage.encoding import work_bytes
+from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming.binding.placeholder import Placeholder
 
 
@@ -19,16 +21,16 @@ class EmbeddingRows(Placeholder):
     @damage_as(DamagedShardError)
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of int64 `ids` [n] on the CPU: [n, width]. Raises IndexError past the vocabulary, as torch does."""
-        rows, row_bytes = self.shape[0], self.entry.nbytes // max(1, self.shape[0])
+        entry, rows = self.entry, self.shape[0]
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
             span = f"{int(ids.min())} to {int(ids.max())}"
             raise IndexError(f"index out of range in self: {self.weight_name} has {rows} rows, the ids go from {span}")
-        table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
-        with open_unchanged(self.entry.path, self.entry.stamp) as file:
-            for index, row in enumerate(ids.tolist()):
-                file.seek(self.entry.offset + row * row_bytes)
-                read_into(file, as_bytes(table[index]), self.entry.path)
-        return table.view(self.dtype)
+        if entry.encoding is None:
+            return _read_rows(entry, ids).view(self.dtype)
+        tables = [_read_rows(part, ids).view(part.dtype).view(len(ids), *part.shape[1:]) for part in entry.components]
+        decoded = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype, device="cpu")
+        entry.encoding.decode(tables, decoded, torch.empty(work_bytes(decoded.nbytes), dtype=torch.uint8, device="cpu"))
+        return decoded
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -44,3 +46,14 @@ class EmbeddingRows(Placeholder):
             weight, row = args[0], args[2] % args[0].shape[0]
             return weight.read(torch.tensor([row], device="cpu"))[0].to(weight.device)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _read_rows(entry: TensorEntry, ids: torch.Tensor) -> torch.Tensor:
+    """The bytes of rows `ids` of a plain tensor: uint8 [n, bytes of a row]."""
+    row_bytes = entry.nbytes // max(1, entry.shape[0])
+    table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
+    with open_unchanged(entry.path, entry.stamp) as file:
+        for index, row in enumerate(ids.tolist()):
+            file.seek(entry.offset + row * row_bytes)
+            read_into(file, as_bytes(table[index]), entry.path)
+    return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,8 +30,8 @@ class Scratch:
         return unit.scratch_views(self._memory)
 
     @contextmanager
-    def holding(self, unit: Unit, memory: torch.Tensor, views: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within the block the encoded weights of `unit`, which lies in `memory`, are in their `views`.
+    def holding(self, unit: Unit, memory: torch.Tensor) -> Iterator[None]:
+        """Within the block the encoded weights of `unit`, which lies in `memory`, are in its `views`.
 
         Raises StreamingError where another unit's are needed until later.
         """
@@ -41,7 +41,7 @@ class Scratch:
             if self._users:
                 raise StreamingError(f"{unit.name} is asked for while the weights of another unit are in its scratch memory")
             self._unit = None  # whatever interrupts the decoding leaves nobody's weights
-            unit.decode_encoded(memory, views, self._memory)
+            unit.decode_encoded(memory, self.views(unit), self._memory)
             self._unit = unit
         self._users += 1
         try:

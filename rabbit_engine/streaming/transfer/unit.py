@@ -58,7 +58,11 @@ class UnitWeight:
 
     def decode(self, memory: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
         """Write an encoded weight to `out`, of its shape and dtype; temporaries lie in `work` (uint8 [unit.work_bytes])."""
-        decode(self.entry, map(partial(_view, memory), self.entry.stored, self.places), out, work)
+        decode(self.entry, iter(self.stored_views(memory)), out, work)
+
+    def stored_views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors that an encoded weight is stored as, in `memory`, without a copy."""
+        return list(map(partial(_view, memory), self.entry.stored, self.places))
 
 
 def _view(memory: torch.Tensor, entry: TensorEntry, place: int) -> torch.Tensor:
@@ -247,13 +251,10 @@ def _halves(extent: Extent, nbytes: int, *, beside: int) -> list[Extent]:
 def row_blocks(entry: TensorEntry, most_bytes: int) -> list[tuple[int, int, TensorEntry]]:
     """A matrix cut by rows: `(first row, row behind the last, the rows as a weight of their own)`, each at most `most_bytes`.
 
-    Blocks are of about equal size; a row that is larger than `most_bytes` is a block, and an
-    encoded matrix is one.
+    Blocks are of about equal size. A row, or rows that are encoded together, may be larger.
     """
-    rows = entry.shape[0]
-    if entry.is_encoded:
-        return [(0, rows, entry)]
-    row_bytes = entry.nbytes // rows
-    count = -(-rows // max(1, most_bytes // row_bytes))
-    bounds = [rows * index // count for index in range(count + 1)]
+    rows, together = entry.shape[0], entry.rows_together
+    groups = rows // together
+    count = -(-groups // max(1, most_bytes // (entry.nbytes // groups)))
+    bounds = [groups * index // count * together for index in range(count + 1)]
     return [(first, stop, entry.rows(first, stop)) for first, stop in pairwise(bounds)]
