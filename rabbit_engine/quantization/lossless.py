@@ -1,0 +1,187 @@
+"""bfloat16 without loss in about 0.7 of its bytes: a code of three bits for most exponents, the others listed.
+
+Trained weights use few exponents often: of a normal distribution 98.8% lie in eight that follow each other, so the eight bits
+of an exponent become three. A weight [..., rows, columns] is cut into groups of whole rows, and stored as
+
+- `low` uint8 [..., rows, columns]: the sign and the seven bits of the mantissa of each value;
+- `codes` uint8 [..., rows, 3/8 columns]: how far each exponent is above the group's lowest. Of the eight equal parts of a row,
+  part p has its lower two bits from byte `(p % 2) * columns / 8` on at bit `p // 2 * 2`, its third from `columns / 4` at bit p;
+- `groups` int32 [..., groups, 2]: the lowest exponent, and the number of escapes;
+- `escapes` uint8 [..., groups, 2, most]: the distances between values whose exponent is another, and that exponent. A value
+  further than 255 away is reached over values in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rabbit_engine.quantization.kernels import can_run, run_rows
+from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
+
+ROLES = ("low", "codes", "groups", "escapes")
+_PARTS = 8
+_WINDOW = 8
+"""Exponents that have a code."""
+
+_GROUP_VALUES = 2**16
+_PIECE_VALUES = 2**18
+"""Values that torch operations decode together."""
+
+_WORTH = 0.9
+"""A weight is stored so if it takes at most this share of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lossless:
+    """Components in the order of ROLES; the weight is bfloat16."""
+
+    by_rows: ClassVar[bool] = True
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+        """Decode the groups, in compiled code or by torch operations."""
+        del work
+        low, codes, groups, escapes = _flat(stored)
+        bits = out.view(torch.int16).view(low.shape)
+        if can_run(out.device):
+            from rabbit_engine.quantization.kernels.lossless import decode_groups
+
+            views = (low.numpy(), codes.numpy(), escapes.numpy(), groups.numpy(), bits.view(torch.uint16).numpy())
+            run_rows(decode_groups, len(groups), *views, least=4)
+        else:
+            _decode(low, codes, groups, escapes, bits)
+
+
+def _flat(stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The components without the dimensions of stacks."""
+    low, codes, groups, escapes = stored
+    flat = (part.flatten(end_dim=-2) for part in (low, codes, groups))
+    return [*flat, escapes.flatten(end_dim=-3)]
+
+
+def _decode(low: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, escapes: torch.Tensor, bits: torch.Tensor) -> None:
+    rows, eighth = len(low) // len(groups), low.shape[1] // _PARTS
+    at_once = max(1, _PIECE_VALUES // (rows * low.shape[1]))
+    for first in range(0, len(groups), at_once):
+        some, base = slice(first * rows, (first + at_once) * rows), groups[first : first + at_once, 0]
+        target, values, packed = bits[some], low[some], codes[some].int()
+        lowest = base.repeat_interleave(rows)[:, None]
+        for part in range(_PARTS):
+            place = slice(part * eighth, (part + 1) * eighth)
+            pairs = packed[:, (part % 2) * eighth :][:, :eighth] >> (2 * (part // 2)) & 3
+            code = pairs | (packed[:, 2 * eighth :] >> part & 1) << 2
+            value = values[:, place].int()
+            target[:, place] = _bits(value, code + lowest)
+        _set_escapes(target.view(len(base), -1), groups[first : first + at_once, 1], escapes[first : first + at_once])
+
+
+def _bits(value: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """bfloat16's bits, int32, of int32 signs and mantissas in eight bits, and exponents."""
+    return (exponent & 0xFF) << 7 | value & 0x7F | (value & 0x80) << 8
+
+
+def _set_escapes(target: torch.Tensor, counts: torch.Tensor, escapes: torch.Tensor) -> None:
+    """Set exponents in `target` int16 [groups, values of a group]."""
+    positions = escapes[:, 0].long().cumsum(1) - 1
+    listed = torch.arange(escapes.shape[2], device=escapes.device) < counts[:, None]
+    group, index = torch.nonzero(listed & (positions >= 0) & (positions < target.shape[1]), as_tuple=True)
+    position = positions[group, index]
+    target[group, position] = target[group, position] & -0x7F81 | (escapes[group, 1, index].int() << 7).to(torch.int16)
+
+
+def compress(weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The components of a weight by their roles, or None if it gains less than a tenth: only bfloat16 matrices, whose columns
+    are a multiple of 8, can."""
+    if weight.dtype != torch.bfloat16 or weight.dim() < 2 or not weight.numel() or weight.shape[-1] % _PARTS:
+        return None
+    parts = [_compress(matrix) for matrix in weight.reshape(-1, *weight.shape[-2:])]
+    most = max(part["escapes"].shape[-1] for part in parts)
+    for part in parts:
+        part["escapes"] = torch.nn.functional.pad(part["escapes"], (0, most - part["escapes"].shape[-1]))
+    above = weight.shape[:-2]
+    found = {role: torch.stack([part[role] for part in parts]).view(*above, *parts[0][role].shape) for role in ROLES}
+    return found if sum(tensor.nbytes for tensor in found.values()) <= _WORTH * weight.nbytes else None
+
+
+def _compress(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = matrix.shape
+    together = max(
+        count for count in range(1, rows + 1) if rows % count == 0 and (count == 1 or count * columns <= _GROUP_VALUES)
+    )
+    bits = matrix.contiguous().view(torch.int16)
+    exponents = (bits >> 7 & 0xFF).to(torch.uint8).view(rows // together, -1)
+    lowest = _lowest(exponents)
+    codes = exponents.int() - lowest[:, None]
+    escaped = (codes < 0) | (codes >= _WINDOW)
+    packed = _packed(codes.masked_fill(escaped, 0).to(torch.uint8).view(rows, columns))
+    counts, escapes = _listed(exponents, escaped)
+    low = (bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8)
+    return {"low": low, "codes": packed, "groups": torch.stack([lowest, counts], 1).int(), "escapes": escapes}
+
+
+def _lowest(exponents: torch.Tensor) -> torch.Tensor:
+    """For each group the lowest of the eight exponents in a row that are the most frequent together: int32 [groups]."""
+    found = []
+    for group in exponents:
+        counts = torch.bincount(group, minlength=256)
+        found.append(counts.unfold(0, _WINDOW, 1).sum(1).argmax())
+    return torch.stack(found).int()
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns] of three bits to [rows, 3/8 columns]."""
+    rows, columns = codes.shape
+    eighth = columns // _PARTS
+    found = torch.zeros(rows, 3 * eighth, dtype=torch.uint8)
+    for part, code in enumerate(codes.split(eighth, dim=1)):
+        found[:, (part % 2) * eighth :][:, :eighth] |= (code & 3) << (2 * (part // 2))
+        found[:, 2 * eighth :] |= code >> 2 << part
+    return found
+
+
+def _listed(exponents: torch.Tensor, escaped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of escapes of each group, and uint8 [groups, 2, most] of distances and exponents."""
+    group, position = torch.nonzero(escaped, as_tuple=True)
+    is_first = torch.ones_like(group, dtype=torch.bool)
+    is_first[1:] = group[1:] != group[:-1]
+    distance = position - torch.where(is_first, -1, position.roll(1))
+    steps = (distance - 1) // 255 + 1
+    step_group = group.repeat_interleave(steps)
+    ends = steps.cumsum(0)
+    steps_of = torch.full_like(step_group, 255)
+    steps_of[ends - 1] = distance - 255 * (steps - 1)
+    counts = torch.bincount(step_group, minlength=len(exponents))
+    most = max(1, int(counts.max()))
+    index = torch.arange(len(step_group)) - (counts.cumsum(0) - counts)[step_group]
+    escapes = torch.zeros(len(exponents), 2, most, dtype=torch.uint8)
+    escapes[step_group, 0, index] = steps_of.to(torch.uint8)
+    reached = escapes[:, 0].long().cumsum(1) - 1
+    escapes[step_group, 1, index] = exponents[step_group, reached[step_group, index]]
+    return counts, escapes
+
+
+def lossless_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
+    """The entry of the weight that the components `stored` by their roles encode; or the reason why they do not."""
+    missing = [role for role in ROLES if role not in stored]
+    if missing:
+        return f"its {' and '.join(missing)} are missing"
+    low, codes, groups, escapes = (stored[role] for role in ROLES)
+    if dtype != torch.bfloat16:
+        return f"it would be {dtype}, only bfloat16 is stored so"
+    if any(part.dtype != torch.uint8 for part in (low, codes, escapes)) or groups.dtype != torch.int32:
+        return "its components are of other dtypes"
+    above, rows, columns = low.shape[:-2], *(low.shape[-2:] if len(low.shape) > 1 else (0, 0))
+    count = groups.shape[-2] if len(groups.shape) > 1 else 0
+    fits = (
+        columns and columns % _PARTS == 0 and count and rows % count == 0
+        and codes.shape == (*above, rows, 3 * columns // _PARTS)
+        and groups.shape == (*above, count, 2)
+        and escapes.shape[:-1] == (*above, count, 2)
+    )  # fmt: skip
+    if not fits:
+        shapes = ", ".join(f"{role} {list(stored[role].shape)}" for role in ROLES)
+        return f"the shapes of its components do not fit each other: {shapes}"
+    return encoded(name, dtype, low.shape, Lossless(), (low, codes, groups, escapes))
