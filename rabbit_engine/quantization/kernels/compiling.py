@@ -25,7 +25,7 @@ def product_kernel(function: _Function) -> _Function:
 
 def part(function: _Function) -> _Function:
     """Compile a function that kernels of the same file call."""
-    return cast(_Function, numba.njit(function, nogil=True, error_model="numpy"))
+    return cast(_Function, numba.njit(function, nogil=True, error_model="numpy", forceinline=True))
 
 
 def _compiled(function: _Function, *, fastmath: bool) -> _Function:

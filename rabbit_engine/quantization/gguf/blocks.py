@@ -1,0 +1,112 @@
+"""The encoding of a weight that is stored in GGUF's blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from rabbit_engine.quantization import kernels
+from rabbit_engine.quantization.gguf.order import RowOrder
+from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
+from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""ggml's types that are no blocks."""
+
+BLOCKS = frozenset(LAYOUTS)
+"""ggml's types of blocks that can be decoded."""
+
+_MOST_AT_ONCE = 2**18
+"""Values that torch operations decode together on a CPU: few enough for its caches."""
+
+_VALUE_BYTES = 16
+"""What torch's temporaries take for a value: most are bytes, two are float32."""
+
+_KERNEL_VALUES = 2**17
+"""Values that are worth a thread of their own."""
+
+_BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""How kernels tell the dtype of their output."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufBlocks:
+    """One component, uint8 [..., bytes of a row]: blocks of ggml's type `kind`, with rows in `order` if it is given.
+
+    `stepwise` rounds scales and products to the weight's dtype, as transformers' newer reader does; else only values are.
+    """
+
+    kind: str
+    order: RowOrder | None = None
+    stepwise: bool = False
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether row r of the weight is row r of what is stored."""
+        return self.order is None
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+        """With a compiled kernel on a CPU, else with torch operations; both give the same bits."""
+        rows, target = stored[0].view(-1, stored[0].shape[-1]), out.view(-1, out.shape[-1])
+        if out.dtype in _BITS and kernels.can_run(out.device):
+            self._decode_compiled(rows, target)
+        else:
+            self._decode_with_torch(rows, target, work)
+
+    def _decode_compiled(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        from rabbit_engine.quantization.kernels.gguf import DECODERS
+
+        order: NDArray[np.int64] = (torch.empty(0, dtype=torch.int64) if self.order is None else self.order.index).numpy()
+        bits, steps = out.view(_BITS[out.dtype]).numpy(), (self.stepwise and out.dtype != torch.float32) or None
+        least = -(-_KERNEL_VALUES // out.shape[1])
+        kernels.run_rows(DECODERS[self.kind], len(out), rows.numpy(), order, bits, steps, least=least)
+
+    def _decode_with_torch(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+        most = work.nbytes // _VALUE_BYTES
+        at_once = max(1, (min(_MOST_AT_ONCE, most) if out.device.type == "cpu" else most) // out.shape[1])
+        index = None if self.order is None else self.order.on(out.device)
+        for first in range(0, len(out), at_once):
+            target = out[first : first + at_once]
+            places = slice(first, first + at_once) if index is None else index[first : first + at_once]
+            self._decode_rows(rows[places], target, work)
+
+    def _decode_rows(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+        layout, dtype, stepwise = LAYOUTS[self.kind], out.dtype, self.stepwise
+
+        def rounded(values: torch.Tensor) -> torch.Tensor:
+            return values.to(dtype).float() if stepwise else values
+
+        found = layout.unpack(rows.reshape(-1, layout.nbytes), rounded)
+        values = carve(work, (torch.float32, out.numel()))[0].view(*found.a.shape, -1)
+        torch.mul(found.a[:, :, None], found.q.view(values.shape), out=values)
+        if stepwise:
+            values.copy_(values.to(dtype))
+        if found.c is not None:
+            values.sub_(found.c[:, :, None])
+        out.copy_(values.view(out.shape))
+
+
+def blocks_entry(
+    stored: TensorEntry, name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], *, order: RowOrder | None = None,
+    stepwise: bool = False,
+) -> TensorEntry | str:  # fmt: skip
+    """The entry of weight `name` of `shape` that `stored`, whole rows of blocks, decodes to; or why it cannot be decoded."""
+    layout = LAYOUTS.get(kind)
+    if layout is None:
+        return f"it is stored as {kind}, supported are {', '.join((*PLAIN, *LAYOUTS))}"
+    if not shape or 0 in shape or shape[-1] % layout.values:
+        return f"{list(shape)} values cannot be cut into blocks of {layout.values}"
+    row_bytes = shape[-1] // layout.values * layout.nbytes
+    if stored.nbytes != math.prod(shape[:-1]) * row_bytes:
+        return f"{list(shape)} values are stored in {stored.nbytes} bytes"
+    rows = replace(stored, dtype=torch.uint8, shape=(*shape[:-1], row_bytes))
+    return encoded(name, dtype, shape, GgufBlocks(kind, order, stepwise), [rows])
