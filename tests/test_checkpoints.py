@@ -175,9 +175,9 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         "no generating class",
     ),
     "quantised": (
-        lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+        lambda d: edit_config(d, quantization_config={"quant_method": "hqq", "bits": 4}),
         errors.CompressionUnavailableError,
-        r"already quantised \(gptq\)",
+        r"is quantised with hqq, which is not supported; supported are fp8, mxfp4, bitsandbytes",
     ),
     "other shapes": (
         lambda d: edit_config(d, intermediate_size=64),

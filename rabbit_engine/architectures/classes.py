@@ -27,14 +27,14 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
-from rabbit_engine.transformers_bridge.quantizers import FORMATS
+from rabbit_engine.transformers_bridge.quantizers import FORMATS, PACKED_METHODS, method_of
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
 from rabbit_engine.utils.keywords import refuse_unknown
 
 logger = logging.getLogger(__name__)
 
-_DEQUANTIZED = tuple(found.method for found in FORMATS)
+_DEQUANTIZED = (*(found.method for found in FORMATS), *PACKED_METHODS)
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -161,21 +161,21 @@ def _take_quantization(folder: Path, config: PretrainedConfig) -> Mapping[str, A
     found: Any = method.to_dict() if hasattr(method, "to_dict") else method
     if not isinstance(found, dict):
         raise DamagedCheckpointError(f"{folder}/config.json has quantization_config={found!r}, expected an object")
-    if found.get("quant_method") not in _DEQUANTIZED:
+    if method_of(found) not in _DEQUANTIZED:
         _refuse_quantized(folder, found)
     for part in holders:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    logger.info("%s is quantised (%s): its weights are decoded to plain ones", folder, found["quant_method"])
+    logger.info("%s is quantised (%s): its weights are decoded to plain ones", folder, method_of(found))
     return found
 
 
 def _refuse_quantized(folder: Path, method: object) -> None:
     if method:
-        kind = method.get("quant_method", "?") if isinstance(method, dict) else getattr(method, "quant_method", "?")
+        kind = method_of(method) if isinstance(method, dict) else getattr(method, "quant_method", "?")
         raise CompressionUnavailableError(
-            f"{folder} is already quantised ({kind}); this version streams plain weights and dequantises only "
-            f"{', '.join(_DEQUANTIZED)}: use the unquantised repository"
+            f"{folder} is quantised with {kind}, which is not supported; supported are {', '.join(_DEQUANTIZED)}: "
+            "use a repository in one of these formats, or the unquantised one"
         )
 
 

@@ -19,7 +19,15 @@ from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointE
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
-from rabbit_engine.transformers_bridge.quantizers import Format, Quantizer, dequantizes, open_dequantizer, roles_of
+from rabbit_engine.transformers_bridge.quantizers import (
+    PACKED_METHODS,
+    Format,
+    Quantizer,
+    dequantizes,
+    method_of,
+    open_dequantizer,
+    roles_of,
+)
 from rabbit_engine.transformers_bridge.weight_transforms import (
     NameMap,
     Place,
@@ -70,7 +78,8 @@ class Target:
 class Conversion:
     """transformers' own loading, applied to any group of a checkpoint's keys.
 
-    `skeleton` is the model on the meta device; it provides names, shapes and dtypes, and never holds weights.
+    `skeleton` is the model on the meta device; it provides names, shapes and dtypes, and never holds weights. `quantised`: some
+    of the weights are, so the others may be stored in another float dtype than the model's.
     """
 
     skeleton: PreTrainedModel
@@ -79,6 +88,7 @@ class Conversion:
     quantizer: Quantizer | None = None
     transforms: Sequence[WeightTransform] = ()
     family: str | None = None
+    quantised: bool = False
 
     @cached_property
     def _all_transforms(self) -> list[WeightTransform]:
@@ -122,7 +132,7 @@ class Conversion:
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
         """Raise CompressionUnavailableError for 8-bit floats without a quantization_config: their scales are unknown."""
-        if self.quantizer is None:
+        if not self.quantised:
             for key, target in found.items():
                 if target is not None and getattr(self.tensors[key], "dtype", None) in _NEED_SCALES:
                     raise CompressionUnavailableError(
@@ -144,6 +154,11 @@ class Conversion:
         first, *_ = converter.target_patterns
         names = [place.weight.replace(first, target) for target in converter.target_patterns]
         return Target(place.weight, True, tuple(zip(names, steps[0].rows(self.skeleton.config), strict=True)))
+
+    def shape_for(self, key: str) -> tuple[int, ...] | None:
+        """The shape of the weight that a tensor named `key` goes into unchanged; None if there is no such weight."""
+        place = self._names.place_of(key)
+        return None if place is None or place.converter is not None else tuple(self._state[place.weight].shape)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of the model's weight `name`."""
@@ -188,12 +203,13 @@ def open_conversion(
 ) -> Conversion:
     """The conversion of a safetensors or pickle checkpoint's `tensors` (any object that `tensor[...]` reads).
 
-    The architecture's transforms run before transformers' own; transformers dequantises quantised weights.
+    The architecture's transforms run before transformers' own, which also undo the quantisation of FP8 and MXFP4; weights in
+    another quantised format are entries that decode them.
     """
-    quantizer = None
-    if architecture.quantization is not None:
-        quantizer = _open_quantizer(architecture.quantization, config_path(skeleton.config))
-    return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms, architecture.family)
+    quantizer, quantization = None, architecture.quantization
+    if quantization is not None and method_of(quantization) not in PACKED_METHODS:
+        quantizer = _open_quantizer(quantization, config_path(skeleton.config))
+    return Conversion(skeleton, tensors, dtype, quantizer, architecture.transforms, architecture.family, quantization is not None)
 
 
 def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Quantizer:

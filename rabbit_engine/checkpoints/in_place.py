@@ -14,7 +14,7 @@ from rabbit_engine.checkpoints.skeleton import require_weights
 from rabbit_engine.checkpoints.split_plan import settle_ties
 from rabbit_engine.errors import MismatchedWeightsError
 from rabbit_engine.quantization import Cast, decoded_entry
-from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, gathered
+from rabbit_engine.storage.tensorfiles import TensorEntry, decoded_as, encoded, gathered
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 
 
@@ -59,9 +59,14 @@ def original_entries(
 def _all_entries(conversion: Conversion) -> Iterator[TensorEntry]:
     for name, parts in _parts_of(conversion).items():
         for entry in weight_entries(name, decoded_parts(parts, conversion.dtype_of(name))):
-            dtype = conversion.dtype_of(entry.name)
-            casts = conversion.quantizer is not None and entry.dtype.is_floating_point and entry.dtype != dtype
-            yield encoded(entry.name, dtype, entry.shape, Cast(), [entry]) if casts else entry
+            yield _cast(entry, conversion.dtype_of(entry.name)) if conversion.quantised else entry
+
+
+def _cast(entry: TensorEntry, dtype: torch.dtype) -> TensorEntry:
+    """The entry, decoded or rounded to `dtype` if it is another floating-point one."""
+    if entry.dtype == dtype or not entry.dtype.is_floating_point:
+        return entry
+    return decoded_as(entry, dtype) if entry.is_encoded else encoded(entry.name, dtype, entry.shape, Cast(), [entry])
 
 
 def _parts_of(conversion: Conversion) -> dict[str, list[Part]]:

@@ -88,6 +88,7 @@ def _open_split(request: ModelRequest, journal: Journal | None, mapped: Conversi
     else:
         tensors = open_remaining(request, files, journal, WHOLE_FILES)
         conversion = map_names(request.architecture, request.dtype, tensors.tensors, build)
+        tensors = replace(tensors, tensors=conversion.tensors)
     return Split(
         folder=request.folder,
         originals=request.repo.folder,

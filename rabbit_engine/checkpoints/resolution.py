@@ -17,6 +17,7 @@ from rabbit_engine.architectures import Architecture, Conversion
 from rabbit_engine.checkpoints.existing import Existing, find_existing, open_remaining
 from rabbit_engine.checkpoints.hub import Repo
 from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
+from rabbit_engine.checkpoints.packed import with_own_linears
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.request import ModelRequest, open_request
 from rabbit_engine.checkpoints.shards import Journal, Manifest
@@ -201,14 +202,17 @@ def _from_originals(request: ModelRequest, existing: Existing, reading: Reading,
         return Resolution(_must_split(request, existing, begun or problem or asked), build)
     tensors = open_remaining(request, files, existing.journal, reading).tensors
     conversion = map_names(request.architecture, request.dtype, tensors, build)
+    streamed = conversion if begun or asked else with_own_linears(conversion, request.architecture)
     source: Source
     try:
-        source = _in_place(request, conversion, reading)
+        source = _in_place(request, streamed, reading)
     except NotInPlaceError as error:
         problem = str(error)
     if begun or problem or asked:
         source = _must_split(request, existing, begun or problem or asked)
-    return Resolution(source, build, conversion.skeleton, conversion)
+        if streamed is not conversion:
+            return Resolution(source, build)
+    return Resolution(source, build, streamed.skeleton, streamed)
 
 
 def _begun(existing: Existing) -> str:

@@ -19,6 +19,7 @@ from rabbit_engine.architectures import (
     require_layers,
 )
 from rabbit_engine.checkpoints.formats import LazyTensor
+from rabbit_engine.checkpoints.packed import join_packed, packed_format
 from rabbit_engine.checkpoints.split_plan import Ties, missing_weights, tied_together
 from rabbit_engine.errors import MismatchedWeightsError
 from rabbit_engine.storage.tensorfiles import TensorEntry
@@ -48,10 +49,13 @@ def build_for_entries(
 def map_names(architecture: Architecture, dtype: torch.dtype, tensors: Mapping[str, LazyTensor], build: Build) -> Conversion:
     """The conversion from a checkpoint's names to the model's; it builds and holds the model.
 
-    Raises MismatchedWeightsError if the config has more layers than the checkpoint has tensors.
+    Raises MismatchedWeightsError if the config has more layers than the checkpoint has tensors, and the errors of `join_packed`.
     """
     require_layers(architecture.config, tensors)
-    conversion = open_conversion(architecture, build(architecture, dtype), tensors, dtype)
+    packed, model = packed_format(architecture), build(architecture, dtype)
+    if packed is not None:
+        tensors = join_packed(tensors, packed, dtype, open_conversion(architecture, model, {}, dtype).shape_for)
+    conversion = open_conversion(architecture, model, tensors, dtype)
     shapes = {
         target.name: tuple(tensors[key].shape)
         for key, target in conversion.targets.items()

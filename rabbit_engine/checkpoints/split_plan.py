@@ -66,7 +66,7 @@ def tied_together(tied: Mapping[str, str]) -> dict[str, set[str]]:
 def plan_shards(
     shard_names: Sequence[str],
     shard_of_key: Mapping[str, str],
-    file_of_key: Mapping[str, str],
+    files_of_key: Mapping[str, frozenset[str]],
     bytes_of_shard: Mapping[str, int],
 ) -> tuple[ShardPlan, ...]:
     """The shards in the order of a pass, without empty ones."""
@@ -74,7 +74,7 @@ def plan_shards(
     for key, shard in shard_of_key.items():
         keys[shard].append(key)
     return tuple(
-        ShardPlan(name, tuple(found), frozenset(file_of_key[key] for key in found), bytes_of_shard[name])
+        ShardPlan(name, tuple(found), frozenset().union(*(files_of_key[key] for key in found)), bytes_of_shard[name])
         for name, found in keys.items()
         if found
     )

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Conversion, Target, find_layout
-from rabbit_engine.checkpoints.formats import LazyTensor, TensorSource, are_equal, digest
+from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
 from rabbit_engine.checkpoints.hub import require_room
 from rabbit_engine.checkpoints.shards import (
     JOURNAL_NAME,
@@ -162,7 +162,7 @@ class Split:
         return plan_shards(
             layout.shard_names(),
             shard_of_key,
-            {key: file_of(self.tensors.tensors[key], self.originals) for key in wanted},
+            {key: files_of(self.tensors.tensors[key], self.originals) for key in wanted},
             {shard: aligned_bytes(found) for shard, found in sizes.items()},
         )
 
@@ -266,6 +266,12 @@ class Split:
 def file_of(tensor: LazyTensor, originals: Path) -> str:
     """The name of the original file that holds a tensor, relative to the folder."""
     return tensor.path.relative_to(originals).as_posix()
+
+
+def files_of(tensor: LazyTensor, originals: Path) -> frozenset[str]:
+    """The names of all files that it is stored in: a quantised weight may be stored in several."""
+    places = tensor.entry.places if isinstance(tensor, SafetensorsTensor) else [tensor]
+    return frozenset(place.path.relative_to(originals).as_posix() for place in places)
 
 
 def journal_rows(tensors: Mapping[str, LazyTensor], originals: Path) -> list[tuple[str, str, str, list[int]]]:

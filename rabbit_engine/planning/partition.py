@@ -290,7 +290,7 @@ class _Partitioner:
         weight, rest = f"{head}.weight", [name for name in names if name != f"{head}.weight"]
         largest = max((size.nbytes for size in self._sizes if size.role == "streamed"), default=self._cut.most_bytes)
         most = min(self._cut.most_bytes, max(largest, self._cut.least_bytes))
-        plain = isinstance(self._model.get_submodule(head), nn.Linear) and weight in names
+        plain = type(self._model.get_submodule(head)).forward is nn.Linear.forward and weight in names
         blocks = row_blocks(self._weights.entries[weight], most) if plain else []
         if len(blocks) < 2:
             self._add(head, self._weights.unit(head, names), streamed=True, module=head)

@@ -1,21 +1,31 @@
-"""Encodings of weights: how each is recognised in a checkpoint, and decoded as transformers dequantises it.
+"""Encodings of weights: how each is recognised in a checkpoint, and decoded as its own reference decoder does.
 
-To add one: a class with `decode` and a function that makes an entry of what is stored, in a file of its own; its method in
-`_MAKERS`; and a row of `FORMATS` in `transformers_bridge/quantizers.py`, which names the tensors of a weight.
+To add one that transformers undoes: a class with `decode` and a function that makes an entry of what is stored, in a file of its
+own; its method in `_MAKERS`; and a row of `FORMATS` in `transformers_bridge/quantizers.py`, which names the tensors of a weight.
+To add one that only its own package undoes: the class, and a function that opens the format from a `quantization_config`
+(`format.py`); its method in `_PACKED`, and in `PACKED_METHODS` of `transformers_bridge/quantizers.py`.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from rabbit_engine.quantization import bitsandbytes
+from rabbit_engine.quantization.bitsandbytes import Blocks4bit, Int8Rows
 from rabbit_engine.quantization.cast import Cast
+from rabbit_engine.quantization.format import PackedFormat, ShapeOf, StoredWeight
 from rabbit_engine.quantization.fp8 import Fp8Blocks, fp8_entry
+from rabbit_engine.quantization.linears import Linears
 from rabbit_engine.quantization.mxfp4 import Mxfp4, mxfp4_entry
+from rabbit_engine.storage.jsonvalues import Fields
 from rabbit_engine.storage.tensorfiles import TensorEntry
 
 Maker = Callable[[str, torch.dtype, Mapping[str, TensorEntry]], TensorEntry | str]
 
 _MAKERS: Mapping[str, Maker] = {"fp8": fp8_entry, "mxfp4": mxfp4_entry}
+
+_PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {bitsandbytes.METHOD: bitsandbytes.open_bitsandbytes}
 
 
 def decoded_entry(method: str, name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
@@ -28,4 +38,26 @@ def decoded_entry(method: str, name: str, dtype: torch.dtype, stored: Mapping[st
     return _MAKERS[method](name, dtype, stored)
 
 
-__all__ = ["Cast", "Fp8Blocks", "Mxfp4", "decoded_entry", "fp8_entry", "mxfp4_entry"]
+def open_packed(method: str, config: Mapping[str, Any]) -> PackedFormat | None:
+    """The format of a checkpoint with this `quantization_config`; None if transformers undoes it.
+
+    Raises CompressionUnavailableError for a variant that is not supported, ValueError for values of wrong types.
+    """
+    return _PACKED[method](Fields.of(dict(config), "quantization_config")) if method in _PACKED else None
+
+
+__all__ = [
+    "Blocks4bit",
+    "Cast",
+    "Fp8Blocks",
+    "Int8Rows",
+    "Linears",
+    "Mxfp4",
+    "PackedFormat",
+    "ShapeOf",
+    "StoredWeight",
+    "decoded_entry",
+    "fp8_entry",
+    "mxfp4_entry",
+    "open_packed",
+]

@@ -161,6 +161,11 @@ def encoded(
     )
 
 
+def decoded_as(entry: TensorEntry, dtype: torch.dtype) -> TensorEntry:
+    """An encoded entry, decoded to `dtype`; so are its parts."""
+    return replace(entry, dtype=dtype, parts=tuple(decoded_as(part, dtype) for part in entry.parts))
+
+
 def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
     """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order. `work` as `Encoding` says."""
     if entry.encoding is not None:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 Quantizer = HfQuantizer
+TransposedLinear = Conv1D
+"""GPT-2's linear layer, whose weight is [in, out]: quantisers store it as [out, in]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,15 @@ FORMATS = (
     Format("fp8", "Fp8Dequantize", {"weight": "values", "weight_scale_inv": "scales", "activation_scale": "unused"}),
     Format("mxfp4", "Mxfp4Dequantize", {"blocks": "values", "scales": "scales"}),
 )
+
+PACKED_METHODS = ("bitsandbytes",)
+"""Methods whose weights transformers leaves to other packages: `quantization/` decodes them without it."""
+
+
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """The method that a `quantization_config` names, or bitsandbytes by its switches, as transformers reads it; "?" if none."""
+    switches = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return str(quantization.get("quant_method") or ("bitsandbytes" if switches else "?"))
 
 
 def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:

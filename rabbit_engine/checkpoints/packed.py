@@ -1,0 +1,111 @@
+"""Joins the tensors that a quantised checkpoint stores for each weight: the rest of a resolution sees one, which decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rabbit_engine.architectures import Architecture, Conversion, Target, config_path
+from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor
+from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, first_line
+from rabbit_engine.quantization import Blocks4bit, Int8Rows, Linears, PackedFormat, ShapeOf, StoredWeight, open_packed
+from rabbit_engine.storage.directio import damage_as
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, method_of
+
+
+def packed_format(architecture: Architecture) -> PackedFormat | None:
+    """The format of the architecture's quantised weights, if its tensors are joined here.
+
+    Raises CompressionUnavailableError for a variant that is not supported, or a `quantization_config` that cannot be read.
+    """
+    config = architecture.quantization
+    if config is None:
+        return None
+    try:
+        return open_packed(method_of(config), config)
+    except ValueError as error:
+        if isinstance(error, CompressionUnavailableError):
+            raise
+        path = config_path(architecture.config)
+        raise CompressionUnavailableError(f"{path}: quantization_config cannot be read: {first_line(error)}") from error
+
+
+@damage_as(DamagedCheckpointError)
+def join_packed(
+    tensors: Mapping[str, LazyTensor], stored: PackedFormat, dtype: torch.dtype, shape_of: ShapeOf
+) -> dict[str, LazyTensor]:
+    """`tensors` with those of each quantised weight joined to one, named `weight` as in an unquantised checkpoint.
+
+    Quantised weights decode to `dtype`; `shape_of` tells what shape the model wants of a name. Raises DamagedCheckpointError
+    if tensors of a weight are missing, or do not fit together; CompressionUnavailableError for pickles.
+    """
+    found: dict[str, LazyTensor] = {}
+    modules: dict[str, dict[str, tuple[str, LazyTensor]]] = {}
+    for key, tensor in tensors.items():
+        place = stored.place_of(key)
+        if place is None:
+            found[key] = tensor
+        else:
+            module, role = place
+            modules.setdefault(module, {})[role] = (key, tensor)
+    for module, parts in modules.items():
+        name = f"{module}.weight"
+        if [key for key, _ in parts.values()] == [name] and next(iter(parts.values()))[1].dtype.is_floating_point:
+            found[name] = parts["values"][1]
+        else:
+            found[name] = SafetensorsTensor(_join(name, parts, stored, dtype, shape_of))
+    return found
+
+
+def _join(
+    name: str, parts: Mapping[str, tuple[str, LazyTensor]], stored: PackedFormat, dtype: torch.dtype, shape_of: ShapeOf
+) -> TensorEntry:
+    entries = {role: tensor.entry for role, (_, tensor) in parts.items() if isinstance(tensor, SafetensorsTensor)}
+    path = next(iter(parts.values()))[1].path
+    if len(entries) < len(parts):
+        raise CompressionUnavailableError(f"{path}: weights quantised with {stored.method} are read from safetensors files only")
+    entry = stored.make(StoredWeight(name, dtype, entries, shape_of))
+    if isinstance(entry, str):
+        raise DamagedCheckpointError(f"{path}: {name}, quantised with {stored.method}, cannot be decoded: {entry}")
+    return replace(entry, name=name)
+
+
+def with_own_linears(conversion: Conversion, architecture: Architecture) -> Conversion:
+    """The conversion for streaming in place: layers compute as bitsandbytes computes with such weights, and change so.
+
+    Those are linear layers whose weight is stored for them alone; an expert of a stack is only decoded.
+    """
+    config = architecture.quantization
+    if config is None or method_of(config) != "bitsandbytes":
+        return conversion
+    linears, model, tensors = Linears.of(config), conversion.skeleton, dict(conversion.tensors)
+    for key, target in conversion.targets.items():
+        entry = tensors[key].entry if isinstance(tensors[key], SafetensorsTensor) else None
+        layer = None if target is None or entry is None else _linear(model, target, entry)
+        if layer is None or entry is None:
+            continue
+        if isinstance(entry.encoding, Blocks4bit):
+            linears.compute_4bit(layer)
+        elif isinstance(entry.encoding, Int8Rows):
+            linears.compute_8bit(layer)
+            values, largest = entry.components
+            tensors[key], tensors[f"{key.removesuffix('.weight')}.SCB"] = SafetensorsTensor(values), SafetensorsTensor(largest)
+    return replace(conversion, tensors=tensors)
+
+
+def _linear(model: nn.Module, target: Target, entry: TensorEntry) -> nn.Linear | None:
+    """The linear layer that a quantised weight belongs to; a transposing one of GPT-2 becomes one, as in transformers."""
+    owner, _, attribute = target.name.rpartition(".")
+    module = model.get_submodule(owner)
+    if target.converted or attribute != "weight" or entry.encoding is None:
+        return None
+    if isinstance(module, TransposedLinear):
+        rows, columns = entry.shape
+        linear = nn.Linear(columns, rows, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
+        model.set_submodule(owner, linear.eval())
+        return linear
+    return module if type(module) is nn.Linear else None

@@ -1,0 +1,203 @@
+"""bitsandbytes' formats: blocks of nf4 or fp4 codes, and rows of int8 (LLM.int8).
+
+Four bits (QLoRA, https://arxiv.org/abs/2305.14314): `weight` holds two codes a byte, the high bits first, in the order of the
+weight's values; `weight.absmax` a scale for each block of them; `weight.quant_state.bitsandbytes__nf4` the block size and the
+shape, as JSON. Double quantisation stores the scales as codes of `weight.nested_quant_map`, with scales of their own.
+Eight bits: `weight` int8 [out, in] and `SCB`, the largest magnitude of each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from rabbit_engine.errors import first_line
+from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
+from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
+from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
+
+METHOD = "bitsandbytes"
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+VALUES: Mapping[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": (*_FP4, *(0.0 - value for value in _FP4))}
+"""What the 16 codes stand for, before they are scaled. fp4 has no negative zero."""
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_NESTED = 256
+_INT8_STEP = 7.874015718698502e-3
+"""1 / 127, as bitsandbytes writes it."""
+
+_MOST_AT_ONCE = 2**18
+"""Bytes of codes that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+
+_BYTES_AT_ONCE = 4 + 8
+"""Of temporaries for a byte of codes: its index, and two values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks4bit:
+    """Components: codes, two a byte, and absmax float32 [blocks]; or, with an `offset`, codes, absmax uint8 [blocks], the scales
+    of its blocks of 256, and the float32 [256] that its codes stand for."""
+
+    kind: str
+    block: int
+    offset: float | None = None
+    by_rows: bool = False
+    """Set where each row is stored in blocks of its own."""
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+        """`float32(value of the code) * absmax`, rounded once to the dtype of `out`."""
+        codes, target, absmax = stored[0].reshape(-1).view(torch.uint8), out.view(-1), self._absmax(stored[1:])
+        pairs = _pairs(self.kind, out.device)
+        blocks = max(1, min(_MOST_AT_ONCE, work.nbytes // _BYTES_AT_ONCE) // (self.block // 2))
+        at_once = min(len(codes), blocks * self.block // 2)
+        index, values = carve(work, (torch.int32, at_once), (torch.float32, 2 * at_once))
+        pieces = zip(codes.split(at_once), target.split(2 * at_once), absmax.split(blocks), strict=True)
+        for some, part, scales in pieces:
+            places, wide = index[: len(some)], values[: len(part)]
+            places.copy_(some)
+            torch.index_select(pairs, 0, places, out=wide.view(-1, 2))
+            whole = len(wide) // self.block * self.block
+            wide[:whole].view(-1, self.block).mul_(scales[: whole // self.block, None])
+            wide[whole:].mul_(scales[-1])
+            part.copy_(wide)
+
+    def _absmax(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """float32 [blocks]: `map[code] * scale + offset`, each rounded to float32."""
+        if self.offset is None:
+            return stored[0].view(-1)
+        codes, scales, values = (tensor.view(-1) for tensor in stored)
+        found = values.index_select(0, codes.int())
+        found.mul_(scales.repeat_interleave(_NESTED)[: len(found)])
+        return found.add_(torch.tensor(self.offset, dtype=torch.float32, device=found.device))
+
+
+@cache
+def _pairs(kind: str, device: torch.device) -> torch.Tensor:
+    """float32 [256, 2]: what the two codes of a byte stand for."""
+    values = torch.tensor(VALUES[kind], dtype=torch.float32, device="cpu")
+    byte = torch.arange(256, device="cpu")
+    return torch.stack([values[byte >> 4], values[byte & 0xF]], dim=1).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """Components: int8 [..., rows, columns], and the largest magnitude of each row, float32 [..., rows]."""
+
+    by_rows = True
+
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+        """`float32(value) * magnitude * float32(1 / 127)`, rounded after each product, then to the dtype of `out`."""
+        columns = out.shape[-1]
+        values, largest, target = stored[0].view(-1, columns), stored[1].view(-1, 1), out.view(-1, columns)
+        rows = max(1, min(_MOST_AT_ONCE, work.nbytes // 4) // columns)
+        single = carve(work, (torch.float32, min(rows, len(values)) * columns))[0].view(-1, columns)
+        for some, scales, part in zip(values.split(rows), largest.split(rows), target.split(rows), strict=True):
+            part.copy_(single[: len(some)].copy_(some).mul_(scales).mul_(_INT8_STEP))
+
+
+def open_bitsandbytes(config: Fields) -> PackedFormat:
+    """The format; its tensors say whether a weight has four or eight bits."""
+    del config
+    states = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in VALUES}
+    ends = {"weight.absmax": "absmax", "weight.nested_absmax": "scales", "weight.nested_quant_map": "map"}
+    eight = {"weight": "values", "SCB": "largest", "weight_format": "layout"}
+    return PackedFormat(METHOD, {**eight, **ends, **states, "weight.quant_map": UNUSED}, _make)
+
+
+def _make(weight: StoredWeight) -> TensorEntry | str:
+    tensors = weight.tensors
+    if "values" not in tensors:
+        return f"only its {', '.join(tensors)} are stored"
+    if len(tensors) == 1 and tensors["values"].dtype.is_floating_point:
+        return tensors["values"]
+    return _int8_entry(weight) if tensors["values"].dtype == torch.int8 else _blocks_entry(weight)
+
+
+def _int8_entry(weight: StoredWeight) -> TensorEntry | str:
+    values, largest, layout = (weight.tensors.get(role) for role in ("values", "largest", "layout"))
+    if values is None or largest is None:
+        return "it is int8, and its SCB is not stored"
+    if len(values.shape) != 2 or largest.dtype != torch.float32 or largest.shape != values.shape[:1] or 0 in values.shape:
+        return f"int8 values of {list(values.shape)} have an SCB of {list(largest.shape)} {largest.dtype}"
+    number = None if layout is None else read_small(layout)
+    if number is not None and (number.numel() != 1 or number.item() != 0):
+        return f"its weight_format is {number.tolist()}; only 0, rows, is supported: save it with bitsandbytes 0.45 or later"
+    return encoded(weight.name, weight.dtype, values.shape, Int8Rows(), (values, largest))
+
+
+def _blocks_entry(weight: StoredWeight) -> TensorEntry | str:
+    tensors = weight.tensors
+    kind = next((kind for kind in VALUES if kind in tensors), None)
+    if kind is None or "absmax" not in tensors:
+        return f"{tensors['values'].dtype} values need a weight.quant_state and a weight.absmax, and one is not stored"
+    try:
+        encoding, shape = _read_state(kind, tensors[kind], weight)
+    except ValueError as error:
+        return f"its weight.quant_state is damaged: {first_line(error)}"
+    components = [tensors[role] for role in ("values", "absmax", "scales", "map") if role in tensors]
+    problem = _misfit(encoding, shape, tensors)
+    return problem or encoded(weight.name, weight.dtype, shape, encoding, components)
+
+
+def _read_state(kind: str, entry: TensorEntry, weight: StoredWeight) -> tuple[Blocks4bit, tuple[int, ...]]:
+    """What the JSON of a weight says. Raises ValueError if it says something else than its name, or nothing."""
+    raw = read_small(entry)
+    if raw is None:
+        return _guessed_state(kind, weight)
+    state = Fields.of(parse(bytes(raw.view(-1).view(torch.uint8).tolist())))
+    block, shape = state.count("blocksize"), counts(state.items("shape"), "shape")
+    if state.text("quant_type") != kind:
+        raise ValueError(f"quant_type is {shown(state.take('quant_type'))}, its name says {kind}")
+    if block not in _BLOCKS:
+        raise ValueError(f"blocksize is {block}, none of {', '.join(map(str, _BLOCKS))}")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"shape is {list(shape)}, not that of a matrix")
+    if "nested_offset" not in state.values:
+        return Blocks4bit(kind, block, by_rows=shape[1] % block == 0), shape
+    offset: object = state.take("nested_offset")
+    if state.count("nested_blocksize") != _NESTED or not isinstance(offset, float) or not math.isfinite(offset):
+        raise ValueError(f"nested_blocksize is {shown(state.take('nested_blocksize'))} and nested_offset {shown(offset)}")
+    return Blocks4bit(kind, block, offset), shape
+
+
+def _guessed_state(kind: str, weight: StoredWeight) -> tuple[Blocks4bit, tuple[int, ...]]:
+    """The same, from the sizes of tensors in a file that is not here: enough for a plan."""
+    count, blocks = 2 * weight.tensors["values"].nbytes, math.prod(weight.tensors["absmax"].shape)
+    shape = weight.shape_of(weight.name)
+    if shape is None or math.prod(shape) != count:
+        raise ValueError(f"it is in {weight.tensors[kind].path.name}, which is not on this machine")
+    block = next((block for block in _BLOCKS if -(-count // block) == blocks), 0)
+    return Blocks4bit(kind, block, 0.0 if "scales" in weight.tensors else None), shape
+
+
+def _misfit(encoding: Blocks4bit, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> str:
+    """How the tensors contradict the state; empty if they do not."""
+    count = math.prod(shape)
+    if 2 * tensors["values"].nbytes != count:
+        nbytes = tensors["values"].nbytes
+        return f"{nbytes} bytes hold {2 * nbytes} values, its weight.quant_state says {list(shape)}"
+    blocks = -(-count // (encoding.block or count))
+    wanted = {"absmax": (torch.float32, blocks)}
+    if encoding.offset is not None:
+        wanted = {"absmax": (torch.uint8, blocks), "scales": (torch.float32, -(-blocks // _NESTED)), "map": (torch.float32, 256)}
+    for role in ("absmax", "scales", "map"):
+        entry, need = tensors.get(role), wanted.get(role)
+        found = None if entry is None else (entry.dtype, math.prod(entry.shape))
+        if found != need:
+            return f"its {role} is {_listed(found)}, its weight.quant_state needs {_listed(need)}"
+    return ""
+
+
+def _listed(found: tuple[torch.dtype, int] | None) -> str:
+    return "missing" if found is None else f"{found[1]} values of {str(found[0]).removeprefix('torch.')}"
