@@ -19,6 +19,7 @@ from rabbit_engine.model.auto import load
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, read_header, read_tensor
 from rabbit_engine.streaming import EmbeddingRows, LinearBlocks
+from rabbit_engine.utils.sizes import format_bytes, format_seconds
 
 MOST_ROWS = 3
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -152,6 +153,23 @@ def test_the_keyword_decides_where_the_encoding_does_not(
     assert ("linear" in packer.calls) == bool(expected)
     if room and not expected:  # all were decoded at load, but for the embedding's row
         assert packer.calls == ["decode"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_plan_counts_what_a_token_decodes(family: str, checkpoint: Any, packer: Packer, ids: torch.Tensor) -> None:
+    assert packer.load(checkpoint(family), cut=FINE).plan.decoding.nbytes == 0
+    model = packer.load(checkpoint(family), cut=FINE, fused_products=False)
+    counted = 0
+    for name, weight in packer.weights.items():
+        if weight.dim() == 3:  # of the experts, those that a token uses
+            counted += weight.nbytes * model.config.num_experts_per_tok // len(weight)
+        elif weight.dim() == 2 and not name.endswith(("embed_tokens.weight", ".gate.weight")):
+            counted += weight.nbytes
+    decoding = model.plan.decoding
+    assert decoding.nbytes == counted
+    assert decoding.seconds > 0
+    assert model.plan.pass_s >= decoding.seconds
+    assert ("decoded", f"{format_bytes(decoding.nbytes)} a pass, in {format_seconds(decoding.seconds)}") in model.plan.rows()
 
 
 def test_autocast_another_dtype_and_lora_use_what_torch_would(

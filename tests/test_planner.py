@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from rabbit_engine.checkpoints.split_plan import files_done_after, missing_weigh
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.placement import place, place_in
-from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.plan import Decoding, Plan
 from rabbit_engine.planning.tiers import TEXTS, Budget, Tenant, Tier, UnitSize, tenants_of
 from rabbit_engine.utils.speeds import Speeds
 
@@ -411,3 +413,20 @@ def test_three_weights_tied_to_one_source() -> None:
 
 def test_missing_weights_excludes_those_that_may_be_missing() -> None:
     assert missing_weights(["a", "b.bias", "c", "d"], ["a"], {"c": "a"}, [r"\.bias$"]) == ["d"]
+
+
+@pytest.mark.parametrize(("seconds", "bound"), [(0.0, "disk"), (1e-8, "disk"), (900.0, "decoding")])
+def test_decoding_bounds_a_pass_if_it_takes_longer_than_what_moves(seconds: float, bound: str) -> None:
+    plan = replace(place(FOUR, "cpu", Budget(device_bytes=400)), decoding=Decoding(10**9, seconds))
+    assert plan.pass_bytes > 0
+    assert plan.bound == plan.least_bound == bound
+    assert plan.pass_s == max(seconds, plan.link_seconds(plan.tiers[-1]))
+    assert ("decoded at" in plan.reason) == (bound == "decoding")
+    assert ("would take" in plan.reason) == (bound == "decoding")
+
+
+def test_decoding_bounds_a_pass_in_which_nothing_moves() -> None:
+    plan = replace(place(FOUR, "cpu", Budget()), decoding=Decoding(10**9, 0.5))
+    assert plan.bound == "decoding"
+    assert "1.00 GB a pass decoded at 2.00 GB/s (measured): about 0.5 s a token" in plan.reason
+    assert plan.reason.endswith("no weight moves after loading")

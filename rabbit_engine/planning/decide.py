@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned
+from rabbit_engine.planning.decoding import decoding_of
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
-from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.plan import NO_DECODING, Decoding, Plan
 from rabbit_engine.planning.tiers import Budget
+from rabbit_engine.quantization.rates import decode_rate
 from rabbit_engine.storage.directio import buffered_reasons
 from rabbit_engine.streaming.transfer.measure import speeds_for
-from rabbit_engine.utils.platform import free_memory_bytes, pinned_limit_bytes
+from rabbit_engine.utils.platform import free_memory_bytes, is_available, pinned_limit_bytes
 from rabbit_engine.utils.sizes import format_bytes
 from rabbit_engine.utils.speeds import Speeds
 
@@ -30,6 +33,7 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.weights_bytes if on_cpu else None)
     plan = _place(partition, stream, budget, speeds, notes)
+    plan = replace(plan, decoding=_decoding(plan, partition, stream))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
 
@@ -44,6 +48,13 @@ def _place(partition: Partition, stream: StreamConfig, budget: Budget, speeds: S
             if not (plan.streamed or plan.host or plan.experts.layers):
                 return plan
     return place(partition.sizes, device, budget, speeds, notes)
+
+
+def _decoding(plan: Plan, partition: Partition, stream: StreamConfig) -> Decoding:
+    """What a pass decodes, measured; nothing on a device that this machine does not have."""
+    if not partition.is_encoded or not is_available(stream.device):
+        return NO_DECODING
+    return decoding_of(plan, partition, stream.fused_products, partial(decode_rate, device=stream.device))
 
 
 def find_free_memory(stream: StreamConfig) -> FreeMemory:

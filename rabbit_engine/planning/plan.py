@@ -13,7 +13,18 @@ from rabbit_engine.planning.tiers import HOST, RING, SCRATCH, STAGING, TEXTS, Bu
 from rabbit_engine.utils.report import Report
 from rabbit_engine.utils.speeds import Speeds
 
-Bound = Literal["disk", "link", "compute"]
+Bound = Literal["disk", "link", "decoding", "compute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """What a pass with one token decodes: bytes of decoded weights, and the seconds that takes the device."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+NO_DECODING = Decoding()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -34,6 +45,7 @@ class Plan(Report):
     experts: ExpertsPlan = NO_EXPERTS
     source: str = "assumed"
     notes: tuple[str, ...] = ()
+    decoding: Decoding = NO_DECODING
 
     @property
     def device(self) -> str:
@@ -216,25 +228,28 @@ class Plan(Report):
 
     @property
     def pass_s(self) -> float:
-        """Seconds per pass on the slowest link, with no expert cached."""
-        return max(map(self.link_seconds, self.tiers))
+        """Seconds per pass on the slowest link, with no expert cached, or of decoding if that takes longer: weights are decoded
+        while others move."""
+        return max(self.decoding.seconds, *map(self.link_seconds, self.tiers))
 
     @property
     def least_pass_s(self) -> float:
         """Seconds per pass at best, with as many experts cached as possible."""
-        return max(self.link_seconds(tier, cached=True) for tier in self.tiers)
+        return max(self.decoding.seconds, *(self.link_seconds(tier, cached=True) for tier in self.tiers))
 
     @property
     def bound(self) -> Bound:
-        """The link that limits a pass."""
-        return self._bound(self.slowest())
+        """What limits a pass: a link, or decoding."""
+        return self._bound(self.slowest(), self.pass_s)
 
     @property
     def least_bound(self) -> Bound:
-        """The link that limits a pass at best."""
-        return self._bound(self.slowest(cached=True))
+        """What limits a pass at best."""
+        return self._bound(self.slowest(cached=True), self.least_pass_s)
 
-    def _bound(self, slowest: Tier | None) -> Bound:
+    def _bound(self, slowest: Tier | None, seconds: float) -> Bound:
+        if 0 < seconds == self.decoding.seconds:
+            return "decoding"
         if slowest is None:
             return "compute"
         return "disk" if slowest == self._disk else "link"

@@ -30,11 +30,16 @@ def rows(plan: Plan) -> Rows:
         *([("for images", f"{format_bytes(plan.rare_bytes)} more from disk")] if plan.rare_bytes else []),
         ("ring", f"{format_bytes(plan.ring_bytes)} on {plan.device}"),
         *([("scratch for decoding", f"{format_bytes(plan.scratch_bytes)} on {plan.device}")] if plan.scratch_bytes else []),
+        *([("decoded", _decoded(plan))] if plan.decoding.nbytes else []),
         *([("staging", format_bytes(plan.staging_bytes))] if plan.staging_bytes else []),
         *[("note", note) for note in plan.notes],
         *([("a prompt", f"{format_bytes(plan.prompt_bytes)} at most: each expert once")] if plan.experts.layers else []),
         ("a pass", reason(plan)),
     ]
+
+
+def _decoded(plan: Plan) -> str:
+    return f"{format_bytes(plan.decoding.nbytes)} a pass, in {format_seconds(plan.decoding.seconds)}"
 
 
 def _budget(plan: Plan) -> str:
@@ -70,6 +75,8 @@ def _where(tier: Tier) -> str:
 def reason(plan: Plan) -> str:
     """One line: the cost of a pass and its reason."""
     slowest = plan.slowest()
+    if plan.bound == "decoding":
+        return _decoding_reason(plan, slowest)
     if slowest is None:
         return "everything fits: no weight moves after loading, so only computation takes time"
     rate = format_rate(slowest.rate or 0.0, 1)
@@ -79,6 +86,19 @@ def reason(plan: Plan) -> str:
     return (
         f"{moved} a pass over {_link(plan, slowest)} at {rate} ({plan.source}){no_disk}: "
         f"{certain} {seconds} a token, the first after {format_seconds(plan.first_token_s)}"
+    )
+
+
+def _decoding_reason(plan: Plan, slowest: Tier | None) -> str:
+    decoding = plan.decoding
+    moves = "no weight moves after loading"
+    if slowest is not None:
+        moved, seconds = format_bytes(plan.moved_bytes(slowest)), format_seconds(plan.link_seconds(slowest))
+        moves = f"{moved} over {_link(plan, slowest)} would take {seconds}"
+    rate = format_rate(decoding.nbytes / decoding.seconds, 1)
+    return (
+        f"{format_bytes(decoding.nbytes)} a pass decoded at {rate} (measured): about {format_seconds(decoding.seconds)} a token, "
+        f"the first after {format_seconds(plan.first_token_s)}; {moves}"
     )
 
 
