@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.quantization import bitsandbytes
+from rabbit_engine.quantization import awq, bitsandbytes, gptq
+from rabbit_engine.quantization.awq import Awq
 from rabbit_engine.quantization.bitsandbytes import Blocks4bit, Int8Rows
 from rabbit_engine.quantization.cast import Cast
 from rabbit_engine.quantization.format import PackedFormat, ShapeOf, StoredWeight
 from rabbit_engine.quantization.fp8 import Fp8Blocks, fp8_entry
+from rabbit_engine.quantization.gptq import Gptq
 from rabbit_engine.quantization.linears import Linears
 from rabbit_engine.quantization.mxfp4 import Mxfp4, mxfp4_entry
 from rabbit_engine.storage.jsonvalues import Fields
@@ -25,7 +27,11 @@ Maker = Callable[[str, torch.dtype, Mapping[str, TensorEntry]], TensorEntry | st
 
 _MAKERS: Mapping[str, Maker] = {"fp8": fp8_entry, "mxfp4": mxfp4_entry}
 
-_PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {bitsandbytes.METHOD: bitsandbytes.open_bitsandbytes}
+_PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {
+    bitsandbytes.METHOD: bitsandbytes.open_bitsandbytes,
+    gptq.METHOD: gptq.open_gptq,
+    awq.METHOD: awq.open_awq,
+}
 
 
 def decoded_entry(method: str, name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
@@ -47,9 +53,11 @@ def open_packed(method: str, config: Mapping[str, Any]) -> PackedFormat | None:
 
 
 __all__ = [
+    "Awq",
     "Blocks4bit",
     "Cast",
     "Fp8Blocks",
+    "Gptq",
     "Int8Rows",
     "Linears",
     "Mxfp4",

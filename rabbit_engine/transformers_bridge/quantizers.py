@@ -33,7 +33,7 @@ FORMATS = (
     Format("mxfp4", "Mxfp4Dequantize", {"blocks": "values", "scales": "scales"}),
 )
 
-PACKED_METHODS = ("bitsandbytes",)
+PACKED_METHODS = ("bitsandbytes", "gptq", "awq")
 """Methods whose weights transformers leaves to other packages: `quantization/` decodes them without it."""
 
 

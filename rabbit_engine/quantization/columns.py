@@ -1,0 +1,41 @@
+"""What GPTQ and AWQ share: a weight [out, in] is stored transposed, as integers of a few bits, with a scale and a zero point for
+every output in each group of inputs."""
+
+from __future__ import annotations
+
+import torch
+
+MOST_AT_ONCE = 2**18
+"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+
+WORD_BITS = 32
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [words, n] to uint8 [words * 32 / bits, n]: values of `bits` each, one behind another, the lowest bits first.
+
+    Where `bits` does not divide 32, a value may span two words, and the number of words is a multiple of `bits`.
+    """
+    count = WORD_BITS // bits if WORD_BITS % bits == 0 else WORD_BITS
+    start = torch.arange(count, dtype=torch.int32, device=words.device) * bits
+    groups = words.view(-1, count * bits // WORD_BITS, words.shape[1])
+    place, shift = (start // WORD_BITS).long(), (start % WORD_BITS)[:, None]
+    values = groups.index_select(1, place).bitwise_right_shift_(shift)
+    spans = shift[:, 0] > WORD_BITS - bits
+    if bool(spans.any()):
+        upper = shift[spans]
+        values[:, spans] &= (1 << (WORD_BITS - upper)) - 1  # shifting a negative word fills it with ones
+        values[:, spans] |= groups.index_select(1, place[spans] + 1) << (WORD_BITS - upper)
+    return values.bitwise_and_((1 << bits) - 1).to(torch.uint8).view(-1, words.shape[1])
+
+
+def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> None:
+    """Write the columns of `out` from `first` on: `(codes - zeros) * scales`, all [inputs, outputs], in the dtype of `scales`."""
+    values = codes.float().sub_(zeros.float()).mul_(scales.float()).to(scales.dtype)
+    out[:, first : first + len(values)].copy_(values.t())
+
+
+def groups_in_order(inputs: int, size: int, device: torch.device) -> torch.Tensor:
+    """int32 [inputs]: the group of each input, where `size` that follow one another are a group."""
+    return torch.arange(inputs, dtype=torch.int32, device=device).div_(size, rounding_mode="floor")
