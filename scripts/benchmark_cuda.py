@@ -3,10 +3,10 @@
     python scripts/benchmark_cuda.py [--folder DIR] [--layers N] [--caps 8,4,2] [--rounds N] [--seconds S] [--peers]
 
 Makes a random Llama with the shape of a 70B (1.7 GB a layer in bf16), with as many layers as DIR has room for. For each cap
-and each source of the weights (host memory, disk) it prints seconds per pass, the host-to-device rate relative to a pinned
-copy, planned and peak device memory, and whether logits equal the resident model's. With --peers also those of transformers'
-offload by accelerate, and of AirLLM if it is installed. A record is printed as JSON as soon as it is measured; the last lines
-are the table.
+and each source of the weights (host memory, disk) it prints seconds per pass, the rate relative to a pinned copy and to the
+same reads alone, planned and peak device memory, and whether logits equal the resident model's. With --peers also those of
+transformers' offload by accelerate, and of AirLLM if it is installed. A record is printed as JSON as soon as it is measured;
+the last lines are the table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from rabbit_engine import AutoModel
 from rabbit_engine.architectures import build_skeleton
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, evict
 from rabbit_engine.errors import RabbitError
-from rabbit_engine.streaming.transfer.measure import measure_link
+from rabbit_engine.model import StreamedModel
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.streaming.transfer.measure import direct_reads, measure_link
 from rabbit_engine.utils.platform import environment
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
@@ -118,13 +120,7 @@ def rabbit_lane(folder: Path, cap: int, host_bytes: int) -> Lane:
         name=f"{cap / 2**30:g} GiB, from {source(host_bytes)}",
         cap=cap,
         load=partial(AutoModel.from_pretrained, folder, device=DEVICE, max_memory=max_memory, max_seq_len=TOKENS),
-        describe=lambda model: {
-            "link_bytes": model.plan.link_bytes,
-            "disk_bytes": model.plan.pass_bytes,
-            "planned_device_bytes": model.plan.device_bytes,
-            "reserved_bytes": model.plan.budget.reserved_bytes,
-            "plan": model.plan.reason,
-        },
+        describe=described,
     )
 
 
@@ -133,13 +129,31 @@ def source(host_bytes: int) -> str:
     return "disk" if host_bytes == SMALL_HOST_BYTES else "host memory"
 
 
+def described(model: StreamedModel) -> dict[str, Any]:
+    """The plan's figures, and how long the same reads take alone."""
+    transfer = runtime_of(model).transfer
+    transfer.wait_until_idle()
+    chunks = [chunk for unit in transfer.units if unit.name not in model.plan.host for chunk in unit.chunks()]
+    start = time.perf_counter()
+    direct_reads(chunks)()
+    return {
+        "link_bytes": model.plan.link_bytes,
+        "disk_bytes": model.plan.pass_bytes,
+        "disk_alone_s": time.perf_counter() - start if chunks else 0.0,
+        "planned_device_bytes": model.plan.device_bytes,
+        "reserved_bytes": model.plan.budget.reserved_bytes,
+        "plan": model.plan.reason,
+    }
+
+
 def offload_lane(folder: Path, cap: int, host_bytes: int) -> Lane:
     """transformers' offload in the same memory; before a pass from disk the files leave the page cache."""
+    from_disk = source(host_bytes) == "disk"
     return Lane(
         name=f"{cap / 2**30:g} GiB, transformers' offload, from {source(host_bytes)}",
         cap=cap,
-        load=partial(offloaded, folder, cap - WORKSPACE_BYTES, host_bytes),
-        before=partial(evict, folder) if source(host_bytes) == "disk" else lambda: None,
+        load=partial(offloaded, folder, cap - WORKSPACE_BYTES, "disk" if from_disk else "cpu"),
+        before=partial(evict, folder) if from_disk else lambda: None,
         describe=lambda model: {"link_bytes": offloaded_bytes(model)},
     )
 
@@ -210,8 +224,8 @@ def measure_all(lanes: list[Lane], whole: Lane | None, rounds: int, seconds: flo
 def as_table(records: list[BenchmarkRow]) -> str:
     """One row per record."""
     lines = [
-        "| cap | s a pass | slowest - fastest | over the link | of a pinned copy | peak on device (planned) | logits |",
-        "|---|---|---|---|---|---|---|",
+        "| cap | s a pass | slowest - fastest | over the link | of a pinned copy | of the disk | peak (planned) | logits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         c = record.conditions
@@ -220,8 +234,9 @@ def as_table(records: list[BenchmarkRow]) -> str:
         planned = f" ({format_bytes(c['planned_device_bytes'])})" if "planned_device_bytes" in c else ""
         moved = f"{format_bytes(record.bytes_moved)} at {format_rate(record.rate, 1)}" if record.bytes_moved else "-"
         share = f"{record.rate / c['pinned_copy_rate']:.3f}" if record.bytes_moved else "-"
+        disk = f"{c['disk_alone_s'] / record.median_s:.3f}" if c.get("disk_alone_s") else "-"
         lines.append(
-            f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {moved} | {share} | "
+            f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {moved} | {share} | {disk} | "
             f"{format_bytes(c['peak_device_bytes'])}{planned} | {logits} |"
         )
     return "\n".join(lines)

@@ -230,7 +230,7 @@ def raising(error: BaseException) -> Any:
         (("run", "MODEL", "hi", "--gguf-file", "x.gguf"), 1, "error: MODEL has no GGUF files: leave out --gguf-file x.gguf"),
         (("verify", "nobody/nothing"), 1, "error: cannot find nobody/nothing on this machine"),
         (("verify", "nobody/nothing", "--revision", "v1"), 1, "cannot find nobody/nothing at revision v1 on this machine"),
-        (("plan", "MODEL", "--max-memory", "1kB"), 2, "give --max-memory cpu=1MB or more"),
+        (("plan", "MODEL", "--max-memory", "1kB", "--device", "cpu"), 2, "give --max-memory cpu=1MB or more"),
         (("plan", "MODEL", "--device", "foo", "--max-memory", "1GiB"), 2, "error: --device foo is not a device torch knows"),
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: cannot read --api-key-file /no/such"),

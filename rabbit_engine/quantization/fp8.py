@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 _MOST_AT_ONCE = 2**20
@@ -49,7 +49,7 @@ class Fp8Blocks:
         can_shift = _can_shift(values, grid)
         if can_shift:
             grid = grid * _EXPONENT_SHIFT
-        at_once = max(1, min(_MOST_AT_ONCE, work.nbytes // (2 + 4)) // columns)
+        at_once = max(1, values_at_once(work.nbytes // (2 + 4), _MOST_AT_ONCE, out.device) // columns)
         half, single = carve(work, (torch.int16, at_once * columns), (torch.float32, at_once * columns))
         for codes, factors, decoded in _pieces(values, grid, target, at_once):
             wide = single[: codes.numel()].view(codes.shape)
@@ -60,8 +60,13 @@ class Fp8Blocks:
 
 def _grid(scales: torch.Tensor) -> torch.Tensor:
     """The scales in float32, [rows of blocks, blocks in a row]; bytes are exponents, biased by 127."""
-    found = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+    found = _powers(scales) if scales.dtype == torch.uint8 else scales.float()
     return found.reshape(-1, scales.shape[-1] if scales.ndim >= 2 else 1)
+
+
+def _powers(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (exponent - 127) of bytes, made of bits: a GPU's exp2 of -127, which is subnormal, is off by an ulp."""
+    return torch.where(exponents == 0, 2**22, exponents.int() << 23).view(torch.float32)
 
 
 def _can_shift(values: torch.Tensor, grid: torch.Tensor) -> bool:

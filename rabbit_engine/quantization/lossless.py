@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from rabbit_engine.quantization.kernels import can_run, run_rows
+from rabbit_engine.storage.encoding import values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 ROLES = ("low", "codes", "groups", "escapes")
@@ -29,7 +30,10 @@ _WINDOW = 8
 
 _GROUP_VALUES = 2**16
 _PIECE_VALUES = 2**18
-"""Values that torch operations decode together."""
+"""Values that torch operations decode together on a CPU: few enough for its caches."""
+
+_VALUE_BYTES = 16
+"""What torch's temporaries take for a value."""
 
 _WORTH = 0.9
 """A weight is stored so if it takes at most this share of its bytes."""
@@ -43,7 +47,6 @@ class Lossless:
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Decode the groups, in compiled code or by torch operations."""
-        del work
         low, codes, groups, escapes = _flat(stored)
         bits = out.view(torch.int16).view(low.shape)
         if can_run(out.device):
@@ -52,7 +55,7 @@ class Lossless:
             views = (low.numpy(), codes.numpy(), escapes.numpy(), groups.numpy(), bits.view(torch.uint16).numpy())
             run_rows(decode_groups, len(groups), *views, least=4)
         else:
-            _decode(low, codes, groups, escapes, bits)
+            _decode(low, codes, groups, escapes, bits, work.nbytes)
 
 
 def _flat(stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -62,20 +65,28 @@ def _flat(stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [*flat, escapes.flatten(end_dim=-3)]
 
 
-def _decode(low: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, escapes: torch.Tensor, bits: torch.Tensor) -> None:
-    rows, eighth = len(low) // len(groups), low.shape[1] // _PARTS
-    at_once = max(1, _PIECE_VALUES // (rows * low.shape[1]))
+def _decode(
+    low: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, escapes: torch.Tensor, bits: torch.Tensor, work_bytes: int
+) -> None:
+    rows = len(low) // len(groups)
+    most = values_at_once(max(_PIECE_VALUES, work_bytes // _VALUE_BYTES), _PIECE_VALUES, bits.device)
+    at_once = max(1, most // (rows * low.shape[1]))
     for first in range(0, len(groups), at_once):
         some, base = slice(first * rows, (first + at_once) * rows), groups[first : first + at_once, 0]
-        target, values, packed = bits[some], low[some], codes[some].int()
-        lowest = base.repeat_interleave(rows)[:, None]
-        for part in range(_PARTS):
-            place = slice(part * eighth, (part + 1) * eighth)
-            pairs = packed[:, (part % 2) * eighth :][:, :eighth] >> (2 * (part // 2)) & 3
-            code = pairs | (packed[:, 2 * eighth :] >> part & 1) << 2
-            value = values[:, place].int()
-            target[:, place] = _bits(value, code + lowest)
+        exponents = _codes(codes[some]) + base.repeat_interleave(rows)[:, None]
+        target = bits[some]
+        target.copy_(_bits(low[some].int(), exponents))
         _set_escapes(target.view(len(base), -1), groups[first : first + at_once, 1], escapes[first : first + at_once])
+
+
+def _codes(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, 3/8 columns] to [rows, columns] of three bits."""
+    eighth = packed.shape[1] // 3
+    shifts = torch.arange(_PARTS, dtype=torch.uint8, device=packed.device)
+    pairs = packed[:, : 2 * eighth].unflatten(1, (1, 2, eighth)) >> shifts[::2].view(-1, 1, 1) & 3
+    third = packed[:, 2 * eighth :].unflatten(1, (1, eighth)) >> shifts[:, None] & 1
+    codes: torch.Tensor = pairs.reshape(third.shape) | third << 2
+    return codes.flatten(1)
 
 
 def _bits(value: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:

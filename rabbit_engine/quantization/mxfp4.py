@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 _GROUP = 32
@@ -44,11 +44,12 @@ class Mxfp4:
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Decode some groups of an expert's rows at a time."""
         blocks, scales = stored
-        rows = min(blocks.shape[1], _MOST_AT_ONCE // _GROUP)
-        groups = max(1, min(_MOST_AT_ONCE, work.nbytes // 4) // (rows * _GROUP))
+        most = values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device)
+        rows = max(1, min(blocks.shape[1], most // _GROUP))
+        groups = max(1, most // (rows * _GROUP))
+        decode = _decode_shifted if scales.amax() <= _LARGEST_SHIFTED_EXPONENT else _decode_looked_up
         for codes, exponents, weight in zip(blocks, scales, out, strict=True):
             target = weight.view(-1, _GROUP_BYTES, 2, weight.shape[-1])
-            decode = _decode_shifted if exponents.amax() <= _LARGEST_SHIFTED_EXPONENT else _decode_looked_up
             for some, of_some, part in zip(codes.split(rows), exponents.split(rows), target.split(rows, dim=3), strict=True):
                 for piece in zip(some.split(groups, dim=1), of_some.split(groups, dim=1), part.split(groups), strict=True):
                     decode(*piece, work)

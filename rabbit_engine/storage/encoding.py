@@ -63,3 +63,9 @@ def carve(work: torch.Tensor, *parts: tuple[torch.dtype, int]) -> list[torch.Ten
         found.append(work[place : place + count * dtype.itemsize].view(dtype))
         place += count * dtype.itemsize
     return found
+
+
+def values_at_once(most: int, most_on_cpu: int, device: torch.device) -> int:
+    """How many values to decode together, of the `most` that there is memory for: on a CPU as many as its caches hold, on an
+    accelerator all of them, because every launch of a kernel takes longer than a small kernel runs."""
+    return min(most, most_on_cpu) if device.type == "cpu" else most

@@ -12,7 +12,7 @@ import torch
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.gguf.order import RowOrder
 from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class GgufBlocks:
         kernels.run_rows(DECODERS[self.kind], len(out), rows.numpy(), order, bits, steps, least=least)
 
     def _decode_with_torch(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
-        most = work.nbytes // _VALUE_BYTES
-        at_once = max(1, (min(_MOST_AT_ONCE, most) if out.device.type == "cpu" else most) // out.shape[1])
+        at_once = max(1, values_at_once(work.nbytes // _VALUE_BYTES, _MOST_AT_ONCE, out.device) // out.shape[1])
         index = None if self.order is None else self.order.on(out.device)
         for first in range(0, len(out), at_once):
             target = out[first : first + at_once]

@@ -1,0 +1,133 @@
+"""How fast each encoding is decoded on a device: stored and decoded bytes per second of a matrix.
+
+    python scripts/benchmark_decoding.py [--device cuda:0] [--rows 8192] [--columns 8192] [--rounds N]
+
+On an accelerator the rate at which stored bytes arrive is printed too: an encoding that is decoded more slowly limits a pass
+from host memory. Values are random; the matrix is decoded to bfloat16, as when its module runs. The last lines are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import typer
+
+from rabbit_engine.quantization import Fp8Blocks, Mxfp4
+from rabbit_engine.quantization.gguf import GgufBlocks
+from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
+from rabbit_engine.quantization.kernels import kernels_in_use
+from rabbit_engine.quantization.lossless import ROLES, Lossless, compress
+from rabbit_engine.storage.encoding import Encoding, work_bytes
+from rabbit_engine.streaming.transfer.measure import measure_link
+from rabbit_engine.utils.platform import environment, find_device, has_streams
+from rabbit_engine.utils.sizes import format_rate
+
+GGUF_KINDS = ("Q4_K", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A weight of `shape` as `components` that `encoding` decodes."""
+
+    encoding: Encoding
+    components: list[torch.Tensor]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(component.nbytes for component in self.components)
+
+
+def random_bytes(*shape: int) -> torch.Tensor:
+    """uint8 below 0x40 in each byte: no float made of them is infinite."""
+    return torch.randint(0, 0x40, shape, dtype=torch.uint8)
+
+
+def fp8(rows: int, columns: int) -> Stored:
+    """e4m3 with a scale for each 128 x 128 values."""
+    return Stored(
+        Fp8Blocks(),
+        [random_bytes(rows, columns).view(torch.float8_e4m3fn), torch.rand(rows // 128, columns // 128)],
+        (rows, columns),
+    )
+
+
+def mxfp4(rows: int, columns: int) -> Stored:
+    """One expert; it is decoded transposed."""
+    scales = torch.randint(100, 130, (1, rows, columns // 32), dtype=torch.uint8)
+    return Stored(Mxfp4(), [random_bytes(1, rows, columns // 32, 16), scales], (1, columns, rows))
+
+
+def gguf(kind: str) -> Callable[[int, int], Stored]:
+    """Blocks of that kind."""
+    layout = LAYOUTS[kind]
+
+    def make(rows: int, columns: int) -> Stored:
+        return Stored(GgufBlocks(kind), [random_bytes(rows, columns // layout.values * layout.nbytes)], (rows, columns))
+
+    return make
+
+
+def lossless(rows: int, columns: int) -> Stored:
+    """Of a normal distribution."""
+    found = compress((torch.randn(rows, columns) * 0.02).bfloat16())
+    assert found is not None
+    return Stored(Lossless(), [found[role] for role in ROLES], (rows, columns))
+
+
+ENCODINGS: Mapping[str, Callable[[int, int], Stored]] = {
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    **{kind: gguf(kind) for kind in GGUF_KINDS},
+    "lossless": lossless,
+}
+
+
+def decode_s(stored: Stored, device: torch.device, rounds: int) -> list[float]:
+    """Seconds of each round; the first, which compiles kernels, is not counted."""
+    components = [component.to(device) for component in stored.components]
+    out = torch.empty(stored.shape, dtype=torch.bfloat16, device=device)
+    work = torch.empty(work_bytes(out.nbytes), dtype=torch.uint8, device=device)
+    found = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        stored.encoding.decode(components, out, work)
+        if has_streams(device):
+            torch.accelerator.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return found[1:]
+
+
+def main(
+    device: Annotated[str | None, typer.Option(help="By default the best available.")] = None,
+    rows: int = 8192,
+    columns: int = 8192,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Print a table and the records."""
+    place = find_device(device)
+    link = measure_link(place) if has_streams(place) else None
+    print(f"{place}, {rows} x {columns}, on a CPU with {kernels_in_use()}; link: {format_rate(link, 1) if link else 'none'}")
+    print("| encoding | ms | stored | decoded |", "|---|---|---|---|", sep="\n")
+    records = []
+    for name, make in ENCODINGS.items():
+        stored = make(rows, columns)
+        found = decode_s(stored, place, rounds)
+        median = statistics.median(found)
+        print(
+            f"| {name} | {1000 * median:.2f} | {format_rate(stored.nbytes, median)} | {format_rate(2 * rows * columns, median)} |"
+        )
+        records.append({"encoding": name, "stored_bytes": stored.nbytes, "rounds_s": found, "link_rate": link, **environment()})
+    for record in records:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)
