@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -264,6 +265,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="The most passes to time of each.")] = 5,
     seconds: Annotated[float, typer.Option(help="After this long no other pass is timed.")] = 60,
     peers: Annotated[bool, typer.Option(help="Time transformers' offload and AirLLM too.")] = False,
+    only: Annotated[str, typer.Option(help="Only lanes whose names this regular expression finds.")] = "",
     prepare: Annotated[bool, typer.Option(help="Only write the model, and AirLLM's files.")] = False,
 ) -> None:
     """Make the model, run every cap from host memory and from disk, print the records and a table."""
@@ -282,7 +284,7 @@ def main(
         fits = (count + 4) * LAYER_BYTES < torch.cuda.mem_get_info(DEVICE)[0]
         whole = Lane(name="no cap, transformers, resident", load=partial(resident, target)) if fits else None
         lanes = find_lanes(target, shards, [int(float(cap) * 2**30) for cap in caps.split(",")], peers)
-        print(as_table(measure_all(lanes, whole, rounds, seconds)))
+        print(as_table(measure_all([lane for lane in lanes if re.search(only, lane.name)], whole, rounds, seconds)))
 
 
 if __name__ == "__main__":
