@@ -11,7 +11,7 @@ from torch import nn
 from rabbit_engine.architectures import Architecture, Conversion, Target, config_path
 from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, first_line
-from rabbit_engine.quantization import Blocks4bit, Int8Rows, Linears, PackedFormat, ShapeOf, StoredWeight, open_packed
+from rabbit_engine.quantization import UNUSED, Blocks4bit, Int8Rows, Linears, PackedFormat, ShapeOf, StoredWeight, open_packed
 from rabbit_engine.storage.directio import damage_as
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, method_of
@@ -53,12 +53,17 @@ def join_packed(
             module, role = place
             modules.setdefault(module, {})[role] = (key, tensor)
     for module, parts in modules.items():
-        name = f"{module}.weight"
-        if [key for key, _ in parts.values()] == [name] and next(iter(parts.values()))[1].dtype.is_floating_point:
-            found[name] = parts["values"][1]
-        else:
-            found[name] = SafetensorsTensor(_join(name, parts, stored, dtype, shape_of))
+        name, used = f"{module}.weight", {role: part for role, part in parts.items() if role != UNUSED}
+        if list(used) == ["values"] and _is_plain(used["values"][1].dtype):
+            found[name] = used["values"][1]
+        elif used:
+            found[name] = SafetensorsTensor(_join(name, used, stored, dtype, shape_of))
     return found
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether a weight of that dtype, without scales, is not quantised."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _join(

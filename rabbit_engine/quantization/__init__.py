@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.quantization import awq, bitsandbytes, gptq
+from rabbit_engine.quantization import awq, bitsandbytes, compressed_tensors, gptq
 from rabbit_engine.quantization.awq import Awq
 from rabbit_engine.quantization.bitsandbytes import Blocks4bit, Int8Rows
 from rabbit_engine.quantization.cast import Cast
-from rabbit_engine.quantization.format import PackedFormat, ShapeOf, StoredWeight
+from rabbit_engine.quantization.compressed_tensors import ScaledBlocks
+from rabbit_engine.quantization.format import UNUSED, PackedFormat, ShapeOf, StoredWeight
 from rabbit_engine.quantization.fp8 import Fp8Blocks, fp8_entry
 from rabbit_engine.quantization.gptq import Gptq
 from rabbit_engine.quantization.linears import Linears
@@ -31,6 +32,7 @@ _PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {
     bitsandbytes.METHOD: bitsandbytes.open_bitsandbytes,
     gptq.METHOD: gptq.open_gptq,
     awq.METHOD: awq.open_awq,
+    compressed_tensors.METHOD: compressed_tensors.open_compressed_tensors,
 }
 
 
@@ -53,6 +55,7 @@ def open_packed(method: str, config: Mapping[str, Any]) -> PackedFormat | None:
 
 
 __all__ = [
+    "UNUSED",
     "Awq",
     "Blocks4bit",
     "Cast",
@@ -62,6 +65,7 @@ __all__ = [
     "Linears",
     "Mxfp4",
     "PackedFormat",
+    "ScaledBlocks",
     "ShapeOf",
     "StoredWeight",
     "decoded_entry",

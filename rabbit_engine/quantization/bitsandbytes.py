@@ -119,8 +119,6 @@ def _make(weight: StoredWeight) -> TensorEntry | str:
     tensors = weight.tensors
     if "values" not in tensors:
         return f"only its {', '.join(tensors)} are stored"
-    if len(tensors) == 1 and tensors["values"].dtype.is_floating_point:
-        return tensors["values"]
     return _int8_entry(weight) if tensors["values"].dtype == torch.int8 else _blocks_entry(weight)
 
 

@@ -33,7 +33,7 @@ FORMATS = (
     Format("mxfp4", "Mxfp4Dequantize", {"blocks": "values", "scales": "scales"}),
 )
 
-PACKED_METHODS = ("bitsandbytes", "gptq", "awq")
+PACKED_METHODS = ("bitsandbytes", "gptq", "awq", "compressed-tensors")
 """Methods whose weights transformers leaves to other packages: `quantization/` decodes them without it."""
 
 
