@@ -95,24 +95,44 @@ def _check_renamings(mapping: object) -> None:
             raise ConfigurationError(f"key_mapping: {pattern!r} is not a valid pattern: {error}") from error
 
 
+COMPRESSIONS = ("4bit", "8bit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionConfig:
+    """How shards store weights: "4bit" or "8bit", arranged for devices of a type. Shards can be read on any device."""
+
+    method: str
+    device_type: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method not in COMPRESSIONS:
+            raise ConfigurationError(f"compression={self.method!r} is not one of {', '.join(map(repr, COMPRESSIONS))}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
     """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits next to it.
 
-    `mode` "auto" streams from the original files if they hold the weights in the model's form and no path for shards is
-    given; "always" splits; "never" does not.
+    `mode` "auto" streams from the original files if they hold the weights in the model's form and neither a path for shards
+    nor a `compression` is given; "always" splits; "never" does not.
     """
 
     dtype: torch.dtype | None = None
     saving_path: Path | None = None
     delete_original: bool = False
     mode: str = "auto"
+    compression: CompressionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in SPLIT_MODES:
             raise ConfigurationError(f"split={self.mode!r} is not one of {', '.join(map(repr, SPLIT_MODES))}")
         if self.mode == "never" and (self.delete_original or self.saving_path):
             raise ConfigurationError('split="never" makes no shards: leave out layer_shards_saving_path and delete_original')
+        if self.mode == "never" and self.compression is not None:
+            raise ConfigurationError(
+                'split="never" makes no shards, but compressed weights are stored in some: leave out one of them'
+            )
         if not isinstance(self.delete_original, bool):
             raise ConfigurationError(f"delete_original={self.delete_original!r} must be True or False: it deletes files")
 

@@ -1,9 +1,10 @@
 """Splits a checkpoint in child processes that SIGKILL themselves (or are killed after a while), then lets one finish.
 
-    python killed_split.py CHECKPOINT SAVING_PATH {events,timer} [delete]
+    python killed_split.py CHECKPOINT SAVING_PATH {events,timer,none} [delete] [4bit]
 
 `events`: child n kills itself at its n-th file operation, over what child n - 1 left, until a child finishes.
-`timer`: 25 children are killed after a random time, then one finishes. Prints the number of children killed.
+`timer`: 25 children are killed after a random time, then one finishes; `none`: only that one. Prints the number of children
+killed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.checkpoints import prepare
-from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.listdir"}
 
@@ -39,7 +40,7 @@ def kill_at(event_number: int, folders: tuple[str, ...]) -> None:
     sys.addaudithook(hook)
 
 
-def split_in_child(checkpoint: Path, saving_path: Path, delete: bool, event_number: int | None) -> int:
+def split_in_child(checkpoint: Path, saving_path: Path, words: list[str], event_number: int | None) -> int:
     """The child's process id."""
     child = os.fork()
     if child:
@@ -51,7 +52,12 @@ def split_in_child(checkpoint: Path, saving_path: Path, delete: bool, event_numb
         prepare(
             checkpoint,
             SourceConfig(),
-            SplitConfig(mode="always", saving_path=saving_path, delete_original=delete),
+            SplitConfig(
+                mode="always",
+                saving_path=saving_path,
+                delete_original="delete" in words,
+                compression=CompressionConfig(method="4bit") if "4bit" in words else None,
+            ),
             progress=False,
         )
         status = 0
@@ -75,19 +81,19 @@ def killed(child: int) -> bool:
 def main() -> None:
     """See above."""
     torch.set_num_threads(1)
-    checkpoint, saving_path, mode, delete = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], "delete" in sys.argv[4:]
+    checkpoint, saving_path, mode, words = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
     kills = 0
     if mode == "events":
-        while killed(split_in_child(checkpoint, saving_path, delete, event_number=kills + 1)):
+        while killed(split_in_child(checkpoint, saving_path, words, event_number=kills + 1)):
             kills += 1
     else:
         random.seed(11)
-        for _ in range(25):
-            child = split_in_child(checkpoint, saving_path, delete, event_number=None)
+        for _ in range(25 if mode == "timer" else 0):
+            child = split_in_child(checkpoint, saving_path, words, event_number=None)
             time.sleep(random.uniform(0.0, 0.12))
             os.kill(child, signal.SIGKILL)
             kills += killed(child)
-        assert not killed(split_in_child(checkpoint, saving_path, delete, event_number=None))
+        assert not killed(split_in_child(checkpoint, saving_path, words, event_number=None))
     print(kills)
 
 

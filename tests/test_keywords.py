@@ -109,10 +109,9 @@ def test_positional_arguments_are_refused() -> None:
         AutoModel()
 
 
-@pytest.mark.parametrize("keywords", [{"compression": "4bit"}, {"compression": "8bit"}, {"quantization_config": {"bits": 4}}])
-def test_compression_is_refused_saying_so(keywords: Any, streamed: Any) -> None:
+def test_quantisers_are_refused_saying_so(streamed: Any) -> None:
     with pytest.raises(errors.CompressionUnavailableError, match="comes with a later version"):
-        streamed("anything", **keywords)
+        streamed("anything", quantization_config={"bits": 4})
 
 
 @pytest.mark.parametrize("cut", [None, "fine", {"least_bytes": 1}])
@@ -133,6 +132,11 @@ def test_delete_original_and_max_memory_are_checked(checkpoint: Any, streamed: A
 def test_unknown_compression_is_another_error(streamed: Any) -> None:
     with pytest.raises(errors.ConfigurationError, match="compression='3bit' is not one of"):
         streamed("anything", compression="3bit")
+
+
+def test_compression_without_a_split_is_refused(streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="compressed weights are stored in some"):
+        streamed("anything", compression="4bit", split="never")
 
 
 def test_a_missing_device_is_an_error(streamed: Any) -> None:

@@ -367,7 +367,7 @@ def test_budgets_hold_for_sparse_models(units: list[UnitSize], device: str, budg
 
 SHARDS = plan_shards(
     ["embed", "l0", "l1", "head", "none"],
-    {"e": "embed", "a": "l0", "b": "l0", "c": "l1", "h": "head"},
+    [("e", "embed"), ("a", "l0"), ("b", "l0"), ("c", "l1"), ("h", "head")],
     {key: frozenset([file]) for key, file in {"e": "f1", "a": "f1", "b": "f2", "c": "f2", "h": "f2"}.items()},
     {"embed": 10, "l0": 20, "l1": 20, "head": 10, "none": 0},
 )

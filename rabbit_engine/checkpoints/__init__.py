@@ -1,5 +1,6 @@
 """From a model's name to its files: the Hub, file formats, shards, and the one resolution that loading and planning share."""
 
+from rabbit_engine.checkpoints.compression import encodings_of
 from rabbit_engine.checkpoints.hub import Repo, find_repo
 from rabbit_engine.checkpoints.integrity import checked_files, compare_files, record_sums
 from rabbit_engine.checkpoints.preparation import execute, loading_info, prepare
@@ -25,6 +26,7 @@ __all__ = [
     "build_plain",
     "checked_files",
     "compare_files",
+    "encodings_of",
     "execute",
     "find_repo",
     "find_splits",

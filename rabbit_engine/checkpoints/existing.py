@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rabbit_engine.checkpoints.compression import compression_fingerprint, equally_compressed
 from rabbit_engine.checkpoints.formats import (
     LazyTensor,
     SafetensorsTensor,
@@ -84,10 +85,15 @@ def _deleted_tensors(journal: Journal, originals: Path) -> dict[str, LazyTensor]
 
 
 def source_fingerprint(request: ModelRequest, files: WeightFiles) -> dict[str, Any]:
-    """The source's fingerprint, including its conversion if there is one."""
+    """The source's fingerprint, with its conversion and compression if there are any."""
     found = fingerprint(request.repo.folder, files, request.repo.commit)
-    conversion = _conversion(request)
-    return found if conversion is None else {**found, "conversion": conversion}
+    changes = {"conversion": _conversion(request), "compression": _compression(request)}
+    return {**found, **{name: value for name, value in changes.items() if value is not None}}
+
+
+def _compression(request: ModelRequest) -> dict[str, Any] | None:
+    compression = request.split.compression
+    return None if compression is None else compression_fingerprint(compression)
 
 
 def _conversion(request: ModelRequest) -> str | None:
@@ -95,11 +101,17 @@ def _conversion(request: ModelRequest) -> str | None:
     return None if conversion is None else digest({"conversion": conversion})
 
 
+def _is_converted_so(request: ModelRequest, source: Mapping[str, Any]) -> bool:
+    """Whether weights of `source` were converted and compressed as this request would."""
+    same = equally_compressed(source.get("compression"), _compression(request))
+    return same and source.get("conversion") == _conversion(request)
+
+
 def _difference(request: ModelRequest, manifest: Manifest) -> str:
     """How this source differs from the one that the split was made from; empty if they are the same."""
     changed = changed_files(request.repo.folder, manifest.source)
     others = _other_names(request, manifest.source)
-    converted_so = manifest.source.get("conversion") == _conversion(request)
+    converted_so = _is_converted_so(request, manifest.source)
     if not changed and not others and converted_so and manifest.source["commit"] == request.repo.commit:
         return ""
     what = ", ".join(changed or others) or (f"commit {request.repo.commit}" if converted_so else "how it is converted")
@@ -129,7 +141,7 @@ def _is_of_source(request: ModelRequest, journal: Journal) -> bool:
         changed_files(request.repo.folder, journal.source)
         or (not journal.deleted and _other_names(request, journal.source))
         or journal.source["commit"] != request.repo.commit
-        or journal.source.get("conversion") != _conversion(request)
+        or not _is_converted_so(request, journal.source)
     )
     if changed and journal.deleted:
         raise ShardError(

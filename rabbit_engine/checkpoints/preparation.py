@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Conversion, open_gguf_conversion, warn_of_unused
+from rabbit_engine.checkpoints.compression import encodings_of
 from rabbit_engine.checkpoints.existing import find_existing, open_remaining, source_fingerprint
 from rabbit_engine.checkpoints.formats import GgufTensor, TensorSource, WeightFiles, check_present
 from rabbit_engine.checkpoints.hub import delete_original, fetch_weights
@@ -29,6 +30,7 @@ from rabbit_engine.checkpoints.shards import (
 from rabbit_engine.checkpoints.skeleton import Build, build_for_entries, build_plain, map_names
 from rabbit_engine.checkpoints.splitter import Split, only_one_process
 from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.storage.directio import is_file
 
 logger = logging.getLogger(__name__)
@@ -96,9 +98,15 @@ def _open_split(request: ModelRequest, journal: Journal | None, mapped: Conversi
         tensors=tensors,
         conversion=conversion,
         dtype=request.dtype,
+        encodings=_encodings(request, conversion),
         journal=journal,
         delete=(lambda path: delete_original(path, request.repo)) if request.split.delete_original else None,
     )
+
+
+def _encodings(request: ModelRequest, conversion: Conversion) -> Mapping[str, Storable]:
+    compression = request.split.compression
+    return {} if compression is None else encodings_of(conversion.skeleton, conversion.dtype_of, compression)
 
 
 def _open_gguf(request: ModelRequest, files: WeightFiles, build: Build) -> tuple[Conversion, TensorSource]:

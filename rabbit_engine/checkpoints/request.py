@@ -31,7 +31,7 @@ from rabbit_engine.checkpoints.gguf import check_gguf
 from rabbit_engine.checkpoints.hub import Repo, fetch_weights, find_repo, weights_not_cached
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.shards import read_journal, read_manifest
-from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
 from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, DamagedShardError
 from rabbit_engine.utils.names import read_name
 
@@ -55,7 +55,8 @@ class ModelRequest:
     @property
     def asks_for_split(self) -> bool:
         """Whether shards are requested even if the original files could be streamed."""
-        return self.split.mode == "always" or self.split.delete_original or self.split.saving_path is not None
+        split = self.split
+        return split.mode == "always" or split.delete_original or split.saving_path is not None or split.compression is not None
 
     def weight_files(self) -> WeightFiles:
         """The weight files to load. Raises the errors of the function `weight_files`."""
@@ -77,7 +78,7 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
         source = replace(source, force_download=False)
     architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=source.gguf_file)
     dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
-    folder = root / split_name(dtype, source, repo.names)
+    folder = root / split_name(dtype, source, repo.names, split.compression)
     return ModelRequest(repo, source, architecture, dtype, folder, split)
 
 
@@ -148,9 +149,12 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
     return repo.cache / SHARDS_FOLDER / f"{repo.commit}{part}" if repo.commit else repo.folder / SHARDS_FOLDER
 
 
-def split_name(dtype: torch.dtype, source: SourceConfig, names: Sequence[str]) -> str:
-    """The folder name of one of a checkpoint's splits: it identifies the original files and the dtype."""
-    return _split_prefix(source, names) + str(dtype).removeprefix("torch.")
+def split_name(
+    dtype: torch.dtype, source: SourceConfig, names: Sequence[str], compression: CompressionConfig | None = None
+) -> str:
+    """The folder name of one of a checkpoint's splits: it identifies the original files, the dtype and the compression."""
+    end = "" if compression is None else f"-{compression.method}"
+    return _split_prefix(source, names) + str(dtype).removeprefix("torch.") + end
 
 
 def _split_prefix(source: SourceConfig, names: Sequence[str]) -> str:
@@ -169,7 +173,7 @@ def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
         except DamagedShardError:  # reported or repaired when this split is opened
             continue
         if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
-            return getattr(torch, folder.name.removeprefix(prefix), None)
+            return getattr(torch, folder.name.removeprefix(prefix).partition("-")[0], None)
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
+from rabbit_engine.checkpoints.shard_encodings import Weight, flattened, weights_in
 from rabbit_engine.errors import (
     DamagedFileError,
     DamagedShardError,
@@ -29,7 +30,6 @@ from rabbit_engine.storage.jsonvalues import Fields, counts, different, file_nam
 from rabbit_engine.storage.tensorfiles import (
     CHECKSUM_KEY,
     COPY_BYTES,
-    PAD_PREFIX,
     TORCH_DTYPES,
     Header,
     TensorEntry,
@@ -74,10 +74,11 @@ class Manifest:
         return tuple(self.source.get("unused_weights", ()))
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ShardRecord:
+def write_shard(path: Path, weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> ShardRecord:
     """Write one shard atomically, and return its manifest line."""
+    tensors, encodings = flattened(weights)
     with _write_errors(path):
-        write_aligned(path, tensors, metadata)
+        write_aligned(path, tensors, {**metadata, **encodings})
     return shard_record(path)
 
 
@@ -163,6 +164,8 @@ def _check_source(source: Fields) -> None:
     source.take("commit")
     commit = source.optional_text("commit")
     source.optional_text("conversion")
+    if "compression" in source.values:
+        source.fields("compression").text("method")
     different([_check_file_row(row, commit) for row in source.rows("files")], "source.files")
 
 
@@ -183,19 +186,25 @@ def _dtype(fields: Fields) -> str:
 
 
 def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
-    """Every tensor of a split, from the shards' headers, which are checked against the manifest (sizes and checksums)."""
+    """Every weight of a split, from the shards' headers, which are checked against the manifest (sizes and checksums)."""
     entries: dict[str, TensorEntry] = {}
     for record in manifest.shards:
-        for entry in _checked_header(folder, record).tensors:
+        for entry in _weights_of(folder, record):
             if entry.name in entries:
                 raise DamagedShardError(f"{folder / record.file} and another shard both hold {entry.name}; {_AGAIN}")
-            if not entry.name.startswith(PAD_PREFIX):
-                entries[entry.name] = entry
+            entries[entry.name] = entry
     for target, stored in manifest.ties.items():
         if stored not in entries or target in entries:
             problem = f"{target} shares {stored}, {'which no shard holds' if stored not in entries else 'but is stored itself'}"
             raise DamagedShardError(f"{folder / MANIFEST_NAME} is damaged: {problem}; {_AGAIN}")
     return entries
+
+
+def _weights_of(folder: Path, record: ShardRecord) -> list[TensorEntry]:
+    try:
+        return list(weights_in(_checked_header(folder, record)))
+    except ValueError as cause:
+        raise DamagedShardError(f"{folder / record.file} cannot be read: {cause}; {_AGAIN}") from cause
 
 
 @damage_as(DamagedShardError)

@@ -63,15 +63,33 @@ def tied_together(tied: Mapping[str, str]) -> dict[str, set[str]]:
     return groups
 
 
+def stored_separately(ties: Ties, weight: str) -> tuple[Ties, dict[str, str]]:
+    """The ties without those of `weight`, which is stored in another form than the weights it shares values with.
+
+    The second value maps a weight that is to be stored, but has no tensor of its own, to the one that has its values.
+    """
+    stored = ties.shared.get(weight)
+    sharers = [target for target, source in ties.shared.items() if source == weight]
+    if stored is not None:
+        alone, source = weight, stored
+    elif sharers:
+        alone, source = sharers[0], weight
+    else:
+        return ties, {}
+    shared = {target: alone if its_source == weight else its_source for target, its_source in ties.shared.items()}
+    del shared[alone]
+    return Ties(shared, ties.dropped - {alone}), {} if alone in ties.dropped else {alone: source}
+
+
 def plan_shards(
     shard_names: Sequence[str],
-    shard_of_key: Mapping[str, str],
+    places: Iterable[tuple[str, str]],
     files_of_key: Mapping[str, frozenset[str]],
     bytes_of_shard: Mapping[str, int],
 ) -> tuple[ShardPlan, ...]:
-    """The shards in the order of a pass, without empty ones."""
+    """The shards in the order of a pass, without empty ones. `places` are (key, shard): a key may go into several."""
     keys: dict[str, list[str]] = {name: [] for name in shard_names}
-    for key, shard in shard_of_key.items():
+    for key, shard in places:
         keys[shard].append(key)
     return tuple(
         ShardPlan(name, tuple(found), frozenset().union(*(files_of_key[key] for key in found)), bytes_of_shard[name])

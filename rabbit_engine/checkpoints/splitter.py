@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import Conversion, Target, find_layout
 from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
 from rabbit_engine.checkpoints.hub import require_room
+from rabbit_engine.checkpoints.shard_encodings import Weight
 from rabbit_engine.checkpoints.shards import (
     JOURNAL_NAME,
     ORIGIN_KEY,
@@ -43,6 +44,7 @@ from rabbit_engine.checkpoints.split_plan import (
     peak_extra_bytes,
     plan_shards,
     settle_ties,
+    stored_separately,
     tied_together,
 )
 from rabbit_engine.errors import (
@@ -50,6 +52,8 @@ from rabbit_engine.errors import (
     MismatchedWeightsError,
     ShardsNotWritableError,
 )
+from rabbit_engine.quantization.storable import Storable
+from rabbit_engine.quantization.stored import compressed
 from rabbit_engine.storage.directio import is_file
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, aligned_bytes
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
@@ -90,7 +94,7 @@ class Split:
     """One split of one checkpoint, from the plan to the manifest.
 
     `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` lists
-    as deleted. `delete` removes an original; None keeps them.
+    as deleted. Weights in `encodings` are stored encoded. `delete` removes an original; None keeps them.
     """
 
     folder: Path
@@ -99,10 +103,13 @@ class Split:
     tensors: TensorSource
     conversion: Conversion
     dtype: torch.dtype
+    encodings: Mapping[str, Storable] = field(default_factory=dict)
     journal: Journal | None = None
     delete: DeleteOriginal | None = None
     progress: bool = True
     _verified: set[str] = field(default_factory=set)
+    _copied: Mapping[str, str] = field(default_factory=dict)
+    """A weight that is stored but has no tensor of its own -> the weight that has its values."""
 
     @property
     def skeleton(self) -> PreTrainedModel:
@@ -112,9 +119,10 @@ class Split:
     def run(self) -> Manifest:
         """Write the missing shards. Raises NotEnoughDiskError, MismatchedWeightsError or another CheckpointError."""
         targets = self.conversion.targets
-        ties = self._settle_ties(targets)
+        settled = self._settle_ties(targets)
+        ties, self._copied = self._without_encoded(settled)
         plans = self._plan(targets, ties)
-        journal = self._open_journal(ties)
+        journal = self._open_journal(settled)
         finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
         self._require_originals(plans, frozenset(finished))
         self._require_room(plans, frozenset(finished))
@@ -136,6 +144,14 @@ class Split:
         self.tensors.release()
         return ties
 
+    def _without_encoded(self, ties: Ties) -> tuple[Ties, dict[str, str]]:
+        """The ties of what is stored: an encoded head shares nothing. See `stored_separately`."""
+        copied: dict[str, str] = {}
+        for name in sorted(tied_together(tied_weights(self.skeleton)).keys() & self.encodings):
+            ties, more = stored_separately(ties, name)
+            copied |= more
+        return ties, copied
+
     def _ties_of(self, journal: Journal) -> Ties:
         """The ties recorded when the split began. Raises DamagedShardError if the model does not tie these weights."""
         tied = tied_together(tied_weights(self.skeleton))
@@ -153,18 +169,27 @@ class Split:
         wanted = {key: target for key, target in targets.items() if target is not None and target.name not in ties.dropped}
         shard_of_key = {key: layout.shard_of(target.name) for key, target in wanted.items()}
         converted = {shard_of_key[key] for key, target in wanted.items() if target.converted}
-        stored = {target.name for target in wanted.values()}
+        stored = {target.name for target in wanted.values()} | set(self._copied)
+        copies = [
+            (key, layout.shard_of(copy)) for copy, name in self._copied.items() for key in wanted if wanted[key].name == name
+        ]
         unsure = {name for name in self.skeleton.state_dict() if layout.shard_of(name) in converted}
         self._require_all(stored | unsure, ties)
         sizes: dict[str, list[int]] = {}
         for name, tensor in self.skeleton.state_dict().items():
-            sizes.setdefault(layout.shard_of(name), []).append(tensor.numel() * tensor.itemsize)
+            sizes.setdefault(layout.shard_of(name), []).extend(self._stored_bytes(name, tensor))
         return plan_shards(
             layout.shard_names(),
-            shard_of_key,
+            [*shard_of_key.items(), *copies],
             {key: files_of(self.tensors.tensors[key], self.originals) for key in wanted},
             {shard: aligned_bytes(found) for shard, found in sizes.items()},
         )
+
+    def _stored_bytes(self, name: str, weight: torch.Tensor) -> list[int]:
+        if name not in self.encodings:
+            return [weight.numel() * weight.itemsize]
+        parts = self.encodings[name].components(self.conversion.dtype_of(name), tuple(weight.shape))
+        return [part.nbytes for part in parts]
 
     def _require_all(self, stored: set[str], ties: Ties) -> None:
         require_weights(self.skeleton, stored, ties, self.originals)
@@ -211,7 +236,7 @@ class Split:
 
     def _write(self, plan: ShardPlan) -> ShardRecord:
         try:
-            weights = self.conversion.convert(plan.keys)
+            weights = self._compressed(plan) if self.encodings else self.conversion.convert(plan.keys)
         except MismatchedWeightsError as error:
             files = ", ".join(str(self.originals / file) for file in sorted(plan.files))
             raise MismatchedWeightsError(f"{files}: {error}") from error
@@ -219,6 +244,30 @@ class Split:
         self.tensors.release()
         logger.debug("wrote %s", record.file)
         return record
+
+    def _compressed(self, plan: ShardPlan) -> dict[str, Weight]:
+        """The weights of a shard; only the one that is being compressed is in memory in full."""
+        keys: dict[str, list[str]] = {}
+        for key in plan.keys:
+            target = self.conversion.targets[key]
+            keys.setdefault(target.name if target else key, []).append(key)
+        named_here = {source: copy for copy, source in self._copied.items() if copy.startswith(f"{plan.name}.")}
+        found: dict[str, Weight] = {}
+        for some in keys.values():
+            for name, weight in self.conversion.convert(some).items():
+                name = named_here.get(name, name)
+                found[name] = self._compress(name, weight)
+        return found
+
+    def _compress(self, name: str, weight: torch.Tensor) -> Weight:
+        encoding = self.encodings.get(name)
+        if encoding is None:
+            return weight
+        try:
+            return compressed(weight, encoding)
+        except ValueError as error:
+            logger.warning("%s is not compressed: %s", name, error)
+            return weight
 
     def _delete_originals(
         self, names: list[str], plans: tuple[ShardPlan, ...], records: Mapping[str, ShardRecord], journal: Journal
@@ -260,7 +309,9 @@ class Split:
 
     def _origin(self, plan: ShardPlan) -> str:
         model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
-        return digest({"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model})
+        made_from = {"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model}
+        kinds = {name: self.encodings[name].kind for name in sorted(model.keys() & self.encodings)}
+        return digest({**made_from, "encodings": kinds} if self.encodings else made_from)
 
 
 def file_of(tensor: LazyTensor, originals: Path) -> str:

@@ -74,6 +74,10 @@ Split = Annotated[
     Literal["auto", "always", "never"],
     typer.Option(help="Make shards first; auto does if the files cannot be streamed as they are.", case_sensitive=False),
 ]
+Compression = Annotated[
+    Literal["4bit", "8bit"] | None,
+    typer.Option(help="Store the weights in 4 or 8 bits, once, in shards, and stream those.", case_sensitive=False),
+]
 SavingPath = Annotated[
     Path | None,
     typer.Option(parser=_parse_folder, metavar="<dir>", help="Where the shards go; the default is next to the checkpoint."),
@@ -94,6 +98,7 @@ class Loading:
     max_seq_len: MaxSeqLen = None
     attn: Attention = "auto"
     split: Split = "auto"
+    compression: Compression = None
     saving_path: SavingPath = None
     gguf_file: GgufFile = None
     revision: Revision = None
@@ -119,6 +124,7 @@ class Loading:
             "max_seq_len": self.max_seq_len,
             "attn_implementation": self.attn,
             "split": self.split,
+            "compression": self.compression,
             "layer_shards_saving_path": self.saving_path,
             "gguf_file": self.gguf_file,
             "revision": self.revision,

@@ -15,7 +15,18 @@ from rabbit_engine.utils.sizes import parse_rate
 from rabbit_engine.utils.speeds import Speeds
 
 _OPTIONS = Only(
-    *("max_memory", "device", "dtype", "split", "saving_path", "gguf_file", "revision", "token", "trust_remote_code"),
+    *(
+        "max_memory",
+        "device",
+        "dtype",
+        "split",
+        "compression",
+        "saving_path",
+        "gguf_file",
+        "revision",
+        "token",
+        "trust_remote_code",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.utils.sizes import format_bytes
 
-_OPTIONS = Only("saving_path", "dtype", "gguf_file", "revision", "token", "trust_remote_code")
+_OPTIONS = Only("compression", "saving_path", "dtype", "gguf_file", "revision", "token", "trust_remote_code")
 
 
 @takes_loading
@@ -26,4 +26,5 @@ def split(
     prepared = engine.checkpoints.prepare(model, settings.source, settings.split, repair=True)
     assert prepared.manifest is not None  # noqa: S101 - a split was requested
     total = sum(record.file_bytes for record in prepared.manifest.shards)
-    print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {prepared.manifest.dtype}, in {prepared.folder}")
+    kind = f"{prepared.manifest.dtype}{f' in {loading.compression}' if loading.compression else ''}"
+    print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {kind}, in {prepared.folder}")

@@ -116,7 +116,8 @@ class AutoModel:
                 staging. The KV cache and activations come on top, unless `max_seq_len` is given. None uses what is free now,
                 minus those of `max_seq_len` tokens and a margin for the system.
             attn_implementation: "auto" (flash_attention_2 if it works, else sdpa, else eager) or one of these.
-            compression: planned for a later version; anything but None is refused.
+            compression: "4bit" stores the linear layers and experts in 4.5 bits a weight and the head in 8, "8bit" all of them
+                in 8; norms, embeddings and routers keep their dtype. Made once, in shards of their own, then streamed.
             fused_products: True multiplies few rows by quantised weights in their stored form, which is faster and may differ
                 from the decoded weights by rounding; False always decodes; None decodes a format whose bits transformers
                 defines.
@@ -141,7 +142,7 @@ class AutoModel:
             gguf_file: the file to load from a folder or repo with several.
             device_map: "auto" (also "balanced", "sequential"), or one device.
             torch_dtype: the older name of dtype.
-            quantization_config: refused, like compression.
+            quantization_config: planned for a later version; anything but None is refused.
             config: a config object, a folder, a file or a repo id, instead of the checkpoint's; an object is left unchanged.
             subfolder: the part of the repo or folder to load.
             variant: of the weight files, as in `model.fp16.safetensors`.

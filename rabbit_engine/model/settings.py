@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rabbit_engine.config import (
+    CompressionConfig,
     SourceConfig,
     SplitConfig,
     StreamConfig,
@@ -19,7 +20,7 @@ from rabbit_engine.config import (
     parse_planned_device,
 )
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.utils.keywords import refuse_compression, take_keywords
+from rabbit_engine.utils.keywords import refuse_quantization, take_keywords
 
 Arguments = Mapping[str, Any]
 """Every parameter of `from_pretrained` by name: the given value or the default."""
@@ -40,12 +41,12 @@ def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
     Raises ConfigurationError, CompressionUnavailableError and DeviceUnavailableError.
     """
     overrides = take_keywords(arguments["other"])
-    refuse_compression(arguments["compression"], arguments["quantization_config"])
+    refuse_quantization(arguments["quantization_config"])
     if planned:
         device = parse_planned_device(arguments["device"], arguments["max_memory"])
     else:
         device = parse_device(arguments["device"], arguments["device_map"])
-    return LoadSettings(_source_of(arguments, overrides), _split_of(arguments), _stream_of(arguments, device))
+    return LoadSettings(_source_of(arguments, overrides), _split_of(arguments, device), _stream_of(arguments, device))
 
 
 def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConfig:
@@ -68,13 +69,14 @@ def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConf
     )
 
 
-def _split_of(arguments: Arguments) -> SplitConfig:
-    dtype = arguments["dtype"]
+def _split_of(arguments: Arguments, device: torch.device) -> SplitConfig:
+    dtype, compression = arguments["dtype"], arguments["compression"]
     return SplitConfig(
         mode=arguments["split"],
         dtype=parse_dtype(arguments["torch_dtype"] if dtype is None else dtype),
         saving_path=parse_path("layer_shards_saving_path", arguments["layer_shards_saving_path"]),
         delete_original=arguments["delete_original"],
+        compression=None if compression is None else CompressionConfig(method=compression, device_type=device.type),
     )
 
 

@@ -35,6 +35,6 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
 def _entries(found: Source, model: PreTrainedModel) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
     """Entries and ties of the weights; for shards that do not exist yet, those derived from the model."""
     if isinstance(found, MustSplit):
-        return unread_entries(model)
+        return unread_entries(model, found.request.split.compression)
     warn_of_unused(found.unused, found.architecture.cls)
     return found.entries, found.ties

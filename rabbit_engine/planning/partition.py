@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
-from rabbit_engine.checkpoints import require_fit
-from rabbit_engine.config import DEFAULT_CUT, Cut
+from rabbit_engine.checkpoints import encodings_of, require_fit
+from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.planning.tiers import Role, UnitSize
+from rabbit_engine.quantization.stored import unread_entry
+from rabbit_engine.storage.directio import aligned_up
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
 from rabbit_engine.streaming import Unit, WeightRef, make_unit, multiplies_packed, row_blocks, weight_refs
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
@@ -135,16 +136,18 @@ def partition_model(
     return partitioner.finish()
 
 
-def unread_entries(model: PreTrainedModel) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Entries and ties of a model without files, from its shapes and dtypes."""
-    ties = tied_weights(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
-    nowhere = Path("/")
+def unread_entries(
+    model: PreTrainedModel, compression: CompressionConfig | None = None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries and ties of a model without files, from its shapes and dtypes; those of a compressed split with `compression`."""
+    state = model.state_dict()
+    encodings = {} if compression is None else encodings_of(model, lambda name: state[name].dtype, compression)
+    ties = {target: source for target, source in tied_weights(model).items() if target not in encodings}
     entries, offset = {}, 0
     for name, tensor in state.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        entries[name] = TensorEntry(name, nowhere, offset, nbytes, tensor.dtype, tuple(tensor.shape))
-        offset += nbytes + -nbytes % 4096
+        if name not in ties:
+            entries[name] = unread_entry(name, offset, tensor.dtype, tuple(tensor.shape), encodings.get(name))
+            offset = aligned_up(offset + entries[name].nbytes)
     return entries, ties
 
 

@@ -136,8 +136,6 @@ RETIRED_KEYWORDS = {
 }
 """Keywords of other layer-streaming libraries that have no effect here, and what replaces them."""
 
-COMPRESSIONS = ("4bit", "8bit")
-
 
 def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The `keywords` that may be attributes of the model's config; the others are accepted, with a warning if retired.
@@ -178,11 +176,8 @@ def warn_retired(keyword: str) -> None:
     warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=5)
 
 
-def refuse_compression(compression: str | None, quantization_config: object) -> None:
-    """Raise CompressionUnavailableError for compression and quantisation, which this version does not support yet."""
-    if compression is not None and compression not in COMPRESSIONS:
-        raise ConfigurationError(f"compression={compression!r} is not one of {', '.join(map(repr, COMPRESSIONS))}")
-    for name, value in {"compression": compression, "quantization_config": quantization_config}.items():
-        if value is not None:
-            kind = value if isinstance(value, str | dict) else type(value).__name__
-            raise CompressionUnavailableError(f"{name}={kind!r} {_QUANTISED}: leave it out")
+def refuse_quantization(quantization_config: object) -> None:
+    """Raise CompressionUnavailableError for a quantiser of transformers, which this version does not support yet."""
+    if quantization_config is not None:
+        kind = quantization_config if isinstance(quantization_config, str | dict) else type(quantization_config).__name__
+        raise CompressionUnavailableError(f"quantization_config={kind!r} {_QUANTISED}: leave it out")

@@ -1,0 +1,234 @@
+"""Compressed splits: made once from any source, equal to transformers with the decoded weights, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_quantised import FP8, rewrite, to_fp8
+
+from rabbit_engine import errors
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.storage.tensorfiles import read_tensor
+
+HARNESS = Path(__file__).with_name("killed_split.py")
+FAMILIES = ["llama", "llama_tied", "llama_biased", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "jamba"]
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+"""Sizes with groups of 64 and of 32."""
+
+
+def with_decoded_weights(model: Any, whole: Any) -> Any:
+    """transformers' `whole` model with the values that `model` streams."""
+    entries, ties = model._checkpoint.entries, model._checkpoint.ties
+    values = {name: read_tensor(entry) for name, entry in entries.items()}
+    values |= {target: values[stored] for target, stored in ties.items()}
+    if set(entries) >= {"model.embed_tokens.weight", "lm_head.weight"}:
+        whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.clone())
+    with torch.no_grad():
+        for name, tensor in whole.state_dict(keep_vars=True).items():
+            if name in values:
+                tensor.copy_(values[name])
+    return whole
+
+
+def kinds(model: Any) -> dict[str, str]:
+    """weight -> the class of its encoding."""
+    return {name: type(entry.encoding).__name__ for name, entry in model._checkpoint.entries.items() if entry.is_encoded}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_a_compressed_model_is_transformers_with_the_decoded_weights(
+    family: str, method: str, tmp_path: Path, streamed: Any, plain: Any, ids: torch.Tensor
+) -> None:
+    folder = families.save(family, tmp_path / family, torch.bfloat16)
+    model = streamed(folder, compression=method, fused_products=False)
+    whole = with_decoded_weights(model, plain(folder))
+    assert kinds(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    steps = {"max_new_tokens": 5, "do_sample": True, "pad_token_id": 0}
+    torch.manual_seed(2)
+    expected = whole.generate(ids, **steps)
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(ids, **steps), expected)
+
+
+@pytest.mark.parametrize("family", ["llama_biased", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_fused_products_are_near_the_decoded_weights_and_the_same_in_any_budget(
+    family: str, method: str, own_checkpoint: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint(family, hidden_size=64)
+    model, large = streamed(folder, compression=method), streamed(folder, compression=method, max_memory={"cpu": "1GB"})
+    assert model.plan.streamed
+    assert large.plan.pass_bytes < model.plan.pass_bytes
+    with torch.no_grad():
+        fused, decoded = model(ids).logits, streamed(folder, compression=method, fused_products=False)(ids).logits
+        assert torch.equal(large(ids).logits, fused)
+    assert not torch.equal(fused, decoded)
+    assert torch.allclose(fused, decoded, rtol=1e-4, atol=1e-5)
+    steps = {"max_new_tokens": 5, "do_sample": True, "pad_token_id": 0}
+    torch.manual_seed(2)
+    expected = large.generate(ids, **steps)
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(ids, **steps), expected)
+
+
+def test_four_bits_are_for_linear_layers_and_eight_for_the_head(own_checkpoint: Any, streamed: Any) -> None:
+    model = streamed(own_checkpoint("llama_tied", dtype=torch.bfloat16, **WIDE), compression="4bit")
+    found = kinds(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    assert {name: kind for name, kind in found.items() if kind == "FourBitGroups"}.keys() == {f"{name}.weight" for name in linear}
+    assert {name for name, kind in found.items() if kind == "EightBitRows"} == {"lm_head.weight"}
+    plain_ones = {name for name in model._checkpoint.entries if name not in found}
+    assert "model.embed_tokens.weight" in plain_ones
+    assert all("norm" in name or "embed" in name for name in plain_ones)
+
+
+def test_experts_are_compressed_and_routers_are_not(own_checkpoint: Any, streamed: Any) -> None:
+    model = streamed(own_checkpoint("qwen3_moe", dtype=torch.bfloat16), compression="8bit")
+    found = kinds(model)
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} <= found.keys()
+    assert "model.layers.0.mlp.gate.weight" in model._checkpoint.entries.keys() - found.keys()
+    assert model.plan.experts.layers
+
+
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_a_pass_moves_the_small_bytes_that_the_plan_says(method: str, own_checkpoint: Any, streamed: Any, ids: Any) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
+    model = streamed(folder, compression=method, prefetching=False)
+    assert model.plan.pass_bytes < streamed(folder).plan.pass_bytes * (0.32 if method == "4bit" else 0.53)
+    with torch.no_grad():
+        model(ids)
+        before = runtime_of(model).transfer.profile().bytes_read
+        model(ids)
+    assert runtime_of(model).transfer.profile().bytes_read - before == model.plan.pass_bytes
+
+
+def test_a_plan_before_the_split_is_the_plan_after_it(own_checkpoint: Any, streamed: Any, rabbit: Any) -> None:
+    folder = own_checkpoint("llama_tied", dtype=torch.bfloat16, hidden_size=256)
+    arguments = ("plan", folder, "--device", "cpu", "--compression", "4bit", "-m", "3MB", "--disk-rate", "1GB/s")
+    before = rabbit(*arguments).out
+    assert not list(folder.rglob("rabbit_shards/*"))
+    done = rabbit("split", folder, "--compression", "4bit")
+    assert "bfloat16 in 4bit" in done.out
+    after = rabbit(*arguments).out
+    rows = [
+        {tuple(line.split()) for line in text.splitlines() if "│" in line and "shards" not in line} for text in (before, after)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("mode", ["events", "timer"])
+def test_a_killed_split_ends_with_identical_files(mode: str, tmp_path: Path) -> None:
+    folder = families.save("llama_tied", tmp_path / "model", torch.bfloat16, **WIDE)
+    for place, how in (("at once", "none"), ("killed", mode)):
+        command = [sys.executable, str(HARNESS), str(folder), str(tmp_path / place), how, "4bit"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1
+    once, killed = (tmp_path / place for place in ("at once", "killed"))
+    files = [{p.name: p.read_bytes() for p in folder.rglob("[!.]*.*") if p.name != "journal.json"} for folder in (once, killed)]
+    assert len(files[0]) > 5
+    assert files[0] == files[1]
+
+
+def test_each_compression_has_a_folder_and_leaves_the_others_valid(
+    own_checkpoint: Any, streamed: Any, plain: Any, ids: Any
+) -> None:
+    folder = own_checkpoint("llama")
+    streamed(folder, split="always")
+    eight = streamed(folder, compression="8bit")(ids).logits
+    streamed(folder, compression="4bit")
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("rabbit_shards/*/*")}
+    assert {path.parent.name for path in made} == {"float32", "float32-8bit", "float32-4bit"}
+    assert torch.equal(streamed(folder, split="always")(ids).logits, plain(folder)(ids).logits)
+    assert torch.equal(streamed(folder, compression="8bit")(ids).logits, eight)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("rabbit_shards/*/*")} == made
+
+
+def test_originals_may_be_deleted(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama_tied", dtype=torch.bfloat16)
+    expected = streamed(folder, compression="4bit")(ids).logits
+    streamed(folder, compression="4bit", delete_original=True)
+    assert not list(folder.glob("*.safetensors"))
+    assert torch.equal(streamed(folder, compression="4bit")(ids).logits, expected)
+
+
+def test_a_quantised_source_is_compressed_from_its_decoded_weights(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
+    model = streamed(folder, compression="8bit")
+    weight = read_tensor(streamed(folder)._checkpoint.entries["model.layers.0.mlp.up_proj.weight"])
+    entry = model._checkpoint.entries["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(read_tensor(entry.components[0]), entry.encoding.compress(weight)[0])
+
+
+def test_weights_that_are_not_finite_are_stored_as_they_are(own_checkpoint: Any, streamed: Any, caplog: Any) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16)
+    path = next(path for path in folder.glob("*.safetensors") if any("up_proj" in name for name in load_file(path)))
+    tensors = load_file(path)
+    name = next(name for name in tensors if "up_proj" in name)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = streamed(folder, compression="8bit")
+    assert name not in kinds(model)
+    assert f"{name} is not compressed: it has values that are not finite" in caplog.text
+
+
+def set_kind(rows: Any, tensors: Any) -> None:
+    next(iter(rows.values()))["kind"] = "int3"
+
+
+def drop_component(rows: Any, tensors: Any) -> None:
+    del tensors[f"{next(iter(rows))}.scales"]
+
+
+def cut_component(rows: Any, tensors: Any) -> None:
+    name = f"{next(iter(rows))}.scales"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def set_shape(rows: Any, tensors: Any) -> None:
+    next(iter(rows.values()))["shape"] = [3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (set_kind, "is stored as 'int3', this version reads int8_rows"),
+        (drop_component, r"\.scales is missing"),
+        (cut_component, r"\.scales is \[\d+\] torch.bfloat16, expected \["),
+        (set_shape, r"shape \[3\] and torch.bfloat16 is not a matrix"),
+    ],
+)
+def test_an_encoding_that_does_not_match_its_tensors_names_the_shard(
+    change: Callable[[Any, Any], None], said: str, own_checkpoint: Any, streamed: Any
+) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16)
+    model = streamed(folder, compression="8bit")
+    path = model._checkpoint.folder / "model.layers.0.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    rows, tensors = json.loads(metadata["encodings"]), load_file(path)
+    change(rows, tensors)
+    save_file(tensors, path, metadata={**metadata, "encodings": json.dumps(rows)})
+    manifest = model._checkpoint.folder / "manifest.json"
+    from rabbit_engine.checkpoints.shards import shard_record
+
+    raw, record = json.loads(manifest.read_text()), shard_record(path)
+    for row in raw["shards"]:
+        if row["name"] == record.name:
+            row.update(file_bytes=record.file_bytes, header_xxh3_128=record.header_xxh3_128)
+    manifest.write_text(json.dumps(raw))
+    with pytest.raises(errors.DamagedShardError, match=rf"model\.layers\.0\.safetensors cannot be read: .*{said}"):
+        streamed(folder, compression="8bit")
