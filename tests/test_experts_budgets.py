@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import smallest
 
-from rabbit_engine import errors
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.experts import ExpertsPlan
 from rabbit_engine.planning.placement import place
@@ -286,3 +286,27 @@ def test_a_model_closed_amid_a_pass_says_so(own_checkpoint: Any, streamed: Any, 
     monkeypatch.setattr(routed, "run_expert", closing)
     with torch.no_grad(), pytest.raises(errors.ModelClosedError):
         model(ids)
+
+
+def test_the_next_start_begins_with_the_experts_used_most(
+    own_checkpoint: Any, streamed: Any, ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RABBIT_ENGINE_CACHE", str(tmp_path / "cache"))
+    folder = own_checkpoint("qwen3_moe", **MIDDLE)
+    budget = middle_budget(streamed, folder, 0.5)
+
+    def first_reads() -> tuple[int, torch.Tensor]:
+        with AutoModel.from_pretrained(folder, device="cpu", max_memory=budget) as model:
+            found = model.generate(ids, **GREEDY)
+            return sum(layer.read for layer in model.profile.experts.values()), found
+
+    cold, text = first_reads()
+    (kept,) = (tmp_path / "cache" / "experts").iterdir()
+    warm, again = first_reads()
+    assert warm < 0.7 * cold
+    assert torch.equal(text, again)
+    for damaged in (b"[1", b'{"model.layers.0.mlp.experts": {"999": 1, "x": 2, "1": "much", "2": NaN}}', b"[]"):
+        kept.write_bytes(damaged)
+        assert first_reads()[0] == cold
+    monkeypatch.setenv("RABBIT_ENGINE_CACHE", "")
+    assert first_reads()[0] == cold

@@ -171,3 +171,23 @@ def test_scores_survive_any_number_of_tokens(layer_units: Any) -> None:
     assert scores[0] == pytest.approx(2 * scores[1])
     assert scores[3] == 0
     assert all(score < float("inf") for score in scores)
+
+
+@pytest.mark.parametrize(("on_device", "in_host"), [(3, 0), (2, 2), (0, 3)])
+def test_a_start_keeps_what_was_used_most_and_reads_it_before_the_first_pass(
+    on_device: int, in_host: int, layer_units: list[Any], make_transfer: Callable[..., Transfer]
+) -> None:
+    first = make_transfer(on_device, in_host)
+    for index in (7, 7, 7, 2, 2, 9, 7, 2, 7):
+        bring(first, layer_units, index)
+    uses = first.experts.uses()
+    assert sorted(uses["l"], key=lambda index: -uses["l"][index]) == [7, 2, 9]
+    second = make_transfer(on_device, in_host)
+    assert second.experts.warm(uses) == 3
+    assert second.experts.uses()["l"] == pytest.approx(uses["l"])
+    before = second.profile().experts["l"].read
+    bring(second, layer_units, 7)
+    bring(second, layer_units, 2, 9)
+    assert second.profile().experts["l"].read == before
+    bring(second, layer_units, 4)
+    assert second.profile().experts["l"].read == before + 1

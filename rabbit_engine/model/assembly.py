@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import initialize
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.expert_uses import ExpertUses, uses_of
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
@@ -68,6 +69,7 @@ class Assembly:
     binding: Binding
     trace: Trace
     ring: Ring
+    uses: ExpertUses | None = None
 
     def free_bytes(self) -> int:
         """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""
@@ -77,6 +79,8 @@ class Assembly:
         """Stop reading, and free the ring with everything in it. Returns at once in a forked child."""
         if self.transfer.forked:
             return
+        if self.uses is not None:
+            self.uses.save()
         self.transfer.close()
         self.binding.forget()
         weights, placeholders = self.partition.weights, Placeholders(self.device)
@@ -207,13 +211,16 @@ class _Builder:
         for unit, start in self._residents:
             if unit.is_encoded and unit.name not in self._decoded:
                 self._bind(binding, unit, self._ring.view(start, unit.nbytes))
+        uses = None
         if transfer.experts is not None:
             self._route_experts(transfer.experts, binding)
+            uses = uses_of(partition, transfer.experts)
+            uses.start()
         self._set_tied_elsewhere()
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding.root_pass, device)
-        return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring)
+        return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring, uses)
 
     def _bind(self, binding: Binding, unit: Unit, memory: torch.Tensor | None = None) -> None:
         """Give the unit's module its weights when it runs: as they arrive, or from `memory` if they stay there."""

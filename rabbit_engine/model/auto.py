@@ -198,6 +198,8 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
     refuse_past(model, checkpoint.architecture)
     explain_failures(model)
     weakref.finalize(model, model._assembly.transfer.abandon)
+    if model._assembly.uses is not None:
+        weakref.finalize(model, model._assembly.uses.save)
     if stream.profiling_mode:
         model._assembly.binding.passes.on_pass = functools.partial(_log_pass, model._assembly.transfer)
     logger.info("attention: %s (%s)", model.active_attention_implementation, model._attention_reason)

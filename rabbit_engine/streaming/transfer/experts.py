@@ -22,8 +22,9 @@ from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.entry import Entry, HostPlace
 from rabbit_engine.streaming.transfer.machine import Machine
 from rabbit_engine.streaming.transfer.reader import Job
-from rabbit_engine.streaming.transfer.ring import Mark, Ring
+from rabbit_engine.streaming.transfer.ring import Mark, Ring, fill_all
 from rabbit_engine.streaming.transfer.slots import Expert, ExpertLayer, Stay, who_stays
+from rabbit_engine.streaming.transfer.unit import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class ExpertSlots:
 
 
 class ExpertCache:
-    """The experts in `slots`. The model's thread calls `lend`; everything else is called with the lock held."""
+    """The experts in `slots`. The model's thread calls `warm` and `lend`, any thread `uses`; everything else is called with the
+    lock held."""
 
     def __init__(self, machine: Machine, slots: ExpertSlots, trace: Trace) -> None:
         self._machine, self._trace = machine, trace
@@ -61,6 +63,40 @@ class ExpertCache:
         self._lent = False
         self._profile = machine.profile
         self._profile.experts = {name: ExpertsProfile(name, count=len(layer.units)) for name, layer in self.layers.items()}
+
+    def uses(self) -> dict[str, dict[int, float]]:
+        """For each layer the uses of its experts, weighted as of now. Takes no lock: a finalizer calls it."""
+        return {name: layer.uses() for name, layer in self.layers.items()}
+
+    def warm(self, uses: Mapping[str, Mapping[int, float]]) -> int:
+        """Before the first pass: keep the experts that were used most, according to `uses`, and read them. Returns how many."""
+        on_device: list[tuple[Unit, int]] = []
+        in_host: list[tuple[Unit, HostPlace]] = []
+        with self._machine.lock:
+            self._machine.require_open()
+            for name, layer in self.layers.items():
+                layer.count(uses.get(name, {}), 0)
+                chosen = layer.most_used()
+                for expert in chosen[: layer.on_device]:
+                    on_device.append((expert.unit, self._keep_on_device(layer, expert)))
+                for expert in chosen[layer.on_device :][: layer.in_host]:
+                    expert.host, expert.kept = self._free_host.popleft(), True
+                    in_host.append((expert.unit, expert.host))
+            fill_all(self._machine.ring, on_device)
+            for ring in {place.ring for _, place in in_host}:
+                fill_all(ring, [(unit, place.start) for unit, place in in_host if place.ring is ring])
+            for _, place in in_host:
+                place.filled = True
+        return len(on_device) + len(in_host)
+
+    def _keep_on_device(self, layer: ExpertLayer, expert: Expert) -> int:
+        """Keep the expert on the device, in a free slot that is about to be filled."""
+        place = self._free.popleft()
+        expert.entry = Entry(
+            expert.unit, layer.name, (), None, partial(self._forget, expert), state="here", place=place, issued=1
+        )
+        expert.kept = True
+        return place
 
     @contextmanager
     def lend(self, name: str, uses: Mapping[int, float], tokens: int) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:

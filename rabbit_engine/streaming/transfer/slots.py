@@ -16,6 +16,9 @@ HALF_LIFE_TOKENS = 32
 _MOST_AGE = 600.0
 """Halvings before scores are rescaled: floats hold about a thousand."""
 
+_LEAST_USE = 1e-3
+"""A use that is remembered for the next start counts at least this much."""
+
 
 @dataclass(slots=True, eq=False)
 class Expert:
@@ -66,6 +69,15 @@ class ExpertLayer:
             self.age = 0.0
         for index, weight in uses.items():
             self.experts[index].score += weight * 2.0**self.age
+
+    def uses(self) -> dict[int, float]:
+        """The uses of each expert, weighted as of now; without those that have faded."""
+        now = {expert.index: expert.score * 2.0**-self.age for expert in self.experts}
+        return {index: use for index, use in now.items() if use >= _LEAST_USE}
+
+    def most_used(self) -> list[Expert]:
+        """Those that were ever used, the most used first."""
+        return [expert for expert in _by_use(self.experts) if expert.score > 0]
 
     def kept(self) -> list[Expert]:
         """The experts that stay."""
