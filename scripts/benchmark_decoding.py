@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from rabbit_engine.quantization import Fp8Blocks, Mxfp4
+from rabbit_engine.quantization import Awq, Blocks4bit, Fp8Blocks, Gptq, Int8Rows, Mxfp4, ScaledBlocks
 from rabbit_engine.quantization.gguf import GgufBlocks
 from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
 from rabbit_engine.quantization.kernels import kernels_in_use
@@ -82,10 +82,51 @@ def lossless(rows: int, columns: int) -> Stored:
     return Stored(Lossless(), [found[role] for role in ROLES], (rows, columns))
 
 
+def blocks_4bit(rows: int, columns: int) -> Stored:
+    """bitsandbytes' nf4 in blocks of 64."""
+    codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8)
+    return Stored(Blocks4bit("nf4", 64, by_rows=True), [codes, torch.rand(rows * columns // 64)], (rows, columns))
+
+
+def int8(rows: int, columns: int) -> Stored:
+    """bitsandbytes' rows."""
+    values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+    return Stored(Int8Rows(), [values, torch.rand(rows)], (rows, columns))
+
+
+def words(*shape: int) -> torch.Tensor:
+    """int32 of any bits."""
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def gptq(rows: int, columns: int) -> Stored:
+    """Four bits in groups of 128 inputs, in the order of activations."""
+    groups = torch.randperm(columns).div(128, rounding_mode="floor").int()
+    scales = torch.rand(columns // 128, rows).half()
+    return Stored(Gptq(4, 128, 1), [words(columns // 8, rows), words(columns // 128, rows // 8), scales, groups], (rows, columns))
+
+
+def awq(rows: int, columns: int) -> Stored:
+    """Groups of 128 inputs."""
+    scales = torch.rand(columns // 128, rows).half()
+    return Stored(Awq(128), [words(columns, rows // 8), words(columns // 128, rows // 8), scales], (rows, columns))
+
+
+def packed_int4(rows: int, columns: int) -> Stored:
+    """compressed-tensors' groups of 128 inputs."""
+    scales = torch.rand(rows, columns // 128).bfloat16()
+    return Stored(ScaledBlocks(4, 1, 128, by_rows=True), [words(rows, columns // 8), scales], (rows, columns))
+
+
 ENCODINGS: Mapping[str, Callable[[int, int], Stored]] = {
     "fp8": fp8,
     "mxfp4": mxfp4,
     **{kind: gguf(kind) for kind in GGUF_KINDS},
+    "bitsandbytes nf4": blocks_4bit,
+    "bitsandbytes int8": int8,
+    "GPTQ int4, desc_act": gptq,
+    "AWQ": awq,
+    "compressed-tensors int4": packed_int4,
     "lossless": lossless,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from rabbit_engine.quantization.kernels import torch_operations
+
 Tensors = dict[str, torch.Tensor]
+
+DECODERS: dict[str, Callable[[], AbstractContextManager[None]]] = {"compiled": nullcontext, "torch": torch_operations}
+"""With what an encoding decodes within a block: both give the same bits."""
 
 
 def quantise_groups(weight: torch.Tensor, bits: int, group_of: list[int]) -> tuple[Any, Any, Any]:

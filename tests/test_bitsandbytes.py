@@ -9,6 +9,7 @@ from typing import Any
 
 import bitsandbytes
 import families
+import packing
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
@@ -202,23 +203,27 @@ def test_every_budget_streams_stored_bytes(tmp_path: Path, streamed: Any, ids: t
 @pytest.mark.parametrize("block", [64, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("twice", [False, True])
-def test_blocks_decode_to_the_bits_of_bitsandbytes(kind: str, block: int, dtype: torch.dtype, twice: bool) -> None:
+@pytest.mark.parametrize("decoder", packing.DECODERS)
+def test_blocks_decode_to_the_bits_of_bitsandbytes(decoder: str, kind: str, block: int, dtype: torch.dtype, twice: bool) -> None:
     weight = torch.randn(72, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, state = quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=twice)
     stored = [codes, state.absmax, *([state.state2.absmax, state.state2.code] if twice else [])]
     out = torch.empty(72, 256, dtype=dtype)
     encoding = Blocks4bit(kind, block, state.offset.item() if twice else None)
     for work in (work_bytes(out.nbytes), block * 12):  # all at once, or two blocks
-        encoding.decode(stored, out, torch.full((work,), 0x7F, dtype=torch.uint8))
+        with packing.DECODERS[decoder]():
+            encoding.decode(stored, out.zero_(), torch.full((work,), 0x7F, dtype=torch.uint8))
         assert torch.equal(out.view(torch.uint8), dequantize_4bit(codes, state).view(torch.uint8))
 
 
-def test_a_block_may_span_rows_and_the_last_be_short() -> None:
+@pytest.mark.parametrize("decoder", packing.DECODERS)
+def test_a_block_may_span_rows_and_the_last_be_short(decoder: str) -> None:
     """As bitsandbytes computes on a GPU; its kernel for CPUs is wrong for such shapes."""
     weight = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     codes, state = quantize_4bit(weight.view(-1), blocksize=64, quant_type="nf4", compress_statistics=False)
     out = torch.empty(3, 50)
-    Blocks4bit("nf4", 64).decode([codes, state.absmax], out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+    with packing.DECODERS[decoder]():
+        Blocks4bit("nf4", 64).decode([codes, state.absmax], out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
     values = get_4bit_type("nf4", device="cpu")
     pairs = [(int(byte) >> 4, int(byte) & 15) for byte in codes.view(-1)]
     expected = [values[code] * state.absmax[index // 64] for index, code in enumerate(code for pair in pairs for code in pair)]

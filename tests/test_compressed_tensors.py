@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, errors
+from rabbit_engine.quantization import ScaledBlocks
+from rabbit_engine.storage.encoding import work_bytes
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
 ENDINGS = ("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
@@ -198,6 +200,32 @@ def test_a_split_holds_the_decompressed_weights(tmp_path: Path, streamed: Any, p
     folder, decompressed = save("mixtral", tmp_path, "int4 groups with zero points")
     with torch.no_grad():
         assert torch.equal(streamed(folder, split="always")(ids).logits, plain(decompressed)(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["int4 groups", "int4 groups with zero points", "int4 outputs"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("decoder", packing.DECODERS)
+def test_packed_values_decode_to_the_bits_of_the_package(decoder: str, name: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored, expected = compress(weight, name)
+    zeros = [stored["weight_zero_point"]] if "weight_zero_point" in stored else []
+    encoding = ScaledBlocks(4, 1, 96 if name == "int4 outputs" else 16, with_zeros=bool(zeros))
+    out = torch.empty(48, 96, dtype=dtype)
+    for work in (work_bytes(out.nbytes), 96 * 16 * 5):  # all at once, or five rows
+        with packing.DECODERS[decoder]():
+            encoding.decode([stored["weight_packed"], stored["weight_scale"], *zeros], out.zero_(), torch.empty(work).byte())
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_words_may_hold_whole_values_as_older_versions_packed_them(bits: int) -> None:
+    values = torch.randint(0, 2**bits, (8, 64), generator=torch.Generator().manual_seed(0))
+    per_word = 32 // bits
+    padded = torch.nn.functional.pad(values, (0, -64 % per_word)).view(8, -1, per_word)
+    words = (padded << torch.arange(per_word) * bits).sum(-1).to(torch.int32)
+    out, scales = torch.empty(8, 64), torch.rand(8, 4)
+    ScaledBlocks(bits, 1, 16, whole=True).decode([words, scales], out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+    assert torch.equal(out, (values - 2 ** (bits - 1)) * scales.repeat_interleave(16, 1))
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"

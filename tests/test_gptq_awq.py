@@ -100,25 +100,54 @@ def test_a_split_holds_the_decoded_weights(tmp_path: Path, streamed: Any, plain:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_gptq_decodes_to_the_bits_of_its_formula(bits: int, desc_act: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("decoder", packing.DECODERS)
+def test_gptq_decodes_to_the_bits_of_its_formula(decoder: str, bits: int, desc_act: bool, dtype: torch.dtype) -> None:
     weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(bits))
     stored, expected = packing.to_gptq(weight, bits, groups_of(96, desc_act=desc_act))
     tensors = [stored[name] for name in ("qweight", "qzeros", "scales", *(("g_idx",) if desc_act else ()))]
     out = torch.empty(32, 96, dtype=dtype)
     for work in (work_bytes(out.nbytes), 32 * 16 * 32):  # all at once, or 32 inputs
-        Gptq(bits, GROUP, 1).decode(tensors, out.zero_(), torch.empty(work, dtype=torch.uint8))
+        with packing.DECODERS[decoder]():
+            Gptq(bits, GROUP, 1).decode(tensors, out.zero_(), torch.empty(work, dtype=torch.uint8))
         assert torch.equal(out, expected.to(dtype))
     assert (expected.float() - weight).abs().max() < 6 / 2**bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_awq_decodes_to_the_bits_of_its_formula(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("decoder", packing.DECODERS)
+def test_awq_decodes_to_the_bits_of_its_formula(decoder: str, dtype: torch.dtype) -> None:
     weight = torch.randn(24, 88, generator=torch.Generator().manual_seed(0))  # the last group is half a one
     stored, expected = packing.to_awq(weight, groups_of(88))
     out = torch.empty(24, 88, dtype=dtype)
     for work in (work_bytes(out.nbytes), 24 * 16 * 5):  # all at once, or five inputs
-        Awq(GROUP).decode(list(stored.values()), out.zero_(), torch.empty(work, dtype=torch.uint8))
+        with packing.DECODERS[decoder]():
+            Awq(GROUP).decode(list(stored.values()), out.zero_(), torch.empty(work, dtype=torch.uint8))
         assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_and_torch_operations_decode_large_weights_to_the_same_bits(dtype: torch.dtype) -> None:
+    """More outputs than a tile, and not a whole number of tiles."""
+    generator, outputs, inputs = torch.Generator().manual_seed(0), 528, 352
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+
+    scales = torch.rand(inputs // GROUP, outputs, generator=generator).to(dtype)
+    order = torch.tensor(groups_of(inputs, desc_act=True), dtype=torch.int32)
+    made: list[tuple[Any, list[torch.Tensor]]] = [
+        (Gptq(bits, GROUP, 1), [words(inputs * bits // 32, outputs), words(inputs // GROUP, outputs * bits // 32), scales, order])
+        for bits in (2, 4, 8)
+    ]
+    made += [(Awq(GROUP), [words(inputs, outputs // 8), words(inputs // GROUP, outputs // 8), scales])]
+    for encoding, stored in made:
+        found = []
+        for decoder in packing.DECODERS.values():
+            out = torch.empty(outputs, inputs, dtype=dtype)
+            with decoder():
+                encoding.decode(stored, out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+            found.append(out)
+        assert torch.equal(*found)
 
 
 Q = "model.layers.1.self_attn.q_proj."

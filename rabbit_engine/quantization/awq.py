@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError
-from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, groups_in_order, write_columns
+from rabbit_engine.quantization.columns import (
+    MOST_AT_ONCE,
+    SCALES,
+    WORD_BITS,
+    compiles,
+    groups_in_order,
+    run_tiles,
+    write_columns,
+)
 from rabbit_engine.quantization.format import PackedFormat, StoredWeight
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
@@ -40,6 +48,12 @@ class Awq:
         words, packed_zeros, scales = stored
         zeros, groups = _unpack(packed_zeros), groups_in_order(len(words), self.size, out.device)
         target = out.view(-1, len(words))  # an expert has a dimension more
+        if compiles(scales, out):
+            from rabbit_engine.quantization.kernels.packed import decode_awq
+
+            places = (tensor.view(len(scales), -1, _PER_WORD).transpose(1, 2) for tensor in (zeros, scales))
+            run_tiles(decode_awq, words, *places, self.size, out=target)
+            return
         step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) // len(target))
         for first in range(0, len(words), step):
             of_some = groups[first : first + step]

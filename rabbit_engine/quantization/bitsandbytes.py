@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from rabbit_engine.errors import first_line
+from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.storage.encoding import carve
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
@@ -58,7 +59,21 @@ class Blocks4bit:
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """`float32(value of the code) * absmax`, rounded once to the dtype of `out`."""
         codes, target, absmax = stored[0].reshape(-1).view(torch.uint8), out.view(-1), self._absmax(stored[1:])
-        pairs = _pairs(self.kind, out.device)
+        if kernels.can_write(out):
+            self._decode_compiled(codes, absmax, target)
+        else:
+            self._decode_with_torch(codes, absmax, target, work)
+
+    def _decode_compiled(self, codes: torch.Tensor, absmax: torch.Tensor, target: torch.Tensor) -> None:
+        from rabbit_engine.quantization.kernels.packed import decode_blocks
+
+        pairs, bits = _pairs(self.kind, target.device).view(torch.uint64), target.view(kernels.BITS[target.dtype])
+        arrays = [tensor.numpy() for tensor in (codes, absmax, pairs.view(-1))]
+        least = kernels.THREAD_VALUES // self.block
+        kernels.run_rows(decode_blocks, len(absmax), *arrays, self.block, bits.numpy(), least=least)
+
+    def _decode_with_torch(self, codes: torch.Tensor, absmax: torch.Tensor, target: torch.Tensor, work: torch.Tensor) -> None:
+        pairs = _pairs(self.kind, target.device)
         blocks = max(1, min(_MOST_AT_ONCE, work.nbytes // _BYTES_AT_ONCE) // (self.block // 2))
         at_once = min(len(codes), blocks * self.block // 2)
         index, values = carve(work, (torch.int32, at_once), (torch.float32, 2 * at_once))

@@ -3,7 +3,12 @@ every output in each group of inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+from rabbit_engine.quantization import kernels
 
 MOST_AT_ONCE = 2**18
 """Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
@@ -12,14 +17,15 @@ WORD_BITS = 32
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [words, n] to uint8 [words * 32 / bits, n]: values of `bits` each, one behind another, the lowest bits first.
+def unpack(words: torch.Tensor, bits: int, *, whole: bool = False) -> torch.Tensor:
+    """int32 [words, n] to uint8 [values, n]: values of `bits` each, one behind another, the lowest bits first.
 
-    Where `bits` does not divide 32, a value may span two words, and the number of words is a multiple of `bits`.
+    Where `bits` does not divide 32, a value may span two words, and the number of words is a multiple of `bits`; with `whole`
+    words hold whole values, and their last bits nothing.
     """
-    count = WORD_BITS // bits if WORD_BITS % bits == 0 else WORD_BITS
+    count = WORD_BITS // bits if whole or WORD_BITS % bits == 0 else WORD_BITS
     start = torch.arange(count, dtype=torch.int32, device=words.device) * bits
-    groups = words.view(-1, count * bits // WORD_BITS, words.shape[1])
+    groups = words.view(-1, -(-count * bits // WORD_BITS), words.shape[1])
     place, shift = (start // WORD_BITS).long(), (start % WORD_BITS)[:, None]
     values = groups.index_select(1, place).bitwise_right_shift_(shift)
     spans = shift[:, 0] > WORD_BITS - bits
@@ -34,6 +40,22 @@ def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: tor
     """Write the columns of `out` from `first` on: `(codes - zeros) * scales`, all [inputs, outputs], in the dtype of `scales`."""
     values = codes.float().sub_(zeros.float()).mul_(scales.float()).to(scales.dtype)
     out[:, first : first + len(values)].copy_(values.t())
+
+
+def compiles(scales: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a kernel can decode to `out`: it rounds a value once."""
+    return scales.dtype in (torch.float32, out.dtype) and kernels.can_write(out)
+
+
+def run_tiles(
+    kernel: Callable[..., None], words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, *rest: Any, out: torch.Tensor
+) -> None:
+    """Call a kernel of `kernels/packed.py` for all tiles of `out` [outputs, inputs]."""
+    from rabbit_engine.quantization.kernels.packed import TILE_OUTPUTS
+
+    factors = (tensor.float().contiguous().numpy() for tensor in (zeros, scales))
+    count, bits = -(-len(out) // TILE_OUTPUTS), out.view(kernels.BITS[out.dtype]).numpy()
+    kernels.run_rows(kernel, count, words.numpy(), *factors, *rest, bits)
 
 
 def groups_in_order(inputs: int, size: int, device: torch.device) -> torch.Tensor:

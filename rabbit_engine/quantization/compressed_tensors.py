@@ -18,7 +18,8 @@ import torch
 from torch.nn.functional import pad
 
 from rabbit_engine.errors import CompressionUnavailableError
-from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, unpack
+from rabbit_engine.quantization import kernels
+from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, compiles, unpack
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.quantization.fp8 import fp8_entry
 from rabbit_engine.storage.jsonvalues import Fields, shown
@@ -51,7 +52,8 @@ class ScaledBlocks:
     """Components: values, scales, zero points and the group of each input, the last two as `with_zeros` and `in_groups` say.
 
     Values are integers of `bits` packed into words, or with 0 bits stored in a dtype of their own; zero points are packed if
-    they are int32. A scale is for a block of `rows` by `columns`.
+    they are int32. A scale is for a block of `rows` by `columns`. With `whole`, words hold whole values, as older versions of the
+    package packed 3, 5, 6 and 7 bits.
     """
 
     bits: int
@@ -59,6 +61,7 @@ class ScaledBlocks:
     columns: int
     with_zeros: bool = False
     in_groups: bool = False
+    whole: bool = False
     by_rows: bool = False
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
@@ -68,6 +71,9 @@ class ScaledBlocks:
         values, scales = values.view(len(target), -1), scales.reshape(-1, scales.shape[-1] if scales.ndim > 1 else 1)
         zeros = self._zeros(rest[0], len(target)).view(scales.shape) if self.with_zeros else None
         groups = rest[-1] if self.in_groups and int(rest[-1].min()) >= 0 else None  # -1: not in use
+        if self._compiles(scales, groups, out):
+            self._decode_nibbles(values, zeros, scales, target)
+            return
         step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) // target.shape[1])
         for first in range(0, len(target), step):
             part = target[first : first + step]
@@ -78,19 +84,41 @@ class ScaledBlocks:
             self._blocks(wide, scales.index_select(0, block).float(), groups, torch.Tensor.mul_)
             part.copy_(wide.to(scales.dtype))
 
+    def _compiles(self, scales: torch.Tensor, groups: torch.Tensor | None, out: torch.Tensor) -> bool:
+        """Whether the kernel can decode it: four bits, in groups of whole bytes."""
+        columns = out.shape[-1]
+        whole = self.rows == 1 and self.columns % 2 == 0 and scales.shape[1] * self.columns == columns
+        return self.bits == 4 and whole and groups is None and compiles(scales, out)
+
+    def _decode_nibbles(
+        self, values: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        from rabbit_engine.quantization.kernels.packed import decode_nibbles
+
+        middle = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.float32, device="cpu")
+        factors = [tensor.float().contiguous().numpy() for tensor in (middle if zeros is None else zeros + middle, scales)]
+        codes, bits = values.view(torch.uint8).numpy(), target.view(kernels.BITS[target.dtype]).numpy()
+        least = -(-kernels.THREAD_VALUES // target.shape[1])
+        kernels.run_rows(decode_nibbles, len(target), codes, *factors, self.columns, bits, least=least)
+
     def _codes(self, values: torch.Tensor, columns: int) -> torch.Tensor:
         """float32 [rows, columns] of the stored values."""
         if not self.bits:
             return values.float()
-        codes = unpack(_whole_groups(values, self.bits).view(-1, 1), self.bits).view(len(values), -1)
+        codes = unpack(self._padded(values).view(-1, 1), self.bits, whole=self.whole).view(len(values), -1)
         return codes[:, :columns].float().sub_(1 << (self.bits - 1))
 
     def _zeros(self, stored: torch.Tensor, outputs: int) -> torch.Tensor:
         """float32 zero points, packed along outputs or not."""
         if stored.dtype != torch.int32 or not self.bits:
             return stored.float()
-        codes = unpack(_whole_groups(stored.t(), self.bits).t().contiguous(), self.bits)
+        codes = unpack(self._padded(stored.t()).t().contiguous(), self.bits, whole=self.whole)
         return codes[:outputs].float().sub_(1 << (self.bits - 1))
+
+    def _padded(self, words: torch.Tensor) -> torch.Tensor:
+        """[n, words], padded to whole values where they span words."""
+        unit = self.bits if WORD_BITS % self.bits and not self.whole else 1
+        return pad(words, (0, -words.shape[1] % unit)).contiguous()
 
     def _blocks(self, wide: torch.Tensor, factors: torch.Tensor, groups: torch.Tensor | None, apply: Apply) -> None:
         """Apply `factors` [rows, blocks], one for `columns` values of a row, or for those of its group."""
@@ -101,12 +129,6 @@ class ScaledBlocks:
             apply(wide.view(len(wide), count, -1), factors[:, :, None])
         else:
             apply(wide, factors.repeat_interleave(self.columns, 1)[:, : wide.shape[1]])
-
-
-def _whole_groups(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """[n, words], padded to whole values where they span words."""
-    unit = bits if WORD_BITS % bits else 1
-    return pad(words, (0, -words.shape[1] % unit)).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +226,8 @@ def _entry(weight: StoredWeight, values: TensorEntry, scheme: _Scheme, packed: b
         return f"{inputs} inputs are no multiple of its group_size {scheme.columns}"
     if zeros is None and not scheme.symmetric:
         return "its weight_zero_point is not stored"
-    words = (-(-outputs * scheme.bits // WORD_BITS), grid[1])
+    whole = packed and values.shape[1] != _words(inputs, scheme.bits)
+    words = (_words(outputs, scheme.bits, whole=whole), grid[1])
     packs_zeros = zeros is not None and packed and zeros.dtype == torch.int32 and zeros.shape == words
     if zeros is not None and not packs_zeros and math.prod(zeros.shape) != count:
         return f"a weight_zero_point of {list(zeros.shape)} does not fit a weight_scale of {list(scales.shape)}"
@@ -212,7 +235,7 @@ def _entry(weight: StoredWeight, values: TensorEntry, scheme: _Scheme, packed: b
         return f"a weight_g_idx of {list(groups.shape)} {groups.dtype} does not fit {inputs} inputs"
     by_rows = scheme.rows == 1 and not packs_zeros and groups is None
     encoding = ScaledBlocks(
-        scheme.bits if packed else 0, *scheme.block(*size), zeros is not None, groups is not None, by_rows=by_rows
+        scheme.bits if packed else 0, *scheme.block(*size), zeros is not None, groups is not None, whole, by_rows
     )
     components = [values, scales, *(extra for extra in (zeros, groups) if extra is not None)]
     return _as_fp8(weight, components) or encoded(weight.name, weight.dtype, size, encoding, components)
@@ -230,9 +253,15 @@ def _size(weight: StoredWeight, values: TensorEntry, bits: int) -> tuple[int, in
         return f"a weight_packed in {values.dtype} needs to be int32, and a weight_shape"
     shape = read_small(weight.tensors["shape"])
     size = (outputs, columns * WORD_BITS // bits) if shape is None else tuple(int(count) for count in shape.view(-1).tolist())
-    if len(size) != 2 or size[0] != outputs or size[1] < 1 or -(-size[1] * bits // WORD_BITS) != columns:
+    fitting = [_words(size[-1], bits, whole=whole) for whole in (False, True)]
+    if len(size) != 2 or size[0] != outputs or size[1] < 1 or columns not in fitting:
         return f"a weight_packed of {list(values.shape)} does not hold {list(size)} values of {bits} bits"
     return size[0], size[1]
+
+
+def _words(values: int, bits: int, *, whole: bool = False) -> int:
+    """The number of words for values, which may span two of them unless they are `whole`."""
+    return -(-values // (WORD_BITS // bits)) if whole else -(-values * bits // WORD_BITS)
 
 
 def _as_fp8(weight: StoredWeight, components: Sequence[TensorEntry]) -> TensorEntry | None:

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError
-from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, groups_in_order, unpack, write_columns
+from rabbit_engine.quantization.columns import (
+    MOST_AT_ONCE,
+    SCALES,
+    WORD_BITS,
+    compiles,
+    groups_in_order,
+    run_tiles,
+    unpack,
+    write_columns,
+)
 from rabbit_engine.quantization.format import PackedFormat, StoredWeight
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
@@ -48,6 +57,11 @@ class Gptq:
         _require_groups(groups, len(scales))
         zeros = unpack(packed_zeros.t().contiguous(), bits).t()
         zeros = (zeros + self.less).bitwise_and_((1 << bits) - 1)
+        if WORD_BITS % bits == 0 and compiles(scales, out):
+            from rabbit_engine.quantization.kernels.packed import decode_gptq
+
+            run_tiles(decode_gptq, words, zeros, scales, groups.to(torch.int32).numpy(), bits, out=target)
+            return
         whole = bits if WORD_BITS % bits else 1  # words that end where a value does
         step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) * bits // (outputs * WORD_BITS * whole)) * whole
         for start in range(0, len(words), step):

@@ -25,12 +25,23 @@ logger = logging.getLogger(__name__)
 _PIECES = 4
 """Ranges of rows for each thread: other work on a core delays one range, not a whole share."""
 
+THREAD_VALUES = 2**17
+"""Decoded values that are worth a thread of their own."""
+
+BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""How kernels tell the dtype of their output, whose bits they write."""
+
 _torch_only: ContextVar[bool] = ContextVar("_torch_only", default=False)
 
 
 def can_run(device: torch.device) -> bool:
     """Whether compiled kernels run on tensors of `device`: on a CPU where numba can be imported."""
     return device.type == "cpu" and not _torch_only.get() and _numba_version() is not None
+
+
+def can_write(out: torch.Tensor) -> bool:
+    """Whether a compiled kernel can decode to `out`."""
+    return out.dtype in BITS and can_run(out.device)
 
 
 def kernels_in_use() -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabbit_engine.quantization.kernels.compiling import kernel, part
+from rabbit_engine.quantization.kernels.floats import bfloat16_bits, float16_bits, float16_value, put_float
 
 Bytes = NDArray[np.uint8]
 Order = NDArray[np.int64]
@@ -32,42 +33,8 @@ _LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53,
 
 
 @part
-def _half(bits: Any) -> Any:
-    """A float16 as float32."""
-    exponent, mantissa = bits >> 10 & 31, bits & 1023
-    if exponent == 31:
-        size = np.float32(np.nan if mantissa else np.inf)
-    elif exponent == 0:
-        size = np.float32(mantissa) * np.float32(2.0**-24)
-    else:
-        size = np.uint32((exponent + 112) << 23 | mantissa << 13).view(np.float32)
-    return -size if bits & 0x8000 else size
-
-
-@part
 def _half_at(block: Bytes, place: int) -> Any:
-    return _half(np.int64(block[place]) | np.int64(block[place + 1]) << 8)
-
-
-@part
-def _bfloat16_bits(value: Any) -> Any:
-    """A float32 rounded to the nearest bfloat16, to the even one of two."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
-
-
-@part
-def _float16_bits(value: Any) -> Any:
-    """A float32 rounded to the nearest float16, to the even one of two."""
-    bits = np.float32(value).view(np.uint32)
-    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    found = (size + np.uint32(0xFFF) + (size >> np.uint32(13) & np.uint32(1)) - np.uint32(112 << 23)) >> np.uint32(13)
-    # 0.5 plus a small number is a multiple of 2**-24, as float16's smallest numbers are
-    small = np.float32(size.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
-    found = small if size < np.uint32(113 << 23) else found
-    found = np.uint32(0x7C00) if size >= np.uint32(0x477FF000) else found
-    found = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else found
-    return np.int16(found | bits >> np.uint32(16) & np.uint32(0x8000))
+    return float16_value(np.int64(block[place]) | np.int64(block[place + 1]) << 8)
 
 
 @part
@@ -76,8 +43,8 @@ def _rounded(value: Any, out: Out) -> Any:
     if out.itemsize == 4:
         return value
     if out.dtype == _BFLOAT16:
-        return np.uint32(np.uint32(_bfloat16_bits(value)) << np.uint32(16)).view(np.float32)
-    return _half(np.int64(_float16_bits(value)) & 0xFFFF)
+        return np.uint32(np.uint32(bfloat16_bits(value)) << np.uint32(16)).view(np.float32)
+    return float16_value(np.int64(float16_bits(value)) & 0xFFFF)
 
 
 @part
@@ -92,13 +59,7 @@ def _put(out: Out, place: int, a: Any, q: Any, c: Any, stepwise: Stepwise) -> No
     value = a * np.float32(q)
     if stepwise is not None:
         value = _rounded(value, out)
-    value = np.float32(value - c)
-    if out.itemsize == 4:
-        out[place] = value.view(np.uint32)
-    elif out.dtype == _BFLOAT16:
-        out[place] = _bfloat16_bits(value)
-    else:
-        out[place] = _float16_bits(value)
+    put_float(out, place, np.float32(value - c))
 
 
 @part
