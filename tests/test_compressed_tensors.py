@@ -204,17 +204,20 @@ def test_a_split_holds_the_decompressed_weights(tmp_path: Path, streamed: Any, p
 
 @pytest.mark.parametrize("name", ["int4 groups", "int4 groups with zero points", "int4 outputs"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("decoder", packing.DECODERS)
-def test_packed_values_decode_to_the_bits_of_the_package(decoder: str, name: str, dtype: torch.dtype) -> None:
+def test_packed_values_decode_to_the_bits_of_the_package(
+    decoder: str, name: str, dtype: torch.dtype, scales: torch.dtype
+) -> None:
     weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    stored, expected = compress(weight, name)
+    stored, expected = compress(weight, name, scales)
     zeros = [stored["weight_zero_point"]] if "weight_zero_point" in stored else []
     encoding = ScaledBlocks(4, 1, 96 if name == "int4 outputs" else 16, with_zeros=bool(zeros))
     out = torch.empty(48, 96, dtype=dtype)
     for work in (work_bytes(out.nbytes), 96 * 16 * 5):  # all at once, or five rows
         with packing.DECODERS[decoder]():
             encoding.decode([stored["weight_packed"], stored["weight_scale"], *zeros], out.zero_(), torch.empty(work).byte())
-        assert torch.equal(out, expected)
+        assert torch.equal(out, expected.to(dtype))
 
 
 @pytest.mark.parametrize("bits", [3, 6])

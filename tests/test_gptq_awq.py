@@ -133,7 +133,7 @@ def test_kernels_and_torch_operations_decode_large_weights_to_the_same_bits(dtyp
     def words(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
 
-    scales = torch.rand(inputs // GROUP, outputs, generator=generator).to(dtype)
+    scales = torch.rand(inputs // GROUP, outputs, generator=generator).half()
     order = torch.tensor(groups_of(inputs, desc_act=True), dtype=torch.int32)
     made: list[tuple[Any, list[torch.Tensor]]] = [
         (Gptq(bits, GROUP, 1), [words(inputs * bits // 32, outputs), words(inputs // GROUP, outputs * bits // 32), scales, order])

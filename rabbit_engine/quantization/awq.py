@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError
+from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
     MOST_AT_ONCE,
     SCALES,
     WORD_BITS,
-    compiles,
     groups_in_order,
     run_tiles,
     write_columns,
@@ -48,7 +48,7 @@ class Awq:
         words, packed_zeros, scales = stored
         zeros, groups = _unpack(packed_zeros), groups_in_order(len(words), self.size, out.device)
         target = out.view(-1, len(words))  # an expert has a dimension more
-        if compiles(scales, out):
+        if kernels.can_write(out):
             from rabbit_engine.quantization.kernels.packed import decode_awq
 
             places = (tensor.view(len(scales), -1, _PER_WORD).transpose(1, 2) for tensor in (zeros, scales))

@@ -42,9 +42,10 @@ def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: tor
     out[:, first : first + len(values)].copy_(values.t())
 
 
-def compiles(scales: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether a kernel can decode to `out`: it rounds a value once."""
-    return scales.dtype in (torch.float32, out.dtype) and kernels.can_write(out)
+def rounding(scales: torch.dtype, out: torch.dtype) -> Any:
+    """The `first_to` of a kernel: an empty array of the dtype that values are rounded to before that of `out`, or None."""
+    once = scales in (torch.float32, out)
+    return None if once else torch.empty(0, dtype=kernels.BITS[scales], device="cpu").numpy()
 
 
 def run_tiles(
@@ -55,7 +56,7 @@ def run_tiles(
 
     factors = (tensor.float().contiguous().numpy() for tensor in (zeros, scales))
     count, bits = -(-len(out) // TILE_OUTPUTS), out.view(kernels.BITS[out.dtype]).numpy()
-    kernels.run_rows(kernel, count, words.numpy(), *factors, *rest, bits)
+    kernels.run_rows(kernel, count, words.numpy(), *factors, *rest, rounding(scales.dtype, out.dtype), bits)
 
 
 def groups_in_order(inputs: int, size: int, device: torch.device) -> torch.Tensor:

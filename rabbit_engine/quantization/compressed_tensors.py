@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
-from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, compiles, unpack
+from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, rounding, unpack
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.quantization.fp8 import fp8_entry
 from rabbit_engine.storage.jsonvalues import Fields, shown
@@ -88,7 +88,7 @@ class ScaledBlocks:
         """Whether the kernel can decode it: four bits, in groups of whole bytes."""
         columns = out.shape[-1]
         whole = self.rows == 1 and self.columns % 2 == 0 and scales.shape[1] * self.columns == columns
-        return self.bits == 4 and whole and groups is None and compiles(scales, out)
+        return self.bits == 4 and whole and groups is None and kernels.can_write(out)
 
     def _decode_nibbles(
         self, values: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor, target: torch.Tensor
@@ -98,8 +98,8 @@ class ScaledBlocks:
         middle = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.float32, device="cpu")
         factors = [tensor.float().contiguous().numpy() for tensor in (middle if zeros is None else zeros + middle, scales)]
         codes, bits = values.view(torch.uint8).numpy(), target.view(kernels.BITS[target.dtype]).numpy()
-        least = -(-kernels.THREAD_VALUES // target.shape[1])
-        kernels.run_rows(decode_nibbles, len(target), codes, *factors, self.columns, bits, least=least)
+        least, first_to = -(-kernels.THREAD_VALUES // target.shape[1]), rounding(scales.dtype, target.dtype)
+        kernels.run_rows(decode_nibbles, len(target), codes, *factors, self.columns, first_to, bits, least=least)
 
     def _codes(self, values: torch.Tensor, columns: int) -> torch.Tensor:
         """float32 [rows, columns] of the stored values."""

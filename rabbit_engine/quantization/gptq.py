@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError
+from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
     MOST_AT_ONCE,
     SCALES,
     WORD_BITS,
-    compiles,
     groups_in_order,
     run_tiles,
     unpack,
@@ -57,7 +57,7 @@ class Gptq:
         _require_groups(groups, len(scales))
         zeros = unpack(packed_zeros.t().contiguous(), bits).t()
         zeros = (zeros + self.less).bitwise_and_((1 << bits) - 1)
-        if WORD_BITS % bits == 0 and compiles(scales, out):
+        if WORD_BITS % bits == 0 and kernels.can_write(out):
             from rabbit_engine.quantization.kernels.packed import decode_gptq
 
             run_tiles(decode_gptq, words, zeros, scales, groups.to(torch.int32).numpy(), bits, out=target)

@@ -46,6 +46,16 @@ def float16_bits(value: Any) -> Any:
 
 
 @part
+def rounded(value: Any, out: Any) -> Any:
+    """A float32 that is the nearest number of the dtype of `out`."""
+    if out.itemsize == 4:
+        return value
+    if out.dtype == _BFLOAT16:
+        return np.uint32(np.uint32(bfloat16_bits(value)) << np.uint32(16)).view(np.float32)
+    return float16_value(np.int64(float16_bits(value)) & 0xFFFF)
+
+
+@part
 def put_float(out: Any, place: int, value: Any) -> None:
     """Write a float32, rounded to the dtype of `out` [n]."""
     if out.itemsize == 4:

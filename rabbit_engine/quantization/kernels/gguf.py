@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabbit_engine.quantization.kernels.compiling import kernel, part
-from rabbit_engine.quantization.kernels.floats import bfloat16_bits, float16_bits, float16_value, put_float
+from rabbit_engine.quantization.kernels.floats import float16_value, put_float, rounded
 
 Bytes = NDArray[np.uint8]
 Order = NDArray[np.int64]
@@ -26,7 +26,6 @@ Unpack = Callable[[Bytes, Out, Stepwise], None]
 """Writes the values of one block."""
 
 _ZERO = np.float32(0)
-_BFLOAT16 = np.dtype(np.uint16)
 
 _LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 """What the four-bit codes of IQ4_NL and IQ4_XS stand for."""
@@ -38,19 +37,9 @@ def _half_at(block: Bytes, place: int) -> Any:
 
 
 @part
-def _rounded(value: Any, out: Out) -> Any:
-    """A float32 that is the nearest number of the dtype of `out`."""
-    if out.itemsize == 4:
-        return value
-    if out.dtype == _BFLOAT16:
-        return np.uint32(np.uint32(bfloat16_bits(value)) << np.uint32(16)).view(np.float32)
-    return float16_value(np.int64(float16_bits(value)) & 0xFFFF)
-
-
-@part
 def _scale(value: Any, out: Out, stepwise: Stepwise) -> Any:
     """A scale or a minimum, rounded if each step is."""
-    return value if stepwise is None else _rounded(value, out)
+    return value if stepwise is None else rounded(value, out)
 
 
 @part
@@ -58,7 +47,7 @@ def _put(out: Out, place: int, a: Any, q: Any, c: Any, stepwise: Stepwise) -> No
     """Write `a * q - c`."""
     value = a * np.float32(q)
     if stepwise is not None:
-        value = _rounded(value, out)
+        value = rounded(value, out)
     put_float(out, place, np.float32(value - c))
 
 

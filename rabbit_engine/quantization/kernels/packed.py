@@ -1,7 +1,7 @@
 """Kernels that decode bitsandbytes' blocks, and the packed integers of GPTQ, AWQ and compressed-tensors.
 
-All write the bits of values: float32 as uint32, bfloat16 as uint16, float16 as int16. Scales and zero points are float32, and a
-value is rounded once.
+All write the bits of values: float32 as uint32, bfloat16 as uint16, float16 as int16. Scales and zero points are float32. A value
+is rounded to the dtype of `first_to`, an empty array, unless it is None, and then to that of `out`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabbit_engine.quantization.kernels.compiling import kernel, part
-from rabbit_engine.quantization.kernels.floats import put_float
+from rabbit_engine.quantization.kernels.floats import put_float, rounded
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.int32]
@@ -42,11 +42,18 @@ def decode_blocks(first: int, stop: int, codes: Bytes, absmax: Floats, pairs: ND
 
 
 @part
-def _put_row(target: Any, words: Words, shift: Any, mask: Any, zeros: Floats, scales: Floats) -> None:
+def _put(target: Any, place: int, value: Any, first_to: Out | None) -> None:
+    if first_to is not None:  # a kernel is compiled for each
+        value = rounded(value, first_to)
+    put_float(target, place, value)
+
+
+@part
+def _put_row(target: Any, words: Words, shift: Any, mask: Any, zeros: Floats, scales: Floats, first_to: Out | None) -> None:
     """Write the values of one input, all [outputs]: the bits of each word from `shift` on."""
     for place in range(len(words)):
         code = np.float32(words[place] >> shift & mask)
-        put_float(target, place, np.float32((code - zeros[place]) * scales[place]))
+        _put(target, place, np.float32((code - zeros[place]) * scales[place]), first_to)
 
 
 @part
@@ -60,7 +67,15 @@ def _put_tile(out: Out, first_output: int, first_input: int, tile: Any, outputs:
 
 @kernel
 def decode_gptq(
-    first: int, stop: int, words: Words, zeros: Floats, scales: Floats, groups: NDArray[np.int32], bits: int, out: Out
+    first: int,
+    stop: int,
+    words: Words,
+    zeros: Floats,
+    scales: Floats,
+    groups: NDArray[np.int32],
+    bits: int,
+    first_to: Out | None,
+    out: Out,
 ) -> None:
     """Tiles `first` to `stop` of outputs: `words` [inputs * bits / 32, outputs], zeros and scales [groups, outputs], `groups`
     [inputs]."""
@@ -72,12 +87,16 @@ def decode_gptq(
             count = min(_INPUTS, inputs - top)
             for row in range(count):
                 word, shift, group = (top + row) // per_word, np.int32((top + row) % per_word * bits), groups[top + row]
-                _put_row(tile[row], words[word, start:end], shift, mask, zeros[group, start:end], scales[group, start:end])
+                _put_row(
+                    tile[row], words[word, start:end], shift, mask, zeros[group, start:end], scales[group, start:end], first_to
+                )
             _put_tile(out, start, top, tile, end - start, count)
 
 
 @kernel
-def decode_awq(first: int, stop: int, words: Words, zeros: Floats, scales: Floats, size: int, out: Out) -> None:
+def decode_awq(
+    first: int, stop: int, words: Words, zeros: Floats, scales: Floats, size: int, first_to: Out | None, out: Out
+) -> None:
     """Tiles `first` to `stop` of words: `words` [inputs, outputs / 8], zeros and scales [groups, 8, outputs / 8], for the places
     of outputs in their eight; groups of `size` inputs."""
     tile, step = np.empty((_INPUTS, TILE_OUTPUTS), out.dtype), TILE_OUTPUTS // 8
@@ -90,7 +109,7 @@ def decode_awq(first: int, stop: int, words: Words, zeros: Floats, scales: Float
                 for place in range(8):
                     shift, column = np.int32(place // 2 * 4 + place % 2 * 16), place * step
                     target = tile[row, column : column + end - start]
-                    _put_row(target, some, shift, _LOW, zeros[group, place, start:end], scales[group, place, start:end])
+                    _put_row(target, some, shift, _LOW, zeros[group, place, start:end], scales[group, place, start:end], first_to)
             for place in range(8):
                 for word in range(end - start):
                     target = out[8 * (start + word) + place, top : top + count]
@@ -99,7 +118,9 @@ def decode_awq(first: int, stop: int, words: Words, zeros: Floats, scales: Float
 
 
 @kernel
-def decode_nibbles(first: int, stop: int, codes: Bytes, zeros: Floats, scales: Floats, size: int, out: Out) -> None:
+def decode_nibbles(
+    first: int, stop: int, codes: Bytes, zeros: Floats, scales: Floats, size: int, first_to: Out | None, out: Out
+) -> None:
     """Rows `first` to `stop`: `codes` [rows, columns / 2], low bits first, zeros and scales [rows, groups], groups of `size`."""
     for row in range(first, stop):
         for group in range(scales.shape[1]):
@@ -107,5 +128,6 @@ def decode_nibbles(first: int, stop: int, codes: Bytes, zeros: Floats, scales: F
             some = codes[row, group * size // 2 : (group + 1) * size // 2]
             target = out[row, group * size : group * size + 2 * len(some)]
             for place in range(len(some)):
-                put_float(target, 2 * place, np.float32((np.float32(some[place] & np.uint8(15)) - zero) * scale))
-                put_float(target, 2 * place + 1, np.float32((np.float32(some[place] >> np.uint8(4)) - zero) * scale))
+                low, high = np.float32(some[place] & np.uint8(15)), np.float32(some[place] >> np.uint8(4))
+                _put(target, 2 * place, np.float32((low - zero) * scale), first_to)
+                _put(target, 2 * place + 1, np.float32((high - zero) * scale), first_to)
