@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.checkpoints.gguf import check_gguf
+from rabbit_engine.checkpoints.gguf import read_gguf_header
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -38,7 +38,7 @@ def test_a_file_cut_anywhere_is_named(whole: bytes, tmp_path: Path) -> None:
     for length in [*range(0, 3000, 37), *range(3000, len(whole) - 32, 9973)]:
         path.write_bytes(whole[:length])
         with pytest.raises(errors.DamagedCheckpointError, match=r"model\.gguf (has a damaged GGUF header|is not a GGUF file)"):
-            check_gguf(path)
+            read_gguf_header(path)
 
 
 def test_no_flipped_bit_of_a_header_makes_the_check_loop_or_fail_otherwise(whole: bytes, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_no_flipped_bit_of_a_header_makes_the_check_loop_or_fail_otherwise(whole
         raw[bit // 8] ^= 1 << bit % 8
         path.write_bytes(raw)
         try:
-            check_gguf(path)
+            read_gguf_header(path)
         except errors.DamagedCheckpointError as error:
             said.append(str(error))
     assert len(said) > 40

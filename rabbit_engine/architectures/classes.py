@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
+from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
 from rabbit_engine.transformers_bridge.quantizers import FORMATS, PACKED_METHODS, method_of
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
@@ -100,14 +102,15 @@ def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, given: Con
     """The checkpoint's config with the caller's overrides, as transformers reads it."""
     trust_remote_code = given.trust_remote_code
     try:
-        config, unused = AutoConfig.from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            gguf_file=gguf_file,
-            code_revision=given.code_revision,
-            return_unused_kwargs=True,
-            **given.overrides,
-        )
+        with nullcontext() if gguf_file is None else quick_reader(strings=False):
+            config, unused = AutoConfig.from_pretrained(
+                folder,
+                trust_remote_code=trust_remote_code,
+                gguf_file=gguf_file,
+                code_revision=given.code_revision,
+                return_unused_kwargs=True,
+                **given.overrides,
+            )
         config.get_text_config(decoder=True)
     except ImportError as error:
         raise _import_failed(folder, raw, gguf_file, error) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from rabbit_engine.architectures.families.fused import SplitQKV
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
+from rabbit_engine.transformers_bridge.gguf_weights import Shape, Source
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
 from rabbit_engine.transformers_bridge.quantizers import (
     PACKED_METHODS,
@@ -219,9 +221,17 @@ def _open_quantizer(quantization: Mapping[str, Any], path: str) -> Quantizer:
         raise CompressionUnavailableError(f"{path}: quantization_config cannot be read: {first_line(error)}") from error
 
 
+def open_gguf(path: Path) -> GgufFile:
+    """A GGUF file as transformers reads it. Raises MissingExtraError without the package gguf."""
+    try:
+        return GgufFile(path)
+    except ImportError as error:
+        raise missing_extra(str(path), "gguf", error) from error
+
+
 def gguf_dtype(path: Path) -> torch.dtype:
     """The dtype that transformers gives a GGUF checkpoint: its own if it holds plain floats, float32 if it is quantised."""
-    return _open_gguf(path).dtype()
+    return open_gguf(path).dtype()
 
 
 _UNFIT = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError)
@@ -234,14 +244,28 @@ def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dty
     Architectures that only transformers' older GGUF reader supports are dequantised at once, in memory. Raises
     DamagedCheckpointError if the header does not match the tensors.
     """
-    file = _open_gguf(path)
-    try:
+    file = open_gguf(path)
+    with _unfit_as_damaged(path):
         tensors = file.open_tensors(skeleton, dtype)
+    return Conversion(skeleton, tensors, dtype, file.quantizer)
+
+
+def gguf_sources(
+    file: GgufFile, skeleton: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]
+) -> Mapping[str, Source]:
+    """Weight of the model -> what it is of a GGUF file's tensors, of `shapes`. Raises DamagedCheckpointError as above."""
+    with _unfit_as_damaged(file.path):
+        return file.sources(skeleton, architecture, shapes)
+
+
+@contextmanager
+def _unfit_as_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
     except _UNFIT as error:  # the reader trusts the header's numbers
         raise DamagedCheckpointError(
             f"{path} cannot be converted: its header does not match its tensors ({first_line(error)}); download it again"
         ) from error
-    return Conversion(skeleton, tensors, dtype, file.quantizer)
 
 
 def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
@@ -249,13 +273,6 @@ def warn_of_unused(unused: Sequence[str], cls: type[PreTrainedModel]) -> None:
     if unused:
         listed = ", ".join(unused[:_LISTED]) + (f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else "")
         logger.warning("%d weights of the checkpoint have no place in %s and are not used: %s", len(unused), cls.__name__, listed)
-
-
-def _open_gguf(path: Path) -> GgufFile:
-    try:
-        return GgufFile(path)
-    except ImportError as error:
-        raise missing_extra(str(path), "gguf", error) from error
 
 
 def _raise_mismatches(loaded: Loaded) -> None:

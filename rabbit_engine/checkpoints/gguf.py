@@ -1,4 +1,4 @@
-"""Checks GGUF files before a parser reads them: every count, length and offset fits the file. Reads only the header.
+"""Reads the headers of GGUF files, and checks them before a parser sees them: every count, length and offset fits the file.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsers trust the header, and a flipped bit may make
 them loop or allocate without end.
@@ -10,13 +10,16 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 from rabbit_engine.errors import DamagedCheckpointError, MissingExtraError, first_line
-from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
+from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged, stamp_of
 from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.storage.tensorfiles import advice_for
 
@@ -26,37 +29,71 @@ _MOST = {"tensors": 2**20, "values": 2**16, "items": 2**24, "strings": 2**22, "d
 """Far above any model's; a damaged count exceeds these, or the end of the file."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a file: its type as ggml names it, its shape in torch's order, and where its bytes lie."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a checked file says: its numbers and strings by key, and its tensors. `stamp` tells the file from one that replaces
+    it; `checksum` is that of the header."""
+
+    path: Path
+    values: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    stamp: tuple[int, int]
+    checksum: str
+
+
 @damage_as(DamagedCheckpointError)
-def check_gguf(path: Path) -> None:
-    """Raise DamagedCheckpointError, with the problem, for a GGUF file that is not safe to read.
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of a GGUF file that is safe to read. Raises DamagedCheckpointError, with the problem, for another.
 
     Also refuses a part of a split file, which transformers cannot read. Raises MissingExtraError without the package gguf.
     """
     with open_unchanged(path, None) as file, disk_errors(path):
+        stamp = stamp_of(file)
         start = file.read(4)
         if start != b"GGUF":
             raise DamagedCheckpointError(f"{path} is not a GGUF file, it begins with {shown(start)}: {advice_for(path)}")
         with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as raw:
+            cursor = _Cursor(raw, 4)
             try:
-                values = _check(_Cursor(raw, 4), _block_sizes(path))
+                values, tensors = _check(cursor, _block_types(path))
             except (ValueError, OverflowError, struct.error) as error:
                 problem = "it ends in its header" if isinstance(error, struct.error) else first_line(error)
                 raise DamagedCheckpointError(f"{path} has a damaged GGUF header: {problem}; download it again") from error
+            checksum = xxhash.xxh3_128_hexdigest(raw[: cursor.position])
     named = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name)
     parts = max(int(values.get("split.count", 0)), int(named[1]) if named else 0)
     if parts > 1:
         raise DamagedCheckpointError(
             f"{path} is one of {parts} parts of a model: join them with `llama-gguf-split --merge FIRST_PART OUT` and load that"
         )
+    return GgufHeader(path, values, {tensor.name: tensor for tensor in tensors}, stamp, checksum)
 
 
-def _block_sizes(path: Path) -> Mapping[int, tuple[int, int]]:
-    """ggml's types: (values in a block, bytes of a block)."""
+def _block_types(path: Path) -> Mapping[int, _BlockType]:
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
         raise MissingExtraError(f"{path} needs the package gguf: pip install gguf") from error
-    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    return {int(kind): _BlockType(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+class _BlockType(NamedTuple):
+    """A type of ggml: the values in a block, and its bytes."""
+
+    name: str
+    values: int
+    nbytes: int
 
 
 class _Cursor:
@@ -87,8 +124,8 @@ class _Cursor:
         return found
 
 
-def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[str, Any]:
-    """The header's numbers and strings by key. Raises ValueError, struct.error."""
+def _check(cursor: _Cursor, types: Mapping[int, _BlockType]) -> tuple[dict[str, Any], list[StoredTensor]]:
+    """The header's numbers and strings by key, and its tensors. Raises ValueError, struct.error."""
     version = cursor.number("<I")
     if version not in (2, 3):
         swapped = version & 0xFFFF == 0
@@ -106,8 +143,11 @@ def _check(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> dict[
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {shown(alignment)}, not a power of two")
-    _check_tensors([_tensor(cursor, block_sizes) for _ in range(tensors)], cursor, alignment)
-    return values
+    found = [_tensor(cursor, types) for _ in range(tensors)]
+    start = -(-cursor.position // alignment) * alignment
+    found = [replace(tensor, offset=start + tensor.offset) for tensor in found]
+    _check_tensors(found, start, len(cursor.raw), alignment)
+    return values, found
 
 
 def _check_blocks(values: Mapping[str, Any], tensors: int) -> None:
@@ -145,27 +185,28 @@ def _array(cursor: _Cursor, kind: int, key: str) -> list[None]:
     return []
 
 
-def _tensor(cursor: _Cursor, block_sizes: Mapping[int, tuple[int, int]]) -> tuple[str, int, int]:
-    """(name, offset, bytes) of one row of the table."""
+def _tensor(cursor: _Cursor, types: Mapping[int, _BlockType]) -> StoredTensor:
+    """One row of the table; its offset counts from the start of the data."""
     name = cursor.text()
-    shape = [cursor.number("<Q") for _ in range(cursor.count("<I", "dimensions"))]
+    shape = tuple(reversed([cursor.number("<Q") for _ in range(cursor.count("<I", "dimensions"))]))
     kind, offset = cursor.number("<I"), cursor.number("<Q")
-    if kind not in block_sizes:
+    if kind not in types:
         raise ValueError(f"{shown(name)} has the unknown type {kind}")
-    values, nbytes = block_sizes[kind]
-    if not math.prod(shape) or (shape and shape[0] % values):
-        raise ValueError(f"{shown(name)} is {shape[::-1]}, in blocks of {values}")
-    return name, offset, math.prod(shape) // values * nbytes
+    block = types[kind]
+    if not math.prod(shape) or (shape and shape[-1] % block.values):
+        raise ValueError(f"{shown(name)} is {list(shape)}, in blocks of {block.values}")
+    return StoredTensor(name, block.name, shape, offset, math.prod(shape) // block.values * block.nbytes)
 
 
-def _check_tensors(tensors: list[tuple[str, int, int]], cursor: _Cursor, alignment: int) -> None:
+def _check_tensors(tensors: Sequence[StoredTensor], start: int, file_bytes: int, alignment: int) -> None:
     """Raise ValueError unless names are unique and tensors are aligned, within the file and do not overlap."""
-    if len({name for name, _, _ in tensors}) < len(tensors):
+    if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("two tensors have the same name")
-    start, end = -(-cursor.position // alignment) * alignment, 0
-    for name, offset, nbytes in sorted(tensors, key=lambda row: row[1]):
-        if offset % alignment or offset < end:
-            raise ValueError(f"{shown(name)} starts at {offset}, in another tensor or not at a multiple of {alignment}")
-        end = offset + nbytes
-        if start + end > len(cursor.raw):
-            raise ValueError(f"it is truncated: {len(cursor.raw)} bytes, {shown(name)} ends at {start + end}")
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if tensor.offset % alignment != start % alignment or tensor.offset < end:
+            place = tensor.offset - start
+            raise ValueError(f"{shown(tensor.name)} starts at {place}, in another tensor or not at a multiple of {alignment}")
+        end = tensor.offset + tensor.nbytes
+        if end > file_bytes:
+            raise ValueError(f"it is truncated: {file_bytes} bytes, {shown(tensor.name)} ends at {end}")

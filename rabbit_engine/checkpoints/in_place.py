@@ -31,8 +31,8 @@ class Part:
 
 
 def not_plain(files: WeightFiles) -> str:
-    """Why these files cannot be streamed in place; empty for safetensors."""
-    return "" if files.format == "safetensors" else f"{files.names[0]} is not a safetensors file and is converted"
+    """Why these files cannot be streamed in place; empty for safetensors and GGUF."""
+    return "" if files.format != "bin" else f"{files.names[0]} is not a safetensors file and is converted"
 
 
 def original_entries(

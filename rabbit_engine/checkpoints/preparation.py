@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import Conversion, open_gguf_conversion, warn_of_unused
 from rabbit_engine.checkpoints.compression import encodings_of
 from rabbit_engine.checkpoints.existing import find_existing, open_remaining, source_fingerprint
-from rabbit_engine.checkpoints.formats import GgufTensor, TensorSource, WeightFiles, check_present
-from rabbit_engine.checkpoints.hub import delete_original, fetch_weights
+from rabbit_engine.checkpoints.formats import GgufTensor, TensorSource, WeightFiles
+from rabbit_engine.checkpoints.gguf_entries import map_gguf
+from rabbit_engine.checkpoints.hub import delete_original
+from rabbit_engine.checkpoints.in_place import NotInPlaceError
 from rabbit_engine.checkpoints.reading import WHOLE_FILES
 from rabbit_engine.checkpoints.request import ModelRequest
 from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Streamable, resolve
@@ -110,8 +112,12 @@ def _encodings(request: ModelRequest, conversion: Conversion) -> Mapping[str, St
 
 
 def _open_gguf(request: ModelRequest, files: WeightFiles, build: Build) -> tuple[Conversion, TensorSource]:
-    fetch_weights(request.repo, files.names, request.source)
-    check_present(request.repo.folder, files)
+    """The file's weights, decoded one by one, or else as transformers loads them."""
+    try:
+        conversion = map_gguf(request, build)
+        return conversion, TensorSource(conversion.tensors)
+    except NotInPlaceError:
+        pass
     path = request.repo.folder / files.names[0]
     conversion = open_gguf_conversion(build(request.architecture, request.dtype), path, request.dtype)
     return conversion, TensorSource({key: GgufTensor(tensor, path) for key, tensor in conversion.tensors.items()})

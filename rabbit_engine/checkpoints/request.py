@@ -27,7 +27,7 @@ from rabbit_engine.checkpoints.formats import (
     only_gguf,
     require_one_gguf,
 )
-from rabbit_engine.checkpoints.gguf import check_gguf
+from rabbit_engine.checkpoints.gguf import GgufHeader, read_gguf_header
 from rabbit_engine.checkpoints.hub import Repo, fetch_weights, find_repo, weights_not_cached
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.shards import read_journal, read_manifest
@@ -42,7 +42,7 @@ SHARDS_FOLDER = "rabbit_shards"
 class ModelRequest:
     """A located model: its repo, class and dtype, and the folder for its split, which may not exist yet.
 
-    `source` also has what the name selected, and the only GGUF file of the repo.
+    `source` also has what the name selected, and the only GGUF file of the repo; `gguf` is that file's header.
     """
 
     repo: Repo
@@ -51,6 +51,7 @@ class ModelRequest:
     dtype: torch.dtype
     folder: Path
     split: SplitConfig
+    gguf: GgufHeader | None = field(default=None, repr=False)
 
     @property
     def asks_for_split(self) -> bool:
@@ -69,17 +70,17 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
     repo = find_repo(name, source)
     root = shards_root(repo, split.saving_path)
     source = replace(source, gguf_file=source.gguf_file or _only_gguf(repo, root, source))
-    if source.gguf_file is not None:
-        _open_gguf(repo, source.gguf_file, source, split)
-    else:
+    gguf = None if source.gguf_file is None else _open_gguf(repo, source.gguf_file, source, split)
+    if gguf is None:
         require_one_gguf(repo.names, str(repo.folder))
     if source.force_download and repo.commit is not None:  # once: what comes later finds the new files
-        fetch_weights(repo, weight_files(repo, source).names, source)
+        if gguf is None:
+            fetch_weights(repo, weight_files(repo, source).names, source)
         source = replace(source, force_download=False)
     architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=source.gguf_file)
     dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
     folder = root / split_name(dtype, source, repo.names, split.compression)
-    return ModelRequest(repo, source, architecture, dtype, folder, split)
+    return ModelRequest(repo, source, architecture, dtype, folder, split, gguf)
 
 
 def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
@@ -110,8 +111,8 @@ def _config_place(name: object, source: SourceConfig) -> Path:
     return path if path.is_file() else find_repo(str(name), other).folder
 
 
-def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> None:
-    """Fetch the file and check its header. Raises ConfigurationError and CheckpointError."""
+def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitConfig) -> GgufHeader:
+    """Fetch the file, and read and check its header. Raises ConfigurationError and CheckpointError."""
     if split.delete_original:
         raise ConfigurationError(
             f"delete_original: {gguf_file} also holds the config and the tokenizer; delete it yourself if you must"
@@ -122,7 +123,7 @@ def _open_gguf(repo: Repo, gguf_file: str, source: SourceConfig, split: SplitCon
         raise CheckpointNotFoundError(f"{repo.name} has no GGUF files: leave out gguf_file={gguf_file!r}")
     weight_files(repo, source)
     fetch_weights(repo, [gguf_file], source)
-    check_gguf(repo.folder / gguf_file)
+    return read_gguf_header(repo.folder / gguf_file)
 
 
 def _resolve_name(name: str | Path, source: SourceConfig) -> tuple[str, SourceConfig]:

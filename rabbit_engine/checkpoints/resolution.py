@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Architecture, Conversion
 from rabbit_engine.checkpoints.existing import Existing, find_existing, open_remaining
+from rabbit_engine.checkpoints.formats import WeightFiles
+from rabbit_engine.checkpoints.gguf_entries import map_gguf
 from rabbit_engine.checkpoints.hub import Repo
 from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
 from rabbit_engine.checkpoints.packed import with_own_linears
@@ -200,8 +202,10 @@ def _from_originals(request: ModelRequest, existing: Existing, reading: Reading,
     asked = "as asked" if request.asks_for_split else ""
     if problem or ((begun or asked) and not reading.headers_only):  # do not download before the folder is known to be writable
         return Resolution(_must_split(request, existing, begun or problem or asked), build)
-    tensors = open_remaining(request, files, existing.journal, reading).tensors
-    conversion = map_names(request.architecture, request.dtype, tensors, build)
+    try:
+        conversion = _map(request, files, existing, reading, build)
+    except NotInPlaceError as error:
+        return Resolution(_must_split(request, existing, begun or asked or str(error)), build)
     streamed = conversion if begun or asked else with_own_linears(conversion, request.architecture)
     source: Source
     try:
@@ -213,6 +217,14 @@ def _from_originals(request: ModelRequest, existing: Existing, reading: Reading,
         if streamed is not conversion:
             return Resolution(source, build)
     return Resolution(source, build, streamed.skeleton, streamed)
+
+
+def _map(request: ModelRequest, files: WeightFiles, existing: Existing, reading: Reading, build: Build) -> Conversion:
+    """The mapping of the files' names. Raises NotInPlaceError for a GGUF file that only transformers decodes."""
+    if files.format == "gguf":
+        return map_gguf(request, build)
+    tensors = open_remaining(request, files, existing.journal, reading).tensors
+    return map_names(request.architecture, request.dtype, tensors, build)
 
 
 def _begun(existing: Existing) -> str:

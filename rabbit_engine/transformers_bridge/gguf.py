@@ -1,4 +1,8 @@
-"""A GGUF file as transformers reads it: its dtype, and its tensors, dequantised."""
+"""A GGUF file as transformers reads it: its dtype, where each weight comes from, and its tensors, dequantised.
+
+transformers has two readers. Most architectures go through the older one, `load_gguf_checkpoint`; `GgufHfQuantizer` handles the
+others itself.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import GgufConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
+from rabbit_engine.transformers_bridge.gguf_weights import (
+    Shape,
+    Source,
+    sources_of_newer_reader,
+    sources_of_older_reader,
+)
 from rabbit_engine.transformers_bridge.loading import Unread
 from rabbit_engine.transformers_bridge.progress import without_progress_bars
 from rabbit_engine.transformers_bridge.quantizers import Quantizer
@@ -18,6 +29,7 @@ class GgufFile:
     """A GGUF file whose header has been read. Raises ImportError without the package gguf."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._path = str(path)
         self._quantizer = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=self._path))
         self._quantizer.read_header(self._path)
@@ -32,6 +44,22 @@ class GgufFile:
         dtype: torch.dtype = self._quantizer.update_dtype(None)
         return dtype
 
+    @property
+    def rounds_each_step(self) -> bool:
+        """Whether the reader dequantises in the model's dtype, not in float32."""
+        return bool(self._quantizer.supported)
+
+    def sources(self, model: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]) -> dict[str, Source]:
+        """Weight of `model` -> what it is of the file's tensors, of `shapes` in torch's order.
+
+        The reader may raise anything if the header's numbers do not match the tensors.
+        """
+        if self._quantizer.supported:
+            return sources_of_newer_reader(model, architecture, shapes)
+        with quick_reader(strings=False):
+            config = modeling_gguf_pytorch_utils.load_gguf_checkpoint(self._path)["config"]
+            return sources_of_older_reader(model, architecture, config, shapes)
+
     def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Unread]:
         """The file's tensors by key, to be loaded into `model` as `dtype`.
 
@@ -40,6 +68,6 @@ class GgufFile:
         """
         self._quantizer.update_dtype(dtype)
         self._quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=[self._path])
-        with without_progress_bars():
+        with without_progress_bars(), quick_reader(strings=False):
             tensors: Mapping[str, Unread] = self._quantizer.get_state_dict(self._path, model)
         return tensors

@@ -1,0 +1,139 @@
+"""GGUF files streamed as they are: the bits of transformers' own load, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine.checkpoints.preparation import prepare
+from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.quantization.gguf import BLOCKS, PLAIN
+
+Loader = Callable[..., Any]
+
+KINDS = {
+    "phi3": "Q8_0",
+    "qwen2moe": "Q4_1",
+    "qwen3moe": "Q5_0",
+    "minimax-m2": "Q3_K",
+    "bloom": "Q6_K",
+    "gpt2": "Q5_K",
+    "mamba": "Q8_0",
+}
+
+
+def require_equal_logits(path: Path, dtype: torch.dtype, plain: Loader, streamed: Loader, ids: torch.Tensor) -> Any:
+    before = sorted(path.parent.rglob("*"))
+    model = streamed(path, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(path.parent, gguf_file=path.name, dtype=dtype)(ids).logits)
+    assert sorted(path.parent.rglob("*")) == before
+    return model
+
+
+@pytest.mark.parametrize("architecture", sorted(gguf_files.CONFIGS))
+def test_families_stream_in_place_with_the_bits_of_transformers(
+    architecture: str, tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor
+) -> None:
+    if not gguf_files.is_read(architecture):
+        pytest.skip(f"this transformers reads no {architecture}")
+    path = gguf_files.write(tmp_path / "m.gguf", architecture, KINDS.get(architecture, "Q4_K"))
+    require_equal_logits(path, torch.bfloat16, plain, streamed, ids)
+
+
+@pytest.mark.parametrize("kind", sorted({*BLOCKS, *PLAIN}))
+def test_every_type_streams_in_place_with_the_bits_of_transformers(
+    kind: str, tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor
+) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", kind, head="Q6_K" if kind in BLOCKS else None)
+    model = require_equal_logits(path, torch.float16, plain, streamed, ids)
+    assert kind in PLAIN or model.plan.pass_bytes > model.plan.weights_bytes / 3
+
+
+def test_a_file_without_a_dtype_loads_in_the_dtype_of_transformers(
+    tmp_path: Path, plain: Loader, streamed: Loader, ids: Any
+) -> None:
+    for kind, dtype in (("Q4_0", torch.float32), ("F16", torch.float32)):
+        path = gguf_files.write(tmp_path / f"{kind}.gguf", "llama", kind)
+        model, reference = streamed(path), plain(tmp_path, gguf_file=path.name)
+        assert model.dtype == reference.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def test_smollm_streams_a_third_of_its_bytes_with_the_bits_of_transformers(smollm: Path, tmp_path: Path) -> None:
+    (tmp_path / smollm.name).symlink_to(smollm)
+    ids = torch.randint(0, 49000, (1, 16), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name, dtype=torch.bfloat16).eval()
+    with (
+        torch.no_grad(),
+        AutoModel.from_pretrained(
+            tmp_path / smollm.name, device="cpu", dtype=torch.bfloat16, max_memory={"cpu": "64MB"}
+        ) as model,
+    ):
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+        assert 0 < model.plan.pass_bytes < sum(weight.nbytes for weight in reference.parameters()) / 3
+        kept = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(kept, reference.generate(ids, max_new_tokens=4, do_sample=False))
+    assert [path.name for path in tmp_path.iterdir()] == [smollm.name]
+
+
+def test_experts_are_read_one_by_one(tmp_path: Path, streamed: Loader) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "qwen3moe", "Q8_0")
+    model = streamed(path, dtype=torch.bfloat16, profiling_mode=True)
+    with torch.no_grad():
+        model(torch.tensor([[5]]))
+    read = model.profile.bytes_read
+    assert 0 < read < 0.8 * model.plan.weights_bytes  # two of four experts of each layer
+
+
+def test_a_session_answers_as_each_text_alone(tmp_path: Path, streamed: Loader) -> None:
+    model = streamed(gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K"), dtype=torch.float32)
+    prompts = [[5, 6, 7], [9, 10], [11, 3, 5, 8]]
+    alone = [model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :].tolist() for ids in prompts]
+    with Session(model) as session:
+        replies = session.generate(prompts, max_new_tokens=5, temperature=0)
+    assert [list(reply.tokens) for reply in replies] == alone
+
+
+def test_a_split_of_a_file_holds_the_same_weights(tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q5_K")
+    model = streamed(path, dtype=torch.bfloat16, split="always")
+    assert (tmp_path / "rabbit_shards").is_dir()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(tmp_path, gguf_file="m.gguf", dtype=torch.bfloat16)(ids).logits)
+
+
+def test_types_that_only_transformers_decodes_are_split_and_named(
+    tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor
+) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "IQ2_S")
+    with pytest.raises(
+        errors.ConfigurationError, match=r"must be split: token_embd.weight: it is stored as IQ2_S, supported are F32, F16"
+    ):
+        AutoModel.from_pretrained(path, device="cpu", split="never")
+    with torch.no_grad():
+        assert torch.equal(streamed(path)(ids).logits, plain(tmp_path, gguf_file="m.gguf")(ids).logits)
+
+
+def test_a_file_that_is_replaced_while_it_streams_is_named(tmp_path: Path, streamed: Loader, ids: torch.Tensor) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K")
+    model = streamed(path, dtype=torch.bfloat16)
+    gguf_files.write(tmp_path / "other.gguf", "llama", "Q4_K").replace(path)
+    with torch.no_grad(), pytest.raises(errors.DamagedShardError, match=r"m\.gguf"):
+        model(ids)
+
+
+def test_a_plan_says_that_nothing_is_split(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K")
+    source = prepare(path, SourceConfig(), SplitConfig(dtype=torch.bfloat16), progress=False)
+    assert str(source) == "streamed from the original files"
+    stored = sum(entry.nbytes for entry in source.entries.values())
+    assert stored < path.stat().st_size < 1.1 * stored + 20_000
