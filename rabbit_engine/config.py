@@ -99,14 +99,31 @@ COMPRESSIONS = ("4bit", "8bit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BitsAndBytes:
+    """What bitsandbytes makes of linear layers: codes of `kind` "nf4" or "fp4", whose scales are quantised too if `nested`, or
+    "int8".
+
+    Modules in `skip` stay as they are; None stands for transformers' own choice. Layers compute in `compute_dtype`, or, in int8,
+    with columns of states that hold a value of `threshold` or more apart.
+    """
+
+    kind: str
+    nested: bool = False
+    skip: tuple[str, ...] | None = None
+    compute_dtype: str = "float32"
+    threshold: float = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionConfig:
-    """How shards store weights: "4bit" or "8bit", arranged for devices of a type. Shards can be read on any device."""
+    """How shards store weights: "4bit" or "8bit", or as `bitsandbytes` does; arranged for devices of a type."""
 
     method: str
+    bitsandbytes: BitsAndBytes | None = None
     device_type: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.method not in COMPRESSIONS:
+        if self.bitsandbytes is None and self.method not in COMPRESSIONS:
             raise ConfigurationError(f"compression={self.method!r} is not one of {', '.join(map(repr, COMPRESSIONS))}")
 
 

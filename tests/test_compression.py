@@ -17,7 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_quantised import FP8, rewrite, to_fp8
 
 from rabbit_engine import errors
+from rabbit_engine.checkpoints import prepare
+from rabbit_engine.checkpoints.shards import shard_record
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.storage.tensorfiles import read_tensor
 
 HARNESS = Path(__file__).with_name("killed_split.py")
@@ -115,18 +119,24 @@ def test_a_pass_moves_the_small_bytes_that_the_plan_says(method: str, own_checkp
     assert runtime_of(model).transfer.profile().bytes_read - before == model.plan.pass_bytes
 
 
-def test_a_plan_before_the_split_is_the_plan_after_it(own_checkpoint: Any, streamed: Any, rabbit: Any) -> None:
+def test_a_plan_before_the_split_is_the_plan_after_it(own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama_tied", dtype=torch.bfloat16, hidden_size=256)
-    arguments = ("plan", folder, "--device", "cpu", "--compression", "4bit", "-m", "3MB", "--disk-rate", "1GB/s")
-    before = rabbit(*arguments).out
+    split = SplitConfig(compression=CompressionConfig(method="4bit"))
+    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=650_000)
+    before = forecast(folder, SourceConfig(), split, stream)
     assert not list(folder.rglob("rabbit_shards/*"))
-    done = rabbit("split", folder, "--compression", "4bit")
-    assert "bfloat16 in 4bit" in done.out
-    after = rabbit(*arguments).out
-    rows = [
-        {tuple(line.split()) for line in text.splitlines() if "│" in line and "shards" not in line} for text in (before, after)
-    ]
-    assert rows[0] == rows[1]
+    prepare(folder, SourceConfig(), split, progress=False)
+    after = forecast(folder, SourceConfig(), split, stream)
+    assert before.streamed
+    assert (before.units, before.resident, before.pass_bytes) == (after.units, after.resident, after.pass_bytes)
+    assert any("streamed from the shards" in note for note in after.notes)
+
+
+def test_the_command_says_what_it_made(own_checkpoint: Any, rabbit: Any) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16)
+    assert "bfloat16 in 4bit, in" in rabbit("split", folder, "--compression", "4bit").out
+    assert rabbit("verify", folder).code == 0
+    assert "streamed from the shards" in rabbit("plan", folder, "--compression", "4bit", "--device", "cpu", "-m", "9MB").out
 
 
 @pytest.mark.parametrize("mode", ["events", "timer"])
@@ -186,7 +196,7 @@ def test_weights_that_are_not_finite_are_stored_as_they_are(own_checkpoint: Any,
 
 
 def set_kind(rows: Any, tensors: Any) -> None:
-    next(iter(rows.values()))["kind"] = "int3"
+    next(iter(rows.values()))["form"] = "int3"
 
 
 def drop_component(rows: Any, tensors: Any) -> None:
@@ -223,8 +233,6 @@ def test_an_encoding_that_does_not_match_its_tensors_names_the_shard(
     change(rows, tensors)
     save_file(tensors, path, metadata={**metadata, "encodings": json.dumps(rows)})
     manifest = model._checkpoint.folder / "manifest.json"
-    from rabbit_engine.checkpoints.shards import shard_record
-
     raw, record = json.loads(manifest.read_text()), shard_record(path)
     for row in raw["shards"]:
         if row["name"] == record.name:

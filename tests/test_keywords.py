@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, GPTQConfig
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory, parse_planned_device
@@ -109,9 +110,24 @@ def test_positional_arguments_are_refused() -> None:
         AutoModel()
 
 
-def test_quantisers_are_refused_saying_so(streamed: Any) -> None:
-    with pytest.raises(errors.CompressionUnavailableError, match="comes with a later version"):
-        streamed("anything", quantization_config={"bits": 4})
+@pytest.mark.parametrize("config", [{"quant_method": "gptq", "bits": 4}, GPTQConfig(bits=4)])
+def test_other_quantisers_are_refused_by_name(config: Any, streamed: Any) -> None:
+    with pytest.raises(errors.CompressionUnavailableError, match=r"(?i)gptq.* is not supported: pass a Bits"):
+        streamed("anything", quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"compression": "4bit", "load_in_4bit": True},
+        {"load_in_8bit": True, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        {"load_in_8bit": True, "load_in_4bit": True},
+        {"quantization_config": {"load_in_4bit": "yes"}},
+    ],
+)
+def test_contradictions_about_compression_are_configuration_errors(keywords: Any, streamed: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match=r"leave out|cannot be used"):
+        streamed("anything", **keywords)
 
 
 @pytest.mark.parametrize("cut", [None, "fine", {"least_bytes": 1}])

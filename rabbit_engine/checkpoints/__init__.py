@@ -1,8 +1,9 @@
 """From a model's name to its files: the Hub, file formats, shards, and the one resolution that loading and planning share."""
 
-from rabbit_engine.checkpoints.compression import encodings_of
+from rabbit_engine.checkpoints.compression import encodings_of, shape_to_encode
 from rabbit_engine.checkpoints.hub import Repo, find_repo
 from rabbit_engine.checkpoints.integrity import checked_files, compare_files, record_sums
+from rabbit_engine.checkpoints.packed import as_computed
 from rabbit_engine.checkpoints.preparation import execute, loading_info, prepare
 from rabbit_engine.checkpoints.reading import HEADERS_ONLY, WHOLE_FILES
 from rabbit_engine.checkpoints.request import SHARDS_FOLDER, ModelRequest, open_request
@@ -23,6 +24,7 @@ __all__ = [
     "Shards",
     "Source",
     "Streamable",
+    "as_computed",
     "build_plain",
     "checked_files",
     "compare_files",
@@ -37,5 +39,6 @@ __all__ = [
     "record_sums",
     "require_fit",
     "resolve",
+    "shape_to_encode",
     "verify_shard",
 ]

@@ -15,12 +15,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import find_layout
-from rabbit_engine.config import CompressionConfig
+from rabbit_engine.config import BitsAndBytes, CompressionConfig
+from rabbit_engine.quantization.bitsandbytes_made import (
+    BLOCK,
+    MadeBlocks4bit,
+    MadeInt8Rows,
+    PackedBlocks4bit,
+    can_pack,
+    packs_weights,
+)
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import layout_for
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
+from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, bitsandbytes_layers
+
+INT8 = "int8"
+"""The kind of bitsandbytes' weights in eight bits."""
 
 Part = Literal["linear", "experts", "head"]
 
@@ -43,25 +55,62 @@ class Compressor:
 
 def compression_fingerprint(compression: CompressionConfig) -> dict[str, Any]:
     """What a manifest says of a compression, as JSON."""
+    if compression.bitsandbytes is not None:
+        return {"method": compression.method, **_bitsandbytes_fingerprint(compression.bitsandbytes, compression.device_type)}
     compressor = _COMPRESSORS[compression.method]
     layout = {"layout": layout_for(_ANY_ROWS, compression.device_type)} if compressor.has_layout else {}
     return {"method": compression.method, **compressor.parameters, **layout}
 
 
 def equally_compressed(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
-    """Whether two fingerprints are of the same weights, in any layout: every machine decodes all of them."""
+    """Whether two fingerprints are of the same weights, in any layout: every machine decodes all of them.
+
+    What bitsandbytes packs for a CPU has other scales, so that is another weight.
+    """
     if first is None or second is None:
         return first is second
     return {**first, "layout": None} == {**second, "layout": None}
+
+
+def _bitsandbytes_fingerprint(options: BitsAndBytes, device_type: str) -> dict[str, Any]:
+    skip = None if options.skip is None else sorted(options.skip)
+    packed = options.kind != INT8 and packs_weights(device_type)
+    return {"kind": options.kind, "nested": options.nested, "skip": skip, "packed": packed}
 
 
 def encodings_of(
     model: PreTrainedModel, dtypes: Callable[[str], torch.dtype], compression: CompressionConfig
 ) -> dict[str, Storable]:
     """The encoding of each weight of `model` (on the meta device) that is stored encoded; `dtypes` gives a weight's dtype."""
+    if compression.bitsandbytes is not None:
+        return dict(_by_bitsandbytes(model, compression.bitsandbytes, compression.device_type))
     encode, state = _COMPRESSORS[compression.method].encode, model.state_dict()
     found = {name: encode(part, dtypes(name), tuple(state[name].shape), compression.device_type) for name, part in _parts(model)}
     return {name: encoding for name, encoding in found.items() if encoding is not None}
+
+
+def _by_bitsandbytes(model: PreTrainedModel, options: BitsAndBytes, device_type: str) -> Iterator[tuple[str, Storable]]:
+    """As transformers has bitsandbytes quantise a model that it loads."""
+    packs = options.kind != INT8 and packs_weights(device_type)
+    for layer in bitsandbytes_layers(model, options.skip):
+        rows, columns = shape_to_encode(model, f"{layer}.weight")
+        if options.kind == INT8:
+            yield f"{layer}.weight", MadeInt8Rows()
+        elif packs and can_pack(rows, columns):
+            yield f"{layer}.weight", PackedBlocks4bit(options.kind, options.nested)
+        else:
+            yield f"{layer}.weight", MadeBlocks4bit(options.kind, BLOCK, nested=options.nested)
+
+
+def is_transposed(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is encoded as its transpose: that of GPT-2's linear layers is [in, out]."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), TransposedLinear)
+
+
+def shape_to_encode(model: PreTrainedModel, name: str) -> tuple[int, ...]:
+    """The shape in which a weight is encoded."""
+    shape = tuple(model.get_parameter(name).shape)
+    return shape[::-1] if is_transposed(model, name) else shape
 
 
 def head_of(model: PreTrainedModel) -> str | None:

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from rabbit_engine.architectures import Architecture, Conversion, Target, config_path
+from rabbit_engine.architectures import Architecture, Conversion, config_path
 from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor
+from rabbit_engine.config import CompressionConfig
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, first_line
 from rabbit_engine.quantization import UNUSED, Blocks4bit, Int8Rows, Linears, PackedFormat, ShapeOf, StoredWeight, open_packed
+from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
 from rabbit_engine.storage.directio import damage_as
-from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.storage.tensorfiles import TensorEntry, decoded_as
 from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, method_of
 
 
@@ -87,27 +90,55 @@ def with_own_linears(conversion: Conversion, architecture: Architecture) -> Conv
     config = architecture.quantization
     if config is None or method_of(config) != "bitsandbytes":
         return conversion
-    linears, model, tensors = Linears.of(config), conversion.skeleton, dict(conversion.tensors)
+    linears, tensors = Linears.of(config), dict(conversion.tensors)
     for key, target in conversion.targets.items():
-        entry = tensors[key].entry if isinstance(tensors[key], SafetensorsTensor) else None
-        layer = None if target is None or entry is None else _linear(model, target, entry)
-        if layer is None or entry is None:
-            continue
-        if isinstance(entry.encoding, Blocks4bit):
-            linears.compute_4bit(layer)
-        elif isinstance(entry.encoding, Int8Rows):
-            linears.compute_8bit(layer)
-            values, largest = entry.components
-            tensors[key], tensors[f"{key.removesuffix('.weight')}.SCB"] = SafetensorsTensor(values), SafetensorsTensor(largest)
+        tensor = tensors[key]
+        if target is not None and not target.converted and isinstance(tensor, SafetensorsTensor):
+            weight, largest = own_linear(conversion.skeleton, target.name, tensor.entry, linears)
+            tensors[key] = SafetensorsTensor(weight)
+            if largest is not None:
+                tensors[f"{key.removesuffix('.weight')}.SCB"] = SafetensorsTensor(largest)
     return replace(conversion, tensors=tensors)
 
 
-def _linear(model: nn.Module, target: Target, entry: TensorEntry) -> nn.Linear | None:
-    """The linear layer that a quantised weight belongs to; a transposing one of GPT-2 becomes one, as in transformers."""
-    owner, _, attribute = target.name.rpartition(".")
+def as_computed(
+    model: PreTrainedModel, entries: Mapping[str, TensorEntry], compression: CompressionConfig | None
+) -> dict[str, TensorEntry]:
+    """The entries of a split for `model`: if bitsandbytes quantised its weights, layers change to compute as that does."""
+    if compression is None or compression.bitsandbytes is None:
+        return dict(entries)
+    linears = Linears.made_by(compression.bitsandbytes)
+    found: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        found[name], largest = own_linear(model, name, entry, linears)
+        if largest is not None:
+            found[largest.name] = largest
+    return found
+
+
+def own_linear(model: nn.Module, name: str, entry: TensorEntry, linears: Linears) -> tuple[TensorEntry, TensorEntry | None]:
+    """Make the linear layer of the weight `name` compute as bitsandbytes does with `entry`; other layers stay as they are.
+
+    Returns the entries of its weight and, in int8, of the largest magnitudes of rows.
+    """
+    owner, _, attribute = name.rpartition(".")
+    is_blocks = isinstance(entry.encoding, Blocks4bit | PackedBlocks4bit)
+    layer = (
+        _linear(model, owner, entry) if attribute == "weight" and (is_blocks or isinstance(entry.encoding, Int8Rows)) else None
+    )
+    if layer is None:
+        return entry, None
+    if is_blocks:
+        linears.compute_4bit(layer)
+        return decoded_as(entry, linears.dtype), None
+    linears.compute_8bit(layer)
+    values, largest = entry.components
+    return replace(values, name=name), replace(largest, name=f"{owner}.SCB")
+
+
+def _linear(model: nn.Module, owner: str, entry: TensorEntry) -> nn.Linear | None:
+    """The linear layer `owner`; a transposing one of GPT-2 becomes one, as in transformers."""
     module = model.get_submodule(owner)
-    if target.converted or attribute != "weight" or entry.encoding is None:
-        return None
     if isinstance(module, TransposedLinear):
         rows, columns = entry.shape
         linear = nn.Linear(columns, rows, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)

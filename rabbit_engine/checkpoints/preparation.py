@@ -19,7 +19,7 @@ from rabbit_engine.checkpoints.hub import delete_original
 from rabbit_engine.checkpoints.in_place import NotInPlaceError
 from rabbit_engine.checkpoints.reading import WHOLE_FILES
 from rabbit_engine.checkpoints.request import ModelRequest
-from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Streamable, resolve
+from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Streamable, resolve, with_model
 from rabbit_engine.checkpoints.shards import (
     Journal,
     Manifest,
@@ -29,7 +29,7 @@ from rabbit_engine.checkpoints.shards import (
     verify_shard,
     write_manifest,
 )
-from rabbit_engine.checkpoints.skeleton import Build, build_for_entries, build_plain, map_names
+from rabbit_engine.checkpoints.skeleton import Build, build_plain, map_names
 from rabbit_engine.checkpoints.splitter import Split, only_one_process
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.quantization.storable import Storable
@@ -62,7 +62,8 @@ def execute(resolution: Resolution, *, progress: bool = True) -> tuple[Streamabl
         logger.info("%s is streamed from its original files", source.repo.name)
     warn_of_unused(source.unused, source.architecture.cls)
     if model is None:  # a split converts with a model of its own
-        model = build_for_entries(source.architecture, source.dtype, source.entries, resolution.build)
+        assert isinstance(source, Shards)  # noqa: S101 - what is streamed in place has a model
+        return with_model(source, resolution.build)
     return source, model
 
 

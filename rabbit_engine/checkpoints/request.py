@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -32,8 +33,11 @@ from rabbit_engine.checkpoints.hub import Repo, fetch_weights, find_repo, weight
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.shards import read_journal, read_manifest
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
-from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, DamagedShardError
+from rabbit_engine.errors import CheckpointNotFoundError, CompressionUnavailableError, ConfigurationError, DamagedShardError
+from rabbit_engine.transformers_bridge.quantizers import method_of
 from rabbit_engine.utils.names import read_name
+
+logger = logging.getLogger(__name__)
 
 SHARDS_FOLDER = "rabbit_shards"
 
@@ -78,9 +82,26 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
             fetch_weights(repo, weight_files(repo, source).names, source)
         source = replace(source, force_download=False)
     architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=source.gguf_file)
+    split = _allowed(split, architecture, repo)
     dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
     folder = root / split_name(dtype, source, repo.names, split.compression)
     return ModelRequest(repo, source, architecture, dtype, folder, split, gguf)
+
+
+def _allowed(split: SplitConfig, architecture: Architecture, repo: Repo) -> SplitConfig:
+    """The split, as transformers treats a BitsAndBytesConfig for a quantised checkpoint: that of bitsandbytes keeps its own.
+
+    Raises CompressionUnavailableError for another quantiser's.
+    """
+    if architecture.quantization is None or split.compression is None or split.compression.bitsandbytes is None:
+        return split
+    method = method_of(architecture.quantization)
+    if method != "bitsandbytes":
+        raise CompressionUnavailableError(
+            f'{repo.name} is quantised with {method} already: leave out quantization_config, or pass compression="4bit"'
+        )
+    logger.warning("%s is quantised with bitsandbytes already: its own quantization_config is used", repo.name)
+    return replace(split, compression=None)
 
 
 def _only_gguf(repo: Repo, root: Path, source: SourceConfig) -> str | None:
@@ -154,8 +175,16 @@ def split_name(
     dtype: torch.dtype, source: SourceConfig, names: Sequence[str], compression: CompressionConfig | None = None
 ) -> str:
     """The folder name of one of a checkpoint's splits: it identifies the original files, the dtype and the compression."""
-    end = "" if compression is None else f"-{compression.method}"
+    end = "" if compression is None else f"-{_compression_name(compression)}"
     return _split_prefix(source, names) + str(dtype).removeprefix("torch.") + end
+
+
+def _compression_name(compression: CompressionConfig) -> str:
+    made = compression.bitsandbytes
+    if made is None:
+        return compression.method
+    skip = "" if made.skip is None else f"-{digest({'skip': sorted(made.skip)})[:8]}"
+    return f"{compression.method}-{made.kind}{'-nested' if made.nested else ''}{skip}"
 
 
 def _split_prefix(source: SourceConfig, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from rabbit_engine.checkpoints.formats import WeightFiles
 from rabbit_engine.checkpoints.gguf_entries import map_gguf
 from rabbit_engine.checkpoints.hub import Repo
 from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
-from rabbit_engine.checkpoints.packed import with_own_linears
+from rabbit_engine.checkpoints.packed import as_computed, with_own_linears
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.request import ModelRequest, open_request
 from rabbit_engine.checkpoints.shards import Journal, Manifest
@@ -185,14 +185,20 @@ def _without_shards(request: ModelRequest, reading: Reading, build: Build) -> Re
 def _from_shards(request: ModelRequest, existing: Existing, build: Build, repair: bool) -> Resolution | None:
     if existing.manifest is None:
         return None
-    model = build_for_entries(request.architecture, request.dtype, existing.entries, build)
+    shards, model = with_model(Shards(request, existing.manifest, existing.entries), build)
     if repair:
         try:
-            require_fit(model, existing.entries, existing.manifest.ties)
+            require_fit(model, shards.entries, shards.ties)
         except MismatchedWeightsError as error:
             logger.warning("%s", error)
             return None
-    return Resolution(Shards(request, existing.manifest, existing.entries), build, model)
+    return Resolution(shards, build, model)
+
+
+def with_model(shards: Shards, build: Build) -> tuple[Shards, PreTrainedModel]:
+    """The model of some shards, and the shards with the entries that it computes with."""
+    model = build_for_entries(shards.architecture, shards.dtype, shards.entries, build)
+    return replace(shards, entries=as_computed(model, shards.entries, shards.request.split.compression)), model
 
 
 def _from_originals(request: ModelRequest, existing: Existing, reading: Reading, build: Build) -> Resolution:

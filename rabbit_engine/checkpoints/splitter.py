@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Conversion, Target, find_layout
+from rabbit_engine.checkpoints.compression import is_transposed, shape_to_encode
 from rabbit_engine.checkpoints.formats import LazyTensor, SafetensorsTensor, TensorSource, are_equal, digest
 from rabbit_engine.checkpoints.hub import require_room
 from rabbit_engine.checkpoints.shard_encodings import Weight
@@ -188,7 +189,7 @@ class Split:
     def _stored_bytes(self, name: str, weight: torch.Tensor) -> list[int]:
         if name not in self.encodings:
             return [weight.numel() * weight.itemsize]
-        parts = self.encodings[name].components(self.conversion.dtype_of(name), tuple(weight.shape))
+        parts = self.encodings[name].components(self.conversion.dtype_of(name), shape_to_encode(self.skeleton, name))
         return [part.nbytes for part in parts]
 
     def _require_all(self, stored: set[str], ties: Ties) -> None:
@@ -264,7 +265,7 @@ class Split:
         if encoding is None:
             return weight
         try:
-            return compressed(weight, encoding)
+            return compressed(weight.t() if is_transposed(self.skeleton, name) else weight, encoding)
         except ValueError as error:
             logger.warning("%s is not compressed: %s", name, error)
             return weight
@@ -310,7 +311,7 @@ class Split:
     def _origin(self, plan: ShardPlan) -> str:
         model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
         made_from = {"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model}
-        kinds = {name: self.encodings[name].kind for name in sorted(model.keys() & self.encodings)}
+        kinds = {name: self.encodings[name].form for name in sorted(model.keys() & self.encodings)}
         return digest({**made_from, "encodings": kinds} if self.encodings else made_from)
 
 

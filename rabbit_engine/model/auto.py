@@ -142,7 +142,8 @@ class AutoModel:
             gguf_file: the file to load from a folder or repo with several.
             device_map: "auto" (also "balanced", "sequential"), or one device.
             torch_dtype: the older name of dtype.
-            quantization_config: planned for a later version; anything but None is refused.
+            quantization_config: a BitsAndBytesConfig: bitsandbytes quantises the weights once, in shards of their own, and
+                computes with them, as transformers has it do. `load_in_4bit=True` and `load_in_8bit=True` are short for one.
             config: a config object, a folder, a file or a repo id, instead of the checkpoint's; an object is left unchanged.
             subfolder: the part of the repo or folder to load.
             variant: of the weight files, as in `model.fp16.safetensors`.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from rabbit_engine.config import (
-    CompressionConfig,
     SourceConfig,
     SplitConfig,
     StreamConfig,
@@ -19,8 +18,9 @@ from rabbit_engine.config import (
     parse_path,
     parse_planned_device,
 )
+from rabbit_engine.model.compression import compression_of, other_than_compression
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.utils.keywords import refuse_quantization, take_keywords
+from rabbit_engine.utils.keywords import take_keywords
 
 Arguments = Mapping[str, Any]
 """Every parameter of `from_pretrained` by name: the given value or the default."""
@@ -40,8 +40,7 @@ def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
 
     Raises ConfigurationError, CompressionUnavailableError and DeviceUnavailableError.
     """
-    overrides = take_keywords(arguments["other"])
-    refuse_quantization(arguments["quantization_config"])
+    overrides = take_keywords(other_than_compression(arguments["other"]))
     if planned:
         device = parse_planned_device(arguments["device"], arguments["max_memory"])
     else:
@@ -70,13 +69,13 @@ def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConf
 
 
 def _split_of(arguments: Arguments, device: torch.device) -> SplitConfig:
-    dtype, compression = arguments["dtype"], arguments["compression"]
+    dtype = arguments["dtype"]
     return SplitConfig(
         mode=arguments["split"],
         dtype=parse_dtype(arguments["torch_dtype"] if dtype is None else dtype),
         saving_path=parse_path("layer_shards_saving_path", arguments["layer_shards_saving_path"]),
         delete_original=arguments["delete_original"],
-        compression=None if compression is None else CompressionConfig(method=compression, device_type=device.type),
+        compression=compression_of(arguments, device.type),
     )
 
 

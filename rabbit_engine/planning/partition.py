@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Layout, find_layout
-from rabbit_engine.checkpoints import encodings_of, require_fit
+from rabbit_engine.checkpoints import as_computed, encodings_of, require_fit, shape_to_encode
 from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.planning.tiers import Role, UnitSize
+from rabbit_engine.quantization.linears import is_linear
 from rabbit_engine.quantization.stored import unread_entry
 from rabbit_engine.storage.directio import aligned_up
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
@@ -146,9 +147,10 @@ def unread_entries(
     entries, offset = {}, 0
     for name, tensor in state.items():
         if name not in ties:
-            entries[name] = unread_entry(name, offset, tensor.dtype, tuple(tensor.shape), encodings.get(name))
+            shape = shape_to_encode(model, name) if name in encodings else tuple(tensor.shape)
+            entries[name] = unread_entry(name, offset, tensor.dtype, shape, encodings.get(name))
             offset = aligned_up(offset + entries[name].nbytes)
-    return entries, ties
+    return entries if compression is None else as_computed(model, entries, compression), ties
 
 
 def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, TensorEntry], ties: Mapping[str, str]) -> Weights:
@@ -337,7 +339,7 @@ class _Partitioner:
 
     def _is_linear(self, name: str) -> bool:
         module, entry = name.rpartition(".")[0], self._weights.entries[name]
-        is_plain = type(self._model.get_submodule(module)).forward is nn.Linear.forward
+        is_plain = is_linear(self._model.get_submodule(module))
         alone = module in self._run_order and not self._parent_has_weights(module)
         return is_plain and alone and (self._users[entry.name] == 1 or module == self._layout.head)
 

@@ -27,7 +27,7 @@ _MOST_ROWS = 16
 class EightBitRows:
     """Components: `values` int8 [..., rows, columns], and `scales` [..., rows] in the dtype of the decoded weight."""
 
-    kind: ClassVar[str] = "int8_rows"
+    form: ClassVar[str] = "int8_rows"
     roles: ClassVar[tuple[str, ...]] = ("values", "scales")
     by_rows: ClassVar[bool] = True
     fused_by_default: ClassVar[bool] = True

@@ -47,7 +47,7 @@ class FourBitGroups:
     group: int
     layout: str
 
-    kind: ClassVar[str] = "int4_groups"
+    form: ClassVar[str] = "int4_groups"
     roles: ClassVar[tuple[str, ...]] = ("codes", "factors")
     by_rows: ClassVar[bool] = False
     fused_by_default: ClassVar[bool] = True

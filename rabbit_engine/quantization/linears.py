@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rabbit_engine.config import BitsAndBytes
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.utils.extras import missing_extra
@@ -26,6 +27,11 @@ class CastLinear(nn.Linear):
         weight, bias = self.weight, self.bias
         cast_bias = None if bias is None else bias.to(weight.dtype)
         return functional.linear(input.to(weight.dtype), weight, cast_bias).to(input.dtype)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module's forward is torch's product with its weight: in the dtype of the input, or in that of the weight."""
+    return type(module).forward in (nn.Linear.forward, CastLinear.forward)
 
 
 class Int8Linear(nn.Linear):
@@ -76,6 +82,11 @@ class Linears:
                 f"llm_int8_threshold is {shown(threshold)}, not a number from 0: correct quantization_config"
             )
         return cls(_COMPUTED[name], float(threshold))
+
+    @classmethod
+    def made_by(cls, options: BitsAndBytes) -> Linears:
+        """What a caller's config says."""
+        return cls(_COMPUTED[options.compute_dtype], options.threshold)
 
     def compute_4bit(self, layer: nn.Linear) -> None:
         """Make a layer on the meta device compute in `dtype`, which its weight is decoded to."""

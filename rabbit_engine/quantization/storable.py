@@ -34,7 +34,7 @@ class Component(NamedTuple):
 class Storable(Encoding, Protocol):
     """An encoding that shards can hold. `roles` name its components, in the order in which `decode` takes them."""
 
-    kind: ClassVar[str]
+    form: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
 
     def parameters(self) -> Mapping[str, int | str]:

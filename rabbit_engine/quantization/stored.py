@@ -1,7 +1,7 @@
-"""How this library stores weights encoded: kinds of encodings by name, what each consists of, and how it is made.
+"""How this library stores weights encoded: forms of encodings by name, what each consists of, and how it is made.
 
 In a shard, the components of a weight are tensors named `<weight>.<role>`, and the file's metadata describes the weight.
-To add a kind: a class with the interface of `Storable`, in a file of its own, and a row in `_KINDS`.
+To add a form: a class with the interface of `Storable`, in a file of its own, and a row in `_FORMS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.quantization.bitsandbytes_made import MadeBlocks4bit, MadeInt8Rows, PackedBlocks4bit
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.storable import Component, Storable
@@ -23,11 +24,14 @@ from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TORCH_DTYPES, TensorE
 
 _NOWHERE = Path("/")
 
-_KINDS: Mapping[str, Callable[[Fields], Storable]] = {
-    EightBitRows.kind: lambda _: EightBitRows(),
-    FourBitGroups.kind: FourBitGroups.of,
+_FORMS: Mapping[str, Callable[[Fields], Storable]] = {
+    EightBitRows.form: lambda _: EightBitRows(),
+    FourBitGroups.form: FourBitGroups.of,
+    MadeBlocks4bit.form: MadeBlocks4bit.of,
+    PackedBlocks4bit.form: PackedBlocks4bit.of,
+    MadeInt8Rows.form: lambda _: MadeInt8Rows(),
 }
-"""kind -> the encoding with the parameters that a shard's metadata holds; it raises ValueError for unknown ones."""
+"""form -> the encoding with the parameters that a shard's metadata holds; it raises ValueError for unknown ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Compressed:
     def description(self) -> dict[str, Any]:
         """What `restored` needs besides the tensors, as JSON."""
         return {
-            "kind": self.encoding.kind,
+            "form": self.encoding.form,
             "dtype": DTYPE_NAMES[self.dtype],
             "shape": list(self.shape),
             "parameters": dict(self.encoding.parameters()),
@@ -79,14 +83,14 @@ def unread_entry(name: str, offset: int, dtype: torch.dtype, shape: tuple[int, .
 def restored(name: str, row: Fields, stored: Mapping[str, TensorEntry]) -> TensorEntry:
     """The entry of the weight `name` that `row` describes, from the tensors `stored` in its file.
 
-    Raises ValueError for an unknown kind, and for components that are missing or of another dtype or shape.
+    Raises ValueError for an unknown form, and for components that are missing or of another dtype or shape.
     """
-    kind, dtype = row.text("kind"), row.text("dtype")
-    if kind not in _KINDS:
-        raise ValueError(f"{name} is stored as {shown(kind)}, this version reads {', '.join(_KINDS)}")
+    form, dtype = row.text("form"), row.text("dtype")
+    if form not in _FORMS:
+        raise ValueError(f"{name} is stored as {shown(form)}, this version reads {', '.join(_FORMS)}")
     if dtype not in TORCH_DTYPES:
         raise ValueError(f"{row.where}.dtype is {shown(dtype)}, supported are {', '.join(TORCH_DTYPES)}")
-    encoding = _KINDS[kind](row.fields("parameters"))
+    encoding = _FORMS[form](row.fields("parameters"))
     shape = counts(row.take("shape"), f"{row.where}.shape")
     wanted = encoding.components(TORCH_DTYPES[dtype], shape)
     found = [_component(stored, component_name(name, role), part) for role, part in zip(encoding.roles, wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""How transformers undoes the quantisation of a checkpoint while it loads."""
+"""How transformers undoes the quantisation of a checkpoint while it loads, and what it quantises itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 Quantizer = HfQuantizer
 TransposedLinear = Conv1D
@@ -41,6 +44,26 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     """The method that a `quantization_config` names, or bitsandbytes by its switches, as transformers reads it; "?" if none."""
     switches = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return str(quantization.get("quant_method") or ("bitsandbytes" if switches else "?"))
+
+
+def bitsandbytes_config(value: object) -> BitsAndBytesConfig | None:
+    """The config that a caller gave, as an object or a dictionary; None for that of another quantiser.
+
+    Raises ValueError or TypeError for invalid values.
+    """
+    if isinstance(value, Mapping) and method_of(value) == "bitsandbytes":
+        found: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(dict(value))
+        return found
+    return value if isinstance(value, BitsAndBytesConfig) else None
+
+
+def bitsandbytes_layers(model: PreTrainedModel, skip: Sequence[str] | None) -> list[str]:
+    """The modules of `model` whose weights transformers quantises with bitsandbytes, if the caller lists `skip`."""
+    names = None if skip is None else list(skip)
+    kept: Any = model._keep_in_fp32_modules
+    kept = HfQuantizer.get_modules_to_not_convert(model, names, kept)
+    modules = ((name, module) for name, module in model.named_modules() if should_convert_module(name, kept))
+    return [name for name, module in modules if type(module) is nn.Linear or isinstance(module, Conv1D)]
 
 
 def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:

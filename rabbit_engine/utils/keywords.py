@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rabbit_engine.errors import CompressionUnavailableError, ConfigurationError, UnknownKeywordError
+from rabbit_engine.errors import ConfigurationError, UnknownKeywordError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ _ALWAYS = "always on: the model is built without weights, which are read straigh
 _ONE_DEVICE = "layers run on one device"
 _KERNELS = "kernels from the Hub would replace modules whose weights are streamed"
 _INTERNAL = "used by transformers' internal calls"
-_QUANTISED = "comes with a later version; weights are streamed in their own dtype"
 
 KEYWORDS = (
     Keyword("config", "done", "a config object (left unchanged), a folder, a file or a repo id"),
@@ -92,9 +91,9 @@ KEYWORDS = (
     Keyword("_from_pipeline", "accepted", _INTERNAL),
     Keyword("_configuration_file", "refused", "give config=, which may be a file"),
     Keyword("state_dict", "refused", "weights are streamed from files: save them as a checkpoint and load that"),
-    Keyword("quantization_config", "refused", _QUANTISED),
-    Keyword("load_in_4bit", "refused", _QUANTISED),
-    Keyword("load_in_8bit", "refused", _QUANTISED),
+    Keyword("quantization_config", "done", "a BitsAndBytesConfig: quantised once by bitsandbytes, in shards; others are refused"),
+    Keyword("load_in_4bit", "done", "short for BitsAndBytesConfig(load_in_4bit=True)"),
+    Keyword("load_in_8bit", "done", "short for BitsAndBytesConfig(load_in_8bit=True)"),
     Keyword("distributed_config", "refused", _ONE_DEVICE),
     Keyword("device_mesh", "refused", _ONE_DEVICE),
     Keyword("tp_plan", "refused", _ONE_DEVICE),
@@ -140,7 +139,7 @@ RETIRED_KEYWORDS = {
 def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The `keywords` that may be attributes of the model's config; the others are accepted, with a warning if retired.
 
-    Raises ConfigurationError or CompressionUnavailableError, with the reason, for a refused one.
+    Raises ConfigurationError, with the reason, for a refused one.
     """
     table = {row.name: row for row in KEYWORDS}
     overrides: dict[str, Any] = {}
@@ -154,8 +153,7 @@ def take_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
         elif row.treatment == "accepted":
             logger.debug("%s=%r: %s", name, value, row.reason)
         elif not (isinstance(value, bool | int | str | dict | None) and value in row.harmless):
-            kind = CompressionUnavailableError if row.reason == _QUANTISED else ConfigurationError
-            raise kind(f"{name}={value!r} is refused: {row.reason}")
+            raise ConfigurationError(f"{name}={value!r} is refused: {row.reason}")
     return overrides
 
 
@@ -174,10 +172,3 @@ def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
 def warn_retired(keyword: str) -> None:
     """Warn, once a process, that a keyword of RabbitLLM has no effect; say what to use instead."""
     warnings.warn(f"{keyword} has no effect here; {RETIRED_KEYWORDS[keyword]}", UserWarning, stacklevel=5)
-
-
-def refuse_quantization(quantization_config: object) -> None:
-    """Raise CompressionUnavailableError for a quantiser of transformers, which this version does not support yet."""
-    if quantization_config is not None:
-        kind = quantization_config if isinstance(quantization_config, str | dict) else type(quantization_config).__name__
-        raise CompressionUnavailableError(f"quantization_config={kind!r} {_QUANTISED}: leave it out")
