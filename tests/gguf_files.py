@@ -61,6 +61,7 @@ _SHAPES: Mapping[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "ffn_up_exps": lambda shape: (shape[0], shape[1] // 2, shape[2]),
     "ffn_gate_inp_shexp": lambda shape: shape[1:],
     "ssm_conv1d.weight": lambda shape: (shape[0], shape[2]),
+    "shortconv.conv.weight": lambda shape: (shape[0], shape[2]),
 }
 """The shapes of tensors that differ from those of the weights, by what is in their names."""
 
@@ -120,8 +121,8 @@ def _write_values(writer: gguf.GGUFWriter, architecture: str, config: Any) -> No
         )
         add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["t", "1", *(f"t{index}" for index in range(1, config.vocab_size - 1))])
-    writer.add_token_merges(["t 1"])
+    writer.add_token_list(["t", "1", "2", *(f"t{index}" for index in range(1, config.vocab_size - 2))])
+    writer.add_token_merges(["t 1", "t 2"])
 
 
 def _values(architecture: str, config: Any) -> dict[str, Any]:

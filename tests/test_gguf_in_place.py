@@ -9,7 +9,7 @@ from typing import Any
 import gguf_files
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.checkpoints.preparation import prepare
@@ -137,3 +137,17 @@ def test_a_plan_says_that_nothing_is_split(tmp_path: Path) -> None:
     assert str(source) == "streamed from the original files"
     stored = sum(entry.nbytes for entry in source.entries.values())
     assert stored < path.stat().st_size < 1.1 * stored + 20_000
+
+
+def test_a_tokenizer_is_converted_once_and_kept(tmp_path: Path, streamed: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K"), tmp_path / "cache"
+    monkeypatch.setenv("RABBIT_ENGINE_CACHE", str(cache))
+    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    texts = ["t1 t2", "t5t7", "2 1"]
+    for _ in range(2):
+        tokenizer = streamed(path, dtype=torch.bfloat16).tokenizer
+        assert [tokenizer(text).input_ids for text in texts] == [reference(text).input_ids for text in texts]
+        assert tokenizer.name_or_path == str(tmp_path)
+    (kept,) = cache.rglob("*.json")
+    kept.write_text(kept.read_text().replace("t7", "t8"))
+    assert streamed(path, dtype=torch.bfloat16).tokenizer("t5t7").input_ids == reference("t5t7").input_ids

@@ -32,7 +32,7 @@ from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
-from rabbit_engine.tokenization import build_tokenizer
+from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.generation import without_cache_objects
 
@@ -82,7 +82,10 @@ class StreamingMixin:
         if self._own_tokenizer is None:
             with _LOADING_TOKENIZER:
                 if self._own_tokenizer is None:
-                    self._own_tokenizer = load_tokenizer(self._checkpoint.architecture.tokenizer, self._tokenizer_source)
+                    header = self._checkpoint.request.gguf
+                    checksum = None if header is None else header.checksum
+                    converted = self._checkpoint.architecture.tokenizer
+                    self._own_tokenizer = load_tokenizer(converted, self._tokenizer_source, checksum)
         return self._own_tokenizer  # type: ignore[no-any-return]
 
     @tokenizer.setter
@@ -260,14 +263,18 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.device(device.type, device.index or 0)
 
 
-def load_tokenizer(converted: str | None, source: Mapping[str, Any]) -> Any:
+def load_tokenizer(converted: str | None, source: Mapping[str, Any], header_checksum: str | None = None) -> Any:
     """The tokenizer of the checkpoint's folder: built from the files of a converted family, else from `AutoTokenizer`.
+
+    A GGUF file with that checksum of its header is converted only once.
 
     A tokenizer.json next to them takes precedence: the files were converted already. Raises TokenizerNotFoundError or
     MissingExtraError.
     """
     folder = Path(source["pretrained_model_name_or_path"])
     try:
+        if header_checksum is not None:
+            return _checked(load_gguf_tokenizer(source, header_checksum), folder)
         if converted is None:
             return _checked(AutoTokenizer.from_pretrained(**source), folder)
         if (folder / "tokenizer.json").is_file():
