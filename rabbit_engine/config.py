@@ -95,7 +95,7 @@ def _check_renamings(mapping: object) -> None:
             raise ConfigurationError(f"key_mapping: {pattern!r} is not a valid pattern: {error}") from error
 
 
-COMPRESSIONS = ("4bit", "8bit")
+COMPRESSIONS = ("4bit", "8bit", "lossless")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class BitsAndBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionConfig:
-    """How shards store weights: "4bit" or "8bit", or as `bitsandbytes` does; arranged for devices of a type."""
+    """How shards store weights: "4bit", "8bit", "lossless", or as `bitsandbytes` does; arranged for devices of a type."""
 
     method: str
     bitsandbytes: BitsAndBytes | None = None

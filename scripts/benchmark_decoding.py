@@ -19,10 +19,14 @@ import torch
 import typer
 
 from rabbit_engine.quantization import Awq, Blocks4bit, Fp8Blocks, Gptq, Int8Rows, Mxfp4, ScaledBlocks
+from rabbit_engine.quantization.eight_bit import EightBitRows
+from rabbit_engine.quantization.four_bit import FourBitGroups
+from rabbit_engine.quantization.four_bit_layouts import layout_for
 from rabbit_engine.quantization.gguf import GgufBlocks
 from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
 from rabbit_engine.quantization.kernels import kernels_in_use
-from rabbit_engine.quantization.lossless import ROLES, Lossless, compress
+from rabbit_engine.quantization.lossless import Lossless
+from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.storage.encoding import Encoding, work_bytes
 from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.utils.platform import environment, find_device, has_streams
@@ -75,11 +79,15 @@ def gguf(kind: str) -> Callable[[int, int], Stored]:
     return make
 
 
-def lossless(rows: int, columns: int) -> Stored:
-    """Of a normal distribution."""
-    found = compress((torch.randn(rows, columns) * 0.02).bfloat16())
-    assert found is not None
-    return Stored(Lossless(), [found[role] for role in ROLES], (rows, columns))
+def storable(encoding: Storable) -> Callable[[int, int], Stored]:
+    """Weights of a normal distribution, as shards store them."""
+
+    def make(rows: int, columns: int) -> Stored:
+        components = encoding.compress((torch.randn(rows, columns) * 0.02).bfloat16())
+        assert components is not None
+        return Stored(encoding, list(components), (rows, columns))
+
+    return make
 
 
 def blocks_4bit(rows: int, columns: int) -> Stored:
@@ -127,7 +135,9 @@ ENCODINGS: Mapping[str, Callable[[int, int], Stored]] = {
     "GPTQ int4, desc_act": gptq,
     "AWQ": awq,
     "compressed-tensors int4": packed_int4,
-    "lossless": lossless,
+    "lossless": storable(Lossless()),
+    "8bit": storable(EightBitRows()),
+    "4bit": storable(FourBitGroups(64, layout_for(64, find_device(None).type))),
 }
 
 

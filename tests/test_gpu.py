@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from talking import END, make_tokenizer
 from test_encodings import dequantised, random_fp8, work_for
 from test_gguf_blocks import random_blocks
-from test_lossless import weights
+from test_lossless import compressed, weights
 from test_matrix import oracle
 from test_parity import generation_modes
 from test_quantised import quantised
@@ -29,7 +29,7 @@ from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.quantization import Fp8Blocks, Mxfp4
 from rabbit_engine.quantization.gguf import BLOCKS, GgufBlocks
-from rabbit_engine.quantization.lossless import ROLES, Lossless, compress
+from rabbit_engine.quantization.lossless import Lossless
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -192,10 +192,9 @@ def test_gguf_blocks_decode_to_the_bits_of_the_package_gguf(kind: str, dtype: to
 
 @pytest.mark.parametrize("name", list(weights()))
 def test_lossless_weights_come_back(name: str) -> None:
-    components = compress(weights()[name])
-    assert components is not None
+    components = compressed(weights()[name])
     out = torch.empty_like(weights()[name], device="cuda")
-    Lossless().decode([components[role].cuda() for role in ROLES], out, work_for(out).cuda())
+    Lossless().decode([component.cuda() for component in components], out, work_for(out).cuda())
     assert torch.equal(out.cpu().view(torch.int16), weights()[name].view(torch.int16))
 
 

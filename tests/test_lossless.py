@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
+from rabbit_engine.planning.forecast import forecast, why_lossless_gains_nothing
 from rabbit_engine.quantization.kernels import can_run, torch_operations
-from rabbit_engine.quantization.lossless import ROLES, Lossless, compress, lossless_entry
-from rabbit_engine.storage.tensorfiles import each_row, read_header, read_tensor
+from rabbit_engine.quantization.lossless import Lossless
+from rabbit_engine.storage.encoding import work_bytes
+from rabbit_engine.storage.tensorfiles import each_row, read_tensor
+from rabbit_engine.utils.speeds import Speeds
 
 
-def decoded(components: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+def decoded(components: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
     out = torch.full(shape, torch.nan, dtype=torch.bfloat16)
-    Lossless().decode([components[role] for role in ROLES], out, torch.empty(0, dtype=torch.uint8))
+    Lossless().decode(components, out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
     return out
+
+
+def compressed(weight: torch.Tensor) -> list[torch.Tensor]:
+    found = Lossless().compress(weight)
+    assert found is not None
+    return list(found)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,76 +52,81 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", list(weights()))
 def test_every_bit_comes_back(name: str) -> None:
     weight = weights()[name]
-    components = compress(weight)
-    assert components is not None
+    components = compressed(weight)
     assert can_run(weight.device)
     assert torch.equal(bits(decoded(components, weight.shape)), bits(weight))
     with torch_operations():
         assert torch.equal(bits(decoded(components, weight.shape)), bits(weight))
 
 
-def test_normal_weights_take_seven_tenths_of_their_bytes() -> None:
+def test_normal_weights_take_seven_tenths_of_their_bytes_as_components_says() -> None:
     weight = (torch.randn(512, 1024, generator=torch.Generator().manual_seed(1)) * 0.02).bfloat16()
-    components = compress(weight)
-    assert components is not None
-    assert sum(tensor.nbytes for tensor in components.values()) < 0.71 * weight.nbytes
+    nbytes = sum(tensor.nbytes for tensor in compressed(weight))
+    assert nbytes < 0.71 * weight.nbytes
+    assert nbytes == pytest.approx(sum(part.nbytes for part in Lossless().components(weight.dtype, (512, 1024))), rel=0.01)
 
 
-def noise() -> torch.Tensor:
-    return torch.randint(-(2**15), 2**15, (64, 64)).short().view(torch.bfloat16)
+@pytest.mark.parametrize("weight", [torch.randn(8, 8), torch.randn(64).bfloat16(), torch.randn(8, 12).bfloat16()])
+def test_other_weights_are_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="is not a bfloat16 matrix"):
+        Lossless().compress(weight)
 
 
-@pytest.mark.parametrize(
-    "weight",
-    [torch.randn(8, 8), torch.randn(64).bfloat16(), torch.randn(8, 12).bfloat16(), noise()],
-    ids=["float32", "a vector", "columns", "noise"],
-)
-def test_what_gains_nothing_stays_as_it_is(weight: torch.Tensor) -> None:
-    assert compress(weight) is None
+def test_what_gains_nothing_stays_as_it_is() -> None:
+    assert Lossless().compress(torch.randint(-(2**15), 2**15, (64, 64)).short().view(torch.bfloat16)) is None
 
 
-def test_rows_and_experts_are_cut_from_it(tmp_path: Path) -> None:
-    matrix, stack = torch.randn(600, 256).bfloat16(), torch.randn(3, 24, 64).bfloat16()
-    tensors = {
-        f"{name}.{role}": part
-        for name, weight in {"a": matrix, "b": stack}.items()
-        for role, part in (compress(weight) or {}).items()
-    }
-    save_file(tensors, tmp_path / "w")
-    stored = {entry.name: entry for entry in read_header(tmp_path / "w").tensors}
-    first, second = (lossless_entry(name, torch.bfloat16, {role: stored[f"{name}.{role}"] for role in ROLES}) for name in "ab")
-    assert not isinstance(first, str)
-    assert not isinstance(second, str)
-    assert first.rows_together == 200
-    assert torch.equal(read_tensor(first.rows(200, 600)), matrix[200:])
-    assert torch.equal(torch.cat([read_tensor(row) for row in each_row(second)]), stack)
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_any_bytes_decode_within_the_weight(role: str) -> None:
+@pytest.mark.parametrize("role", range(4))
+def test_any_bytes_decode_within_the_weight(role: int) -> None:
     """Damage cannot write past the weight: a checksum is verified only when asked for."""
     weight = weights()["strange"]
-    components = compress(weight)
-    assert components is not None
-    generator = torch.Generator().manual_seed(2)
-    low, high = (-(2**31), 2**31) if role == "groups" else (0, 256)
-    damaged = torch.randint(low, high, components[role].shape, generator=generator).to(components[role].dtype)
+    stored = compressed(weight)
+    low, high = (-(2**31), 2**31) if stored[role].dtype == torch.int32 else (0, 256)
+    damaged = torch.randint(low, high, stored[role].shape, generator=torch.Generator().manual_seed(2))
+    stored[role] = damaged.to(stored[role].dtype)
     memory = torch.zeros(3, *weight.shape, dtype=torch.bfloat16)
-    stored = [{**components, role: damaged}[name] for name in ROLES]
     Lossless().decode(stored, memory[1], torch.empty(0, dtype=torch.uint8))
     assert not memory[[0, 2]].any()
-    compiled = bits(memory[1]).clone()
     with torch_operations():
-        assert torch.equal(bits(decoded({**components, role: damaged}, weight.shape)), compiled)
+        assert torch.equal(bits(decoded(stored, weight.shape)), bits(memory[1]))
 
 
-def test_components_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    components = compress(torch.randn(64, 64).bfloat16())
-    assert components is not None
-    save_file({**components, "short": components["codes"][:, 1:].contiguous()}, tmp_path / "w")
-    stored = {entry.name: entry for entry in read_header(tmp_path / "w").tensors}
-    parts = {role: stored[role] for role in ROLES}
-    assert "escapes are missing" in str(lossless_entry("w", torch.bfloat16, {r: e for r, e in parts.items() if r != "escapes"}))
-    assert "codes [64, 23]" in str(lossless_entry("w", torch.bfloat16, {**parts, "codes": stored["short"]}))
-    assert "only bfloat16" in str(lossless_entry("w", torch.float16, parts))
-    assert "dtypes" in str(lossless_entry("w", torch.bfloat16, {**parts, "groups": stored["codes"]}))
+WIDE = {"hidden_size": 256, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3_moe", "gpt_oss"])
+def test_a_lossless_split_gives_the_original_model_bit_for_bit(
+    family: str, own_checkpoint: Any, streamed: Any, plain: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rabbit_engine.model.auto.why_lossless_gains_nothing", lambda *_: "")
+    folder = own_checkpoint(family, dtype=torch.bfloat16, **WIDE)
+    model, whole = streamed(folder, compression="lossless"), plain(folder)
+    encoded = {name: entry for name, entry in model._checkpoint.entries.items() if entry.is_encoded}
+    assert encoded
+    state = whole.state_dict()
+    for name, entry in encoded.items():
+        assert torch.equal(read_tensor(entry), state[name])
+        if len(entry.shape) == 3:
+            assert torch.equal(torch.cat([read_tensor(row) for row in each_row(entry)]), state[name])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6}
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, **sizes)
+    split = SplitConfig(compression=CompressionConfig(method="lossless"))
+    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=70_000_000, speeds=Speeds(disk=1e4, source="given"))
+    arguments = (folder, SourceConfig(), split)
+    assert forecast(*arguments, stream).pass_s < forecast(folder, SourceConfig(), SplitConfig(), stream).pass_s
+    assert why_lossless_gains_nothing(*arguments, stream) == ""
+    fast = replace(stream, speeds=Speeds(disk=1e15, source="given"))
+    assert "(bound by decoding), and takes" in why_lossless_gains_nothing(*arguments, fast)
+    assert 'give max_memory={"cpu"' in why_lossless_gains_nothing(*arguments, replace(stream, device_budget_bytes=20_000_000))
+    roomy = replace(stream, device_budget_bytes=10**9)
+    assert why_lossless_gains_nothing(*arguments, roomy) == "no weight moves after loading"
+    assert "bfloat16" in why_lossless_gains_nothing(folder, SourceConfig(), replace(split, dtype=torch.float32), stream)
+    with caplog.at_level(logging.WARNING):
+        model = streamed(folder, compression="lossless", max_memory={"cpu": "1GB"})
+    assert model._checkpoint.manifest is None
+    assert 'compression="lossless" is left out: no weight moves' in caplog.text

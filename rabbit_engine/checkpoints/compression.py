@@ -27,6 +27,7 @@ from rabbit_engine.quantization.bitsandbytes_made import (
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import layout_for
+from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, bitsandbytes_layers
@@ -165,7 +166,18 @@ def _in_4_bits(part: Part, dtype: torch.dtype, shape: tuple[int, ...], device_ty
     return FourBitGroups(group, layout_for(shape[-2], device_type))
 
 
+def _without_loss(part: Part, dtype: torch.dtype, shape: tuple[int, ...], device_type: str) -> Storable | None:
+    """Only bfloat16 has few exponents among many bits."""
+    del part, device_type
+    try:
+        Lossless().components(dtype, shape)
+    except ValueError:
+        return None
+    return Lossless()
+
+
 _COMPRESSORS: Mapping[str, Compressor] = {
     "8bit": Compressor(_in_8_bits, {}),
     "4bit": Compressor(_in_4_bits, {"groups": list(_GROUPS)}, has_layout=True),
+    "lossless": Compressor(_without_loss, {}),
 }

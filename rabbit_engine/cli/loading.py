@@ -75,7 +75,7 @@ Split = Annotated[
     typer.Option(help="Make shards first; auto does if the files cannot be streamed as they are.", case_sensitive=False),
 ]
 Compression = Annotated[
-    Literal["4bit", "8bit"] | None,
+    Literal["4bit", "8bit", "lossless"] | None,
     typer.Option(help="Store the weights in 4 or 8 bits, once, in shards, and stream those.", case_sensitive=False),
 ]
 SavingPath = Annotated[

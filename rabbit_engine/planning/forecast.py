@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import warn_of_unused
 from rabbit_engine.checkpoints import HEADERS_ONLY, MustSplit, Source, build_plain, resolve
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
+from rabbit_engine.errors import BudgetError, first_line
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import partition_model, unread_entries
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.utils.sizes import format_seconds
 
 
 def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
@@ -30,6 +32,26 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     entries, ties = _entries(found, model)
     plan = plan_for(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
     return replace(plan, notes=(*plan.notes, str(found)))
+
+
+def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> str:
+    """Why a pass would not be faster with the lossless compression of `split` than without; empty if it would be.
+
+    Both are planned with the same measured rates. Raises what `forecast` raises.
+    """
+    plain = forecast(name, source, replace(split, compression=None), stream)
+    if not plain.pass_bytes and not plain.link_bytes:
+        return "no weight moves after loading"
+    try:
+        packed = forecast(name, source, split, replace(stream, speeds=plain.speeds))
+    except BudgetError as error:  # decoding needs a scratch
+        return first_line(error)
+    if not packed.decoding.nbytes:
+        return "none of the weights that move is a bfloat16 matrix"
+    if packed.pass_s < plain.pass_s:
+        return ""
+    with_it, without = format_seconds(packed.pass_s), format_seconds(plain.pass_s)
+    return f"a pass would take {with_it} (bound by {packed.bound}), and takes {without} without"
 
 
 def _entries(found: Source, model: PreTrainedModel) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:

@@ -338,10 +338,13 @@ class _Partitioner:
         return frozenset(self._weights.entries[name].name for name in found)
 
     def _is_linear(self, name: str) -> bool:
-        module, entry = name.rpartition(".")[0], self._weights.entries[name]
-        is_plain = is_linear(self._model.get_submodule(module))
+        module = name.rpartition(".")[0]
+        if not is_linear(self._model.get_submodule(module)):
+            return False
+        if module == self._layout.head:  # it may share a parameter with the embedding, which reads its rows from disk
+            return True
         alone = module in self._run_order and not self._parent_has_weights(module)
-        return is_plain and alone and (self._users[entry.name] == 1 or module == self._layout.head)
+        return alone and self._users[self._weights.entries[name].name] == 1
 
     def finish(self) -> Partition:
         """The finished partition."""

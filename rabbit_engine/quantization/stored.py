@@ -17,6 +17,7 @@ import torch
 from rabbit_engine.quantization.bitsandbytes_made import MadeBlocks4bit, MadeInt8Rows, PackedBlocks4bit
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import FourBitGroups
+from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Component, Storable
 from rabbit_engine.storage.directio import aligned_up
 from rabbit_engine.storage.jsonvalues import Fields, counts, shown
@@ -30,6 +31,7 @@ _FORMS: Mapping[str, Callable[[Fields], Storable]] = {
     MadeBlocks4bit.form: MadeBlocks4bit.of,
     PackedBlocks4bit.form: PackedBlocks4bit.of,
     MadeInt8Rows.form: lambda _: MadeInt8Rows(),
+    Lossless.form: lambda _: Lossless(),
 }
 """form -> the encoding with the parameters that a shard's metadata holds; it raises ValueError for unknown ones."""
 
