@@ -54,6 +54,7 @@ def test_logits_and_tokens_are_those_of_transformers_with_bitsandbytes(
     folder = families.save(family, tmp_path / family, torch.bfloat16, **SIZES)
     model, whole = streamed(folder, quantization_config=BitsAndBytesConfig(**SCHEMES[scheme])), whole_of(folder, scheme)
     assert model.plan.streamed
+    assert model.config.quantization_config.to_dict() == whole.config.quantization_config.to_dict()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, whole(ids).logits)
         assert torch.equal(model(ids[:, :1]).logits, whole(ids[:, :1]).logits)

@@ -12,11 +12,15 @@ from typing import Any
 import families
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_quantised import FP8, rewrite, to_fp8
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from rabbit_engine import errors
+from rabbit_engine import Session, errors
 from rabbit_engine.checkpoints import prepare
 from rabbit_engine.checkpoints.shards import shard_record
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
@@ -42,6 +46,11 @@ def with_decoded_weights(model: Any, whole: Any) -> Any:
             if name in values:
                 tensor.copy_(values[name])
     return whole
+
+
+def words(count: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `count` words."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0")))
 
 
 def kinds(model: Any) -> dict[str, str]:
@@ -137,6 +146,41 @@ def test_the_command_says_what_it_made(own_checkpoint: Any, rabbit: Any) -> None
     assert "bfloat16 in 4bit, in" in rabbit("split", folder, "--compression", "4bit").out
     assert rabbit("verify", folder).code == 0
     assert "streamed from the shards" in rabbit("plan", folder, "--compression", "4bit", "--device", "cpu", "-m", "9MB").out
+
+
+def test_the_footprint_is_that_of_what_is_stored(own_checkpoint: Any, streamed: Any, plain: Any) -> None:
+    folder = own_checkpoint("llama_tied", dtype=torch.bfloat16, hidden_size=256)
+    model, whole = streamed(folder, compression="8bit"), plain(folder)
+    encoded = sum(entry.nbytes for entry in model._checkpoint.entries.values())
+    buffers = whole.get_memory_footprint() - whole.get_memory_footprint(return_buffers=False)
+    assert model.get_memory_footprint() == encoded + buffers
+    assert model.get_memory_footprint(return_buffers=False) == encoded
+
+
+def test_adapters_and_sessions_work_on_packed_weights(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, **WIDE)
+    model = streamed(folder, compression="4bit")
+    steps = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(ids, **steps)
+    model.tokenizer = words(96)
+    with Session(model) as session:
+        (reply,) = session.generate([ids[0].tolist()], max_new_tokens=5, temperature=0)
+    assert list(reply.tokens) == before[0, ids.shape[1] :].tolist()
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        changed = adapted(ids).logits
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(ids).logits, streamed(folder, compression="4bit")(ids).logits)
+    assert not torch.equal(changed, streamed(folder, compression="4bit")(ids).logits)
+
+
+def test_a_gguf_file_is_compressed_too(smollm: Path, tmp_path: Path, rabbit: Any) -> None:
+    """Only its plan: a split takes seconds."""
+    arguments = ("plan", smollm, "--device", "cpu", "-m", "400MB", "--saving-path", tmp_path)
+    told = rabbit(*arguments, "--compression", "4bit").out
+    assert "split first, into" in told
+    assert "-4bit" in told
 
 
 @pytest.mark.parametrize("mode", ["events", "timer"])

@@ -6,6 +6,7 @@ parameters of state spaces and image towers are stored as they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, bitsandbytes_layers
+
+logger = logging.getLogger(__name__)
 
 INT8 = "int8"
 """The kind of bitsandbytes' weights in eight bits."""
@@ -71,6 +74,21 @@ def equally_compressed(first: Mapping[str, Any] | None, second: Mapping[str, Any
     if first is None or second is None:
         return first is second
     return {**first, "layout": None} == {**second, "layout": None}
+
+
+def warn_of_layout(made: Mapping[str, Any] | None, wanted: CompressionConfig | None) -> None:
+    """Log a warning if shards are arranged for another machine than the one that computes: it decodes them first."""
+    if made is None or wanted is None or wanted.device_type != "cpu":
+        return
+    here = compression_fingerprint(wanted).get("layout")
+    if made.get("layout") != here:
+        logger.warning(
+            "the %s shards are arranged for %s, and this machine multiplies by %s: their weights are decoded first, which is "
+            "slower; split again, into another layer_shards_saving_path, to avoid it",
+            wanted.method,
+            made.get("layout"),
+            here,
+        )
 
 
 def _bitsandbytes_fingerprint(options: BitsAndBytes, device_type: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import Architecture, Conversion
+from rabbit_engine.checkpoints.compression import warn_of_layout
 from rabbit_engine.checkpoints.existing import Existing, find_existing, open_remaining
 from rabbit_engine.checkpoints.formats import WeightFiles
 from rabbit_engine.checkpoints.gguf_entries import map_gguf
@@ -197,6 +198,7 @@ def _from_shards(request: ModelRequest, existing: Existing, build: Build, repair
 
 def with_model(shards: Shards, build: Build) -> tuple[Shards, PreTrainedModel]:
     """The model of some shards, and the shards with the entries that it computes with."""
+    warn_of_layout(shards.manifest.source.get("compression"), shards.request.split.compression)
     model = build_for_entries(shards.architecture, shards.dtype, shards.entries, build)
     return replace(shards, entries=as_computed(model, shards.entries, shards.request.split.compression)), model
 

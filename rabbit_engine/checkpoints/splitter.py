@@ -62,6 +62,9 @@ from rabbit_engine.utils.bar import Bar
 
 logger = logging.getLogger(__name__)
 
+_CONVERTED_TOGETHER = 256 * 2**20
+"""Bytes of weights that are in memory before they are compressed."""
+
 DeleteOriginal = Callable[[Path], None]
 
 
@@ -247,18 +250,31 @@ class Split:
         return record
 
     def _compressed(self, plan: ShardPlan) -> dict[str, Weight]:
-        """The weights of a shard; only the one that is being compressed is in memory in full."""
+        """The weights of a shard; only a few are in memory in full at a time."""
+        named_here = {source: copy for copy, source in self._copied.items() if copy.startswith(f"{plan.name}.")}
+        found: dict[str, Weight] = {}
+        for keys in self._batches(plan):
+            for name, weight in self.conversion.convert(keys).items():
+                name = named_here.get(name, name)
+                found[name] = self._compress(name, weight)
+        return found
+
+    def _batches(self, plan: ShardPlan) -> Iterator[list[str]]:
+        """The keys of weights of up to `_CONVERTED_TOGETHER` bytes, or of one larger weight. Calls of transformers cost time."""
         keys: dict[str, list[str]] = {}
         for key in plan.keys:
             target = self.conversion.targets[key]
             keys.setdefault(target.name if target else key, []).append(key)
-        named_here = {source: copy for copy, source in self._copied.items() if copy.startswith(f"{plan.name}.")}
-        found: dict[str, Weight] = {}
-        for some in keys.values():
-            for name, weight in self.conversion.convert(some).items():
-                name = named_here.get(name, name)
-                found[name] = self._compress(name, weight)
-        return found
+        batch: list[str] = []
+        state, size = self.skeleton.state_dict(), 0
+        for name, some in keys.items():
+            nbytes = state[name].nbytes if name in state else 0
+            if batch and size + nbytes > _CONVERTED_TOGETHER:
+                yield batch
+                batch, size = [], 0
+            batch = [*batch, *some]
+            size += nbytes
+        yield batch
 
     def _compress(self, name: str, weight: torch.Tensor) -> Weight:
         encoding = self.encodings.get(name)

@@ -32,6 +32,7 @@ from rabbit_engine.config import (
 from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, DamagedCheckpointError, RabbitError, first_line
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
+from rabbit_engine.model.compression import quantization_config_of
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.streamed import StreamedModel
@@ -165,6 +166,9 @@ class AutoModel:
         name = pretrained_model_name_or_path
         arguments = arguments_of(_SIGNATURE, name, **keywords)
         model = load(name, settings_of(arguments))
+        quantization = quantization_config_of(arguments)
+        if quantization is not None and model._checkpoint.request.split.compression is not None:
+            model.config.quantization_config = quantization  # as in transformers
         _load_own_adapter(model)
         if arguments["generation_config"] is not None:
             _set_generation_config(model, arguments["generation_config"])

@@ -24,7 +24,7 @@ def compression_of(arguments: Mapping[str, Any], device_type: str) -> Compressio
 
     Raises ConfigurationError for more than one, or invalid values; CompressionUnavailableError for another quantiser.
     """
-    method, config = arguments["compression"], _config_of(arguments)
+    method, config = arguments["compression"], quantization_config_of(arguments)
     if config is None:
         return None if method is None else CompressionConfig(method=method, device_type=device_type)
     if method is not None:
@@ -32,7 +32,7 @@ def compression_of(arguments: Mapping[str, Any], device_type: str) -> Compressio
     return CompressionConfig(method="bnb", bitsandbytes=_options(config), device_type=device_type)
 
 
-def _config_of(arguments: Mapping[str, Any]) -> BitsAndBytesConfig | None:
+def quantization_config_of(arguments: Mapping[str, Any]) -> BitsAndBytesConfig | None:
     """The config given, or the one that transformers made of the older keywords."""
     given, other = arguments["quantization_config"], arguments["other"]
     short = {name: other[name] for name in _SHORTHANDS if other.get(name)}

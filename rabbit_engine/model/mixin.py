@@ -121,6 +121,13 @@ class StreamingMixin:
         refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
         return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """transformers' `get_memory_footprint`: bytes of the weights, quantised ones as they are stored."""
+        entries = self._assembly.partition.weights.entries.values()
+        saved = {entry.name: entry.decoded_bytes - entry.nbytes for entry in entries if entry.is_encoded}
+        footprint: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
+        return footprint - sum(saved.values())
+
     def load_adapter(self, peft_model_id: object = None, adapter_name: str | None = None, *args: object, **kwargs: object) -> Any:
         """transformers' `load_adapter`.
 
