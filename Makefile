@@ -22,7 +22,7 @@ fi && $$install $(2) && $$install --no-deps $(SMOLLM) -e .
 @touch $@
 endef
 
-.PHONY: demo test check bench conformance fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
+.PHONY: demo test check bench conformance encodings fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
 
 demo: $(STAMP)  ## run a real model, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -58,6 +58,10 @@ check: $(STAMP)  ## check style, types, the direction of imports, generated docs
 
 bench: $(STAMP)  ## measure seconds per token, compared with transformers' own offload and the disk's rate
 	$(BIN)/python scripts/benchmark.py
+
+encodings: $(STAMP)  ## run every row of COMPATIBILITY.md's table of encodings, and update its record and the table
+	$(BIN)/python -m pytest tests/test_encoding_table.py --record-encodings docs/encodings.json
+	$(BIN)/python scripts/generate_docs.py
 
 conformance: $(STAMP)  ## transformers' own model tests on streamed models; downloads its source distribution once
 	$(BIN)/python scripts/conformance.py

@@ -4,7 +4,7 @@
 RabbitError
 ├── ConfigurationError (ValueError)                 an invalid argument or combination of arguments
 │   ├── UnknownKeywordError (TypeError)             an unknown keyword
-│   ├── CompressionUnavailableError                 compression and quantised checkpoints: not in this version
+│   ├── CompressionUnavailableError                 compression, or a checkpoint quantised in a format that is not supported
 │   ├── DeviceUnavailableError                      the requested device is not on this machine
 │   ├── AttentionUnavailableError                   the requested attention implementation does not work here
 │   ├── BudgetError                                 the memory budget is below the smallest that can work
@@ -70,7 +70,7 @@ class UnknownKeywordError(ConfigurationError, TypeError):
 
 
 class CompressionUnavailableError(ConfigurationError):
-    """Compression, or an already quantised checkpoint: not supported in this version."""
+    """Compression, or a checkpoint quantised in a format that is not supported; the message names those that are."""
 
 
 class DeviceUnavailableError(ConfigurationError):

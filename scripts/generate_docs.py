@@ -18,11 +18,16 @@ from rabbit_engine.utils.keywords import KEYWORDS
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "rabbit"]
+ENCODING_RECORD = ROOT / "docs" / "encodings.json"
 CONFORMANCE = ROOT / "docs" / "conformance.json"
 FAMILIES = ("<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->")
 KEYWORD_TABLE = (
     "<!-- the keywords: rabbit_engine/utils/keywords.py, `make docs` writes them -->",
     "<!-- end of the keywords -->",
+)
+ENCODINGS = (
+    "<!-- the encodings: `make encodings` runs them, `make docs` writes the table -->",
+    "<!-- end of the encodings -->",
 )
 MIXIN = ("<!-- conformance: `make conformance` runs it, `make docs` writes it -->", "<!-- end of conformance -->")
 
@@ -39,6 +44,7 @@ def compatibility_page() -> str:
     """COMPATIBILITY.md with its tables regenerated."""
     page = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8")
     page = between(page, FAMILIES, families_table(read_record()))
+    page = between(page, ENCODINGS, encodings_table(json.loads(ENCODING_RECORD.read_text(encoding="utf-8"))))
     return between(page, MIXIN, conformance_table(json.loads(CONFORMANCE.read_text(encoding="utf-8"))))
 
 
@@ -69,6 +75,14 @@ def families_table(record: Record) -> str:
         for row in record.rows
     ]
     return f"Run on {record.date} with {versions}.\n\n" + as_table([names, *rows])
+
+
+def encodings_table(record: dict[str, Any]) -> str:
+    """What was run in each encoding, and what it equals."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
+    rows = [list(row.values()) for row in record["rows"]]
+    head = ["equal to" if name == "reference" else name for name in record["rows"][0]]
+    return f"Run on {record['date']} with {versions}.\n\n" + as_table([head, *rows])
 
 
 def conformance_table(record: dict[str, Any]) -> str:

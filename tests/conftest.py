@@ -39,8 +39,9 @@ Loader = Callable[..., Any]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--record FILE`: write what test_matrix saw, for COMPATIBILITY.md."""
+    """`--record FILE`, `--record-encodings FILE`: write what test_matrix, test_encoding_table saw, for COMPATIBILITY.md."""
     parser.addoption("--record", type=Path, default=None, help="write the families' table to this JSON file")
+    parser.addoption("--record-encodings", type=Path, default=None, help="write the table of encodings to this JSON file")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -55,7 +56,18 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """`record(models, cls, runs_as=..., oracle=..., **columns)` adds a row to the file of `--record`."""
     rows: list[dict[str, str]] = []
     yield lambda models, cls, **columns: rows.append({"models": models, "class": cls, "experts": "none", **columns})
-    path: Path | None = request.config.getoption("--record")
+    _write_record(request.config.getoption("--record"), rows)
+
+
+@pytest.fixture(scope="session")
+def record_encoding(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """`record_encoding(encoding=..., **columns)` adds a row to the file of `--record-encodings`."""
+    rows: list[dict[str, str]] = []
+    yield lambda **columns: rows.append(columns)
+    _write_record(request.config.getoption("--record-encodings"), rows)
+
+
+def _write_record(path: Path | None, rows: list[dict[str, str]]) -> None:
     if path is not None:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         versions["python"] = platform.python_version()
@@ -64,7 +76,12 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without CUDA the tests marked `gpu` are deselected, which the summary says."""
+    """Without CUDA the tests marked `gpu` are deselected, which the summary says; unless it is recorded so is the table of
+    encodings, whose tests repeat others for more families."""
+    if config.getoption("--record-encodings") is None:
+        table = [item for item in items if item.path.name == "test_encoding_table.py"]
+        config.hook.pytest_deselected(items=table)
+        items[:] = [item for item in items if item not in table]
     if not torch.cuda.is_available():
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)

@@ -27,7 +27,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 SCHEMES: dict[str, dict[str, Any]] = {
     "nf4": NF4,
-    "nf4 twice": {**NF4, "bnb_4bit_use_double_quant": True},
+    "nf4, double quantisation": {**NF4, "bnb_4bit_use_double_quant": True},
     "fp4, computed in float32": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "nf4, stored as bfloat16": {**NF4, "bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_compute_dtype": torch.float16},
     "int8": {"load_in_8bit": True},
@@ -69,7 +69,7 @@ def test_a_checkpoint_has_the_bits_of_transformers_with_bitsandbytes(
 
 def test_transposing_layers_become_linear_ones_as_in_transformers(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
     sizes = {"n_embd": 64, "hidden_size": None, "head_dim": None, "intermediate_size": None}
-    folder = save("gpt2", tmp_path, "nf4 twice", **sizes)
+    folder = save("gpt2", tmp_path, "nf4, double quantisation", **sizes)
     with torch.no_grad():
         assert torch.equal(streamed(folder)(ids).logits, load(folder)(ids).logits)
 
@@ -256,7 +256,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
         "absmax is 63 values .* needs 64",
     ),
     "scales of another dtype": ("nf4", lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].half()}), "64 values of float16"),
-    "no map": ("nf4 twice", lambda t: t.pop(f"{Q}.nested_quant_map"), "its map is missing"),
+    "no map": ("nf4, double quantisation", lambda t: t.pop(f"{Q}.nested_quant_map"), "its map is missing"),
     "no state": ("nf4", lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), "need a weight.quant_state"),
     "a state that is no JSON": (
         "nf4",
@@ -267,7 +267,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a state of another shape": ("nf4", lambda t: with_state(t, shape=[64, 63]), r"2048 bytes hold 4096 values, .* \[64, 63\]"),
     "a shape of another rank": ("nf4", lambda t: with_state(t, shape=[4096]), r"shape is \[4096\], not that of a matrix"),
     "another block size": ("nf4", lambda t: with_state(t, blocksize=63), "blocksize is 63, none of 32, 64"),
-    "an infinite offset": ("nf4 twice", lambda t: with_state(t, nested_offset="many"), "nested_offset 'many'"),
+    "an infinite offset": ("nf4, double quantisation", lambda t: with_state(t, nested_offset="many"), "nested_offset 'many'"),
     "a truncated block": ("nf4", lambda t: t.update({Q: t[Q][:-1].clone()}), "2047 bytes hold 4094 values"),
     "no rows' scales": ("int8", lambda t: t.pop(Q.replace("weight", "SCB")), "it is int8, and its SCB is not stored"),
     "scales of other rows": ("int8", lambda t: t.update({Q.replace("weight", "SCB"): torch.ones(3)}), r"have an SCB of \[3\]"),

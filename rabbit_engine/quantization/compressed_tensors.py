@@ -4,7 +4,6 @@ A packed weight [out, in] is `weight_packed` int32 [out, in * bits / 32], values
 offset by half their range; `weight_shape` holds [out, in]. Other formats store `weight` itself. `weight_scale`, and
 `weight_zero_point` if it is asymmetric, hold one value for each tensor, output, group or block; a packed weight's zero points are
 packed along outputs. `weight_g_idx` is the group of each input, for activation order.
-https://github.com/neuralmagic/compressed-tensors
 """
 
 from __future__ import annotations
