@@ -10,6 +10,7 @@ from rabbit_engine.quantization import torch_products
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import LAYOUTS, layout_for, native_layout, pack, unpack
+from rabbit_engine.quantization.kernels import torch_operations
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.storage.encoding import work_bytes
 
@@ -64,6 +65,8 @@ def test_four_bits_decode_to_code_times_scale_plus_zero_rounded_once(dtype: torc
     scales, zeros = factors.float().permute(3, 0, 2, 1).unsqueeze(-1)
     expected = ((codes.view(2, 80, -1, group) - 8) * scales + zeros).view(weight.shape).to(dtype)
     assert torch.equal(decoded(encoding, weight), expected)
+    with torch_operations():
+        assert torch.equal(decoded(encoding, weight), expected)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from rabbit_engine.quantization import torch_products
+from rabbit_engine.quantization import kernels, torch_products
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.four_bit_fit import fit_groups
-from rabbit_engine.quantization.four_bit_layouts import BY_ROWS, LAYOUTS, native_layout, pack, unpack
+from rabbit_engine.quantization.four_bit_layouts import BY_ROWS, LAYOUTS, native_layout, pack, regions, unpack
 from rabbit_engine.quantization.storable import Component
 from rabbit_engine.storage.encoding import carve
 from rabbit_engine.storage.jsonvalues import Fields, shown
@@ -35,7 +35,7 @@ _COMPRESSED_AT_ONCE = 2**22
 _BLOCK_ROWS = 64
 """Blocks of every layout divide this many rows."""
 
-_MOST_ROWS = 16
+_MOST_ROWS = 48
 """Of states for which the fused product is faster than decoding followed by torch's product; see docs/benchmarks.md."""
 
 
@@ -97,9 +97,24 @@ class FourBitGroups:
         """Decode some blocks of rows at a time."""
         codes, factors = stored
         for matrix, some_codes, some_factors in zip(_matrices(out), _matrices(codes), _matrices(factors, 3), strict=True):
-            self._decode(some_codes, some_factors, matrix, work)
+            if self.layout != BY_ROWS and kernels.can_write(matrix):
+                self._decode_compiled(some_codes, some_factors, matrix)
+            else:
+                self._decode_with_torch(some_codes, some_factors, matrix, work)
 
-    def _decode(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+    def _decode_compiled(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
+        from rabbit_engine.quantization.kernels.four_bit import decode_blocks_of_rows
+
+        scales, zeros = factors.float().permute(2, 1, 0).contiguous()
+        bits = out.view(kernels.BITS[out.dtype])
+        for region in regions(len(out), self.layout):
+            rows = slice(region.first, region.stop)
+            some, least = region.bytes_of(codes).flatten(-2), -(-kernels.THREAD_VALUES // (region.block * out.shape[1]))
+            of_rows = [part[rows].numpy() for part in (scales, zeros)]
+            arrays = (some.numpy(), region.distance, *of_rows, self.group, bits[rows].numpy())
+            kernels.run_rows(decode_blocks_of_rows, len(some), *arrays, least=least)
+
+    def _decode_with_torch(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
         rows, columns = out.shape
         step = max(1, _MOST_AT_ONCE // (columns * _BLOCK_ROWS)) * _BLOCK_ROWS
         (memory,) = carve(work, (torch.float32, min(rows, step) * columns))
