@@ -100,6 +100,27 @@ def test_threads_decode_what_one_does() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kind", sorted(BLOCKS))
+def test_fused_products_are_as_exact_as_float32(kind: str) -> None:
+    raw, order, states = random_blocks(kind, 40, 1280), torch.randperm(40), torch.randn(3, 1280)
+    encoding = GgufBlocks(kind, RowOrder(order))
+    weight = decoded(encoding, raw, (40, 1280), torch.float32).double()
+    exact, largest = states.double() @ weight.T, states.abs().double() @ weight.abs().T
+    found = encoding.linear(states, [torch.from_numpy(raw)], (40, 1280))
+    assert ((found - exact).abs() <= 2e-6 * largest).all()
+    half = encoding.linear(states.bfloat16(), [torch.from_numpy(raw)], (40, 1280))
+    assert half.dtype == torch.bfloat16
+    assert ((half - exact).abs() <= 0.01 * largest).all()
+
+
+def test_fused_products_are_used_for_few_rows_only() -> None:
+    cpu = torch.device("cpu")
+    assert GgufBlocks("Q4_K").gains(1, torch.bfloat16, cpu)
+    assert not GgufBlocks("Q4_K").gains(64, torch.bfloat16, cpu)
+    assert not GgufBlocks("Q4_K").gains(1, torch.bfloat16, torch.device("meta"))
+    assert not GgufBlocks("Q4_K").fused_by_default
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "nbytes", "reason"),
     [

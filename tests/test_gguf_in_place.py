@@ -103,6 +103,35 @@ def test_a_session_answers_as_each_text_alone(tmp_path: Path, streamed: Loader) 
     assert [list(reply.tokens) for reply in replies] == alone
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
+def test_fused_products_are_chosen_by_keyword_and_stay_within_rounding(
+    kind: str, tmp_path: Path, streamed: Loader, ids: torch.Tensor
+) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", kind, head="Q6_K")
+    with torch.no_grad():
+        token, decoded = ids[:, :1], streamed(path, dtype=torch.float32)
+        fused = streamed(path, dtype=torch.float32, fused_products=True)
+        exact, close = decoded(token).logits, fused(token).logits
+        assert not torch.equal(exact, close)
+        assert (exact - close).abs().max() <= 1e-4 * exact.abs().max()
+        assert torch.equal(decoded(ids).logits, fused(ids).logits)  # many rows are multiplied by the decoded weight
+
+
+def test_an_adapter_runs_over_quantised_weights(tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K")
+    reference = plain(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(reference, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = streamed(path, dtype=torch.float32)
+    model.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, adapted(ids).logits)
+
+
 def test_a_split_of_a_file_holds_the_same_weights(tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor) -> None:
     path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q5_K")
     model = streamed(path, dtype=torch.bfloat16, split="always")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from rabbit_engine.quantization import kernels
+from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.gguf.order import RowOrder
 from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
 from rabbit_engine.storage.encoding import carve, values_at_once
@@ -34,6 +35,11 @@ _VALUE_BYTES = 16
 _KERNEL_VALUES = 2**17
 """Values that are worth a thread of their own."""
 
+_MOST_ROWS = {
+    "Q4_0": 5, "Q5_0": 5, "Q5_1": 5, "Q8_0": 3, "Q2_K": 12, "Q4_K": 7, "Q5_K": 7, "Q6_K": 5, "IQ4_NL": 4, "IQ4_XS": 4,
+}  # fmt: skip
+"""Of states for which the fused product is faster than decoding followed by torch's product; see docs/benchmarks.md."""
+
 _BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """How kernels tell the dtype of their output."""
 
@@ -48,6 +54,8 @@ class GgufBlocks:
     kind: str
     order: RowOrder | None = None
     stepwise: bool = False
+
+    fused_by_default: ClassVar[bool] = False
 
     @property
     def by_rows(self) -> bool:
@@ -65,10 +73,31 @@ class GgufBlocks:
     def _decode_compiled(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         from rabbit_engine.quantization.kernels.gguf import DECODERS
 
-        order: NDArray[np.int64] = (torch.empty(0, dtype=torch.int64) if self.order is None else self.order.index).numpy()
         bits, steps = out.view(_BITS[out.dtype]).numpy(), (self.stepwise and out.dtype != torch.float32) or None
         least = -(-_KERNEL_VALUES // out.shape[1])
-        kernels.run_rows(DECODERS[self.kind], len(out), rows.numpy(), order, bits, steps, least=least)
+        kernels.run_rows(DECODERS[self.kind], len(out), rows.numpy(), self._order(), bits, steps, least=least)
+
+    def _order(self) -> NDArray[np.int64]:
+        return (torch.empty(0, dtype=torch.int64, device="cpu") if self.order is None else self.order.index).numpy()
+
+    def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a kernel multiplies this many rows of states faster than decoding does."""
+        return rows <= _MOST_ROWS.get(self.kind, 0) and dtype in _BITS and kernels.can_run(device)
+
+    def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+        """`states` [rows, columns] times the weight transposed: products of float32, added in float32, rounded at the end.
+
+        The weight's values are not rounded to the dtype of `states`.
+        """
+        if self.kind not in _MOST_ROWS or not kernels.can_run(states.device):
+            return decoded_product(self, states, stored, shape)
+        from rabbit_engine.quantization.kernels.gguf_products import PRODUCTS
+
+        rows, single = stored[0].view(shape[0], -1), states.float().contiguous()
+        out = torch.empty(len(states), shape[0], dtype=torch.float32, device="cpu")
+        least = -(-_KERNEL_VALUES // shape[1])
+        kernels.run_rows(PRODUCTS[self.kind], shape[0], rows.numpy(), self._order(), single.numpy(), out.numpy(), least=least)
+        return out.to(states.dtype)
 
     def _decode_with_torch(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
         at_once = max(1, values_at_once(work.nbytes // _VALUE_BYTES, _MOST_AT_ONCE, out.device) // out.shape[1])

@@ -12,6 +12,9 @@ import numba
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
+_SUMS = ("reassoc", "contract", "nsz")
+"""What LLVM may do to sums: their order, fused multiplication and addition, and the sign of zero."""
+
 
 def kernel(function: _Function) -> _Function:
     """Compile a kernel: it releases the GIL, and rounds every operation as written (no `fastmath`)."""
@@ -28,8 +31,14 @@ def part(function: _Function) -> _Function:
     return cast(_Function, numba.njit(function, nogil=True, error_model="numpy", forceinline=True))
 
 
+def product_part(function: _Function) -> _Function:
+    """Compile a function that product kernels of the same file call, and whose sums may be ordered as is fastest."""
+    compiled = numba.njit(function, nogil=True, error_model="numpy", forceinline=True, fastmath=set(_SUMS))
+    return cast(_Function, compiled)
+
+
 def _compiled(function: _Function, *, fastmath: bool) -> _Function:
-    flags: bool | set[str] = {"reassoc", "contract", "nsz"} if fastmath else False
+    flags: bool | set[str] = set(_SUMS) if fastmath else False
     try:
         compiled = numba.njit(function, nogil=True, error_model="numpy", fastmath=flags, cache=True)
     except RuntimeError:  # no folder for compiled code

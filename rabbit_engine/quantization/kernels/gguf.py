@@ -18,7 +18,7 @@ from rabbit_engine.quantization.kernels.floats import float16_value, put_float, 
 
 Bytes = NDArray[np.uint8]
 Order = NDArray[np.int64]
-Out = NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16]
+Out = NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]
 Stepwise = bool | None
 """True, or None for values that are rounded once: a kernel is compiled for each."""
 
@@ -32,7 +32,8 @@ _LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53,
 
 
 @part
-def _half_at(block: Bytes, place: int) -> Any:
+def half_at(block: Bytes, place: int) -> Any:
+    """The float16 at byte `place`, as float32."""
     return float16_value(np.int64(block[place]) | np.int64(block[place + 1]) << 8)
 
 
@@ -71,15 +72,17 @@ def _decode(
 
 
 @part
-def _q4_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a = _scale(_half_at(block, 0), out, stepwise)
+def unpack_q4_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q4_0."""
+    a = _scale(half_at(block, 0), out, stepwise)
     for i in range(16):
         _put_pair(out, i, 16, a, block[2 + i], 8, _ZERO, stepwise)
 
 
 @part
-def _q4_1(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a, c = _scale(_half_at(block, 0), out, stepwise), _scale(-_half_at(block, 2), out, stepwise)
+def unpack_q4_1(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q4_1."""
+    a, c = _scale(half_at(block, 0), out, stepwise), _scale(-half_at(block, 2), out, stepwise)
     for i in range(16):
         _put_pair(out, i, 16, a, block[4 + i], 0, c, stepwise)
 
@@ -98,30 +101,34 @@ def _put_five(out: Out, i: int, a: Any, codes: Any, high: Any, less: int, c: Any
 
 
 @part
-def _q5_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a, high = _scale(_half_at(block, 0), out, stepwise), _fifth_bits(block, 2)
+def unpack_q5_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q5_0."""
+    a, high = _scale(half_at(block, 0), out, stepwise), _fifth_bits(block, 2)
     for i in range(16):
         _put_five(out, i, a, block[6 + i], high, 16, _ZERO, stepwise)
 
 
 @part
-def _q5_1(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a, c = _scale(_half_at(block, 0), out, stepwise), _scale(-_half_at(block, 2), out, stepwise)
+def unpack_q5_1(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q5_1."""
+    a, c = _scale(half_at(block, 0), out, stepwise), _scale(-half_at(block, 2), out, stepwise)
     high = _fifth_bits(block, 4)
     for i in range(16):
         _put_five(out, i, a, block[8 + i], high, 0, c, stepwise)
 
 
 @part
-def _q8_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a = _scale(_half_at(block, 0), out, stepwise)
+def unpack_q8_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q8_0."""
+    a = _scale(half_at(block, 0), out, stepwise)
     for i in range(32):
         _put(out, i, a, np.int8(block[2 + i]), _ZERO, stepwise)
 
 
 @part
-def _q2_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d, low = _scale(_half_at(block, 80), out, stepwise), _scale(_half_at(block, 82), out, stepwise)
+def unpack_q2_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q2_K."""
+    d, low = _scale(half_at(block, 80), out, stepwise), _scale(half_at(block, 82), out, stepwise)
     for half in range(2):
         for shift in range(4):
             for side in range(2):
@@ -134,8 +141,9 @@ def _q2_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
 
 
 @part
-def _q3_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d = _scale(_half_at(block, 108), out, stepwise)
+def unpack_q3_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q3_K."""
+    d = _scale(half_at(block, 108), out, stepwise)
     for g in range(16):
         low, high = block[96 + (g & 7)] >> (4 * (g >> 3)) & 15, block[104 + (g & 3)] >> (2 * (g >> 2)) & 3
         a = _scale(d * np.float32(np.int32(low | high << 4) - 32), out, stepwise)
@@ -154,8 +162,9 @@ def _six_bits(block: Bytes, g: int) -> tuple[Any, Any]:
 
 
 @part
-def _q4_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d, low = _half_at(block, 0), _half_at(block, 2)
+def unpack_q4_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q4_K."""
+    d, low = half_at(block, 0), half_at(block, 2)
     for pair in range(4):
         (a0, c0), (a1, c1) = _six_bits(block, 2 * pair), _six_bits(block, 2 * pair + 1)
         a0, c0 = _scale(d * a0, out, stepwise), _scale(low * c0, out, stepwise)
@@ -167,8 +176,9 @@ def _q4_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
 
 
 @part
-def _q5_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d, low = _half_at(block, 0), _half_at(block, 2)
+def unpack_q5_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q5_K."""
+    d, low = half_at(block, 0), half_at(block, 2)
     for pair in range(4):
         (a0, c0), (a1, c1) = _six_bits(block, 2 * pair), _six_bits(block, 2 * pair + 1)
         a0, c0 = _scale(d * a0, out, stepwise), _scale(low * c0, out, stepwise)
@@ -180,8 +190,9 @@ def _q5_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
 
 
 @part
-def _q6_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d = _half_at(block, 208)
+def unpack_q6_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of Q6_K."""
+    d = half_at(block, 208)
     for piece in range(4):  # 16 of the 32 columns of a half
         half, column = piece >> 1, 16 * (piece & 1)
         scales, codes, highs = 192 + 8 * half + (piece & 1), 64 * half + column, 128 + 32 * half + column
@@ -198,16 +209,18 @@ def _q6_k(block: Bytes, out: Out, stepwise: Stepwise) -> None:
 
 
 @part
-def _iq4_nl(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    a = _scale(_half_at(block, 0), out, stepwise)
+def unpack_iq4_nl(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of IQ4_NL."""
+    a = _scale(half_at(block, 0), out, stepwise)
     for i in range(16):
         _put(out, i, a, _LEVELS[block[2 + i] & 15], _ZERO, stepwise)
         _put(out, i + 16, a, _LEVELS[block[2 + i] >> 4], _ZERO, stepwise)
 
 
 @part
-def _iq4_xs(block: Bytes, out: Out, stepwise: Stepwise) -> None:
-    d, highs = _scale(_half_at(block, 0), out, stepwise), np.int32(block[2]) | np.int32(block[3]) << 8
+def unpack_iq4_xs(block: Bytes, out: Out, stepwise: Stepwise) -> None:
+    """Write the values of a block of IQ4_XS."""
+    d, highs = _scale(half_at(block, 0), out, stepwise), np.int32(block[2]) | np.int32(block[3]) << 8
     for g in range(8):
         low = block[4 + (g >> 1)] >> (4 * (g & 1)) & 15
         a = _scale(d * np.float32(np.int32(low | (highs >> (2 * g) & 3) << 4) - 32), out, stepwise)
@@ -220,73 +233,73 @@ def _iq4_xs(block: Bytes, out: Out, stepwise: Stepwise) -> None:
 @kernel
 def q4_0(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q4_0."""
-    _decode(first, stop, stored, order, out, stepwise, _q4_0, 18, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q4_0, 18, 32)
 
 
 @kernel
 def q4_1(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q4_1."""
-    _decode(first, stop, stored, order, out, stepwise, _q4_1, 20, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q4_1, 20, 32)
 
 
 @kernel
 def q5_0(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q5_0."""
-    _decode(first, stop, stored, order, out, stepwise, _q5_0, 22, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q5_0, 22, 32)
 
 
 @kernel
 def q5_1(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q5_1."""
-    _decode(first, stop, stored, order, out, stepwise, _q5_1, 24, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q5_1, 24, 32)
 
 
 @kernel
 def q8_0(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q8_0."""
-    _decode(first, stop, stored, order, out, stepwise, _q8_0, 34, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q8_0, 34, 32)
 
 
 @kernel
 def q2_k(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q2_K."""
-    _decode(first, stop, stored, order, out, stepwise, _q2_k, 84, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q2_k, 84, 256)
 
 
 @kernel
 def q3_k(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q3_K."""
-    _decode(first, stop, stored, order, out, stepwise, _q3_k, 110, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q3_k, 110, 256)
 
 
 @kernel
 def q4_k(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q4_K."""
-    _decode(first, stop, stored, order, out, stepwise, _q4_k, 144, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q4_k, 144, 256)
 
 
 @kernel
 def q5_k(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q5_K."""
-    _decode(first, stop, stored, order, out, stepwise, _q5_k, 176, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q5_k, 176, 256)
 
 
 @kernel
 def q6_k(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode Q6_K."""
-    _decode(first, stop, stored, order, out, stepwise, _q6_k, 210, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_q6_k, 210, 256)
 
 
 @kernel
 def iq4_nl(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode IQ4_NL."""
-    _decode(first, stop, stored, order, out, stepwise, _iq4_nl, 18, 32)
+    _decode(first, stop, stored, order, out, stepwise, unpack_iq4_nl, 18, 32)
 
 
 @kernel
 def iq4_xs(first: int, stop: int, stored: Bytes, order: Order, out: Out, stepwise: Stepwise) -> None:
     """Decode IQ4_XS."""
-    _decode(first, stop, stored, order, out, stepwise, _iq4_xs, 136, 256)
+    _decode(first, stop, stored, order, out, stepwise, unpack_iq4_xs, 136, 256)
 
 
 DECODERS: Mapping[str, Callable[..., None]] = {
