@@ -34,13 +34,15 @@ from rabbit_engine.diagnostics.doctor import (
     judge_disk,
 )
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.quantization.kernels import kernels_in_use, torch_operations
 from rabbit_engine.utils.speeds import Speeds
 
 SAMPLE = 3 * 2**20
 CPU = torch.device("cpu")
 SMALL = "Qwen2.5-7B"
+FAST = pace.Products(1e15, 1e15)
 NAMES = ["python", "torch", "transformers", "packages", "cuda", "ram", "flash-attn", "bitsandbytes", "folder"]
-NAMES += ["direct reads", "disk rate", "link rate", "compute rate"]
+NAMES += ["direct reads", "disk rate", "link rate", "compute rate", "kernels"]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
@@ -276,7 +278,7 @@ def test_a_disk_without_room_is_a_finding_and_a_little_room_is_not_filled(tmp_pa
 )
 def test_known_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
     budget = StreamConfig(device=CPU, device_budget_bytes=8 * 10**9, speeds=Speeds(disk=2e9))
-    made = pace.estimate_pace(name, pace.KNOWN_SHAPES[name], budget, products=1e15)
+    made = pace.estimate_pace(name, pace.KNOWN_SHAPES[name], budget, products=FAST)
     assert made.parameters == round(billions * 1e9)
     assert made.bound == "disk"
     assert made.pass_bytes is not None
@@ -289,11 +291,25 @@ def test_known_shapes_have_the_published_number_of_parameters(name: str, billion
 
 def test_paces_follow_memory_compute_and_the_smallest_budget() -> None:
     shape = pace.KNOWN_SHAPES[SMALL]
-    smallest = pace.estimate_pace(SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=10**9), 1e15).smallest_bytes
+    smallest = pace.estimate_pace(SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=10**9), FAST).smallest_bytes
     for budget, bound in ((smallest - 10**6, "memory"), (smallest, "disk"), (10**11, "compute")):
-        made = pace.estimate_pace(SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=budget, max_seq_len=1024), 1e15)
+        made = pace.estimate_pace(SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=budget, max_seq_len=1024), FAST)
         assert made.bound == bound
         assert (made.token_s is None) == (bound == "memory")
-    slow = pace.estimate_pace(SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=10**11), products=1e9)
+    slow = pace.estimate_pace(
+        SMALL, shape, StreamConfig(device=CPU, device_budget_bytes=10**11), products=pace.Products(1e9, 1e9)
+    )
     assert slow.token_s == pytest.approx((14.14, 14.14), abs=0.01)  # all but the embedding, at a gigabyte a second
-    assert slow.four_bit_token_s == 0
+    assert slow.four_bit_token_s == pytest.approx(
+        4.36, abs=0.01
+    )  # 3.67 of layers, 0.55 of the head in eight bits, small ones in bf16
+    assert slow.four_bit_bytes == pytest.approx(4.36e9 + 1.09e9, abs=0.01e9)  # the embedding, in bf16
+
+
+def test_kernels_and_their_rates_are_named(found: Diagnosis) -> None:
+    finding = next(finding for finding in found.findings if finding.name == "kernels")
+    assert finding.numbers["kernels"] == kernels_in_use()
+    assert re.search(r"4bit [\d.]+ \([\d.]+ fused\), 8bit .* FP8 [\d.]+, GGUF Q4_K", finding.value)
+    assert all(finding.numbers[f"{name} decode_rate"] > 0 for name in ("4bit", "lossless", "nf4"))
+    with torch_operations():
+        assert '"rabbit_engine[cpu]"' in doctor.judge_kernels(()).advice

@@ -19,7 +19,7 @@ from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 _QUICK_BYTES, _QUICK_ROUNDS = 2**28, 3
 _NOTES = (
     "From: the least memory, with a text of 1024 tokens. A range: from as many experts cached as possible to none. "
-    "4-bit: the time to move a checkpoint of 4.5 bits a weight, which this version cannot run."
+    '4-bit: a token with compression="4bit", and the size of that.'
 )
 _COLOURS = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
@@ -79,7 +79,7 @@ def _paces_table(found: engine.doctor.Diagnosis) -> Table:
     rate = f"{format_rate(found.speeds.disk, 1)} ({found.speeds.source})"
     title = f"bf16 on {found.device}, in the memory free now, from a disk of {rate}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("model", "weights", "from", "a token, about", "bound", "4-bit would"):
+    for name in ("model", "weights", "from", "a token, about", "bound", "4-bit"):
         table.add_column(name)
     for pace in found.paces:
         table.add_row(*_pace_row(pace))
@@ -89,6 +89,6 @@ def _paces_table(found: engine.doctor.Diagnosis) -> Table:
 def _pace_row(pace: engine.pace.Pace) -> tuple[str, ...]:
     bounds = pace.token_s or ()
     token = " - ".join(dict.fromkeys(map(format_seconds, bounds)))
-    four_bit = "-" if pace.four_bit_token_s is None else format_seconds(pace.four_bit_token_s) if pace.four_bit_token_s else "fit"
+    four_bit = "-" if pace.four_bit_token_s is None else format_seconds(pace.four_bit_token_s)
     sizes = [f"{count / 1e9:.3g} GB" for count in (pace.weights_bytes, pace.smallest_bytes, pace.four_bit_bytes)]
     return pace.model, sizes[0], sizes[1], token or "-", pace.bound, f"{four_bit} ({sizes[2]})"

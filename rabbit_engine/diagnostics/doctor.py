@@ -23,8 +23,10 @@ from packaging.specifiers import SpecifierSet
 
 from rabbit_engine import __version__
 from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
-from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Shape, estimate_paces, measure_products
+from rabbit_engine.diagnostics.encodings import FOUR_BIT, EncodingRate, measure_encodings
+from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Products, Shape, estimate_paces, measure_products
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
+from rabbit_engine.quantization.kernels import TORCH_OPERATIONS, kernels_in_use
 from rabbit_engine.storage.directio import CHUNK_BYTES
 from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.streaming.transfer.ring import READERS
@@ -135,15 +137,36 @@ def examine(
     asked = _ask_machine(device, folder)
     disk = _try_disk(folder, sample_bytes, rounds)
     link, products, computing = _try_device(device)
+    rates = measure_encodings(device) if products else ()
     speeds = Speeds(disk=disk.median, link=link, source="measured") if isinstance(disk, DiskRate) else Speeds(link=link)
     return Diagnosis(
         folder=folder,
         device=str(device),
-        findings=(*asked, judge_direct_reads(disk), judge_disk(disk), judge_link(device, link), computing),
-        paces=estimate_paces(device, speeds, products, shapes) if products else (),
+        findings=(*asked, judge_direct_reads(disk), judge_disk(disk), judge_link(device, link), computing, judge_kernels(rates)),
+        paces=estimate_paces(device, speeds, _products(products, rates), shapes) if products else (),
         speeds=speeds,
         disk_free_bytes=free,
     )
+
+
+def _products(bf16: float, rates: Sequence[EncodingRate]) -> Products:
+    """Bytes per second of stored weights in products with one token; four-bit ones may be decoded to bfloat16 first."""
+    found = next(rate for rate in rates if rate.name == FOUR_BIT)
+    share = 4.5 / 16
+    return Products(bf16, found.fused or share / (1 / found.decode + 1 / bf16))
+
+
+def judge_kernels(rates: Sequence[EncodingRate]) -> Finding:
+    """What decodes weights on a CPU, and how fast encoded weights are decoded, or multiplied by as they are stored."""
+    kernels = kernels_in_use()
+    rows = [f"{rate.name} {rate.decode / 1e9:.2g}{f' ({rate.fused / 1e9:.2g} fused)' if rate.fused else ''}" for rate in rates]
+    value = f"{kernels}; decoded to bf16, GB/s: {', '.join(rows)}" if rows else f"{kernels}; not measured"
+    numbers: dict[str, Number] = {"kernels": kernels}
+    for rate in rates:
+        numbers |= {f"{rate.name} decode_rate": rate.decode, f"{rate.name} fused_rate": rate.fused}
+    slow = kernels == TORCH_OPERATIONS
+    advice = 'pip install "rabbit_engine[cpu]" decodes several times faster on a CPU' if slow else ""
+    return Finding(name="kernels", status="info", value=value, numbers=numbers, advice=advice)
 
 
 def _ask_machine(device: torch.device, folder: Path) -> list[Finding]:
@@ -314,10 +337,12 @@ def check_flash_attention() -> Finding:
 
 
 def check_bitsandbytes() -> Finding:
-    """For information: not used yet."""
+    """For information: only some checkpoints need it."""
     version = _version_or_none("bitsandbytes", importlib.metadata.version)
-    value = f"{version or 'not installed'}; not used: this version streams weights in their own dtype"
-    return Finding(name="bitsandbytes", status="info", value=value, numbers={"version": version})
+    needed = "BitsAndBytesConfig and int8 checkpoints use it"
+    value = f"{version}; {needed}" if version else f"not installed; {needed}"
+    advice = "" if version else 'optional: pip install "rabbit_engine[bnb]"'
+    return Finding(name="bitsandbytes", status="info", value=value, numbers={"version": version}, advice=advice)
 
 
 def check_folder(folder: Path) -> Finding:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from rabbit_engine.config import StreamConfig
+from rabbit_engine.config import CompressionConfig, StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, FreeMemory, budget_for
 from rabbit_engine.planning.decide import find_free_memory
@@ -20,9 +20,6 @@ from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.utils.speeds import Speeds
-
-_FOUR_BIT_SHARE = 4.5 / 16
-"""Per bf16 weight: four bits, and a float32 scale for every 64 weights."""
 
 Shape = Mapping[str, Any]
 
@@ -54,13 +51,21 @@ KNOWN_SHAPES: Mapping[str, Shape] = {
 """From their config.json. None of them ties its head to its embedding."""
 
 
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Bytes per second of stored weights that products with one token read: `bf16`, and `four_bit` ones."""
+
+    bf16: float
+    four_bit: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """The memory and time of a bf16 model on this machine.
 
     It needs `smallest_bytes` of memory with a text of 1024 tokens. `token_s` is at best (as many experts cached as possible)
     and at worst, None if free memory is below the smallest; `bound` is what limits a token at worst. `four_bit_bytes` and
-    `four_bit_token_s` are for a checkpoint of 4.5 bits a weight, which this version cannot run.
+    `four_bit_token_s` are those of `compression="4bit"`, None if free memory is below its smallest.
     """
 
     model: str
@@ -75,21 +80,21 @@ class Pace:
 
 
 def estimate_paces(
-    device: torch.device, speeds: Speeds, products: float, shapes: Mapping[str, Shape] = KNOWN_SHAPES
+    device: torch.device, speeds: Speeds, products: Products, shapes: Mapping[str, Shape] = KNOWN_SHAPES
 ) -> tuple[Pace, ...]:
-    """Each of `shapes` on `device` within the memory free now; `products` is the result of `measure_products`."""
+    """Each of `shapes` on `device` within the memory free now."""
     stream = StreamConfig(device=device, speeds=speeds)
     return tuple(estimate_pace(name, shape, stream, products) for name, shape in shapes.items())
 
 
-def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float) -> Pace:
+def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: Products) -> Pace:
     """The plan of `shape` within the budget of `stream`, in seconds per token."""
-    partition, free = _partition(AutoConfig.for_model(**shape)), find_free_memory(stream)
+    partition, four_bit = _partitions(AutoConfig.for_model(**shape), stream.device.type)
+    free = find_free_memory(stream)
     budget = budget_for(partition, stream, free)
-    four_bit = [_in_four_bits(size) for size in partition.sizes]
-    plan = _plan(partition.sizes, stream, budget)
-    four_bit_plan = _plan(four_bit, stream, budget)
-    compute_s = _active_bytes(partition.sizes) / products
+    plan, four_bit_plan = _plan(partition.sizes, stream, budget), _plan(four_bit.sizes, stream, budget)
+    compute_s = _active_bytes(partition.sizes) / products.bf16
+    four_bit_s = _active_bytes(four_bit.sizes) / products.four_bit
     return Pace(
         model=name,
         parameters=sum(_elements(entry.shape) for entry in partition.weights.entries.values()),
@@ -98,8 +103,8 @@ def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: float
         pass_bytes=plan.pass_bytes if plan else None,
         token_s=(max(plan.least_pass_s, compute_s), max(plan.pass_s, compute_s)) if plan else None,
         bound="memory" if plan is None else plan.bound if plan.pass_s > compute_s else "compute",
-        four_bit_bytes=sum(size.nbytes for size in four_bit),
-        four_bit_token_s=four_bit_plan.pass_s if four_bit_plan else None,
+        four_bit_bytes=sum(size.nbytes for size in four_bit.sizes),
+        four_bit_token_s=max(four_bit_plan.pass_s, four_bit_s) if four_bit_plan else None,
     )
 
 
@@ -115,10 +120,13 @@ def measure_products(device: torch.device) -> float:
     return weight.nbytes / statistics.median(seconds[1:])
 
 
-def _partition(config: PretrainedConfig) -> Partition:
+def _partitions(config: PretrainedConfig, device_type: str) -> tuple[Partition, Partition]:
+    """The partition of a model in bf16, and in four bits."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return partition_model(model, *unread_entries(model))
+    compression = CompressionConfig(method="4bit", device_type=device_type)
+    plain = partition_model(model, *unread_entries(model))
+    return plain, partition_model(model, *unread_entries(model, compression), probe=plain.probe)
 
 
 def _plan(sizes: Sequence[UnitSize], stream: StreamConfig, budget: Budget) -> Plan | None:
@@ -143,20 +151,6 @@ def _active_bytes(sizes: Sequence[UnitSize]) -> int:
     """Bytes read by the products of one token: of experts only those it uses, of an embedding none."""
     routed = sum(size.routing.used * size.routing.nbytes for size in sizes if size.routing)
     return routed + sum(size.nbytes for size in sizes if size.role in ("streamed", "resident"))
-
-
-def _in_four_bits(size: UnitSize) -> UnitSize:
-    """The same weights in 4.5 bits each if they are large: embeddings and norms keep their own dtype."""
-    if size.role not in ("streamed", "experts"):
-        return size
-    routing = size.routing and replace(
-        size.routing, nbytes=_shrunk(size.routing.nbytes), read_bytes=_shrunk(size.routing.read_bytes)
-    )
-    return replace(size, nbytes=_shrunk(size.nbytes), read_bytes=_shrunk(size.disk_bytes), routing=routing)
-
-
-def _shrunk(nbytes: int) -> int:
-    return round(nbytes * _FOUR_BIT_SHARE)
 
 
 def _elements(shape: Sequence[int]) -> int:

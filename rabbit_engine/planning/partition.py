@@ -122,14 +122,16 @@ def partition_model(
     ties: Mapping[str, str],
     cut: Cut = DEFAULT_CUT,
     device_type: str = "cpu",
+    probe: Probe | None = None,
 ) -> Partition:
-    """Cut `model` (on the meta device) into units of its stored `entries`, to run on a device of that type.
+    """Cut `model` (on the meta device) into units of its stored `entries`, to run on a device of that type. `probe` is that of
+    another partition of it.
 
     Raises MismatchedWeightsError if the entries do not fit the model.
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
-    partitioner = _Partitioner(model, layout, weights, run_probe(model, device_type), cut)
+    partitioner = _Partitioner(model, layout, weights, probe or run_probe(model, device_type), cut)
     partitioner.add_towers()
     partitioner.add_layers()
     partitioner.add_head()

@@ -1,12 +1,13 @@
-"""Measures how fast weights are decoded."""
+"""Measures how fast weights are decoded, and multiplied by in the form they are stored in."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from rabbit_engine.storage.encoding import work_bytes
+from rabbit_engine.storage.encoding import Product, work_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.platform import has_streams
 
@@ -21,18 +22,38 @@ def decode_rate(entry: TensorEntry, device: torch.device) -> float:
     encoding = sample.encoding
     if encoding is None:
         raise ValueError(f"{entry.name} is not encoded")
-    stored = [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in sample.components]
+    stored = _zeros(sample, device)
     out = torch.empty(sample.shape, dtype=sample.dtype, device=device)
     work = torch.empty(work_bytes(out.nbytes), dtype=torch.uint8, device=device)
+    return out.nbytes / _seconds(lambda: encoding.decode(stored, out, work), device)
+
+
+def fused_rate(entry: TensorEntry, device: torch.device) -> float | None:
+    """Bytes per second, of stored values, at which `device` multiplies one row of states by a matrix like `entry` in the form
+    it is stored in; None if it would decode it instead."""
+    product = entry.encoding
+    if not isinstance(product, Product) or not product.gains(1, entry.dtype, device):
+        return None
+    stored = _zeros(entry, device)
+    states = torch.zeros(1, entry.shape[-1], dtype=entry.dtype, device=device)
+    return entry.nbytes / _seconds(lambda: product.linear(states, stored, entry.shape), device)
+
+
+def _zeros(entry: TensorEntry, device: torch.device) -> list[torch.Tensor]:
+    return [torch.zeros(part.shape, dtype=part.dtype, device=device) for part in entry.components]
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The better of two runs after a first, which compiles kernels."""
     best = float("inf")
     for round_number in range(3):
         start = time.perf_counter()
-        encoding.decode(stored, out, work)
+        run()
         if has_streams(device):
             torch.get_device_module(device).synchronize(device)
-        if round_number:  # the first compiles kernels
+        if round_number:
             best = min(best, time.perf_counter() - start)
-    return out.nbytes / max(best, 1e-9)
+    return max(best, 1e-9)
 
 
 def _sample(entry: TensorEntry) -> TensorEntry:

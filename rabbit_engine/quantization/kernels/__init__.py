@@ -22,6 +22,8 @@ from rabbit_engine.quantization.kernels.pool import shared_pool
 
 logger = logging.getLogger(__name__)
 
+TORCH_OPERATIONS = "torch operations"
+
 _PIECES = 4
 """Ranges of rows for each thread: other work on a core delays one range, not a whole share."""
 
@@ -47,7 +49,7 @@ def can_write(out: torch.Tensor) -> bool:
 def kernels_in_use() -> str:
     """What computes on encoded weights on a CPU, such as "numba 0.65.0" or "torch operations". Imports numba."""
     version = None if _torch_only.get() else _numba_version()
-    return "torch operations" if version is None else f"numba {version}"
+    return TORCH_OPERATIONS if version is None else f"numba {version}"
 
 
 @contextmanager
