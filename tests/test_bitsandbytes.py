@@ -263,6 +263,11 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
         lambda t: t[f"{Q}.quant_state.bitsandbytes__nf4"].fill_(7),
         "its weight.quant_state is damaged: Expecting value",
     ),
+    "a state that is huge": (
+        "nf4",
+        lambda t: t.update({f"{Q}.quant_state.bitsandbytes__nf4": torch.full((70_000,), 32, dtype=torch.uint8)}),
+        "it has 70000 bytes, more than a description needs",
+    ),
     "a state of another type": ("nf4", lambda t: with_state(t, quant_type="fp4"), "quant_type is 'fp4', its name says nf4"),
     "a state of another shape": ("nf4", lambda t: with_state(t, shape=[64, 63]), r"2048 bytes hold 4096 values, .* \[64, 63\]"),
     "a shape of another rank": ("nf4", lambda t: with_state(t, shape=[4096]), r"shape is \[4096\], not that of a matrix"),

@@ -249,6 +249,7 @@ BROKEN = {
     "no values": ("int4 groups", drop("_packed"), "its values are not stored, only "),
     "no zero points": (ASYMMETRIC, drop("_zero_point"), "its weight_zero_point is not stored"),
     "no shape": ("int4 groups", drop("_shape"), "and a weight_shape"),
+    "a shape of one number": ("int4 groups", put("_shape", torch.tensor(32)), "holds no two integers"),
     "another shape": ("int4 groups", put("_shape", torch.tensor([32, 48])), r"does not hold \[32, 48\] values of 4 bits"),
     "scales of other groups": ("int4 groups", put("_scale", torch.ones(32, 3).bfloat16()), r"needs \[32, 2\]"),
     "scales of other outputs": ("fp8 outputs", put("_scale", torch.ones(31, 1).bfloat16()), r"needs \[32, 1\]"),

@@ -14,9 +14,9 @@ import torch
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
-    MOST_AT_ONCE,
     SCALES,
     WORD_BITS,
+    at_once,
     groups_in_order,
     run_tiles,
     write_columns,
@@ -54,7 +54,7 @@ class Awq:
             places = (tensor.view(len(scales), -1, _PER_WORD).transpose(1, 2) for tensor in (zeros, scales))
             run_tiles(decode_awq, words, *places, self.size, out=target)
             return
-        step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) // len(target))
+        step = max(1, at_once(work, out.device) // len(target))
         for first in range(0, len(words), step):
             of_some = groups[first : first + step]
             codes = _unpack(words[first : first + step])

@@ -18,7 +18,7 @@ import torch
 from rabbit_engine.errors import first_line
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -39,7 +39,9 @@ _INT8_STEP = 7.874015718698502e-3
 """1 / 127, as bitsandbytes writes it."""
 
 _MOST_AT_ONCE = 2**18
-"""Bytes of codes that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+"""Bytes of codes that torch operations decode together on a CPU: few enough for its caches."""
+
+_MOST_STATE_BYTES = 2**16
 
 _BYTES_AT_ONCE = 4 + 8
 """Of temporaries for a byte of codes: its index, and two values."""
@@ -74,7 +76,7 @@ class Blocks4bit:
 
     def _decode_with_torch(self, codes: torch.Tensor, absmax: torch.Tensor, target: torch.Tensor, work: torch.Tensor) -> None:
         pairs = _pairs(self.kind, target.device)
-        blocks = max(1, min(_MOST_AT_ONCE, work.nbytes // _BYTES_AT_ONCE) // (self.block // 2))
+        blocks = max(1, values_at_once(work.nbytes // _BYTES_AT_ONCE, _MOST_AT_ONCE, target.device) // (self.block // 2))
         at_once = min(len(codes), blocks * self.block // 2)
         index, values = carve(work, (torch.int32, at_once), (torch.float32, 2 * at_once))
         pieces = zip(codes.split(at_once), target.split(2 * at_once), absmax.split(blocks), strict=True)
@@ -115,7 +117,7 @@ class Int8Rows:
         """`float32(value) * magnitude * float32(1 / 127)`, rounded after each product, then to the dtype of `out`."""
         columns = out.shape[-1]
         values, largest, target = stored[0].view(-1, columns), stored[1].view(-1, 1), out.view(-1, columns)
-        rows = max(1, min(_MOST_AT_ONCE, work.nbytes // 4) // columns)
+        rows = max(1, values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device) // columns)
         single = carve(work, (torch.float32, min(rows, len(values)) * columns))[0].view(-1, columns)
         for some, scales, part in zip(values.split(rows), largest.split(rows), target.split(rows), strict=True):
             part.copy_(single[: len(some)].copy_(some).mul_(scales).mul_(_INT8_STEP))
@@ -165,6 +167,8 @@ def _blocks_entry(weight: StoredWeight) -> TensorEntry | str:
 
 def _read_state(kind: str, entry: TensorEntry, weight: StoredWeight) -> tuple[Blocks4bit, tuple[int, ...]]:
     """What the JSON of a weight says. Raises ValueError if it says something else than its name, or nothing."""
+    if entry.nbytes > _MOST_STATE_BYTES:
+        raise ValueError(f"it has {entry.nbytes} bytes, more than a description needs")
     raw = read_small(entry)
     if raw is None:
         return _guessed_state(kind, weight)

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from rabbit_engine.quantization import kernels
+from rabbit_engine.storage.encoding import values_at_once
 
-MOST_AT_ONCE = 2**18
-"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+_MOST_AT_ONCE = 2**18
+"""Values that torch operations decode together on a CPU: few enough for its caches."""
+
+_VALUE_BYTES = 16
+"""What torch's temporaries take for a value: most are float32."""
 
 WORD_BITS = 32
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,12 +32,17 @@ def unpack(words: torch.Tensor, bits: int, *, whole: bool = False) -> torch.Tens
     groups = words.view(-1, -(-count * bits // WORD_BITS), words.shape[1])
     place, shift = (start // WORD_BITS).long(), (start % WORD_BITS)[:, None]
     values = groups.index_select(1, place).bitwise_right_shift_(shift)
-    spans = shift[:, 0] > WORD_BITS - bits
-    if bool(spans.any()):
+    if count == WORD_BITS and WORD_BITS % bits:
+        spans = shift[:, 0] > WORD_BITS - bits
         upper = shift[spans]
         values[:, spans] &= (1 << (WORD_BITS - upper)) - 1  # shifting a negative word fills it with ones
         values[:, spans] |= groups.index_select(1, place[spans] + 1) << (WORD_BITS - upper)
     return values.bitwise_and_((1 << bits) - 1).to(torch.uint8).view(-1, words.shape[1])
+
+
+def at_once(work: torch.Tensor, device: torch.device) -> int:
+    """How many values torch operations decode together on `device`."""
+    return values_at_once(work.nbytes // _VALUE_BYTES, _MOST_AT_ONCE, device)
 
 
 def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
-from rabbit_engine.quantization.columns import MOST_AT_ONCE, SCALES, WORD_BITS, rounding, unpack
+from rabbit_engine.quantization.columns import SCALES, WORD_BITS, at_once, rounding, unpack
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.quantization.fp8 import fp8_entry
 from rabbit_engine.storage.jsonvalues import Fields, shown
@@ -73,7 +73,7 @@ class ScaledBlocks:
         if self._compiles(scales, groups, out):
             self._decode_nibbles(values, zeros, scales, target)
             return
-        step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) // target.shape[1])
+        step = max(1, at_once(work, out.device) // target.shape[1])
         for first in range(0, len(target), step):
             part = target[first : first + step]
             block = torch.arange(first, first + len(part), device=out.device).div_(self.rows, rounding_mode="floor")
@@ -248,14 +248,17 @@ def _size(weight: StoredWeight, values: TensorEntry, bits: int) -> tuple[int, in
     if not bits:
         fits = values.dtype in (torch.int8, *_FP8)
         return (outputs, columns) if fits else f"{values.dtype} values have a weight_scale: the checkpoint is not compressed"
-    if values.dtype != torch.int32 or "shape" not in weight.tensors:
+    stored = weight.tensors.get("shape")
+    if values.dtype != torch.int32 or stored is None:
         return f"a weight_packed in {values.dtype} needs to be int32, and a weight_shape"
-    shape = read_small(weight.tensors["shape"])
-    size = (outputs, columns * WORD_BITS // bits) if shape is None else tuple(int(count) for count in shape.view(-1).tolist())
-    fitting = [_words(size[-1], bits, whole=whole) for whole in (False, True)]
-    if len(size) != 2 or size[0] != outputs or size[1] < 1 or columns not in fitting:
-        return f"a weight_packed of {list(values.shape)} does not hold {list(size)} values of {bits} bits"
-    return size[0], size[1]
+    if stored.dtype.is_floating_point or math.prod(stored.shape) != 2:
+        return f"a weight_shape of {list(stored.shape)} {stored.dtype} holds no two integers"
+    shape = read_small(stored)
+    rows, inputs = (outputs, columns * WORD_BITS // bits) if shape is None else (int(count) for count in shape.view(-1))
+    fitting = [_words(inputs, bits, whole=whole) for whole in (False, True)]
+    if rows != outputs or inputs < 1 or columns not in fitting:
+        return f"a weight_packed of {list(values.shape)} does not hold {[rows, inputs]} values of {bits} bits"
+    return rows, inputs
 
 
 def _words(values: int, bits: int, *, whole: bool = False) -> int:

@@ -15,9 +15,9 @@ import torch
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
-    MOST_AT_ONCE,
     SCALES,
     WORD_BITS,
+    at_once,
     groups_in_order,
     run_tiles,
     unpack,
@@ -63,7 +63,7 @@ class Gptq:
             run_tiles(decode_gptq, words, zeros, scales, groups.to(torch.int32).numpy(), bits, out=target)
             return
         whole = bits if WORD_BITS % bits else 1  # words that end where a value does
-        step = max(1, min(MOST_AT_ONCE, work.nbytes // 16) * bits // (outputs * WORD_BITS * whole)) * whole
+        step = max(1, at_once(work, out.device) * bits // (outputs * WORD_BITS * whole)) * whole
         for start in range(0, len(words), step):
             codes = unpack(words[start : start + step], bits)
             first = start * WORD_BITS // bits
