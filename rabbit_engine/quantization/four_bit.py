@@ -17,7 +17,7 @@ from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.four_bit_fit import fit_groups
 from rabbit_engine.quantization.four_bit_layouts import BY_ROWS, LAYOUTS, native_layout, pack, regions, unpack
 from rabbit_engine.quantization.storable import Component
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.jsonvalues import Fields, shown
 
 _MIDDLE = 8
@@ -27,7 +27,7 @@ _MOST_COLUMNS = 2**16
 """Of a row: a block of 64 must fit the memory for temporaries."""
 
 _MOST_AT_ONCE = 2**18
-"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+"""Values that are decoded together on a CPU: few enough for its caches, enough to seldom wake torch's threads."""
 
 _COMPRESSED_AT_ONCE = 2**22
 """Values that are compressed together: what bounds the memory for temporaries."""
@@ -116,7 +116,8 @@ class FourBitGroups:
 
     def _decode_with_torch(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
         rows, columns = out.shape
-        step = max(1, _MOST_AT_ONCE // (columns * _BLOCK_ROWS)) * _BLOCK_ROWS
+        most = values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device)
+        step = max(1, most // (columns * _BLOCK_ROWS)) * _BLOCK_ROWS
         (memory,) = carve(work, (torch.float32, min(rows, step) * columns))
         for first in range(0, rows, step):
             some = out[first : first + step]
