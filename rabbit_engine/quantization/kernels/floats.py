@@ -8,7 +8,7 @@ import numpy as np
 
 from rabbit_engine.quantization.kernels.compiling import part
 
-_BFLOAT16, _FLOAT32 = np.dtype(np.uint16), np.dtype(np.float32)
+_BFLOAT16 = np.dtype(np.uint16)
 
 
 @part
@@ -57,10 +57,8 @@ def rounded(value: Any, out: Any) -> Any:
 
 @part
 def put_float(out: Any, place: int, value: Any) -> None:
-    """Write a float32, rounded to the dtype of `out` [n]: as bits, or as float32."""
-    if out.dtype == _FLOAT32:
-        out[place] = value
-    elif out.itemsize == 4:
+    """Write a float32, rounded to the dtype of `out` [n]."""
+    if out.itemsize == 4:
         out[place] = np.float32(value).view(np.uint32)
     elif out.dtype == _BFLOAT16:
         out[place] = bfloat16_bits(value)

@@ -18,7 +18,7 @@ from rabbit_engine.quantization.kernels.floats import float16_value, put_float, 
 
 Bytes = NDArray[np.uint8]
 Order = NDArray[np.int64]
-Out = NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]
+Out = NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16]
 Stepwise = bool | None
 """True, or None for values that are rounded once: a kernel is compiled for each."""
 
@@ -75,7 +75,7 @@ def _decode(
 def unpack_q4_0(block: Bytes, out: Out, stepwise: Stepwise) -> None:
     """Write the values of a block of Q4_0."""
     a = _scale(half_at(block, 0), out, stepwise)
-    for i in range(16):
+    for i in range(len(out) // 2):
         _put_pair(out, i, 16, a, block[2 + i], 8, _ZERO, stepwise)
 
 

@@ -44,7 +44,7 @@ def _multiply(
 ) -> None:
     """Multiply by rows of blocks of `nbytes`, which hold `count` values."""
     values = np.empty(_MOST_AT_ONCE, np.float32)
-    blocks, together = stored.shape[1] // nbytes, _MOST_AT_ONCE // count
+    bits, blocks, together = values.view(np.uint32), stored.shape[1] // nbytes, _MOST_AT_ONCE // count
     for row in range(first, stop):
         source = order[row] if len(order) else row
         out[:, row] = 0
@@ -52,7 +52,7 @@ def _multiply(
             some = min(together, blocks - start)
             for index in range(some):
                 block = stored[source, (start + index) * nbytes : (start + index + 1) * nbytes]
-                unpack(block, values[index * count : (index + 1) * count], None)
+                unpack(block, bits[index * count : (index + 1) * count], None)
             column, length = start * count, some * count
             for which in range(len(states)):
                 out[which, row] += _dot(values, states[which, column : column + length])
