@@ -93,7 +93,7 @@ def storable(encoding: Storable) -> Callable[[int, int], Stored]:
 def blocks_4bit(rows: int, columns: int) -> Stored:
     """bitsandbytes' nf4 in blocks of 64."""
     codes = torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8)
-    return Stored(Blocks4bit("nf4", 64, by_rows=True), [codes, torch.rand(rows * columns // 64)], (rows, columns))
+    return Stored(Blocks4bit("nf4", 64, whole_rows=True), [codes, torch.rand(rows * columns // 64)], (rows, columns))
 
 
 def int8(rows: int, columns: int) -> Stored:

@@ -27,6 +27,7 @@ from rabbit_engine.transformers_bridge.quantizers import PACKED_METHODS
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "bitsandbytes": lambda folder: test_bitsandbytes.save("llama", folder, "nf4, double quantisation"),
+    "nf4": lambda folder: test_bitsandbytes.save("llama", folder, "nf4"),
     "int8": lambda folder: test_bitsandbytes.save("llama", folder, "int8"),
     "gptq": lambda folder: test_gptq_awq.save_gptq("llama", folder, desc_act=True)[0],
     "awq": lambda folder: test_gptq_awq.save_awq("llama", folder)[0],
@@ -108,6 +109,26 @@ def test_an_adapter_has_the_bits_of_one_on_decoded_weights(
             each.load_adapter(str(tmp_path / "adapter"))
         assert torch.equal(model(ids).logits, whole(ids).logits)
         assert not torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "nf4", "compressed-tensors"])
+def test_fused_products_differ_by_rounding_alone(
+    kind: str, saved: Callable[[str], Path], streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rabbit_engine.quantization import bitsandbytes, compressed_tensors
+
+    used: list[str] = []
+    for encoding in (bitsandbytes.Blocks4bit, compressed_tensors.ScaledBlocks):
+        native = encoding.linear
+        monkeypatch.setattr(encoding, "linear", lambda *given, native=native: used.append(kind) or native(*given))
+    model, fused = streamed(saved(kind)), streamed(saved(kind), fused_products=True)
+    with torch.no_grad():
+        found, expected = (each(ids[:, :2]).logits.float() for each in (fused, model))
+        assert used
+        used.clear()
+        assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+        assert torch.equal(fused(ids).logits, model(ids).logits)  # many rows
+        assert used == []
 
 
 @pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])

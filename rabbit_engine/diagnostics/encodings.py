@@ -52,7 +52,7 @@ def _entries(device: torch.device) -> Iterator[TensorEntry]:
     layout = LAYOUTS["Q4_K"]
     yield _entry("GGUF Q4_K", GgufBlocks("Q4_K"), (torch.uint8, (_ROWS, _COLUMNS // layout.values * layout.nbytes)))
     codes, scales = (torch.uint8, (_ROWS * _COLUMNS // 2, 1)), (torch.float32, (_ROWS * _COLUMNS // 64,))
-    yield _entry("nf4", Blocks4bit("nf4", 64, by_rows=True), codes, scales)
+    yield _entry("nf4", Blocks4bit("nf4", 64, whole_rows=True), codes, scales)
 
 
 def _entry(name: str, encoding: Encoding, *parts: tuple[torch.dtype, tuple[int, ...]]) -> TensorEntry:

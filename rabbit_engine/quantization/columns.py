@@ -3,7 +3,7 @@ every output in each group of inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ def run_tiles(
     factors = (tensor.float().contiguous().numpy() for tensor in (zeros, scales))
     count, bits = -(-len(out) // TILE_OUTPUTS), out.view(kernels.BITS[out.dtype]).numpy()
     kernels.run_rows(kernel, count, words.numpy(), *factors, *rest, rounding(scales.dtype, out.dtype), bits)
+
+
+def run_product(kernel: Callable[..., None], states: torch.Tensor, shape: Sequence[int], *weight: Any) -> torch.Tensor:
+    """Call a kernel of `kernels/packed_products.py`: `states` [rows, columns] times the transposed weight of `shape`."""
+    single, out = states.float().contiguous(), torch.empty(len(states), shape[0], dtype=torch.float32, device="cpu")
+    least = -(-kernels.THREAD_VALUES // shape[1])
+    kernels.run_rows(kernel, shape[0], *weight, single.numpy(), out.numpy(), least=least)
+    return out.to(states.dtype)
 
 
 def groups_in_order(inputs: int, size: int, device: torch.device) -> torch.Tensor:
