@@ -221,6 +221,11 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, tuple[int, 
     return found
 
 
+def tensors_of(architecture: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file that `write` makes, and their shapes in torch's order."""
+    return _tensors(build(architecture), architecture)
+
+
 def _write_tensor(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str, seed: int) -> None:
     rng, quantised = np.random.default_rng(seed), gguf.GGMLQuantizationType[kind]
     values = (0.05 * rng.standard_normal(shape)).astype(np.float32)

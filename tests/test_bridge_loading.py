@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import torch
 import transformers
@@ -39,6 +40,7 @@ from rabbit_engine.transformers_bridge import (
     forwards,
     generation,
     gguf,
+    gguf_reader,
     loading,
     progress,
     quantizers,
@@ -233,6 +235,36 @@ def test_a_gguf_files_tensors_are_dequantised_when_read(tmp_path: Path) -> None:
         if place is not None:
             loaded = loading.load_weights(model, {key: tensors[key]}, torch.float32, transforms, file.quantizer).weights
             assert loaded[place.weight].equal(whole.state_dict()[place.weight]), key
+
+
+def test_the_quick_reader_returns_what_the_usual_one_does(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "qwen3", "Q8_0")
+    usual = modeling_gguf_pytorch_utils.load_gguf_checkpoint(path)
+    with gguf_reader.quick_reader():
+        assert modeling_gguf_pytorch_utils.load_gguf_checkpoint(path) == usual
+    with gguf_reader.quick_reader(strings=False):
+        counted = modeling_gguf_pytorch_utils.load_gguf_checkpoint(path)
+    assert counted["config"] == usual["config"]
+    assert len(counted["tokenizer"]["tokens"]) == len(usual["tokenizer"]["tokens"])
+
+
+def test_readers_tell_the_rows_of_each_weight(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "qwen3moe", "F16")
+    model, shapes = gguf_files.build("qwen3moe"), gguf_files.tensors_of("qwen3moe")
+    sources = gguf.GgufFile(path).sources(model, "qwen3moe", shapes)
+    assert set(sources) == set(model.state_dict()) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    gate_up = sources["model.layers.0.mlp.experts.gate_up_proj"]
+    assert gate_up.shape == tuple(model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].shape)
+    experts, rows, _ = shapes["blk.0.ffn_gate_exps.weight"]
+    start = gate_up.tensors.index("blk.0.ffn_gate_exps.weight") * experts * rows
+    assert gate_up.index[:rows].tolist() == list(range(start, start + rows))
+
+
+def test_readers_compute_small_weights_that_are_no_rows(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "gemma2", "F16")
+    norm = gguf.GgufFile(path).sources(gguf_files.build("gemma2"), "gemma2", gguf_files.tensors_of("gemma2"))["model.norm.weight"]
+    assert (norm.tensor, norm.shape) == ("output_norm.weight", (256,))
+    assert norm.function(torch.full((256,), 1.5)).equal(torch.full((256,), 0.5))
 
 
 # auto classes

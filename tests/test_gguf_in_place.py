@@ -15,6 +15,7 @@ from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.checkpoints.preparation import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.quantization.gguf import BLOCKS, PLAIN
+from rabbit_engine.quantization.kernels import torch_operations
 
 Loader = Callable[..., Any]
 
@@ -130,6 +131,23 @@ def test_an_adapter_runs_over_quantised_weights(tmp_path: Path, plain: Loader, s
     model.load_adapter(str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, adapted(ids).logits)
+
+
+def test_torch_operations_give_the_same_bits_without_numba(tmp_path: Path, streamed: Loader, ids: torch.Tensor) -> None:
+    model = streamed(gguf_files.write(tmp_path / "m.gguf", "llama", "Q5_K", head="Q6_K"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = model(ids).logits
+        with torch_operations():
+            assert torch.equal(model(ids).logits, compiled)
+
+
+def test_commands_take_a_file_in_place(tmp_path: Path, rabbit: Any) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K")
+    planned = rabbit("plan", path, "--dtype", "bfloat16", "--max-memory", "cpu=4MB")
+    assert (planned.code, "streamed from the original files" in planned.out) == (0, True)
+    assert rabbit("verify", "--record", path).code == 0
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    assert rabbit("verify", path).code == 1
 
 
 def test_a_split_of_a_file_holds_the_same_weights(tmp_path: Path, plain: Loader, streamed: Loader, ids: torch.Tensor) -> None:
