@@ -21,6 +21,7 @@ from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.planning.tiers import Role, UnitSize
+from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
 from rabbit_engine.quantization.linears import is_linear
 from rabbit_engine.quantization.stored import unread_entry
 from rabbit_engine.storage.directio import aligned_up
@@ -345,8 +346,10 @@ class _Partitioner:
             return False
         if module == self._layout.head:  # it may share a parameter with the embedding, which reads its rows from disk
             return True
+        entry = self._weights.entries[name]
         alone = module in self._run_order and not self._parent_has_weights(module)
-        return alone and self._users[self._weights.entries[name].name] == 1
+        alone = alone or isinstance(entry.encoding, PackedBlocks4bit)  # nothing else can use a weight that bitsandbytes packed
+        return alone and self._users[entry.name] == 1
 
     def finish(self) -> Partition:
         """The finished partition."""
