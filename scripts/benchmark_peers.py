@@ -38,16 +38,29 @@ def parse_bytes(text: str) -> int:
 
 def budgets_of(memory_bytes: int, budgets: str | None) -> list[int]:
     """Sizes to try for weights in memory: those given, else the sixths of the whole."""
+    if budgets == "none":
+        return []
     if budgets:
         return [parse_bytes(part) for part in budgets.split(",")]
     return [memory_bytes * part // 6 for part in _SIXTHS]
 
 
-def rabbit_lanes(python: str | None, model: Path, budgets: Sequence[int]) -> Iterator[Lane]:
-    """rabbit_engine with its own budget; transformers' offload, in the same Python, with each budget."""
+def rabbit_lanes(
+    python: str | None, model: Path, budgets: Sequence[int], compressions: Sequence[str], ggufs: Sequence[Path], shards: Path
+) -> Iterator[Lane]:
+    """rabbit_engine with its own budget: the model's files, compressed, and GGUF files in place."""
     if python is None:
         return
     yield Lane(name="rabbit_engine", module="rabbit", python=python, model=model)
+    for compression in compressions:
+        always = ("--compression", compression, "--shards", str(shards / "rabbit_engine"))
+        yield Lane(name=f"rabbit_engine {compression}", module="rabbit", python=python, model=model, always=always, prepares=True)
+    for gguf in ggufs:
+        yield Lane(name=f"rabbit_engine, {gguf.name} in place", module="rabbit", python=python, model=gguf)
+    if compressions:
+        yield Lane(name="transformers with bitsandbytes nf4", module="transformers_bnb", python=python, model=model)
+    if not budgets:
+        return
     yield Lane(
         name="transformers disk offload",
         module="transformers_offload",
@@ -78,10 +91,17 @@ def rabbitllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[La
         )
 
 
-def llama_lane(python: str | None, gguf: Path | None) -> Iterator[Lane]:
-    """llama.cpp with its file mapped."""
-    if python and gguf:
-        yield Lane(name="llama.cpp", module="llama_cpp", python=python, model=gguf.resolve())
+def llama_lanes(python: str | None, ggufs: Sequence[Path]) -> Iterator[Lane]:
+    """llama.cpp with each file mapped: by default it copies quantised weights in another layout; and without that."""
+    for gguf in ggufs if python else ():
+        yield Lane(name=f"llama.cpp, {gguf.name}", module="llama_cpp", python=str(python), model=gguf)
+        yield Lane(
+            name=f"llama.cpp, {gguf.name}, not repacked",
+            module="llama_cpp",
+            python=str(python),
+            model=gguf,
+            always=("--no-repack",),
+        )
 
 
 def say(text: str) -> None:
@@ -135,10 +155,10 @@ def versions(runs: Sequence[Run]) -> str:
     return "Versions: " + "; ".join(f"{lane} {version}" for lane, version in found.items()) + "."
 
 
-def left_out(pythons: dict[str, str | None], gguf: Path | None) -> str:
+def left_out(pythons: dict[str, str | None], ggufs: Sequence[Path]) -> str:
     """Which peers were not measured, and why."""
     missing = [f"{name} (no Python given)" for name, python in pythons.items() if python is None]
-    if pythons["llama.cpp"] and gguf is None:
+    if pythons["llama.cpp"] and not ggufs:
         missing.append("llama.cpp (no --gguf given)")
     return f"Left out: {', '.join(missing)}." if missing else "No peer was left out."
 
@@ -160,12 +180,16 @@ Python = Annotated[
 def main(
     model: Annotated[Path, typer.Option(help="A Llama's folder, in safetensors.", exists=True, file_okay=False)],
     memory: Annotated[str, typer.Option(help="The memory of each lane, page cache included.")] = "3GB",
-    gguf: Annotated[Path | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it.")] = None,
+    gguf: Annotated[
+        list[Path] | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it. May be repeated.")
+    ] = None,
+    compressions: Annotated[str, typer.Option(help="Lanes of rabbit_engine, as 4bit,8bit,lossless.")] = "",
+    only: Annotated[str, typer.Option(help="Run only the lanes whose name matches this pattern.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed after the first one.")] = 3,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     budgets: Annotated[
         str | None,
-        typer.Option(help="Sizes to try for all max_memory, as 1GB,2GB; the sixths of --memory by default."),
+        typer.Option(help="Sizes to try for transformers' max_memory, as 1GB,2GB, or none; the sixths of --memory by default."),
     ] = None,
     prompt_ids: Annotated[str, typer.Option(help="The prompt's token ids.")] = ",".join(map(str, PROMPT_IDS)),
     shards: Annotated[Path | None, typer.Option(help="Where peers write their splits; next to the model by default.")] = None,
@@ -179,15 +203,19 @@ def main(
     model = model.resolve()
     shards = (shards or model.with_name(f"{model.name}-shards")).resolve()
     limit = parse_bytes(memory)
-    limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=tuple(filter(None, (model, shards, gguf))))
+    ggufs = [path.resolve() for path in gguf or ()]
+    limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=(model, shards, *ggufs))
     pythons = {"rabbit_engine": rabbit_python, "AirLLM": airllm_python, "RabbitLLM": rabbitllm_python, "llama.cpp": llama_python}
     lanes = [
-        *rabbit_lanes(rabbit_python, model, budgets_of(limit, budgets)),
+        *rabbit_lanes(
+            rabbit_python, model, budgets_of(limit, budgets), [part for part in compressions.split(",") if part], ggufs, shards
+        ),
         *airllm_lane(airllm_python, model, shards),
         *rabbitllm_lane(rabbitllm_python, model, shards),
-        *llama_lane(llama_python, gguf),
+        *llama_lanes(llama_python, ggufs),
     ]
-    missing = left_out(pythons, gguf)
+    lanes = [lane for lane in lanes if re.search(only, lane.name)]
+    missing = left_out(pythons, ggufs)
     say(missing)
     runs = measure(lanes, rounds, ("--tokens", str(tokens), "--prompt-ids", prompt_ids), limits)
     print(as_markdown([lane.name for lane in lanes], runs))

@@ -1,4 +1,4 @@
-"""llama.cpp on the CPU, its file mapped: `python -m peers.llama_cpp MODEL.gguf`; write_gguf.py makes that file."""
+"""llama.cpp on the CPU, its file mapped: `python -m peers.llama_cpp MODEL.gguf [--no-repack]`; write_gguf.py makes that file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,25 @@ def decode(model: Any, prompt_ids: list[int], count: int) -> Clock:
     return decode_by_iterator(model.generate(prompt_ids, temp=0.0, repeat_penalty=1.0), count)
 
 
+def _forbid_repacking() -> None:
+    """`Llama` has no argument for it: change the parameters that it starts from."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def without() -> Any:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = without
+
+
 def main() -> None:
     """One thread per core, like torch; the context has just enough room for the prompt and the tokens."""
-    options = parser(__doc__, "a GGUF file").parse_args()
+    arguments = parser(__doc__, "a GGUF file")
+    arguments.add_argument("--no-repack", action="store_true", help="Compute on the mapped file: no copy in another layout.")
+    options = arguments.parse_args()
+    if options.no_repack:
+        _forbid_repacking()
     threads = len(os.sched_getaffinity(0))
 
     def load() -> Any:

@@ -1,23 +1,40 @@
-"""rabbit_engine on the CPU: `python -m peers.rabbit MODEL_DIR [--max-memory BYTES]`."""
+"""rabbit_engine on the CPU: `python -m peers.rabbit MODEL [--max-memory BYTES] [--compression 4bit --shards DIR]`."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import rabbit_engine
 from peers.timing import decode_by_generate, parser, run
 from rabbit_engine import AutoModel
+from rabbit_engine.cli import main as split
 
 
 def main() -> None:
     """Without --max-memory the engine uses the free memory."""
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, "the model's folder, or a GGUF file")
     arguments.add_argument("--max-memory", type=int, help="Bytes for weights.")
+    arguments.add_argument("--compression", help="How shards store the weights; by default the model's files are streamed.")
+    arguments.add_argument("--shards", help="Where they are.")
     options = arguments.parse_args()
+    if options.prepare and options.compression:
+        with contextlib.redirect_stdout(sys.stderr):  # not by loading: a plan may leave a compression out
+            split(["split", str(options.model), "--compression", options.compression, "--saving-path", options.shards])
+        print("{}")
+        return
     max_memory: dict[int | str, int | str] | None = {"cpu": options.max_memory} if options.max_memory else None
 
     def load() -> Any:
-        return AutoModel.from_pretrained(options.model, device="cpu", max_memory=max_memory)
+        return AutoModel.from_pretrained(
+            options.model,
+            device="cpu",
+            max_memory=max_memory,
+            compression=options.compression,
+            layer_shards_saving_path=options.shards,
+            dtype="bfloat16",
+        )
 
     run(options, "rabbit_engine", rabbit_engine.__version__, load, decode_by_generate)
 
