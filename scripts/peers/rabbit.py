@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import rabbit_engine
 from peers.timing import decode_by_generate, parser, run
 from rabbit_engine import AutoModel
 from rabbit_engine.cli import main as split
+
+
+def prepare(model: Path, compression: str, shards: str) -> None:
+    """Make the shards. Loading might leave the compression out, where it gains nothing. Raises SystemExit if that fails."""
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            split(["split", str(model), "--compression", compression, "--saving-path", shards])
+        except SystemExit as end:
+            if end.code:
+                raise
+    print("{}")
 
 
 def main() -> None:
@@ -20,9 +32,7 @@ def main() -> None:
     arguments.add_argument("--shards", help="Where they are.")
     options = arguments.parse_args()
     if options.prepare and options.compression:
-        with contextlib.redirect_stdout(sys.stderr):  # not by loading: a plan may leave a compression out
-            split(["split", str(options.model), "--compression", options.compression, "--saving-path", options.shards])
-        print("{}")
+        prepare(options.model, options.compression, options.shards)
         return
     max_memory: dict[int | str, int | str] | None = {"cpu": options.max_memory} if options.max_memory else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch.nn import functional
@@ -23,15 +23,17 @@ class PackedWeight(Placeholder):
 
     stored: Sequence[torch.Tensor]
     decoded: Decoded
+    product: Product
     advice = "its module multiplies by the stored form: pass fused_products=False for a decoded weight"
 
     @staticmethod
     def __new__(
         cls, entry: TensorEntry, device: torch.device, shape: Sequence[int], stored: Sequence[torch.Tensor], decoded: Decoded
     ) -> Self:
-        """`shape` is the weight's; the entry may have more dimensions, of 1."""
+        """`shape` is the weight's; the entry may have more dimensions, of 1. Its encoding is a `Product`."""
         self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=entry.dtype, device=device)
         self.entry, self.stored, self.decoded = entry, stored, decoded
+        self.product = cast(Product, entry.encoding)  # not checked here: that takes as long as a small product
         return self
 
     def another(self) -> Self:
@@ -40,13 +42,15 @@ class PackedWeight(Placeholder):
 
     def apply(self, states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`states` [..., inputs] times the transposed matrix: [..., outputs]."""
-        product, columns = self.entry.encoding, states.shape[-1]
+        columns = states.shape[-1]
         rows = states.numel() // max(1, columns)
         fits = columns == self.shape[1] and states.dtype == self.dtype and not torch.is_autocast_enabled(states.device.type)
-        if not fits or not isinstance(product, Product) or not product.gains(rows, states.dtype, states.device):
+        if not fits or not self.product.gains(rows, states.dtype, states.device):
             with self.decoded() as weight:
                 return linear(states, weight, bias)
-        result = product.linear(states.reshape(rows, columns), self.stored, self.shape).view(*states.shape[:-1], self.shape[0])
+        result = self.product.linear(states.reshape(rows, columns), self.stored, self.shape).view(
+            *states.shape[:-1], self.shape[0]
+        )
         return result if bias is None else result + bias
 
     @classmethod
