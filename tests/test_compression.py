@@ -108,6 +108,13 @@ def test_four_bits_are_for_linear_layers_and_eight_for_the_head(own_checkpoint: 
     assert all("norm" in name or "embed" in name for name in plain_ones)
 
 
+def test_rows_too_long_for_groups_take_eight_bits(own_checkpoint: Any, streamed: Any) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=32, intermediate_size=65_600, num_hidden_layers=1)
+    found = kinds(streamed(folder, compression="4bit"))
+    assert found["model.layers.0.mlp.down_proj.weight"] == "EightBitRows"
+    assert found["model.layers.0.mlp.up_proj.weight"] == "FourBitGroups"
+
+
 def test_experts_are_compressed_and_routers_are_not(own_checkpoint: Any, streamed: Any) -> None:
     model = streamed(own_checkpoint("qwen3_moe", dtype=torch.bfloat16), compression="8bit")
     found = kinds(model)

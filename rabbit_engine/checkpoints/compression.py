@@ -26,7 +26,7 @@ from rabbit_engine.quantization.bitsandbytes_made import (
     packs_weights,
 )
 from rabbit_engine.quantization.eight_bit import EightBitRows
-from rabbit_engine.quantization.four_bit import FourBitGroups
+from rabbit_engine.quantization.four_bit import MOST_COLUMNS, FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import layout_for
 from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Storable
@@ -176,10 +176,10 @@ def _in_8_bits(part: Part, dtype: torch.dtype, shape: tuple[int, ...], device_ty
 
 
 def _in_4_bits(part: Part, dtype: torch.dtype, shape: tuple[int, ...], device_type: str) -> Storable:
-    """Rows that are no whole groups take eight bits, like the head: its errors go straight to the logits."""
+    """Rows that are no whole groups, or too long, take eight bits, like the head: its errors go straight to the logits."""
     del dtype
     group = next((size for size in _GROUPS if shape[-1] % size == 0), None)
-    if part == "head" or group is None:
+    if part == "head" or group is None or shape[-1] > MOST_COLUMNS:
         return EightBitRows()
     return FourBitGroups(group, layout_for(shape[-2], device_type))
 

@@ -23,7 +23,7 @@ from rabbit_engine.storage.jsonvalues import Fields, shown
 _MIDDLE = 8
 """The code of a group's zero."""
 
-_MOST_COLUMNS = 2**16
+MOST_COLUMNS = 2**16
 """Of a row: a block of 64 must fit the memory for temporaries."""
 
 _MOST_AT_ONCE = 2**18
@@ -70,7 +70,7 @@ class FourBitGroups:
             raise ValueError(f"a weight of shape {list(shape)} and {dtype} is not a matrix of floats")
         *stack, rows, columns = shape
         rows_fit = self.layout == BY_ROWS or rows % torch_products.INT4_ROWS == 0
-        if columns % self.group or columns > _MOST_COLUMNS or not rows_fit:
+        if columns % self.group or columns > MOST_COLUMNS or not rows_fit:
             raise ValueError(f"{rows} rows of {columns} values have no groups of {self.group} in the layout {self.layout}")
         codes, factors = (*stack, rows, columns // 2), (*stack, columns // self.group, rows, 2)
         return Component(torch.uint8, codes), Component(_factor_dtype(dtype), factors)
