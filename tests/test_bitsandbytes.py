@@ -39,14 +39,14 @@ def save(family: str, folder: Path, scheme: str, dtype: torch.dtype = torch.bflo
     """A checkpoint that transformers quantised with bitsandbytes and saved."""
     plain = families.save(family, folder / "plain", dtype, **{**SIZES, **sizes})
     config = BitsAndBytesConfig(**SCHEMES[scheme])
-    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
     model.save_pretrained(folder / "model", max_shard_size="60KB")
     return folder / "model"
 
 
-def load(folder: Path) -> Any:
-    """transformers' own model, with 4-bit weights in the layout of the file, as where a CPU has no other."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+def load(folder: Path, device: str = "cpu") -> Any:
+    """transformers' own model on a device, with 4-bit weights in the layout of the file, as where a CPU has no other."""
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -34,10 +34,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def whole_of(folder: Path, scheme: str) -> Any:
-    """transformers' own model, quantised in memory."""
-    config = BitsAndBytesConfig(**SCHEMES[scheme])
-    return aligned_but_quantised(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval())
+def whole_of(folder: Path, scheme: dict[str, Any], device: str = "cpu") -> Any:
+    """transformers' own model, quantised on a device: without a map, bitsandbytes would take a GPU."""
+    config = BitsAndBytesConfig(**scheme)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": device}).eval()
+    return aligned_but_quantised(model)
 
 
 def aligned_but_quantised(model: Any) -> Any:
@@ -52,7 +53,7 @@ def test_logits_and_tokens_are_those_of_transformers_with_bitsandbytes(
     family: str, scheme: str, tmp_path: Path, streamed: Any, ids: torch.Tensor
 ) -> None:
     folder = families.save(family, tmp_path / family, torch.bfloat16, **SIZES)
-    model, whole = streamed(folder, quantization_config=BitsAndBytesConfig(**SCHEMES[scheme])), whole_of(folder, scheme)
+    model, whole = streamed(folder, quantization_config=BitsAndBytesConfig(**SCHEMES[scheme])), whole_of(folder, SCHEMES[scheme])
     assert model.plan.streamed
     assert model.config.quantization_config.to_dict() == whole.config.quantization_config.to_dict()
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_other_families_are_quantised_as_transformers_does(family: str, tmp_path
         "opt": {**SIZES, "word_embed_proj_dim": 64, "ffn_dim": 64},
     }
     folder = families.save(family, tmp_path / family, torch.bfloat16, **sizes[family])
-    model, whole = streamed(folder, quantization_config=BitsAndBytesConfig(**NF4)), whole_of(folder, "nf4")
+    model, whole = streamed(folder, quantization_config=BitsAndBytesConfig(**NF4)), whole_of(folder, NF4)
     quantised = {name for name, module in whole.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     assert quantised
     assert {name for name, entry in model._checkpoint.entries.items() if entry.is_encoded} == {f"{n}.weight" for n in quantised}
@@ -109,7 +110,7 @@ def test_layers_keep_their_computation_if_the_shards_exist(own_checkpoint: Any, 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("rabbit_shards/*/*")}
     scheme = {**NF4, "bnb_4bit_compute_dtype": torch.float32}
     model = streamed(folder, quantization_config=BitsAndBytesConfig(**scheme))
-    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**scheme)).eval()
+    whole = whole_of(folder, scheme)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("rabbit_shards/*/*")} == before
     with torch.no_grad():
         assert torch.equal(model(ids).logits, whole(ids).logits)

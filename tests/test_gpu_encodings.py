@@ -113,7 +113,7 @@ def test_checkpoints_of_bitsandbytes_are_as_in_transformers(
 ) -> None:
     """Its product with four bits rounds otherwise than the decoded weights do; with eight bits it is the same operation."""
     folder = test_bitsandbytes.save("llama", tmp_path, scheme)
-    model, whole = load(streamed, folder), test_bitsandbytes.load(folder)
+    model, whole = load(streamed, folder), test_bitsandbytes.load(folder, "cuda")
     assert whole.device.type == "cuda"
     assert similarity(model, whole, ids) > 0.999
     if scheme.startswith("int8"):
@@ -129,7 +129,7 @@ def test_bitsandbytes_configs_quantise_as_in_transformers(
     """A split quantises on the CPU, transformers on the device: a value in the middle of two codes may get the other."""
     folder = families.save("llama_biased", tmp_path / "model", torch.bfloat16, **made.SIZES)
     model = load(streamed, folder, quantization_config=BitsAndBytesConfig(**made.SCHEMES[scheme]))
-    assert similarity(model, made.whole_of(folder, scheme), ids) > 0.999
+    assert similarity(model, made.whole_of(folder, made.SCHEMES[scheme], "cuda"), ids) > 0.999
     if made.SCHEMES[scheme].get("bnb_4bit_compute_dtype") == torch.bfloat16:
         answers_are_those_of(with_decoded_weights(model, plain(folder)), model, ids)
 

@@ -88,10 +88,9 @@ def test_a_plan_from_headers_alone_has_the_entries_of_the_files(kind: str, saved
 def test_device_maps_place_quantised_models(
     kind: str, device_map: Any, saved: Callable[[str], Path], streamed: Any, ids: torch.Tensor
 ) -> None:
-    with torch.no_grad():
-        expected = streamed(saved(kind))(ids).logits
-        with AutoModel.from_pretrained(saved(kind), device_map=device_map, max_memory={"cpu": "1GB"}) as model:
-            assert torch.equal(model(ids).logits, expected)
+    with torch.no_grad(), AutoModel.from_pretrained(saved(kind), device_map=device_map, max_memory={"cpu": "1GB"}) as model:
+        expected = streamed(saved(kind), device=model.device)(ids).logits
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors"])
@@ -152,8 +151,9 @@ def test_sampling_with_a_seed_draws_the_same_from_memory_and_from_disk(
 ) -> None:
     texts = []
     for keywords in ({}, {"max_memory": {"cpu": "1GB"}}):
+        model = streamed(saved(kind), **keywords)
         torch.manual_seed(7)
-        texts.append(streamed(saved(kind), **keywords).generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0))
+        texts.append(model.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0))
     assert torch.equal(*texts)
 
 

@@ -156,10 +156,17 @@ def _products(bf16: float, rates: Sequence[EncodingRate]) -> Products:
     return Products(bf16, found.fused or share / (1 / found.decode + 1 / bf16))
 
 
+def _gigabytes(rate: float) -> str:
+    """Billions, in two digits or whole: an accelerator decodes 150 GB/s."""
+    return f"{rate / 1e9:.2g}" if rate < 1e10 else f"{rate / 1e9:.0f}"
+
+
 def judge_kernels(rates: Sequence[EncodingRate]) -> Finding:
     """What decodes weights on a CPU, and how fast encoded weights are decoded, or multiplied by as they are stored."""
     kernels = kernels_in_use()
-    rows = [f"{rate.name} {rate.decode / 1e9:.2g}{f' ({rate.fused / 1e9:.2g} fused)' if rate.fused else ''}" for rate in rates]
+    rows = [
+        f"{rate.name} {_gigabytes(rate.decode)}{f' ({_gigabytes(rate.fused)} fused)' if rate.fused else ''}" for rate in rates
+    ]
     value = f"{kernels}; decoded to bf16, GB/s: {', '.join(rows)}" if rows else f"{kernels}; not measured"
     numbers: dict[str, Number] = {"kernels": kernels}
     for rate in rates:
