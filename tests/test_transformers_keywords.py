@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rabbit_engine import AutoModel, errors
@@ -75,12 +75,6 @@ def test_a_refused_keyword_says_why(row: Any) -> None:
     asked = {row.name: False if row.name == "weights_only" else object()}
     with pytest.raises(errors.ConfigurationError, match=f"^{row.name}=.* {re.escape(row.reason)}"):
         AutoModel.from_pretrained("anything", device="cpu", **asked)
-
-
-def test_quantisation_is_refused_by_name() -> None:
-    for keywords in ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, {"load_in_4bit": True}):
-        with pytest.raises(errors.CompressionUnavailableError, match=f"{next(iter(keywords))}=.*comes with a later version"):
-            AutoModel.from_pretrained("anything", **keywords)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential", {"": "cpu"}, "cpu"])
