@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.quantization import awq, bitsandbytes, compressed_tensors, gptq
-from rabbit_engine.quantization.awq import Awq
-from rabbit_engine.quantization.bitsandbytes import Blocks4bit, Int8Rows
+from rabbit_engine.quantization.awq import Awq, open_awq
+from rabbit_engine.quantization.bitsandbytes import Blocks4bit, Int8Rows, open_bitsandbytes
 from rabbit_engine.quantization.cast import Cast
-from rabbit_engine.quantization.compressed_tensors import ScaledBlocks
+from rabbit_engine.quantization.compressed_tensors import ScaledBlocks, open_compressed_tensors
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, ShapeOf, StoredWeight
 from rabbit_engine.quantization.fp8 import Fp8Blocks, fp8_entry
-from rabbit_engine.quantization.gptq import Gptq
+from rabbit_engine.quantization.gptq import Gptq, open_gptq
 from rabbit_engine.quantization.linears import Linears
 from rabbit_engine.quantization.mxfp4 import Mxfp4, mxfp4_entry
 from rabbit_engine.storage.jsonvalues import Fields
@@ -29,10 +28,10 @@ Maker = Callable[[str, torch.dtype, Mapping[str, TensorEntry]], TensorEntry | st
 _MAKERS: Mapping[str, Maker] = {"fp8": fp8_entry, "mxfp4": mxfp4_entry}
 
 _PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {
-    bitsandbytes.METHOD: bitsandbytes.open_bitsandbytes,
-    gptq.METHOD: gptq.open_gptq,
-    awq.METHOD: awq.open_awq,
-    compressed_tensors.METHOD: compressed_tensors.open_compressed_tensors,
+    "bitsandbytes": open_bitsandbytes,
+    "gptq": open_gptq,
+    "awq": open_awq,
+    "compressed-tensors": open_compressed_tensors,
 }
 
 

@@ -27,7 +27,7 @@ class Unpacked:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BlockLayout:
     """A type of blocks: their bytes, the values in one, and what takes them apart."""
 
     nbytes: int
@@ -136,17 +136,17 @@ def _iq4_xs(blocks: torch.Tensor, rounded: Round) -> Unpacked:
     return Unpacked(q, rounded(rounded(_half(blocks, 0)) * _signed(scales, 32)))
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "Q4_0": Layout(18, 32, _q4_0),
-    "Q4_1": Layout(20, 32, _q4_1),
-    "Q5_0": Layout(22, 32, _q5_0),
-    "Q5_1": Layout(24, 32, _q5_1),
-    "Q8_0": Layout(34, 32, _q8_0),
-    "Q2_K": Layout(84, 256, _q2_k),
-    "Q3_K": Layout(110, 256, _q3_k),
-    "Q4_K": Layout(144, 256, _q4_k),
-    "Q5_K": Layout(176, 256, _q5_k),
-    "Q6_K": Layout(210, 256, _q6_k),
-    "IQ4_NL": Layout(18, 32, _iq4_nl),
-    "IQ4_XS": Layout(136, 256, _iq4_xs),
+LAYOUTS: Mapping[str, BlockLayout] = {
+    "Q4_0": BlockLayout(18, 32, _q4_0),
+    "Q4_1": BlockLayout(20, 32, _q4_1),
+    "Q5_0": BlockLayout(22, 32, _q5_0),
+    "Q5_1": BlockLayout(24, 32, _q5_1),
+    "Q8_0": BlockLayout(34, 32, _q8_0),
+    "Q2_K": BlockLayout(84, 256, _q2_k),
+    "Q3_K": BlockLayout(110, 256, _q3_k),
+    "Q4_K": BlockLayout(144, 256, _q4_k),
+    "Q5_K": BlockLayout(176, 256, _q5_k),
+    "Q6_K": BlockLayout(210, 256, _q6_k),
+    "IQ4_NL": BlockLayout(18, 32, _iq4_nl),
+    "IQ4_XS": BlockLayout(136, 256, _iq4_xs),
 }
