@@ -21,11 +21,11 @@ from rabbit_engine.cli.app import app
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.diagnostics import disk_rate as diskrate
 from rabbit_engine.diagnostics import doctor, pace
+from rabbit_engine.diagnostics.device_rates import judge_kernels
 from rabbit_engine.diagnostics.disk_rate import find_large_file, measure_disk_rate, scratch_file
 from rabbit_engine.diagnostics.doctor import (
     Cuda,
     Diagnosis,
-    Finding,
     check_folder,
     check_versions,
     examine,
@@ -33,6 +33,7 @@ from rabbit_engine.diagnostics.doctor import (
     judge_cuda,
     judge_disk,
 )
+from rabbit_engine.diagnostics.finding import Finding
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.quantization.kernels import kernels_in_use, torch_operations
 from rabbit_engine.utils.speeds import Speeds
@@ -312,4 +313,4 @@ def test_kernels_and_their_rates_are_named(found: Diagnosis) -> None:
     assert re.search(r"4bit [\d.]+( \([\d.]+ fused\))?, 8bit .* FP8 [\d.]+, GGUF Q4_K", finding.value)
     assert all(finding.numbers[f"{name} decode_rate"] > 0 for name in ("4bit", "lossless", "nf4"))
     with torch_operations():
-        assert '"rabbit_engine[cpu]"' in doctor.judge_kernels(()).advice
+        assert '"rabbit_engine[cpu]"' in judge_kernels(()).advice

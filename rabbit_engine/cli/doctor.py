@@ -62,7 +62,7 @@ def _print(found: engine.doctor.Diagnosis) -> None:
         console.print(f"Larger than the {format_bytes(found.disk_free_bytes)} free in the folder: {', '.join(large)}.")
 
 
-def _findings_table(findings: tuple[engine.doctor.Finding, ...]) -> Table:
+def _findings_table(findings: tuple[engine.finding.Finding, ...]) -> Table:
     table = Table(title=f"rabbit {__version__}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

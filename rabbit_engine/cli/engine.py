@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import demo as demo
     from rabbit_engine.diagnostics import disk_rate as disk_rate
     from rabbit_engine.diagnostics import doctor as doctor
+    from rabbit_engine.diagnostics import finding as finding
     from rabbit_engine.diagnostics import pace as pace
     from rabbit_engine.diagnostics import plotting as plotting
     from rabbit_engine.planning import forecast as forecast
@@ -37,6 +38,7 @@ _MODULES = {
     "demo": "rabbit_engine.diagnostics.demo",
     "disk_rate": "rabbit_engine.diagnostics.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",
+    "finding": "rabbit_engine.diagnostics.finding",
     "forecast": "rabbit_engine.planning.forecast",
     "generation": "rabbit_engine.transformers_bridge.generation",
     "listen": "rabbit_engine.server.listen",

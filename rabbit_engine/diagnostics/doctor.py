@@ -11,9 +11,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -22,27 +22,23 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rabbit_engine import __version__
+from rabbit_engine.diagnostics.device_rates import judge_kernels, judge_link, products_of, try_device
 from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
-from rabbit_engine.diagnostics.encodings import FOUR_BIT, EncodingRate, measure_encodings
-from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Products, Shape, estimate_paces, measure_products
+from rabbit_engine.diagnostics.encodings import measure_encodings
+from rabbit_engine.diagnostics.finding import Finding, Number
+from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Shape, estimate_paces
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
-from rabbit_engine.quantization.kernels import TORCH_OPERATIONS, kernels_in_use
 from rabbit_engine.storage.directio import CHUNK_BYTES
-from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.utils.platform import (
     best_device,
     free_memory_bytes,
-    has_streams,
     is_accelerator,
     is_flash_attention_available,
     own_memory_bytes,
 )
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 from rabbit_engine.utils.speeds import Speeds
-
-Status = Literal["ok", "info", "warn", "fail"]
-Number = int | float | str | bool | None | Sequence[float] | Sequence[str]
 
 _DISTRIBUTION = "rabbit_engine"
 _MAIN_PACKAGES = ("torch", "transformers")
@@ -52,26 +48,11 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _SLOW_DISK = 1e9
 """Bytes per second. Below this, a bf16 model of 7 billion parameters takes more than a quarter of a minute per token."""
 
-_SLOW_LINK = 6e9
-"""Bytes per second: less than half of sixteen lanes of PCIe 3."""
-
 _LITTLE_DISK_BYTES = 20 * 10**9
 """The size of a bf16 model of 7 billion parameters, and a little more."""
 
 _LITTLE_MEMORY_BYTES = 2 * 10**9
 """A process with torch, and the smallest budget of a model of 32 billion parameters."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One named fact: `value` in words, `numbers` for programs (bytes, bytes per second, versions), `advice` if there is
-    something to do. A `warn` costs speed, memory or a feature; with a `fail` models do not run."""
-
-    name: str
-    status: Status
-    value: str
-    numbers: Mapping[str, Number] = field(default_factory=dict)
-    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,44 +117,17 @@ def examine(
     device, free = best_device(), shutil.disk_usage(folder).free
     asked = _ask_machine(device, folder)
     disk = _try_disk(folder, sample_bytes, rounds)
-    link, products, computing = _try_device(device)
+    link, products, computing = try_device(device)
     rates = measure_encodings(device) if products else ()
     speeds = Speeds(disk=disk.median, link=link, source="measured") if isinstance(disk, DiskRate) else Speeds(link=link)
     return Diagnosis(
         folder=folder,
         device=str(device),
         findings=(*asked, judge_direct_reads(disk), judge_disk(disk), judge_link(device, link), computing, judge_kernels(rates)),
-        paces=estimate_paces(device, speeds, _products(products, rates), shapes) if products else (),
+        paces=estimate_paces(device, speeds, products_of(products, rates), shapes) if products else (),
         speeds=speeds,
         disk_free_bytes=free,
     )
-
-
-def _products(bf16: float, rates: Sequence[EncodingRate]) -> Products:
-    """Bytes per second of stored weights in products with one token; four-bit ones may be decoded to bfloat16 first."""
-    found = next(rate for rate in rates if rate.name == FOUR_BIT)
-    share = 4.5 / 16
-    return Products(bf16, found.fused or share / (1 / found.decode + 1 / bf16))
-
-
-def _gigabytes(rate: float) -> str:
-    """Billions, in two digits or whole: an accelerator decodes 150 GB/s."""
-    return f"{rate / 1e9:.2g}" if rate < 1e10 else f"{rate / 1e9:.0f}"
-
-
-def judge_kernels(rates: Sequence[EncodingRate]) -> Finding:
-    """What decodes weights on a CPU, and how fast encoded weights are decoded, or multiplied by as they are stored."""
-    kernels = kernels_in_use()
-    rows = [
-        f"{rate.name} {_gigabytes(rate.decode)}{f' ({_gigabytes(rate.fused)} fused)' if rate.fused else ''}" for rate in rates
-    ]
-    value = f"{kernels}; decoded to bf16, GB/s: {', '.join(rows)}" if rows else f"{kernels}; not measured"
-    numbers: dict[str, Number] = {"kernels": kernels}
-    for rate in rates:
-        numbers |= {f"{rate.name} decode_rate": rate.decode, f"{rate.name} fused_rate": rate.fused}
-    slow = kernels == TORCH_OPERATIONS
-    advice = 'pip install "rabbit_engine[cpu]" decodes several times faster on a CPU' if slow else ""
-    return Finding(name="kernels", status="info", value=value, numbers=numbers, advice=advice)
 
 
 def _ask_machine(device: torch.device, folder: Path) -> list[Finding]:
@@ -424,40 +378,3 @@ def judge_disk(disk: DiskRate | str) -> Finding:
     slow = disk.median < _SLOW_DISK
     advice = "an NVMe disk reaches 3 to 14 GB/s: set HF_HOME to a folder on one" if slow else ""
     return Finding(name=name, status="warn" if slow else "ok", value=value, numbers=numbers, advice=advice)
-
-
-def _try_device(device: torch.device) -> tuple[float, float, Finding]:
-    """Bytes per second of the link to it (0 on a CPU) and of its products, or two zeros; and the finding."""
-    try:
-        link = 0.0 if device.type == "cpu" else measure_link(device)
-        products = measure_products(device)
-    except RuntimeError as error:  # out of memory, no kernel for this GPU, a lost driver
-        return 0.0, 0.0, _unusable(device, first_line(error))
-    if has_streams(device):
-        torch.get_device_module(device).empty_cache()  # it would otherwise be missing in the budget
-    value = f"products with one token read {format_rate(products, 1)} of bf16 weights on {device}"
-    return link, products, Finding(name="compute rate", status="info", value=value, numbers={"rate": products})
-
-
-def _unusable(device: torch.device, problem: str) -> Finding:
-    shown = " (see nvidia-smi)" if device.type == "cuda" else ""
-    advice = f"free its memory{shown} or install a torch built for it; `rabbit run --device cpu` works without"
-    return Finding(name="compute rate", status="fail", value=f"{device} does not compute: {problem}", advice=advice)
-
-
-def judge_link(device: torch.device, rate: float) -> Finding:
-    """How fast weights can be copied to the device."""
-    if device.type == "cpu":
-        return Finding(name="link rate", status="info", value="no copies: the model runs in host memory", numbers={"rate": None})
-    if not has_streams(device):
-        value = f"not measured on {device}, assumed to be {format_rate(rate, 1)}"
-        return Finding(name="link rate", status="info", value=value, numbers={"rate": None, "assumed": rate})
-    slow, is_cuda = rate < _SLOW_LINK, device.type == "cuda"
-    memory = "pinned host memory" if is_cuda else "host memory"
-    return Finding(
-        name="link rate",
-        status="warn" if slow else "ok",
-        value=f"{format_rate(rate, 1)} from {memory} to {device}",
-        numbers={"rate": rate},
-        advice="the card may sit in a slot of few lanes: nvidia-smi -q shows the link's width" if slow and is_cuda else "",
-    )
