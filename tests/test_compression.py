@@ -108,6 +108,21 @@ def test_four_bits_are_for_linear_layers_and_eight_for_the_head(own_checkpoint: 
     assert all("norm" in name or "embed" in name for name in plain_ones)
 
 
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_speculation_gives_the_same_text_in_any_budget(
+    method: str, own_checkpoint: Any, streamed: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, **WIDE)
+    small, large = streamed(folder, compression=method), streamed(folder, compression=method, max_memory={"cpu": "1GB"})
+    steps = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    looked_up = small.generate(ids, **steps, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, large.generate(ids, **steps, prompt_lookup_num_tokens=3))
+    before = small.profile.passes
+    assisted = small.generate(ids, **steps, assistant_model=large)
+    assert small.profile.passes - before < 8
+    assert torch.equal(assisted, looked_up)
+
+
 def test_rows_too_long_for_groups_take_eight_bits(own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=32, intermediate_size=65_600, num_hidden_layers=1)
     found = kinds(streamed(folder, compression="4bit"))
