@@ -83,6 +83,26 @@ def test_fp8_with_a_large_scale_and_a_nan_scale_has_the_bits_that_transformers_d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scales", [(3, 4), (24, 1), (1, 1), ()])
+def test_fused_fp8_is_as_exact_as_float32(dtype: torch.dtype, scales: tuple[int, ...]) -> None:
+    """The smallest codes too, and NaN in its row alone."""
+    weight, states = random_fp8(24, 64, seed=3), torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+    factors = torch.rand(scales, generator=torch.Generator().manual_seed(5)) + 0.1
+    assert (weight.float().abs() < 2.0**-6).any()
+    weight.view(torch.uint8)[7, 9] = 0xFF
+    encoding = Fp8Blocks()
+    assert encoding.gains(3, dtype, states.device)
+    found = encoding.linear(states, [weight, factors], weight.shape)
+    exact = states.double() @ dequantised(weight, factors, torch.float32).double().T
+    assert found.dtype == dtype
+    assert found[:, 7].isnan().all()
+    torch.testing.assert_close(found.double(), exact, rtol=2.0 * torch.finfo(dtype).eps, atol=1e-2, equal_nan=True)
+    other = random_fp8(24, 64, dtype=torch.float8_e5m2)
+    expected = torch.nn.functional.linear(states, dequantised(other, factors, dtype))
+    assert torch.equal(encoding.linear(states, [other, factors], other.shape), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("most", [128, 255])
 def test_mxfp4_has_the_bits_that_transformers_dequantises(dtype: torch.dtype, most: int) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -12,6 +12,9 @@ from typing import ClassVar
 
 import torch
 
+from rabbit_engine.quantization import kernels
+from rabbit_engine.quantization.columns import run_product
+from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.storage.encoding import carve, values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -32,6 +35,9 @@ _LARGEST_SHIFTED_SCALE = 2.0**119
 _LARGEST_CODE = 0x7E
 """The code of 448, without the sign; the next one is NaN, which float16 has elsewhere."""
 
+_MOST_FUSED_ROWS = 8
+"""Rows of states for which the fused product is faster than decoding followed by torch's product; see docs/benchmarks.md."""
+
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu, torch.uint8)
 
 
@@ -40,6 +46,21 @@ class Fp8Blocks:
     """Components: the weight in an eight-bit float, and its scales, one for each block."""
 
     by_rows: ClassVar[bool] = True
+    fused_by_default: ClassVar[bool] = False
+
+    def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the kernel multiplies this many rows of states faster than decoding does."""
+        return rows <= _MOST_FUSED_ROWS and dtype in kernels.BITS and kernels.can_run(device)
+
+    def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+        """`states` [rows, columns] times the weight transposed, whose values are not rounded to their dtype."""
+        weight, scales = stored
+        if weight.dtype != torch.float8_e4m3fn or not self.gains(1, states.dtype, states.device):
+            return decoded_product(self, states, stored, shape)
+        from rabbit_engine.quantization.kernels.packed_products import multiply_fp8
+
+        codes = weight.view(torch.uint8).view(*shape)
+        return run_product(multiply_fp8, states, shape, codes.numpy(), _grid(scales).contiguous().numpy())
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
         """Decode some rows at a time: to float32, times their scales, to the dtype of `out`."""

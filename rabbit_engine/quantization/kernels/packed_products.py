@@ -1,4 +1,4 @@
-"""Kernels that multiply a few rows of states by bitsandbytes' blocks and compressed-tensors' packed integers of four bits.
+"""Kernels that multiply a few rows of states by bitsandbytes' blocks, compressed-tensors' integers of four bits, and FP8.
 
 Each row of the weight is decoded to float32 in a processor's nearest cache, without rounding, and multiplied there. All compute
 rows `first` to `stop` of the weight, from `states` float32 [rows of states, columns] to `out` float32 [rows of states, rows].
@@ -54,4 +54,30 @@ def multiply_nibbles(
             total, numbers = np.float32(0), states[state]
             for place in range(len(values)):
                 total += values[place] * numbers[place]
+            out[state, row] = total
+
+
+@product_kernel
+def multiply_fp8(first: int, stop: int, codes: Bytes, grid: Floats, states: Floats, out: Floats) -> None:
+    """`codes` [rows, columns] of e4m3, and the scale of each block, [rows of blocks, blocks in a row].
+
+    The seven bits of a magnitude are those of a float32 whose exponent is 120 less; 0x7F is NaN.
+    """
+    columns = codes.shape[1]
+    bits, block, height = np.empty(columns, np.uint32), columns // grid.shape[1], out.shape[1] // len(grid)
+    values, lift = bits.view(np.float32), np.float32(2.0**120)
+    for row in range(first, stop):
+        some = codes[row]
+        for place in range(columns):
+            magnitude = np.uint32(some[place] & np.uint8(0x7F))
+            lifted = (magnitude << np.uint32(20)) | (np.uint32(some[place] & np.uint8(0x80)) << np.uint32(24))
+            bits[place] = np.uint32(0x7FC00000) if magnitude == np.uint32(0x7F) else lifted
+        for state in range(len(states)):
+            total = np.float32(0)
+            for index in range(grid.shape[1]):
+                part, numbers = values[index * block : (index + 1) * block], states[state, index * block : (index + 1) * block]
+                inside = np.float32(0)
+                for place in range(block):
+                    inside += part[place] * lift * numbers[place]
+                total += inside * grid[row // height, index]
             out[state, row] = total
