@@ -130,3 +130,16 @@ def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed:
         model = streamed(folder, compression="lossless", max_memory={"cpu": "1GB"})
     assert model._checkpoint.manifest is None
     assert 'compression="lossless" is left out: no weight moves' in caplog.text
+
+
+def test_shards_whose_originals_are_deleted_are_used_though_nothing_moves(
+    own_checkpoint: Any, streamed: Any, plain: Any, rabbit: Any, ids: torch.Tensor
+) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, **WIDE)
+    with torch.no_grad():
+        expected = plain(folder)(ids).logits
+        rabbit("split", folder, "--compression", "lossless", "--delete-original")
+        assert not list(folder.glob("*.safetensors"))
+        model = streamed(folder, compression="lossless", max_memory={"cpu": "1GB"})
+        assert not model.plan.pass_bytes
+        assert torch.equal(model(ids).logits, expected)

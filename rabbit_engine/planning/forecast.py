@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import warn_of_unused
-from rabbit_engine.checkpoints import HEADERS_ONLY, MustSplit, Source, build_plain, resolve
+from rabbit_engine.checkpoints import HEADERS_ONLY, MustSplit, Shards, Source, build_plain, resolve
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError, first_line
 from rabbit_engine.planning.decide import plan_for
@@ -37,8 +37,11 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
 def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> str:
     """Why a pass would not be faster with the lossless compression of `split` than without; empty if it would be.
 
-    Both are planned with the same measured rates. Raises what `forecast` raises.
+    Both are planned with the same measured rates. Shards whose originals are deleted are used in any case. Raises what `forecast`
+    raises.
     """
+    if _is_without_originals(resolve(name, source, split, reading=HEADERS_ONLY).source):
+        return ""
     plain = forecast(name, source, replace(split, compression=None), stream)
     if not plain.pass_bytes and not plain.link_bytes:
         return "no weight moves after loading"
@@ -52,6 +55,13 @@ def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: Sp
         return ""
     with_it, without = format_seconds(packed.pass_s), format_seconds(plain.pass_s)
     return f"a pass would take {with_it} (bound by {packed.bound}), and takes {without} without"
+
+
+def _is_without_originals(found: Source) -> bool:
+    """Whether a split has deleted the files that it was made from, or was interrupted while it did."""
+    if isinstance(found, Shards):
+        return bool(found.manifest.source["deleted"])
+    return isinstance(found, MustSplit) and found.journal is not None and bool(found.journal.deleted)
 
 
 def _entries(found: Source, model: PreTrainedModel) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
