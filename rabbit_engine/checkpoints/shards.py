@@ -132,7 +132,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {_AGAIN}") from cause
 
 
-_AGAIN = "run `rabbit split` to rebuild it (finished shards are kept)"
+_REBUILD = "run `rabbit split` with the same options to rebuild it"
+_AGAIN = f"{_REBUILD} (finished shards are kept)"
 
 
 def _read_fields(path: Path, advice: str) -> Fields | None:
@@ -211,15 +212,13 @@ def _weights_of(folder: Path, record: ShardRecord) -> list[TensorEntry]:
 def _checked_header(folder: Path, record: ShardRecord) -> Header:
     path = folder / record.file
     try:
-        header = read_header(path, "run `rabbit split` to rebuild it")
+        header = read_header(path, _REBUILD)
     except MissingFileError:
-        raise DamagedShardError(f"{path} is missing, the manifest lists it; run `rabbit split` to rebuild it") from None
+        raise DamagedShardError(f"{path} is missing, the manifest lists it; {_REBUILD}") from None
     if header.file_bytes != record.file_bytes:
-        raise DamagedShardError(
-            f"{path} is {header.file_bytes} bytes, the manifest has {record.file_bytes}; run `rabbit split` to rebuild it"
-        )
+        raise DamagedShardError(f"{path} is {header.file_bytes} bytes, the manifest has {record.file_bytes}; {_REBUILD}")
     if header.checksum != record.header_xxh3_128:
-        raise DamagedShardError(f"{path} has a damaged header (checksum); run `rabbit split` to rebuild it")
+        raise DamagedShardError(f"{path} has a damaged header (checksum); {_REBUILD}")
     return header
 
 
@@ -235,7 +234,7 @@ def verify_shard(folder: Path, record: ShardRecord) -> None:
     if digest.hexdigest() != record.data_xxh3_128:
         raise DamagedShardError(
             f"{header.path} has damaged data (xxh3 {digest.hexdigest()}, the manifest has {record.data_xxh3_128}): "
-            "delete it, then run `rabbit split` to rebuild it"
+            f"delete it, then {_REBUILD}"
         )
 
 

@@ -76,7 +76,7 @@ Split = Annotated[
 ]
 Compression = Annotated[
     Literal["4bit", "8bit", "lossless"] | None,
-    typer.Option(help="Store the weights in 4 or 8 bits, once, in shards, and stream those.", case_sensitive=False),
+    typer.Option(help="Store the weights smaller, once, in shards, and stream those.", case_sensitive=False),
 ]
 SavingPath = Annotated[
     Path | None,
