@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,9 @@ def rabbit_lanes(
         always = ("--compression", compression, "--shards", str(shards / "rabbit_engine"))
         yield Lane(name=f"rabbit_engine {compression}", module="rabbit", python=python, model=model, always=always, prepares=True)
     for gguf in ggufs:
-        yield Lane(name=f"rabbit_engine, {gguf.name} in place", module="rabbit", python=python, model=gguf)
+        lane = partial(Lane, module="rabbit", python=python, model=gguf)
+        yield lane(name=f"rabbit_engine, {gguf.name} in place")
+        yield lane(name=f"rabbit_engine, {gguf.name} in place, fused", always=("--fused-products",))
     if compressions:
         yield Lane(name="transformers with bitsandbytes nf4", module="transformers_bnb", python=python, model=model)
     if not budgets:
@@ -70,11 +73,15 @@ def rabbit_lanes(
     )
 
 
-def airllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
-    """AirLLM with its defaults."""
-    if python:
-        always = ("--shards", str(shards / "airllm"))
-        yield Lane(name="AirLLM", module="airllm_4", python=python, model=model, always=always, prepares=True)
+def airllm_lanes(python: str | None, model: Path, compressions: Sequence[str], shards: Path) -> Iterator[Lane]:
+    """AirLLM with its defaults, and in four bits if that is among the compressions."""
+    if python is None:
+        return
+    lane = partial(Lane, module="airllm_4", python=python, model=model, prepares=True)
+    always = ("--shards", str(shards / "airllm"))
+    yield lane(name="AirLLM", always=always)
+    if "4bit" in compressions:
+        yield lane(name="AirLLM 4bit", always=(*always, "--compression", "4bit"))
 
 
 def rabbitllm_lane(python: str | None, model: Path, shards: Path) -> Iterator[Lane]:
@@ -127,14 +134,15 @@ def settle(lane: Lane, arguments: Sequence[str], limits: Limits) -> tuple[list[R
 
 
 def measure(lanes: Sequence[Lane], rounds: int, arguments: Sequence[str], limits: Limits) -> list[Run]:
-    """Prepare every lane; then run rounds of all lanes, one after another."""
+    """Prepare every lane; then run rounds of all lanes, one after another. Who does not survive the first is left out."""
     settled = {lane.name: settle(lane, arguments, limits) for lane in lanes}
     runs = list(chain.from_iterable(found for found, _ in settled.values()))
+    running = [(lane, settings) for lane in lanes if (settings := settled[lane.name][1]) is not None]
     for number in range(1, rounds + 1):
-        for lane in lanes:
-            settings = settled[lane.name][1]
-            if settings is not None:
-                runs.append(noted(run_lane(lane, settings, f"round {number}", arguments, limits)))
+        found = [noted(run_lane(lane, settings, f"round {number}", arguments, limits)) for lane, settings in running]
+        runs += found
+        if number == 1:
+            running = [one for one, run in zip(running, found, strict=True) if run.outcome == "ok"]
     return runs
 
 
@@ -183,7 +191,7 @@ def main(
     gguf: Annotated[
         list[Path] | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it. May be repeated.")
     ] = None,
-    compressions: Annotated[str, typer.Option(help="Lanes of rabbit_engine, as 4bit,8bit,lossless.")] = "",
+    compressions: Annotated[str, typer.Option(help="Lanes of rabbit_engine, as 4bit,8bit,lossless; 4bit also of AirLLM.")] = "",
     only: Annotated[str, typer.Option(help="Run only the lanes whose name matches this pattern.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed after the first one.")] = 3,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -206,11 +214,10 @@ def main(
     ggufs = [path.resolve() for path in gguf or ()]
     limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=(model, shards, *ggufs))
     pythons = {"rabbit_engine": rabbit_python, "AirLLM": airllm_python, "RabbitLLM": rabbitllm_python, "llama.cpp": llama_python}
+    compressed = [part for part in compressions.split(",") if part]
     lanes = [
-        *rabbit_lanes(
-            rabbit_python, model, budgets_of(limit, budgets), [part for part in compressions.split(",") if part], ggufs, shards
-        ),
-        *airllm_lane(airllm_python, model, shards),
+        *rabbit_lanes(rabbit_python, model, budgets_of(limit, budgets), compressed, ggufs, shards),
+        *airllm_lanes(airllm_python, model, compressed, shards),
         *rabbitllm_lane(rabbitllm_python, model, shards),
         *llama_lanes(llama_python, ggufs),
     ]

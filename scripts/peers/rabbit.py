@@ -30,6 +30,7 @@ def main() -> None:
     arguments.add_argument("--max-memory", type=int, help="Bytes for weights.")
     arguments.add_argument("--compression", help="How shards store the weights; by default the model's files are streamed.")
     arguments.add_argument("--shards", help="Where they are.")
+    arguments.add_argument("--fused-products", action="store_true", help="Multiply few rows by weights as they are stored.")
     options = arguments.parse_args()
     if options.prepare and options.compression:
         prepare(options.model, options.compression, options.shards)
@@ -43,6 +44,7 @@ def main() -> None:
             max_memory=max_memory,
             compression=options.compression,
             layer_shards_saving_path=options.shards,
+            fused_products=options.fused_products or None,
             dtype="bfloat16",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from peers.lanes import Run
@@ -14,21 +15,26 @@ HEADER = """\
 
 def as_markdown(lanes: Sequence[str], runs: Sequence[Run]) -> str:
     """The whole report; `lanes` gives the order."""
-    rounds = {lane: [run for run in runs if run.lane == lane and run.phase.startswith("round")] for lane in lanes}
     sections = [
-        "\n".join([HEADER, *(_row(lane, found) for lane, found in rounds.items())]),
+        "\n".join([HEADER, *(_row(lane, [run for run in runs if run.lane == lane]) for lane in lanes)]),
         "Peak RSS includes pages of mapped files, which the kernel can reclaim.",
-        _tokens([run for found in rounds.values() for run in found if run.outcome == "ok"]),
-        "\n".join(_trial(run) for run in runs if not run.phase.startswith("round")),
+        _tokens([run for lane in lanes for run in runs if run.lane == lane and _is_round(run) and run.outcome == "ok"]),
+        "\n".join(_trial(run) for run in runs if not _is_round(run)),
     ]
     return "\n\n".join(section for section in sections if section)
 
 
-def _row(lane: str, found: Sequence[Run]) -> str:
-    survivors = [run for run in found if run.outcome == "ok"]
-    every = ", ".join(f"{run.token_s:.2f}" if run.outcome == "ok" else run.outcome for run in found)
+def _is_round(run: Run) -> bool:
+    return run.phase.startswith("round")
+
+
+def _row(lane: str, runs: Sequence[Run]) -> str:
+    """One lane's medians; of a lane without a survivor, what became of its runs."""
+    rounds = [run for run in runs if _is_round(run)]
+    survivors = [run for run in rounds if run.outcome == "ok"]
     if not survivors:
-        return f"| {lane} | - | {every or 'did not run'} | - | - | - | - |"
+        return f"| {lane} | - | {_failures(rounds or runs)} | - | - | - | - |"
+    every = ", ".join(f"{run.token_s:.2f}" if run.outcome == "ok" else run.outcome for run in rounds)
 
     def median(figure: Callable[[Run], float]) -> str:
         return f"{statistics.median(map(figure, survivors)):.2f}"
@@ -44,6 +50,18 @@ def _row(lane: str, found: Sequence[Run]) -> str:
         median(lambda run: run.figures["peak_rss_bytes"] / 1e9),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _failures(runs: Sequence[Run]) -> str:
+    """`1 of 1 runs timed out after 120 s`, and whatever else happened."""
+    counts = Counter((run.outcome, run.error) for run in runs if run.outcome != "ok")
+    found = [f"{count} of {len(runs)} runs {outcome}{_because(outcome, error)}" for (outcome, error), count in counts.items()]
+    return "; ".join(found) or "did not run"
+
+
+def _because(outcome: str, error: str | None) -> str:
+    joint = " " if outcome == "timed out" else ": "
+    return f"{joint}{error}" if error else ""
 
 
 def _tokens(survivors: Sequence[Run]) -> str:
@@ -64,6 +82,6 @@ def _trial(run: Run) -> str:
     """The outcome of a preparation or a trial."""
     name = " ".join((run.phase, run.lane, *run.settings))
     if run.outcome != "ok":
-        return f"- {name}: {run.outcome}: {run.error}"
+        return f"- {name}: {run.outcome}{_because(run.outcome, run.error)}"
     seconds = f"{run.wall_s:.0f} s" if run.phase == "prepare" else f"{run.token_s:.2f} s a token"
     return f"- {name}: {seconds}"
