@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 import torch
 from forking import outcome_in_a_child
 
 from rabbit_engine.quantization import kernels
+from rabbit_engine.quantization.kernels.openmp import can_use_team, compute_in_team
+from rabbit_engine.quantization.kernels.pool import compute_in_pool
+
+TEAMS = [compute_in_pool, *([compute_in_team] if can_use_team() else [])]
 
 
 @pytest.fixture
@@ -40,11 +48,68 @@ def test_as_many_threads_compute_as_torch_may_use(two_threads: None) -> None:
     def meet(first: int, stop: int) -> None:
         if first < 2:
             together.wait()
-        threads.add(threading.current_thread())
+        threads.add(threading.get_ident())
 
     kernels.run_rows(meet, 8)
     assert len(threads) == 2
-    assert threading.current_thread() in threads
+    assert threading.get_ident() in threads
+
+
+@pytest.mark.parametrize("compute_together", TEAMS)
+def test_all_threads_call_the_work_and_have_returned_from_it(compute_together: Callable[..., None]) -> None:
+    together, called = threading.Barrier(3, timeout=10), []
+
+    def work() -> None:
+        together.wait()
+        called.append(threading.get_ident())
+
+    for _ in range(3):
+        compute_together(work, 3)
+        assert len(set(called)) == 3
+        called.clear()
+
+
+@pytest.mark.parametrize("compute_together", TEAMS)
+def test_what_the_work_raises_in_this_thread_is_raised_when_the_others_are_done(compute_together: Callable[..., None]) -> None:
+    here, started, done = threading.get_ident(), threading.Event(), []
+
+    def work() -> None:
+        if threading.get_ident() == here:
+            started.wait(10)
+            raise KeyboardInterrupt
+        started.set()
+        time.sleep(0.02)
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_together(work, 2)
+    assert done == [1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timer signals")
+def test_no_interrupt_is_lost_whenever_it_comes(two_threads: None) -> None:
+    for _ in range(100):
+        with pytest.raises(InterruptedError, match="the timer"):
+            compute_until_interrupted(random.uniform(1e-5, 2e-3))
+    seen = [0] * 8
+    kernels.run_rows(count_rows, 8, seen)
+    assert seen == [1] * 8
+
+
+def compute_until_interrupted(seconds: float) -> None:
+    """Raises InterruptedError after so much processor time, or later an AssertionError if that was lost."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise InterruptedError("the timer")
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        for _ in range(10_000):
+            kernels.run_rows(count_rows, 8, [0] * 8)
+        raise AssertionError("no interrupt was raised")
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def test_few_rows_are_computed_by_this_thread_alone(two_threads: None) -> None:
@@ -98,8 +163,8 @@ def test_a_forked_child_computes_with_threads_of_its_own(two_threads: None) -> N
     assert outcome_in_a_child(compute) == "nothing"
 
 
-def test_threads_end_when_idle(two_threads: None) -> None:
-    kernels.run_rows(lambda first, stop: time.sleep(0.01), 8)
+def test_threads_of_the_pool_end_when_idle() -> None:
+    compute_in_pool(lambda: time.sleep(0.01), 2)
     deadline = time.monotonic() + 10
     while any(thread.name == "rabbit-kernels" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
@@ -113,3 +178,7 @@ def test_the_kernels_in_use_are_named() -> None:
     with kernels.torch_operations():
         assert kernels.kernels_in_use() == "torch operations"
         assert not kernels.can_run(torch.device("cpu"))
+
+
+def test_torchs_own_threads_are_used_on_linux() -> None:
+    assert can_use_team() == (sys.platform == "linux")

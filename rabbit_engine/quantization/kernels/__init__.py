@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -18,7 +17,8 @@ from importlib import import_module, metadata
 import torch
 
 from rabbit_engine.errors import first_line
-from rabbit_engine.quantization.kernels.pool import shared_pool
+from rabbit_engine.quantization.kernels.openmp import can_use_team, compute_in_team
+from rabbit_engine.quantization.kernels.pool import compute_in_pool
 
 logger = logging.getLogger(__name__)
 
@@ -88,22 +88,24 @@ def run_rows(kernel: Callable[..., None], count: int, *args: object, least: int 
         return
     step = -(-count // (threads * _PIECES))
     left = deque((first, min(first + step, count)) for first in range(0, count, step))
+    problems: list[BaseException] = []
 
     def compute() -> None:
-        while left:
-            try:
-                first, stop = left.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            kernel(first, stop, *args)
+        try:
+            while (rows := _next(left)) is not None:
+                kernel(*rows, *args)
+        except BaseException as problem:  # noqa: BLE001 - raised again below
+            left.clear()
+            problems.append(problem)
 
-    helpers: list[Future[None]] = []
-    try:
-        helpers += (shared_pool().submit(compute) for _ in range(threads - 1))
-        compute()
-    finally:  # also when interrupted: nobody may write to the caller's memory after this
-        left.clear()
-        running = [helper for helper in helpers if not helper.cancel()]
-        problems = [problem for helper in running if (problem := helper.exception()) is not None]
+    (compute_in_team if can_use_team() else compute_in_pool)(compute, threads)
     if problems:
         raise problems[0]
+
+
+def _next(left: deque[tuple[int, int]]) -> tuple[int, int] | None:
+    """Take the first range, unless another thread took the last one."""
+    try:
+        return left.popleft()
+    except IndexError:
+        return None

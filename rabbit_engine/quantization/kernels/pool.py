@@ -1,5 +1,5 @@
-"""The threads that help with kernels, shared by all models of a process. They end when nothing has been asked of them for a
-while, so that none is left after the last model."""
+"""Threads that help with kernels where torch's own cannot be used, shared by all models of a process. They end when nothing has
+been asked of them for a while, so that none is left after the last model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 _IDLE_S = 1.0
 
@@ -54,9 +54,22 @@ class Pool:
 _pool: tuple[int, Pool] | None = None
 
 
-def shared_pool() -> Pool:
+def _shared_pool() -> Pool:
     """This process's pool. A forked process gets a new one: it has no threads."""
     global _pool
     if _pool is None or _pool[0] != os.getpid():
         _pool = (os.getpid(), Pool())
     return _pool[1]
+
+
+def compute_in_pool(work: Callable[[], None], threads: int) -> None:
+    """Call `work` in this thread and in up to `threads - 1` others, and return when all have returned.
+
+    Raises what it raises in this thread. In the others it must not raise.
+    """
+    pool, helpers = _shared_pool(), list[Future[None]]()
+    try:
+        helpers += (pool.submit(work) for _ in range(threads - 1))
+        work()
+    finally:  # also when interrupted: nobody may write to the caller's memory after this
+        wait([helper for helper in helpers if not helper.cancel()])
