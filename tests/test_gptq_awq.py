@@ -32,7 +32,15 @@ def groups_of(inputs: int, *, desc_act: bool = False) -> list[int]:
     return found
 
 
-def save_gptq(family: str, tmp_path: Path, bits: int = 4, *, desc_act: bool = False, less: int = 1) -> tuple[Path, Path]:
+def save_gptq(
+    family: str,
+    tmp_path: Path,
+    bits: int = 4,
+    *,
+    desc_act: bool = False,
+    less: int = 1,
+    endings: tuple[str, ...] = ENDINGS,
+) -> tuple[Path, Path]:
     """A checkpoint in GPTQ's format, and one of the weights that it decodes to."""
     plain = families.save(family, tmp_path / "plain", torch.float16, **SIZES, **HEADS.get(family, {}))
     config = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": desc_act, "sym": False}
@@ -41,10 +49,10 @@ def save_gptq(family: str, tmp_path: Path, bits: int = 4, *, desc_act: bool = Fa
     def pack(weight: torch.Tensor) -> tuple[packing.Tensors, torch.Tensor]:
         return packing.to_gptq(weight, bits, groups_of(weight.shape[1], desc_act=desc_act), less)
 
-    return packing.rewrite_quantised(plain, tmp_path / "model", pack, config, ENDINGS), plain
+    return packing.rewrite_quantised(plain, tmp_path / "model", pack, config, endings), plain
 
 
-def save_awq(family: str, tmp_path: Path) -> tuple[Path, Path]:
+def save_awq(family: str, tmp_path: Path, *, endings: tuple[str, ...] = ENDINGS) -> tuple[Path, Path]:
     """The same in AWQ's."""
     plain = families.save(family, tmp_path / "plain", torch.float16, **SIZES)
     config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
@@ -52,7 +60,7 @@ def save_awq(family: str, tmp_path: Path) -> tuple[Path, Path]:
     def pack(weight: torch.Tensor) -> tuple[packing.Tensors, torch.Tensor]:
         return packing.to_awq(weight, groups_of(weight.shape[1]))
 
-    return packing.rewrite_quantised(plain, tmp_path / "model", pack, config, ENDINGS), plain
+    return packing.rewrite_quantised(plain, tmp_path / "model", pack, config, endings), plain
 
 
 def compare(model: Any, whole: Any, ids: torch.Tensor) -> None:
@@ -72,6 +80,16 @@ def test_a_checkpoint_has_the_bits_of_the_decoded_model(
     folder, decoded = save_gptq(family, tmp_path, desc_act=True) if method == "gptq" else save_awq(family, tmp_path)
     compare(streamed(folder), plain(decoded), ids)
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_head_that_shares_a_quantised_embedding_stays_in_memory(
+    method: str, tmp_path: Path, streamed: Any, plain: Any, ids: torch.Tensor
+) -> None:
+    """Rows of these formats cannot be read one by one, so the embedding needs the weight as long as the head does."""
+    save = save_gptq if method == "gptq" else save_awq
+    folder, decoded = save("llama_tied", tmp_path, endings=(*ENDINGS, "embed_tokens.weight"))
+    compare(streamed(folder), plain(decoded), ids)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

@@ -299,9 +299,10 @@ class _Partitioner:
         largest = max((size.nbytes for size in self._sizes if size.role == "streamed"), default=self._cut.most_bytes)
         most = min(self._cut.most_bytes, max(largest, self._cut.least_bytes))
         plain = type(self._model.get_submodule(head)).forward is nn.Linear.forward and weight in names
-        blocks = row_blocks(self._weights.entries[weight], most) if plain else []
+        can_stream = self._embedding() is not None or not self._is_shared(names)
+        blocks = row_blocks(self._weights.entries[weight], most) if plain and can_stream else []
         if len(blocks) < 2:
-            self._add(head, self._weights.unit(head, names), streamed=True, module=head)
+            self._add(head, self._weights.unit(head, names), streamed=can_stream, module=head)
             return
         for first, stop, entry in blocks:
             name = f"{head}[{first}:{stop}]"
@@ -309,6 +310,10 @@ class _Partitioner:
             self._blocks.append(Block(first, stop, name))
         if rest:
             self._add(f"{head} (rest)", self._weights.unit(head, rest), streamed=False)
+
+    def _is_shared(self, names: Sequence[str]) -> bool:
+        """Whether another module uses one of the weights: it would find it gone, unless it reads rows from disk."""
+        return any(self._users[self._weights.entries[name].name] > 1 for name in names)
 
     def add_others(self) -> None:
         """Add what belongs neither to a layer nor to the head: the embedding by row, everything else resident."""
