@@ -290,6 +290,7 @@ def test_a_warning_is_one_plain_line_about_options(rabbit: Any, speaker: Path) -
         ("read it, then give trust_remote_code=True (text)", "read it, then give --trust-remote-code (text)"),
         ("folder (layer_shards_saving_path=, cache_dir=), or", "folder (--saving-path, HF_HUB_CACHE), or"),
         ("device='cuda:99' is not available; use device=None for", "--device cuda:99 is not available; use no --device for"),
+        ('pass compression="4bit", or', "pass --compression 4bit, or"),
         ("choose with gguf_file=, one of a.gguf", "choose with --gguf-file, one of a.gguf"),
         ('use attn_implementation="eager" or "auto"', 'use --attn eager or "auto"'),
         ("the tokens of max_seq_len, 5", "the tokens of --max-seq-len, 5"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_quantised import FP8, rewrite, to_fp8
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from rabbit_engine import Session, errors
 from rabbit_engine.checkpoints import prepare
@@ -239,6 +239,31 @@ def test_originals_may_be_deleted(own_checkpoint: Any, streamed: Any, ids: torch
     streamed(folder, compression="4bit", delete_original=True)
     assert not list(folder.glob("*.safetensors"))
     assert torch.equal(streamed(folder, compression="4bit")(ids).logits, expected)
+
+
+BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize(("made", "asked", "advice"), [
+    ({"compression": "4bit"}, {}, 'pass compression="4bit" (`rabbit run {folder} --compression 4bit`)'),
+    ({"compression": "8bit"}, {"compression": "4bit"}, 'pass compression="8bit" (`rabbit run {folder} --compression 8bit`)'),
+    ({"split": "always"}, {"dtype": "float32"}, 'pass dtype="bfloat16" (`rabbit run {folder} --dtype bfloat16`)'),
+    ({"split": "always"}, {"compression": "8bit"}, "pass compression=None"),
+    ({"quantization_config": BitsAndBytesConfig(**BNB)}, {}, "pass quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+     'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'),
+])  # fmt: skip
+def test_an_error_for_deleted_originals_names_the_split_that_is_left(
+    own_checkpoint: Any, streamed: Any, made: dict[str, Any], asked: dict[str, Any], advice: str
+) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16)
+    streamed(folder, delete_original=True, **made)
+    (shards,) = (path for path in (folder / "rabbit_shards").iterdir() if path.is_dir())
+    with pytest.raises(errors.CheckpointNotFoundError) as caught:
+        streamed(folder, **asked)
+    assert f"a split of them is in {shards}: " in str(caught.value)
+    assert str(caught.value).endswith(advice.format(folder=folder))
+    assert [path for path in (folder / "rabbit_shards").iterdir() if path.is_dir()] == [shards]
+    streamed(folder, **made)
 
 
 def test_a_quantised_source_is_compressed_from_its_decoded_weights(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:

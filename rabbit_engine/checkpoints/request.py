@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,10 +29,11 @@ from rabbit_engine.checkpoints.formats import (
 )
 from rabbit_engine.checkpoints.gguf import GgufHeader, read_gguf_header
 from rabbit_engine.checkpoints.hub import Repo, fetch_weights, find_repo, weights_not_cached
+from rabbit_engine.checkpoints.only_copies import OnlyCopy, find_only_copies
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
-from rabbit_engine.checkpoints.shards import read_journal, read_manifest
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
-from rabbit_engine.errors import CheckpointNotFoundError, CompressionUnavailableError, ConfigurationError, DamagedShardError
+from rabbit_engine.errors import CheckpointNotFoundError, CompressionUnavailableError, ConfigurationError, HubUnreachableError
+from rabbit_engine.storage.directio import is_file
 from rabbit_engine.transformers_bridge.quantizers import method_of
 from rabbit_engine.utils.names import read_name
 
@@ -62,6 +62,19 @@ class ModelRequest:
         """Whether shards are requested even if the original files could be streamed."""
         split = self.split
         return split.mode == "always" or split.delete_original or split.saving_path is not None or split.compression is not None
+
+    def only_copies(self) -> list[OnlyCopy]:
+        """The splits of this model whose originals are deleted."""
+        return list(find_only_copies(self.folder.parent, _split_prefix(self.source, self.repo.names)))
+
+    def lacks_weights(self) -> bool:
+        """Whether any original weight file is neither on this machine nor to be downloaded."""
+        if self.repo.commit is not None and not self.repo.only_cached:
+            return False
+        try:
+            return not all(is_file(self.repo.folder / name) for name in self.weight_files().names)
+        except (CheckpointNotFoundError, HubUnreachableError):
+            return True
 
     def weight_files(self) -> WeightFiles:
         """The weight files to load. Raises the errors of the function `weight_files`."""
@@ -197,14 +210,8 @@ def _split_prefix(source: SourceConfig, names: Sequence[str]) -> str:
 
 def _deleted_dtype(root: Path, prefix: str) -> torch.dtype | None:
     """The dtype of a split below `root`, finished or not, whose originals are deleted: only this dtype is left."""
-    for folder in sorted(path for path in root.glob(f"{glob.escape(prefix)}*") if path.is_dir()):
-        try:
-            manifest, journal = read_manifest(folder), read_journal(folder)
-        except DamagedShardError:  # reported or repaired when this split is opened
-            continue
-        if (manifest and manifest.source["deleted"]) or (journal and journal.deleted):
-            return getattr(torch, folder.name.removeprefix(prefix).partition("-")[0], None)
-    return None
+    found = next(find_only_copies(root, prefix), None)
+    return None if found is None else getattr(torch, found.dtype, None)
 
 
 def _own_dtype(repo: Repo, config: PretrainedConfig, source: SourceConfig, root: Path, reading: Reading) -> torch.dtype:

@@ -20,13 +20,14 @@ from rabbit_engine.checkpoints.formats import WeightFiles
 from rabbit_engine.checkpoints.gguf_entries import map_gguf
 from rabbit_engine.checkpoints.hub import Repo
 from rabbit_engine.checkpoints.in_place import NotInPlaceError, not_plain, original_entries
+from rabbit_engine.checkpoints.only_copies import advice_to_load
 from rabbit_engine.checkpoints.packed import as_computed, with_own_linears
 from rabbit_engine.checkpoints.reading import WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.request import ModelRequest, open_request
 from rabbit_engine.checkpoints.shards import Journal, Manifest
 from rabbit_engine.checkpoints.skeleton import Build, build_for_entries, build_plain, map_names, require_fit
 from rabbit_engine.config import SourceConfig, SplitConfig
-from rabbit_engine.errors import ConfigurationError, MismatchedWeightsError
+from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, MismatchedWeightsError
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -172,7 +173,21 @@ def resolve(
     existing = find_existing(request, repair=repair)
     if existing.problem:
         logger.warning("%s", existing.problem)
-    return _from_shards(request, existing, build, repair) or _from_originals(request, existing, reading, build)
+    found = _from_shards(request, existing, build, repair)
+    if found is not None:
+        return found
+    if existing.journal is None:
+        _require_originals(request)
+    return _from_originals(request, existing, reading, build)
+
+
+def _require_originals(request: ModelRequest) -> None:
+    """Raise CheckpointNotFoundError if the original files were deleted after a split with other keywords: it names that."""
+    for copy in request.only_copies() if request.lacks_weights() else ():
+        compressed = request.split.compression is not None
+        keywords = copy.keywords(str(request.dtype).removeprefix("torch."), compressed=compressed)
+        if keywords:
+            raise CheckpointNotFoundError(advice_to_load(copy, request.repo.name, keywords, request.split.saving_path))
 
 
 def _without_shards(request: ModelRequest, reading: Reading, build: Build) -> Resolution:

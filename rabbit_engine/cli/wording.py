@@ -9,6 +9,7 @@ import re
 OPTIONS = {
     "attn_implementation": "--attn",
     "cache_dir": "HF_HUB_CACHE",
+    "compression": "--compression",
     "delete_original": "--delete-original",
     "device": "--device",
     "dtype": "--dtype",
