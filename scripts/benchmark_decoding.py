@@ -27,7 +27,7 @@ from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
 from rabbit_engine.quantization.kernels import kernels_in_use
 from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Storable
-from rabbit_engine.storage.encoding import Encoding, work_bytes
+from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.streaming.transfer.measure import measure_link
 from rabbit_engine.utils.platform import environment, find_device, has_streams
 from rabbit_engine.utils.sizes import format_rate
@@ -141,15 +141,14 @@ ENCODINGS: Mapping[str, Callable[[int, int], Stored]] = {
 }
 
 
-def decode_s(stored: Stored, device: torch.device, rounds: int, work_nbytes: int | None) -> list[float]:
+def decode_s(stored: Stored, device: torch.device, rounds: int) -> list[float]:
     """Seconds of each round; the first, which compiles kernels, is not counted."""
     components = [component.to(device) for component in stored.components]
     out = torch.empty(stored.shape, dtype=torch.bfloat16, device=device)
-    work = torch.empty(work_nbytes or work_bytes(out.nbytes), dtype=torch.uint8, device=device)
     found = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        stored.encoding.decode(components, out, work)
+        stored.encoding.decode(components, out)
         if has_streams(device):
             torch.accelerator.synchronize(device)
         found.append(time.perf_counter() - start)
@@ -161,7 +160,6 @@ def main(
     rows: int = 8192,
     columns: int = 8192,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    work: Annotated[int | None, typer.Option(help="Bytes for temporaries; by default what a plan reserves.")] = None,
 ) -> None:
     """Print a table and the records."""
     place = find_device(device)
@@ -171,7 +169,7 @@ def main(
     records = []
     for name, make in ENCODINGS.items():
         stored = make(rows, columns)
-        found = decode_s(stored, place, rounds, work)
+        found = decode_s(stored, place, rounds)
         median = statistics.median(found)
         print(
             f"| {name} | {1000 * median:.2f} | {format_rate(stored.nbytes, median)} | {format_rate(2 * rows * columns, median)} |"

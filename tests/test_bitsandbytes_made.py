@@ -18,7 +18,6 @@ from rabbit_engine.config import BitsAndBytes, CompressionConfig, SourceConfig, 
 from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.quantization.bitsandbytes_made import MadeBlocks4bit, MadeInt8Rows, PackedBlocks4bit
 from rabbit_engine.quantization.storable import Storable
-from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.transformers_bridge.quantizers import bitsandbytes_layers
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -120,7 +119,7 @@ def test_layers_keep_their_computation_if_the_shards_exist(own_checkpoint: Any, 
 def test_weights_decode_to_what_bitsandbytes_dequantises(encoding: Storable) -> None:
     weight = (torch.randn(64, 128, generator=torch.Generator().manual_seed(3)) * 0.02).bfloat16()
     out = torch.empty_like(weight)
-    encoding.decode(encoding.compress(weight), out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+    encoding.decode(encoding.compress(weight), out)
     if isinstance(encoding, MadeInt8Rows):
         values, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
         expected = bitsandbytes.functional.int8_vectorwise_dequant(values, largest).to(torch.bfloat16)

@@ -13,7 +13,6 @@ import torch
 
 from rabbit_engine.quantization.gguf import BLOCKS, GgufBlocks, OrderedRows, RowOrder, blocks_entry
 from rabbit_engine.quantization.kernels import torch_operations
-from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +33,7 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarr
 
 def decoded(encoding: Any, stored: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     out = torch.full(shape, float("nan"), dtype=dtype)
-    encoding.decode([torch.from_numpy(stored)], out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+    encoding.decode([torch.from_numpy(stored)], out)
     return out
 
 

@@ -23,7 +23,6 @@ from transformers import BitsAndBytesConfig
 
 from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import LAYOUTS
-from rabbit_engine.storage.encoding import work_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from benchmark_decoding import ENCODINGS, storable
@@ -73,11 +72,24 @@ def test_every_encoding_decodes_to_the_bits_of_the_cpu(name: str, dtype: torch.d
     torch.manual_seed(0)
     stored = DECODED_HERE[name](512, 512)
     expected, out = (torch.empty(stored.shape, dtype=dtype, device=device) for device in ("cpu", "cuda"))
-    memory = torch.empty(work_bytes(expected.nbytes), dtype=torch.uint8)
-    stored.encoding.decode(stored.components, expected, memory)
-    for work in (memory, memory[: 2**18]):  # all at once, or in pieces
-        stored.encoding.decode([component.cuda() for component in stored.components], out.zero_(), work.cuda())
-        assert torch.equal(out.cpu(), expected)
+    stored.encoding.decode(stored.components, expected)
+    stored.encoding.decode([component.cuda() for component in stored.components], out)
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", DECODED_HERE)
+def test_large_weights_are_decoded_in_pieces_within_the_memory_that_plans_count(name: str) -> None:
+    stored = DECODED_HERE[name](4096, 2560)
+    components, out = [part.cuda() for part in stored.components], torch.empty(stored.shape, dtype=torch.bfloat16, device="cuda")
+    stored.encoding.decode(components, out)  # makes tables
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stored.encoding.decode(components, out)
+    found = torch.cuda.max_memory_allocated() - before
+    assert found <= stored.encoding.work_bytes(components, out, out.device) + 2**20
+    expected = torch.empty(stored.shape, dtype=torch.bfloat16)
+    stored.encoding.decode(stored.components, expected)
+    assert torch.equal(out.cpu(), expected)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
+from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.forecast import forecast, why_lossless_gains_nothing
 from rabbit_engine.quantization.kernels import can_run, torch_operations
 from rabbit_engine.quantization.lossless import Lossless
-from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.storage.tensorfiles import each_row, read_tensor
 from rabbit_engine.utils.speeds import Speeds
 
 
 def decoded(components: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
     out = torch.full(shape, torch.nan, dtype=torch.bfloat16)
-    Lossless().decode(components, out, torch.empty(work_bytes(out.nbytes), dtype=torch.uint8))
+    Lossless().decode(components, out)
     return out
 
 
@@ -85,7 +85,7 @@ def test_any_bytes_decode_within_the_weight(role: int) -> None:
     damaged = torch.randint(low, high, stored[role].shape, generator=torch.Generator().manual_seed(2))
     stored[role] = damaged.to(stored[role].dtype)
     memory = torch.zeros(3, *weight.shape, dtype=torch.bfloat16)
-    Lossless().decode(stored, memory[1], torch.empty(0, dtype=torch.uint8))
+    Lossless().decode(stored, memory[1])
     assert not memory[[0, 2]].any()
     with torch_operations():
         assert torch.equal(bits(decoded(stored, weight.shape)), bits(memory[1]))
@@ -116,13 +116,16 @@ def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed:
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6}
     folder = own_checkpoint("llama", dtype=torch.bfloat16, **sizes)
     split = SplitConfig(compression=CompressionConfig(method="lossless"))
-    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=70_000_000, speeds=Speeds(disk=1e4, source="given"))
+    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=20_000_000, speeds=Speeds(disk=1e4, source="given"))
     arguments = (folder, SourceConfig(), split)
     assert forecast(*arguments, stream).pass_s < forecast(folder, SourceConfig(), SplitConfig(), stream).pass_s
     assert why_lossless_gains_nothing(*arguments, stream) == ""
     fast = replace(stream, speeds=Speeds(disk=1e15, source="given"))
     assert "(bound by decoding), and takes" in why_lossless_gains_nothing(*arguments, fast)
-    assert 'give max_memory={"cpu"' in why_lossless_gains_nothing(*arguments, replace(stream, device_budget_bytes=20_000_000))
+    with pytest.raises(BudgetError) as too_small:
+        forecast(folder, SourceConfig(), SplitConfig(), replace(stream, device_budget_bytes=1))
+    smallest = replace(stream, device_budget_bytes=too_small.value.smallest_bytes)
+    assert 'give max_memory={"cpu"' in why_lossless_gains_nothing(*arguments, smallest)
     roomy = replace(stream, device_budget_bytes=10**9)
     assert why_lossless_gains_nothing(*arguments, roomy) == "no weight moves after loading"
     assert "bfloat16" in why_lossless_gains_nothing(folder, SourceConfig(), replace(split, dtype=torch.float32), stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.assembly import assemble
 from rabbit_engine.model.auto import load
 from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.storage.encoding import Described
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, read_header, read_tensor
 from rabbit_engine.streaming import EmbeddingRows, LinearBlocks
 from rabbit_engine.utils.sizes import format_bytes, format_seconds
@@ -34,10 +36,13 @@ class Bytes:
     fused_by_default: bool = True
     by_rows: bool = True
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         self.log("decode")
         values, scales = stored
         out.copy_(values.float() * scales[..., None])
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        return 4 * math.prod(out.shape)
 
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         return rows <= MOST_ROWS
@@ -207,5 +212,8 @@ class _Pairs:
 
     by_rows: bool = True
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         out.copy_(stored[0].float() * stored[1].repeat_interleave(2)[:, None])
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        return 4 * math.prod(out.shape)

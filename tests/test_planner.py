@@ -108,6 +108,18 @@ def test_scratch_for_decoding_is_set_aside_within_the_budget(device: str) -> Non
     assert "scratch for decoding" not in dict(place(FOUR, device, Budget(device_bytes=300)).rows())
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_temporaries_of_decoding_are_counted_once_and_not_claimed(device: str) -> None:
+    """One weight is decoded at a time."""
+    units = [UnitSize(f"l{index}", "streamed", 100, scratch_bytes=200, work_bytes=size) for index, size in enumerate((50, 70, 0))]
+    plan = place([NORM, *units], device, Budget(device_bytes=471))
+    assert (plan.device_bytes, plan.held_bytes(device)) == (1 + 200 + 200, 471)
+    assert dict(plan.rows())["temporaries of decoding"] == f"70 B on {device}"
+    with pytest.raises(BudgetError) as caught:
+        place([NORM, *units], device, Budget(device_bytes=470))
+    assert caught.value.smallest_bytes == 471
+
+
 def test_residents_are_spread_evenly_over_the_depth() -> None:
     units = layers(*[100] * 80)  # the ring is two of them: too small for four reads of 8 MiB anyway
     for kept in (8, 20, 40, 60):

@@ -12,7 +12,6 @@ from rabbit_engine.quantization.four_bit import FourBitGroups
 from rabbit_engine.quantization.four_bit_layouts import LAYOUTS, layout_for, native_layout, pack, unpack
 from rabbit_engine.quantization.kernels import torch_operations
 from rabbit_engine.quantization.storable import Storable
-from rabbit_engine.storage.encoding import work_bytes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HERE = layout_for(64, "cpu")
@@ -25,7 +24,7 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Ten
 
 def decoded(encoding: Storable, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype)
-    encoding.decode(encoding.compress(weight), out, torch.full((work_bytes(out.nbytes),), 0x7F, dtype=torch.uint8))
+    encoding.decode(encoding.compress(weight), out)
     return out
 
 

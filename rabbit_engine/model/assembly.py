@@ -168,8 +168,8 @@ class _Builder:
         """Read the stored unit into the scratch, and write its decoded weights to their place."""
         scratch = self._plan.scratch_start
         fill_all(self._ring, [(unit, scratch)])
-        stored, work = self._ring.view(scratch, unit.nbytes), self._ring.view(scratch + unit.nbytes, unit.work_bytes)
-        tensors = unit.decode(stored, self._ring.view(start, unit.decoded_bytes), work)
+        stored = self._ring.view(scratch, unit.nbytes)
+        tensors = unit.decode(stored, self._ring.view(start, unit.decoded_bytes))
         self._ring.finish(self._ring.last_use())  # the next unit is read to the same scratch; any stream may use these
         if any(block.unit == unit.name for block in self._partition.blocks):
             self._decoded_blocks[unit.name] = tensors[0]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -132,7 +133,7 @@ def partition_model(
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
-    partitioner = _Partitioner(model, layout, weights, probe or run_probe(model, device_type), cut)
+    partitioner = _Partitioner(model, layout, weights, probe or run_probe(model, device_type), cut, torch.device(device_type))
     partitioner.add_towers()
     partitioner.add_layers()
     partitioner.add_head()
@@ -172,8 +173,11 @@ def _locate(model: PreTrainedModel, layout: Layout, entries: Mapping[str, Tensor
 class _Partitioner:
     """Builds a partition."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, weights: Weights, probe: Probe, cut: Cut, device: torch.device
+    ) -> None:
         self._model, self._layout, self._weights, self._probe, self._cut = model, layout, weights, probe, cut
+        self._device = device
         self._run_order = {name: index for index, name in enumerate(probe.alone)}
         self._users = Counter(entry.name for entry in weights.entries.values())
         self._units: dict[str, Unit] = {}
@@ -195,7 +199,8 @@ class _Partitioner:
     ) -> None:
         role: Role = "streamed" if streamed else "resident"
         self._units[name] = unit
-        size = UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare, scratch_bytes=unit.scratch_bytes)
+        scratch, work = unit.scratch_bytes, unit.work_bytes(self._device)
+        size = UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare, scratch_bytes=scratch, work_bytes=work)
         self._sizes.append(size if streamed or not unit.is_encoded else decoded_size(size, unit))
         if module is not None:
             self._modules[name] = module
@@ -272,7 +277,9 @@ class _Partitioner:
         routing = Routing(module.num_experts, used, largest, most_read)
         self._units[owner], self._experts[owner] = whole, experts
         scratch = max(unit.scratch_bytes for unit in experts)
-        self._sizes.append(UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing, scratch_bytes=scratch))
+        work = max(unit.work_bytes(self._device) for unit in (whole, *experts))  # all of them together if they stay
+        size = UnitSize(owner, "experts", whole.nbytes, whole.read_bytes, routing=routing, scratch_bytes=scratch, work_bytes=work)
+        self._sizes.append(size)
 
     def _is_unit(self, leaf: str, names: Sequence[str]) -> bool:
         entries = [self._weights.entries[name] for name in names]
@@ -380,7 +387,7 @@ def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
     ones."""
     if not unit.is_encoded or size.only_by_row:
         return size
-    return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes + unit.work_bytes, decoded=True)
+    return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes, decoded=True)
 
 
 def _configured_use(module: Any) -> int:

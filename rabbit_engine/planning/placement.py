@@ -15,6 +15,7 @@ from rabbit_engine.planning.tiers import (
     STAGING,
     TEXTS,
     UNBOUNDED,
+    WORK,
     Budget,
     Tenant,
     Tier,
@@ -54,8 +55,8 @@ def place_in(
     bytes a pass. What every pass needs stays before any expert does: it saves its bytes in every pass, an expert only in the
     passes routed to it. Raises BudgetError with the smallest budget that works.
     """
-    scratch = sum(scratch_shares(units).values())
-    held = [*tenants, *([Tenant(SCRATCH, tiers[0].name, scratch)] if scratch else [])]
+    for_decoding = {SCRATCH: sum(scratch_shares(units).values()), WORK: max((unit.work_bytes for unit in units), default=0)}
+    held = [*tenants, *(Tenant(name, tiers[0].name, nbytes) for name, nbytes in for_decoding.items() if nbytes)]
     _check_host(tiers, held)
     memory = _Memory(tuple(tiers), tuple(held))
     placed = _place_all(units, memory) or _place_some(units, memory)

@@ -32,7 +32,8 @@ class Plan(Report):
     """`tier_of` maps each unit to the tier that keeps it. `tiers` go from the fastest to the one that holds every weight.
 
     The first tier is the device that computes. `units` are in the order of a pass. Other users of a tier's memory are
-    `tenants` (caches of texts, the ring, scratch for decoding, staging) and slots of `experts` that are read on demand.
+    `tenants` (caches of texts, the ring, scratch and temporaries for decoding, staging) and slots of `experts` that are read on
+    demand.
     All bytes are of memory, except `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which are moved.
     With such experts, `pass_bytes` and `link_bytes` are for a token with none of them cached, `least_pass_bytes` with as many
     as possible. `source` is the origin of the rates.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rabbit_engine.planning.tiers import HOST
+from rabbit_engine.planning.tiers import HOST, SCRATCH, WORK
 from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ def rows(plan: Plan) -> Rows:
         *([("over the link", f"{format_bytes(plan.link_bytes)} a pass")] if plan.link_bytes else []),
         *([("for images", f"{format_bytes(plan.rare_bytes)} more from disk")] if plan.rare_bytes else []),
         ("ring", f"{format_bytes(plan.ring_bytes)} on {plan.device}"),
-        *([("scratch for decoding", f"{format_bytes(plan.scratch_bytes)} on {plan.device}")] if plan.scratch_bytes else []),
+        *[
+            (name, f"{format_bytes(plan.tenant_bytes(name))} on {plan.device}")
+            for name in (SCRATCH, WORK)
+            if plan.tenant_bytes(name)
+        ],
         *([("decoded", _decoded(plan))] if plan.decoding.nbytes else []),
         *([("staging", format_bytes(plan.staging_bytes))] if plan.staging_bytes else []),
         *[("note", note) for note in plan.notes],

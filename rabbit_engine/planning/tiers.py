@@ -17,7 +17,7 @@ Holding = Literal["weights", "experts", "caches"]
 HOST, DISK = "host", "disk"
 """Names of tiers; a device's tier has the device's name."""
 
-TEXTS, RING, SCRATCH, STAGING = "caches of texts", "ring", "scratch for decoding", "staging"
+TEXTS, RING, SCRATCH, WORK, STAGING = "caches of texts", "ring", "scratch for decoding", "temporaries of decoding", "staging"
 """Names of tenants."""
 
 
@@ -28,8 +28,9 @@ class UnitSize:
     A `streamed` unit passes through the ring, and an `embedding` is read by row, unless there is room to keep them; a
     `resident` must stay. One that `encloses` is held while units inside it are in use. A `rare` one runs in few passes (a
     vision tower, for images) and is the last to stay. The `experts` of a layer are read on demand, with `routing`, unless
-    everything fits. One with encoded weights needs `scratch_bytes` of the device while in use; one that is `decoded` at load
-    needs them then, and `nbytes` counts its decoded weights. An encoded embedding is `only_by_row`: it never stays.
+    everything fits. One with encoded weights needs `scratch_bytes` of the device while in use, and `work_bytes` of temporaries
+    while it is decoded; one that is `decoded` at load needs both then, and `nbytes` counts its decoded weights. An encoded
+    embedding is `only_by_row`: it never stays.
     """
 
     name: str
@@ -40,6 +41,7 @@ class UnitSize:
     rare: bool = False
     routing: Routing | None = None
     scratch_bytes: int = 0
+    work_bytes: int = 0
     decoded: bool = False
     only_by_row: bool = False
 

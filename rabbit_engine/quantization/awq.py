@@ -6,6 +6,7 @@ with even places first; `scales` [groups, out].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
     SCALES,
     WORD_BITS,
-    at_once,
     groups_in_order,
+    lines_at_once,
     run_tiles,
+    temporaries,
     write_columns,
 )
 from rabbit_engine.quantization.format import PackedFormat, StoredWeight
+from rabbit_engine.storage.encoding import Described
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -43,22 +46,28 @@ class Awq:
 
     by_rows = False
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`(value - zero point) * scale`, rounded to the dtype of the scales, then to that of `out`."""
         words, packed_zeros, scales = stored
         zeros, groups = _unpack(packed_zeros), groups_in_order(len(words), self.size, out.device)
         target = out.view(-1, len(words))  # an expert has a dimension more
-        if kernels.can_write(out):
+        if kernels.can_write(out.dtype, out.device):
             from rabbit_engine.quantization.kernels.packed import decode_awq
 
             places = (tensor.view(len(scales), -1, _PER_WORD).transpose(1, 2) for tensor in (zeros, scales))
             run_tiles(decode_awq, words, *places, self.size, out=target)
             return
-        step = max(1, at_once(work, out.device) // len(target))
+        step = lines_at_once(len(target), out.device)
         for first in range(0, len(words), step):
             of_some = groups[first : first + step]
             codes = _unpack(words[first : first + step])
             write_columns(target, first, codes, zeros.index_select(0, of_some), scales.index_select(0, of_some))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """Zero points and scales; with torch operations also a piece."""
+        outputs = math.prod(out.shape) // out.shape[-1]
+        at_once = 0 if kernels.can_write(out.dtype, device) else lines_at_once(outputs, device) * outputs
+        return temporaries(stored[2], out, at_once)
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import run_product
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
-from rabbit_engine.storage.encoding import carve, values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -42,7 +42,7 @@ _INT8_STEP = 7.874015718698502e-3
 """1 / 127, as bitsandbytes writes it."""
 
 _MOST_AT_ONCE = 2**18
-"""Bytes of codes that torch operations decode together on a CPU: few enough for its caches."""
+"""Values that torch operations decode together on a CPU: few enough for its caches."""
 
 _MOST_FUSED_ROWS = 3
 """Of states, for which the fused product is faster: for a matrix of 4096 x 4096 it takes 4.1 ms for one row, 7.0 for four;
@@ -50,8 +50,11 @@ decoding it and torch's product take 7.2 for any of these."""
 
 _MOST_STATE_BYTES = 2**16
 
-_BYTES_AT_ONCE = 4 + 8
+_CODE_BYTES = 4 + 8
 """Of temporaries for a byte of codes: its index, and two values."""
+
+_SCALE_BYTES = 12
+"""Of temporaries for a scale that is quantised too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +75,22 @@ class Blocks4bit:
         """Whether rows are ranges of all components: the scales of scales are for blocks of several rows."""
         return self.whole_rows and self.offset is None
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`float32(value of the code) * absmax`, rounded once to the dtype of `out`."""
         codes, target, absmax = stored[0].reshape(-1).view(torch.uint8), out.view(-1), self._absmax(stored[1:])
-        if kernels.can_write(out):
+        if kernels.can_write(out.dtype, out.device):
             self._decode_compiled(codes, absmax, target)
         else:
-            self._decode_with_torch(codes, absmax, target, work)
+            self._decode_with_torch(codes, absmax, target)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """The scales, unless they are stored as such, and what torch operations need for a piece."""
+        scales = 0 if self.offset is None else _SCALE_BYTES * math.prod(stored[1].shape)
+        compiled = kernels.can_write(out.dtype, device)
+        return scales + (0 if compiled else _CODE_BYTES * min(stored[0].nbytes, self._codes_at_once(device)))
+
+    def _codes_at_once(self, device: torch.device) -> int:
+        return rows_at_once(_MOST_AT_ONCE, self.block, device) * self.block // 2
 
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernel multiplies this many rows of states faster than decoding does."""
@@ -103,12 +115,12 @@ class Blocks4bit:
         least = kernels.THREAD_VALUES // self.block
         kernels.run_rows(decode_blocks, len(absmax), *arrays, self.block, bits.numpy(), least=least)
 
-    def _decode_with_torch(self, codes: torch.Tensor, absmax: torch.Tensor, target: torch.Tensor, work: torch.Tensor) -> None:
+    def _decode_with_torch(self, codes: torch.Tensor, absmax: torch.Tensor, target: torch.Tensor) -> None:
         pairs = _pairs(self.kind, target.device)
-        blocks = max(1, values_at_once(work.nbytes // _BYTES_AT_ONCE, _MOST_AT_ONCE, target.device) // (self.block // 2))
-        at_once = min(len(codes), blocks * self.block // 2)
-        index, values = carve(work, (torch.int32, at_once), (torch.float32, 2 * at_once))
-        pieces = zip(codes.split(at_once), target.split(2 * at_once), absmax.split(blocks), strict=True)
+        at_once = self._codes_at_once(target.device)
+        index = torch.empty(min(len(codes), at_once), dtype=torch.int32, device=target.device)
+        values = torch.empty(2 * len(index), dtype=torch.float32, device=target.device)
+        pieces = zip(codes.split(at_once), target.split(2 * at_once), absmax.split(2 * at_once // self.block), strict=True)
         for some, part, scales in pieces:
             places, wide = index[: len(some)], values[: len(part)]
             places.copy_(some)
@@ -142,14 +154,20 @@ class Int8Rows:
 
     by_rows = True
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`float32(value) * magnitude * float32(1 / 127)`, rounded after each product, then to the dtype of `out`."""
         columns = out.shape[-1]
         values, largest, target = stored[0].view(-1, columns), stored[1].view(-1, 1), out.view(-1, columns)
-        rows = max(1, values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device) // columns)
-        single = carve(work, (torch.float32, min(rows, len(values)) * columns))[0].view(-1, columns)
+        rows = rows_at_once(_MOST_AT_ONCE, columns, out.device)
+        single = torch.empty(min(rows, len(values)), columns, dtype=torch.float32, device=out.device)
         for some, scales, part in zip(values.split(rows), largest.split(rows), target.split(rows), strict=True):
             part.copy_(single[: len(some)].copy_(some).mul_(scales).mul_(_INT8_STEP))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """A piece in float32."""
+        del stored
+        columns = out.shape[-1]
+        return 4 * min(math.prod(out.shape), rows_at_once(_MOST_AT_ONCE, columns, device) * columns)
 
 
 def open_bitsandbytes(config: Fields) -> PackedFormat:

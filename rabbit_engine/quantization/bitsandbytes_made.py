@@ -6,6 +6,7 @@ multiplies by that form whatever the number of rows. The split stores that form,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ import torch
 from rabbit_engine.quantization.bitsandbytes import VALUES, Blocks4bit, Int8Rows
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.storable import Component
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.utils.extras import missing_extra
 
@@ -25,7 +26,10 @@ _STRIP = 32
 
 _HALF = _STRIP // 2
 _MOST_AT_ONCE = 2**18
-"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+"""Values that a CPU decodes together: few enough for its caches, enough to seldom wake torch's threads."""
+
+_VALUE_BYTES = 13
+"""Of temporaries for a decoded value."""
 
 
 def bitsandbytes() -> Any:
@@ -135,20 +139,27 @@ class PackedBlocks4bit:
         packed, state = bitsandbytes().functional._convert_weight_packed_for_cpu(codes, state)
         return packed, state.absmax
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`float32(value of the code) * absmax`, rounded once to the dtype of `out`."""
         codes, absmax = stored
         rows, columns = out.shape
         values = torch.tensor(VALUES[self.kind], dtype=torch.float32, device=out.device)
-        step = max(1, min(_MOST_AT_ONCE, work.nbytes // 4) // (columns * _STRIP)) * _STRIP
-        (memory,) = carve(work, (torch.float32, min(rows, step) * columns))
+        step = _rows_at_once(columns, out.device)
+        memory = torch.empty(min(rows, step) * columns, dtype=torch.float32, device=out.device)
         for first in range(0, rows, step):
             some = codes[first : first + step].view(-1, columns // 2, _HALF, 2).permute(0, 2, 1, 3)
             part = memory[: some.numel() * 2].view(len(some), 2, _HALF, columns // 2, 2)
-            part[:, 0], part[:, 1] = values[(some & 0xF).int()], values[(some >> 4).int()]
+            part[:, 0] = values[(some & 0xF).int()]
+            part[:, 1] = values[(some >> 4).int()]
             scales = absmax[:, first : first + step].t().float()
             wide = part.view(-1, columns // BLOCK, BLOCK).mul_(scales[..., None])
             out[first : first + step].copy_(wide.view(-1, columns))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """A piece in float32, and its codes as indices."""
+        del stored
+        columns = out.shape[-1]
+        return _VALUE_BYTES * min(math.prod(out.shape), _rows_at_once(columns, device) * columns)
 
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Always, where it can run: the result is that of bitsandbytes."""
@@ -188,6 +199,10 @@ class MadeInt8Rows(Int8Rows):
             raise ValueError("it has values that are not finite in float16")
         values, largest, _ = bitsandbytes().functional.int8_vectorwise_quant(half)
         return values, largest
+
+
+def _rows_at_once(columns: int, device: torch.device) -> int:
+    return rows_at_once(_MOST_AT_ONCE, columns * _STRIP, device) * _STRIP
 
 
 def _matrix(dtype: torch.dtype, shape: tuple[int, ...], *, even: bool = True) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from rabbit_engine.storage.encoding import Described
+
 
 @dataclass(frozen=True, slots=True)
 class Cast:
@@ -15,7 +17,11 @@ class Cast:
 
     by_rows: ClassVar[bool] = True
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Round to nearest, as `Tensor.to` does."""
-        del work
         out.copy_(stored[0])
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """None."""
+        del stored, out, device
+        return 0

@@ -3,19 +3,23 @@ every output in each group of inputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from rabbit_engine.quantization import kernels
-from rabbit_engine.storage.encoding import values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 
 _MOST_AT_ONCE = 2**18
 """Values that torch operations decode together on a CPU: few enough for its caches."""
 
-_VALUE_BYTES = 16
-"""What torch's temporaries take for a value: most are float32."""
+_SCALE_BYTES, _INPUT_BYTES = 16, 8
+"""Of torch's temporaries for a scale with its zero point, and for the group of an input."""
+
+_COLUMN_VALUE_BYTES = 13
+"""Of temporaries for a value in `write_columns`: its code, zero point, scale and result, most of them in float32."""
 
 WORD_BITS = 32
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,9 +44,15 @@ def unpack(words: torch.Tensor, bits: int, *, whole: bool = False) -> torch.Tens
     return values.bitwise_and_((1 << bits) - 1).to(torch.uint8).view(-1, words.shape[1])
 
 
-def at_once(work: torch.Tensor, device: torch.device) -> int:
-    """How many values torch operations decode together on `device`."""
-    return values_at_once(work.nbytes // _VALUE_BYTES, _MOST_AT_ONCE, device)
+def lines_at_once(values: int, device: torch.device) -> int:
+    """How many lines of so many values torch operations decode together on `device`."""
+    return rows_at_once(_MOST_AT_ONCE, values, device)
+
+
+def temporaries(scales: Described, out: Described, at_once: int, value_bytes: int = _COLUMN_VALUE_BYTES) -> int:
+    """Bytes of temporaries: of `scales` with their zero points, of the groups of inputs, and of `at_once` values of `out`."""
+    values = min(math.prod(out.shape), at_once)
+    return _SCALE_BYTES * math.prod(scales.shape) + _INPUT_BYTES * out.shape[-1] + value_bytes * values
 
 
 def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> None:

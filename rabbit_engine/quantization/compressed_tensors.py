@@ -19,10 +19,11 @@ from torch.nn.functional import pad
 
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
-from rabbit_engine.quantization.columns import SCALES, WORD_BITS, at_once, rounding, run_product, unpack
+from rabbit_engine.quantization.columns import SCALES, WORD_BITS, lines_at_once, rounding, run_product, temporaries, unpack
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.quantization.fp8 import fp8_entry
+from rabbit_engine.storage.encoding import Described
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -45,6 +46,9 @@ _OF_STATES = [f"{part}_{kind}" for part in ("input", "output", "q", "k", "v") fo
 _MOST_FUSED_ROWS = 6
 """Of states, for which the fused product is faster: for a matrix of 4096 x 4096 it takes 1.8 ms for one row, 4.4 for four;
 decoding it and torch's product take 6.2 for any of these."""
+
+_VALUE_BYTES = 9
+"""Of temporaries of torch operations for a value: two float32 and a code."""
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -71,17 +75,17 @@ class ScaledBlocks:
 
     fused_by_default: ClassVar[bool] = False
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`(value - zero point) * scale`, rounded to the dtype of the scales, then to that of `out`."""
         values, scales, *rest = stored
         target = out.view(-1, out.shape[-1])  # an expert has a dimension more
         values, scales = values.view(len(target), -1), scales.reshape(-1, scales.shape[-1] if scales.ndim > 1 else 1)
         zeros = self._zeros(rest[0], len(target)).view(scales.shape) if self.with_zeros else None
         groups = rest[-1] if self.in_groups and int(rest[-1].min()) >= 0 else None  # -1: not in use
-        if groups is None and self._in_nibbles(target.shape[1]) and kernels.can_write(out):
+        if groups is None and self._in_nibbles(target.shape[1]) and kernels.can_write(out.dtype, out.device):
             self._decode_nibbles(values, zeros, scales, target)
             return
-        step = max(1, at_once(work, out.device) // target.shape[1])
+        step = lines_at_once(target.shape[1], out.device)
         for first in range(0, len(target), step):
             part = target[first : first + step]
             block = torch.arange(first, first + len(part), device=out.device).div_(self.rows, rounding_mode="floor")
@@ -90,6 +94,12 @@ class ScaledBlocks:
                 self._blocks(wide, zeros.index_select(0, block), groups, torch.Tensor.sub_)
             self._blocks(wide, scales.index_select(0, block).float(), groups, torch.Tensor.mul_)
             part.copy_(wide.to(scales.dtype))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """Zero points and scales; with torch operations also a piece."""
+        columns = out.shape[-1]
+        compiled = not self.in_groups and self._in_nibbles(columns) and kernels.can_write(out.dtype, device)
+        return temporaries(stored[1], out, 0 if compiled else lines_at_once(columns, device) * columns, _VALUE_BYTES)
 
     def _in_nibbles(self, columns: int) -> bool:
         """Whether kernels can read rows of so many values: four bits each, in groups of whole bytes."""

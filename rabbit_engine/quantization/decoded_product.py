@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from rabbit_engine.storage.encoding import Encoding, work_bytes
+from rabbit_engine.storage.encoding import Encoding
 
 
 def decoded_product(
@@ -15,5 +15,5 @@ def decoded_product(
 ) -> torch.Tensor:
     """`states` [rows, columns] times the weight of `shape` that `stored` decodes to in their dtype, transposed."""
     weight = torch.empty(*shape, dtype=states.dtype, device=states.device)
-    encoding.decode(stored, weight, torch.empty(work_bytes(weight.nbytes), dtype=torch.uint8, device=states.device))
+    encoding.decode(stored, weight)
     return functional.linear(states, weight)

@@ -14,6 +14,7 @@ import torch
 from rabbit_engine.quantization import torch_products
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.storable import Component
+from rabbit_engine.storage.encoding import Described
 
 _LARGEST = 127
 _MOST_AT_ONCE = 2**20
@@ -42,12 +43,16 @@ class EightBitRows:
             raise ValueError(f"a weight of shape {list(shape)} and {dtype} is not a matrix of floats")
         return Component(torch.int8, shape), Component(dtype, shape[:-1])
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Exact in the dtype of `out`: it holds all integers of eight bits, and torch rounds a product once."""
-        del work
         values, scales = stored
         out.copy_(values)
         out.mul_(scales[..., None])
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """None."""
+        del stored, out, device
+        return 0
 
     def compress(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
         """Round to nearest; the largest value of a row becomes 127. Raises ValueError for values that are not finite."""

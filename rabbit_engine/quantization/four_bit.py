@@ -6,6 +6,7 @@ stored in that dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +18,7 @@ from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.four_bit_fit import fit_groups
 from rabbit_engine.quantization.four_bit_layouts import BY_ROWS, LAYOUTS, native_layout, pack, regions, unpack
 from rabbit_engine.quantization.storable import Component
-from rabbit_engine.storage.encoding import carve, values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.jsonvalues import Fields, shown
 
 _MIDDLE = 8
@@ -93,14 +94,22 @@ class FourBitGroups:
             of_rows = factors[:, first : first + step]
             of_rows[..., 0], of_rows[..., 1] = scales.view(len(some), -1).t(), zeros.view(len(some), -1).t()
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Decode some blocks of rows at a time."""
         codes, factors = stored
         for matrix, some_codes, some_factors in zip(_matrices(out), _matrices(codes), _matrices(factors, 3), strict=True):
-            if self.layout != BY_ROWS and kernels.can_write(matrix):
+            if self.layout != BY_ROWS and kernels.can_write(matrix.dtype, matrix.device):
                 self._decode_compiled(some_codes, some_factors, matrix)
             else:
-                self._decode_with_torch(some_codes, some_factors, matrix, work)
+                self._decode_with_torch(some_codes, some_factors, matrix)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """A matrix's factors in float32, twice; with torch operations a piece: in float32, its codes, its factors."""
+        rows, columns = out.shape[-2:]
+        if self.layout != BY_ROWS and kernels.can_write(out.dtype, device):
+            return 2 * 4 * math.prod(stored[1].shape[-3:])
+        piece = min(rows, _rows_at_once(columns, device)) * columns
+        return (4 + 1) * piece + 2 * 4 * piece // self.group
 
     def _decode_compiled(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
         from rabbit_engine.quantization.kernels.four_bit import decode_blocks_of_rows
@@ -114,11 +123,10 @@ class FourBitGroups:
             arrays = (some.numpy(), region.distance, *of_rows, self.group, bits[rows].numpy())
             kernels.run_rows(decode_blocks_of_rows, len(some), *arrays, least=least)
 
-    def _decode_with_torch(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+    def _decode_with_torch(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
         rows, columns = out.shape
-        most = values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device)
-        step = max(1, most // (columns * _BLOCK_ROWS)) * _BLOCK_ROWS
-        (memory,) = carve(work, (torch.float32, min(rows, step) * columns))
+        step = _rows_at_once(columns, out.device)
+        memory = torch.empty(min(rows, step) * columns, dtype=torch.float32, device=out.device)
         for first in range(0, rows, step):
             some = out[first : first + step]
             values = memory[: some.numel()].view(some.shape)
@@ -140,6 +148,10 @@ class FourBitGroups:
         return torch_products.int4_product(
             states, codes.view(rows, columns // 2), self.group, factors.view(columns // self.group, rows, 2)
         )
+
+
+def _rows_at_once(columns: int, device: torch.device) -> int:
+    return rows_at_once(_MOST_AT_ONCE, columns * _BLOCK_ROWS, device) * _BLOCK_ROWS
 
 
 def _matrices(tensor: torch.Tensor, dimensions: int = 2) -> torch.Tensor:

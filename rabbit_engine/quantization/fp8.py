@@ -6,6 +6,7 @@ A weight [..., rows, columns] is cut into a grid of blocks of equal size, one sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,11 +16,14 @@ import torch
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import run_product
 from rabbit_engine.quantization.decoded_product import decoded_product
-from rabbit_engine.storage.encoding import carve, values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 _MOST_AT_ONCE = 2**20
-"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+"""Values that a CPU decodes together: few enough for its caches, enough to seldom wake torch's threads."""
+
+_VALUE_BYTES, _SCALE_BYTES = 2 + 4, 20
+"""Of temporaries: a value in float16 and float32, a scale in several steps."""
 
 _SHIFT = torch.tensor(7, dtype=torch.int16, device="cpu")
 _VALUE_BITS = torch.tensor(-0x4080, dtype=torch.int16, device="cpu")
@@ -62,7 +66,7 @@ class Fp8Blocks:
         codes = weight.view(torch.uint8).view(*shape)
         return run_product(multiply_fp8, states, shape, codes.numpy(), _grid(scales).contiguous().numpy())
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Decode some rows at a time: to float32, times their scales, to the dtype of `out`."""
         weight, scales = stored
         columns, grid = weight.shape[-1], _grid(scales)
@@ -70,13 +74,19 @@ class Fp8Blocks:
         can_shift = _can_shift(values, grid)
         if can_shift:
             grid = grid * _EXPONENT_SHIFT
-        at_once = max(1, values_at_once(work.nbytes // (2 + 4), _MOST_AT_ONCE, out.device) // columns)
-        half, single = carve(work, (torch.int16, at_once * columns), (torch.float32, at_once * columns))
+        at_once = rows_at_once(_MOST_AT_ONCE, columns, out.device)
+        most = min(at_once * columns, out.numel())
+        half, single = (torch.empty(most, dtype=dtype, device=out.device) for dtype in (torch.int16, torch.float32))
         for codes, factors, decoded in _pieces(values, grid, target, at_once):
             wide = single[: codes.numel()].view(codes.shape)
             wide.copy_(_shifted(codes, half) if can_shift else codes)
             wide.view(len(factors), -1, grid.shape[1], columns // grid.shape[1]).mul_(factors[:, None, :, None])
             decoded.copy_(wide)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """The scales in float32, and a piece."""
+        most = rows_at_once(_MOST_AT_ONCE, out.shape[-1], device) * out.shape[-1]
+        return _SCALE_BYTES * math.prod(stored[1].shape) + _VALUE_BYTES * min(math.prod(out.shape), most)
 
 
 def _grid(scales: torch.Tensor) -> torch.Tensor:

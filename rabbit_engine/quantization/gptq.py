@@ -7,6 +7,7 @@ any order with `desc_act`. The first version of the format stores zero points le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,15 @@ from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
     SCALES,
     WORD_BITS,
-    at_once,
     groups_in_order,
+    lines_at_once,
     run_tiles,
+    temporaries,
     unpack,
     write_columns,
 )
 from rabbit_engine.quantization.format import PackedFormat, StoredWeight
+from rabbit_engine.storage.encoding import Described
 from rabbit_engine.storage.jsonvalues import Fields, shown
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
@@ -48,7 +51,7 @@ class Gptq:
 
     by_rows = False
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """`(value - zero point) * scale`, rounded to the dtype of the scales, then to that of `out`."""
         words, packed_zeros, scales = stored[:3]
         target, bits = out.view(-1, out.shape[-1]), self.bits  # an expert has a dimension more
@@ -57,18 +60,31 @@ class Gptq:
         _require_groups(groups, len(scales))
         zeros = unpack(packed_zeros.t().contiguous(), bits).t()
         zeros = (zeros + self.less).bitwise_and_((1 << bits) - 1)
-        if WORD_BITS % bits == 0 and kernels.can_write(out):
+        if self._can_compile(out.dtype, out.device):
             from rabbit_engine.quantization.kernels.packed import decode_gptq
 
             run_tiles(decode_gptq, words, zeros, scales, groups.to(torch.int32).numpy(), bits, out=target)
             return
-        whole = bits if WORD_BITS % bits else 1  # words that end where a value does
-        step = max(1, at_once(work, out.device) * bits // (outputs * WORD_BITS * whole)) * whole
+        step = self._words_at_once(outputs, out.device)
         for start in range(0, len(words), step):
             codes = unpack(words[start : start + step], bits)
             first = start * WORD_BITS // bits
             of_some = groups[first : first + len(codes)]
             write_columns(target, first, codes, zeros.index_select(0, of_some), scales.index_select(0, of_some))
+
+    def _can_compile(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return WORD_BITS % self.bits == 0 and kernels.can_write(dtype, device)
+
+    def _words_at_once(self, outputs: int, device: torch.device) -> int:
+        """Words that end where a value does."""
+        whole = self.bits if WORD_BITS % self.bits else 1
+        return lines_at_once(outputs * WORD_BITS * whole // self.bits, device) * whole
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """Zero points and scales; with torch operations also a piece."""
+        outputs = math.prod(out.shape) // out.shape[-1]
+        words = 0 if self._can_compile(out.dtype, device) else self._words_at_once(outputs, device)
+        return temporaries(stored[2], out, words * WORD_BITS * outputs // self.bits)
 
 
 def _require_groups(groups: torch.Tensor, count: int) -> None:

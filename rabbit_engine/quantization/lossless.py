@@ -13,6 +13,7 @@ of an exponent become three. A weight [..., rows, columns] is cut into groups of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from rabbit_engine.quantization.kernels import can_run, run_rows
 from rabbit_engine.quantization.storable import Component
-from rabbit_engine.storage.encoding import values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 
 _PARTS = 8
 _WINDOW = 8
@@ -32,8 +33,11 @@ _GROUP_VALUES = 2**16
 _PIECE_VALUES = 2**18
 """Values that torch operations decode together on a CPU: few enough for its caches."""
 
-_VALUE_BYTES = 16
+_VALUE_BYTES = 20
 """What torch's temporaries take for a value."""
+
+_ESCAPE_BYTES = 32
+"""What they take for an escape."""
 
 _WORTH = 0.9
 """A weight is stored so if it takes at most this share of its bytes."""
@@ -79,7 +83,7 @@ class Lossless:
         found = [torch.stack(some).view(*weight.shape[:-2], *some[0].shape) for some in zip(*padded, strict=True)]
         return found if sum(tensor.nbytes for tensor in found) <= _WORTH * weight.nbytes else None
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Decode the groups, in compiled code or by torch operations."""
         low, codes, groups, escapes = _flat(stored)
         bits = out.view(torch.int16).view(low.shape)
@@ -89,7 +93,16 @@ class Lossless:
             views = (low.numpy(), codes.numpy(), escapes.numpy(), groups.numpy(), bits.view(torch.uint16).numpy())
             run_rows(decode_groups, len(groups), *views, least=4)
         else:
-            _decode(low, codes, groups, escapes, bits, work.nbytes)
+            _decode(low, codes, groups, escapes, bits)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """With torch operations what some groups need."""
+        if can_run(device):
+            return 0
+        groups, escapes = (math.prod(stored[index].shape) // 2 for index in (2, 3))
+        of_group = math.prod(out.shape) // groups
+        at_once = min(groups, rows_at_once(_PIECE_VALUES, of_group, device))
+        return at_once * (_VALUE_BYTES * of_group + _ESCAPE_BYTES * escapes // groups)
 
 
 def _flat(stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -99,12 +112,9 @@ def _flat(stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [*flat, escapes.flatten(end_dim=-3)]
 
 
-def _decode(
-    low: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, escapes: torch.Tensor, bits: torch.Tensor, work_bytes: int
-) -> None:
+def _decode(low: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, escapes: torch.Tensor, bits: torch.Tensor) -> None:
     rows = len(low) // len(groups)
-    most = values_at_once(max(_PIECE_VALUES, work_bytes // _VALUE_BYTES), _PIECE_VALUES, bits.device)
-    at_once = max(1, most // (rows * low.shape[1]))
+    at_once = rows_at_once(_PIECE_VALUES, rows * low.shape[1], bits.device)
     for first in range(0, len(groups), at_once):
         some, base = slice(first * rows, (first + at_once) * rows), groups[first : first + at_once, 0]
         exponents = _codes(codes[some]) + base.repeat_interleave(rows)[:, None]

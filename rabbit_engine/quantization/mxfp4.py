@@ -6,20 +6,24 @@ exponents biased by 127. The weight is [experts, groups * 32, out]: transposed, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from rabbit_engine.storage.encoding import carve, values_at_once
+from rabbit_engine.storage.encoding import Described, values_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 _GROUP = 32
 _GROUP_BYTES = _GROUP // 2
 _BIAS = 127
 _MOST_AT_ONCE = 2**19
-"""Values that are decoded together: few enough for a processor's caches, enough to seldom wake torch's threads."""
+"""Values that a CPU decodes together: few enough for its caches, enough to seldom wake torch's threads."""
+
+_VALUE_BYTES = 7
+"""Of temporaries for a decoded value."""
 
 _TO_TOP, _TO_PLACE, _HIGH_TO_PLACE = (torch.tensor(shift, dtype=torch.int16, device="cpu") for shift in (12, 3, 5))
 _VALUE_BITS = torch.tensor(-0x7200, dtype=torch.int16, device="cpu")
@@ -41,10 +45,10 @@ class Mxfp4:
 
     by_rows: ClassVar[bool] = True
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Decode some groups of an expert's rows at a time."""
         blocks, scales = stored
-        most = values_at_once(work.nbytes // 4, _MOST_AT_ONCE, out.device)
+        most = values_at_once(_MOST_AT_ONCE, out.device)
         rows = max(1, min(blocks.shape[1], most // _GROUP))
         groups = max(1, most // (rows * _GROUP))
         decode = _decode_shifted if scales.amax() <= _LARGEST_SHIFTED_EXPONENT else _decode_looked_up
@@ -52,18 +56,24 @@ class Mxfp4:
             target = weight.view(-1, _GROUP_BYTES, 2, weight.shape[-1])
             for some, of_some, part in zip(codes.split(rows), exponents.split(rows), target.split(rows, dim=3), strict=True):
                 for piece in zip(some.split(groups, dim=1), of_some.split(groups, dim=1), part.split(groups), strict=True):
-                    decode(*piece, work)
+                    decode(*piece)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """What a piece of an expert needs."""
+        del stored
+        return _VALUE_BYTES * min(math.prod(out.shape[1:]), max(_GROUP, values_at_once(_MOST_AT_ONCE, device)))
 
 
-def _decode_shifted(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+def _decode_shifted(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """uint8 [rows, groups, 16] and [rows, groups] to `out` [groups, 16, 2, rows].
 
     The bits of a value are shifted to float16's positions, where a processor converts the smallest as fast as others. Bytes are
     transposed in place of values: it takes a fraction of the time.
     """
-    count, shape = blocks.numel(), (*out.shape[:2], out.shape[-1])
-    parts = carve(work, (torch.int16, count), (torch.int16, count), (torch.float32, count))
-    high, low, single = (part.view(shape) for part in parts)
+    shape = (*out.shape[:2], out.shape[-1])
+    high, low, single = (
+        torch.empty(shape, dtype=dtype, device=out.device) for dtype in (torch.int16, torch.int16, torch.float32)
+    )
     high.copy_(blocks.view(torch.int8).permute(1, 2, 0))
     torch.bitwise_left_shift(high, _TO_TOP, out=low)
     torch.bitwise_right_shift(low, _TO_PLACE, out=low)
@@ -74,12 +84,14 @@ def _decode_shifted(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tenso
         out[:, :, half].copy_(single.mul_(factors))
 
 
-def _decode_looked_up(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+def _decode_looked_up(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """The same for any exponent, as transformers computes it: in the dtype of `out`, infinities included."""
-    del work
     table = torch.tensor([*_VALUES, *(-value for value in _VALUES)], dtype=out.dtype, device=out.device)
-    codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).permute(1, 2, 3, 0)
-    out.copy_(torch.ldexp(table[codes.to(torch.int32)], (scales.t().to(torch.int32) - _BIAS)[:, None, None]))
+    exponents = (scales.t().to(torch.int32) - _BIAS)[:, None]
+    for half in range(2):
+        codes = (blocks >> 4 * half & 0xF).permute(1, 2, 0).to(torch.int32)
+        values = table.index_select(0, codes.flatten()).view(codes.shape)
+        out[:, :, half].copy_(torch.ldexp(values, exponents))
 
 
 def mxfp4_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:

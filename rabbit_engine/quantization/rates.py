@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rabbit_engine.storage.encoding import Product, work_bytes
+from rabbit_engine.storage.encoding import Product
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.platform import has_streams
 
@@ -24,8 +24,7 @@ def decode_rate(entry: TensorEntry, device: torch.device) -> float:
         raise ValueError(f"{entry.name} is not encoded")
     stored = _zeros(sample, device)
     out = torch.empty(sample.shape, dtype=sample.dtype, device=device)
-    work = torch.empty(work_bytes(out.nbytes), dtype=torch.uint8, device=device)
-    return out.nbytes / _seconds(lambda: encoding.decode(stored, out, work), device)
+    return out.nbytes / _seconds(lambda: encoding.decode(stored, out), device)
 
 
 def fused_rate(entry: TensorEntry, device: torch.device) -> float | None:

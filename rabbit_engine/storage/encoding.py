@@ -7,9 +7,24 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-WORK_BYTES = 16 * 2**20
-_WORK_SHARE = 8
-"""An encoding may need several temporary values of up to four bytes for each decoded value of two."""
+_ON_ACCELERATORS = 2**23
+"""Values that an accelerator decodes together: with an eighth of them an H100 decoded Q4_K at a twelfth of the rate."""
+
+
+class Described(Protocol):
+    """A tensor, or the description of one."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its values."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its lengths."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
 
 
 class Encoding(Protocol):
@@ -20,12 +35,17 @@ class Encoding(Protocol):
         """Whether every component holds the weight's rows in order along its own dimension 0, so that a range of rows is a
         range of each component."""
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Write the weight that `stored` holds to `out`, which has its shape, dtype and device.
 
         `stored` are the weight's components in the order of `TensorEntry.components`, in their own dtypes and shapes, on the
-        device of `out`. `work`, uint8 [`work_bytes(out.nbytes)`] or more on that device, is memory for temporaries: large ones
-        that are allocated for every weight would take longer to map than to fill.
+        device of `out`. A large weight is decoded in pieces, so that temporaries stay within `work_bytes`.
+        """
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """The most bytes that torch allocates on `device` for `decode` to hold at once; plans include it.
+
+        Not included are the few rows that a compiled kernel holds in each thread.
         """
 
 
@@ -50,22 +70,12 @@ class Product(Protocol):
         """
 
 
-def work_bytes(decoded_bytes: int) -> int:
-    """What decoding a weight of `decoded_bytes` may use in addition to the weight; plans include it."""
-    return min(WORK_BYTES, _WORK_SHARE * decoded_bytes)
+def values_at_once(most_on_cpu: int, device: torch.device) -> int:
+    """How many values to decode together: on a CPU as many as its caches hold, on an accelerator many, because every launch of
+    a kernel takes longer than a small kernel runs."""
+    return most_on_cpu if device.type == "cpu" else _ON_ACCELERATORS
 
 
-def carve(work: torch.Tensor, *parts: tuple[torch.dtype, int]) -> list[torch.Tensor]:
-    """A flat tensor of each dtype and length out of `work`, one behind another."""
-    found, place = [], 0
-    for dtype, count in parts:
-        place += -place % dtype.itemsize
-        found.append(work[place : place + count * dtype.itemsize].view(dtype))
-        place += count * dtype.itemsize
-    return found
-
-
-def values_at_once(most: int, most_on_cpu: int, device: torch.device) -> int:
-    """How many values to decode together, of the `most` that there is memory for: on a CPU as many as its caches hold, on an
-    accelerator all of them, because every launch of a kernel takes longer than a small kernel runs."""
-    return min(most, most_on_cpu) if device.type == "cpu" else most
+def rows_at_once(most_on_cpu: int, columns: int, device: torch.device) -> int:
+    """How many whole rows that is, at least one."""
+    return max(1, values_at_once(most_on_cpu, device) // columns)

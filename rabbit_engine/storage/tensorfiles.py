@@ -20,7 +20,7 @@ import xxhash
 
 from rabbit_engine.errors import DamagedFileError, first_line
 from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
-from rabbit_engine.storage.encoding import Encoding, work_bytes
+from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
 
 ALIGNMENT = PAGE
@@ -86,6 +86,12 @@ class TensorEntry:
     def decoded_bytes(self) -> int:
         """Bytes of the decoded tensor; equal to `nbytes` unless it is encoded."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def work_bytes(self, device: torch.device) -> int:
+        """Bytes of temporaries while it is decoded on `device`, a part at a time."""
+        if self.encoding is not None:
+            return self.encoding.work_bytes(self.components, self, device)
+        return max((part.work_bytes(device) for part in self.parts), default=0)
 
     @property
     def rows_together(self) -> int:
@@ -166,15 +172,15 @@ def decoded_as(entry: TensorEntry, dtype: torch.dtype) -> TensorEntry:
     return replace(entry, dtype=dtype, parts=tuple(decoded_as(part, dtype) for part in entry.parts))
 
 
-def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
-    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order. `work` as `Encoding` says."""
+def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor) -> None:
+    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order."""
     if entry.encoding is not None:
-        entry.encoding.decode([next(stored) for _ in entry.components], out, work)
+        entry.encoding.decode([next(stored) for _ in entry.components], out)
     elif entry.parts and entry.is_encoded:
         flat, position = out.view(-1), 0
         for part in entry.parts:
             count = math.prod(part.shape)
-            decode(part, stored, flat[position : position + count].view(part.shape), work)
+            decode(part, stored, flat[position : position + count].view(part.shape))
             position += count
     else:
         out.copy_(next(stored).view(out.shape))
@@ -277,8 +283,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """The tensor, decoded, in its own memory: the file is not mapped. Raises DamagedFileError."""
     if entry.is_encoded:
         out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        work = torch.empty(work_bytes(entry.decoded_bytes), dtype=torch.uint8, device="cpu")
-        decode(entry, (read_tensor(tensor) for tensor in entry.stored), out, work)
+        decode(entry, (read_tensor(tensor) for tensor in entry.stored), out)
         return out
     flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     position = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,10 @@ from typing import ClassVar
 import torch
 
 from rabbit_engine.quantization.gguf.order import RowOrder
-from rabbit_engine.storage.encoding import Encoding, carve
+from rabbit_engine.storage.encoding import Described, Encoding, rows_at_once
+
+_MOST_AT_ONCE = 2**20
+"""Values that are arranged together on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +27,19 @@ class ArrangedColumns:
 
     by_rows: ClassVar[bool] = False
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
-        """Decode some rows at a time to the first half of `work`, then copy them to their place."""
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Decode some rows at a time, then copy them to their place."""
         (source,) = stored
         target = out.view(-1, len(source)).t() if self.transposed else out.view(len(source), -1)
-        width, half = target.shape[1], work.nbytes // 2
-        at_once = max(1, half // (width * out.dtype.itemsize))
+        at_once = rows_at_once(_MOST_AT_ONCE, target.shape[1], out.device)
         for some, part in zip(source.split(at_once), target.split(at_once), strict=True):
-            values = carve(work, (out.dtype, part.numel()))[0].view(part.shape)
-            self.rows.decode([some], values, work[half:])
+            values = torch.empty(part.shape, dtype=out.dtype, device=out.device)
+            self.rows.decode([some], values)
             part.copy_(values if self.order is None else values.index_select(1, self.order.on(out.device)))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """A piece, and once more in the order of its columns, or what `rows` needs."""
+        count = math.prod(out.shape)
+        width = count // stored[0].shape[0]
+        piece = out.dtype.itemsize * min(count, rows_at_once(_MOST_AT_ONCE, width, device) * width)
+        return piece + max(0 if self.order is None else piece, self.rows.work_bytes(stored, out, device))

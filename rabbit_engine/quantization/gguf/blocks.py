@@ -13,7 +13,7 @@ from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.gguf.order import RowOrder
 from rabbit_engine.quantization.gguf.unpacking import LAYOUTS
-from rabbit_engine.storage.encoding import carve, values_at_once
+from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ BLOCKS = frozenset(LAYOUTS)
 _MOST_AT_ONCE = 2**18
 """Values that torch operations decode together on a CPU: few enough for its caches."""
 
-_VALUE_BYTES = 16
-"""What torch's temporaries take for a value: most are bytes, two are float32."""
+_VALUE_BYTES = 10
+"""What torch's temporaries take for a value: two in float32, and some bytes."""
 
 _KERNEL_VALUES = 2**17
 """Values that are worth a thread of their own."""
@@ -39,9 +39,6 @@ _MOST_ROWS = {
     "Q4_0": 5, "Q5_0": 5, "Q5_1": 5, "Q8_0": 3, "Q2_K": 12, "Q4_K": 7, "Q5_K": 7, "Q6_K": 5, "IQ4_NL": 4, "IQ4_XS": 4,
 }  # fmt: skip
 """Of states for which the fused product is faster than decoding followed by torch's product; see docs/benchmarks.md."""
-
-_BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-"""How kernels tell the dtype of their output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +59,26 @@ class GgufBlocks:
         """Whether row r of the weight is row r of what is stored."""
         return self.order is None
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """With a compiled kernel on a CPU, else with torch operations; both give the same bits."""
         rows, target = stored[0].view(-1, stored[0].shape[-1]), out.view(-1, out.shape[-1])
-        if out.dtype in _BITS and kernels.can_run(out.device):
+        if kernels.can_write(out.dtype, out.device):
             self._decode_compiled(rows, target)
         else:
-            self._decode_with_torch(rows, target, work)
+            self._decode_with_torch(rows, target)
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """With torch operations what a piece needs."""
+        del stored
+        if kernels.can_write(out.dtype, device):
+            return 0
+        columns = out.shape[-1]
+        return _VALUE_BYTES * min(math.prod(out.shape), rows_at_once(_MOST_AT_ONCE, columns, device) * columns)
 
     def _decode_compiled(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         from rabbit_engine.quantization.kernels.gguf import DECODERS
 
-        bits, steps = out.view(_BITS[out.dtype]).numpy(), (self.stepwise and out.dtype != torch.float32) or None
+        bits, steps = out.view(kernels.BITS[out.dtype]).numpy(), (self.stepwise and out.dtype != torch.float32) or None
         least = -(-_KERNEL_VALUES // out.shape[1])
         kernels.run_rows(DECODERS[self.kind], len(out), rows.numpy(), self._order(), bits, steps, least=least)
 
@@ -82,7 +87,7 @@ class GgufBlocks:
 
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a kernel multiplies this many rows of states faster than decoding does."""
-        return rows <= _MOST_ROWS.get(self.kind, 0) and dtype in _BITS and kernels.can_run(device)
+        return rows <= _MOST_ROWS.get(self.kind, 0) and kernels.can_write(dtype, device)
 
     def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
         """`states` [rows, columns] times the weight transposed: products of float32, added in float32, rounded at the end.
@@ -99,23 +104,22 @@ class GgufBlocks:
         kernels.run_rows(PRODUCTS[self.kind], shape[0], rows.numpy(), self._order(), single.numpy(), out.numpy(), least=least)
         return out.to(states.dtype)
 
-    def _decode_with_torch(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
-        at_once = max(1, values_at_once(work.nbytes // _VALUE_BYTES, _MOST_AT_ONCE, out.device) // out.shape[1])
+    def _decode_with_torch(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        at_once = rows_at_once(_MOST_AT_ONCE, out.shape[1], out.device)
         index = None if self.order is None else self.order.on(out.device)
         for first in range(0, len(out), at_once):
             target = out[first : first + at_once]
             places = slice(first, first + at_once) if index is None else index[first : first + at_once]
-            self._decode_rows(rows[places], target, work)
+            self._decode_rows(rows[places], target)
 
-    def _decode_rows(self, rows: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+    def _decode_rows(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         layout, dtype, stepwise = LAYOUTS[self.kind], out.dtype, self.stepwise
 
         def rounded(values: torch.Tensor) -> torch.Tensor:
             return values.to(dtype).float() if stepwise else values
 
         found = layout.unpack(rows.reshape(-1, layout.nbytes), rounded)
-        values = carve(work, (torch.float32, out.numel()))[0].view(*found.a.shape, -1)
-        torch.mul(found.a[:, :, None], found.q.view(values.shape), out=values)
+        values = found.a[:, :, None] * found.q.view(*found.a.shape, -1)
         if stepwise:
             values.copy_(values.to(dtype))
         if found.c is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rabbit_engine.storage.encoding import carve
+from rabbit_engine.storage.encoding import Described, rows_at_once
+
+_MOST_AT_ONCE = 2**20
+"""Values that are gathered together on a CPU."""
 
 
 class RowOrder:
@@ -41,12 +45,16 @@ class OrderedRows:
 
     by_rows = False
 
-    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor) -> None:
-        """Gather as many rows at a time as `work` has place for, then round them."""
+    def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Gather some rows at a time, then round them."""
         (values,) = stored
         width = values[0].numel()
         rows, target, index = values.view(-1, width), out.view(-1, width), self.order.on(out.device)
-        at_once = max(1, work.nbytes // (width * values.itemsize))
+        at_once = rows_at_once(_MOST_AT_ONCE, width, out.device)
         for places, part in zip(index.split(at_once), target.split(at_once), strict=True):
-            (memory,) = carve(work, (values.dtype, part.numel()))
-            part.copy_(torch.index_select(rows, 0, places, out=memory.view(part.shape)))
+            part.copy_(rows.index_select(0, places))
+
+    def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
+        """A piece, as it is stored."""
+        width = math.prod(out.shape[1:])
+        return stored[0].dtype.itemsize * min(math.prod(out.shape), rows_at_once(_MOST_AT_ONCE, width, device) * width)

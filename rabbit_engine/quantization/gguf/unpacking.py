@@ -63,7 +63,8 @@ def _signed(values: torch.Tensor, less: int) -> torch.Tensor:
 
 
 def _levels(codes: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(_LEVELS, dtype=torch.int8, device=codes.device)[codes.int()]
+    table = torch.tensor(_LEVELS, dtype=torch.int8, device=codes.device)
+    return table.index_select(0, codes.int().view(-1)).view(codes.shape)
 
 
 def _q4_0(blocks: torch.Tensor, rounded: Round) -> Unpacked:

@@ -41,9 +41,9 @@ def can_run(device: torch.device) -> bool:
     return device.type == "cpu" and not _torch_only.get() and _numba_version() is not None
 
 
-def can_write(out: torch.Tensor) -> bool:
-    """Whether a compiled kernel can decode to `out`."""
-    return out.dtype in BITS and can_run(out.device)
+def can_write(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a compiled kernel can decode to `dtype` on `device`."""
+    return dtype in BITS and can_run(device)
 
 
 def kernels_in_use() -> str:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.storage.directio import as_bytes, damage_as, open_unchanged, read_into
-from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming.binding.placeholder import Placeholder
 
@@ -29,7 +28,7 @@ class EmbeddingRows(Placeholder):
             return _read_rows(entry, ids).view(self.dtype)
         tables = [_read_rows(part, ids).view(part.dtype).view(len(ids), *part.shape[1:]) for part in entry.components]
         decoded = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype, device="cpu")
-        entry.encoding.decode(tables, decoded, torch.empty(work_bytes(decoded.nbytes), dtype=torch.uint8, device="cpu"))
+        entry.encoding.decode(tables, decoded)
         return decoded
 
     @classmethod

@@ -41,7 +41,7 @@ class Scratch:
             if self._users:
                 raise StreamingError(f"{unit.name} is asked for while the weights of another unit are in its scratch memory")
             self._unit = None  # whatever interrupts the decoding leaves nobody's weights
-            unit.decode_encoded(memory, self.views(unit), self._memory)
+            unit.decode_encoded(memory, self.views(unit))
             self._unit = unit
         self._users += 1
         try:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_down, aligned_up
-from rabbit_engine.storage.encoding import work_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry, decode
 
 SCRATCH_ALIGNMENT = 64
@@ -56,9 +55,9 @@ class UnitWeight:
         """A weight that is not encoded in `memory` (uint8 [unit.nbytes]), without a copy."""
         return _view(memory, self.entry, self.places[0])
 
-    def decode(self, memory: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
-        """Write an encoded weight to `out`, of its shape and dtype; temporaries lie in `work` (uint8 [unit.work_bytes])."""
-        decode(self.entry, iter(self.stored_views(memory)), out, work)
+    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> None:
+        """Write an encoded weight to `out`, of its shape and dtype."""
+        decode(self.entry, iter(self.stored_views(memory)), out)
 
     def stored_views(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The tensors that an encoded weight is stored as, in `memory`, without a copy."""
@@ -98,13 +97,12 @@ class Unit:
 
     @property
     def scratch_bytes(self) -> int:
-        """Whole pages for its encoded weights once they are decoded, and `work_bytes`."""
-        return _decoded_bytes(self.encoded) + self.work_bytes
+        """Whole pages for its encoded weights once they are decoded."""
+        return _decoded_bytes(self.encoded)
 
-    @property
-    def work_bytes(self) -> int:
-        """Whole pages for the temporaries of decoding, one weight at a time."""
-        return aligned_up(max((work_bytes(weight.entry.decoded_bytes) for weight in self.encoded), default=0))
+    def work_bytes(self, device: torch.device) -> int:
+        """Bytes of temporaries while its weights are decoded on `device`, one at a time."""
+        return max((weight.entry.work_bytes(device) for weight in self.encoded), default=0)
 
     @property
     def decoded_bytes(self) -> int:
@@ -115,20 +113,17 @@ class Unit:
         """Where its encoded weights are decoded to in `scratch` (uint8 [scratch_bytes] or more), in their order."""
         return _decoded_views(self.encoded, scratch)
 
-    def decode_encoded(self, memory: torch.Tensor, views: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
-        """Write the encoded weights of the unit that lies in `memory` (uint8 [nbytes]) to their `views` in `scratch`."""
-        start = _decoded_bytes(self.encoded)
-        work = scratch[start : start + self.work_bytes]
+    def decode_encoded(self, memory: torch.Tensor, views: Sequence[torch.Tensor]) -> None:
+        """Write the encoded weights of the unit that lies in `memory` (uint8 [nbytes]) to their `views`."""
         for weight, out in zip(self.encoded, views, strict=True):
-            weight.decode(memory, out, work)
+            weight.decode(memory, out)
 
-    def decode(self, memory: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> list[torch.Tensor]:
-        """Every weight of the unit that lies in `memory` (uint8 [nbytes]), in `out` (uint8 [decoded_bytes]); temporaries lie in
-        `work` (uint8 [work_bytes])."""
+    def decode(self, memory: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+        """Every weight of the unit that lies in `memory` (uint8 [nbytes]), in `out` (uint8 [decoded_bytes])."""
         found = _decoded_views(self.weights, out)
         for weight, tensor in zip(self.weights, found, strict=True):
             if weight.entry.is_encoded:
-                weight.decode(memory, tensor, work)
+                weight.decode(memory, tensor)
             else:
                 tensor.copy_(weight.view(memory))
         return found
