@@ -73,6 +73,16 @@ def test_transposing_layers_become_linear_ones_as_in_transformers(tmp_path: Path
         assert torch.equal(streamed(folder)(ids).logits, load(folder)(ids).logits)
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_state_space_calls_its_quantised_layer_as_in_transformers(
+    scheme: str, tmp_path: Path, streamed: Any, ids: torch.Tensor
+) -> None:
+    """Otherwise its code multiplies by the layer's weight itself."""
+    folder = save("jamba", tmp_path, scheme, head_dim=None)
+    with torch.no_grad():
+        assert torch.equal(streamed(folder)(ids).logits, load(folder)(ids).logits)
+
+
 @pytest.fixture
 def quantised_experts(tmp_path: Path) -> Callable[[str], tuple[Path, Any]]:
     """`quantised_experts(kind)`: a Mixtral whose experts are quantised one by one, as older versions of transformers saved it,

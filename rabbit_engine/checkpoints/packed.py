@@ -17,7 +17,7 @@ from rabbit_engine.quantization import UNUSED, Blocks4bit, Int8Rows, Linears, Pa
 from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
 from rabbit_engine.storage.directio import damage_as
 from rabbit_engine.storage.tensorfiles import TensorEntry, decoded_as
-from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, method_of
+from rabbit_engine.transformers_bridge.quantizers import TransposedLinear, mark_quantized, method_of
 
 
 def packed_format(architecture: Architecture) -> PackedFormat | None:
@@ -98,6 +98,7 @@ def with_own_linears(conversion: Conversion, architecture: Architecture) -> Conv
             tensors[key] = SafetensorsTensor(weight)
             if largest is not None:
                 tensors[f"{key.removesuffix('.weight')}.SCB"] = SafetensorsTensor(largest)
+    mark_quantized(conversion.skeleton)
     return replace(conversion, tensors=tensors)
 
 
@@ -113,6 +114,7 @@ def as_computed(
         found[name], largest = own_linear(model, name, entry, linears)
         if largest is not None:
             found[largest.name] = largest
+    mark_quantized(model)
     return found
 
 

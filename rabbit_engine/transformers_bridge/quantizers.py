@@ -57,6 +57,13 @@ def bitsandbytes_config(value: object) -> BitsAndBytesConfig | None:
     return value if isinstance(value, BitsAndBytesConfig) else None
 
 
+def mark_quantized(model: nn.Module) -> None:
+    """Tell the code of a model that its linear layers are a quantiser's: Mamba's mixers then call them, not their weights."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+
+
 def bitsandbytes_layers(model: PreTrainedModel, skip: Sequence[str] | None) -> list[str]:
     """The modules of `model` whose weights transformers quantises with bitsandbytes, if the caller lists `skip`."""
     names = None if skip is None else list(skip)
