@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rabbit_engine.checkpoints.preparation import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.quantization.gguf import BLOCKS, PLAIN
 from rabbit_engine.quantization.kernels import torch_operations
+from rabbit_engine.storage.cached import sealed, unsealed
 
 Loader = Callable[..., Any]
 
@@ -195,6 +197,35 @@ def test_a_tokenizer_is_converted_once_and_kept(tmp_path: Path, streamed: Loader
         tokenizer = streamed(path, dtype=torch.bfloat16).tokenizer
         assert [tokenizer(text).input_ids for text in texts] == [reference(text).input_ids for text in texts]
         assert tokenizer.name_or_path == str(tmp_path)
-    (kept,) = cache.rglob("*.json")
+    (kept,) = (cache / "gguf_tokenizers").iterdir()
     kept.write_text(kept.read_text().replace("t7", "t8"))
     assert streamed(path, dtype=torch.bfloat16).tokenizer("t5t7").input_ids == reference("t5t7").input_ids
+
+
+def test_the_config_of_a_file_is_read_from_its_header_once(
+    tmp_path: Path, streamed: Loader, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K"), tmp_path / "cache"
+    monkeypatch.setenv("RABBIT_ENGINE_CACHE", str(cache))
+    first, second = (streamed(path, dtype=torch.bfloat16) for _ in range(2))
+    assert first.config.to_dict() == second.config.to_dict()
+    assert second.config.name_or_path == str(path)
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    (kept,) = (cache / "gguf_configs").iterdir()
+    attributes = unsealed(json.loads(kept.read_text()))
+    kept.write_text(json.dumps(sealed({**attributes, "rms_norm_eps": 0.25})))
+    assert streamed(path, dtype=torch.bfloat16).config.rms_norm_eps == 0.25
+
+
+def test_a_changed_file_or_a_damaged_copy_has_its_config_read_again(
+    tmp_path: Path, streamed: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K"), tmp_path / "cache"
+    monkeypatch.setenv("RABBIT_ENGINE_CACHE", str(cache))
+    expected = streamed(path, dtype=torch.bfloat16).config
+    (kept,) = (cache / "gguf_configs").iterdir()
+    kept.write_text(kept.read_text().replace(f'"num_hidden_layers": {expected.num_hidden_layers}', '"num_hidden_layers": 1'))
+    assert streamed(path, dtype=torch.bfloat16).config.to_dict() == expected.to_dict()
+    gguf_files.write(path, "llama", "Q4_K", num_hidden_layers=1)
+    assert streamed(path, dtype=torch.bfloat16).config.num_hidden_layers == 1
+    assert len(list((cache / "gguf_configs").iterdir())) == 2

@@ -15,6 +15,7 @@ from rabbit_engine.architectures.architecture import Architecture, Family, RawCo
 from rabbit_engine.architectures.building import config_for
 from rabbit_engine.architectures.configfile import read_config
 from rabbit_engine.architectures.faulty_key import faulty_key_of_config
+from rabbit_engine.architectures.gguf_config import GgufConfigFile
 from rabbit_engine.architectures.naming import choose_class, choose_remote, named_classes
 from rabbit_engine.architectures.overrides import ConfigOverrides, override
 from rabbit_engine.architectures.registry import find_family
@@ -28,7 +29,6 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
-from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
 from rabbit_engine.transformers_bridge.quantizers import FORMATS, PACKED_METHODS, method_of
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
@@ -41,20 +41,21 @@ _DEQUANTIZED = (*(found.method for found in FORMATS), *PACKED_METHODS)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find_architecture(folder: Path, given: ConfigOverrides, *, gguf_file: str | None = None) -> Architecture:
-    """The architecture of the checkpoint in `folder`: a converted family, a class of transformers, or a class of its own code.
+def find_architecture(folder: Path, given: ConfigOverrides, *, gguf: GgufConfigFile | None = None) -> Architecture:
+    """The architecture of the checkpoint in `folder`, or of its GGUF file: a converted family, or a class of transformers or of
+    its own code.
 
     Raises CheckpointNotFoundError (no config.json), DamagedCheckpointError (it cannot be read), UnsupportedArchitectureError (no
     class for it, or it needs code that was not allowed), MissingExtraError (GGUF without the package),
     CompressionUnavailableError (quantised), or UnknownKeywordError for an override that is not an attribute of the config.
     """
-    alone = gguf_file is not None or (given.config is not None and not (folder / "config.json").is_file())
+    alone = gguf is not None or (given.config is not None and not (folder / "config.json").is_file())
     raw = {} if alone else read_config(folder)
     named_classes(raw, folder)
     family = find_family(raw)
     if family is not None:
         return _with_overrides(_converted(family, raw, folder), given)
-    config = _find_config(folder, raw, gguf_file, given) if given.config is None else _given_config(raw, given)
+    config = _find_config(folder, raw, gguf, given) if given.config is None else _given_config(raw, given)
     quantization = _take_quantization(folder, config)
     cls = _find_class(config, folder, given)
     return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization, transforms=given.renamings())
@@ -98,24 +99,24 @@ def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     return architecture
 
 
-def _find_config(folder: Path, raw: RawConfig, gguf_file: str | None, given: ConfigOverrides) -> PretrainedConfig:
+def _find_config(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, given: ConfigOverrides) -> PretrainedConfig:
     """The checkpoint's config with the caller's overrides, as transformers reads it."""
     trust_remote_code = given.trust_remote_code
     try:
-        with nullcontext() if gguf_file is None else quick_reader(strings=False):
+        with nullcontext(folder) if gguf is None else gguf.as_folder() as place:
             config, unused = AutoConfig.from_pretrained(
-                folder,
+                place,
                 trust_remote_code=trust_remote_code,
-                gguf_file=gguf_file,
                 code_revision=given.code_revision,
                 return_unused_kwargs=True,
                 **given.overrides,
             )
+        config.name_or_path = str(folder)
         config.get_text_config(decoder=True)
     except ImportError as error:
-        raise _import_failed(folder, raw, gguf_file, error) from error
+        raise _import_failed(folder, raw, gguf, error) from error
     except Exception as error:  # a config class may raise anything
-        raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf_file, error, trust_remote_code)) from error
+        raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf, error, trust_remote_code)) from error
     _require_default_weights(config, folder)
     refuse_unknown([name for name in unused if name in given.overrides], vars(config))
     return config  # type: ignore[no-any-return]
@@ -131,23 +132,23 @@ def _require_default_weights(config: PretrainedConfig, folder: Path) -> None:
         )
 
 
-def _import_failed(folder: Path, raw: RawConfig, gguf_file: str | None, error: ImportError) -> Exception:
+def _import_failed(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, error: ImportError) -> Exception:
     """A missing package, as transformers names it; any other failed import means that the code is too old."""
-    if gguf_file is not None:
-        return missing_extra(str(folder / gguf_file), "gguf", error)
+    if gguf is not None:
+        return missing_extra(str(gguf.path), "gguf", error)
     if "not found in your environment" in str(error) or isinstance(error, ModuleNotFoundError):
         return MissingExtraError(f"{folder}: install what its code imports ({first_line(error)})")
     return misfit(raw.get("transformers_version"), "while it was imported", error)
 
 
-def _unsupported(folder: Path, raw: RawConfig, gguf_file: str | None, error: Exception, trust_remote_code: bool) -> str:
+def _unsupported(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, error: Exception, trust_remote_code: bool) -> str:
     text = first_line(error)
     if trust_remote_code and raw.get("auto_map"):
         return str(misfit(raw.get("transformers_version"), "while its config was read", error))
     if "trust_remote_code" in str(error) and not trust_remote_code:
         return f"{folder} brings its own modelling code: read it, then give trust_remote_code=True ({text})"
-    if gguf_file is not None:
-        return f"{folder / gguf_file} is not an architecture that the installed transformers builds: {text}"
+    if gguf is not None:
+        return f"{gguf.path} is not an architecture that the installed transformers builds: {text}"
     named = ", ".join(named_classes(raw, folder)) or "no class"
     return (
         f"{folder}/config.json ({named}) is not an architecture that the installed transformers builds: "

@@ -16,6 +16,7 @@ from transformers import Concatenate, MergeModulelist, PreTrainedModel
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.building import config_path
 from rabbit_engine.architectures.families.fused import SplitQKV
+from rabbit_engine.architectures.gguf_config import GgufConfigFile
 from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError, MismatchedWeightsError, first_line
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
@@ -251,11 +252,11 @@ def open_gguf_conversion(skeleton: PreTrainedModel, path: Path, dtype: torch.dty
 
 
 def gguf_sources(
-    file: GgufFile, skeleton: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]
+    file: GgufFile, skeleton: PreTrainedModel, architecture: str, config: GgufConfigFile, shapes: Mapping[str, Shape]
 ) -> Mapping[str, Source]:
     """Weight of the model -> what it is of a GGUF file's tensors, of `shapes`. Raises DamagedCheckpointError as above."""
     with _unfit_as_damaged(file.path):
-        return file.sources(skeleton, architecture, shapes)
+        return file.sources(skeleton, architecture, config.read, shapes)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from rabbit_engine.architectures import GgufConfigFile
 from rabbit_engine.errors import DamagedCheckpointError, MissingExtraError, first_line
 from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged, stamp_of
 from rabbit_engine.storage.jsonvalues import shown
@@ -50,6 +51,11 @@ class GgufHeader:
     tensors: Mapping[str, StoredTensor]
     stamp: tuple[int, int]
     checksum: str
+
+    @property
+    def config(self) -> GgufConfigFile:
+        """What is kept of it as a config."""
+        return GgufConfigFile(self.path, self.checksum)
 
 
 @damage_as(DamagedCheckpointError)

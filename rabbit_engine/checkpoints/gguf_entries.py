@@ -55,7 +55,8 @@ def gguf_entries(file: GgufFile, header: GgufHeader, model: PreTrainedModel, dty
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     dtypes = weight_dtypes(model, dtype)
     found = {}
-    for name, source in gguf_sources(file, model, header.values["general.architecture"], shapes).items():
+    sources = gguf_sources(file, model, header.values["general.architecture"], header.config, shapes)
+    for name, source in sources.items():
         if name not in dtypes:
             continue
         weight = _Weight(name, dtypes[name], dtype, header, file.rounds_each_step)

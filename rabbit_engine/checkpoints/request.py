@@ -94,7 +94,7 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
         if gguf is None:
             fetch_weights(repo, weight_files(repo, source).names, source)
         source = replace(source, force_download=False)
-    architecture = find_architecture(repo.folder, _config_overrides(source), gguf_file=source.gguf_file)
+    architecture = find_architecture(repo.folder, _config_overrides(source), gguf=None if gguf is None else gguf.config)
     split = _allowed(split, architecture, repo)
     dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
     folder = root / split_name(dtype, source, repo.names, split.compression)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from transformers import AutoTokenizer
 
-from rabbit_engine.storage.cached import recall, remember
+from rabbit_engine.storage.cached import recall, remember, sealed, unsealed
 from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
 
 _KIND = "gguf_tokenizers"
@@ -30,7 +28,7 @@ def load_gguf_tokenizer(source: Mapping[str, Any], header_checksum: str) -> Any:
     """
     versions = [metadata.version(package) for package in ("transformers", "tokenizers")]
     key = "-".join((header_checksum, *versions))
-    kept = _restored(_checked(recall(_KIND, key)))
+    kept = _restored(_checked(unsealed(recall(_KIND, key))))
     if kept is not None:
         kept.name_or_path = source["pretrained_model_name_or_path"]
         return kept
@@ -38,7 +36,7 @@ def load_gguf_tokenizer(source: Mapping[str, Any], header_checksum: str) -> Any:
         converted = AutoTokenizer.from_pretrained(**source)
     files = _saved(converted)
     if _are_alike(_restored(files), converted):
-        remember(_KIND, key, {"files": files, "xxh3": _checksum(files)})
+        remember(_KIND, key, sealed(files))
     return converted
 
 
@@ -49,16 +47,9 @@ def _saved(tokenizer: Any) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir() if path.name in _FILES}
 
 
-def _checked(kept: Any) -> dict[str, str] | None:
-    """The files that were kept; None if there are none, or they are not as they were kept."""
-    files = kept.get("files") if isinstance(kept, dict) else None
-    if not isinstance(files, dict) or "tokenizer.json" not in files or not _FILES.issuperset(files):
-        return None
-    return files if kept.get("xxh3") == _checksum(files) else None
-
-
-def _checksum(files: Mapping[str, str]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+def _checked(files: Any) -> dict[str, str] | None:
+    """The files that were kept; None if there are none, or they are not a tokenizer's."""
+    return files if isinstance(files, dict) and "tokenizer.json" in files and _FILES.issuperset(files) else None
 
 
 def _restored(files: Mapping[str, str] | None) -> Any:

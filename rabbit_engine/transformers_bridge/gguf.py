@@ -6,11 +6,12 @@ others itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GgufConfig, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
@@ -23,6 +24,13 @@ from rabbit_engine.transformers_bridge.gguf_weights import (
 from rabbit_engine.transformers_bridge.loading import Unread
 from rabbit_engine.transformers_bridge.progress import without_progress_bars
 from rabbit_engine.transformers_bridge.quantizers import Quantizer
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """A GGUF file's header as the attributes of a config. The reader may raise anything for a header of another kind."""
+    with quick_reader(strings=False):
+        found, _ = PretrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+    return dict(found)
 
 
 class GgufFile:
@@ -49,16 +57,19 @@ class GgufFile:
         """Whether the reader dequantises in the model's dtype, not in float32."""
         return bool(self._quantizer.supported)
 
-    def sources(self, model: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]) -> dict[str, Source]:
+    def sources(
+        self, model: PreTrainedModel, architecture: str, config: Callable[[], Mapping[str, Any]], shapes: Mapping[str, Shape]
+    ) -> dict[str, Source]:
         """Weight of `model` -> what it is of the file's tensors, of `shapes` in torch's order.
+
+        `config` returns what `read_gguf_config` does; only the older reader needs it.
 
         The reader may raise anything if the header's numbers do not match the tensors.
         """
         if self._quantizer.supported:
             return sources_of_newer_reader(model, architecture, shapes)
-        with quick_reader(strings=False):
-            config = modeling_gguf_pytorch_utils.load_gguf_checkpoint(self._path)["config"]
-            return sources_of_older_reader(model, architecture, config, shapes)
+        with quick_reader():
+            return sources_of_older_reader(model, architecture, config(), shapes)
 
     def open_tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Unread]:
         """The file's tensors by key, to be loaded into `model` as `dtype`.
