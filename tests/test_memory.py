@@ -19,6 +19,7 @@ from rabbit_engine import errors
 from rabbit_engine.model.admission import demand_of
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, cache_bytes, most_prompt, need_bytes, work_bytes
+from rabbit_engine.planning.known_probes import probe_of
 from rabbit_engine.planning.operations import RememberedResults, described
 from rabbit_engine.planning.probe import Curve, Probe, fit_curve, run_probe
 from rabbit_engine.sessions.room import Room, measure_room
@@ -64,6 +65,19 @@ def test_scores_are_counted_if_the_kernel_holds_them() -> None:
     assert fused.layers.square == 0
     assert eager.layers.square >= heads * softmax
     assert latent.layers.square >= heads * softmax
+
+
+def test_models_that_are_alike_are_probed_once_in_a_process() -> None:
+    probe = probe_of(on_meta("llama"))
+    assert probe == run_probe(on_meta("llama"))
+    assert probe_of(on_meta("llama")) is probe
+    others = [on_meta("llama", dtype=torch.bfloat16), on_meta("llama", vocab_size=512), on_meta("llama_tied"), on_meta("qwen2")]
+    others += [on_meta("llama", attn_implementation="eager")]
+    assert all(probe_of(other) == run_probe(other) for other in others)
+    assert probe_of(on_meta("llama"), "cuda") is not probe
+    replaced = on_meta("llama")
+    replaced.model.layers[0].mlp.forward = lambda states: states
+    assert probe_of(replaced) == run_probe(replaced) != probe
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "deepseek_v3", "gpt2"])

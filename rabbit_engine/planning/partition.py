@@ -20,7 +20,8 @@ from rabbit_engine.architectures import Layout, find_layout
 from rabbit_engine.checkpoints import as_computed, encodings_of, require_fit, shape_to_encode
 from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
-from rabbit_engine.planning.probe import Probe, run_probe
+from rabbit_engine.planning.known_probes import probe_of
+from rabbit_engine.planning.probe import Probe
 from rabbit_engine.planning.tiers import Role, UnitSize
 from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
 from rabbit_engine.quantization.linears import is_linear
@@ -133,7 +134,7 @@ def partition_model(
     """
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
-    partitioner = _Partitioner(model, layout, weights, probe or run_probe(model, device_type), cut, torch.device(device_type))
+    partitioner = _Partitioner(model, layout, weights, probe or probe_of(model, device_type), cut, torch.device(device_type))
     partitioner.add_towers()
     partitioner.add_layers()
     partitioner.add_head()
