@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -182,3 +184,22 @@ def test_the_kernels_in_use_are_named() -> None:
 
 def test_torchs_own_threads_are_used_on_linux() -> None:
     assert can_use_team() == (sys.platform == "linux")
+
+
+def test_compiled_code_is_not_used_after_a_change_in_a_file_that_a_kernel_takes_parts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling = "from rabbit_engine.quantization.kernels.compiling import kernel, part\n"
+    package = tmp_path / "kernels_of_a_test"
+    package.mkdir()
+    (package / "whole.py").write_text(
+        f"{compiling}from kernels_of_a_test.parts import number\n\n@kernel\ndef found():\n    return number()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for number in (1, 1, 23):
+        (package / "parts.py").write_text(f"{compiling}\n@part\ndef number():\n    return {number}\n")
+        for name in [name for name in sys.modules if name.startswith(package.name)]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        assert importlib.import_module("kernels_of_a_test.whole").found() == number
+    assert len(list(package.glob("__pycache__/*.nbi"))) == 2  # the second time it was not compiled
