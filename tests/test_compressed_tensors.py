@@ -218,6 +218,24 @@ def test_packed_values_decode_to_the_bits_of_the_package(
     assert torch.equal(out, expected.to(dtype))
 
 
+def test_the_last_blocks_of_fp8_may_be_smaller(tmp_path: Path, streamed: Any, plain: Any, ids: torch.Tensor) -> None:
+    """24 rows of keys in blocks of 16: two rows of scales do not make blocks of 12."""
+    decompressed = families.save("llama", tmp_path / "plain", torch.bfloat16, **{**SIZES, "intermediate_size": 48}, head_dim=12)
+
+    def pack(weight: torch.Tensor) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
+        rows, columns = weight.shape
+        scale = (
+            torch.rand(-(-rows // 16), -(-columns // 16), generator=torch.Generator().manual_seed(rows)) / 100 + 0.001
+        ).bfloat16()
+        wide = scale.float().repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+        values = (weight.float() / wide).to(torch.float8_e4m3fn)
+        return {"weight": values, "weight_scale": scale}, (values.float() * wide).bfloat16()
+
+    folder = packing.rewrite_quantised(decompressed, tmp_path / "model", pack, config_of("fp8 blocks"), ENDINGS)
+    with torch.no_grad():
+        assert torch.equal(streamed(folder)(ids).logits, plain(decompressed)(ids).logits)
+
+
 @pytest.mark.parametrize("bits", [3, 6])
 def test_words_may_hold_whole_values_as_older_versions_packed_them(bits: int) -> None:
     values = torch.randint(0, 2**bits, (8, 64), generator=torch.Generator().manual_seed(0))

@@ -211,6 +211,16 @@ def test_broken_tensors_are_named(fault: str, tmp_path: Path) -> None:
         AutoModel.from_pretrained(folder, device="cpu")
 
 
+def test_activation_order_needs_the_groups_of_inputs(tmp_path: Path) -> None:
+    folder, _ = save_gptq("llama", tmp_path, desc_act=True)
+    path = next(path for path in folder.glob("*.safetensors") if f"{Q}g_idx" in load_file(path))
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != f"{Q}g_idx"}, path)
+    with pytest.raises(
+        errors.DamagedCheckpointError, match=rf"{path.name}: {Q}weight, .* its g_idx is not stored, and with desc_act"
+    ):
+        AutoModel.from_pretrained(folder, device="cpu")
+
+
 def test_a_group_that_does_not_exist_is_an_error(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
     folder, _ = save_gptq("llama", tmp_path)
     for path in folder.glob("*.safetensors"):

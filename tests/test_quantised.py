@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,49 @@ def to_mxfp4(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+
+
+def to_smaller_blocks(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Blocks of 16 x 16; those at the ends of sizes that are no multiples are smaller."""
+    if not name.endswith(("proj.weight", "proj_with_mqa.weight")):
+        return {name: tensor}
+    rows, columns = tensor.shape
+    scales = torch.rand(-(-rows // 16), -(-columns // 16), generator=torch.Generator().manual_seed(rows)) / 100 + 0.001
+    return {name: (tensor.float() / spread(scales, tensor)).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def spread(scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows, columns = weight.shape
+    return scales.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+
+
+@pytest.mark.parametrize("keywords", [{}, {"split": "always"}, {"compression": "8bit", "fused_products": False}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("deepseek_v3", {"kv_lora_rank": 32}),  # as in its release: 40 rows
+        ("llama", {"hidden_size": 48, "intermediate_size": 40, "num_key_value_heads": 3}),  # 24 rows, which are two equal blocks
+    ],
+)
+def test_the_last_blocks_of_fp8_may_be_smaller(
+    family: str, sizes: dict[str, int], keywords: dict[str, Any], tmp_path: Path, streamed: Any, ids: torch.Tensor
+) -> None:
+    heads = {"num_attention_heads": 6} if family == "llama" else {}
+    plain = families.save(family, tmp_path / "plain", torch.bfloat16, **sizes, **heads)
+    folder = Path(shutil.copytree(plain, tmp_path / "model"))
+    rewrite(folder, to_smaller_blocks, {**FP8, "weight_block_size": [16, 16]})
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+    def decode(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = stored.get(f"{name}_scale_inv")
+        return {name: tensor if scales is None else (stored[name].float() * spread(scales, tensor)).bfloat16()}
+
+    for path in plain.glob("*.safetensors"):
+        made = {new: back for name, tensor in load_file(path).items() for new, back in decode(name, tensor).items()}
+        save_file(made, path, metadata={"format": "pt"})
+    with torch.no_grad():
+        expected = streamed(plain, **keywords)(ids).logits
+        assert torch.equal(streamed(folder, **keywords)(ids).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_moe"])

@@ -26,6 +26,7 @@ from rabbit_engine.transformers_bridge.quantizers import (
     PACKED_METHODS,
     Format,
     Quantizer,
+    block_of,
     dequantizes,
     method_of,
     open_dequantizer,
@@ -54,10 +55,14 @@ _NEED_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True, slots=True)
 class QuantisedTensor:
-    """One of the tensors that a quantised weight is stored as: its `role` in the format of that `method`."""
+    """One of the tensors that a quantised weight is stored as: its `role` in the format of that `method`.
+
+    `block` is the number of rows and columns that share a scale, if the config says it.
+    """
 
     method: str
     role: str
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,8 @@ class Conversion:
             return Target(place.weight, False)
         steps = converter.operations
         if steps and (stored := dequantizes(steps[0])) is not None:
-            return _quantised_target(place, converter.source_patterns, stored, steps[1:])
+            block = None if self.quantizer is None else block_of(self.quantizer)
+            return _quantised_target(place, converter.source_patterns, stored, steps[1:], block)
         if _stacks(steps):
             return Target(place.weight, True, stack=(place.source, len(converter.source_patterns)))
         if len(steps) != 1 or not isinstance(steps[0], SplitQKV):
@@ -191,14 +197,16 @@ def _stacks(steps: Sequence[Any]) -> bool:
     return [(type(step), getattr(step, "dim", None)) for step in steps] in _STACKS
 
 
-def _quantised_target(place: Place, patterns: Sequence[str], stored: Format, steps: Sequence[Any]) -> Target:
+def _quantised_target(
+    place: Place, patterns: Sequence[str], stored: Format, steps: Sequence[Any], block: tuple[int, int] | None
+) -> Target:
     """The target of one tensor of a weight that is dequantised, alone or as part of a stack."""
     roles = roles_of(stored, patterns)
     if roles is None or (steps and not _stacks(steps)):
         return Target(place.weight, True)
     role, which = roles[place.source]
     stack = (which, 1 + max(index for _, index in roles)) if steps else None
-    return Target(place.weight, True, stack=stack, quantised=QuantisedTensor(stored.method, role))
+    return Target(place.weight, True, stack=stack, quantised=QuantisedTensor(stored.method, role, block))
 
 
 def open_conversion(

@@ -112,8 +112,9 @@ def decoded_parts(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
 def _decoded(stored: Mapping[str, Part], dtype: torch.dtype) -> Part:
     """One weight of the tensors that are stored for it, by their roles."""
     part = next(iter(stored.values()))
-    method = part.target.quantised.method if part.target.quantised else ""
-    entry = decoded_entry(method, part.entry.name, dtype, {role: part.entry for role, part in stored.items()})
+    assert part.target.quantised is not None  # noqa: S101 - the caller has looked
+    method, block = part.target.quantised.method, part.target.quantised.block
+    entry = decoded_entry(method, part.entry.name, dtype, {role: part.entry for role, part in stored.items()}, block)
     if isinstance(entry, str):
         raise NotInPlaceError(f"{part.entry.name}: {entry}")
     return Part(entry, replace(part.target, quantised=None, converted=part.target.stack is not None))

@@ -23,9 +23,10 @@ from rabbit_engine.quantization.mxfp4 import Mxfp4, mxfp4_entry
 from rabbit_engine.storage.jsonvalues import Fields
 from rabbit_engine.storage.tensorfiles import TensorEntry
 
-Maker = Callable[[str, torch.dtype, Mapping[str, TensorEntry]], TensorEntry | str]
+Block = tuple[int, int]
+Maker = Callable[[str, torch.dtype, Mapping[str, TensorEntry], Block | None], TensorEntry | str]
 
-_MAKERS: Mapping[str, Maker] = {"fp8": fp8_entry, "mxfp4": mxfp4_entry}
+_MAKERS: Mapping[str, Maker] = {"fp8": fp8_entry, "mxfp4": lambda name, dtype, stored, _: mxfp4_entry(name, dtype, stored)}
 
 _PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {
     "bitsandbytes": open_bitsandbytes,
@@ -35,14 +36,17 @@ _PACKED: Mapping[str, Callable[[Fields], PackedFormat]] = {
 }
 
 
-def decoded_entry(method: str, name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
+def decoded_entry(
+    method: str, name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry], block: Block | None = None
+) -> TensorEntry | str:
     """The weight `name` that the tensors `stored` for it decode to in `dtype`, or the reason why they cannot be decoded here.
 
-    They are named by their roles in the method's row of `FORMATS`.
+    They are named by their roles in the method's row of `FORMATS`. `block` is the number of rows and columns that the config says
+    for a scale.
     """
     if "values" not in stored:
         return f"only its {' and '.join(stored)} are stored"
-    return _MAKERS[method](name, dtype, stored)
+    return _MAKERS[method](name, dtype, stored, block)
 
 
 def open_packed(method: str, config: Mapping[str, Any]) -> PackedFormat | None:

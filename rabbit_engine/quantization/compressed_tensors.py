@@ -273,7 +273,7 @@ def _entry(weight: StoredWeight, values: TensorEntry, scheme: _Scheme, packed: b
         scheme.bits if packed else 0, *scheme.block(*size), zeros is not None, groups is not None, whole, by_rows
     )
     components = [values, scales, *(extra for extra in (zeros, groups) if extra is not None)]
-    return _as_fp8(weight, components) or encoded(weight.name, weight.dtype, size, encoding, components)
+    return _as_fp8(weight, components, scheme.block(*size)) or encoded(weight.name, weight.dtype, size, encoding, components)
 
 
 def _size(weight: StoredWeight, values: TensorEntry, bits: int) -> tuple[int, int] | str:
@@ -302,10 +302,10 @@ def _words(values: int, bits: int, *, whole: bool = False) -> int:
     return -(-values // (WORD_BITS // bits)) if whole else -(-values * bits // WORD_BITS)
 
 
-def _as_fp8(weight: StoredWeight, components: Sequence[TensorEntry]) -> TensorEntry | None:
+def _as_fp8(weight: StoredWeight, components: Sequence[TensorEntry], block: tuple[int, int]) -> TensorEntry | None:
     """The entry of the faster decoder, where it rounds as often as this one."""
     values, scales, *rest = components
     if rest or values.dtype not in _FP8 or scales.dtype not in (torch.float32, weight.dtype):
         return None
-    found = fp8_entry(weight.name, weight.dtype, {"values": values, "scales": scales})
+    found = fp8_entry(weight.name, weight.dtype, {"values": values, "scales": scales}, block)
     return found if isinstance(found, TensorEntry) else None

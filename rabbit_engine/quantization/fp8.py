@@ -2,6 +2,7 @@
 
 A weight [..., rows, columns] is cut into a grid of blocks of equal size, one scale each; its values are
 `float32(weight) * float32(scale)`, rounded once to the model's dtype, as `Fp8Dequantize` of transformers computes them.
+In a matrix whose sizes are no multiples of the block's, the last blocks are smaller, as in DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -45,16 +46,30 @@ _MOST_FUSED_ROWS = 8
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu, torch.uint8)
 
 
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Stored values, scales, and where decoded values go."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Blocks:
-    """Components: the weight in an eight-bit float, and its scales, one for each block."""
+    """Components: the weight in an eight-bit float, and its scales, one for each block.
 
-    by_rows: ClassVar[bool] = True
+    `block` is the size of one, rows and columns, where the last ones are smaller; None where all are equal.
+    """
+
+    block: tuple[int, int] | None = None
+
     fused_by_default: ClassVar[bool] = False
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the same number of rows belongs to each row of scales."""
+        return self.block is None
 
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernel multiplies this many rows of states faster than decoding does."""
-        return rows <= _MOST_FUSED_ROWS and dtype in kernels.BITS and kernels.can_run(device)
+        fits = self.block is None and dtype in kernels.BITS
+        return fits and rows <= _MOST_FUSED_ROWS and kernels.can_run(device)
 
     def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
         """`states` [rows, columns] times the weight transposed, whose values are not rounded to their dtype."""
@@ -77,11 +92,13 @@ class Fp8Blocks:
         at_once = rows_at_once(_MOST_AT_ONCE, columns, out.device)
         most = min(at_once * columns, out.numel())
         half, single = (torch.empty(most, dtype=dtype, device=out.device) for dtype in (torch.int16, torch.float32))
-        for codes, factors, decoded in _pieces(values, grid, target, at_once):
-            wide = single[: codes.numel()].view(codes.shape)
-            wide.copy_(_shifted(codes, half) if can_shift else codes)
-            wide.view(len(factors), -1, grid.shape[1], columns // grid.shape[1]).mul_(factors[:, None, :, None])
-            decoded.copy_(wide)
+        for region in _regions(values, grid, target, self.block):
+            for codes, factors, decoded in _pieces(*region, at_once):
+                wide = single[: codes.numel()].view(codes.shape)
+                wide.copy_(_shifted(codes, half) if can_shift else codes)
+                count = factors.shape[1]
+                wide.view(len(factors), -1, count, codes.shape[1] // count).mul_(factors[:, None, :, None])
+                decoded.copy_(wide)
 
     def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
         """The scales in float32, and a piece."""
@@ -108,9 +125,24 @@ def _can_shift(values: torch.Tensor, grid: torch.Tensor) -> bool:
     return bool(positive <= _LARGEST_CODE and negative <= 0x80 + _LARGEST_CODE)
 
 
-def _pieces(
-    values: torch.Tensor, grid: torch.Tensor, target: torch.Tensor, at_once: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _regions(values: torch.Tensor, grid: torch.Tensor, target: torch.Tensor, block: tuple[int, int] | None) -> Iterator[Matrices]:
+    """Parts of `values`, `grid` and `target` with equal blocks: at most whole ones, those at the right, and those at the end."""
+    if block is None:
+        yield values, grid, target
+        return
+    for first, stop, top, bottom in _spans(len(values), block[0]):
+        for left, right, start, end in _spans(values.shape[1], block[1]):
+            yield values[first:stop, left:right], grid[top:bottom, start:end], target[first:stop, left:right]
+
+
+def _spans(length: int, size: int) -> list[tuple[int, int, int, int]]:
+    """The range of whole blocks in `length`, and that of the smaller one after them: of values, then of blocks."""
+    count = length // size
+    spans = [(0, count * size, 0, count), (count * size, length, count, count + 1)]
+    return [span for span in spans if span[0] < span[1]]
+
+
+def _pieces(values: torch.Tensor, grid: torch.Tensor, target: torch.Tensor, at_once: int) -> Iterator[Matrices]:
     """At most `at_once` rows of `values` and `target`, which are whole rows of blocks or lie in one, and their scales."""
     block_rows = len(values) // len(grid)
     blocks = max(1, at_once // block_rows)
@@ -132,10 +164,13 @@ def _shifted(codes: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_and_(_VALUE_BITS).view(torch.float16)
 
 
-def fp8_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) -> TensorEntry | str:
+def fp8_entry(
+    name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry], block: tuple[int, int] | None = None
+) -> TensorEntry | str:
     """The entry of the weight that "values" and "scales" encode, decoded to `dtype`; or the reason why they do not.
 
-    Without scales it is the values, which are not quantised.
+    Scales in the number that blocks of the size `block` need are for such blocks, in another number for equal ones. Without
+    scales it is the values, which are not quantised.
     """
     weight, scales = stored["values"], stored.get("scales")
     if scales is None:
@@ -147,9 +182,16 @@ def fp8_entry(name: str, dtype: torch.dtype, stored: Mapping[str, TensorEntry]) 
     grid = scales.shape if len(scales.shape) >= 2 else (1, 1) if scales.shape in ((), (1,)) else ()
     if len(weight.shape) < 2 or len(grid) < 2 or 0 in (*grid, *weight.shape):
         return f"{list(weight.shape)} values have scales of {list(scales.shape)}"
-    fits = all(size % count == 0 for size, count in zip(weight.shape[-2:], grid[-2:], strict=True))
-    if not fits or grid[:-2] != weight.shape[:-2]:
-        return f"{list(weight.shape)} values cannot be cut into blocks for {list(scales.shape)} scales"
     if weight.shape[-1] > _MOST_AT_ONCE:
         return f"its rows have {weight.shape[-1]} values, more than are decoded at once"
-    return encoded(name, dtype, weight.shape, Fp8Blocks(), (weight, scales))
+    smaller = block if block is not None and _ends_in_smaller_blocks(weight.shape, grid, block) else None
+    fits = all(size % count == 0 for size, count in zip(weight.shape[-2:], grid[-2:], strict=True))
+    if grid[:-2] != weight.shape[:-2] or not (fits or smaller):
+        return f"{list(weight.shape)} values cannot be cut into blocks for {list(scales.shape)} scales"
+    return encoded(name, dtype, weight.shape, Fp8Blocks(smaller), (weight, scales))
+
+
+def _ends_in_smaller_blocks(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int]) -> bool:
+    """Whether a matrix consists of that many blocks of the size `block`, the last ones of which are smaller."""
+    needed = tuple(-(-size // most) for size, most in zip(shape, block, strict=False))
+    return len(shape) == 2 and grid == needed and any(size % most for size, most in zip(shape, block, strict=True))

@@ -109,8 +109,11 @@ def open_gptq(config: Fields) -> PackedFormat:
             f"GPTQ with bits={bits} and group_size={shown(size)} is not supported; bits are {_BITS}"
         )
     varies = bool(config.values.get("dynamic"))
+    is_ordered = not config.values.get("desc_act") or size == -1
 
     def make(weight: StoredWeight) -> TensorEntry | str:
+        if "groups" not in weight.tensors and not is_ordered:
+            return "its g_idx is not stored, and with desc_act the order of its inputs is not known"
         return _make(weight, _stored_bits(weight.tensors, bits) if varies else bits, None if varies else size, _LESS[layout])
 
     return PackedFormat(METHOD, _ROLES, make)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -77,6 +79,41 @@ def open_dequantizer(quantization: Mapping[str, Any]) -> Quantizer:
     """What makes plain weights of a checkpoint with this `quantization_config`. Raises whatever the config class does."""
     quantizer: Quantizer = AutoHfQuantizer.from_config({**quantization, "dequantize": True}, pre_quantized=True)
     return quantizer
+
+
+def block_of(quantizer: Quantizer) -> tuple[int, int] | None:
+    """The number of rows and of columns that share a scale, if the config says it."""
+    rows, columns = getattr(quantizer.quantization_config, "weight_block_size", None) or (None, None)
+    return None if rows is None or columns is None else (int(rows), int(columns))
+
+
+def allow_smaller_blocks(transforms: Iterable[Any], quantizer: Quantizer) -> None:
+    """Let the transforms dequantise FP8 matrices whose last blocks are smaller.
+
+    transformers refuses them, or takes all blocks for equal ones.
+    """
+    block = block_of(quantizer)
+    for transform in transforms:
+        for operation in getattr(transform, "operations", ()):
+            stored = dequantizes(operation)
+            if block is not None and stored is not None and stored.method == "fp8":
+                operation.__class__ = _with_smaller_blocks(type(operation), block)
+
+
+def _with_smaller_blocks(native: Any, block: tuple[int, int]) -> type:
+    """The class of an operation, which dequantises a matrix with smaller blocks as if they were filled up with zeros."""
+
+    def dequantize_one(self: Any, quantized: torch.Tensor, scales: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        missing = [-size % most for size, most in zip(quantized.shape, block, strict=False)]
+        needed = [-(-size // most) for size, most in zip(quantized.shape, block, strict=False)]
+        if quantized.dim() != 2 or not any(missing) or list(scales.shape) != needed:
+            return native._dequantize_one(self, quantized, scales, **keywords)  # type: ignore[no-any-return]
+        rows, columns = quantized.shape
+        whole = pad(quantized.view(torch.uint8), (0, missing[1], 0, missing[0])).view(quantized.dtype)
+        found: torch.Tensor = native._dequantize_one(self, whole, scales, **keywords)
+        return found[:rows, :columns].contiguous()
+
+    return type(native.__name__, (native,), {"__module__": native.__module__, "_dequantize_one": dequantize_one})
 
 
 def dequantizes(operation: object) -> Format | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, WeightConverter
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform, dot_natural_key, rename_source_key
 
-from rabbit_engine.transformers_bridge.quantizers import Quantizer
+from rabbit_engine.transformers_bridge.quantizers import Quantizer, allow_smaller_blocks
 
 __all__ = ["NameMap", "Place", "WeightRenaming", "WeightTransform", "as_values", "in_loading_order", "transforms_for"]
 
@@ -20,7 +20,10 @@ def transforms_for(
     model: PreTrainedModel, quantizer: Quantizer | None = None, first: Iterable[WeightTransform] = ()
 ) -> list[WeightTransform]:
     """Copies of the transforms `first`, then transformers' own for this model and its checkpoint's quantiser."""
-    return [*copy.deepcopy(list(first)), *get_model_conversion_mapping(model, None, quantizer)]
+    own = get_model_conversion_mapping(model, None, quantizer)
+    if quantizer is not None:
+        allow_smaller_blocks(own, quantizer)
+    return [*copy.deepcopy(list(first)), *own]
 
 
 def as_values(transform: WeightTransform) -> list[list[str]]:
