@@ -21,7 +21,7 @@ from typing import Annotated
 import psutil
 import typer
 from peers.lanes import Lane, Limits, Run, best_settings, prepare_lane, run_lane
-from peers.memory_group import find_controller
+from peers.memory_group import ReadLimit, find_controller
 from peers.report import as_markdown
 from peers.timing import PROMPT_IDS
 
@@ -71,6 +71,12 @@ def rabbit_lanes(
         model=model,
         settings=tuple(("--resident-bytes", str(size)) for size in budgets),
     )
+
+
+def disk_lane(python: str | None, model: Path) -> Iterator[Lane]:
+    """The rate of a slowed disk, measured in the same rounds."""
+    if python:
+        yield Lane(name="the disk alone, a gigabyte in place of a token", module="disk", python=python, model=model)
 
 
 def airllm_lanes(python: str | None, model: Path, compressions: Sequence[str], shards: Path) -> Iterator[Lane]:
@@ -152,6 +158,7 @@ def conditions(limits: Limits, tokens: int, rounds: int, prompt_tokens: int) -> 
         f"Medians of {rounds} interleaved rounds, {tokens} tokens behind the first each, after a prompt of {prompt_tokens}. "
         f"Every run is a fresh process limited to {limits.memory_bytes / 1e9:.2f} GB by {find_controller().version}, "
         "page cache counted and cold at the start (below a virtual disk the host's own cache may be warm). "
+        f"{f'Its reads are limited to {limits.read.rate / 1e6:.0f} MB/s. ' if limits.read else ''}"
         f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU used."
     )
@@ -159,7 +166,7 @@ def conditions(limits: Limits, tokens: int, rounds: int, prompt_tokens: int) -> 
 
 def versions(runs: Sequence[Run]) -> str:
     """The versions of the lanes that reported one."""
-    found = {run.lane: run.figures["version"] for run in runs if "version" in run.figures}
+    found = {run.lane: run.figures["version"] for run in runs if run.figures.get("version")}
     return "Versions: " + "; ".join(f"{lane} {version}" for lane, version in found.items()) + "."
 
 
@@ -201,6 +208,7 @@ def main(
     ] = None,
     prompt_ids: Annotated[str, typer.Option(help="The prompt's token ids.")] = ",".join(map(str, PROMPT_IDS)),
     shards: Annotated[Path | None, typer.Option(help="Where peers write their splits; next to the model by default.")] = None,
+    read_rate: Annotated[str, typer.Option(help="Slow the model's disk down to this many bytes a second, as 500MB.")] = "",
     timeout_s: Annotated[float, typer.Option(help="The time limit of a run.")] = 900.0,
     rabbit_python: Python = None,
     airllm_python: Python = None,
@@ -212,11 +220,13 @@ def main(
     shards = (shards or model.with_name(f"{model.name}-shards")).resolve()
     limit = parse_bytes(memory)
     ggufs = [path.resolve() for path in gguf or ()]
-    limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=(model, shards, *ggufs))
+    slowed = ReadLimit(model, parse_bytes(read_rate)) if read_rate else None
+    limits = Limits(memory_bytes=limit, timeout_s=timeout_s, cold=(model, shards, *ggufs), read=slowed)
     pythons = {"rabbit_engine": rabbit_python, "AirLLM": airllm_python, "RabbitLLM": rabbitllm_python, "llama.cpp": llama_python}
     compressed = [part for part in compressions.split(",") if part]
     lanes = [
         *rabbit_lanes(rabbit_python, model, budgets_of(limit, budgets), compressed, ggufs, shards),
+        *(disk_lane(rabbit_python, model) if read_rate else ()),
         *airllm_lanes(airllm_python, model, compressed, shards),
         *rabbitllm_lane(rabbitllm_python, model, shards),
         *llama_lanes(llama_python, ggufs),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers.memory_group import limited_group
+from peers.memory_group import ReadLimit, limited_group
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 _group_numbers = itertools.count()
@@ -38,11 +38,12 @@ class Lane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits of every run: bytes of memory, seconds, and the files that must not be in the page cache."""
+    """The limits of every run: bytes of memory, seconds, how fast it reads; and the files that must not be in the page cache."""
 
     memory_bytes: int
     timeout_s: float
     cold: tuple[Path, ...]
+    read: ReadLimit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ def run_lane(lane: Lane, settings: tuple[str, ...], phase: str, arguments: Seque
     """One process with a cold page cache, in its own group."""
     evict(limits.cold)
     start = time.perf_counter()
-    with limited_group(f"peers-{os.getpid()}-{next(_group_numbers)}", limits.memory_bytes) as group:
+    with limited_group(f"peers-{os.getpid()}-{next(_group_numbers)}", limits.memory_bytes, limits.read) as group:
         outcome, error, figures = _execute(group.joined(lane.command(*arguments, *settings)), limits.timeout_s)
         if outcome != "ok" and group.oom_kills():
             outcome, error = "killed", "out of memory"

@@ -1,14 +1,15 @@
-"""A cgroup (v1 or v2) that limits the memory of one process, including the page cache. Needs root."""
+"""A cgroup (v1 or v2) that limits the memory of one process, page cache included, and how fast it reads a disk. Needs root."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_JOIN_THEN_RUN = 'echo $$ > "$0" && exec "$@"'
+_JOIN_THEN_RUN = 'for group in $0; do echo $$ > "$group" || exit; done; exec "$@"'
 _REMOVE_WITHIN_S = 10.0
 
 
@@ -23,6 +24,9 @@ class Controller:
     swap_is_added: bool
     peak: str
     events: str
+    disks: Path
+    read_limit: str
+    read_line: str
 
 
 V1 = Controller(
@@ -33,6 +37,9 @@ V1 = Controller(
     swap_is_added=True,
     peak="memory.max_usage_in_bytes",
     events="memory.oom_control",
+    disks=Path("/sys/fs/cgroup/blkio"),
+    read_limit="blkio.throttle.read_bps_device",
+    read_line="{disk} {rate}",
 )
 V2 = Controller(
     version="cgroup v2",
@@ -42,6 +49,9 @@ V2 = Controller(
     swap_is_added=False,
     peak="memory.peak",
     events="memory.events",
+    disks=Path("/sys/fs/cgroup"),
+    read_limit="io.max",
+    read_line="{disk} rbps={rate}",
 )
 
 
@@ -64,9 +74,15 @@ class MemoryGroup:
     controller: Controller
     folder: Path
 
+    @property
+    def disk_folder(self) -> Path:
+        """The folder of the limits on disks; in version 2 that of everything."""
+        return self.controller.disks / self.folder.name
+
     def joined(self, command: Sequence[str]) -> list[str]:
         """`command`, in this group from its first instruction."""
-        return ["sh", "-c", _JOIN_THEN_RUN, str(self.folder / "cgroup.procs"), *command]
+        groups = {self.folder, self.disk_folder} if self.disk_folder.is_dir() else {self.folder}
+        return ["sh", "-c", _JOIN_THEN_RUN, " ".join(str(folder / "cgroup.procs") for folder in groups), *command]
 
     def peak_bytes(self) -> int | None:
         """The group's peak memory, page cache included; None on kernels that do not report it."""
@@ -79,12 +95,28 @@ class MemoryGroup:
         return next(int(count) for name, count in pairs if name == "oom_kill")
 
 
+@dataclass(frozen=True, slots=True)
+class ReadLimit:
+    """At most `rate` bytes a second are read from the disk that holds `path`."""
+
+    path: Path
+    rate: int
+
+    @property
+    def disk(self) -> str:
+        """Its numbers, as `254:0`; those of the whole disk for a partition."""
+        number = self.path.stat().st_dev
+        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        whole = entry.parent if (entry / "partition").exists() else entry
+        return (whole / "dev").read_text().strip()
+
+
 @contextlib.contextmanager
-def limited_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
+def limited_group(name: str, limit_bytes: int, read_limit: ReadLimit | None = None) -> Iterator[MemoryGroup]:
     """A new group of `limit_bytes` without swap, removed at the end. Raises PermissionError unless run as root."""
     controller = find_controller()
     if controller is V2:
-        _hand_down_memory(V2.root / "cgroup.subtree_control")
+        _hand_down(V2.root / "cgroup.subtree_control", ["memory", *(["io"] if read_limit else [])])
     group = MemoryGroup(controller, controller.root / name)
     group.folder.mkdir()
     try:
@@ -92,15 +124,21 @@ def limited_group(name: str, limit_bytes: int) -> Iterator[MemoryGroup]:
         swap = group.folder / controller.with_swap
         if swap.exists():
             swap.write_text(str(limit_bytes if controller.swap_is_added else 0))
+        if read_limit is not None:
+            group.disk_folder.mkdir(exist_ok=True)
+            line = controller.read_line.format(disk=read_limit.disk, rate=read_limit.rate)
+            (group.disk_folder / controller.read_limit).write_text(line)
         yield group
     finally:
-        _remove(group.folder)
+        for folder in {group.folder, group.disk_folder}:
+            _remove(folder)
 
 
-def _hand_down_memory(subtree_control: Path) -> None:
-    """A v2 group can have a memory limit only if its parent group enables it; most systems already do."""
-    if "memory" not in subtree_control.read_text().split():
-        subtree_control.write_text("+memory")
+def _hand_down(subtree_control: Path, controllers: Sequence[str]) -> None:
+    """A v2 group can have a limit only if its parent group enables its controller; most systems already do."""
+    for name in controllers:
+        if name not in subtree_control.read_text().split():
+            subtree_control.write_text(f"+{name}")
 
 
 def _remove(folder: Path) -> None:
@@ -109,6 +147,8 @@ def _remove(folder: Path) -> None:
     while True:
         try:
             folder.rmdir()
+        except FileNotFoundError:
+            return
         except OSError:
             if time.monotonic() > deadline:
                 raise
