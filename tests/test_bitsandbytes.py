@@ -221,7 +221,10 @@ def test_blocks_decode_to_the_bits_of_bitsandbytes(decoder: str, kind: str, bloc
     encoding = Blocks4bit(kind, block, state.offset.item() if twice else None)
     with packing.DECODERS[decoder]():
         encoding.decode(stored, out)
-    assert torch.equal(out.view(torch.uint8), dequantize_4bit(codes, state).view(torch.uint8))
+    expected = dequantize_4bit(codes, state)
+    assert torch.equal(out, expected)
+    expected += 0.0  # fp4's code 8 is 0 in its table and in its AVX512 kernel, -0 in the other one
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("decoder", packing.DECODERS)

@@ -132,11 +132,13 @@ def test_weights_decode_to_what_bitsandbytes_dequantises(encoding: Storable) -> 
 
 def test_a_forecast_tells_of_the_quantised_bytes(own_checkpoint: Any, streamed: Any) -> None:
     folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    plain = forecast(folder, SourceConfig(), SplitConfig(), StreamConfig(device=torch.device("cpu"), device_budget_bytes=2**24))
     for kind in ("nf4", "int8"):
         split = SplitConfig(compression=CompressionConfig(method="bnb", bitsandbytes=BitsAndBytes(kind=kind)))
-        stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=2**24)
-        before = forecast(folder, SourceConfig(), split, stream)
-        assert before.weights_bytes < forecast(folder, SourceConfig(), SplitConfig(), stream).weights_bytes * 0.8
+        with pytest.raises(errors.BudgetError) as too_small:
+            forecast(folder, SourceConfig(), split, StreamConfig(device=torch.device("cpu"), device_budget_bytes=1))
+        smallest = StreamConfig(device=torch.device("cpu"), device_budget_bytes=too_small.value.smallest_bytes)  # none is decoded
+        assert forecast(folder, SourceConfig(), split, smallest).weights_bytes < plain.weights_bytes * 0.8
 
 
 def test_a_config_that_quantises_nothing_is_refused(streamed: Any) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rabbit_engine
 from rabbit_engine import errors
 from rabbit_engine.cli import main
-from rabbit_engine.cli.loading import parse_memory
+from rabbit_engine.cli.loading import Loading, parse_memory
 from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
@@ -375,7 +375,14 @@ def test_a_rate_is_read_as_the_doctor_prints_it(rate: str) -> None:
 
 
 def test_options_as_text() -> None:
-    assert parse_memory(None) is None
-    assert parse_memory("8GiB") == {0: "8GiB", "cpu": "8GiB"}
-    assert parse_memory("0=8GiB,cpu=24GiB") == {0: "8GiB", "cpu": "24GiB"}
-    assert parse_memory("cuda:1=8GiB, mps=1GB") == {"cuda:1": "8GiB", "mps": "1GB"}
+    assert parse_memory("0=8GiB,cpu=24GiB", "cpu") == {0: "8GiB", "cpu": "24GiB"}
+    assert parse_memory("cuda:1=8GiB, mps=1GB", "mps") == {"cuda:1": "8GiB", "mps": "1GB"}
+
+
+@pytest.mark.parametrize(
+    ("device", "place"), [("cpu", "cpu"), ("cuda", 0), ("cuda:0", 0), ("xpu:1", 1), ("mps", "mps"), ("mps:0", "mps")]
+)
+def test_one_number_is_the_budget_of_the_device_that_computes(device: str, place: int | str) -> None:
+    assert parse_memory("8GiB", device) == {place: "8GiB"}
+    assert Loading(max_memory="8GiB", device=device).budget == {place: "8GiB"}
+    assert Loading(device=device).budget is None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
     from rabbit_engine.transformers_bridge import generation as generation
+    from rabbit_engine.utils import platform as platform
 
 _MODULES = {
     "architectures": "rabbit_engine.architectures",
@@ -44,6 +45,7 @@ _MODULES = {
     "listen": "rabbit_engine.server.listen",
     "model": "rabbit_engine.model",
     "pace": "rabbit_engine.diagnostics.pace",
+    "platform": "rabbit_engine.utils.platform",
     "plotting": "rabbit_engine.diagnostics.plotting",
     "sessions": "rabbit_engine.sessions",
     "streaming": "rabbit_engine.streaming",

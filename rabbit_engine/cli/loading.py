@@ -23,13 +23,12 @@ DEFAULT_TOKENS = 4096
 _PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
 
 
-def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
-    """`"8GiB"` is the device's budget; `"0=8GiB,cpu=24GiB"` names each device. Raises ValueError."""
-    if text is None:
-        return None
+def parse_memory(text: str, device: str) -> dict[int | str, int | str]:
+    """`"8GiB"` is the budget of the `device` that computes, `"0=8GiB,cpu=24GiB"` names each. Raises ValueError."""
     if "=" not in text:
         parse_bytes(text)
-        return {0: text, "cpu": text}
+        kind, _, index = device.partition(":")
+        return {kind if kind in ("cpu", "mps") else int(index) if index.isdigit() else 0: text}
     places: dict[int | str, int | str] = {}
     for part in text.split(","):
         place, is_named, size = (word.strip() for word in part.partition("="))
@@ -42,7 +41,8 @@ def parse_memory(text: str | None) -> dict[int | str, int | str] | None:
 
 def _check_memory(text: str | None) -> str | None:
     try:
-        parse_memory(text)
+        if text is not None:
+            parse_memory(text, "cpu")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text
@@ -61,7 +61,9 @@ Device = Annotated[str | None, typer.Option(help="cuda:0, xpu:0, mps or cpu; the
 Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")]
 MaxMemory = Annotated[
     str | None,
-    typer.Option("--max-memory", "-m", callback=_check_memory, help="Memory for weights: 8GiB, or 0=8GiB,cpu=24GiB."),
+    typer.Option(
+        "--max-memory", "-m", callback=_check_memory, help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB."
+    ),
 ]
 MaxSeqLen = Annotated[
     int | None,
@@ -108,7 +110,9 @@ class Loading:
     @property
     def budget(self) -> dict[int | str, int | str] | None:
         """`max_memory` in the library's form."""
-        return parse_memory(self.max_memory)
+        if self.max_memory is None:
+            return None
+        return parse_memory(self.max_memory, self.device or str(engine.platform.best_device()))
 
     def for_conversations(self) -> Loading:
         """The same, with memory reserved for DEFAULT_TOKENS unless a number of tokens or a budget is given."""

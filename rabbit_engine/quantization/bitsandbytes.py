@@ -34,7 +34,8 @@ _NF4 = (
 )  # fmt: skip
 _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 VALUES: Mapping[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": (*_FP4, *(0.0 - value for value in _FP4))}
-"""What the 16 codes stand for, before they are scaled. fp4 has no negative zero."""
+"""What the 16 codes stand for, before they are scaled. fp4 has no negative zero, as in the package's own table and its AVX512
+kernel; its kernel without AVX512, which its builds for CUDA contain, has one."""
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED = 256
