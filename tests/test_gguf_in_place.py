@@ -180,6 +180,13 @@ def test_a_file_that_is_replaced_while_it_streams_is_named(tmp_path: Path, strea
         model(ids)
 
 
+def test_a_file_that_lacks_a_weight_is_named(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q8_0")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_norm", b"blk.1.attn_morn"))
+    with pytest.raises(errors.MismatchedWeightsError, match=r"m\.gguf lacks weights of .* model\.layers\.1\.input_layernorm"):
+        AutoModel.from_pretrained(path, device="cpu")
+
+
 def test_a_plan_says_that_nothing_is_split(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path / "m.gguf", "llama", "Q4_K")
     source = prepare(path, SourceConfig(), SplitConfig(dtype=torch.bfloat16), progress=False)

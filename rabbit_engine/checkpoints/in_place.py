@@ -36,7 +36,7 @@ def not_plain(files: WeightFiles) -> str:
 
 
 def original_entries(
-    conversion: Conversion, folder: Path, equal: Callable[[TensorEntry, TensorEntry], bool]
+    conversion: Conversion, files: Path, equal: Callable[[TensorEntry, TensorEntry], bool]
 ) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
     """The locations of the model's weights in its original files, and their ties.
 
@@ -52,7 +52,7 @@ def original_entries(
     tied = tied_weights(conversion.skeleton)
     ties = settle_ties(tied, frozenset(entries), lambda first, second: equal(entries[first], entries[second]))
     kept = {name: entry for name, entry in entries.items() if name not in ties.dropped}
-    require_weights(conversion.skeleton, kept, ties, folder)
+    require_weights(conversion.skeleton, kept, ties, files)
     return kept, ties.shared
 
 

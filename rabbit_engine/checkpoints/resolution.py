@@ -261,7 +261,8 @@ def _must_split(request: ModelRequest, existing: Existing, reason: str) -> MustS
 
 
 def _in_place(request: ModelRequest, conversion: Conversion, reading: Reading) -> InPlace:
-    entries, ties = original_entries(conversion, request.repo.folder, reading.equal)
+    files = request.repo.folder if request.gguf is None else request.gguf.path
+    entries, ties = original_entries(conversion, files, reading.equal)
     away = {path for path in {entry.path for entry in entries.values()} if not path.is_file()}
     download_bytes = sum(entry.nbytes for entry in entries.values() if entry.path in away)
     return InPlace(request, entries, ties, tuple(conversion.unused()), download_bytes)

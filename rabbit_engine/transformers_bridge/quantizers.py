@@ -109,7 +109,8 @@ def _with_smaller_blocks(native: Any, block: tuple[int, int]) -> type:
         if quantized.dim() != 2 or not any(missing) or list(scales.shape) != needed:
             return native._dequantize_one(self, quantized, scales, **keywords)  # type: ignore[no-any-return]
         rows, columns = quantized.shape
-        whole = pad(quantized.view(torch.uint8), (0, missing[1], 0, missing[0])).view(quantized.dtype)
+        values = quantized.view(torch.uint8) if quantized.dtype.itemsize == 1 else quantized  # older versions cast them before
+        whole = pad(values, (0, missing[1], 0, missing[0])).view(quantized.dtype)
         found: torch.Tensor = native._dequantize_one(self, whole, scales, **keywords)
         return found[:rows, :columns].contiguous()
 
