@@ -89,7 +89,8 @@ def test_fused_products_are_near_the_decoded_weights_and_the_same_in_any_budget(
         fused, decoded = model(ids).logits, streamed(folder, compression=method, fused_products=False)(ids).logits
         assert torch.equal(large(ids).logits, fused)
     assert not torch.equal(fused, decoded)
-    assert torch.allclose(fused, decoded, rtol=1e-4, atol=1e-5)
+    # products of four bits round their states to eight
+    assert (fused - decoded).norm() < (0.02 if method == "4bit" else 1e-4) * decoded.norm()
     steps = {"max_new_tokens": 5, "do_sample": True, "pad_token_id": 0}
     torch.manual_seed(2)
     expected = large.generate(ids, **steps)

@@ -27,7 +27,7 @@ from rabbit_engine.quantization.bitsandbytes_made import (
 )
 from rabbit_engine.quantization.eight_bit import EightBitRows
 from rabbit_engine.quantization.four_bit import MOST_COLUMNS, FourBitGroups
-from rabbit_engine.quantization.four_bit_layouts import layout_for
+from rabbit_engine.quantization.four_bit_layouts import can_multiply, layout_for
 from rabbit_engine.quantization.lossless import Lossless
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
@@ -80,13 +80,13 @@ def warn_of_layout(made: Mapping[str, Any] | None, wanted: CompressionConfig | N
     """Log a warning if shards are arranged for another machine than the one that computes: it decodes them first."""
     if made is None or wanted is None or wanted.device_type != "cpu":
         return
-    here = compression_fingerprint(wanted).get("layout")
-    if made.get("layout") != here:
+    here, there = compression_fingerprint(wanted).get("layout"), made.get("layout")
+    if there != here and not can_multiply(str(there)):
         logger.warning(
             "the %s shards are arranged for %s, and this machine multiplies by %s: their weights are decoded first, which is "
             "slower; split again, into another layer_shards_saving_path, to avoid it",
             wanted.method,
-            made.get("layout"),
+            there,
             here,
         )
 

@@ -6,17 +6,28 @@ stored in that dtype.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 
 from rabbit_engine.quantization import kernels, torch_products
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.four_bit_fit import fit_groups
-from rabbit_engine.quantization.four_bit_layouts import BY_ROWS, LAYOUTS, native_layout, pack, regions, unpack
+from rabbit_engine.quantization.four_bit_layouts import (
+    BY_ROWS,
+    LAYOUTS,
+    STRIP_ROWS,
+    STRIPS,
+    can_multiply,
+    factor_shape,
+    factors_of_rows,
+    pack,
+    regions,
+    unpack,
+)
 from rabbit_engine.quantization.storable import Component
 from rabbit_engine.storage.encoding import Described, rows_at_once
 from rabbit_engine.storage.jsonvalues import Fields, shown
@@ -36,14 +47,17 @@ _COMPRESSED_AT_ONCE = 2**22
 _BLOCK_ROWS = 64
 """Blocks of every layout divide this many rows."""
 
-_MOST_ROWS = 48
-"""Of states for which the fused product is faster than decoding followed by torch's product; see docs/benchmarks.md."""
+_STATES_AT_ONCE = 256
+"""Rows of states that are multiplied by strips together."""
+
+_MOST_ROWS_OF_TORCH = 48
+"""Of states for which torch's fused product is faster than decoding followed by its usual one; see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True, slots=True)
 class FourBitGroups:
-    """Components: `codes` uint8 [..., rows, columns / 2] in the arrangement `layout`, and `factors` [..., columns / group,
-    rows, 2], the scale and the zero of each group."""
+    """Components: `codes` uint8 [..., rows, columns / 2] in the arrangement `layout`, and `factors`, the scale and the zero of
+    each group, [..., columns / group, rows, 2] or in strips [..., rows / 16, columns / group, 16, 2]."""
 
     group: int
     layout: str
@@ -70,17 +84,17 @@ class FourBitGroups:
         if len(shape) < 2 or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"a weight of shape {list(shape)} and {dtype} is not a matrix of floats")
         *stack, rows, columns = shape
-        rows_fit = self.layout == BY_ROWS or rows % torch_products.INT4_ROWS == 0
+        rows_fit = self.layout == BY_ROWS or rows % STRIP_ROWS == 0
         if columns % self.group or columns > MOST_COLUMNS or not rows_fit:
             raise ValueError(f"{rows} rows of {columns} values have no groups of {self.group} in the layout {self.layout}")
-        codes, factors = (*stack, rows, columns // 2), (*stack, columns // self.group, rows, 2)
-        return Component(torch.uint8, codes), Component(_factor_dtype(dtype), factors)
+        factors = (*stack, *factor_shape(rows, columns // self.group, self.layout))
+        return Component(torch.uint8, (*stack, rows, columns // 2)), Component(_factor_dtype(dtype), factors)
 
     def compress(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
         """Codes, scales and zeros with nearly the smallest squared error. Raises ValueError for values that are not finite."""
         forms = self.components(weight.dtype, tuple(weight.shape))
         codes, factors = (torch.empty(form.shape, dtype=form.dtype, device=weight.device) for form in forms)
-        for matrix, some_codes, some_factors in zip(_matrices(weight), _matrices(codes), _matrices(factors, 3), strict=True):
+        for matrix, some_codes, some_factors in self._matrices(weight, codes, factors):
             self._compress(matrix, some_codes, some_factors)
         return codes, factors
 
@@ -91,13 +105,13 @@ class FourBitGroups:
             some = matrix[first : first + step]
             found, scales, zeros = fit_groups(some.reshape(-1, self.group), factors.dtype)
             codes[first : first + step] = pack(found.view(some.shape), self.layout)
-            of_rows = factors[:, first : first + step]
-            of_rows[..., 0], of_rows[..., 1] = scales.view(len(some), -1).t(), zeros.view(len(some), -1).t()
+            of_rows = factors_of_rows(factors, first, first + len(some))
+            of_rows[..., 0], of_rows[..., 1] = scales.view(of_rows.shape[:-1]), zeros.view(of_rows.shape[:-1])
 
     def decode(self, stored: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Decode some blocks of rows at a time."""
         codes, factors = stored
-        for matrix, some_codes, some_factors in zip(_matrices(out), _matrices(codes), _matrices(factors, 3), strict=True):
+        for matrix, some_codes, some_factors in self._matrices(out, codes, factors):
             if self.layout != BY_ROWS and kernels.can_write(matrix.dtype, matrix.device):
                 self._decode_compiled(some_codes, some_factors, matrix)
             else:
@@ -107,21 +121,26 @@ class FourBitGroups:
         """A matrix's factors in float32, twice; with torch operations a piece: in float32, its codes, its factors."""
         rows, columns = out.shape[-2:]
         if self.layout != BY_ROWS and kernels.can_write(out.dtype, device):
-            return 2 * 4 * math.prod(stored[1].shape[-3:])
+            return 2 * 4 * 2 * rows * columns // self.group
         piece = min(rows, _rows_at_once(columns, device)) * columns
         return (4 + 1) * piece + 2 * 4 * piece // self.group
 
     def _decode_compiled(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
-        from rabbit_engine.quantization.kernels.four_bit import decode_blocks_of_rows
+        from rabbit_engine.quantization.kernels.four_bit import decode_blocks_of_rows, decode_strips
 
-        scales, zeros = factors.float().permute(2, 1, 0).contiguous()
+        rows, columns = out.shape
+        scales, zeros = factors_of_rows(factors, 0, rows).float().reshape(rows, -1, 2).permute(2, 0, 1).contiguous()
         bits = out.view(kernels.BITS[out.dtype])
-        for region in regions(len(out), self.layout):
-            rows = slice(region.first, region.stop)
-            some, least = region.bytes_of(codes).flatten(-2), -(-kernels.THREAD_VALUES // (region.block * out.shape[1]))
-            of_rows = [part[rows].numpy() for part in (scales, zeros)]
-            arrays = (some.numpy(), region.distance, *of_rows, self.group, bits[rows].numpy())
-            kernels.run_rows(decode_blocks_of_rows, len(some), *arrays, least=least)
+        if self.layout == STRIPS:
+            strips = codes.view(-1, columns // 8, STRIP_ROWS, 4)
+            arrays = (part.numpy() for part in (strips, scales, zeros, bits))
+            kernels.run_rows(decode_strips, len(strips), *arrays, self.group, least=_worth_a_thread(STRIP_ROWS * columns))
+            return
+        for region in regions(rows, self.layout):
+            some = region.bytes_of(codes).flatten(-2)
+            arrays = (part[region.first : region.stop].numpy() for part in (scales, zeros, bits))
+            least = _worth_a_thread(region.block * columns)
+            kernels.run_rows(decode_blocks_of_rows, len(some), some.numpy(), *arrays, self.group, region.distance, least=least)
 
     def _decode_with_torch(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
         rows, columns = out.shape
@@ -131,27 +150,63 @@ class FourBitGroups:
             some = out[first : first + step]
             values = memory[: some.numel()].view(some.shape)
             unpack(codes[first : first + step], self.layout, values)
-            scales, zeros = factors[:, first : first + step].float().permute(2, 1, 0).unsqueeze(-1)
+            of_rows = factors_of_rows(factors, first, first + len(some)).reshape(len(some), -1, 2)
+            scales, zeros = of_rows.float().permute(2, 0, 1).unsqueeze(-1)
             values.view(len(some), -1, self.group).sub_(_MIDDLE).mul_(scales).add_(zeros)
             some.copy_(values)
 
+    def _matrices(self, weight: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
+        """Each matrix of a weight with its codes and factors."""
+        of_factors = 4 if self.layout == STRIPS else 3
+        return zip(_matrices(weight), _matrices(codes), _matrices(factors, of_factors), strict=True)
+
     def gains(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether torch's fused product beats decoding for `rows` rows of states, and this layout is the machine's."""
-        return rows <= _MOST_ROWS and torch_products.has_int4(dtype, device) and self.layout == native_layout()
+        """Whether a fused product beats decoding for `rows` rows of states, and this layout is one that the machine reads."""
+        if device.type != "cpu" or not can_multiply(self.layout):
+            return False
+        if self.layout == STRIPS:
+            return dtype in kernels.BITS
+        return rows <= _MOST_ROWS_OF_TORCH and torch_products.has_int4(dtype, device)
 
     def linear(self, states: torch.Tensor, stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-        """`states` [rows, columns] times the weight transposed, which is not rounded to the dtype of `states` first."""
+        """`states` [rows, columns] times the weight transposed, which is not rounded to the dtype of `states` first.
+
+        The kernel for strips rounds the states of each group to 8 bits, of the group's largest magnitude.
+        """
         codes, factors = stored
-        if factors.dtype != states.dtype or self.layout != native_layout():
-            return decoded_product(self, states, stored, shape)
         rows, columns = shape
-        return torch_products.int4_product(
-            states, codes.view(rows, columns // 2), self.group, factors.view(columns // self.group, rows, 2)
-        )
+        if factors.dtype != states.dtype or not can_multiply(self.layout):
+            return decoded_product(self, states, stored, shape)
+        if self.layout == STRIPS:
+            return self._multiply_strips(states, codes.view(rows // STRIP_ROWS, -1), factors.view(rows // STRIP_ROWS, -1))
+        factors = factors.view(columns // self.group, rows, 2)
+        return torch_products.int4_product(states, codes.view(rows, columns // 2), self.group, factors)
+
+    def _multiply_strips(self, states: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """`codes` and `factors` [strips, those of a strip]. Some rows of states at a time, to stay in a processor's caches."""
+        weight = codes.numpy(), factors.view(kernels.BITS[factors.dtype]).numpy()
+        out = torch.empty(len(states), STRIP_ROWS * len(codes), dtype=states.dtype)
+        for some, some_out in zip(states.detach().split(_STATES_AT_ONCE), out.split(_STATES_AT_ONCE), strict=True):
+            some_out.copy_(self._multiply_some_by_strips(some, *weight))
+        return out
+
+    def _multiply_some_by_strips(self, states: torch.Tensor, *weight: NDArray[Any]) -> torch.Tensor:
+        from rabbit_engine.quantization.kernels.four_bit_products import multiply_strips, round_states
+
+        (rows, columns), strips = states.shape, len(weight[0])
+        rounded, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns // self.group)
+        sums, out = torch.empty(scales.shape, dtype=torch.int32), torch.empty(rows, STRIP_ROWS * strips)
+        of_groups = scales.numpy(), sums.numpy()
+        kernels.run_rows(round_states, rows, states.float().numpy(), rounded.numpy(), *of_groups, least=_worth_a_thread(columns))
+        fours = rounded.view(torch.int32).numpy()
+        least = _worth_a_thread(STRIP_ROWS * columns)
+        kernels.run_rows(multiply_strips, strips, *weight, fours, *of_groups, out.numpy(), least=least)
+        return out
 
 
-def _rows_at_once(columns: int, device: torch.device) -> int:
-    return rows_at_once(_MOST_AT_ONCE, columns * _BLOCK_ROWS, device) * _BLOCK_ROWS
+def _worth_a_thread(values: int) -> int:
+    """How many times so many values are worth a thread."""
+    return -(-kernels.THREAD_VALUES // values)
 
 
 def _matrices(tensor: torch.Tensor, dimensions: int = 2) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The compiled decoder of `quantization/four_bit.py`, for the layouts of torch's product on a CPU."""
+"""The compiled decoders of `quantization/four_bit.py`, for strips and for the layouts of torch's product on a CPU.
+
+Values are `(code - 8) * scale + zero`, to the bits of floats.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Out = NDArray[np.uint32] | NDArray[np.uint16] | NDArray[np.int16]
 
 @kernel
 def decode_blocks_of_rows(
-    first: int, stop: int, codes: Bytes, distance: int, scales: Floats, zeros: Floats, group: int, out: Out
+    first: int, stop: int, codes: Bytes, scales: Floats, zeros: Floats, out: Out, group: int, distance: int
 ) -> None:
     """Blocks `first` to `stop`: `codes` [blocks, columns, rows of a block / 2], in which a byte holds a row and that `distance`
     further; scales and zeros [rows, groups]; to the bits of floats in `out` [rows, columns].
@@ -41,3 +44,21 @@ def decode_blocks_of_rows(
                 for column in range(group):
                     code = np.float32(some[column] >> np.uint8(4)) - np.float32(8)
                     put_float(target, column, code * scale + zero)
+
+
+@kernel
+def decode_strips(first: int, stop: int, codes: Bytes, scales: Floats, zeros: Floats, out: Out, group: int) -> None:
+    """Strips `first` to `stop`: `codes` [strips, columns / 8, rows of a strip, 4], whose low bits are four columns and whose high
+    bits the next four; scales and zeros [rows, groups]; `out` [rows, columns]."""
+    eights, rows = codes.shape[1:3]
+    for strip in range(first, stop):
+        for place in range(rows):
+            row = strip * rows + place
+            target = out[row]
+            for eight in range(eights):
+                scale, zero, some = scales[row, 8 * eight // group], zeros[row, 8 * eight // group], codes[strip, eight, place]
+                for column in range(4):
+                    low = np.float32(some[column] & np.uint8(15)) - np.float32(8)
+                    high = np.float32(some[column] >> np.uint8(4)) - np.float32(8)
+                    put_float(target, 8 * eight + column, low * scale + zero)
+                    put_float(target, 8 * eight + 4 + column, high * scale + zero)
