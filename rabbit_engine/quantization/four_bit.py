@@ -119,6 +119,7 @@ class FourBitGroups:
 
     def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
         """A matrix's factors in float32, twice; with torch operations a piece: in float32, its codes, its factors."""
+        del stored
         rows, columns = out.shape[-2:]
         if self.layout != BY_ROWS and kernels.can_write(out.dtype, device):
             return 2 * 4 * 2 * rows * columns // self.group
@@ -207,6 +208,10 @@ class FourBitGroups:
 def _worth_a_thread(values: int) -> int:
     """How many times so many values are worth a thread."""
     return -(-kernels.THREAD_VALUES // values)
+
+
+def _rows_at_once(columns: int, device: torch.device) -> int:
+    return rows_at_once(_MOST_AT_ONCE, columns * _BLOCK_ROWS, device) * _BLOCK_ROWS
 
 
 def _matrices(tensor: torch.Tensor, dimensions: int = 2) -> torch.Tensor:
