@@ -154,7 +154,7 @@ def test_a_pass_moves_the_small_bytes_that_the_plan_says(method: str, own_checkp
 def test_a_plan_before_the_split_is_the_plan_after_it(own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama_tied", dtype=torch.bfloat16, hidden_size=256)
     split = SplitConfig(compression=CompressionConfig(method="4bit"))
-    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=430_000)
+    stream = StreamConfig(device=torch.device("cpu"), device_budget_bytes=320_000)
     before = forecast(folder, SourceConfig(), split, stream)
     assert not list(folder.rglob("rabbit_shards/*"))
     prepare(folder, SourceConfig(), split, progress=False)
