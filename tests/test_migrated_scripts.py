@@ -163,7 +163,7 @@ def test_rabbitllms_example_with_compression_runs_unchanged(
 ) -> None:
     folder = save(tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct", "qwen2", torch.float32, **WIDE)
     found = run(RABBITLLM.format(compression=compression, more=more))
-    with found["model"] as model:
+    with found["model"]:
         torch.manual_seed(7)
         steps = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
         inputs = {"attention_mask": found["attention_mask"].cpu()}
