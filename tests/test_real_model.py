@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,26 @@ def test_real_model_answers_as_transformers_does(whole: Any, model: Any) -> None
     assert "Paris" in model.tokenizer.decode(got[0, inputs["input_ids"].shape[1] :])
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
+
+
+def test_its_file_streams_in_place_in_a_third_of_the_bytes_with_the_bits_of_transformers(
+    whole: Any, smollm: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / smollm.name
+    path.symlink_to(smollm)
+    ids = torch.randint(0, 49000, (1, 16), generator=torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(whole)
+    for weight in reference.parameters():
+        weight.data = weight.data.bfloat16()
+    with (
+        torch.no_grad(),
+        AutoModel.from_pretrained(path, device="cpu", dtype=torch.bfloat16, max_memory={"cpu": "64MB"}) as model,
+    ):
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+        assert 0 < model.plan.pass_bytes < sum(weight.nbytes for weight in reference.parameters()) / 3
+        kept = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(kept, reference.generate(ids, max_new_tokens=4, do_sample=False))
+    assert [path.name for path in tmp_path.iterdir()] == [smollm.name]
 
 
 def test_text_iterator_streamer_in_a_thread(whole: Any, model: Any) -> None:
