@@ -118,13 +118,13 @@ class FourBitGroups:
                 self._decode_with_torch(some_codes, some_factors, matrix)
 
     def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:
-        """A matrix's factors in float32, twice; with torch operations a piece: in float32, its codes, its factors."""
+        """A matrix's factors in float32, twice; with torch operations a piece: in float32, its codes, its factors twice."""
         del stored
         rows, columns = out.shape[-2:]
         if self.layout != BY_ROWS and kernels.can_write(out.dtype, device):
             return 2 * 4 * 2 * rows * columns // self.group
         piece = min(rows, _rows_at_once(columns, device)) * columns
-        return (4 + 1) * piece + 2 * 4 * piece // self.group
+        return (4 + 1) * piece + 2 * (2 + 4) * piece // self.group
 
     def _decode_compiled(self, codes: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
         from rabbit_engine.quantization.kernels.four_bit import decode_blocks_of_rows, decode_strips
