@@ -1,12 +1,13 @@
 """On an NVIDIA GPU: layers of a 70B in 8, 4 and 2 GiB of device memory, compared with a pinned copy and the resident model.
 
-    python scripts/benchmark_cuda.py [--folder DIR] [--layers N] [--caps 8,4,2] [--rounds N] [--seconds S] [--peers]
+    python scripts/benchmark_cuda.py [--folder DIR] [--layers N] [--caps 8,4,2] [--rounds N] [--seconds S]
+        [--compressions 4bit,8bit] [--peers]
 
 Makes a random Llama with the shape of a 70B (1.7 GB a layer in bf16), with as many layers as DIR has room for. For each cap
 and each source of the weights (host memory, disk) it prints seconds per pass, the rate relative to a pinned copy and to the
-same reads alone, planned and peak device memory, and whether logits equal the resident model's. With --peers also those of
-transformers' offload by accelerate, and of AirLLM if it is installed. A record is printed as JSON as soon as it is measured;
-the last lines are the table.
+same reads alone, planned and peak device memory, and whether logits equal the resident model's. With --compressions also those
+of compressed shards from host memory; with --peers those of transformers' offload by accelerate, and of AirLLM if it is
+installed. A record is printed as JSON as soon as it is measured; the last lines are the table.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from rabbit_engine import AutoModel
 from rabbit_engine.architectures import build_skeleton
+from rabbit_engine.checkpoints import prepare as prepare_shards
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, evict
 from rabbit_engine.errors import RabbitError
 from rabbit_engine.model import StreamedModel
@@ -114,15 +117,32 @@ def resident(folder: Path) -> Iterator[PreTrainedModel]:
     yield model.eval()
 
 
-def rabbit_lane(folder: Path, cap: int, host_bytes: int) -> Lane:
-    """rabbit_engine: from host memory if that holds the model, else from disk."""
+def rabbit_lane(folder: Path, cap: int, host_bytes: int, **compressed: Any) -> Lane:
+    """rabbit_engine: from host memory if that holds the model, else from disk. `compressed` are the keywords for shards."""
     max_memory: dict[int | str, int | str] = {0: cap - WORKSPACE_BYTES, "cpu": host_bytes}
+    kind = f"{compressed['compression']}, " if compressed else ""
     return Lane(
-        name=f"{cap / 2**30:g} GiB, from {source(host_bytes)}",
+        name=f"{cap / 2**30:g} GiB, {kind}from {source(host_bytes)}",
         cap=cap,
-        load=partial(AutoModel.from_pretrained, folder, device=DEVICE, max_memory=max_memory, max_seq_len=TOKENS),
+        load=partial(AutoModel.from_pretrained, folder, device=DEVICE, max_memory=max_memory, max_seq_len=TOKENS, **compressed),
         describe=described,
     )
+
+
+def compressed_lanes(folder: Path, shards: Path, caps: list[int], host_bytes: int, compressions: list[str]) -> list[Lane]:
+    """Each compression from host memory. Their logits differ from the resident model's by what it rounds."""
+    return [
+        rabbit_lane(folder, cap, host_bytes, compression=compression, layer_shards_saving_path=shards)
+        for compression in compressions
+        for cap in caps
+    ]
+
+
+def make_shards(folder: Path, shards: Path, compressions: list[str]) -> None:
+    """Compress the model for the device, unless that is done."""
+    for compression in compressions:
+        made = CompressionConfig(method=compression, device_type=DEVICE.type)
+        prepare_shards(folder, SourceConfig(), SplitConfig(dtype=torch.bfloat16, saving_path=shards, compression=made))
 
 
 def source(host_bytes: int) -> str:
@@ -243,13 +263,14 @@ def as_table(records: list[BenchmarkRow]) -> str:
     return "\n".join(lines)
 
 
-def find_lanes(folder: Path, shards: Path, caps: list[int], peers: bool) -> list[Lane]:
-    """Ours, then the peers; each from host memory, then from disk."""
+def find_lanes(folder: Path, shards: Path, caps: list[int], compressions: list[str], peers: bool) -> list[Lane]:
+    """Ours, then the peers; each from host memory, then from disk. Compressed ones come from host memory alone."""
     whole_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) + LAYER_BYTES
     hosts = (whole_bytes, SMALL_HOST_BYTES)
     lanes = [rabbit_lane(folder, cap, host_bytes) for host_bytes in hosts for cap in caps]
+    lanes += compressed_lanes(folder, shards / "rabbit_engine", caps, whole_bytes, compressions)
     if peers:
-        of_airllm = airllm_lanes(folder, shards, max(caps)) if has_airllm() else ()
+        of_airllm = airllm_lanes(folder, shards / "airllm", max(caps)) if has_airllm() else ()
         for host_bytes, also in zip_longest(hosts, of_airllm):
             lanes += [offload_lane(folder, cap, host_bytes) for cap in caps]
             lanes += [also] if also else []
@@ -264,9 +285,10 @@ def main(
     caps: Annotated[str, typer.Option(help="Device memory in GiB, one run each.")] = "8,4,2",
     rounds: Annotated[int, typer.Option(min=1, help="The most passes to time of each.")] = 5,
     seconds: Annotated[float, typer.Option(help="After this long no other pass is timed.")] = 60,
+    compressions: Annotated[str, typer.Option(help="Lanes of compressed shards, as 4bit,8bit.")] = "",
     peers: Annotated[bool, typer.Option(help="Time transformers' offload and AirLLM too.")] = False,
     only: Annotated[str, typer.Option(help="Only lanes whose names this regular expression finds.")] = "",
-    prepare: Annotated[bool, typer.Option(help="Only write the model, and AirLLM's files.")] = False,
+    prepare: Annotated[bool, typer.Option(help="Only write the model, compressed shards, and AirLLM's files.")] = False,
 ) -> None:
     """Make the model, run every cap from host memory and from disk, print the records and a table."""
     if not torch.cuda.is_available():
@@ -277,13 +299,15 @@ def main(
         room = int(0.8 * shutil.disk_usage(target).free) - 3 * LAYER_BYTES
         count = layers or max(2, min(16, room // LAYER_BYTES))
         make_checkpoint(target, count)
-        shards = target.with_name(f"{target.name}-airllm")
+        shards = target.with_name(f"{target.name}-shards")
+        compressed = [part for part in compressions.split(",") if part]
+        make_shards(target, shards / "rabbit_engine", compressed)
         if prepare:
-            with airllm(target, shards) if peers and has_airllm() else tempfile.TemporaryDirectory():
+            with airllm(target, shards / "airllm") if peers and has_airllm() else tempfile.TemporaryDirectory():
                 return
         fits = (count + 4) * LAYER_BYTES < torch.cuda.mem_get_info(DEVICE)[0]
         whole = Lane(name="no cap, transformers, resident", load=partial(resident, target)) if fits else None
-        lanes = find_lanes(target, shards, [int(float(cap) * 2**30) for cap in caps.split(",")], peers)
+        lanes = find_lanes(target, shards, [int(float(cap) * 2**30) for cap in caps.split(",")], compressed, peers)
         print(as_table(measure_all([lane for lane in lanes if re.search(only, lane.name)], whole, rounds, seconds)))
 
 

@@ -1,6 +1,6 @@
 """What each encoding costs in quality: the perplexity of a text, the next tokens that stay the same, and the weights' errors.
 
-    python scripts/benchmark_quality.py MODEL [--text FILE] [--tokens N] [--context N] [--gguf FILE] [--noise SHARE]
+    python scripts/benchmark_quality.py MODEL [--text FILE] [--tokens N] [--context N] [--gguf FILE ...] [--noise SHARE]
 
 MODEL is a folder with 16-bit weights; its splits are made in a temporary folder unless --saving-path is given. The text is
 this project's documentation by default. Every token after the first context is predicted from at least half a context.
@@ -15,7 +15,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from rabbit_engine import AutoModel
+from rabbit_engine.checkpoints import prepare
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.storage.tensorfiles import TensorEntry, read_tensor
 from rabbit_engine.utils.platform import environment
@@ -34,6 +36,7 @@ from rabbit_engine.utils.sizes import format_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 ORIGINAL = "bf16"
+LOSSLESS = "lossless"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 
 
@@ -41,7 +44,7 @@ def encodings() -> dict[str, dict[str, Any]]:
     """What `from_pretrained` is given for each."""
     return {
         ORIGINAL: {"layer_shards_saving_path": None},
-        "lossless": {"compression": "lossless"},
+        LOSSLESS: {"compression": LOSSLESS},
         "8bit": {"compression": "8bit"},
         "4bit": {"compression": "4bit"},
         "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
@@ -61,6 +64,13 @@ class Asked:
     def load(self, common: Mapping[str, Any]) -> Any:
         """The model."""
         return AutoModel.from_pretrained(self.source, **common, **self.keywords)
+
+    def alone(self, scratch: Path) -> Asked:
+        """A compressed copy of the model without its original files: its shards are used even where they gain nothing."""
+        folder = shutil.copytree(self.source, scratch / f"{self.name}-only", ignore=shutil.ignore_patterns("rabbit_shards"))
+        compression = CompressionConfig(method=self.name)
+        prepare(folder, SourceConfig(), SplitConfig(dtype=torch.bfloat16, compression=compression, delete_original=True))
+        return replace(self, source=folder, keywords={"compression": self.name})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
     context: int = 512,
     noise: Annotated[float, typer.Option(help="Added to the matrices first, as a share of their root mean square.")] = 0.0,
-    gguf: Annotated[Path | None, typer.Option(help="The same model as a GGUF file.")] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="The same model as a GGUF file. May be repeated.")] = None,
     only: Annotated[str | None, typer.Option("--encodings", help="Which, with commas between; default: all.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="For weights, on the CPU.")] = None,
     saving_path: Annotated[Path | None, typer.Option(help="Where splits are kept.")] = None,
@@ -155,10 +165,11 @@ def main(
         source = with_noise(model, Path(scratch) / "noisy", noise) if noise else model
         splits = saving_path or Path(scratch) / "splits"
         asked = [Asked(name, source, {"layer_shards_saving_path": splits, **keywords}) for name, keywords in encodings().items()]
-        asked += [Asked(gguf.name, gguf)] if gguf else []
+        asked += [Asked(file.name, file) for file in gguf or ()]
         chosen = {ORIGINAL, *only.split(",")} if only else {one.name for one in asked}
+        asked = [one.alone(Path(scratch)) if one.name == LOSSLESS else one for one in asked if one.name in chosen]
         common = {"dtype": "bfloat16", "device": "cpu", "max_memory": {"cpu": max_memory} if max_memory else None}
-        found = list(measure([one for one in asked if one.name in chosen], common, content, tokens, context))
+        found = list(measure(asked, common, content, tokens, context))
     Console(width=140).print(as_table(found))
     told = {"model": model.name, "noise": noise, "tokens": tokens, "context": context, **environment()}
     told["text"] = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -176,8 +187,6 @@ def measure(asked: Sequence[Asked], common: dict[str, Any], text: str, tokens: i
     for one in asked[1:]:
         with one.load(common) as model:
             encoded, error = error_of(runtime_of(model).checkpoint.entries, entries)
-            if not encoded:
-                continue  # lossless compression is left out where it gains nothing, and a warning says so
             perplexity, likeliest = predict(model, ids, context)
             same = float((likeliest == reference).float().mean())
             yield Quality(one.name, model.get_memory_footprint(return_buffers=False), encoded, error, perplexity, same)

@@ -50,3 +50,17 @@ def test_errors_are_those_of_the_decoded_weights(
     encoded, error = benchmark_quality.error_of(runtime_of(streamed(folder, **keywords)).checkpoint.entries, originals)
     assert bool(encoded) == bool(keywords)
     assert least <= error <= most
+
+
+def test_a_lossless_copy_is_measured_even_where_it_gains_nothing(own_checkpoint: Any, tmp_path: Path) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=256)
+    (tmp_path / "scratch").mkdir()
+    lossless = benchmark_quality.Asked("lossless", folder, {"compression": "lossless"}).alone(tmp_path / "scratch")
+    with lossless.load({"device": "cpu"}) as model, benchmark_quality.Asked("bf16", folder).load({"device": "cpu"}) as original:
+        entries = [runtime_of(found).checkpoint.entries for found in (model, original)]
+        encoded, error = benchmark_quality.error_of(*entries)
+        ids = torch.arange(20)
+        assert encoded
+        assert error == 0
+        assert benchmark_quality.predict(model, ids, 16)[0] == benchmark_quality.predict(original, ids, 16)[0]
+    assert list(folder.glob("*.safetensors"))
