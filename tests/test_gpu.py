@@ -17,7 +17,7 @@ from interrupting import interrupt_at
 from peft import PeftModel
 from safetensors.torch import load_file
 from talking import END, make_tokenizer
-from test_encodings import dequantised, random_fp8, work_for
+from test_encodings import dequantised, random_fp8
 from test_gguf_blocks import random_blocks
 from test_lossless import compressed, weights
 from test_matrix import oracle
@@ -163,7 +163,7 @@ def test_fp8_decodes_to_the_bits_of_the_cpu(scales: torch.dtype, dtype: torch.dt
     exponents = (torch.arange(512).reshape(256, 2) % 255).to(torch.uint8)
     made = exponents.view(scales) if scales.itemsize == 1 else (torch.rand(256, 2) + 1e-4).to(scales)
     expected, out = dequantised(weight, made, dtype), torch.empty(256 * 8, 16, dtype=dtype, device="cuda")
-    Fp8Blocks().decode([weight.cuda(), made.cuda()], out, work_for(out).cuda())
+    Fp8Blocks().decode([weight.cuda(), made.cuda()], out)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -176,7 +176,7 @@ def test_mxfp4_decodes_to_the_bits_of_the_cpu(most: int, dtype: torch.dtype) -> 
     scales = torch.arange(rows, dtype=torch.uint8).view(1, rows, 1).repeat(1, 1, 16)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
     out = torch.empty(1, 16 * 32, rows, dtype=dtype, device="cuda")
-    Mxfp4().decode([blocks.cuda(), scales.cuda()], out, work_for(out).cuda())
+    Mxfp4().decode([blocks.cuda(), scales.cuda()], out)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -186,7 +186,7 @@ def test_gguf_blocks_decode_to_the_bits_of_the_package_gguf(kind: str, dtype: to
     raw = random_blocks(kind, 24, 512)
     expected = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])).to(dtype)
     out = torch.empty(24, 512, dtype=dtype, device="cuda")
-    GgufBlocks(kind).decode([torch.from_numpy(raw).cuda()], out, work_for(out).cuda())
+    GgufBlocks(kind).decode([torch.from_numpy(raw).cuda()], out)
     assert torch.equal(out.cpu(), expected)
 
 
@@ -194,7 +194,7 @@ def test_gguf_blocks_decode_to_the_bits_of_the_package_gguf(kind: str, dtype: to
 def test_lossless_weights_come_back(name: str) -> None:
     components = compressed(weights()[name])
     out = torch.empty_like(weights()[name], device="cuda")
-    Lossless().decode([component.cuda() for component in components], out, work_for(out).cuda())
+    Lossless().decode([component.cuda() for component in components], out)
     assert torch.equal(out.cpu().view(torch.int16), weights()[name].view(torch.int16))
 
 
