@@ -98,6 +98,10 @@ def _check_renamings(mapping: object) -> None:
 COMPRESSIONS = ("4bit", "8bit", "lossless")
 
 
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+"""In which layers with bitsandbytes' 4-bit weights compute."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitsAndBytes:
     """What bitsandbytes makes of linear layers: codes of `kind` "nf4" or "fp4", whose scales are quantised too if `nested`, or
@@ -112,6 +116,16 @@ class BitsAndBytes:
     skip: tuple[str, ...] | None = None
     compute_dtype: str = "float32"
     threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigurationError, by the names that transformers' config has for the values."""
+        if self.kind not in ("nf4", "fp4", "int8"):
+            raise ConfigurationError(f"bnb_4bit_quant_type={self.kind!r} is not 'nf4' or 'fp4'")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            listed = ", ".join(COMPUTE_DTYPES)
+            raise ConfigurationError(f"bnb_4bit_compute_dtype={self.compute_dtype} is not supported, only {listed}")
+        if not self.threshold >= 0:  # NaN is not
+            raise ConfigurationError(f"llm_int8_threshold={self.threshold} is not a number from 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

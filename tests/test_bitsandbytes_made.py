@@ -146,6 +146,22 @@ def test_a_config_that_quantises_nothing_is_refused(streamed: Any) -> None:
         streamed("anything", quantization_config=BitsAndBytesConfig())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type='nf5' is not 'nf4' or 'fp4'"),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float64}, "bnb_4bit_compute_dtype=float64 is not supported"),
+        ({"load_in_8bit": True, "llm_int8_threshold": float("nan")}, "llm_int8_threshold=nan is not a number from 0"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -1.0}, "llm_int8_threshold=-1.0 is not a number from 0"),
+    ],
+)
+def test_values_that_bitsandbytes_does_not_have_are_refused_before_anything_is_split(
+    options: dict[str, Any], said: str, streamed: Any
+) -> None:
+    with pytest.raises(errors.ConfigurationError, match=said):
+        streamed("anything", quantization_config=BitsAndBytesConfig(**options))
+
+
 def test_a_checkpoint_that_is_quantised_already_is_not_quantised_again(tmp_path: Path, streamed: Any) -> None:
     folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8)
     with pytest.raises(errors.CompressionUnavailableError, match="is quantised with fp8 already"):

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rabbit_engine.config import BitsAndBytes
+from rabbit_engine.config import COMPUTE_DTYPES, BitsAndBytes
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.utils.extras import missing_extra
 
-_COMPUTED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMPUTED: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in COMPUTE_DTYPES}
 _THRESHOLD = 6.0
 
 
