@@ -47,6 +47,9 @@ _COMPRESSED_AT_ONCE = 2**22
 _BLOCK_ROWS = 64
 """Blocks of every layout divide this many rows."""
 
+_PRODUCTS_OF_A_THREAD = 2**20
+"""Products of a state and a code that are worth a thread: they take some 20 microseconds."""
+
 _STATES_AT_ONCE = 256
 """Rows of states that are multiplied by strips together."""
 
@@ -186,6 +189,8 @@ class FourBitGroups:
     def _multiply_strips(self, states: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """`codes` and `factors` [strips, those of a strip]. Some rows of states at a time, to stay in a processor's caches."""
         weight = codes.numpy(), factors.view(kernels.BITS[factors.dtype]).numpy()
+        if len(states) <= _STATES_AT_ONCE:
+            return self._multiply_some_by_strips(states.detach(), *weight).to(states.dtype)
         out = torch.empty(len(states), STRIP_ROWS * len(codes), dtype=states.dtype)
         for some, some_out in zip(states.detach().split(_STATES_AT_ONCE), out.split(_STATES_AT_ONCE), strict=True):
             some_out.copy_(self._multiply_some_by_strips(some, *weight))
@@ -200,7 +205,7 @@ class FourBitGroups:
         of_groups = scales.numpy(), sums.numpy()
         kernels.run_rows(round_states, rows, states.float().numpy(), rounded.numpy(), *of_groups, least=_worth_a_thread(columns))
         fours = rounded.view(torch.int32).numpy()
-        least = _worth_a_thread(STRIP_ROWS * columns)
+        least = -(-_PRODUCTS_OF_A_THREAD // (STRIP_ROWS * columns * rows))
         kernels.run_rows(multiply_strips, strips, *weight, fours, *of_groups, out.numpy(), least=least)
         return out
 
