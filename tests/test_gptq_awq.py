@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,25 @@ def test_a_split_holds_the_decoded_weights(tmp_path: Path, streamed: Any, plain:
     compare(streamed(folder, split="always"), plain(decoded), ids)
 
 
+@cache
+def large_gptq(bits: int, desc_act: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """A weight that torch operations decode in pieces, what it is stored as, and the decoded one."""
+    weight = torch.randn(2752, 96, generator=torch.Generator().manual_seed(bits))
+    return weight, *packing.to_gptq(weight, bits, groups_of(96, desc_act=desc_act))
+
+
+@cache
+def large_awq() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The same; the last group is half a one."""
+    return packing.to_awq(torch.randn(2984, 88, generator=torch.Generator().manual_seed(0)), groups_of(88))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("decoder", packing.DECODERS)
 def test_gptq_decodes_to_the_bits_of_its_formula(decoder: str, bits: int, desc_act: bool, dtype: torch.dtype) -> None:
-    weight = torch.randn(2752, 96, generator=torch.Generator().manual_seed(bits))  # torch operations decode it in pieces
-    stored, expected = packing.to_gptq(weight, bits, groups_of(96, desc_act=desc_act))
+    weight, stored, expected = large_gptq(bits, desc_act)
     tensors = [stored[name] for name in ("qweight", "qzeros", "scales", *(("g_idx",) if desc_act else ()))]
     out = torch.empty(2752, 96, dtype=dtype)
     with packing.DECODERS[decoder]():
@@ -132,8 +145,7 @@ def test_gptq_decodes_to_the_bits_of_its_formula(decoder: str, bits: int, desc_a
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("decoder", packing.DECODERS)
 def test_awq_decodes_to_the_bits_of_its_formula(decoder: str, dtype: torch.dtype) -> None:
-    weight = torch.randn(2984, 88, generator=torch.Generator().manual_seed(0))  # the last group is half a one
-    stored, expected = packing.to_awq(weight, groups_of(88))
+    stored, expected = large_awq()
     out = torch.empty(2984, 88, dtype=dtype)
     with packing.DECODERS[decoder]():
         Awq(GROUP).decode(list(stored.values()), out)
