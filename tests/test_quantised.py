@@ -159,6 +159,22 @@ def test_fp8_without_a_config_is_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(folder, device="cpu")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("keywords", [{}, {"split": "always"}, {"compression": "8bit"}], ids=str)
+def test_missing_scales_of_fp8_are_named(family: str, keywords: dict[str, Any], tmp_path: Path) -> None:
+    folder = rewrite(families.save(family, tmp_path / "model", torch.bfloat16), to_fp8, FP8)
+    name = "model.layers.2.mlp.experts.3.up_proj.weight" if family == "qwen3_moe" else "model.layers.1.mlp.up_proj.weight"
+    path = next(path for path in folder.glob("*.safetensors") if f"{name}_scale_inv" in load_file(path))
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != f"{name}_scale_inv"}, path)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        index.write_text(index.read_text().replace(f'"{name}_scale_inv": "{path.name}", ', ""))
+    with pytest.raises(
+        errors.DamagedCheckpointError, match=rf"safetensors: {name} is stored in .*e4m3fn, but its scales are not"
+    ):
+        AutoModel.from_pretrained(folder, device="cpu", **keywords)
+
+
 def test_an_unreadable_quantization_config_is_a_rabbit_error(tmp_path: Path) -> None:
     folder = rewrite(families.save("llama", tmp_path / "model", torch.bfloat16), to_fp8, FP8 | {"weight_block_size": "big"})
     with pytest.raises(errors.CompressionUnavailableError, match="cannot be read"):

@@ -139,14 +139,26 @@ class Conversion:
         return [key for key, target in self.targets.items() if target is None and not ignored.search(self._names.renamed(key))]
 
     def _require_scales(self, found: Mapping[str, Target | None]) -> None:
-        """Raise CompressionUnavailableError for 8-bit floats without a quantization_config: their scales are unknown."""
-        if not self.quantised:
-            for key, target in found.items():
-                if target is not None and getattr(self.tensors[key], "dtype", None) in _NEED_SCALES:
-                    raise CompressionUnavailableError(
-                        f"{self.tensors[key].path}: {key} is stored in {self.tensors[key].dtype}, but the config has no "
-                        "quantization_config that defines its scale: use the unquantised repository"
-                    )
+        """Raise an error for 8-bit floats whose scales are not known.
+
+        That is CompressionUnavailableError without a quantization_config, and DamagedCheckpointError if they are not stored.
+        """
+        if self.quantised and self.quantizer is None:
+            return  # joined with their scales before
+        scaled = {
+            _owner(key) for key, target in found.items() if target and target.quantised and target.quantised.role == "scales"
+        }
+        for key, target in found.items():
+            if target is None or getattr(self.tensors[key], "dtype", None) not in _NEED_SCALES:
+                continue
+            path, dtype = self.tensors[key].path, self.tensors[key].dtype
+            if not self.quantised:
+                raise CompressionUnavailableError(
+                    f"{path}: {key} is stored in {dtype}, but the config has no quantization_config that defines its scale: "
+                    "use the unquantised repository"
+                )
+            if target.quantised and target.quantised.role == "values" and _owner(key) not in scaled:
+                raise DamagedCheckpointError(f"{path}: {key} is stored in {dtype}, but its scales are not: download it again")
 
     def _target(self, place: Place) -> Target:
         converter = place.converter
@@ -191,6 +203,10 @@ class Conversion:
         loaded = load_weights(self.skeleton, tensors, self.dtype, self._all_transforms, self.quantizer)
         _raise_mismatches(loaded)
         return loaded.weights
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _stacks(steps: Sequence[Any]) -> bool:
