@@ -251,7 +251,7 @@ def test_the_quick_reader_returns_what_the_usual_one_does(tmp_path: Path) -> Non
 def test_readers_tell_the_rows_of_each_weight(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path / "m.gguf", "qwen3moe", "F16")
     model, shapes = gguf_files.build("qwen3moe"), gguf_files.tensors_of("qwen3moe")
-    sources = gguf.GgufFile(path).sources(model, "qwen3moe", shapes)
+    sources = gguf.GgufFile(path).sources(model, "qwen3moe", lambda: gguf.read_gguf_config(path), shapes)
     assert set(sources) == set(model.state_dict()) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     gate_up = sources["model.layers.0.mlp.experts.gate_up_proj"]
     assert gate_up.shape == tuple(model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].shape)
@@ -262,7 +262,8 @@ def test_readers_tell_the_rows_of_each_weight(tmp_path: Path) -> None:
 
 def test_readers_compute_small_weights_that_are_no_rows(tmp_path: Path) -> None:
     path = gguf_files.write(tmp_path / "m.gguf", "gemma2", "F16")
-    norm = gguf.GgufFile(path).sources(gguf_files.build("gemma2"), "gemma2", gguf_files.tensors_of("gemma2"))["model.norm.weight"]
+    model, shapes = gguf_files.build("gemma2"), gguf_files.tensors_of("gemma2")
+    norm = gguf.GgufFile(path).sources(model, "gemma2", lambda: gguf.read_gguf_config(path), shapes)["model.norm.weight"]
     assert (norm.tensor, norm.shape) == ("output_norm.weight", (256,))
     assert norm.function(torch.full((256,), 1.5)).equal(torch.full((256,), 0.5))
 
