@@ -50,15 +50,17 @@ def decode_blocks_of_rows(
 def decode_strips(first: int, stop: int, codes: Bytes, scales: Floats, zeros: Floats, out: Out, group: int) -> None:
     """Strips `first` to `stop`: `codes` [strips, columns / 8, rows of a strip, 4], whose low bits are four columns and whose high
     bits the next four; scales and zeros [rows, groups]; `out` [rows, columns]."""
-    eights, rows = codes.shape[1:3]
+    rows, tile = codes.shape[2], np.empty(group, np.uint8)
     for strip in range(first, stop):
         for place in range(rows):
             row = strip * rows + place
-            target = out[row]
-            for eight in range(eights):
-                scale, zero, some = scales[row, 8 * eight // group], zeros[row, 8 * eight // group], codes[strip, eight, place]
-                for column in range(4):
-                    low = np.float32(some[column] & np.uint8(15)) - np.float32(8)
-                    high = np.float32(some[column] >> np.uint8(4)) - np.float32(8)
-                    put_float(target, 8 * eight + column, low * scale + zero)
-                    put_float(target, 8 * eight + 4 + column, high * scale + zero)
+            for part in range(scales.shape[1]):
+                some = codes[strip, part * group // 8 : (part + 1) * group // 8]
+                for eight in range(group // 8):
+                    for column in range(4):
+                        both = some[eight, place, column]
+                        tile[8 * eight + column] = both & np.uint8(15)
+                        tile[8 * eight + 4 + column] = both >> np.uint8(4)
+                scale, zero, target = scales[row, part], zeros[row, part], out[row, part * group : (part + 1) * group]
+                for column in range(group):
+                    put_float(target, column, (np.float32(tile[column]) - np.float32(8)) * scale + zero)
