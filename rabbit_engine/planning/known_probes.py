@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from typing import Any
 
@@ -11,8 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rabbit_engine.planning.probe import Probe, run_probe
 
 _MOST = 64
-_OF_FILES = ("_name_or_path", "_commit_hash", "transformers_version", "architectures")
-"""What a config says about where it was read from."""
 
 _known: dict[Hashable, Probe] = {}
 
@@ -31,9 +30,10 @@ def probe_of(model: PreTrainedModel, device_type: str = "cpu") -> Probe:
 
 
 def _stated(config: PretrainedConfig) -> str:
-    """Everything that a config and those inside it say, attention kernels included."""
-    values = {name: value for name, value in vars(config).items() if name not in _OF_FILES}
-    return repr({name: _stated(value) if isinstance(value, PretrainedConfig) else value for name, value in values.items()})
+    """Everything that a config and those inside it say, attention kernels included, but where it was read."""
+    config = copy.copy(config)
+    config.name_or_path = ""
+    return repr({name: _stated(value) if isinstance(value, PretrainedConfig) else value for name, value in vars(config).items()})
 
 
 def _modules(model: nn.Module) -> list[Hashable]:
