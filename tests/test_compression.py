@@ -39,7 +39,7 @@ def with_decoded_weights(model: Any, whole: Any) -> Any:
     entries, ties = model._checkpoint.entries, model._checkpoint.ties
     values = {name: read_tensor(entry) for name, entry in entries.items()}
     values |= {target: values[stored] for target, stored in ties.items()}
-    if set(entries) >= {"model.embed_tokens.weight", "lm_head.weight"}:
+    if "lm_head.weight" in entries:  # also where the plain model ties it: encoded heads are stored separately
         whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.clone())
     with torch.no_grad():
         for name, tensor in whole.state_dict(keep_vars=True).items():
