@@ -112,7 +112,9 @@ def test_a_lossless_split_gives_the_original_model_bit_for_bit(
         assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
-def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_used_only_where_a_pass_gets_faster(
+    own_checkpoint: Any, streamed: Any, rabbit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6}
     folder = own_checkpoint("llama", dtype=torch.bfloat16, **sizes)
     split = SplitConfig(compression=CompressionConfig(method="lossless"))
@@ -120,6 +122,7 @@ def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed:
     arguments = (folder, SourceConfig(), split)
     assert forecast(*arguments, stream).pass_s < forecast(folder, SourceConfig(), SplitConfig(), stream).pass_s
     assert why_lossless_gains_nothing(*arguments, stream) == ""
+    assert any("split first" in note for note in forecast(*arguments, stream).notes)
     fast = replace(stream, speeds=Speeds(disk=1e15, source="given"))
     assert "(bound by decoding), and takes" in why_lossless_gains_nothing(*arguments, fast)
     with pytest.raises(BudgetError) as too_small:
@@ -129,6 +132,14 @@ def test_it_is_used_only_where_a_pass_gets_faster(own_checkpoint: Any, streamed:
     roomy = replace(stream, device_budget_bytes=10**9)
     assert why_lossless_gains_nothing(*arguments, roomy) == "no weight moves after loading"
     assert "bfloat16" in why_lossless_gains_nothing(folder, SourceConfig(), replace(split, dtype=torch.float32), stream)
+    for without_gain in (fast, smallest, roomy):
+        planned, plain = forecast(*arguments, without_gain), forecast(folder, SourceConfig(), SplitConfig(), without_gain)
+        assert (planned.units, planned.resident, planned.pass_bytes) == (plain.units, plain.resident, plain.pass_bytes)
+        useless = why_lossless_gains_nothing(*arguments, without_gain)
+        assert planned.notes == (*plain.notes, f'compression="lossless" is left out: {useless}')
+    told = rabbit("plan", folder, "--compression", "lossless", "--device", "cpu", "-m", "1GB").out
+    assert "--compression lossless is left out: no weight moves" in told
+    assert "split first" not in told
     with caplog.at_level(logging.WARNING):
         model = streamed(folder, compression="lossless", max_memory={"cpu": "1GB"})
     assert model._checkpoint.manifest is None

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import Loading, Only, takes_loading
+from rabbit_engine.cli.wording import as_options
 from rabbit_engine.utils.report import as_table
 from rabbit_engine.utils.sizes import parse_rate
 from rabbit_engine.utils.speeds import Speeds
@@ -53,4 +54,5 @@ def plan(
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
     stream = replace(settings.stream, speeds=Speeds(**rates, source="given") if rates else None)
     found = engine.forecast.forecast(model, settings.source, settings.split, stream)
-    Console(highlight=False).print(as_table(found.rows(), f"{model} on {stream.device}"))
+    rows = [(name, as_options(value)) for name, value in found.rows()]
+    Console(highlight=False).print(as_table(rows, f"{model} on {stream.device}"))

@@ -36,7 +36,7 @@ from rabbit_engine.model.compression import quantization_config_of
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.streamed import StreamedModel
-from rabbit_engine.planning.forecast import why_lossless_gains_nothing
+from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters
@@ -218,12 +218,10 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
 def _without_useless_compression(name: str | Path, settings: LoadSettings) -> LoadSettings:
     """The settings without a lossless compression that makes no pass faster; a warning says so."""
     split = settings.split
-    if split.compression is None or split.compression.method != "lossless":
-        return settings
     useless = why_lossless_gains_nothing(name, settings.source, split, settings.stream)
     if not useless:
         return settings
-    logger.warning('compression="lossless" is left out: %s', useless)
+    logger.warning("%s", left_out(useless))
     return replace(settings, split=replace(split, compression=None))
 
 

@@ -22,9 +22,55 @@ from rabbit_engine.utils.sizes import format_seconds
 def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
     """The plan that `AutoModel.from_pretrained` would make on this machine now, and the files it would stream from.
 
-    Reads only the config and headers, those of a Hub repo by range requests; a repo with a single GGUF file is downloaded,
-    since its config is inside. Raises what loading would raise before it reads a weight.
+    A lossless compression that makes no pass faster is left out, as loading does; a note says so. Reads only the config and
+    headers, those of a Hub repo by range requests; a repo with a single GGUF file is downloaded, since its config is inside.
+    Raises what loading would raise before it reads a weight.
     """
+    if not _is_lossless(split):
+        return _plan_as_asked(name, source, split, stream)
+    plan, useless = _plan_with_gain(name, source, split, stream)
+    return replace(plan, notes=(*plan.notes, left_out(useless))) if useless else plan
+
+
+def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> str:
+    """Why a pass would not be faster with the lossless compression of `split` than without; empty if it would be, or if `split`
+    has none.
+
+    Both are planned with the same measured rates. Shards whose originals are deleted are used in any case. Raises what `forecast`
+    raises.
+    """
+    return _plan_with_gain(name, source, split, stream)[1] if _is_lossless(split) else ""
+
+
+def left_out(reason: str) -> str:
+    """What a log and a plan say of a lossless compression that is not used."""
+    return f'compression="lossless" is left out: {reason}'
+
+
+def _is_lossless(split: SplitConfig) -> bool:
+    return split.compression is not None and split.compression.method == "lossless"
+
+
+def _plan_with_gain(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> tuple[Plan, str]:
+    """The plan with the lossless compression of `split` and an empty text, or the plan without it and the reason."""
+    if _is_without_originals(resolve(name, source, split, reading=HEADERS_ONLY).source):
+        return _plan_as_asked(name, source, split, stream), ""
+    plain = _plan_as_asked(name, source, replace(split, compression=None), stream)
+    if not plain.pass_bytes and not plain.link_bytes:
+        return plain, "no weight moves after loading"
+    try:
+        packed = _plan_as_asked(name, source, split, replace(stream, speeds=plain.speeds))
+    except BudgetError as error:  # decoding needs a scratch
+        return plain, first_line(error)
+    if not packed.decoding.nbytes:
+        return plain, "none of the weights that move is a bfloat16 matrix"
+    if packed.pass_s < plain.pass_s:
+        return packed, ""
+    with_it, without = format_seconds(packed.pass_s), format_seconds(plain.pass_s)
+    return plain, f"a pass would take {with_it} (bound by {packed.bound}), and takes {without} without"
+
+
+def _plan_as_asked(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
     resolution = resolve(name, source, split, reading=HEADERS_ONLY)
     found, model = resolution.source, resolution.model
     if model is None:
@@ -32,29 +78,6 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     entries, ties = _entries(found, model)
     plan = plan_for(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
     return replace(plan, notes=(*plan.notes, str(found)))
-
-
-def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> str:
-    """Why a pass would not be faster with the lossless compression of `split` than without; empty if it would be.
-
-    Both are planned with the same measured rates. Shards whose originals are deleted are used in any case. Raises what `forecast`
-    raises.
-    """
-    if _is_without_originals(resolve(name, source, split, reading=HEADERS_ONLY).source):
-        return ""
-    plain = forecast(name, source, replace(split, compression=None), stream)
-    if not plain.pass_bytes and not plain.link_bytes:
-        return "no weight moves after loading"
-    try:
-        packed = forecast(name, source, split, replace(stream, speeds=plain.speeds))
-    except BudgetError as error:  # decoding needs a scratch
-        return first_line(error)
-    if not packed.decoding.nbytes:
-        return "none of the weights that move is a bfloat16 matrix"
-    if packed.pass_s < plain.pass_s:
-        return ""
-    with_it, without = format_seconds(packed.pass_s), format_seconds(plain.pass_s)
-    return f"a pass would take {with_it} (bound by {packed.bound}), and takes {without} without"
 
 
 def _is_without_originals(found: Source) -> bool:
