@@ -291,6 +291,14 @@ def test_broken_tensors_are_named(fault: str, tmp_path: Path) -> None:
         AutoModel.from_pretrained(folder, device="cpu")
 
 
+def test_a_group_that_does_not_exist_is_named_with_its_weight_and_file(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
+    folder = edit(save("llama", tmp_path, "int4 groups")[0], put("_g_idx", torch.full((32,), 2, dtype=torch.int32)))
+    model = streamed(folder)
+    with pytest.raises(errors.DamagedCheckpointError) as caught, torch.no_grad():
+        model(ids)
+    assert f"model.safetensors: {Q} cannot be decoded: its g_idx names groups 2 to 2, but there are 2" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

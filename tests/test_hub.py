@@ -17,6 +17,8 @@ from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 
 from rabbit_engine import errors
+from rabbit_engine.checkpoints import prepare
+from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.model.runtime import runtime_of
 
 REPO = "someone/tiny-llama"
@@ -98,6 +100,18 @@ def test_deleted_originals_are_not_downloaded_again(hub: FakeHub, tmp_path: Path
     for keywords in ({}, {"local_files_only": True}):
         assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache", **keywords)(ids).logits, first)
     assert hub.served == []
+
+
+def test_a_damaged_shard_of_deleted_originals_is_rebuilt_as_its_error_says(
+    hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any
+) -> None:
+    model = streamed(REPO, cache_dir=tmp_path / "cache", delete_original=True)
+    expected, path = model(ids).logits, runtime_of(model).checkpoint.folder / "model.layers.1.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(errors.DamagedShardError, match="; run `rabbit split` with the same options to rebuild it"):
+        streamed(REPO, cache_dir=tmp_path / "cache")
+    prepare(REPO, SourceConfig(cache_dir=tmp_path / "cache"), SplitConfig(mode="always"), progress=False, repair=True)
+    assert torch.equal(streamed(REPO, cache_dir=tmp_path / "cache")(ids).logits, expected)
 
 
 def test_interrupted_download_resumes(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:

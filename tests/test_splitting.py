@@ -170,6 +170,27 @@ def test_flipped_bit_in_the_data_is_found_by_verify(own_checkpoint: Any) -> None
         verify_shard(path.parent, record)
 
 
+@pytest.mark.parametrize("options", [(), ("--compression", "4bit")])
+def test_damage_without_originals_names_the_steps_that_mend_it(options: Any, own_checkpoint: Any, rabbit: Any) -> None:
+    folder = own_checkpoint("llama", dtype=torch.bfloat16, hidden_size=64)
+    originals = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert rabbit("split", folder, *options, "--delete-original").code == 0
+    shards = next(path for path in (folder / "rabbit_shards").iterdir() if path.is_dir())
+    advice = f"its originals were deleted: put them back, delete {shards}, then run `rabbit split` with the same options"
+    flip(shards / "model.layers.1.safetensors")
+    assert advice in rabbit("verify", folder).err
+    cut(shards / "model.layers.1.safetensors")
+    for command in ("verify", folder), ("split", folder, *options), ("run", folder, "hi", *options, "--device", "cpu"):
+        done = rabbit(*command)
+        assert done.code == 1
+        assert advice in done.err
+    for path, raw in originals.items():
+        path.write_bytes(raw)
+    shutil.rmtree(shards)
+    assert rabbit("split", folder, *options).code == 0
+    assert rabbit("verify", folder).code == 0
+
+
 def test_damaged_manifest_names_itself(own_checkpoint: Any) -> None:
     folder = own_checkpoint("llama")
     path = split(folder).folder / MANIFEST_NAME

@@ -41,10 +41,10 @@ class Existing:
 def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
     """The contents of the shards folder; reads only headers.
 
-    Raises DamagedShardError for a damaged split (with `repair` it becomes a `problem`), and ShardError for a split of
-    another source whose originals are deleted.
+    Raises DamagedShardError for a damaged split (with `repair` it becomes a `problem` if the originals are there), and
+    ShardError for a split of another source whose originals are deleted.
     """
-    problem = ""
+    problem, manifest = "", None
     try:
         manifest = read_manifest(request.folder)
         changed = "" if manifest is None else _difference(request, manifest)
@@ -53,7 +53,7 @@ def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
         if changed:
             problem = f"the source of {request.folder} has changed ({changed}): splitting again"
     except DamagedShardError as error:
-        if not repair:
+        if not repair or (manifest is not None and manifest.source["deleted"] and request.lacks_weights()):
             raise
         problem = str(error)
     journal = read_journal(request.folder)

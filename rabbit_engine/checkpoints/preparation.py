@@ -154,7 +154,7 @@ def _delete_all(source: Shards) -> Shards:
     require_no_link(source.folder)
     with only_one_process(source.folder):
         for record in manifest.shards:
-            verify_shard(source.folder, record)
+            verify_shard(source.folder, record, source.manifest)
         write_manifest(source.folder, manifest)
     for path in _originals(source):
         delete_original(path, source.repo)

@@ -186,7 +186,7 @@ def _require_originals(request: ModelRequest) -> None:
     for copy in request.only_copies() if request.lacks_weights() else ():
         compressed = request.split.compression is not None
         keywords = copy.keywords(str(request.dtype).removeprefix("torch."), compressed=compressed)
-        if keywords:
+        if keywords and copy.folder != request.folder:
             raise CheckpointNotFoundError(advice_to_load(copy, request.repo.name, keywords, request.split.saving_path))
 
 

@@ -73,6 +73,13 @@ class Manifest:
         """Names of the checkpoint's weights without a place in the model; empty if an older version made the split."""
         return tuple(self.source.get("unused_weights", ()))
 
+    def advice(self, folder: Path) -> str:
+        """How to replace a damaged shard of the split in `folder`. Deleted originals of a Hub repo are downloaded again; for
+        other new files the split would be of another source."""
+        if not self.source["deleted"] or self.source["commit"] is not None:
+            return _REBUILD
+        return f"its originals were deleted: put them back, delete {folder}, then run `rabbit split` with the same options"
+
 
 def write_shard(path: Path, weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> ShardRecord:
     """Write one shard atomically, and return its manifest line."""
@@ -189,53 +196,57 @@ def _dtype(fields: Fields) -> str:
 def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     """Every weight of a split, from the shards' headers, which are checked against the manifest (sizes and checksums)."""
     entries: dict[str, TensorEntry] = {}
+    advice = manifest.advice(folder)
     for record in manifest.shards:
-        for entry in _weights_of(folder, record):
+        for entry in _weights_of(folder, record, advice):
             if entry.name in entries:
-                raise DamagedShardError(f"{folder / record.file} and another shard both hold {entry.name}; {_AGAIN}")
+                raise DamagedShardError(f"{folder / record.file} and another shard both hold {entry.name}; {advice}")
             entries[entry.name] = entry
     for target, stored in manifest.ties.items():
         if stored not in entries or target in entries:
             problem = f"{target} shares {stored}, {'which no shard holds' if stored not in entries else 'but is stored itself'}"
-            raise DamagedShardError(f"{folder / MANIFEST_NAME} is damaged: {problem}; {_AGAIN}")
+            raise DamagedShardError(f"{folder / MANIFEST_NAME} is damaged: {problem}; {advice}")
     return entries
 
 
-def _weights_of(folder: Path, record: ShardRecord) -> list[TensorEntry]:
+def _weights_of(folder: Path, record: ShardRecord, advice: str) -> list[TensorEntry]:
     try:
-        return list(weights_in(_checked_header(folder, record)))
+        return list(weights_in(_checked_header(folder, record, advice)))
     except ValueError as cause:
-        raise DamagedShardError(f"{folder / record.file} cannot be read: {cause}; {_AGAIN}") from cause
+        raise DamagedShardError(f"{folder / record.file} cannot be read: {cause}; {advice}") from cause
 
 
 @damage_as(DamagedShardError)
-def _checked_header(folder: Path, record: ShardRecord) -> Header:
+def _checked_header(folder: Path, record: ShardRecord, advice: str) -> Header:
     path = folder / record.file
     try:
-        header = read_header(path, _REBUILD)
+        header = read_header(path, advice)
     except MissingFileError:
-        raise DamagedShardError(f"{path} is missing, the manifest lists it; {_REBUILD}") from None
+        raise DamagedShardError(f"{path} is missing, the manifest lists it; {advice}") from None
     if header.file_bytes != record.file_bytes:
-        raise DamagedShardError(f"{path} is {header.file_bytes} bytes, the manifest has {record.file_bytes}; {_REBUILD}")
+        raise DamagedShardError(f"{path} is {header.file_bytes} bytes, the manifest has {record.file_bytes}; {advice}")
     if header.checksum != record.header_xxh3_128:
-        raise DamagedShardError(f"{path} has a damaged header (checksum); {_REBUILD}")
+        raise DamagedShardError(f"{path} has a damaged header (checksum); {advice}")
     return header
 
 
 @damage_as(DamagedShardError)
-def verify_shard(folder: Path, record: ShardRecord) -> None:
-    """Read a shard in full. Raises DamagedShardError if its size, header or data differ from the manifest."""
-    header = _checked_header(folder, record)
+def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest | None = None) -> None:
+    """Read a shard in full. Raises DamagedShardError if its size, header or data differ from the record.
+
+    The `manifest` of a finished split tells whether it can be rebuilt.
+    """
+    advice = _REBUILD if manifest is None else manifest.advice(folder)
+    header = _checked_header(folder, record, advice)
     digest = xxhash.xxh3_128()
     with open_unchanged(header.path, None) as file, disk_errors(header.path):
         file.seek(header.data_start)
         while chunk := file.read(COPY_BYTES):
             digest.update(chunk)
     if digest.hexdigest() != record.data_xxh3_128:
-        raise DamagedShardError(
-            f"{header.path} has damaged data (xxh3 {digest.hexdigest()}, the manifest has {record.data_xxh3_128}): "
-            f"delete it, then {_REBUILD}"
-        )
+        sums = f"xxh3 {digest.hexdigest()}, the manifest has {record.data_xxh3_128}"
+        first = "delete it, then " if advice == _REBUILD else ""  # else a split keeps it: it reads only headers
+        raise DamagedShardError(f"{header.path} has damaged data ({sums}): {first}{advice}")
 
 
 def find_splits(root: Path) -> list[Path]:

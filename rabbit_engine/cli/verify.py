@@ -102,7 +102,7 @@ def _verify_split(folder: Path, console: Console, tally: _Tally) -> None:
     damaged = 0
     for shard in manifest.shards:
         try:
-            engine.checkpoints.verify_shard(folder, shard)
+            engine.checkpoints.verify_shard(folder, shard, manifest)
         except (DamagedShardError, UnreadableFileError) as error:
             damaged += 1
             console.print(f"damaged: {error}", markup=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rabbit_engine.errors import DamagedCheckpointError
 from rabbit_engine.quantization import kernels
 from rabbit_engine.storage.encoding import Described, rows_at_once
 
@@ -53,6 +54,15 @@ def temporaries(scales: Described, out: Described, at_once: int, value_bytes: in
     """Bytes of temporaries: of `scales` with their zero points, of the groups of inputs, and of `at_once` values of `out`."""
     values = min(math.prod(out.shape), at_once)
     return _SCALE_BYTES * math.prod(scales.shape) + _INPUT_BYTES * out.shape[-1] + value_bytes * values
+
+
+def require_groups(groups: torch.Tensor, count: int) -> None:
+    """Raise DamagedCheckpointError unless the `groups` of inputs are among `count`."""
+    low, high = (int(value) for value in groups.aminmax())
+    if low < 0 or high >= count:
+        raise DamagedCheckpointError(
+            f"its g_idx names groups {low} to {high}, but there are {count}: download the checkpoint again"
+        )
 
 
 def write_columns(out: torch.Tensor, first: int, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> None:

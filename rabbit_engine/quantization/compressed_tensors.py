@@ -19,7 +19,16 @@ from torch.nn.functional import pad
 
 from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
-from rabbit_engine.quantization.columns import SCALES, WORD_BITS, lines_at_once, rounding, run_product, temporaries, unpack
+from rabbit_engine.quantization.columns import (
+    SCALES,
+    WORD_BITS,
+    lines_at_once,
+    require_groups,
+    rounding,
+    run_product,
+    temporaries,
+    unpack,
+)
 from rabbit_engine.quantization.decoded_product import decoded_product
 from rabbit_engine.quantization.format import UNUSED, PackedFormat, StoredWeight, read_small
 from rabbit_engine.quantization.fp8 import fp8_entry
@@ -82,6 +91,8 @@ class ScaledBlocks:
         values, scales = values.view(len(target), -1), scales.reshape(-1, scales.shape[-1] if scales.ndim > 1 else 1)
         zeros = self._zeros(rest[0], len(target)).view(scales.shape) if self.with_zeros else None
         groups = rest[-1] if self.in_groups and int(rest[-1].min()) >= 0 else None  # -1: not in use
+        if groups is not None:
+            require_groups(groups, scales.shape[1])
         if groups is None and self._in_nibbles(target.shape[1]) and kernels.can_write(out.dtype, out.device):
             self._decode_nibbles(values, zeros, scales, target)
             return

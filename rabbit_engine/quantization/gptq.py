@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from rabbit_engine.errors import CompressionUnavailableError, DamagedCheckpointError
+from rabbit_engine.errors import CompressionUnavailableError
 from rabbit_engine.quantization import kernels
 from rabbit_engine.quantization.columns import (
     SCALES,
     WORD_BITS,
     groups_in_order,
     lines_at_once,
+    require_groups,
     run_tiles,
     temporaries,
     unpack,
@@ -57,7 +58,7 @@ class Gptq:
         target, bits = out.view(-1, out.shape[-1]), self.bits  # an expert has a dimension more
         outputs, inputs = target.shape
         groups = stored[3] if len(stored) > 3 else groups_in_order(inputs, self.size, out.device)
-        _require_groups(groups, len(scales))
+        require_groups(groups, len(scales))
         zeros = unpack(packed_zeros.t().contiguous(), bits).t()
         zeros = (zeros + self.less).bitwise_and_((1 << bits) - 1)
         if self._can_compile(out.dtype, out.device):
@@ -85,14 +86,6 @@ class Gptq:
         outputs = math.prod(out.shape) // out.shape[-1]
         words = 0 if self._can_compile(out.dtype, device) else self._words_at_once(outputs, device)
         return temporaries(stored[2], out, words * WORD_BITS * outputs // self.bits)
-
-
-def _require_groups(groups: torch.Tensor, count: int) -> None:
-    low, high = (int(value) for value in groups.aminmax())
-    if low < 0 or high >= count:
-        raise DamagedCheckpointError(
-            f"a g_idx names groups {low} to {high}, but there are {count}: download the checkpoint again"
-        )
 
 
 def open_gptq(config: Fields) -> PackedFormat:

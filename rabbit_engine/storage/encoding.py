@@ -40,6 +40,7 @@ class Encoding(Protocol):
 
         `stored` are the weight's components in the order of `TensorEntry.components`, in their own dtypes and shapes, on the
         device of `out`. A large weight is decoded in pieces, so that temporaries stay within `work_bytes`.
+        Raises DamagedCheckpointError for values that mean nothing; the caller adds the file and the weight.
         """
 
     def work_bytes(self, stored: Sequence[Described], out: Described, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from rabbit_engine.errors import DamagedFileError, first_line
+from rabbit_engine.errors import DamagedCheckpointError, DamagedFileError, first_line
 from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
 from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
@@ -173,9 +173,16 @@ def decoded_as(entry: TensorEntry, dtype: torch.dtype) -> TensorEntry:
 
 
 def decode(entry: TensorEntry, stored: Iterator[torch.Tensor], out: torch.Tensor) -> None:
-    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order."""
+    """Decode an encoded entry to `out`; `stored` yields the tensors of `entry.stored`, in order.
+
+    Raises DamagedCheckpointError, with the file and the weight, for values that cannot be decoded.
+    """
     if entry.encoding is not None:
-        entry.encoding.decode([next(stored) for _ in entry.components], out)
+        try:
+            entry.encoding.decode([next(stored) for _ in entry.components], out)
+        except DamagedCheckpointError as error:
+            files = ", ".join(sorted({str(component.path) for component in entry.components}))
+            raise DamagedCheckpointError(f"{files}: {entry.name} cannot be decoded: {error}") from error
     elif entry.parts and entry.is_encoded:
         flat, position = out.view(-1), 0
         for part in entry.parts:
