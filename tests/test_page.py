@@ -68,6 +68,7 @@ class Visit:
         self.page.goto(url)
 
     def ask(self, text: str) -> None:
+        self.page.wait_for_selector("#plan tr", state="attached")  # the page ignores questions until it knows the model
         self.page.fill("#text", text)
         self.page.press("#text", "Enter")
 
