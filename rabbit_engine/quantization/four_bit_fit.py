@@ -12,7 +12,7 @@ _LEVELS = 16
 _LOWEST, _HIGHEST = -8, 7
 _FIRST_RANGE = 0.95
 _FITS = 5
-_AT_ONCE = 2**17
+_AT_ONCE = 2**19
 """Values that are fitted together: few enough for a processor's caches, enough to hide the cost of calling torch."""
 
 
