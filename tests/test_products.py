@@ -103,6 +103,14 @@ def test_a_fused_product_is_within_the_rounding_of_its_weight(encoding: Storable
     assert bool(((found.float() - states.float() @ single.t()).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_no_rows_of_states_give_no_rows_and_strides_do_not_matter(encoding: Storable) -> None:
+    stored, states = encoding.compress(random_weight(96, 128)), torch.randn(3, 2, 128).bfloat16()
+    assert encoding.linear(states[:0, 0], stored, (96, 128)).shape == (0, 96)
+    found = encoding.linear(states[:, 1], stored, (96, 128))
+    assert torch.equal(found, encoding.linear(states[:, 1].contiguous(), stored, (96, 128)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_states_that_are_not_finite_give_products_that_are_not(value: float, rows: int) -> None:

@@ -191,7 +191,7 @@ class FourBitGroups:
         weight = codes.numpy(), factors.view(kernels.BITS[factors.dtype]).numpy()
         if len(states) <= _STATES_AT_ONCE:
             return self._multiply_some_by_strips(states.detach(), *weight).to(states.dtype)
-        out = torch.empty(len(states), STRIP_ROWS * len(codes), dtype=states.dtype)
+        out = states.new_empty(len(states), STRIP_ROWS * len(codes))
         for some, some_out in zip(states.detach().split(_STATES_AT_ONCE), out.split(_STATES_AT_ONCE), strict=True):
             some_out.copy_(self._multiply_some_by_strips(some, *weight))
         return out
@@ -200,12 +200,13 @@ class FourBitGroups:
         from rabbit_engine.quantization.kernels.four_bit_products import multiply_strips, round_states
 
         (rows, columns), strips = states.shape, len(weight[0])
-        rounded, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns // self.group)
-        sums, out = torch.empty(scales.shape, dtype=torch.int32), torch.empty(rows, STRIP_ROWS * strips)
-        of_groups = scales.numpy(), sums.numpy()
-        kernels.run_rows(round_states, rows, states.float().numpy(), rounded.numpy(), *of_groups, least=_worth_a_thread(columns))
+        single = states.to(torch.float32).contiguous()  # numba would compile the kernels once more for strides
+        rounded = single.new_empty(rows, columns, dtype=torch.int8)
+        scales, out = single.new_empty(rows, columns // self.group), single.new_empty(rows, STRIP_ROWS * strips)
+        of_groups = scales.numpy(), scales.new_empty(scales.shape, dtype=torch.int32).numpy()
+        kernels.run_rows(round_states, rows, single.numpy(), rounded.numpy(), *of_groups, least=_worth_a_thread(columns))
         fours = rounded.view(torch.int32).numpy()
-        least = -(-_PRODUCTS_OF_A_THREAD // (STRIP_ROWS * columns * rows))
+        least = -(-_PRODUCTS_OF_A_THREAD // (STRIP_ROWS * columns * max(1, rows)))
         kernels.run_rows(multiply_strips, strips, *weight, fours, *of_groups, out.numpy(), least=least)
         return out
 

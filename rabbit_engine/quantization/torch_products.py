@@ -48,7 +48,7 @@ def int4_product(states: torch.Tensor, codes: torch.Tensor, group: int, factors:
     The weight is `(code - 8) * scale + zero` with `factors` [columns / group, outputs, 2] (scale and zero) in the dtype of
     `states`, and `codes` uint8 [outputs, columns / 2] as `int4_codes` packs them on this machine.
     """
-    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(states, codes, group, factors)
+    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(states.contiguous(), codes, group, factors)
     return found
 
 
