@@ -7,6 +7,7 @@ RabbitError
 │   ├── CompressionUnavailableError                 compression, or a checkpoint quantised in a format that is not supported
 │   ├── DeviceUnavailableError                      the requested device is not on this machine
 │   ├── AttentionUnavailableError                   the requested attention implementation does not work here
+│   ├── DraftError                                  a draft that cannot guess for the model: another tokenizer, too large
 │   ├── BudgetError                                 the memory budget is below the smallest that can work
 │   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)                 an optional package is not installed
@@ -79,6 +80,10 @@ class DeviceUnavailableError(ConfigurationError):
 
 class AttentionUnavailableError(ConfigurationError):
     """The requested attention implementation does not work here; the message says why."""
+
+
+class DraftError(ConfigurationError):
+    """A draft cannot guess for the model: its tokenizer differs, or it is larger than the memory for it."""
 
 
 class BudgetError(ConfigurationError):

@@ -1,0 +1,98 @@
+"""What a draft is: a source of guesses for the tokens that follow a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from transformers import PretrainedConfig
+
+from rabbit_engine.decoding.tree import ROOT, Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a tree may cost: at most `nodes` nodes, down to `depth`; `token_s` are the seconds that a token takes at present.
+
+    Drafting for another t seconds pays if it adds more than t / `token_s` expected tokens: the sum of its nodes' probabilities.
+    """
+
+    nodes: int
+    depth: int
+    token_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the model made of a tree, which is the one proposed or a part of it.
+
+    `path` are the nodes that the text took, from the root down. Row 0 of `logits` [1 + nodes, vocabulary], in the model's dtype,
+    are those after the text, row 1 + i those after node i. `next` is the token that the text took after the path.
+    """
+
+    tree: Tree
+    path: tuple[int, ...]
+    logits: torch.Tensor = field(repr=False)
+    next: int
+
+    def row_of(self, node: int) -> torch.Tensor:
+        """The logits [vocabulary] after a node, or after ROOT."""
+        return self.logits[node - ROOT]
+
+
+class Target(Protocol):
+    """The streamed model that verifies guesses, as drafts see it."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The checkpoint's config, as the class reads it."""
+
+    @property
+    def tokenizer(self) -> object:
+        """The checkpoint's tokenizer. Raises TokenizerNotFoundError."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+
+    @property
+    def name_or_path(self) -> str:
+        """The name it was loaded by."""
+
+
+class Drafter(Protocol):
+    """Guesses for one text. It must not draw from torch's generators: the text would be another one."""
+
+    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+        """Guesses for what follows `ids`, the prompt and the answer so far."""
+
+    def accepted(self, verdict: Verdict) -> None:
+        """Learn what the model made of the last tree. Called once for each tree of which any part was verified."""
+
+    def close(self) -> None:
+        """Free what belongs to this text."""
+
+
+@runtime_checkable
+class Draft(Protocol):
+    """A source of guesses for all texts of a model."""
+
+    @property
+    def name(self) -> str:
+        """What profiles and logs call it."""
+
+    @property
+    def nodes(self) -> int | None:
+        """The number of nodes of each tree, as the user fixed it; None: as many as pay, measured."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes on the model's device; 0 if not worth naming."""
+
+    def attach(self, target: Target) -> None:
+        """Prepare for guessing what `target` says. Raises DraftError if it cannot."""
+
+    def start(self) -> Drafter:
+        """Begin a text. Several may be under way."""
