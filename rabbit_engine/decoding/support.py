@@ -1,0 +1,117 @@
+"""Which models and caches can verify guesses, and how; for the others, the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PretrainedConfig
+
+from rabbit_engine.decoding.verification import CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
+from rabbit_engine.transformers_bridge.caches import ability_of, find_cache, windows_of
+
+_MASKED = ("sdpa", "eager")
+"""Attention implementations that take a mask [1, 1, queries, keys]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """What matters about the model: its text config, the dtype of its masks, its attention implementation."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    attention: str
+
+
+def why_plain(generation_config: Any, keywords: Mapping[str, Any], *, texts: int, encoder_decoder: bool) -> str:
+    """Why a call of `generate` decodes one token a pass whatever its cache can do; empty if it need not.
+
+    `texts` are the sequences of the call, `keywords` the model's.
+    """
+    config = generation_config
+    reasons = {
+        f"{texts} texts at once": texts > 1,
+        "an encoder and a decoder": encoder_decoder,
+        "returned attentions": bool(config.output_attentions and config.return_dict_in_generate),
+        "guidance": config.guidance_scale not in (None, 1, 1.0),
+        "use_cache=False": not keywords.get("use_cache"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def verifier_for(
+    inputs: Mapping[str, Any], traits: ModelTraits, refused: Collection[type[Verifier]] = ()
+) -> tuple[Verifier | None, str]:
+    """What verifies guesses with the cache in `inputs`, the keywords of a pass, or None and the reason.
+
+    `refused` are ways that this model was found to compute wrongly.
+    """
+    cache = find_cache(inputs)
+    if cache is None:
+        return None, "no cache of transformers' own"
+    if "input_ids" not in inputs:
+        return None, "no token ids"
+    ways = {way for way in _ways(cache, inputs, traits) if way not in refused}
+    if TreeVerifier in ways:
+        return TreeVerifier(cache, traits.config, traits.dtype), ""
+    for way in (ChainVerifier, CarryVerifier):
+        if way in ways:
+            return way(cache), ""
+    return (
+        None,
+        f"a {type(cache).__name__} that cannot go back" if not refused else "other numbers for several tokens than for one",
+    )
+
+
+def _ways(cache: Cache, inputs: Mapping[str, Any], traits: ModelTraits) -> set[type[Verifier]]:
+    """The ways that a cache allows."""
+    ability = ability_of(cache)
+    if ability == "none":
+        return set()
+    if ability == "restore":
+        return {CarryVerifier}
+    if ability == "select" and "position_ids" in inputs and _takes_tree_masks(cache, traits):
+        return {TreeVerifier, ChainVerifier}
+    return {ChainVerifier}
+
+
+def _takes_tree_masks(cache: Cache, traits: ModelTraits) -> bool:
+    kinds = getattr(traits.config, "layer_types", None)
+    if traits.attention not in _MASKED or "chunked_attention" in (kinds or ()):
+        return False
+    try:
+        return bool(mask_kinds(windows_of(cache), kinds))
+    except ValueError:
+        return False
+
+
+def deepest(config: PretrainedConfig, tokens: int) -> int:
+    """How deep a tree after a text of `tokens` may be, so that one pass computes the rotary embeddings of single tokens.
+
+    Two kinds depend on the last position of a pass: "longrope" changes its factors behind the original length, "dynamic" from
+    there on with each token.
+    """
+    limits = [_deepest(rope, config, tokens) for rope in _ropes(config)]
+    return min(limits, default=_UNLIMITED)
+
+
+_UNLIMITED = 1 << 30
+
+
+def _ropes(config: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """The settings of rotary embeddings, of all kinds of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+
+
+def _deepest(rope: Mapping[str, Any], config: PretrainedConfig, tokens: int) -> int:
+    kind = rope.get("rope_type")
+    if kind not in ("longrope", "dynamic"):
+        return _UNLIMITED
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = original or config.max_position_embeddings
+    if tokens <= original:
+        return int(original - tokens)
+    return _UNLIMITED if kind == "longrope" else 0

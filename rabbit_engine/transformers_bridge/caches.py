@@ -1,0 +1,131 @@
+"""Caches of keys and values, beyond growing: which positions they can drop, how they go back, what their layers can see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import Cache, cache_utils
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+Ability = Literal["select", "crop", "restore", "none"]
+"""Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
+
+_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer)
+_EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
+"""Holds nothing: the place of a layer that uses another's keys and values."""
+
+
+def find_cache(keywords: Mapping[str, object]) -> Cache | None:
+    """The cache among the keywords of a forward; its name differs between releases."""
+    return next((value for value in keywords.values() if isinstance(value, Cache)), None)
+
+
+def ability_of(cache: Cache) -> Ability:
+    """What the cache can do after at least one pass. Static, quantised and offloaded ones can do nothing of it."""
+    layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False) or not layers:
+        return "none"
+    if all(type(layer) in _ATTENDING for layer in layers):
+        return "select"
+    if all(_is_recurrent(layer) or _can_crop(layer) for layer in layers):
+        return "restore" if any(_is_recurrent(layer) for layer in layers) else "crop"
+    return "none"
+
+
+def _can_crop(layer: Any) -> bool:
+    """Whether `crop` restores the layer: one that grows, not one that is allocated whole or stored quantised."""
+    grows = isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
+    return grows or (isinstance(layer, LinearAttentionCacheLayerMixin) and not _is_recurrent(layer))
+
+
+def _update_of(kind: type[DynamicLayer]) -> object:
+    """The `update` of a layer that stores states as they are."""
+    return DynamicSlidingWindowLayer.update if issubclass(kind, DynamicSlidingWindowLayer) else DynamicLayer.update
+
+
+def _is_recurrent(layer: Any) -> bool:
+    """Whether the layer has a state that each token changes as a whole."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    return any(state is not None for state in layer.recurrent_states.values())
+
+
+def windows_of(cache: Cache) -> dict[int, int | None]:
+    """By the index of each layer that holds keys, how many tokens it sees, itself included; None: all. Of one that can "select"."""
+    return {
+        index: layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        for index, layer in enumerate(cache.layers)
+        if not isinstance(layer, _EMPTY)
+    }
+
+
+def record_past(cache: Cache, *, on: bool) -> None:
+    """Let layers that forget keep what they could not restore, until the next `keep` or `crop`; or no longer."""
+    if on:
+        cache.activate_past_recording()
+        return
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False
+
+
+def keep(cache: Cache, past: int, offsets: Sequence[int]) -> None:
+    """Keep the first `past` positions of a cache that can "select", and of those after them the ones at `offsets`, ascending."""
+    for layer in cache.layers:
+        if not isinstance(layer, _EMPTY) and layer.is_initialized:
+            _keep(layer, past, offsets)
+
+
+def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
+    sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    added = (layer.cumulative_length if sliding else layer.keys.shape[-2]) - past
+    start = layer.keys.shape[-2] - added
+    end = start + len(offsets)
+    if list(offsets) != list(range(len(offsets))):
+        chosen = torch.tensor(offsets, device=layer.keys.device) + start
+        for states in (layer.keys, layer.values):
+            states[..., start:end, :] = states.index_select(-2, chosen)
+    first = max(0, end - layer.sliding_window + 1) if sliding else 0
+    layer.keys, layer.values = layer.keys[..., first:end, :], layer.values[..., first:end, :]
+    if sliding:
+        layer.cumulative_length = past + len(offsets)
+
+
+def crop(cache: Cache, count: int) -> None:
+    """Drop the last `count` positions, of which each layer has recorded the past."""
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", True):
+            layer.crop(-count)
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What each layer of a cache held at one moment."""
+
+    layers: tuple[Mapping[str, Any], ...]
+
+
+def copy_states(cache: Cache) -> States:
+    """What `restore_states` needs to undo the passes that follow. Keys and values are not copied: passes replace them."""
+    return States(tuple({name: _copied(value) for name, value in vars(layer).items()} for layer in cache.layers))
+
+
+def _copied(value: Any) -> Any:
+    """Recurrent states are kept in dicts and updated in place."""
+    if not isinstance(value, dict):
+        return value
+    return {key: state.clone() if isinstance(state, torch.Tensor) else state for key, state in value.items()}
+
+
+def restore_states(cache: Cache, states: States) -> None:
+    """Undo the passes since `copy_states`, once: later passes update the copy."""
+    for layer, saved in zip(cache.layers, states.layers, strict=True):
+        vars(layer).update(saved)
