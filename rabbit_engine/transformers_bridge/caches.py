@@ -59,7 +59,7 @@ def _is_recurrent(layer: Any) -> bool:
 
 
 def windows_of(cache: Cache) -> dict[int, int | None]:
-    """By the index of each layer that holds keys, how many tokens it sees, itself included; None: all. Of one that can "select"."""
+    """How many tokens each layer that holds keys sees, itself included; None: all. By index, of a cache that can "select"."""
     return {
         index: layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         for index, layer in enumerate(cache.layers)
