@@ -10,7 +10,8 @@ import torch
 from transformers import Cache, PretrainedConfig
 
 from rabbit_engine.decoding.verification import CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
-from rabbit_engine.transformers_bridge.caches import ability_of, find_cache, windows_of
+from rabbit_engine.transformers_bridge.caches import ability_of, windows_of
+from rabbit_engine.transformers_bridge.forwards import cache_of
 
 _MASKED = ("sdpa", "eager")
 """Attention implementations that take a mask [1, 1, queries, keys]."""
@@ -48,8 +49,8 @@ def verifier_for(
 
     `refused` are ways that this model was found to compute wrongly.
     """
-    cache = find_cache(inputs)
-    if cache is None:
+    cache = cache_of(inputs)
+    if not isinstance(cache, Cache):
         return None, "no cache of transformers' own"
     if "input_ids" not in inputs:
         return None, "no token ids"

@@ -44,7 +44,7 @@ class Verifier(ABC):
         return 0
 
     def inputs(self, given: Inputs, tree: Tree) -> Inputs:
-        """The keywords of the pass that verifies `tree`, from those for the last token alone; `given` itself if nothing changes."""
+        """The keywords of the pass that verifies `tree`, from those for the last token alone: the same if nothing changes."""
         self._tree = tree
         return self._inputs(given, tree) if tree or self.lag else given
 

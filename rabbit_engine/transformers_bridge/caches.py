@@ -23,11 +23,6 @@ _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 """Holds nothing: the place of a layer that uses another's keys and values."""
 
 
-def find_cache(keywords: Mapping[str, object]) -> Cache | None:
-    """The cache among the keywords of a forward; its name differs between releases."""
-    return next((value for value in keywords.values() if isinstance(value, Cache)), None)
-
-
 def ability_of(cache: Cache) -> Ability:
     """What the cache can do after at least one pass. Static, quantised and offloaded ones can do nothing of it."""
     layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
@@ -79,9 +74,13 @@ def record_past(cache: Cache, *, on: bool) -> None:
 
 def keep(cache: Cache, past: int, offsets: Sequence[int]) -> None:
     """Keep the first `past` positions of a cache that can "select", and of those after them the ones at `offsets`, ascending."""
-    for layer in cache.layers:
-        if not isinstance(layer, _EMPTY) and layer.is_initialized:
-            _keep(layer, past, offsets)
+    for layer in _filled(cache):
+        _keep(layer, past, offsets)
+
+
+def _filled(cache: Cache) -> list[Any]:
+    """The layers that hold anything."""
+    return [layer for layer in cache.layers if not isinstance(layer, _EMPTY) and getattr(layer, "is_initialized", True)]
 
 
 def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
@@ -101,9 +100,8 @@ def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
 
 def crop(cache: Cache, count: int) -> None:
     """Drop the last `count` positions, of which each layer has recorded the past."""
-    for layer in cache.layers:
-        if getattr(layer, "is_initialized", True):
-            layer.crop(-count)
+    for layer in _filled(cache):
+        layer.crop(-count)
 
 
 @dataclass(frozen=True, slots=True)
