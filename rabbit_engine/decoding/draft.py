@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.decoding.tree import ROOT, Tree
 
@@ -60,6 +61,12 @@ class Target(Protocol):
     @property
     def name_or_path(self) -> str:
         """The name it was loaded by."""
+
+    def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
+        """A model that guesses for this one, whole in the memory of its device; None names the target's own checkpoint.
+
+        Raises DraftError if memory is too small, and what loading raises.
+        """
 
 
 class Drafter(Protocol):

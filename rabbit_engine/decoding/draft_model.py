@@ -1,0 +1,166 @@
+"""`DraftModel`: another, smaller model with the same tokenizer guesses what the model will say."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from rabbit_engine.decoding.draft import Drafter, Target
+from rabbit_engine.decoding.draft_context import Context, Predictor, TreeContext, find_context
+from rabbit_engine.decoding.model_drafter import ModelDrafter, Pace, Reach
+from rabbit_engine.decoding.vocabulary import Vocabulary, require_same_tokens, require_similar_size
+from rabbit_engine.errors import ConfigurationError, DraftError, TokenizerNotFoundError
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.utils.sizes import format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class DraftModel:
+    """A draft that is a model: a folder, a repo id, or a loaded causal language model, of transformers or streamed.
+
+    One that is named is loaded whole into memory when it is first used, with weights in `compression` ("4bit", "8bit") if that
+    is given. `nodes` fixes the number of guesses in each tree; None measures how many pay. Guesses are weighed by the model's
+    probabilities at `temperature`. One draft serves all texts of a model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        nodes: int | None = None,
+        compression: str | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        _check(nodes, temperature)
+        named = isinstance(model, str | Path)
+        if not named and not hasattr(model, "generate"):
+            raise ConfigurationError(
+                f"DraftModel takes a folder, a repo id or a causal language model, not a {type(model).__name__}"
+            )
+        if not named and compression is not None:
+            raise ConfigurationError(f"compression={compression!r} is for models that are loaded by name: leave it out")
+        self._place = model if isinstance(model, str | Path) else None
+        self._model: Any = None if named else model
+        self._nodes, self._temperature, self._compression = nodes, temperature, compression
+        self._lock = threading.Lock()
+        self._target = ""
+        self._new_context: Callable[[], Context] | None = None
+        self._reach = Reach(math.inf, trees=False, temperature=temperature)
+        self._pace = Pace()
+        self._nbytes = 0
+
+    @property
+    def name(self) -> str:
+        """See `Draft`."""
+        place = self._place if self._model is None else self._model.name_or_path
+        return f"draft {Path(str(place)).name or type(self._model).__name__}"
+
+    @property
+    def nodes(self) -> int | None:
+        """See `Draft`."""
+        return self._nodes
+
+    @property
+    def nbytes(self) -> int:
+        """See `Draft`; 0 until it is attached, and on another device than the model's."""
+        return self._nbytes
+
+    def attach(self, target: Target) -> None:
+        """Load the model, if it is named, and check that it can guess for `target`.
+
+        Raises DraftError for another tokenizer, too little memory, or a class that cannot go back after guesses, and what
+        loading raises.
+        """
+        with self._lock:
+            if self._new_context is not None and self._target == target.name_or_path:
+                return
+            if self._model is None:
+                self._model = self._load(target)
+            _require_evaluation(self._model, self.name)
+            self._require_same_tokens(target)
+            vocabulary = target.config.get_text_config().vocab_size
+            predictor = Predictor(self._model, vocabulary)
+            kind = find_context(predictor, self.name)
+            self._reach = Reach(_positions(self._model), kind is TreeContext, self._temperature)
+            self._nbytes = _nbytes(self._model) if _same_device(self._model.device, target.device) else 0
+            self._new_context, self._target = lambda: kind(predictor), target.name_or_path
+
+    def start(self) -> Drafter:
+        """See `Draft`. Raises DraftError before `attach`."""
+        if self._new_context is None:
+            raise DraftError(f"{self.name} is not attached to a model: pass it as speculate=")
+        return ModelDrafter(self._new_context(), self._reach, self._pace)
+
+    def close(self) -> None:
+        """Free the model if it was loaded by name; `attach` loads it again."""
+        if self._place is not None and self._model is not None:
+            self._model.close()
+            self._model = self._new_context = None
+
+    def _load(self, target: Target) -> PreTrainedModel:
+        """The model, which was named."""
+        return target.load_draft(self._place, self._compression)
+
+    def _require_same_tokens(self, target: Target) -> None:
+        """Raise DraftError unless both models have the same tokens, as far as is known."""
+        ours, theirs = _vocabulary_of(self._model), _vocabulary_of(target)
+        if ours is not None and theirs is not None:
+            require_same_tokens(ours, theirs, self.name, target.name_or_path)
+            return
+        size, other = (config.get_text_config().vocab_size for config in (self._model.config, target.config))
+        require_similar_size(size, other, self.name, target.name_or_path)
+        logger.info("%s and %s are not known to have the same tokenizer: only the sizes match", self.name, target.name_or_path)
+
+
+def _check(nodes: int | None, temperature: float) -> None:
+    if nodes is not None and nodes < 1:
+        raise ConfigurationError(f"nodes={nodes!r} is not a number of guesses: pass an integer from 1, or None")
+    if not temperature > 0:
+        raise ConfigurationError(f"temperature={temperature!r} is not a number above 0")
+
+
+def _require_evaluation(model: PreTrainedModel, name: str) -> None:
+    """Raise DraftError for a model that may draw random numbers."""
+    if model.training:
+        raise DraftError(f"{name} is in training mode, where dropout draws random numbers: call its eval()")
+
+
+def _vocabulary_of(model: Any) -> Vocabulary | None:
+    """Of the model's tokenizer, or of the one next to its files on this machine; None if there is none."""
+    try:
+        found = getattr(model, "tokenizer", None) or AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (TokenizerNotFoundError, OSError, ValueError, KeyError):
+        return None
+    return found if isinstance(found, Vocabulary) else None
+
+
+def _positions(model: PreTrainedModel) -> float:
+    """The longest text that the model was made for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) else math.inf
+
+
+def _nbytes(model: Any) -> int:
+    """Memory of the model: what a streamed one claims, with caches of texts, else its weights."""
+    plan = getattr(model, "plan", None)
+    if not isinstance(plan, Plan):
+        return int(model.get_memory_footprint())
+    if plan.pass_bytes:
+        logger.warning(
+            "the draft %s reads %s from disk for each guess: load it with more memory",
+            model.name_or_path,
+            format_bytes(plan.pass_bytes),
+        )
+    return plan.held_bytes(plan.device)
+
+
+def _same_device(first: torch.device, second: torch.device) -> bool:
+    return (first.type, first.index or 0) == (second.type, second.index or 0)
