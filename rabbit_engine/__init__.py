@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
-    from rabbit_engine.decoding import DraftModel
+    from rabbit_engine.decoding import DraftModel, Lookup, Merged
     from rabbit_engine.model import AutoModel, StreamingMixin
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
@@ -14,11 +14,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoModel", "DraftModel", "Options", "Plan", "Profile", "RabbitError", "Reply", "Session", "StreamingMixin"]
+__all__ = [
+    "AutoModel",
+    "DraftModel",
+    "Lookup",
+    "Merged",
+    "Options",
+    "Plan",
+    "Profile",
+    "RabbitError",
+    "Reply",
+    "Session",
+    "StreamingMixin",
+]
 
 _HOMES = {
     "AutoModel": "model",
     "DraftModel": "decoding",
+    "Lookup": "decoding",
+    "Merged": "decoding",
     "Options": "sessions",
     "Plan": "planning.plan",
     "Profile": "streaming",

@@ -55,12 +55,12 @@ class Tree:
         """The `count` likeliest nodes, which are a tree as well; earlier ones of equals."""
         if count >= len(self):
             return self
-        return self._only(sorted(heapq.nlargest(count, range(len(self)), key=lambda node: (self.probabilities[node], -node))))
+        return self.only(sorted(heapq.nlargest(count, range(len(self)), key=lambda node: (self.probabilities[node], -node))))
 
     def within(self, depth: int) -> Self:
         """The nodes down to that depth."""
         depths = self.depths
-        return self._only([node for node in range(len(self)) if depths[node] <= depth])
+        return self.only([node for node in range(len(self)) if depths[node] <= depth])
 
     def likeliest_chain(self) -> Self:
         """From the root down, always the likeliest child."""
@@ -69,10 +69,10 @@ class Tree:
         while children := [node for node in range(at + 1, len(self)) if self.parents[node] == at]:
             at = max(children, key=lambda node: (self.probabilities[node], -node))
             path.append(at)
-        return self._only(path)
+        return self.only(path)
 
-    def _only(self, nodes: Sequence[int]) -> Self:
-        """These nodes, in ascending order, each with its parent."""
+    def only(self, nodes: Sequence[int]) -> Self:
+        """These nodes, in ascending order; the parent of each is one of them, or ROOT."""
         place = {node: index for index, node in enumerate(nodes)} | {ROOT: ROOT}
         return type(self)(
             tuple(self.tokens[node] for node in nodes),

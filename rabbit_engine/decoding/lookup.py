@@ -1,0 +1,181 @@
+"""A draft without a model: how the text went on where it was the same before, and successors that the model found likely."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from rabbit_engine.decoding.draft import Budget, Target, Verdict, check_nodes
+from rabbit_engine.decoding.occurrences import LONGEST, Occurrences
+from rabbit_engine.decoding.odds import Odds
+from rabbit_engine.decoding.recycling import Successors
+from rabbit_engine.decoding.tree import ROOT, Tree
+
+_MATCHES = 32
+_NEWEST = 8
+"""Occurrences that are looked at: of the text's end, and of a guessed token alone."""
+
+_LEAST = 1e-3
+"""Guesses below this probability are not proposed."""
+
+_REPEATED = (-1.0, 4.4, -1.2, 1.1, -0.1, -0.55, -1.1)
+_RECYCLED = (-0.8, -2.1, -0.8)
+"""Weights of the features below, fitted to 48 answers of SmolLM2-135M-Instruct and of people: chat, code, summaries, JSON."""
+
+Match = tuple[int, int]
+"""How many tokens of a place equal those before a guess, and the position after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Guesses from the text itself: continuations of earlier occurrences of its end, in the prompt and in the answer so far.
+
+    It needs no model and about 16 bytes of memory a token. `nodes` fixes the size of each tree; None: as many as pay.
+    With `recycling` the tree also has what the model found likely after the same tokens in its latest passes.
+    """
+
+    nodes: int | None = None
+    recycling: bool = True
+
+    def __post_init__(self) -> None:
+        check_nodes(self.nodes)
+
+    @property
+    def name(self) -> str:
+        """What profiles and logs call it."""
+        return "lookup"
+
+    @property
+    def nbytes(self) -> int:
+        """0: not worth naming."""
+        return 0
+
+    def attach(self, target: Target) -> None:
+        """It fits every model."""
+
+    def start(self) -> LookupDrafter:
+        """Begin a text."""
+        return LookupDrafter(Successors() if self.recycling else None)
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A token, why it is guessed, and its node if the tree has it."""
+
+    token: int
+    matches: list[Match]
+    odds: Odds
+    features: tuple[float, ...]
+    node: int | None = None
+
+
+@dataclass(slots=True)
+class LookupDrafter:
+    """Lookup in one text."""
+
+    _successors: Successors | None
+    _text: Occurrences = field(default_factory=Occurrences)
+    _repeated: Odds = field(default_factory=lambda: Odds(_REPEATED))
+    _recycled: Odds = field(default_factory=lambda: Odds(_RECYCLED))
+    _guesses: dict[int, list[_Guess]] = field(default_factory=dict)
+    """After each node of the last tree, and after ROOT: those in the tree and those left out."""
+
+    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+        """Continuations of earlier occurrences of the end of `ids`, the likeliest first."""
+        new = ids[len(self._text) :]
+        self._learn(new)
+        self._text.extend(new)
+        return self._grow(budget)
+
+    def accepted(self, verdict: Verdict) -> None:
+        """Keep the successors; which guesses were right shows in the text itself, also of trees that were not verified."""
+        if self._successors is not None:
+            self._successors.learn(self._text[-1], verdict)
+
+    def close(self) -> None:
+        """Nothing of it is outside."""
+
+    def _learn(self, new: Sequence[int]) -> None:
+        """Hold the last guesses against what the text became."""
+        at: int | None = ROOT
+        for token in new:
+            if at is None:
+                return
+            guesses, at = self._guesses.get(at, []), None
+            for guess in guesses:
+                guess.odds.learn(guess.features, guess.token == token)
+                if guess.token == token:
+                    at = guess.node
+                    break
+
+    def _grow(self, budget: Budget) -> Tree:
+        """Best first: each node's guesses are made when it is taken."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        probabilities: list[float] = []
+        order = count()
+        self._guesses = {}
+        open_guesses: list[tuple[float, int, int, tuple[int, ...], _Guess]] = []
+
+        def expand(node: int, path: tuple[int, ...], matches: list[Match], above: float) -> None:
+            guesses = self._guesses[node] = list(self._guesses_after(path, matches))
+            for guess in guesses:
+                likely = above * guess.odds.probability(guess.features)
+                above -= likely
+                if likely >= _LEAST:
+                    heapq.heappush(open_guesses, (-likely, next(order), node, path, guess))
+
+        if budget.depth and len(self._text):
+            expand(ROOT, (), self._text.matches_of_end(_MATCHES), 1.0)
+        while open_guesses and len(tokens) < budget.nodes:
+            negative, _, parent, path, guess = heapq.heappop(open_guesses)
+            guess.node = len(tokens)
+            tokens.append(guess.token)
+            parents.append(parent)
+            probabilities.append(-negative)
+            if len(path) + 1 < budget.depth:
+                expand(guess.node, (*path, guess.token), guess.matches, -negative)
+        return Tree(tuple(tokens), tuple(parents), tuple(probabilities))
+
+    def _guesses_after(self, path: tuple[int, ...], matches: list[Match]) -> Iterator[_Guess]:
+        """What may follow a path of guesses: each guess counts for the case that those before it are wrong."""
+        likely = () if self._successors is None else self._successors.after(path[-1] if path else self._text[-1])
+        continuations = self._continuations(path, matches)
+        for rank, (token, found) in enumerate(continuations.items()):
+            yield _Guess(token, found, self._repeated, _features(rank, found, _place(token, likely)))
+        for rank, token in enumerate(likely):
+            if token not in continuations:
+                yield _Guess(token, [], self._recycled, (1.0, rank / 7, float(bool(continuations))))
+
+    def _continuations(self, path: tuple[int, ...], matches: list[Match]) -> dict[int, list[Match]]:
+        """Tokens that followed, by the longest match of each, and their matches one token on.
+
+        A match that reaches the end of the text goes on in the guesses: so a loop is followed around.
+        """
+        if path:
+            known = {position for _, position in matches}
+            newest = self._text.positions_after(path[-1], _NEWEST)
+            matches = matches + [(1, position) for position in newest if position not in known]
+        found: dict[int, list[Match]] = {}
+        for length, position in matches:
+            beyond = position - len(self._text)
+            token = self._text[position] if beyond < 0 else path[beyond]
+            found.setdefault(token, []).append((length + 1, position + 1))
+        return found
+
+
+def _place(token: int, likely: Sequence[int]) -> int | None:
+    """Its place among the likely successors: 0 first, 1 later, 2 not among them; None if they are not known."""
+    if not likely:
+        return None
+    return 0 if token == likely[0] else 1 if token in likely else 2
+
+
+def _features(rank: int, found: list[Match], place: int | None) -> tuple[float, ...]:
+    """Of a token that followed before: of its longest match, and how many say so."""
+    length = math.log2(found[0][0] - 1) / math.log2(LONGEST)
+    agreeing = (min(len(found), 3) - 1) / 2
+    return (1.0, length, min(rank, 3) / 3, agreeing, float(place == 0), float(place == 1), float(place == 2))
