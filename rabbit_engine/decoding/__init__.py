@@ -4,6 +4,22 @@ from rabbit_engine.decoding.draft import Budget, Draft, Drafter, Target, Verdict
 from rabbit_engine.decoding.draft_model import DraftModel
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
+from rabbit_engine.decoding.prior import Prior
+from rabbit_engine.decoding.rule import Rule
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 
-__all__ = ["EMPTY", "ROOT", "Budget", "Draft", "DraftModel", "Drafter", "Lookup", "Merged", "Target", "Tree", "Verdict"]
+__all__ = [
+    "EMPTY",
+    "ROOT",
+    "Budget",
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "Lookup",
+    "Merged",
+    "Prior",
+    "Rule",
+    "Target",
+    "Tree",
+    "Verdict",
+]

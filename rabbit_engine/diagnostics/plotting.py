@@ -8,7 +8,7 @@ from pathlib import Path
 from rabbit_engine.streaming import Span, busy_share
 from rabbit_engine.utils.extras import missing_extra
 
-_COLOURS = {"disk": "#2f6fab", "copy": "#d98b2b", "compute": "#3a9a5b", "wait": "#c0392b"}
+_COLOURS = {"disk": "#2f6fab", "copy": "#d98b2b", "compute": "#3a9a5b", "draft": "#7d5ba6", "wait": "#c0392b"}
 
 
 def require_matplotlib() -> None:

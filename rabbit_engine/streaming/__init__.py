@@ -16,6 +16,7 @@ from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
+from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
 from rabbit_engine.streaming.telemetry.trace import Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.streaming.transfer.claim import claim_ring
 from rabbit_engine.streaming.transfer.entry import HostPlace
@@ -52,6 +53,7 @@ __all__ = [
     "Scheduler",
     "Scratch",
     "Span",
+    "SpeculationProfile",
     "TiedRows",
     "Trace",
     "Transfer",

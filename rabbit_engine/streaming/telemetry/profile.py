@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
 from rabbit_engine.utils.report import Report
 from rabbit_engine.utils.sizes import format_bytes, format_rate, format_seconds
 
@@ -51,7 +52,7 @@ class Profile(Report):
 
     `read_s` are the seconds in which at least one read was under way, `wait_s` those in which the model waited for a
     unit, `pass_s` those of whole passes. `disk_rate` and `link_rate` are the links' own rates in bytes per second, as
-    measured or given when the model was loaded; 0 if unknown.
+    measured or given when the model was loaded; 0 if unknown. `speculation` counts generations that guess tokens ahead.
     """
 
     units: dict[str, UnitProfile] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Profile(Report):
     pass_s: float = 0.0
     disk_rate: float = 0.0
     link_rate: float = 0.0
+    speculation: SpeculationProfile = field(default_factory=SpeculationProfile)
     _under_way: int = field(default=0, repr=False)
     _since: float = field(default=0.0, repr=False)
 
@@ -141,6 +143,7 @@ class Profile(Report):
             *copied,
             ("waited", self._waited_text()),
             *([("experts", self._experts_text())] if self.experts else []),
+            *self.speculation.rows(),
         ]
 
     def __repr__(self) -> str:

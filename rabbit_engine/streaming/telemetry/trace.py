@@ -1,4 +1,4 @@
-"""Records when each lane (disk, copy, wait, compute) was busy, while `on`: spans in seconds of one clock."""
+"""Records when each lane (disk, copy, wait, compute, draft) was busy, while `on`: spans in seconds of one clock."""
 
 from __future__ import annotations
 

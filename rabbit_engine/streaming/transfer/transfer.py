@@ -9,6 +9,7 @@ import torch
 
 from rabbit_engine.storage.directio import aligned_down
 from rabbit_engine.streaming.telemetry.profile import Profile, UnitProfile
+from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.arena import Arena
 from rabbit_engine.streaming.transfer.entry import HostPlace
@@ -154,6 +155,11 @@ class Transfer:
     def bytes_read(self) -> int:
         """Bytes read from disk so far."""
         return self._profile.bytes_read
+
+    @property
+    def speculation(self) -> SpeculationProfile:
+        """The counts of generations that guess tokens ahead, for whoever decodes to add to."""
+        return self._profile.speculation
 
     def profile(self) -> Profile:
         """A copy of the counts so far."""
