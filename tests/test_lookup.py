@@ -137,12 +137,23 @@ def test_without_recycling_the_model_s_logits_count_for_nothing() -> None:
     assert 40 not in drafter.propose([*text, 41, SENTENCE[2]], BUDGET).tokens
 
 
-def test_texts_do_not_share_what_they_learnt() -> None:
+def test_texts_share_what_the_model_found_likely_and_nothing_else() -> None:
     draft = Lookup()
-    first, second = draft.start(), draft.start()
-    before = second.propose([7, 8, 7], BUDGET)
-    walk(first, [7, 8], random_text(50), BUDGET)
-    assert draft.start().propose([7, 8, 7], BUDGET) == before
+    first = draft.start()
+    tree = first.propose([7, 8, 7], BUDGET)
+    first.accepted(verdict_of(tree, [8, 9]))
+    second = draft.start().propose([1, 2, 7], BUDGET)
+    assert second.likeliest_chain().tokens[:2] == (8, 9)  # after 7, and after 8
+    assert draft.start().propose([1, 2, 3], BUDGET) == EMPTY
+
+
+def test_one_lookup_serves_models_of_different_vocabularies() -> None:
+    draft = Lookup()
+    for vocabulary in (64, 100, 4):
+        drafter = draft.start()
+        tree = drafter.propose([1, 2, 1], BUDGET)
+        drafter.accepted(Verdict(tree, (), torch.arange(vocabulary).repeat(1 + len(tree), 1).float(), 3))
+    assert draft.start().propose([1], Budget(nodes=8, depth=1)).tokens == (99, 98, 97, 96, 95, 94, 93, 92)
 
 
 def test_no_random_number_is_drawn() -> None:

@@ -11,7 +11,7 @@ from itertools import count
 from rabbit_engine.decoding.draft import Budget, Target, Verdict, check_nodes
 from rabbit_engine.decoding.occurrences import LONGEST, Occurrences
 from rabbit_engine.decoding.odds import Odds
-from rabbit_engine.decoding.recycling import Successors
+from rabbit_engine.decoding.recycling import KEPT, Successors
 from rabbit_engine.decoding.tree import ROOT, Tree
 
 _MATCHES = 32
@@ -29,36 +29,27 @@ Match = tuple[int, int]
 """How many tokens of a place equal those before a guess, and the position after them."""
 
 
-@dataclass(frozen=True, slots=True)
 class Lookup:
     """Guesses from the text itself: continuations of earlier occurrences of its end, in the prompt and in the answer so far.
 
-    It needs no model and about 16 bytes of memory a token. `nodes` fixes the size of each tree; None: as many as pay.
-    With `recycling` the tree also has what the model found likely after the same tokens in its latest passes.
+    It needs no model, 16 bytes of memory a token and 32 a token of the vocabulary. `nodes` fixes the size of each tree; None: as
+    many as pay. With `recycling` a tree also has what the model found likely after the same tokens, in this text or another one.
     """
 
-    nodes: int | None = None
-    recycling: bool = True
+    name = "lookup"
+    nbytes = 0
 
-    def __post_init__(self) -> None:
-        check_nodes(self.nodes)
-
-    @property
-    def name(self) -> str:
-        """What profiles and logs call it."""
-        return "lookup"
-
-    @property
-    def nbytes(self) -> int:
-        """0: not worth naming."""
-        return 0
+    def __init__(self, nodes: int | None = None, *, recycling: bool = True) -> None:
+        check_nodes(nodes)
+        self.nodes = nodes
+        self._successors = Successors() if recycling else None
 
     def attach(self, target: Target) -> None:
         """It fits every model."""
 
     def start(self) -> LookupDrafter:
         """Begin a text."""
-        return LookupDrafter(Successors() if self.recycling else None)
+        return LookupDrafter(self._successors)
 
 
 @dataclass(slots=True)
@@ -148,7 +139,7 @@ class LookupDrafter:
             yield _Guess(token, found, self._repeated, _features(rank, found, _place(token, likely)))
         for rank, token in enumerate(likely):
             if token not in continuations:
-                yield _Guess(token, [], self._recycled, (1.0, rank / 7, float(bool(continuations))))
+                yield _Guess(token, [], self._recycled, (1.0, rank / (KEPT - 1), float(bool(continuations))))
 
     def _continuations(self, path: tuple[int, ...], matches: list[Match]) -> dict[int, list[Match]]:
         """Tokens that followed, by the longest match of each, and their matches one token on.
