@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
-    from rabbit_engine.decoding import DraftModel, Lookup, Merged
+    from rabbit_engine.decoding import DraftModel, Lookup, Merged, SelfDraft
     from rabbit_engine.model import AutoModel, StreamingMixin
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
@@ -24,6 +24,7 @@ __all__ = [
     "Profile",
     "RabbitError",
     "Reply",
+    "SelfDraft",
     "Session",
     "StreamingMixin",
 ]
@@ -37,6 +38,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "Profile": "streaming",
     "Reply": "sessions",
+    "SelfDraft": "decoding",
     "Session": "sessions",
     "StreamingMixin": "model",
 }

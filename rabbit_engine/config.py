@@ -190,8 +190,8 @@ class StreamConfig:
     """How a model is run.
 
     Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens.
-    `speeds` of None are measured. `fused_products` True multiplies by stored forms of weights where it can, False never, and
-    None where the encoding says so.
+    `draft_bytes` of the budget are a draft's. `speeds` of None are measured. `fused_products` True multiplies by stored forms of
+    weights where it can, False never, and None where the encoding says so.
     """
 
     device: torch.device
@@ -202,6 +202,7 @@ class StreamConfig:
     profiling_mode: bool = False
     show_layer_progress: bool = False
     max_seq_len: int | None = None
+    draft_bytes: int = 0
     speeds: Speeds | None = None
     fused_products: bool | None = None
     cut: Cut = DEFAULT_CUT

@@ -59,6 +59,7 @@ from rabbit_engine.storage.directio import is_file
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, aligned_bytes
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights
 from rabbit_engine.utils.bar import Bar
+from rabbit_engine.utils.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ class Split:
         finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
         self._require_originals(plans, frozenset(finished))
         self._require_room(plans, frozenset(finished))
+        missing = sum(plan.file_bytes for plan in plans if plan.name not in finished)
+        logger.info("writing %s into %s", format_bytes(missing), self.folder)
         records = self._write_all(plans, finished, journal)
         used = sorted({file for plan in plans for file in plan.files})
         manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused())

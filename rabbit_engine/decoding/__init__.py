@@ -1,7 +1,7 @@
 """Several tokens a pass: drafts guess a tree of tokens, one pass of the model verifies it, and the text stays the same."""
 
 from rabbit_engine.decoding.draft import Budget, Draft, Drafter, Target, Verdict
-from rabbit_engine.decoding.draft_model import DraftModel
+from rabbit_engine.decoding.draft_model import DraftModel, SelfDraft
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
 from rabbit_engine.decoding.prior import Prior
@@ -19,6 +19,7 @@ __all__ = [
     "Merged",
     "Prior",
     "Rule",
+    "SelfDraft",
     "Target",
     "Tree",
     "Verdict",

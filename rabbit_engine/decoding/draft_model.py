@@ -1,10 +1,11 @@
-"""`DraftModel`: another, smaller model with the same tokenizer guesses what the model will say."""
+"""Models as drafts: another, smaller one with the same tokenizer, or a compressed copy of the model itself."""
 
 from __future__ import annotations
 
 import logging
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rabbit_engine.config import CompressionConfig
 from rabbit_engine.decoding.draft import Drafter, Target
 from rabbit_engine.decoding.draft_context import Context, Predictor, TreeContext, find_context
-from rabbit_engine.decoding.model_drafter import ModelDrafter, Pace, Reach
+from rabbit_engine.decoding.model_drafter import ModelDrafter, Reach, RoundCosts
 from rabbit_engine.decoding.vocabulary import Vocabulary, require_same_tokens, require_similar_size
 from rabbit_engine.errors import ConfigurationError, DraftError, TokenizerNotFoundError
 from rabbit_engine.planning.plan import Plan
@@ -23,45 +25,31 @@ from rabbit_engine.utils.sizes import format_bytes
 logger = logging.getLogger(__name__)
 
 
-class DraftModel:
-    """A draft that is a model: a folder, a repo id, or a loaded causal language model, of transformers or streamed.
+class ModelDraft(ABC):
+    """A draft that is a model. One serves all texts of a model.
 
-    One that is named is loaded whole into memory when it is first used, with weights in `compression` ("4bit", "8bit") if that
-    is given. `nodes` fixes the number of guesses in each tree; None measures how many pay. Guesses are weighed by the model's
-    probabilities at `temperature`. One draft serves all texts of a model.
+    `nodes` fixes the number of guesses in each tree; None measures how many pay. Guesses are weighed by the model's
+    probabilities at `temperature`.
     """
 
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        *,
-        nodes: int | None = None,
-        compression: str | None = None,
-        temperature: float = 1.0,
-    ) -> None:
-        _check(nodes, temperature)
-        named = isinstance(model, str | Path)
-        if not named and not hasattr(model, "generate"):
-            raise ConfigurationError(
-                f"DraftModel takes a folder, a repo id or a causal language model, not a {type(model).__name__}"
-            )
-        if not named and compression is not None:
-            raise ConfigurationError(f"compression={compression!r} is for models that are loaded by name: leave it out")
-        self._place = model if isinstance(model, str | Path) else None
-        self._model: Any = None if named else model
-        self._nodes, self._temperature, self._compression = nodes, temperature, compression
+    def __init__(self, model: PreTrainedModel | None, nodes: int | None, temperature: float) -> None:
+        if nodes is not None and nodes < 1:
+            raise ConfigurationError(f"nodes={nodes!r} is not a number of guesses: pass an integer from 1, or None")
+        if not temperature > 0:
+            raise ConfigurationError(f"temperature={temperature!r} is not a number above 0")
+        self._model: Any = model
+        self._nodes, self._temperature = nodes, temperature
         self._lock = threading.Lock()
         self._target = ""
         self._new_context: Callable[[], Context] | None = None
         self._reach = Reach(math.inf, trees=False, temperature=temperature)
-        self._pace = Pace()
+        self._costs = RoundCosts()
         self._nbytes = 0
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """See `Draft`."""
-        place = self._place if self._model is None else self._model.name_or_path
-        return f"draft {Path(str(place)).name or type(self._model).__name__}"
 
     @property
     def nodes(self) -> int | None:
@@ -74,7 +62,7 @@ class DraftModel:
         return self._nbytes
 
     def attach(self, target: Target) -> None:
-        """Load the model, if it is named, and check that it can guess for `target`.
+        """Load the model if need be, and check that it can guess for `target`.
 
         Raises DraftError for another tokenizer, too little memory, or a class that cannot go back after guesses, and what
         loading raises.
@@ -84,10 +72,10 @@ class DraftModel:
                 return
             if self._model is None:
                 self._model = self._load(target)
-            _require_evaluation(self._model, self.name)
+            if self._model.training:
+                raise DraftError(f"the {self.name} is in training mode, where dropout draws random numbers: call its eval()")
             self._require_same_tokens(target)
-            vocabulary = target.config.get_text_config().vocab_size
-            predictor = Predictor(self._model, vocabulary)
+            predictor = Predictor(self._model, target.config.get_text_config().vocab_size)
             kind = find_context(predictor, self.name)
             self._reach = Reach(_positions(self._model), kind is TreeContext, self._temperature)
             self._nbytes = _nbytes(self._model) if _same_device(self._model.device, target.device) else 0
@@ -96,18 +84,12 @@ class DraftModel:
     def start(self) -> Drafter:
         """See `Draft`. Raises DraftError before `attach`."""
         if self._new_context is None:
-            raise DraftError(f"{self.name} is not attached to a model: pass it as speculate=")
-        return ModelDrafter(self._new_context(), self._reach, self._pace)
+            raise DraftError(f"the {self.name} is not attached to a model: pass it as speculate=")
+        return ModelDrafter(self._new_context(), self._reach, self._costs)
 
-    def close(self) -> None:
-        """Free the model if it was loaded by name; `attach` loads it again."""
-        if self._place is not None and self._model is not None:
-            self._model.close()
-            self._model = self._new_context = None
-
+    @abstractmethod
     def _load(self, target: Target) -> PreTrainedModel:
-        """The model, which was named."""
-        return target.load_draft(self._place, self._compression)
+        """The model that guesses for `target`."""
 
     def _require_same_tokens(self, target: Target) -> None:
         """Raise DraftError unless both models have the same tokens, as far as is known."""
@@ -120,17 +102,71 @@ class DraftModel:
         logger.info("%s and %s are not known to have the same tokenizer: only the sizes match", self.name, target.name_or_path)
 
 
-def _check(nodes: int | None, temperature: float) -> None:
-    if nodes is not None and nodes < 1:
-        raise ConfigurationError(f"nodes={nodes!r} is not a number of guesses: pass an integer from 1, or None")
-    if not temperature > 0:
-        raise ConfigurationError(f"temperature={temperature!r} is not a number above 0")
+class DraftModel(ModelDraft):
+    """A draft that is another model: a folder, a repo id, or a loaded causal language model, of transformers or streamed.
+
+    One that is named is loaded whole into memory when it is first used, with weights in `compression` ("4bit", "8bit") if that
+    is given. See `ModelDraft` for the others.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        nodes: int | None = None,
+        compression: str | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        named = isinstance(model, str | Path)
+        if not named and not hasattr(model, "generate"):
+            kind = type(model).__name__
+            raise ConfigurationError(f"DraftModel takes a folder, a repo id or a causal language model, not a {kind}")
+        if not named and compression is not None:
+            raise ConfigurationError(f"compression={compression!r} is for models that are loaded by name: leave it out")
+        _check_compression(compression)
+        super().__init__(None if isinstance(model, str | Path) else model, nodes, temperature)
+        self._place = model if isinstance(model, str | Path) else model.name_or_path
+        self._compression = compression
+
+    @property
+    def name(self) -> str:
+        """See `Draft`."""
+        return f"draft {Path(str(self._place)).name or type(self._model).__name__}"
+
+    def _load(self, target: Target) -> PreTrainedModel:
+        """See `ModelDraft`."""
+        return target.load_draft(self._place, self._compression)
 
 
-def _require_evaluation(model: PreTrainedModel, name: str) -> None:
-    """Raise DraftError for a model that may draw random numbers."""
-    if model.training:
-        raise DraftError(f"{name} is in training mode, where dropout draws random numbers: call its eval()")
+class SelfDraft(ModelDraft):
+    """A draft that is a compressed copy of the model itself, whole in memory: no second model is needed.
+
+    The copy is in shards of its own next to the checkpoint, as `compression` ("4bit", "8bit") makes them; without any they
+    are made on first use. See `ModelDraft` for the others.
+    """
+
+    def __init__(self, compression: str = "4bit", *, nodes: int | None = None, temperature: float = 1.0) -> None:
+        _check_compression(compression)
+        super().__init__(None, nodes, temperature)
+        self._compression = compression
+
+    @property
+    def name(self) -> str:
+        """See `Draft`."""
+        return f"{self._compression} draft"
+
+    def _load(self, target: Target) -> PreTrainedModel:
+        """See `ModelDraft`."""
+        return target.load_draft(None, self._compression)
+
+    def _require_same_tokens(self, target: Target) -> None:
+        """See `ModelDraft`: they are the target's own."""
+
+
+def _check_compression(compression: str | None) -> None:
+    """Raise ConfigurationError for one that is not known."""
+    if compression is not None:
+        CompressionConfig(method=compression)
 
 
 def _vocabulary_of(model: Any) -> Vocabulary | None:
@@ -149,17 +185,14 @@ def _positions(model: PreTrainedModel) -> float:
 
 
 def _nbytes(model: Any) -> int:
-    """Memory of the model: what a streamed one claims, with caches of texts, else its weights."""
+    """Memory of the model: what a streamed one claims, with the caches of texts it was asked to reserve, else its weights."""
     plan = getattr(model, "plan", None)
     if not isinstance(plan, Plan):
         return int(model.get_memory_footprint())
     if plan.pass_bytes:
-        logger.warning(
-            "the draft %s reads %s from disk for each guess: load it with more memory",
-            model.name_or_path,
-            format_bytes(plan.pass_bytes),
-        )
-    return plan.held_bytes(plan.device)
+        read = format_bytes(plan.pass_bytes)
+        logger.warning("the draft %s reads %s from disk for each guess: load it with more memory", model.name_or_path, read)
+    return plan.device_bytes + (0 if plan.budget.reserved_by_default else plan.reserved_bytes)
 
 
 def _same_device(first: torch.device, second: torch.device) -> bool:

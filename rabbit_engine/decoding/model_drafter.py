@@ -14,7 +14,7 @@ from rabbit_engine.decoding.draft_context import Context
 from rabbit_engine.decoding.search import Search
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 
-_ROUNDS = 8
+_ROUNDS = 4
 """Rounds in which a tree would be opened if all of its nodes were."""
 
 _CHILDREN = 8
@@ -25,7 +25,7 @@ _RECENT = 1 / 8
 
 
 @dataclass(slots=True)
-class Pace:
+class RoundCosts:
     """What a round of guesses takes and adds, as measured over all texts of a draft.
 
     `share` are the expected tokens that a round adds to the tree, divided by the probability of the nodes that it opens.
@@ -56,8 +56,8 @@ class Reach:
 class ModelDrafter:
     """Guesses for one text."""
 
-    def __init__(self, context: Context, reach: Reach, pace: Pace) -> None:
-        self._context, self._reach, self._pace = context, reach, pace
+    def __init__(self, context: Context, reach: Reach, costs: RoundCosts) -> None:
+        self._context, self._reach, self._costs = context, reach, costs
         self._search = Search(1, 1)
         self._opened: dict[int, int] = {}
         """The number in the context of each node that was opened."""
@@ -73,11 +73,11 @@ class ModelDrafter:
         width = math.ceil(budget.nodes / _ROUNDS) if self._reach.trees else 1
         while taken := self._search.take(width):
             probability = sum(map(self._search.probability, taken))
-            if not self._pace.pays(probability, budget.token_s):
+            if not self._costs.pays(probability, budget.token_s):
                 break
             began, before = time.perf_counter(), self._search.expected()
             self._open(taken)
-            self._pace.count(probability, self._search.expected() - before, time.perf_counter() - began)
+            self._costs.count(probability, self._search.expected() - before, time.perf_counter() - began)
         return self._search.tree()
 
     def accepted(self, verdict: Verdict) -> None:

@@ -33,6 +33,7 @@ from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, 
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.compression import quantization_config_of
+from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.streamed import StreamedModel
@@ -200,8 +201,11 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
     checkpoint, model = execute(resolve(name, settings.source, settings.split, build=build))
     _tell_head_dim(model.config, checkpoint)
     _set_names(model, str(name), checkpoint)
+    loader = DraftLoader(str(name), settings, load)
+    model._draft_loader = replace(loader, is_planned=True)
+    rest = functools.partial(assemble, model, checkpoint.entries, checkpoint.ties)
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
-        model._assembly = assemble(model, checkpoint.entries, checkpoint.ties, stream)
+        model._assembly = assemble_with(settings.speculate, PlannedTarget(model, loader), rest)
     _require_pass(model, checkpoint)
     refuse_past(model, checkpoint.architecture)
     explain_failures(model)

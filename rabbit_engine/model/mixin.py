@@ -55,6 +55,7 @@ class StreamingMixin:
     _tokenizer_source: Mapping[str, Any]
     _own_tokenizer: Any = None
     _attention_reason: str
+    _draft_loader: Callable[[str | Path | None, str | None], PreTrainedModel]
 
     @property
     def plan(self) -> Plan:
@@ -91,6 +92,10 @@ class StreamingMixin:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Decoder) -> None:
         self._own_tokenizer = tokenizer
+
+    def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
+        """A model that guesses for this one, in memory that is free: see `decoding.Target`. Raises DraftError."""
+        return self._draft_loader(name, compression)
 
     def close(self) -> None:
         """End the reader's thread and free the weights' memory. Idempotent; using the model then raises."""

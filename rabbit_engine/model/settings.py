@@ -18,6 +18,7 @@ from rabbit_engine.config import (
     parse_path,
     parse_planned_device,
 )
+from rabbit_engine.decoding import Draft
 from rabbit_engine.model.compression import compression_of, other_than_compression
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.utils.keywords import take_keywords
@@ -28,11 +29,12 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """Where a checkpoint comes from, whether and how it is split, and how its model is run."""
+    """Where a checkpoint comes from, whether and how it is split, how its model is run, and what guesses its tokens."""
 
     source: SourceConfig
     split: SplitConfig
     stream: StreamConfig
+    speculate: Draft | str | None = None
 
 
 def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:

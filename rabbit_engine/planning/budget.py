@@ -42,18 +42,19 @@ def reserved_bytes(probe: Probe, tokens: int) -> int:
 
 
 def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> Budget:
-    """The given budget, or the free memory minus a margin for the system.
+    """The given budget, or the free memory, and what a draft has taken of it, minus a margin for the system.
 
     Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given.
     """
     given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     return Budget(
-        device_bytes=_without_margin(free.device_bytes, _SYSTEM_SHARE) if given is None else given,
+        device_bytes=_without_margin(free.device_bytes + stream.draft_bytes, _SYSTEM_SHARE) if given is None else given,
         host_bytes=None if on_cpu else _host_bytes(stream, free),
         host_staging_bytes=_staging_bytes(partition, stream.device),
         reserved_bytes=reserved_bytes(partition.probe, tokens) if tokens else 0,
         reserved_by_default=stream.max_seq_len is None,
+        draft_bytes=stream.draft_bytes,
     )
 
 

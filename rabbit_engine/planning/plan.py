@@ -9,7 +9,7 @@ from typing import Literal
 
 from rabbit_engine.planning import report
 from rabbit_engine.planning.experts import NO_EXPERTS, ExpertsPlan
-from rabbit_engine.planning.tiers import HOST, RING, SCRATCH, STAGING, TEXTS, Budget, Tenant, Tier, UnitSize
+from rabbit_engine.planning.tiers import DRAFT, HOST, RING, SCRATCH, STAGING, TEXTS, Budget, Tenant, Tier, UnitSize
 from rabbit_engine.utils.report import Report
 from rabbit_engine.utils.speeds import Speeds
 
@@ -67,6 +67,7 @@ class Plan(Report):
             host_staging_bytes=self.staging_bytes,
             reserved_bytes=self.reserved_bytes,
             reserved_by_default=any(tenant.optional for tenant in self.tenants),
+            draft_bytes=self.draft_bytes,
         )
 
     @property
@@ -150,6 +151,11 @@ class Plan(Report):
     def reserved_bytes(self) -> int:
         """Bytes reserved for the caches and activations of texts."""
         return self.tenant_bytes(TEXTS)
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes on the device that a draft takes."""
+        return self.tenant_bytes(DRAFT)
 
     @property
     def slots_start(self) -> int:

@@ -21,6 +21,7 @@ def rows(plan: Plan) -> Rows:
     return [
         ("weights", format_bytes(plan.weights_bytes)),
         ("budget", _budget(plan)),
+        *([("draft", _draft(plan))] if plan.draft_bytes else []),
         ("resident", f"{_held(plan.kept(plan.device))} on {plan.device}"),
         *_between(plan),
         ("by row", ", ".join(plan.by_row) or "nothing"),
@@ -51,6 +52,11 @@ def _budget(plan: Plan) -> str:
     amount = "not bounded" if nbytes is None else format_bytes(nbytes)
     reserved = f", after reserving {format_bytes(plan.reserved_bytes)}" if plan.reserved_bytes else ""
     return f"{amount} on {plan.device} for weights and their buffers{reserved}"
+
+
+def _draft(plan: Plan) -> str:
+    of = "" if plan.budget.device_bytes is None else f" of {format_bytes(plan.budget.device_bytes)}"
+    return f"{format_bytes(plan.draft_bytes)}{of} on {plan.device}, in memory before any weight"
 
 
 def _between(plan: Plan) -> Rows:

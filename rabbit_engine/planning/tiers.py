@@ -17,7 +17,8 @@ Holding = Literal["weights", "experts", "caches"]
 HOST, DISK = "host", "disk"
 """Names of tiers; a device's tier has the device's name."""
 
-TEXTS, RING, SCRATCH, WORK, STAGING = "caches of texts", "ring", "scratch for decoding", "temporaries of decoding", "staging"
+TEXTS, DRAFT, RING, STAGING = "caches of texts", "draft", "ring", "staging"
+SCRATCH, WORK = "scratch for decoding", "temporaries of decoding"
 """Names of tenants."""
 
 
@@ -98,7 +99,8 @@ class Budget:
     """Bytes of the device and of host memory that may be used; `None` is unlimited. On a CPU both are one: `device_bytes`.
 
     `reserved_bytes` of the device are for the caches and activations of texts (`reserved_by_default` if the caller named no
-    number of tokens), `host_staging_bytes` for the buffers that reads go through (on a CPU only those of misaligned weights).
+    number of tokens), `draft_bytes` for a model that guesses, `host_staging_bytes` for the buffers that reads go through (on a
+    CPU only those of misaligned weights).
     """
 
     device_bytes: int | None = None
@@ -106,11 +108,12 @@ class Budget:
     host_staging_bytes: int = 0
     reserved_bytes: int = 0
     reserved_by_default: bool = False
+    draft_bytes: int = 0
 
     @property
     def weights_bytes(self) -> int | None:
-        """Bytes of the device for weights and their buffers: all but the reserved ones."""
-        return None if self.device_bytes is None else max(0, self.device_bytes - self.reserved_bytes)
+        """Bytes of the device for weights and their buffers: all but those for texts and a draft."""
+        return None if self.device_bytes is None else max(0, self.device_bytes - self.reserved_bytes - self.draft_bytes)
 
 
 UNBOUNDED = Budget()
@@ -125,11 +128,12 @@ def tiers_of(device: str, budget: Budget, speeds: Speeds) -> tuple[Tier, ...]:
 
 
 def tenants_of(tiers: Sequence[Tier], budget: Budget) -> tuple[Tenant, ...]:
-    """The caches of texts on the first tier that may hold them, and the read buffers in host memory."""
+    """The caches of texts on the first tier that may hold them, a draft on the device, and the read buffers in host memory."""
     texts = next(tier.name for tier in tiers if "caches" in tier.holds)
     staging = next((tier.name for tier in tiers if tier.name == HOST), tiers[0].name)
     found = (
         Tenant(TEXTS, texts, budget.reserved_bytes, budget.reserved_by_default),
+        Tenant(DRAFT, tiers[0].name, budget.draft_bytes),
         Tenant(STAGING, staging, budget.host_staging_bytes),
     )
     return tuple(tenant for tenant in found if tenant.nbytes)

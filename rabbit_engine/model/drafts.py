@@ -1,0 +1,159 @@
+"""Models as drafts: loads named ones whole into memory, before the plan of the model they guess for is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
+from rabbit_engine.decoding import Draft
+from rabbit_engine.errors import BudgetError, DraftError
+from rabbit_engine.model.assembly import Assembly, assemble
+from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.planning.budget import budget_for
+from rabbit_engine.planning.decide import find_free_memory, plan_for
+from rabbit_engine.planning.partition import Partition
+from rabbit_engine.planning.placement import place
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.utils.sizes import format_bytes
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[..., Any]
+"""`model.auto.load`: from a name, settings and a function that assembles, to a streamed model."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLoader:
+    """Loads drafts for the model `target` that is loaded with `settings`.
+
+    Drafts take of the target's budget before it `is_planned`, later of the memory that is free.
+    """
+
+    target: str
+    settings: LoadSettings
+    load: Load
+    is_planned: bool = False
+
+    def __call__(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
+        """A model whole in the memory of the target's device; None names the target's own checkpoint. Raises DraftError."""
+        place = self.target if name is None else str(name)
+        settings = self._own_settings(compression) if name is None else self._settings(compression)
+        logger.info("loading %s as a draft for %s", place, self.target)
+        found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
+        return found
+
+    def _settings(self, compression: str | None) -> LoadSettings:
+        """For another checkpoint: it shares the target's access to the Hub, and its memory."""
+        asked = self.settings.source
+        source = SourceConfig(
+            token=asked.token,
+            cache_dir=asked.cache_dir,
+            local_files_only=asked.local_files_only,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        split = SplitConfig(
+            compression=self._compression(compression),
+            saving_path=self.settings.split.saving_path if compression is not None else None,
+        )
+        return LoadSettings(source, split, self._stream())
+
+    def _own_settings(self, compression: str | None) -> LoadSettings:
+        """For a compressed copy of the target. Raises DraftError if that would be the target again."""
+        stored = self.settings.split.compression
+        if stored is not None and stored.method == compression:
+            raise DraftError(
+                f"{self.target} is stored in {compression} already, and a copy of it would guess no faster: "
+                "give another compression, DraftModel(...), or Lookup()"
+            )
+        split = replace(self.settings.split, mode="auto", delete_original=False, compression=self._compression(compression))
+        return LoadSettings(self.settings.source, split, self._stream())
+
+    def _compression(self, method: str | None) -> CompressionConfig | None:
+        device = self.settings.stream.device
+        return None if method is None else CompressionConfig(method=method, device_type=device.type)
+
+    def _stream(self) -> StreamConfig:
+        """Masks of trees need an attention that takes any mask, which flash attention does not."""
+        asked = self.settings.stream
+        return StreamConfig(
+            device=asked.device,
+            device_budget_bytes=None if self.is_planned else asked.device_budget_bytes,
+            attn_implementation="auto" if asked.device.type == "cpu" else "sdpa",
+            max_seq_len=asked.max_seq_len,
+        )
+
+
+def plan_whole(name: str, partition: Partition, stream: StreamConfig) -> Plan:
+    """A plan that keeps every weight on the device. Raises DraftError if memory is too small for it."""
+    try:
+        plan = plan_for(partition, stream)
+        if not plan.pass_bytes and not plan.link_bytes:
+            return plan
+    except BudgetError:
+        pass
+    budget = budget_for(partition, stream, find_free_memory(stream))
+    device, unbounded = str(stream.device), replace(budget, device_bytes=None, host_bytes=None)
+    needed = place(partition.sizes, device, unbounded).held_bytes(device)
+    raise DraftError(
+        f"the draft {name} needs {format_bytes(needed)} on {device}, and has {format_bytes(budget.device_bytes or 0)}: "
+        'take a smaller one, compression="4bit", or raise max_memory'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTarget:
+    """A model whose memory is not planned yet, as drafts see it."""
+
+    model: Any
+    loader: DraftLoader
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """See `Target`."""
+        return self.model.config  # type: ignore[no-any-return]
+
+    @property
+    def tokenizer(self) -> object:
+        """See `Target`."""
+        return self.model.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """See `Target`."""
+        return self.loader.settings.stream.device
+
+    @property
+    def name_or_path(self) -> str:
+        """See `Target`."""
+        return self.loader.target
+
+    def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
+        """See `Target`."""
+        return self.loader(name, compression)
+
+
+def assemble_with(speculate: Draft | str | None, target: PlannedTarget, rest: Callable[[StreamConfig], Assembly]) -> Assembly:
+    """Attach a draft, then assemble the model in the memory that it leaves. Raises DraftError if that is too small."""
+    draft, stream = speculate, target.loader.settings.stream
+    if draft is None or isinstance(draft, str):
+        return rest(stream)
+    draft.attach(target)
+    try:
+        return rest(replace(stream, draft_bytes=draft.nbytes))
+    except BudgetError as error:
+        if not draft.nbytes:
+            raise
+        missing = error.smallest_bytes - (stream.device_budget_bytes or 0)
+        lack = f"{format_bytes(missing)} more than max_memory" if stream.device_budget_bytes is not None else "more than is free"
+        raise DraftError(
+            f"{draft.name} takes {format_bytes(draft.nbytes)} on {stream.device}; with {target.name_or_path} it needs "
+            f"{format_bytes(error.smallest_bytes)}, {lack}: raise max_memory, take a smaller draft, or leave it out"
+        ) from error

@@ -1,0 +1,99 @@
+"""Drafts loaded by name: whole in memory, within the budget of the model that they guess for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rabbit_engine import DraftModel, SelfDraft
+from rabbit_engine.decoding import Budget
+from rabbit_engine.errors import BudgetError, ConfigurationError, DraftError
+from rabbit_engine.model.auto import load, read_settings
+
+TEXT = [3, 5, 7]
+
+
+def loaded(folder: Path, draft: Any = None, **keywords: Any) -> Any:
+    return load(folder, replace(read_settings({"device": "cpu", **keywords}), speculate=draft))
+
+
+def smallest(folder: Path) -> int:
+    with pytest.raises(BudgetError) as found:
+        loaded(folder, max_memory={"cpu": 1})
+    return found.value.smallest_bytes
+
+
+def test_a_named_draft_is_loaded_whole_and_its_memory_is_taken_from_the_budget(checkpoint: Callable[[str], Path]) -> None:
+    target, other = checkpoint("qwen3"), checkpoint("qwen2")
+    budget = smallest(target) + 150_000
+    draft = DraftModel(other)
+    with loaded(target, draft, max_memory={"cpu": budget}) as model, loaded(target, max_memory={"cpu": budget}) as alone:
+        assert draft.nbytes == model.plan.draft_bytes > 50_000
+        assert model.plan.held_bytes("cpu") <= budget
+        assert model.plan.budget.weights_bytes == budget - draft.nbytes
+        assert model.plan.resident_bytes < alone.plan.resident_bytes
+        assert dict(model.plan.rows())["draft"].startswith(f"{draft.nbytes / 1000:.2f} kB of {budget / 1000:.2f} kB on cpu")
+        assert len(draft.start().propose(TEXT, Budget(nodes=8, depth=2))) == 8
+
+
+def test_a_draft_larger_than_the_budget_is_an_error_with_both_sizes(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(DraftError, match=r"draft .*qwen2\S* needs \d+\.\d+ kB on cpu, and has 60.00 kB: take a smaller one"):
+        loaded(checkpoint("qwen3"), DraftModel(checkpoint("qwen2")), max_memory={"cpu": 60_000})
+
+
+def test_a_draft_that_leaves_too_little_is_an_error_that_says_how_much_is_missing(checkpoint: Callable[[str], Path]) -> None:
+    target = checkpoint("qwen3")
+    draft = DraftModel(checkpoint("qwen2"))
+    with pytest.raises(DraftError, match=rf"draft qwen2\S* takes .* on cpu; .* {10_000 / 1000:.2f} kB more than max_memory"):
+        loaded(target, draft, max_memory={"cpu": smallest(target) + draft_bytes(checkpoint("qwen2")) - 10_000})
+
+
+def draft_bytes(folder: Path) -> int:
+    with loaded(folder) as model:
+        return int(model.plan.device_bytes)
+
+
+def test_a_draft_given_later_uses_memory_that_is_free(checkpoint: Callable[[str], Path]) -> None:
+    target = checkpoint("qwen3")
+    with loaded(target, max_memory={"cpu": smallest(target)}) as model:
+        draft = DraftModel(checkpoint("qwen2"))
+        draft.attach(model)
+        assert draft.nbytes > 50_000
+        assert draft.start().propose(TEXT, Budget(nodes=3, depth=1))
+
+
+def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
+    own_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, draft = own_checkpoint("llama"), SelfDraft("8bit")
+    with caplog.at_level(logging.INFO), loaded(folder, draft, max_memory={"cpu": 10**6}) as model:
+        logits = model(torch.tensor([TEXT])).logits[0, -1]
+        tree = draft.start().propose(TEXT, Budget(nodes=5, depth=1))
+    assert tree.probabilities == pytest.approx(logits.softmax(-1)[list(tree.tokens)].tolist(), rel=0.05)
+    assert "as a draft for" in caplog.text
+    assert "writing " in caplog.text
+    assert (draft.name, model.plan.draft_bytes) == ("8bit draft", draft.nbytes)
+
+
+def test_a_copy_that_was_made_is_used_again(own_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    folder = own_checkpoint("llama")
+    loaded(folder, compression="4bit").close()
+    with caplog.at_level(logging.INFO), loaded(folder, SelfDraft(), max_memory={"cpu": 10**6}):
+        assert "writing " not in caplog.text
+
+
+def test_a_model_in_four_bits_needs_no_copy_of_itself(own_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(DraftError, match="is stored in 4bit already"):
+        loaded(own_checkpoint("llama"), SelfDraft(), compression="4bit")
+
+
+def test_an_unknown_compression_is_an_error() -> None:
+    for make in (lambda: SelfDraft("3bit"), lambda: DraftModel("folder", compression="3bit")):
+        with pytest.raises(ConfigurationError, match="compression='3bit' is not one of"):
+            make()
