@@ -16,9 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_quantised import FP8, rewrite, to_fp8
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from tiny import words
+from transformers import BitsAndBytesConfig
 
 from rabbit_engine import Session, errors
 from rabbit_engine.checkpoints import prepare
@@ -46,11 +45,6 @@ def with_decoded_weights(model: Any, whole: Any) -> Any:
             if name in values:
                 tensor.copy_(values[name])
     return whole
-
-
-def words(count: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `count` words."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0")))
 
 
 def kinds(model: Any) -> dict[str, str]:

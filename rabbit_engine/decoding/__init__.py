@@ -6,6 +6,8 @@ from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
 from rabbit_engine.decoding.prior import Prior
 from rabbit_engine.decoding.rule import Rule
+from rabbit_engine.decoding.speculation import Speculation, Speculator
+from rabbit_engine.decoding.support import ModelTraits, why_plain
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 
 __all__ = [
@@ -17,10 +19,14 @@ __all__ = [
     "Drafter",
     "Lookup",
     "Merged",
+    "ModelTraits",
     "Prior",
     "Rule",
     "SelfDraft",
+    "Speculation",
+    "Speculator",
     "Target",
     "Tree",
     "Verdict",
+    "why_plain",
 ]

@@ -54,6 +54,8 @@ def verifier_for(
         return None, "no cache of transformers' own"
     if "input_ids" not in inputs:
         return None, "no token ids"
+    if not _holds_the_text(cache, inputs):
+        return None, "a cache that does not hold the text"
     ways = {way for way in _ways(cache, inputs, traits) if way not in refused}
     if TreeVerifier in ways:
         return TreeVerifier(cache, traits.config, traits.dtype), ""
@@ -64,6 +66,14 @@ def verifier_for(
         None,
         f"a {type(cache).__name__} that cannot go back" if not refused else "other numbers for several tokens than for one",
     )
+
+
+def _holds_the_text(cache: Cache, inputs: Mapping[str, Any]) -> bool:
+    """Whether the cache is as long as the mask of the text, but for its last token; unknown of recurrent states."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or ability_of(cache) == "restore":
+        return True
+    return int(cache.get_seq_length()) + 1 == mask.shape[1]
 
 
 def _ways(cache: Cache, inputs: Mapping[str, Any], traits: ModelTraits) -> set[type[Verifier]]:

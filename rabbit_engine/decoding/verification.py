@@ -31,7 +31,7 @@ class Verifier(ABC):
     """Verifies trees with one text's `cache`. Between passes the cache holds the text without its last token."""
 
     def __init__(self, cache: Cache) -> None:
-        self._cache = cache
+        self.cache = cache
         self._tree = Tree()
 
     def shaped(self, tree: Tree) -> Tree:
@@ -86,12 +86,12 @@ class ChainVerifier(Verifier):
 
     def settle(self, path: Sequence[int]) -> None:
         """See `Verifier`."""
-        crop(self._cache, len(self._tree) - len(path))
+        crop(self.cache, len(self._tree) - len(path))
         self._tree = Tree()
 
     def finish(self) -> None:
         """See `Verifier`."""
-        record_past(self._cache, on=False)
+        record_past(self.cache, on=False)
 
 
 class TreeVerifier(Verifier):
@@ -109,7 +109,7 @@ class TreeVerifier(Verifier):
         return tree
 
     def _inputs(self, given: Inputs, tree: Tree) -> Inputs:
-        self._past = int(self._cache.get_seq_length())
+        self._past = int(self.cache.get_seq_length())
         depths = torch.tensor((0, *tree.depths))
         found = self._extended(given, tree.tokens, depths)
         visible = torch.ones(self._past, dtype=torch.bool)
@@ -125,14 +125,14 @@ class TreeVerifier(Verifier):
     def settle(self, path: Sequence[int]) -> None:
         """See `Verifier`."""
         if self._tree:
-            keep(self._cache, self._past, [0, *(1 + node for node in path)])
+            keep(self.cache, self._past, [0, *(1 + node for node in path)])
         else:
-            crop(self._cache, 0)  # sliding layers kept what they no longer see
+            crop(self.cache, 0)  # sliding layers kept what they no longer see
         self._tree = Tree()
 
     def finish(self) -> None:
         """See `Verifier`."""
-        record_past(self._cache, on=False)
+        record_past(self.cache, on=False)
 
 
 class CarryVerifier(Verifier):
@@ -154,7 +154,7 @@ class CarryVerifier(Verifier):
 
     def inputs(self, given: Inputs, tree: Tree) -> Inputs:
         """See `Verifier`."""
-        self._given, self._before = given, copy_states(self._cache) if tree else None
+        self._given, self._before = given, copy_states(self.cache) if tree else None
         return super().inputs(given, tree)
 
     def _inputs(self, given: Inputs, tree: Tree) -> Inputs:
@@ -171,7 +171,7 @@ class CarryVerifier(Verifier):
         if len(path) == len(self._tree):
             self._carried = []
         elif self._before is not None:
-            restore_states(self._cache, self._before)
+            restore_states(self.cache, self._before)
             self._last = len(self._carried)
             self._carried += [int(self._given["input_ids"][0, -1]), *(self._tree.tokens[node] for node in path)]
         self._tree, self._before = Tree(), None

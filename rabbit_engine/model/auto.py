@@ -36,6 +36,7 @@ from rabbit_engine.model.compression import quantization_config_of
 from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
+from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.model.streamed import StreamedModel
 from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.trial import require_pass
@@ -77,6 +78,7 @@ class AutoModel:
         show_layer_progress: bool = False,
         max_seq_len: int | None = None,
         cut: Cut = DEFAULT_CUT,
+        speculate: Speculate = None,
         token: str | bool | None = None,
         hf_token: str | bool | None = None,
         revision: str | None = None,
@@ -138,6 +140,8 @@ class AutoModel:
                 `max_memory` if that is given; None reserves 1,024 without `max_memory`, else nothing. Longer texts run as
                 long as memory lasts.
             cut: how finely the model is cut into units (`rabbit_engine.config.Cut`); the default suits disks and GPUs.
+            speculate: the default of `generate`: "auto" or a draft (`rabbit_engine.Lookup()`, `DraftModel(...)` ...) guesses
+                several tokens for each pass to verify. The text stays the same.
             token: for gated and private repos; by default from HF_TOKEN.
             hf_token: the older name of token.
             revision: branch, tag or commit.
@@ -207,6 +211,7 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
     with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
         model._assembly = assemble_with(settings.speculate, PlannedTarget(model, loader), rest)
     _require_pass(model, checkpoint)
+    _set_draft(model, settings.speculate)
     refuse_past(model, checkpoint.architecture)
     explain_failures(model)
     weakref.finalize(model, model._assembly.transfer.abandon)
@@ -282,6 +287,15 @@ def _require_pass(model: Any, checkpoint: Streamable) -> None:
         raise
 
 
+def _set_draft(model: Any, speculate: Speculate) -> None:
+    """Set the default of `generate`, and attach its draft. Raises DraftError."""
+    try:
+        model.speculate_by_default(speculate)
+    except BaseException:
+        model.close()
+        raise
+
+
 def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
     said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (checkpoint.architecture.config, config))
     if used != said:
@@ -291,7 +305,7 @@ def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
 def _set_names(model: Any, name: str, checkpoint: Streamable) -> None:
     """Set its name, generation config and tokenizer source, from the checkpoint's folder."""
     source = checkpoint.request.source
-    model._checkpoint = checkpoint
+    model._checkpoint, model._drafts = checkpoint, {}
     model.name_or_path = model.config.name_or_path = name
     folder = str(checkpoint.repo.folder)
     model._tokenizer_source = {

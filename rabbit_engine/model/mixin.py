@@ -30,6 +30,7 @@ from rabbit_engine.model.admission import refuse_what_cannot_fit
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.model.speculating import SpeculatingMixin, parse_speculate, watched_preparation
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
@@ -44,7 +45,7 @@ def _documented_as(original: Callable[..., Any]) -> Callable[[Method], Method]:
     return cast("Callable[[Method], Method]", functools.wraps(original))
 
 
-class StreamingMixin:
+class StreamingMixin(SpeculatingMixin):
     """What a streamed model adds to its transformers class, and what it refuses.
 
     `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
@@ -112,9 +113,11 @@ class StreamingMixin:
         """transformers' `generate`, with its tensors moved to the model's device.
 
         A converted model that is exact up to a number of positions ends its answer there. Stop strings and token healing
-        work without passing a tokenizer. Raises PromptTooLongError, before anything is computed, if the caches and
+        work without passing a tokenizer. `speculate="auto"`, or a draft, guesses several tokens a pass; the text stays the
+        same. Raises PromptTooLongError, before anything is computed, if the caches and
         activations need more memory than is free.
         """
+        speculate = parse_speculate(kwargs.pop("speculate", self._speculate))
         device = self._assembly.device
         positions = self._checkpoint.architecture.positions
         prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
@@ -124,7 +127,8 @@ class StreamingMixin:
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
-        return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
+        with self._speculating(speculate):
+            return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """transformers' `get_memory_footprint`: bytes of the weights, quantised ones as they are stored."""
@@ -320,5 +324,8 @@ def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     Remote code that keeps its cache in tuples creates it itself: `generate` passes it none.
     """
-    made = type(cls.__name__, (StreamingMixin, cls), {"__module__": cls.__module__})
+    own: dict[str, object] = {"__module__": cls.__module__}
+    if hasattr(cls, "prepare_inputs_for_generation"):
+        own["prepare_inputs_for_generation"] = watched_preparation(cls)
+    made = type(cls.__name__, (StreamingMixin, cls), own)
     return without_cache_objects(made) if keeps_tuples(cls) else made

@@ -18,8 +18,8 @@ from rabbit_engine.config import (
     parse_path,
     parse_planned_device,
 )
-from rabbit_engine.decoding import Draft
 from rabbit_engine.model.compression import compression_of, other_than_compression
+from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.utils.keywords import take_keywords
 
@@ -34,7 +34,7 @@ class LoadSettings:
     source: SourceConfig
     split: SplitConfig
     stream: StreamConfig
-    speculate: Draft | str | None = None
+    speculate: Speculate = None
 
 
 def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
@@ -47,7 +47,12 @@ def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
         device = parse_planned_device(arguments["device"], arguments["max_memory"])
     else:
         device = parse_device(arguments["device"], arguments["device_map"])
-    return LoadSettings(_source_of(arguments, overrides), _split_of(arguments, device), _stream_of(arguments, device))
+    return LoadSettings(
+        source=_source_of(arguments, overrides),
+        split=_split_of(arguments, device),
+        stream=_stream_of(arguments, device),
+        speculate=parse_speculate(arguments["speculate"]),
+    )
 
 
 def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConfig:

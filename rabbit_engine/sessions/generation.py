@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
+from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
@@ -26,10 +27,19 @@ class Generation(StoppingCriteria):
     a whole pass.
     """
 
-    def __init__(self, model: SessionModel, prompt: list[int], options: Options, ends: Ends, take: TakeToken) -> None:
+    def __init__(
+        self,
+        model: SessionModel,
+        prompt: list[int],
+        options: Options,
+        ends: Ends,
+        take: TakeToken,
+        speculate: Speculate = None,
+    ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
+        self._speculate = {} if speculate is None else {"speculate": speculate}
         self._has_begun = False
 
     def run(self) -> None:
@@ -61,6 +71,7 @@ class Generation(StoppingCriteria):
             **_cold(self._model.generation_config, self._options),
             **self._options.keywords(),
             **_add_to_checkpoint(self._model, self._options),
+            **self._speculate,
         )
 
     def _processors(self) -> list[LogitsProcessor]:

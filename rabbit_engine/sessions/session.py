@@ -18,6 +18,7 @@ from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
@@ -111,6 +112,7 @@ class Session:
         max_new_tokens: the length of an answer if neither the request nor the checkpoint sets it.
         overflow: what to do with a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" drops the oldest
             messages (never the system's) or the beginning of a text, and reports how much in `Reply.cut_tokens`.
+        speculate: "auto" or a draft: guess several tokens for each pass to verify; None does what the model was loaded with.
         exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
             but results then differ from `model.generate` by rounding.
 
@@ -130,6 +132,7 @@ class Session:
         max_queue: int = 64,
         max_new_tokens: int = 1024,
         overflow: Overflow = "refuse",
+        speculate: Speculate = None,
         exact: bool = True,
     ) -> None:
         runtime = runtime_of(model)
@@ -141,6 +144,7 @@ class Session:
             raise ConfigurationError("max_requests and max_new_tokens must be at least 1, max_queue at least 0")
         runtime.transfer.require_open()
         self.model = model
+        self._speculate = parse_speculate(speculate)
         self._template = TemplateVariables(model)
         self._overflow = overflow
         self._vocabulary = int(model.config.get_text_config().vocab_size)
@@ -330,7 +334,7 @@ class Session:
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        generation = Generation(self.model, prompt.ids, request.options, ends, text.take)
+        generation = Generation(self.model, prompt.ids, request.options, ends, text.take, self._speculate)
 
         def answer() -> None:
             text.begin()

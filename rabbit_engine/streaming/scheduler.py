@@ -99,7 +99,13 @@ class Fiber(greenlet):
     """One generation, `work()`, in the thread of its scheduler; `failure` is the exception it raised."""
 
     def __init__(
-        self, work: Callable[[], None], source: UnitSource, random_stream: RandomStream | None = None, *, shares: bool = False
+        self,
+        work: Callable[[], None],
+        source: UnitSource,
+        random_stream: RandomStream | None = None,
+        *,
+        shares: bool = False,
+        fibers: Callable[[], int] = lambda: 1,
     ) -> None:
         super().__init__(self._run)
         self.failure: BaseException | None = None
@@ -107,6 +113,7 @@ class Fiber(greenlet):
         self._source = source
         self._random_stream, self._has_random_stream = random_stream, False
         self.shares = shares
+        self._fibers = fibers
         self._wants: str | _Product | None = None
         self._stopped_by: BaseException | None = None
 
@@ -135,6 +142,11 @@ class Fiber(greenlet):
     def wants(self) -> str | _Product | None:
         """The unit or product that it waits for within a pass."""
         return self._wants
+
+    @property
+    def others(self) -> int:
+        """The number of other unfinished fibers, which share its passes."""
+        return max(0, self._fibers() - 1)
 
     def travels_on(self, source: UnitSource) -> bool:
         """Whether this is its scheduler's source, not that of a second model that its work calls."""
@@ -197,7 +209,7 @@ class Scheduler:
 
     def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
         """Add a fiber and run it to its first pass."""
-        fiber = Fiber(work, self._source, random_stream, shares=self._shares)
+        fiber = Fiber(work, self._source, random_stream, shares=self._shares, fibers=lambda: self.fibers)
         fiber.resume()
         self._fibers.append(fiber)
         self._forget_the_done()

@@ -1,0 +1,249 @@
+"""Several tokens a pass for one text: answers the calls of transformers' own decoding loop from passes over trees of guesses.
+
+The loop runs unchanged. It asks for the logits after each new token; where the last pass verified that token, its row of the
+output is the answer, and no pass runs. So processors, sampling, seeds, streamers and criteria are transformers' own, and a
+random number is drawn for each token of the text and for nothing else (the walk of SpecExec, Svirschevski et al., 2024).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
+from rabbit_engine.decoding.rule import Rule
+from rabbit_engine.decoding.support import ModelTraits, deepest, verifier_for
+from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
+from rabbit_engine.decoding.trial import Trial
+from rabbit_engine.decoding.verification import (
+    CarryVerifier,
+    ChainVerifier,
+    Inputs,
+    TreeVerifier,
+    Verifier,
+    output_row,
+)
+from rabbit_engine.errors import RabbitError, first_line
+from rabbit_engine.streaming import Trace
+from rabbit_engine.transformers_bridge.caches import copy_states, restore_states
+from rabbit_engine.transformers_bridge.forwards import cache_of
+from rabbit_engine.utils.platform import has_streams
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+_MOST_LAG = 32
+"""Tokens that passes compute again; beyond, a pass without guesses brings the cache up to date."""
+
+
+@dataclass(slots=True)
+class Speculator:
+    """A draft for a model, shared by the texts that use it: what was measured, and which ways of verifying proved wrong.
+
+    `proven`: the model is known to compute the same for several tokens in one pass as for one after the other.
+    """
+
+    draft: Draft
+    rule: Rule
+    traits: ModelTraits
+    device: torch.device
+    trace: Trace
+    proven: bool = False
+    refused: set[type[Verifier]] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set)
+
+    def tell_plain(self, reason: str) -> None:
+        """Log once for each reason that a text is decoded one token a pass."""
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.info("decoding one token a pass, without speculation: %s", reason)
+
+
+class Speculation:
+    """One generation of one text: its prompt has `prompt_tokens` known tokens, and `most_tokens` with its answer at most.
+
+    `others` gives the number of other texts that share its passes.
+    """
+
+    def __init__(self, speculator: Speculator, prompt_tokens: int, most_tokens: int, others: Callable[[], int]) -> None:
+        self._shared = speculator
+        self._prompt_tokens, self._most_tokens, self._others = prompt_tokens, most_tokens, others
+        self._drafter: Drafter = speculator.draft.start()
+        self._verifier: Verifier | None = None
+        self._verified: _Verified | None = None
+        self._trial: Trial | None = None
+        self._ids: list[int] = []
+        self._is_asked = False
+        self._is_running = False
+
+    def advance(self, input_ids: torch.Tensor) -> None:
+        """The loop is about to ask for what follows `input_ids` [1, tokens]: the prompt and the answer so far."""
+        self._is_asked = input_ids.shape[1] > self._prompt_tokens
+        if not self._is_asked:
+            return
+        token = int(input_ids[0, -1])
+        if self._verified is not None and not self._verified.follow(token):
+            self._leave(self._verified, token)
+        if self._verified is None:
+            self._ids = input_ids[0].tolist()
+
+    def call(self, forward: Forward, inputs: Inputs) -> Any:
+        """The output of the model for the text's newest token, or for (a part of) its prompt."""
+        if not self._is_asked:
+            return self._run(forward, inputs, _rows(inputs), is_prompt=True)
+        self._is_asked = False
+        if self._verified is not None:
+            return self._verified.row()
+        if _rows(inputs) != 1:  # the whole text anew, for a new cache
+            return self._run(forward, inputs, _rows(inputs), is_prompt=True)
+        verifier = self._current_verifier(inputs)
+        if verifier is None:
+            return self._run(forward, inputs, 1)
+        self._check(forward, inputs, verifier)
+        tree = self._guess(verifier)
+        outputs = self._run(forward, verifier.inputs(inputs, tree), 1 + len(tree))
+        self._verified = _Verified(tree, outputs)
+        row = self._verified.row()
+        if self._trial is not None:
+            self._trial.record(self._ids[-1], row["logits"][0, -1])
+        return row
+
+    def close(self, forward: Forward, *, cache_is_returned: bool) -> None:
+        """End the text. The cache then holds what plain decoding would have left in it."""
+        self._drafter.close()
+        if self._verifier is None or self._is_running:  # an interrupted pass left the layers of the cache at different lengths
+            return
+        if self._verified is not None:
+            self._verifier.settle(self._verified.path)
+        if cache_is_returned and isinstance(self._verifier, CarryVerifier) and self._verifier.lag:
+            forward(**self._verifier.catch_up())
+        self._verifier.finish()
+
+    def _current_verifier(self, inputs: Inputs) -> Verifier | None:
+        """What verifies the next pass; None if nothing can."""
+        if self._verifier is not None and type(self._verifier) in self._shared.refused:
+            self._verifier.finish()
+            self._verifier = None
+        if self._verifier is not None and self._verifier.cache is not cache_of(inputs):
+            self._verifier = self._trial = None  # some models start another when the text passes a length
+        if self._verifier is None:
+            self._verifier, reason = verifier_for(inputs, self._shared.traits, self._shared.refused)
+            if self._verifier is None:
+                self._shared.tell_plain(reason)
+        return self._verifier
+
+    def _guess(self, verifier: Verifier) -> Tree:
+        """The tree that pays for the next pass; empty if none does."""
+        context, others = len(self._ids), self._others()
+        budget = self._shared.rule.budget(context, others)
+        depth = min(self._most_tokens - context - 1, budget.depth, deepest(self._shared.traits.config, context))
+        if not self._shared.proven or depth < 1 or budget.nodes < 1 or verifier.lag > _MOST_LAG:
+            return EMPTY
+        began = time.perf_counter()
+        with self._shared.trace.span("draft", self._shared.draft.name), torch.no_grad():
+            tree = self._drafter.propose(self._ids, replace(budget, depth=depth))
+        seconds = time.perf_counter() - began
+        tree = verifier.shaped(tree.within(depth)).best(budget.nodes)
+        self._shared.rule.count_draft(tree, seconds)
+        return self._shared.rule.fit(tree, seconds, context, others)
+
+    def _run(self, forward: Forward, inputs: Inputs, rows: int, *, is_prompt: bool = False) -> Any:
+        """Run a pass, and count its seconds."""
+        began = time.perf_counter()
+        self._is_running = True
+        outputs = forward(**inputs)
+        self._is_running = False
+        if has_streams(self._shared.device):
+            torch.accelerator.synchronize(self._shared.device)
+        self._shared.rule.count_pass(rows, time.perf_counter() - began, len(self._ids), is_prompt=is_prompt)
+        return outputs
+
+    def _leave(self, verified: _Verified, token: int) -> None:
+        """The text went on with a token that the last pass did not verify."""
+        assert self._verifier is not None  # noqa: S101 - it made the pass
+        self._verified = None
+        self._verifier.settle(verified.path)
+        verdict = verified.verdict(token)
+        self._shared.rule.count_verdict(verdict)
+        if verified.tree:
+            self._drafter.accepted(verdict)
+
+    def _check(self, forward: Forward, inputs: Inputs, verifier: Verifier) -> None:
+        """Unless the model is proven: record what single passes compute, then try a pass over several tokens."""
+        if self._shared.proven:
+            return
+        cache = cache_of(inputs)
+        if self._trial is None:
+            self._trial = Trial(copy_states(cache), inputs)
+        elif self._trial.is_ready:
+            now = copy_states(cache)
+            restore_states(cache, self._trial.before)
+            reason = self._why_refused(forward, type(verifier), self._trial)
+            restore_states(cache, now)
+            self._trial = None
+            if reason:
+                logger.info("no speculation with %s: %s", type(verifier).__name__, reason)
+                self._shared.refused.add(type(verifier))
+            else:
+                self._shared.proven = True
+
+    def _why_refused(self, forward: Forward, way: type[Verifier], trial: Trial) -> str:
+        """Run the pass of a trial. Empty if its numbers are those of single passes."""
+        refused = {*self._shared.refused, *({TreeVerifier} if way is ChainVerifier else ())}
+        verifier, reason = verifier_for(trial.inputs, self._shared.traits, refused)
+        if verifier is None:
+            return reason
+        tree = verifier.shaped(trial.tree())
+        try:
+            logits = forward(**verifier.inputs(dict(trial.inputs), tree))["logits"]
+        except RabbitError:
+            raise
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+            IndexError,
+            AttributeError,
+        ) as error:  # by forwards that do not know such masks
+            return f"{type(error).__name__}: {first_line(error)}"
+        return "" if trial.agrees(tree, logits[0, -1 - len(tree) :]) else "it computes other numbers than with one token a pass"
+
+
+@dataclass(slots=True)
+class _Verified:
+    """The last pass, over the text's last token of then and a tree, and how far the text has followed it."""
+
+    tree: Tree
+    outputs: Any
+    path: list[int] = field(default_factory=list)
+
+    @property
+    def at(self) -> int:
+        return self.path[-1] if self.path else ROOT
+
+    def follow(self, token: int) -> bool:
+        """Go on with the text's next token; False if it was not verified."""
+        child = self.tree.child(self.at, token)
+        if child is not None:
+            self.path.append(child)
+        return child is not None
+
+    def row(self) -> Any:
+        """The output for the text so far, as of a pass over one token."""
+        return output_row(self.outputs, self.at - ROOT, 1 + len(self.tree))
+
+    def verdict(self, token: int) -> Verdict:
+        logits = self.outputs["logits"][0, -1 - len(self.tree) :]
+        return Verdict(self.tree, tuple(self.path), logits, token)
+
+
+def _rows(inputs: Inputs) -> int:
+    """The number of tokens in a pass."""
+    given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return 1 if given is None else int(given.shape[1])

@@ -1,0 +1,154 @@
+"""`generate` with several tokens a pass: gives transformers' decoding loop the outputs of `decoding.Speculation`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rabbit_engine.decoding import Draft, Lookup, ModelTraits, Rule, Speculation, Speculator, why_plain
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.streaming import fiber_on
+from rabbit_engine.transformers_bridge.attention import attention_of
+
+AUTO = "auto"
+"""The draft that the checkpoint or the split brings, else lookup in the text itself."""
+
+_MOST_DRAFTS = 8
+"""Drafts of a model whose measurements are kept."""
+
+Speculate = Draft | str | None
+
+
+@dataclass(slots=True)
+class _Request:
+    """A call of `generate` that asks for speculation; `is_seen` once it decodes token by token."""
+
+    model: object
+    speculator: Speculator
+    is_seen: bool = False
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("speculation_request", default=None)
+_RUNNING: ContextVar[tuple[object, Speculation] | None] = ContextVar("running_speculation", default=None)
+
+
+def parse_speculate(value: object) -> Speculate:
+    """The checked value of `speculate`. Raises ConfigurationError."""
+    if value is None or value == AUTO or isinstance(value, Draft):
+        return value  # type: ignore[return-value] # a string is AUTO
+    raise ConfigurationError(f'speculate={value!r}: give None, "auto" or a draft, such as rabbit_engine.Lookup()')
+
+
+class SpeculatingMixin:
+    """What transformers' decoding loop calls: `_sample` around it, the model in it, and a `watched_preparation`."""
+
+    _drafts: dict[int, Speculator]
+    _speculate: Speculate = None
+    """The default of `generate`."""
+
+    def _sample(self, input_ids: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        request = _REQUEST.get()
+        if request is None or request.model is not self:
+            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
+        request.is_seen = True
+        criteria, config = _argument("stopping_criteria", 1, args, keywords), _argument("generation_config", 2, args, keywords)
+        reason = why_plain(config, keywords, texts=len(input_ids), encoder_decoder=self.config.is_encoder_decoder)  # type: ignore[attr-defined]
+        if reason:
+            request.speculator.tell_plain(reason)
+            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
+        most = criteria.max_length or config.max_length
+        speculation = Speculation(request.speculator, input_ids.shape[1], most, self._other_texts)
+        token = _RUNNING.set((self, speculation))
+        try:
+            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
+        finally:
+            _RUNNING.reset(token)
+            speculation.close(super().__call__, cache_is_returned=_returns_cache(config, keywords))  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """The model's own; while it speculates, also for tokens that the last pass verified."""
+        speculation = self._running()
+        if speculation is None or args:
+            return super().__call__(*args, **keywords)  # type: ignore[misc]
+        return speculation.call(super().__call__, keywords)  # type: ignore[misc]
+
+    def _running(self) -> Speculation | None:
+        running = _RUNNING.get()
+        return running[1] if running is not None and running[0] is self else None
+
+    def _other_texts(self) -> int:
+        fiber = fiber_on(runtime_of(self).binding)
+        return 0 if fiber is None else fiber.others
+
+    @contextmanager
+    def _speculating(self, speculate: Speculate) -> Iterator[None]:
+        """A block in which `generate` speculates with the draft. Raises ConfigurationError or DraftError."""
+        if speculate is None:
+            yield
+            return
+        request = _Request(self, self._speculator_of(self._draft_of(speculate)))
+        token = _REQUEST.set(request)
+        try:
+            yield
+        finally:
+            _REQUEST.reset(token)
+        if not request.is_seen:
+            request.speculator.tell_plain("beams, assisted generation and other decoding methods of transformers")
+
+    def speculate_by_default(self, speculate: Speculate) -> None:
+        """Set what `generate` does if it is not told. Raises DraftError for a draft that cannot guess for this model."""
+        if speculate is not None:
+            self._speculator_of(self._draft_of(speculate))
+        self._speculate = speculate
+
+    def _draft_of(self, speculate: Draft | str) -> Draft:
+        """The draft meant by a value of `speculate`."""
+        if not isinstance(speculate, str):
+            return speculate
+        known = (speculator.draft for speculator in self._drafts.values())
+        return next((draft for draft in known if isinstance(draft, Lookup)), None) or Lookup()
+
+    def _speculator_of(self, draft: Draft) -> Speculator:
+        """The measurements with this draft. Raises DraftError if it cannot guess for this model."""
+        if id(draft) not in self._drafts:
+            draft.attach(self)  # type: ignore[arg-type] # mypy does not know the transformers class that is mixed in
+            while len(self._drafts) >= _MOST_DRAFTS:
+                del self._drafts[next(iter(self._drafts))]
+            runtime = runtime_of(self)
+            traits = ModelTraits(self.config.get_text_config(), runtime.dtype, str(attention_of(self.config)))  # type: ignore[attr-defined]
+            self._drafts[id(draft)] = Speculator(draft, Rule(nodes=draft.nodes), traits, runtime.device, runtime.trace)
+        return self._drafts[id(draft)]
+
+
+def _argument(name: str, index: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """An argument of `_sample`, given by position after the ids or by name."""
+    return keywords[name] if name in keywords else args[index]
+
+
+def _returns_cache(config: Any, keywords: dict[str, Any]) -> bool:
+    """Whether the cache outlives `generate`: it is part of the output, or the caller's own."""
+    return bool(config.return_dict_in_generate) or any(getattr(value, "_is_user_defined", False) for value in keywords.values())
+
+
+def watched_preparation(cls: type) -> Callable[..., Any]:
+    """The class's `prepare_inputs_for_generation`, which first shows the text so far to the speculation.
+
+    It has the signature of the original: `generate` reads in it which keywords the class takes.
+    """
+    original = cls.prepare_inputs_for_generation  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def prepare(self: SpeculatingMixin, input_ids: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        speculation = self._running()
+        if speculation is not None:
+            speculation.advance(input_ids)
+        return original(self, input_ids, *args, **keywords)
+
+    return prepare
