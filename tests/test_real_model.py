@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from smol import user
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel, Lookup, Session
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,28 @@ def test_real_model_answers_as_transformers_does(whole: Any, model: Any) -> None
     assert "Paris" in model.tokenizer.decode(got[0, inputs["input_ids"].shape[1] :])
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, whole(**inputs).logits)
+
+
+ORDER = (
+    "Copy this order exactly, line by line: 40 boxes of A4 paper, item PW-1120, 18.50 EUR each; 6 toner cartridges, item TN-77, "
+    "64.00 EUR each; 12 folders, item FD-9, 2.10 EUR each."
+)
+
+
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "temperature": 0.7}], ids=["greedy", "drawn"])
+def test_real_text_with_guesses_is_that_of_transformers(drawn: dict[str, Any], whole: Any, model: Any) -> None:
+    inputs = model.tokenizer.apply_chat_template(user(ORDER), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    how = {"max_new_tokens": 48, "do_sample": False, **drawn}
+    torch.manual_seed(7)
+    expected = whole.generate(**inputs, **how)
+    before = model.profile
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True)
+    torch.manual_seed(7)
+    found = model.generate(**inputs, **how, streamer=streamer, speculate=Lookup(nodes=16))
+    assert torch.equal(found, expected)
+    assert "".join(streamer) == model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :])
+    assert model.profile.passes - before.passes < 32
+    assert model.profile.speculation.accepted > before.speculation.accepted
 
 
 def test_its_file_streams_in_place_in_a_third_of_the_bytes_with_the_bits_of_transformers(

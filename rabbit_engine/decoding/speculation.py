@@ -46,7 +46,8 @@ _MOST_LAG = 32
 class Speculator:
     """A draft for a model, shared by the texts that use it: what was measured, and which ways of verifying proved wrong.
 
-    `proven`: the model is known to compute the same for several tokens in one pass as for one after the other.
+    `most_nodes` tells how many nodes the free memory has room for. `proven`: the model is known to compute the same for several
+    tokens in one pass as for one after the other.
     """
 
     draft: Draft
@@ -54,6 +55,7 @@ class Speculator:
     traits: ModelTraits
     device: torch.device
     trace: Trace
+    most_nodes: Callable[[], int]
     proven: bool = False
     refused: set[type[Verifier]] = field(default_factory=set)
     _told: set[str] = field(default_factory=set)
@@ -74,6 +76,7 @@ class Speculation:
     def __init__(self, speculator: Speculator, prompt_tokens: int, most_tokens: int, others: Callable[[], int]) -> None:
         self._shared = speculator
         self._prompt_tokens, self._most_tokens, self._others = prompt_tokens, most_tokens, others
+        self._most_nodes = speculator.most_nodes()
         self._drafter: Drafter = speculator.draft.start()
         self._verifier: Verifier | None = None
         self._verified: _Verified | None = None
@@ -96,12 +99,12 @@ class Speculation:
     def call(self, forward: Forward, inputs: Inputs) -> Any:
         """The output of the model for the text's newest token, or for (a part of) its prompt."""
         if not self._is_asked:
-            return self._run(forward, inputs, _rows(inputs), is_prompt=True)
+            return self._run(forward, inputs, _rows(inputs))
         self._is_asked = False
         if self._verified is not None:
             return self._verified.row()
         if _rows(inputs) != 1:  # the whole text anew, for a new cache
-            return self._run(forward, inputs, _rows(inputs), is_prompt=True)
+            return self._run(forward, inputs, _rows(inputs))
         verifier = self._current_verifier(inputs)
         if verifier is None:
             return self._run(forward, inputs, 1)
@@ -143,17 +146,18 @@ class Speculation:
         context, others = len(self._ids), self._others()
         budget = self._shared.rule.budget(context, others)
         depth = min(self._most_tokens - context - 1, budget.depth, deepest(self._shared.traits.config, context))
-        if not self._shared.proven or depth < 1 or budget.nodes < 1 or verifier.lag > _MOST_LAG:
+        nodes = min(budget.nodes, self._most_nodes)
+        if not self._shared.proven or depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY
         began = time.perf_counter()
         with self._shared.trace.span("draft", self._shared.draft.name), torch.no_grad():
-            tree = self._drafter.propose(self._ids, replace(budget, depth=depth))
+            tree = self._drafter.propose(self._ids, replace(budget, nodes=nodes, depth=depth))
         seconds = time.perf_counter() - began
-        tree = verifier.shaped(tree.within(depth)).best(budget.nodes)
+        tree = verifier.shaped(tree.within(depth)).best(nodes)
         self._shared.rule.count_draft(tree, seconds)
         return self._shared.rule.fit(tree, seconds, context, others)
 
-    def _run(self, forward: Forward, inputs: Inputs, rows: int, *, is_prompt: bool = False) -> Any:
+    def _run(self, forward: Forward, inputs: Inputs, rows: int) -> Any:
         """Run a pass, and count its seconds."""
         began = time.perf_counter()
         self._is_running = True
@@ -161,7 +165,8 @@ class Speculation:
         self._is_running = False
         if has_streams(self._shared.device):
             torch.accelerator.synchronize(self._shared.device)
-        self._shared.rule.count_pass(rows, time.perf_counter() - began, len(self._ids), is_prompt=is_prompt)
+        texts = 1 + self._others()  # each is assumed to bring as many rows
+        self._shared.rule.count_pass(texts * rows, time.perf_counter() - began, len(self._ids))
         return outputs
 
     def _leave(self, verified: _Verified, token: int) -> None:

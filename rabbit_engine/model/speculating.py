@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.decoding import Draft, Lookup, ModelTraits, Rule, Speculation, Speculator, why_plain
+from rabbit_engine.decoding import Draft, Lookup, ModelTraits, Prior, Rule, Speculation, Speculator, why_plain
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning.demand import most_rows
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.attention import attention_of
 
@@ -121,10 +122,20 @@ class SpeculatingMixin:
             draft.attach(self)  # type: ignore[arg-type] # mypy does not know the transformers class that is mixed in
             while len(self._drafts) >= _MOST_DRAFTS:
                 del self._drafts[next(iter(self._drafts))]
-            runtime = runtime_of(self)
-            traits = ModelTraits(self.config.get_text_config(), runtime.dtype, str(attention_of(self.config)))  # type: ignore[attr-defined]
-            self._drafts[id(draft)] = Speculator(draft, Rule(nodes=draft.nodes), traits, runtime.device, runtime.trace)
+            self._drafts[id(draft)] = self._new_speculator(draft)
         return self._drafts[id(draft)]
+
+    def _new_speculator(self, draft: Draft) -> Speculator:
+        runtime = runtime_of(self)
+        config = self.config.get_text_config()  # type: ignore[attr-defined]
+        return Speculator(
+            draft,
+            Rule(draft.nodes, Prior.of(runtime.plan), runtime.transfer.speculation),
+            ModelTraits(config, runtime.dtype, str(attention_of(self.config))),  # type: ignore[attr-defined]
+            runtime.device,
+            runtime.trace,
+            lambda: most_rows(runtime.partition.probe, runtime.free_bytes()),
+        )
 
 
 def _argument(name: str, index: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

@@ -13,6 +13,11 @@ from rabbit_engine.utils.sizes import format_bytes
 _SAMPLING_BYTES = 40
 """Bytes per vocabulary token while the next one is chosen: logits in float32, sorted, with their indices, summed, masked."""
 
+_LOGITS_BYTES = 8
+"""Bytes per vocabulary token of a row of logits: in the model's dtype, and while a head in blocks joins them."""
+
+_MOST_ROWS = 1024
+
 _MASK_BYTES = 4
 """Bytes per pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
 
@@ -46,6 +51,12 @@ def work_bytes(probe: Probe, demand: Demand) -> int:
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
     mask = _MASK_BYTES * tokens**2 if demand.padded else 0
     return demand.sequences * (probe.activation_bytes(tokens) + mask + _SAMPLING_BYTES * probe.vocabulary)
+
+
+def most_rows(probe: Probe, free_bytes: int) -> int:
+    """How many rows of a pass, each with its logits, may take a fourth of the free memory."""
+    row_bytes = probe.cache_token_bytes + _LOGITS_BYTES * probe.vocabulary
+    return most_prompt(lambda rows: 4 * (probe.activation_bytes(rows) + rows * row_bytes) <= free_bytes, _MOST_ROWS)
 
 
 def need_bytes(probe: Probe, demand: Demand) -> int:
