@@ -179,7 +179,7 @@ class StreamingMixin(SpeculatingMixin):
 
     def get_compiled_call(self, *_: object, **__: object) -> Any:
         """The call itself, not compiled: streamed weights are not loaded when a compiler looks."""
-        return self.__call__  # type: ignore[operator]
+        return self.__call__
 
     def _apply(self, *_: object, **__: object) -> NoReturn:
         raise CannotMoveError(

@@ -28,7 +28,7 @@ Speculate = Draft | str | None
 
 
 @dataclass(slots=True)
-class _Request:
+class _Call:
     """A call of `generate` that asks for speculation; `is_seen` once it decodes token by token."""
 
     model: object
@@ -36,14 +36,14 @@ class _Request:
     is_seen: bool = False
 
 
-_REQUEST: ContextVar[_Request | None] = ContextVar("speculation_request", default=None)
+_REQUEST: ContextVar[_Call | None] = ContextVar("speculation_request", default=None)
 _RUNNING: ContextVar[tuple[object, Speculation] | None] = ContextVar("running_speculation", default=None)
 
 
 def parse_speculate(value: object) -> Speculate:
     """The checked value of `speculate`. Raises ConfigurationError."""
     if value is None or value == AUTO or isinstance(value, Draft):
-        return value  # type: ignore[return-value] # a string is AUTO
+        return value
     raise ConfigurationError(f'speculate={value!r}: give None, "auto" or a draft, such as rabbit_engine.Lookup()')
 
 
@@ -94,7 +94,7 @@ class SpeculatingMixin:
         if speculate is None:
             yield
             return
-        request = _Request(self, self._speculator_of(self._draft_of(speculate)))
+        request = _Call(self, self._speculator_of(self._draft_of(speculate)))
         token = _REQUEST.set(request)
         try:
             yield
