@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from hypothesis import strategies as st
 
-from rabbit_engine.decoding import ROOT, Budget, Drafter, Tree, Verdict
+from rabbit_engine.decoding import ROOT, Allowance, Drafter, Tree, Verdict
 
 VOCABULARY = 64
 
 
-def assert_is_tree(tree: Tree, budget: Budget | None = None) -> None:
+def assert_is_tree(tree: Tree, budget: Allowance | None = None) -> None:
     """`tree` is as its docstring says, and within the budget."""
     assert len(tree.tokens) == len(tree.parents) == len(tree.probabilities)
     assert all(ROOT <= parent < node for node, parent in enumerate(tree.parents))
@@ -50,7 +50,7 @@ def verdict_of(tree: Tree, continuation: Sequence[int]) -> Verdict:
     return Verdict(tree, tuple(path), logits, continuation[len(path)])
 
 
-def walk(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], budget: Budget) -> list[Verdict]:
+def walk(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], budget: Allowance) -> list[Verdict]:
     """A verdict a pass, until the answer is said."""
     text, end, verdicts = [*prompt], len(prompt) + len(answer), []
     while len(text) < end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from rabbit_engine.decoding import ROOT, Budget, Target, Tree, Verdict
+from rabbit_engine.decoding import ROOT, Allowance, TargetModel, Tree, Verdict
 
 
 class Guided:
@@ -22,14 +22,14 @@ class Guided:
         self._agreement, self._branches, self._vocabulary = agreement, branches, vocabulary
         self.verdicts: list[Verdict] = []
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         pass
 
     def start(self) -> Guided:
         self._random = random.Random(5)
         return self
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         tokens, parents, probabilities, at = list[int](), list[int](), list[float](), ROOT
         texts = [self.text, *self.others]
         known = next((text[len(ids) :] for text in texts if list(ids) == text[: len(ids)]), [])

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import PreTrainedModel
 
-from rabbit_engine.decoding import EMPTY, Budget, DraftModel, Tree
+from rabbit_engine.decoding import EMPTY, Allowance, DraftModel, Tree
 from rabbit_engine.errors import ConfigurationError, DraftError, TokenizerNotFoundError
 
 TEXT = [3, 5, 7]
@@ -33,7 +33,7 @@ class Words:
 
 
 @dataclass
-class Target:
+class TargetModel:
     """A model to guess for."""
 
     model: Any
@@ -60,7 +60,7 @@ class Target:
 
 def attached(model: Any, target: Any = None, **options: Any) -> DraftModel:
     draft = DraftModel(model, **options)
-    draft.attach(Target(target or model))
+    draft.attach(TargetModel(target or model))
     return draft
 
 
@@ -87,7 +87,7 @@ def accepted(tree: Tree, after: list[int]) -> int:
     return count
 
 
-def passes(draft: DraftModel, text: list[int], budget: Budget) -> list[int]:
+def passes(draft: DraftModel, text: list[int], budget: Allowance) -> list[int]:
     """How many guesses are accepted in each pass over a known text."""
     drafter, at, found = draft.start(), len(TEXT) + 1, []
     while at < len(text):
@@ -108,20 +108,20 @@ def wide(**changes: Any) -> Any:
 
 def test_the_model_itself_guesses_every_token() -> None:
     model = wide()
-    assert passes(attached(model), answer(model, 25), Budget(nodes=24, depth=4)) == [4] * 5
+    assert passes(attached(model), answer(model, 25), Allowance(nodes=24, depth=4)) == [4] * 5
 
 
 def test_another_model_guesses_fewer_tokens_and_a_larger_tree_more() -> None:
     model, other = wide(), noisy(wide())
-    text, budget = answer(model, 25), Budget(nodes=4, depth=4)
-    small, large = (passes(attached(other, model), text, Budget(nodes, depth=4)) for nodes in (4, 100))
+    text, budget = answer(model, 25), Allowance(nodes=4, depth=4)
+    small, large = (passes(attached(other, model), text, Allowance(nodes, depth=4)) for nodes in (4, 100))
     assert sum(passes(attached(model), text, budget)) > sum(small)
     assert sum(large) / len(large) > sum(small) / len(small) > 0
 
 
 def test_what_it_kept_of_the_text_predicts_as_a_new_reading() -> None:
     model = wide()
-    text, budget = answer(model, 20), Budget(nodes=12, depth=5)
+    text, budget = answer(model, 20), Allowance(nodes=12, depth=5)
     used = attached(model).start()
     for end in range(4, 12, 3):
         assert accepted(used.propose(text[:end], budget), text[end:]) >= 2  # more than one guess is kept
@@ -129,7 +129,7 @@ def test_what_it_kept_of_the_text_predicts_as_a_new_reading() -> None:
 
 
 def test_a_text_may_go_on_otherwise_than_any_guess() -> None:
-    model, budget = wide(), Budget(nodes=12, depth=5)
+    model, budget = wide(), Allowance(nodes=12, depth=5)
     used = attached(model).start()
     used.propose([3, 5, 7], budget)
     other = [3, 5, 7, 1, 2, 4]
@@ -138,7 +138,7 @@ def test_a_text_may_go_on_otherwise_than_any_guess() -> None:
 
 def test_probabilities_are_those_of_the_model() -> None:
     model = wide()
-    tree = attached(model).start().propose(TEXT, Budget(nodes=30, depth=3))
+    tree = attached(model).start().propose(TEXT, Allowance(nodes=30, depth=3))
     for node, likelihood in enumerate(tree.probabilities):
         path = [node]
         while tree.parents[path[0]] >= 0:
@@ -152,7 +152,7 @@ def test_probabilities_are_those_of_the_model() -> None:
 
 def test_temperature_spreads_the_probabilities() -> None:
     model = wide()
-    cold, warm = (attached(model, temperature=each).start().propose(TEXT, Budget(9, 1)) for each in (1.0, 2.0))
+    cold, warm = (attached(model, temperature=each).start().propose(TEXT, Allowance(9, 1)) for each in (1.0, 2.0))
     assert warm.probabilities[0] < cold.probabilities[0]
     scaled = (model(torch.tensor([TEXT])).logits[0, -1] / 2).softmax(-1)
     assert warm.probabilities == pytest.approx([scaled[token].item() for token in warm.tokens])
@@ -160,32 +160,32 @@ def test_temperature_spreads_the_probabilities() -> None:
 
 def test_no_more_nodes_or_deeper_ones_than_the_budget() -> None:
     drafter = attached(wide()).start()
-    tree = drafter.propose(TEXT, Budget(nodes=7, depth=2))
+    tree = drafter.propose(TEXT, Allowance(nodes=7, depth=2))
     assert (len(tree), max(tree.depths)) == (7, 2)
-    assert drafter.propose(TEXT, Budget(nodes=0, depth=2)) == drafter.propose(TEXT, Budget(nodes=7, depth=0)) == EMPTY
+    assert drafter.propose(TEXT, Allowance(nodes=0, depth=2)) == drafter.propose(TEXT, Allowance(nodes=7, depth=0)) == EMPTY
 
 
 def test_a_round_that_costs_more_than_it_adds_is_not_run() -> None:
     draft = attached(wide())
-    draft.start().propose(TEXT, Budget(nodes=30, depth=4))
-    free, dear = (draft.start().propose(TEXT, Budget(30, 4, token_s=each)) for each in (1e9, 1e-9))
+    draft.start().propose(TEXT, Allowance(nodes=30, depth=4))
+    free, dear = (draft.start().propose(TEXT, Allowance(30, 4, token_s=each)) for each in (1e9, 1e-9))
     assert (max(free.depths), max(dear.depths)) == (4, 1)
 
 
 def test_nothing_is_guessed_past_the_positions_of_the_model() -> None:
     drafter = attached(wide(max_position_embeddings=5)).start()
-    assert max(drafter.propose(TEXT, Budget(nodes=30, depth=9)).depths) == 2
-    assert drafter.propose([3, 5, 7, 1, 2], Budget(nodes=30, depth=9)) == EMPTY
+    assert max(drafter.propose(TEXT, Allowance(nodes=30, depth=9)).depths) == 2
+    assert drafter.propose([3, 5, 7, 1, 2], Allowance(nodes=30, depth=9)) == EMPTY
 
 
 def test_no_random_number_is_drawn() -> None:
     before = torch.get_rng_state()
-    attached(wide()).start().propose(TEXT, Budget(nodes=30, depth=4))
+    attached(wide()).start().propose(TEXT, Allowance(nodes=30, depth=4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_two_texts_do_not_mix() -> None:
-    draft, budget = attached(wide()), Budget(nodes=12, depth=4)
+    draft, budget = attached(wide()), Allowance(nodes=12, depth=4)
     first, second = draft.start(), draft.start()
     first.propose(TEXT, budget)
     second.propose([9, 8], budget)
@@ -209,11 +209,11 @@ def noisy(model: Any) -> Any:
 def test_families_guess_their_own_tokens_past_their_windows(family: str) -> None:
     model = families.build(family)
     draft = attached(model, temperature=1e-4)  # so that the likeliest token is all but certain
-    assert passes(draft, answer(model, 25), Budget(nodes=4, depth=4)) == [4] * 5
+    assert passes(draft, answer(model, 25), Allowance(nodes=4, depth=4)) == [4] * 5
 
 
 def test_a_model_that_takes_no_masks_of_trees_guesses_chains() -> None:
-    assert attached(families.build("bloom")).start().propose(TEXT, Budget(nodes=6, depth=4)).is_chain
+    assert attached(families.build("bloom")).start().propose(TEXT, Allowance(nodes=6, depth=4)).is_chain
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
@@ -223,32 +223,32 @@ def test_a_model_in_training_mode_is_refused() -> None:
 
 def test_tokens_past_the_vocabulary_of_either_are_not_guessed() -> None:
     padded, shorter = wide(vocab_size=40), wide()
-    tree = attached(padded, shorter).start().propose(TEXT, Budget(nodes=300, depth=3))
+    tree = attached(padded, shorter).start().propose(TEXT, Allowance(nodes=300, depth=3))
     assert max(tree.tokens) < 32
     first = [probability for probability, parent in zip(tree.probabilities, tree.parents, strict=True) if parent < 0]
     logits = padded(torch.tensor([TEXT])).logits[0, -1, :32]
     assert first == pytest.approx(logits.softmax(-1).topk(8).values.tolist(), rel=1e-4)
-    assert attached(shorter, padded).start().propose([39, 38, 37], Budget(nodes=3, depth=1))
+    assert attached(shorter, padded).start().propose([39, 38, 37], Allowance(nodes=3, depth=1))
 
 
 def test_another_tokenizer_is_an_error_that_shows_which_tokens_differ() -> None:
     words = [f"w{number}" for number in range(32)]
     other = [*words[:2], "x", *words[3:6], "y", *words[7:]]
     with pytest.raises(DraftError, match=r"2 of 32 tokens differ \(2 is 'x', not 'w2'; 6 is 'y', not 'w6'\); take a smaller"):
-        DraftModel(with_words(other)).attach(Target(tiny.llama(), Words(words)))
+        DraftModel(with_words(other)).attach(TargetModel(tiny.llama(), Words(words)))
 
 
 def test_a_long_list_of_differing_tokens_is_cut() -> None:
     words = [f"w{number}" for number in range(32)]
     with pytest.raises(DraftError, match=r"3 is 'w28', not 'w3' \.\.\.\)"):
-        DraftModel(with_words(words[::-1])).attach(Target(tiny.llama(), Words(words)))
+        DraftModel(with_words(words[::-1])).attach(TargetModel(tiny.llama(), Words(words)))
 
 
 def test_special_tokens_may_have_other_names_and_one_may_have_more_tokens() -> None:
     words = [f"w{number}" for number in range(30)]
     draft = DraftModel(with_words([*words, "<pad>"], ("<pad>",)))
-    draft.attach(Target(tiny.llama(), Words([*words, "<reserved>", "<tool>"], ("<reserved>", "<tool>"))))
-    assert draft.start().propose(TEXT, Budget(nodes=3, depth=1))
+    draft.attach(TargetModel(tiny.llama(), Words([*words, "<reserved>", "<tool>"], ("<reserved>", "<tool>"))))
+    assert draft.start().propose(TEXT, Allowance(nodes=3, depth=1))
 
 
 def test_without_tokenizers_the_sizes_must_be_alike(caplog: pytest.LogCaptureFixture) -> None:

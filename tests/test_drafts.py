@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rabbit_engine import DraftModel, SelfDraft
-from rabbit_engine.decoding import Budget
+from rabbit_engine.decoding import Allowance
 from rabbit_engine.errors import BudgetError, ConfigurationError, DraftError
 from rabbit_engine.model.auto import load, read_settings
 
@@ -39,7 +39,7 @@ def test_a_named_draft_is_loaded_whole_and_its_memory_is_taken_from_the_budget(c
         assert model.plan.budget.weights_bytes == budget - draft.nbytes
         assert model.plan.resident_bytes < alone.plan.resident_bytes
         assert dict(model.plan.rows())["draft"].startswith(f"{draft.nbytes / 1000:.2f} kB of {budget / 1000:.2f} kB on cpu")
-        assert len(draft.start().propose(TEXT, Budget(nodes=8, depth=2))) == 8
+        assert len(draft.start().propose(TEXT, Allowance(nodes=8, depth=2))) == 8
 
 
 def test_a_draft_larger_than_the_budget_is_an_error_with_both_sizes(checkpoint: Callable[[str], Path]) -> None:
@@ -65,7 +65,7 @@ def test_a_draft_given_later_uses_memory_that_is_free(checkpoint: Callable[[str]
         draft = DraftModel(checkpoint("qwen2"))
         draft.attach(model)
         assert draft.nbytes > 50_000
-        assert draft.start().propose(TEXT, Budget(nodes=3, depth=1))
+        assert draft.start().propose(TEXT, Allowance(nodes=3, depth=1))
 
 
 def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
@@ -74,7 +74,7 @@ def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
     folder, draft = own_checkpoint("llama"), SelfDraft("8bit")
     with caplog.at_level(logging.INFO), loaded(folder, draft, max_memory={"cpu": 10**6}) as model:
         logits = model(torch.tensor([TEXT])).logits[0, -1]
-        tree = draft.start().propose(TEXT, Budget(nodes=5, depth=1))
+        tree = draft.start().propose(TEXT, Allowance(nodes=5, depth=1))
     assert tree.probabilities == pytest.approx(logits.softmax(-1)[list(tree.tokens)].tolist(), rel=0.05)
     assert "as a draft for" in caplog.text
     assert "writing " in caplog.text

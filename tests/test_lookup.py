@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabbit_engine import Lookup
-from rabbit_engine.decoding import EMPTY, ROOT, Budget, Draft, Tree, Verdict
+from rabbit_engine.decoding import EMPTY, ROOT, Allowance, Draft, Tree, Verdict
 from rabbit_engine.errors import ConfigurationError
 
-BUDGET = Budget(nodes=64, depth=64)
+BUDGET = Allowance(nodes=64, depth=64)
 SENTENCE = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 
 
@@ -28,7 +28,7 @@ def expected(tree: Tree) -> float:
     return sum(tree.probabilities)
 
 
-def propose(text: list[int], budget: Budget = BUDGET) -> Tree:
+def propose(text: list[int], budget: Allowance = BUDGET) -> Tree:
     """The first tree of a text."""
     return Lookup().start().propose(text, budget)
 
@@ -40,13 +40,13 @@ def test_the_end_of_a_text_goes_on_as_it_did_before() -> None:
 
 
 def test_different_continuations_are_branches_and_the_longer_match_is_likelier() -> None:
-    tree = propose([5, 6, 7, 21, 1, 6, 7, 22, 2, 7, 23, 3, 5, 6, 7], Budget(nodes=64, depth=1))
+    tree = propose([5, 6, 7, 21, 1, 6, 7, 22, 2, 7, 23, 3, 5, 6, 7], Allowance(nodes=64, depth=1))
     assert (tree.tokens, tree.parents) == ((21, 22, 23), (ROOT, ROOT, ROOT))
     assert tree.probabilities[0] > tree.probabilities[1] > tree.probabilities[2]
 
 
 def test_a_text_that_repeats_itself_is_followed_around() -> None:
-    tree = propose([1, *[7, 8, 9] * 3, 7], Budget(nodes=20, depth=20))
+    tree = propose([1, *[7, 8, 9] * 3, 7], Allowance(nodes=20, depth=20))
     chain = tree.likeliest_chain()
     assert chain.tokens == ((8, 9, 7) * 7)[:20]
 
@@ -56,8 +56,8 @@ def test_nothing_is_guessed_where_nothing_repeats(text: list[int]) -> None:
     assert propose(text) == EMPTY
 
 
-@pytest.mark.parametrize("budget", [Budget(nodes=0, depth=64), Budget(nodes=64, depth=0)])
-def test_no_budget_no_guesses(budget: Budget) -> None:
+@pytest.mark.parametrize("budget", [Allowance(nodes=0, depth=64), Allowance(nodes=64, depth=0)])
+def test_no_budget_no_guesses(budget: Allowance) -> None:
     assert propose([7, 8] * 9, budget) == EMPTY
 
 
@@ -72,7 +72,7 @@ def test_no_budget_no_guesses(budget: Budget) -> None:
 def test_every_tree_is_a_tree_within_the_budget(
     prompt: list[int], answer: list[int], nodes: int, depth: int, recycling: bool
 ) -> None:
-    walk(Lookup(recycling=recycling).start(), prompt, answer, Budget(nodes, depth))
+    walk(Lookup(recycling=recycling).start(), prompt, answer, Allowance(nodes, depth))
 
 
 def test_a_copied_text_takes_few_passes() -> None:
@@ -114,7 +114,7 @@ def test_the_text_may_grow_by_any_number_of_tokens() -> None:
     text = [1, *SENTENCE, 2, *SENTENCE[:4]]
     once, often = Lookup().start(), Lookup().start()
     for length in (3, 4, 9, 14):
-        often.propose(text[:length], Budget(nodes=0, depth=0))
+        often.propose(text[:length], Allowance(nodes=0, depth=0))
     assert often.propose(text, BUDGET) == once.propose(text, BUDGET)
 
 
@@ -153,7 +153,7 @@ def test_one_lookup_serves_models_of_different_vocabularies() -> None:
         drafter = draft.start()
         tree = drafter.propose([1, 2, 1], BUDGET)
         drafter.accepted(Verdict(tree, (), torch.arange(vocabulary).repeat(1 + len(tree), 1).float(), 3))
-    assert draft.start().propose([1], Budget(nodes=8, depth=1)).tokens == (99, 98, 97, 96, 95, 94, 93, 92)
+    assert draft.start().propose([1], Allowance(nodes=8, depth=1)).tokens == (99, 98, 97, 96, 95, 94, 93, 92)
 
 
 def test_no_random_number_is_drawn() -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rabbit_engine import Lookup, Merged
-from rabbit_engine.decoding import EMPTY, ROOT, Budget, Draft, Drafter, Target, Tree, Verdict
+from rabbit_engine.decoding import EMPTY, ROOT, Allowance, Draft, Drafter, TargetModel, Tree, Verdict
 from rabbit_engine.decoding.merged import merge, part_of
 from rabbit_engine.errors import ConfigurationError, DraftError
 
-BUDGET = Budget(nodes=64, depth=64)
+BUDGET = Allowance(nodes=64, depth=64)
 
 
 @dataclass
@@ -29,14 +29,14 @@ class Fixed:
     told: list[Verdict] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         self.events.append(f"attach {target}")
 
     def start(self) -> Drafter:
         self.events.append("start")
         return self
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         return self.tree.best(budget.nodes).within(budget.depth)
 
     def accepted(self, verdict: Verdict) -> None:
@@ -63,7 +63,7 @@ def test_estimates_that_contradict_each_other_are_scaled_to_one() -> None:
 def test_a_draft_with_low_estimates_keeps_a_share() -> None:
     sure, shy = Tree.chain([1] * 8, [1.0] * 8), Tree.chain([2] * 8, [0.01] * 8)
     drafter = Merged(Fixed(sure), Fixed(shy)).start()
-    tree = drafter.propose([1], Budget(nodes=8, depth=8))
+    tree = drafter.propose([1], Allowance(nodes=8, depth=8))
     assert tree.tokens == (1,) * 7 + (2,)
 
 
@@ -71,7 +71,7 @@ def test_a_draft_with_low_estimates_keeps_a_share() -> None:
 @given(st.lists(trees(), min_size=1, max_size=3), st.integers(0, 20), st.integers(0, 3))
 def test_every_merged_tree_is_a_tree_within_the_budget(given_trees: list[Tree], nodes: int, reserved: int) -> None:
     tree = merge(given_trees, nodes, reserved)
-    assert_is_tree(tree, Budget(nodes, depth=10))
+    assert_is_tree(tree, Allowance(nodes, depth=10))
     if nodes >= sum(map(len, given_trees)):
         assert all(part_of(verdict_of(tree, [0]), part).tree == part for part in given_trees)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rabbit_engine.decoding import Budget, Prior, Rule, Tree, Verdict
+from rabbit_engine.decoding import Allowance, Prior, Rule, Tree, Verdict
 from rabbit_engine.decoding.rule import best_size
 
 NO_LOGITS = torch.zeros(0)
@@ -13,10 +13,10 @@ NO_LOGITS = torch.zeros(0)
 
 def test_a_fixed_number_of_nodes_is_asked_for_always():
     rule = Rule(nodes=64)
-    assert rule.budget(context=10) == Budget(64, 64)
+    assert rule.budget(context=10) == Allowance(64, 64)
     rule.count_pass(rows=10, seconds=1.0, context=0)
     rule.count_pass(rows=1, seconds=1.0, context=10)
-    assert rule.budget(context=11) == Budget(64, 64, token_s=1.0)
+    assert rule.budget(context=11) == Allowance(64, 64, token_s=1.0)
     unlikely = Tree.chain(range(100), [0.01] * 100)
     assert len(rule.fit(unlikely, draft_s=9.0, context=11)) == 64
 

@@ -1,6 +1,6 @@
 """Several tokens a pass: drafts guess a tree of tokens, one pass of the model verifies it, and the text stays the same."""
 
-from rabbit_engine.decoding.draft import Budget, Draft, Drafter, Target, Verdict
+from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, TargetModel, Verdict
 from rabbit_engine.decoding.draft_model import DraftModel, SelfDraft
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
@@ -13,7 +13,7 @@ from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 __all__ = [
     "EMPTY",
     "ROOT",
-    "Budget",
+    "Allowance",
     "Draft",
     "DraftModel",
     "Drafter",
@@ -25,7 +25,7 @@ __all__ = [
     "SelfDraft",
     "Speculation",
     "Speculator",
-    "Target",
+    "TargetModel",
     "Tree",
     "Verdict",
     "why_plain",

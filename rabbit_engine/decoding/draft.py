@@ -21,7 +21,7 @@ def check_nodes(nodes: int | None) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class Allowance:
     """What a tree may cost: at most `nodes` nodes, down to `depth`; `token_s` are the seconds that a token takes at present.
 
     Drafting for another t seconds pays if it adds more than t / `token_s` expected tokens: the sum of its nodes' probabilities.
@@ -50,7 +50,7 @@ class Verdict:
         return self.logits[node - ROOT]
 
 
-class Target(Protocol):
+class TargetModel(Protocol):
     """The streamed model that verifies guesses, as drafts see it."""
 
     @property
@@ -79,7 +79,7 @@ class Target(Protocol):
 class Drafter(Protocol):
     """Guesses for one text. It must not draw from torch's generators: the text would be another one."""
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """Guesses for what follows `ids`, the prompt and the answer so far."""
 
     def accepted(self, verdict: Verdict) -> None:
@@ -105,7 +105,7 @@ class Draft(Protocol):
     def nbytes(self) -> int:
         """Bytes of memory that it takes on the model's device; 0 if not worth naming."""
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         """Prepare for guessing what `target` says. Raises DraftError if it cannot."""
 
     def start(self) -> Drafter:

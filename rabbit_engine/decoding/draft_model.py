@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rabbit_engine.config import CompressionConfig
-from rabbit_engine.decoding.draft import Drafter, Target
+from rabbit_engine.decoding.draft import Drafter, TargetModel
 from rabbit_engine.decoding.draft_context import Context, Predictor, TreeContext, find_context
 from rabbit_engine.decoding.model_drafter import ModelDrafter, Reach, RoundCosts
 from rabbit_engine.decoding.vocabulary import Vocabulary, require_same_tokens, require_similar_size
@@ -61,7 +61,7 @@ class ModelDraft(ABC):
         """See `Draft`; 0 until it is attached, and on another device than the model's."""
         return self._nbytes
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         """Load the model if need be, and check that it can guess for `target`.
 
         Raises DraftError for another tokenizer, too little memory, or a class that cannot go back after guesses, and what
@@ -88,10 +88,10 @@ class ModelDraft(ABC):
         return ModelDrafter(self._new_context(), self._reach, self._costs)
 
     @abstractmethod
-    def _load(self, target: Target) -> PreTrainedModel:
+    def _load(self, target: TargetModel) -> PreTrainedModel:
         """The model that guesses for `target`."""
 
-    def _require_same_tokens(self, target: Target) -> None:
+    def _require_same_tokens(self, target: TargetModel) -> None:
         """Raise DraftError unless both models have the same tokens, as far as is known."""
         ours, theirs = _vocabulary_of(self._model), _vocabulary_of(target)
         if ours is not None and theirs is not None:
@@ -133,7 +133,7 @@ class DraftModel(ModelDraft):
         """See `Draft`."""
         return f"draft {Path(str(self._place)).name or type(self._model).__name__}"
 
-    def _load(self, target: Target) -> PreTrainedModel:
+    def _load(self, target: TargetModel) -> PreTrainedModel:
         """See `ModelDraft`."""
         return target.load_draft(self._place, self._compression)
 
@@ -155,11 +155,11 @@ class SelfDraft(ModelDraft):
         """See `Draft`."""
         return f"{self._compression} draft"
 
-    def _load(self, target: Target) -> PreTrainedModel:
+    def _load(self, target: TargetModel) -> PreTrainedModel:
         """See `ModelDraft`."""
         return target.load_draft(None, self._compression)
 
-    def _require_same_tokens(self, target: Target) -> None:
+    def _require_same_tokens(self, target: TargetModel) -> None:
         """See `ModelDraft`: they are the target's own."""
 
 

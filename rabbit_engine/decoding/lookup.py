@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from rabbit_engine.decoding.draft import Budget, Target, Verdict, check_nodes
+from rabbit_engine.decoding.draft import Allowance, TargetModel, Verdict, check_nodes
 from rabbit_engine.decoding.occurrences import LONGEST, Occurrences
 from rabbit_engine.decoding.odds import Odds
 from rabbit_engine.decoding.recycling import KEPT, Successors
@@ -44,7 +44,7 @@ class Lookup:
         self.nodes = nodes
         self._successors = Successors() if recycling else None
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         """It fits every model."""
 
     def start(self) -> LookupDrafter:
@@ -74,7 +74,7 @@ class LookupDrafter:
     _guesses: dict[int, list[_Guess]] = field(default_factory=dict)
     """After each node of the last tree, and after ROOT: those in the tree and those left out."""
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """Continuations of earlier occurrences of the end of `ids`, the likeliest first."""
         new = ids[len(self._text) :]
         self._learn(new)
@@ -102,7 +102,7 @@ class LookupDrafter:
                     at = guess.node
                     break
 
-    def _grow(self, budget: Budget) -> Tree:
+    def _grow(self, budget: Allowance) -> Tree:
         """Best first: each node's guesses are made when it is taken."""
         tokens: list[int] = []
         parents: list[int] = []

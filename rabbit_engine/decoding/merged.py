@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from rabbit_engine.decoding.draft import Budget, Draft, Drafter, Target, Verdict, check_nodes
+from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, TargetModel, Verdict, check_nodes
 from rabbit_engine.decoding.tree import ROOT, Tree
 
 _RESERVED = 4
@@ -36,7 +36,7 @@ class Merged:
         """Of all its drafts."""
         return sum(draft.nbytes for draft in self.drafts)
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: TargetModel) -> None:
         """Attach all. Raises DraftError if one of them cannot guess for `target`."""
         for draft in self.drafts:
             draft.attach(target)
@@ -59,7 +59,7 @@ class MergedDrafter:
     _opened: ExitStack
     _proposed: tuple[Tree, ...] = field(default=())
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """The likeliest guesses of all drafts, and a few of each."""
         self._proposed = tuple(drafter.propose(ids, budget) for drafter in self._drafters)
         reserved = budget.nodes // _RESERVED // len(self._drafters)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rabbit_engine.decoding.draft import Budget, Verdict
+from rabbit_engine.decoding.draft import Allowance, Verdict
 from rabbit_engine.decoding.draft_context import Context
 from rabbit_engine.decoding.search import Search
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
@@ -62,7 +62,7 @@ class ModelDrafter:
         self._opened: dict[int, int] = {}
         """The number in the context of each node that was opened."""
 
-    def propose(self, ids: Sequence[int], budget: Budget) -> Tree:
+    def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """See `Drafter`."""
         depth = min(budget.depth, self._reach.positions - len(ids))
         if budget.nodes < 1 or depth < 1:

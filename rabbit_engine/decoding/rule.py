@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from rabbit_engine.decoding.calibration import Calibration, UsualGain
-from rabbit_engine.decoding.draft import Budget, Verdict
+from rabbit_engine.decoding.draft import Allowance, Verdict
 from rabbit_engine.decoding.prior import Prior
 from rabbit_engine.decoding.seconds import SecondsBySize
 from rabbit_engine.decoding.tree import EMPTY, Tree
@@ -92,13 +92,13 @@ class Rule:
         self._drafted_s = 0.0
         self._lock = threading.Lock()
 
-    def budget(self, context: int, others: int = 0) -> Budget:
+    def budget(self, context: int, others: int = 0) -> Allowance:
         """What the next tree may cost; with 0 nodes, do not draft now. `others` are texts that share the pass."""
         with self._lock:
             self._passes = self._passes_at(context)
             nodes = self._nodes if self._nodes is not None else self._nodes_to_ask(others)
             self._asked, self._others = nodes, others
-            return Budget(nodes, nodes, self._token_s(nodes, others))
+            return Allowance(nodes, nodes, self._token_s(nodes, others))
 
     def fit(self, tree: Tree, draft_s: float, context: int, others: int = 0) -> Tree:
         """The part of a tree that pays, possibly none of it; `draft_s` are the seconds that it took."""

@@ -117,26 +117,26 @@ class PlannedTarget:
 
     @property
     def config(self) -> PretrainedConfig:
-        """See `Target`."""
+        """See `TargetModel`."""
         return self.model.config  # type: ignore[no-any-return]
 
     @property
     def tokenizer(self) -> object:
-        """See `Target`."""
+        """See `TargetModel`."""
         return self.model.tokenizer
 
     @property
     def device(self) -> torch.device:
-        """See `Target`."""
+        """See `TargetModel`."""
         return self.loader.settings.stream.device
 
     @property
     def name_or_path(self) -> str:
-        """See `Target`."""
+        """See `TargetModel`."""
         return self.loader.target
 
     def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
-        """See `Target`."""
+        """See `TargetModel`."""
         return self.loader(name, compression)
 
 

@@ -95,7 +95,7 @@ class StreamingMixin(SpeculatingMixin):
         self._own_tokenizer = tokenizer
 
     def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
-        """A model that guesses for this one, in memory that is free: see `decoding.Target`. Raises DraftError."""
+        """A model that guesses for this one, in memory that is free: see `decoding.TargetModel`. Raises DraftError."""
         return self._draft_loader(name, compression)
 
     def close(self) -> None:
