@@ -29,6 +29,9 @@ class Guided:
         self._random = random.Random(5)
         return self
 
+    def read(self, ids: Sequence[int]) -> None:
+        pass
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         tokens, parents, probabilities, at = list[int](), list[int](), list[float](), ROOT
         texts = [self.text, *self.others]

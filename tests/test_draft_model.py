@@ -276,3 +276,14 @@ def test_memory_of_the_draft_is_that_of_its_weights() -> None:
     model = tiny.llama()
     draft = attached(model, nodes=5)
     assert (draft.nbytes, draft.nodes, draft.name) == (model.get_memory_footprint(), 5, "draft LlamaForCausalLM")
+
+
+def test_a_text_that_was_read_before_is_not_read_again() -> None:
+    model: Any = wide()
+    widths: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    drafter = attached(model).start()
+    widths.clear()
+    drafter.read(TEXT)
+    drafter.propose(TEXT, Allowance(nodes=3, depth=1))
+    assert widths == [2, 1]

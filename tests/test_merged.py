@@ -36,6 +36,9 @@ class Fixed:
         self.events.append("start")
         return self
 
+    def read(self, ids: Sequence[int]) -> None:
+        pass
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         return self.tree.best(budget.nodes).within(budget.depth)
 

@@ -79,6 +79,9 @@ class TargetModel(Protocol):
 class Drafter(Protocol):
     """Guesses for one text. It must not draw from torch's generators: the text would be another one."""
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Take note of the text so far, once before the first `propose`: its seconds are not those of guesses."""
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """Guesses for what follows `ids`, the prompt and the answer so far."""
 

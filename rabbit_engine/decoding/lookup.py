@@ -74,6 +74,9 @@ class LookupDrafter:
     _guesses: dict[int, list[_Guess]] = field(default_factory=dict)
     """After each node of the last tree, and after ROOT: those in the tree and those left out."""
 
+    def read(self, ids: Sequence[int]) -> None:
+        """See `Drafter`: it reads quickly enough for `propose`."""
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """Continuations of earlier occurrences of the end of `ids`, the likeliest first."""
         new = ids[len(self._text) :]

@@ -59,6 +59,11 @@ class MergedDrafter:
     _opened: ExitStack
     _proposed: tuple[Tree, ...] = field(default=())
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Show all the text so far."""
+        for drafter in self._drafters:
+            drafter.read(ids)
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """The likeliest guesses of all drafts, and a few of each."""
         self._proposed = tuple(drafter.propose(ids, budget) for drafter in self._drafters)

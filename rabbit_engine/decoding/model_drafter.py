@@ -62,6 +62,11 @@ class ModelDrafter:
         self._opened: dict[int, int] = {}
         """The number in the context of each node that was opened."""
 
+    def read(self, ids: Sequence[int]) -> None:
+        """See `Drafter`."""
+        if 1 < len(ids) <= self._reach.positions:
+            self._read(ids[:-1])
+
     def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
         """See `Drafter`."""
         depth = min(budget.depth, self._reach.positions - len(ids))

@@ -84,6 +84,7 @@ class Speculation:
         self._ids: list[int] = []
         self._is_asked = False
         self._is_running = False
+        self._has_read = False
 
     def advance(self, input_ids: torch.Tensor) -> None:
         """The loop is about to ask for what follows `input_ids` [1, tokens]: the prompt and the answer so far."""
@@ -149,10 +150,13 @@ class Speculation:
         nodes = min(budget.nodes, self._most_nodes)
         if not self._shared.proven or depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY
-        began = time.perf_counter()
         with self._shared.trace.span("draft", self._shared.draft.name), torch.no_grad():
+            if not self._has_read:
+                self._drafter.read(self._ids)
+                self._has_read = True
+            began = time.perf_counter()
             tree = self._drafter.propose(self._ids, replace(budget, nodes=nodes, depth=depth))
-        seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
         tree = verifier.shaped(tree.within(depth)).best(nodes)
         self._shared.rule.count_draft(tree, seconds)
         return self._shared.rule.fit(tree, seconds, context, others)
