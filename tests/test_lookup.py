@@ -93,6 +93,17 @@ def test_it_expects_as_many_tokens_as_it_gets() -> None:
     assert sum(expected(verdict.tree) for verdict in verdicts) == pytest.approx(got, rel=0.35)
 
 
+def test_a_match_is_followed_past_a_token_that_differs() -> None:
+    """As in rows of a table; no other part of the text ends as it does there."""
+    drafter, text = Lookup().start(), [1, *SENTENCE, 2, *SENTENCE[:4]]
+    drafter.propose(text, BUDGET)
+    tree = drafter.propose([*text, 50], BUDGET)
+    assert tree.likeliest_chain().tokens[:5] == tuple(SENTENCE[5:])
+    tree = drafter.propose([*text, 50, 51], BUDGET)
+    assert tree.likeliest_chain().tokens[:4] == tuple(SENTENCE[6:])
+    assert drafter.propose([*text, 50, 51, 52], BUDGET) == EMPTY  # it is another text by then
+
+
 def test_a_text_that_never_repeats_is_given_up_and_taken_up_again() -> None:
     source, noise = random_text(200, seed=2), random_text(300, seed=3)
     verdicts = walk(Lookup().start(), source, [*noise, *source, *source], BUDGET)

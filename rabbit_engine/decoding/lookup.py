@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from rabbit_engine.decoding.draft import Allowance, TargetModel, Verdict, check_nodes
 from rabbit_engine.decoding.occurrences import LONGEST, Occurrences
@@ -21,12 +22,27 @@ _NEWEST = 8
 _LEAST = 1e-3
 """Guesses below this probability are not proposed."""
 
-_REPEATED = (-1.0, 4.4, -1.2, 1.1, -0.1, -0.55, -1.1)
-_RECYCLED = (-0.8, -2.1, -0.8)
+_REPEATED = (-1.2, 4.5, -0.95, 1.2, 0.0, -0.45, -1.0, -1.65)
+_RECYCLED = (-1.9, -2.0, 0.1)
 """Weights of the features below, fitted to 48 answers of SmolLM2-135M-Instruct and of people: chat, code, summaries, JSON."""
 
-Match = tuple[int, int]
-"""How many tokens of a place equal those before a guess, and the position after them."""
+_MOST_REPLACED = 2
+"""Tokens in succession that may differ before a match is given up: a row of a table differs from the last one in a few digits."""
+
+_RESUMED = 2
+"""Tokens that a match counts after a replaced one."""
+
+
+class Match(NamedTuple):
+    """How many tokens of a place equal those before a guess, the position after them, and how many before them differ."""
+
+    length: int
+    position: int
+    replaced: int = 0
+
+    def one_on(self) -> Match:
+        """With one more token."""
+        return Match(self.length + 1, self.position + 1, self.replaced)
 
 
 class Lookup:
@@ -73,6 +89,8 @@ class LookupDrafter:
     _recycled: Odds = field(default_factory=lambda: Odds(_RECYCLED))
     _guesses: dict[int, list[_Guess]] = field(default_factory=dict)
     """After each node of the last tree, and after ROOT: those in the tree and those left out."""
+    _resumed: Match | None = None
+    """The match that the text followed up to its last token, as if that one were the same."""
 
     def read(self, ids: Sequence[int]) -> None:
         """See `Drafter`: it reads quickly enough for `propose`."""
@@ -96,14 +114,12 @@ class LookupDrafter:
         """Hold the last guesses against what the text became."""
         at: int | None = ROOT
         for token in new:
-            if at is None:
-                return
-            guesses, at = self._guesses.get(at, []), None
-            for guess in guesses:
-                guess.odds.learn(guess.features, guess.token == token)
-                if guess.token == token:
-                    at = guess.node
-                    break
+            guesses = self._guesses.get(at, []) if at is not None else []
+            right = next((guess for guess in guesses if guess.token == token), None)
+            for guess in guesses[: guesses.index(right) + 1] if right else guesses:
+                guess.odds.learn(guess.features, guess is right)
+            self._resumed = _resumed(guesses, right)
+            at = right.node if right else None
 
     def _grow(self, budget: Allowance) -> Tree:
         """Best first: each node's guesses are made when it is taken."""
@@ -123,7 +139,7 @@ class LookupDrafter:
                     heapq.heappush(open_guesses, (-likely, next(order), node, path, guess))
 
         if budget.depth and len(self._text):
-            expand(ROOT, (), self._text.matches_of_end(_MATCHES), 1.0)
+            expand(ROOT, (), self._matches(), 1.0)
         while open_guesses and len(tokens) < budget.nodes:
             negative, _, parent, path, guess = heapq.heappop(open_guesses)
             guess.node = len(tokens)
@@ -133,6 +149,14 @@ class LookupDrafter:
             if len(path) + 1 < budget.depth:
                 expand(guess.node, (*path, guess.token), guess.matches, -negative)
         return Tree(tuple(tokens), tuple(parents), tuple(probabilities))
+
+    def _matches(self) -> list[Match]:
+        """Of the end of the text, the longest first."""
+        matches = {position: Match(length, position) for length, position in self._text.matches_of_end(_MATCHES)}
+        resumed = self._resumed
+        if resumed is not None and resumed.position < len(self._text):
+            matches[resumed.position] = max(resumed, matches.get(resumed.position, resumed))
+        return sorted(matches.values(), reverse=True)
 
     def _guesses_after(self, path: tuple[int, ...], matches: list[Match]) -> Iterator[_Guess]:
         """What may follow a path of guesses: each guess counts for the case that those before it are wrong."""
@@ -150,15 +174,25 @@ class LookupDrafter:
         A match that reaches the end of the text goes on in the guesses: so a loop is followed around.
         """
         if path:
-            known = {position for _, position in matches}
+            known = {match.position for match in matches}
             newest = self._text.positions_after(path[-1], _NEWEST)
-            matches = matches + [(1, position) for position in newest if position not in known]
+            matches = matches + [Match(1, position) for position in newest if position not in known]
         found: dict[int, list[Match]] = {}
-        for length, position in matches:
-            beyond = position - len(self._text)
-            token = self._text[position] if beyond < 0 else path[beyond]
-            found.setdefault(token, []).append((length + 1, position + 1))
+        for match in matches:
+            beyond = match.position - len(self._text)
+            token = self._text[match.position] if beyond < 0 else path[beyond]
+            found.setdefault(token, []).append(match.one_on())
         return found
+
+
+def _resumed(guesses: Sequence[_Guess], right: _Guess | None) -> Match | None:
+    """The match to follow after a token: the right guess's, else the first one's as if its token were the text's."""
+    if right is not None or not guesses:
+        return right.matches[0] if right and right.matches else None
+    match = next(iter(guesses[0].matches), None)
+    if match is None or match.length <= _RESUMED or match.replaced == _MOST_REPLACED:
+        return None
+    return Match(_RESUMED, match.position, match.replaced + 1)
 
 
 def _place(token: int, likely: Sequence[int]) -> int | None:
@@ -170,6 +204,7 @@ def _place(token: int, likely: Sequence[int]) -> int | None:
 
 def _features(rank: int, found: list[Match], place: int | None) -> tuple[float, ...]:
     """Of a token that followed before: of its longest match, and how many say so."""
-    length = math.log2(found[0][0] - 1) / math.log2(LONGEST)
+    length = math.log2(found[0].length - 1) / math.log2(LONGEST)
     agreeing = (min(len(found), 3) - 1) / 2
-    return (1.0, length, min(rank, 3) / 3, agreeing, float(place == 0), float(place == 1), float(place == 2))
+    replaced = found[0].replaced / _MOST_REPLACED
+    return (1.0, length, min(rank, 3) / 3, agreeing, float(place == 0), float(place == 1), float(place == 2), replaced)
