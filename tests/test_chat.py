@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from rabbit_engine.chat.tally import summary
 from rabbit_engine.errors import ConfigurationError, StreamingError
 from rabbit_engine.sessions import Options, Piece, Reply, Request
 from rabbit_engine.sessions.prompts import Prompt
-from rabbit_engine.streaming import PassProgress
+from rabbit_engine.streaming import PassProgress, SpeculationProfile
 
 TALK = Conversation("Be brief.", (Said("user", "Hi"), Said("assistant", "Hello, wor", stopped=True)))
 
@@ -136,12 +137,17 @@ class Puppet:
 
     most_tokens = 100
     progress = PassProgress(1, 2, 1000, 1.0)
-    model = SimpleNamespace(plan="the plan", profile="the profile")
 
-    def __init__(self, *answers: list[str | None] | Exception, cut_tokens: int = 0) -> None:
+    def __init__(self, *answers: list[str | None] | Exception, cut_tokens: int = 0, passes: int = 0) -> None:
         self._answers = list(answers)
         self._cut_tokens = cut_tokens
+        self._passes = passes
+        self._speculation = SpeculationProfile()
         self.asked: list[Any] = []
+
+    @property
+    def model(self) -> Any:
+        return SimpleNamespace(plan="the plan", profile=SimpleNamespace(speculation=replace(self._speculation)))
 
     def request(self, messages: Any, **options: Any) -> Request:
         self.asked.append(messages)
@@ -161,6 +167,8 @@ class Puppet:
             tell(0, Piece(piece, number))
         if None in pieces:
             cancelled.wait(30)
+        self._speculation.passes += self._passes
+        self._speculation.tokens += len(said) if self._passes else 0
         reason: Any = "cancelled" if None in pieces else "stop"
         tell(0, Reply("".join(said), tuple(range(len(said))), reason, 3, first_token_s=0.5, seconds=1.5))
 
@@ -180,6 +188,11 @@ def test_an_answer_is_written_remembered_and_summed_up() -> None:
     assert notes == "2 tokens, first after 0.5 s, then 1 s a token\n1 token, first after 0.5 s\n"
     assert [message["content"] for message in puppet.asked[1]] == ["Be brief.", "Hi", "Hello", "Go"]
     assert (len(chat.conversation.said), chat.failures) == (4, 0)
+
+
+def test_tokens_a_pass_of_each_answer_are_shown_when_speculating() -> None:
+    _, _, notes = talk(Puppet(["a", "b", "c"], ["d", "e", "f", "g"], passes=2), "Hi", "Go")
+    assert [line.rpartition(", ")[2] for line in notes.splitlines()] == ["1.5 tokens a pass", "2.0 tokens a pass"]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_its_text() -> None:
@@ -236,7 +249,7 @@ def test_help_plan_and_stats() -> None:
     assert "answers    1, 2 tokens in all, to prompts of 3" in out
     assert "first token after 0.5 s, then 1 s a token" in out
     assert "the plan" in out
-    assert "the profile" in out
+    assert "speculation=" in out
 
 
 def test_the_line_below_an_answer_says_why_it_ended() -> None:

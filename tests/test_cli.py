@@ -28,6 +28,7 @@ from rabbit_engine.cli.loading import Loading, parse_memory
 from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
+from rabbit_engine.decoding import Merged
 from rabbit_engine.diagnostics import demo
 from rabbit_engine.utils.extras import install_command
 from rabbit_engine.utils.sizes import parse_rate
@@ -101,6 +102,26 @@ def test_version_and_help(rabbit: Any) -> None:
 
 
 # Running.
+
+
+@pytest.mark.parametrize("options", [("--speculate",), ("--draft", "MODEL"), ("--draft", "self", "--draft-compression", "8bit")])
+def test_run_speculates_and_says_how_well(options: Any, rabbit: Any, speaker: Path, tmp_path: Path) -> None:
+    budget = ("-m", "400kB", "--saving-path", tmp_path, "--dtype", "float32")
+    expected = rabbit("run", speaker, PROMPT, "--max-new-tokens", 12, "--device", "cpu", *budget)
+    named = (str(option).replace("MODEL", str(speaker)) for option in options)
+    done = rabbit("run", speaker, PROMPT, "--max-new-tokens", 12, "--device", "cpu", *budget, *named)
+    assert (done.code, done.out) == (0, expected.out), done.err
+    assert re.fullmatch(r"speculation: \d\.\d\d tokens a pass; .* accepted; .* for passes", done.err.splitlines()[-1])
+    assert "speculation" not in expected.err
+
+
+def test_a_draft_guesses_together_with_lookup() -> None:
+    assert Loading().guesses is None
+    assert Loading(speculate=True).guesses == "auto"
+    for draft, name in (("x/small", "lookup + draft small"), ("self", "lookup + 4bit draft")):
+        guesses = Loading(draft=draft).guesses
+        assert isinstance(guesses, Merged)
+        assert guesses.name == name
 
 
 def test_run_answers_on_stdout_and_reports_on_stderr(rabbit: Any, speaker: Path, greedy: str) -> None:
@@ -235,6 +256,13 @@ def raising(error: BaseException) -> Any:
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: cannot read --api-key-file /no/such"),
         (("chat", "MODEL"), 2, "has no chat template"),
+        (("run", "MODEL", "hi", "--draft", "/no/such"), 1, "error: /no/such does not exist"),
+        (
+            ("run", "MODEL", "hi", "--draft", "MODEL", "-m", "1kB", "--device", "cpu"),
+            2,
+            "--draft-compression 4bit, or raise --max-m",
+        ),
+        (("chat", "MODEL", "--draft-compression", "4bit"), 2, "is for the model of --draft, which is not given"),
     ],
 )
 def test_errors_are_a_line_about_options_and_a_code(arguments: Any, code: int, words: str, rabbit: Any, speaker: Path) -> None:
@@ -293,6 +321,7 @@ def test_a_warning_is_one_plain_line_about_options(rabbit: Any, speaker: Path) -
         ('pass compression="4bit", or', "pass --compression 4bit, or"),
         ("choose with gguf_file=, one of a.gguf", "choose with --gguf-file, one of a.gguf"),
         ('use attn_implementation="eager" or "auto"', 'use --attn eager or "auto"'),
+        ("family, or speculate=SelfDraft()", "family, or --draft self"),
         ("the tokens of max_seq_len, 5", "the tokens of --max-seq-len, 5"),
         ("/home/device/split=x/dtype.bin and bos_token=3 {'a': 1}", "/home/device/split=x/dtype.bin and bos_token=3 {'a': 1}"),
     ],

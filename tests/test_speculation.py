@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from guessing import Guided
 from tiny import words
 from transformers import LlamaConfig, LogitsProcessor, StoppingCriteria
 
-from rabbit_engine import Session
+from rabbit_engine import AutoModel, DraftModel, Session
 from rabbit_engine.decoding import ROOT, Tree
 from rabbit_engine.decoding.support import deepest
 from rabbit_engine.decoding.verification import mask_kinds, tree_mask
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
@@ -225,6 +227,22 @@ def test_error_in_the_middle_of_a_tree_leaves_a_usable_model(llama: Any) -> None
     with pytest.raises(KeyError, match="own"):
         seeded(llama, prompt(), speculate=Guided(expected[0].tolist()), stopping_criteria=[fails], **GREEDY)
     assert torch.equal(seeded(llama, prompt(), speculate=Guided(expected[0].tolist()), **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("atuo", "speculate='atuo' is not known: give \"auto\""),
+        (DraftModel, "speculate is the class DraftModel"),
+        (True, "speculate is a bool: give None"),
+        (torch.zeros(2), 'speculate is a Tensor: give None, "auto" or a draft'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_known_ones(wrong: Any, words: str, llama: Any) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        llama.generate(prompt(), speculate=wrong)
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        AutoModel.from_pretrained(llama.name_or_path, speculate=wrong)
 
 
 def test_default_of_the_model_is_used_unless_a_call_says_otherwise(checkpoint: Any, streamed: Any) -> None:

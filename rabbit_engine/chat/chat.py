@@ -70,11 +70,13 @@ class Chat:
                 f"{self._session.most_tokens} tokens (/reset forgets all of it)"
             )
         self._interrupt.pressed = False
+        before = self._session.model.profile.speculation
         reply = follow(self._session, request, self._screen, self._interrupt)
         self._tally.add(reply)
         if reply.tokens:
             self.conversation = self.conversation.answered(question, reply.text, stopped=reply.finish_reason == "cancelled")
-        self._screen.note(summary(reply) + ("" if reply.tokens else ": the question was not kept"))
+        speculated = self._session.model.profile.speculation.since(before)
+        self._screen.note(summary(reply, speculated.tokens_a_pass) + ("" if reply.tokens else ": the question was not kept"))
 
     def _call(self, call: Call) -> bool:
         if call.name == "quit":

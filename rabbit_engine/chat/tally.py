@@ -41,14 +41,16 @@ class Tally:
         )
 
 
-def summary(reply: Reply) -> str:
-    """The line below an answer: tokens and seconds, and why it ended early."""
+def summary(reply: Reply, tokens_a_pass: float = 0.0) -> str:
+    """The line below an answer: tokens and seconds, why it ended early, and `tokens_a_pass` unless it is 0."""
     count = len(reply.tokens)
     ended = {"stop": "", "length": ", the limit", "cancelled": ", stopped"}[reply.finish_reason]
     if not count:
         return f"no token{ended}"
     text = f"{_count(count, 'token')}{ended}, first after {format_seconds(reply.first_token_s)}"
-    return text if count == 1 else f"{text}, then {format_seconds(reply.token_s)} a token"
+    if count > 1:
+        text += f", then {format_seconds(reply.token_s)} a token"
+    return f"{text}, {tokens_a_pass:.1f} tokens a pass" if tokens_a_pass else text
 
 
 def _count(count: int, noun: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rabbit_engine import chat as chat
     from rabbit_engine import checkpoints as checkpoints
     from rabbit_engine import config as config
+    from rabbit_engine import decoding as decoding
     from rabbit_engine import model as model
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
@@ -36,6 +37,7 @@ _MODULES = {
     "chat": "rabbit_engine.chat",
     "checkpoints": "rabbit_engine.checkpoints",
     "config": "rabbit_engine.config",
+    "decoding": "rabbit_engine.decoding",
     "demo": "rabbit_engine.diagnostics.demo",
     "disk_rate": "rabbit_engine.diagnostics.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",

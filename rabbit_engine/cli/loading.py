@@ -10,15 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from rabbit_engine.cli import engine, output
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from rabbit_engine.decoding import Draft
 
 DEFAULT_TOKENS = 4096
 """Commands that hold conversations reserve memory for this many tokens by default."""
+
+SELF = "self"
+"""The name of the draft that is a copy of the model itself."""
 
 _PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
 
@@ -46,6 +54,12 @@ def _check_memory(text: str | None) -> str | None:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text
+
+
+def _check_draft(name: str | None) -> str | None:
+    if name not in (None, SELF):
+        read_name(name)
+    return name
 
 
 def _parse_folder(text: str) -> Path:
@@ -88,6 +102,20 @@ GgufFile = Annotated[str | None, typer.Option(help="The GGUF file of the folder 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Token = Annotated[str | None, typer.Option(help="For gated repos; by default from HF_TOKEN.", show_default=False)]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run code from the repository.")]
+Speculate = Annotated[
+    bool, typer.Option("--speculate", help="Guess tokens ahead and verify several in each pass: fewer passes, the same text.")
+]
+DraftName = Annotated[
+    str | None,
+    typer.Option(
+        callback=_check_draft,
+        metavar="MODEL",
+        help="Speculate with a small model of the same tokenizer, whole in memory; self: with a 4-bit copy of the model.",
+    ),
+]
+DraftCompression = Annotated[
+    Literal["4bit", "8bit"] | None, typer.Option(help="Store the draft's weights smaller, once.", case_sensitive=False)
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +134,23 @@ class Loading:
     revision: Revision = None
     token: Token = None
     trust_remote_code: TrustRemoteCode = False
+    speculate: Speculate = False
+    draft: DraftName = None
+    draft_compression: DraftCompression = None
+
+    def __post_init__(self) -> None:
+        if self.draft_compression is not None and self.draft is None:
+            raise ConfigurationError("--draft-compression is for the model of --draft, which is not given")
+
+    @property
+    def guesses(self) -> Draft | str | None:
+        """`speculate` in the library's form. A model guesses together with lookup: joined trees accept more than either's."""
+        if self.draft is None:
+            return "auto" if self.speculate else None
+        decoding = engine.decoding
+        if self.draft == SELF:
+            return decoding.Merged(decoding.Lookup(), decoding.SelfDraft(self.draft_compression or "4bit"))
+        return decoding.Merged(decoding.Lookup(), decoding.DraftModel(self.draft, compression=self.draft_compression))
 
     @property
     def budget(self) -> dict[int | str, int | str] | None:
@@ -134,6 +179,7 @@ class Loading:
             "revision": self.revision,
             "token": self.token,
             "trust_remote_code": self.trust_remote_code,
+            "speculate": self.guesses,
         }
 
 

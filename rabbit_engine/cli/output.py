@@ -19,6 +19,9 @@ from rabbit_engine.errors import first_line
 _NOT_FOR_USERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 """Warnings for programmers about future library versions."""
 
+_ALWAYS_SHOWN = ("rabbit_engine.checkpoints.preparation", "rabbit_engine.decoding.speculation")
+"""Loggers of long work, announced before it begins, and of why a text is decoded without the speculation that was asked for."""
+
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of writing to stdout; the library's own reads and writes raise RabbitErrors."""
 
@@ -38,7 +41,8 @@ def prepare(*, verbose: bool) -> None:
     handler.setFormatter(_Line())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("rabbit_engine").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("rabbit_engine.checkpoints.preparation").setLevel(logging.INFO)  # long work is announced before it begins
+    for name in _ALWAYS_SHOWN:
+        logging.getLogger(name).setLevel(logging.INFO)
     for category in () if verbose else _NOT_FOR_USERS:
         warnings.simplefilter("ignore", category)
     warnings.showwarning = _show_warning

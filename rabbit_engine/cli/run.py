@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from rabbit_engine.cli import engine, options
+from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import LOADING, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
@@ -98,3 +98,5 @@ def run(
         if seed is not None:
             engine.torch.manual_seed(seed)
         write_answer(streamed, inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p, top_k, seed))
+        for name, value in streamed.profile.speculation.rows():
+            output.note(f"{name}: {value}")

@@ -24,6 +24,7 @@ OPTIONS = {
     "overflow": "--overflow",
     "revision": "--revision",
     "seed": "--seed",
+    "speculate": "--speculate",
     "split": "--split",
     "temperature": "--temperature",
     "token": "--token",
@@ -32,6 +33,14 @@ OPTIONS = {
     "trust_remote_code": "--trust-remote-code",
 }
 """Options by keyword; where there is no option, the equivalent environment variable."""
+
+_DRAFTS = {
+    'DraftModel(..., compression="4bit")': "--draft-compression 4bit",
+    "DraftModel(...)": "--draft MODEL",
+    "speculate=SelfDraft()": "--draft self",
+    "Lookup()": "--speculate",
+}
+"""Options by the drafts that messages suggest."""
 
 _VALUE = r"""\{[^{}]*\}|"[^"]*"|'[^']*'|[\w./:+-]*[\w/+-]"""
 _ASSIGNED = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?:\[['\"]?(\w+)['\"]?\])?=({_VALUE})?")
@@ -42,6 +51,8 @@ _PLACES = re.compile(r"\{[^{}]*\}")
 
 def as_options(message: str) -> str:
     """`'give max_memory={"cpu": 149550000} or more' -> 'give --max-memory cpu=150MB or more'`."""
+    for draft, option in _DRAFTS.items():
+        message = message.replace(draft, option)
     message = _ASSIGNED.sub(_assigned, message)
     message = _ALONE.sub(lambda match: OPTIONS[match[1]], message)
     return _PLACES.sub(lambda match: _places(match[0]), message)

@@ -104,7 +104,7 @@ def plan_whole(name: str, partition: Partition, stream: StreamConfig) -> Plan:
     needed = place(partition.sizes, device, unbounded).held_bytes(device)
     raise DraftError(
         f"the draft {name} needs {format_bytes(needed)} on {device}, and has {format_bytes(budget.device_bytes or 0)}: "
-        'take a smaller one, compression="4bit", or raise max_memory'
+        'take a smaller one, DraftModel(..., compression="4bit"), or raise max_memory'
     )
 
 

@@ -42,9 +42,14 @@ _RUNNING: ContextVar[tuple[object, Speculation] | None] = ContextVar("running_sp
 
 def parse_speculate(value: object) -> Speculate:
     """The checked value of `speculate`. Raises ConfigurationError."""
-    if value is None or value == AUTO or isinstance(value, Draft):
+    if value is None or (isinstance(value, Draft) and not isinstance(value, type)):
         return value
-    raise ConfigurationError(f'speculate={value!r}: give None, "auto" or a draft, such as rabbit_engine.Lookup()')
+    if isinstance(value, str):
+        if value == AUTO:
+            return value
+        raise ConfigurationError(f'speculate={value!r} is not known: give "auto", Lookup(), or DraftModel(...) with a model')
+    kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    raise ConfigurationError(f'speculate is {kind}: give None, "auto" or a draft, such as Lookup() or DraftModel(...)')
 
 
 class SpeculatingMixin:

@@ -120,6 +120,7 @@ OWN_KEYWORDS = (
     "show_layer_progress",
     "max_seq_len",
     "cut",
+    "speculate",
     "hf_token",
 )
 """Keywords that transformers does not have."""

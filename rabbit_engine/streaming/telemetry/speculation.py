@@ -39,6 +39,10 @@ class SpeculationProfile:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def since(self, before: SpeculationProfile) -> SpeculationProfile:
+        """The counts from an earlier copy to this one."""
+        return SpeculationProfile(**{name: getattr(self, name) - getattr(before, name) for name in self.__slots__})
+
     def rows(self) -> list[tuple[str, str]]:
         """As (name, value) rows; none if no text speculated."""
         if not self.passes:
