@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import words
 
-from rabbit_engine import DraftModel, SelfDraft
+from rabbit_engine import AutoModel, DraftModel, SelfDraft, Session
 from rabbit_engine.decoding import Allowance
 from rabbit_engine.errors import BudgetError, ConfigurationError, DraftError
 from rabbit_engine.model.auto import load, read_settings
@@ -97,3 +98,41 @@ def test_an_unknown_compression_is_an_error() -> None:
     for make in (lambda: SelfDraft("3bit"), lambda: DraftModel("folder", compression="3bit")):
         with pytest.raises(ConfigurationError, match="compression='3bit' is not one of"):
             make()
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(5, 90, (1, 13), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}], ids=["greedy", "drawn"])
+def test_a_copy_as_the_default_draft_gives_the_same_text_in_fewer_passes(
+    own_checkpoint: Callable[..., Path], how: dict[str, Any]
+) -> None:
+    folder = own_checkpoint("llama")
+    with AutoModel.from_pretrained(folder, device="cpu", speculate=SelfDraft("8bit", nodes=48)) as model:
+
+        def generate(**keywords: Any) -> tuple[list[int], int]:
+            torch.manual_seed(0)
+            before = model.profile.passes
+            found: Any = model.generate(prompt(), max_new_tokens=24, pad_token_id=0, **how, **keywords)
+            return found[0].tolist(), model.profile.passes - before
+
+        generate()  # the first text tries out whether several tokens a pass are right
+        (expected, plain), (found, fewer) = generate(speculate=None), generate()
+    assert found == expected
+    assert fewer < plain
+
+
+def test_texts_of_a_session_have_caches_of_their_own_in_the_draft(checkpoint: Callable[[str], Path], streamed: Any) -> None:
+    folder, draft = checkpoint("llama"), DraftModel(checkpoint("llama"), nodes=64, temperature=0.1)
+    model = streamed(folder)
+    model.tokenizer = words(96)
+    prompts = [(prompt() + number)[0].tolist() for number in range(3)]
+    options = {"max_new_tokens": 20, "temperature": 0, "ignore_eos": True}
+    with Session(model) as session:
+        expected = [list(reply.tokens) for reply in session.generate(prompts, **options)]
+    with Session(model, speculate=draft) as session:
+        before = model.profile.passes
+        found = [list(reply.tokens) for reply in session.generate(prompts, **options)]
+    assert found == expected
+    assert model.profile.passes - before < 20
