@@ -73,6 +73,18 @@ def rabbit_lanes(
     )
 
 
+def speculation_lanes(python: str | None, model: Path, drafts: Sequence[str], resident: int) -> Iterator[Lane]:
+    """rabbit_engine and transformers' offload, each with these drafts: "lookup", "4bit" (of the model itself), or folders."""
+    for draft in drafts if python else ():
+        name = Path(draft).name
+        always = ("--draft", draft)
+        lane = partial(Lane, python=str(python), model=model)
+        yield lane(name=f"rabbit_engine, draft {name}", module="rabbit", always=always, prepares=draft == "4bit")
+        if draft != "4bit":
+            assisted = ("--assistant", draft, "--resident-bytes", str(resident))
+            yield lane(name=f"transformers disk offload, assistant {name}", module="transformers_offload", always=assisted)
+
+
 def disk_lane(python: str | None, model: Path) -> Iterator[Lane]:
     """The rate of a slowed disk, measured in the same rounds."""
     if python:
@@ -199,6 +211,8 @@ def main(
         list[Path] | None, typer.Option(help="The same model for llama.cpp; peers/write_gguf.py makes it. May be repeated.")
     ] = None,
     compressions: Annotated[str, typer.Option(help="Lanes of rabbit_engine, as 4bit,8bit,lossless; 4bit also of AirLLM.")] = "",
+    drafts: Annotated[str, typer.Option(help='Lanes that speculate, as lookup,4bit,DIR: "4bit" is a copy of the model.')] = "",
+    resident: Annotated[str, typer.Option(help="transformers' max_memory in lanes that speculate.")] = "1GB",
     only: Annotated[str, typer.Option(help="Run only the lanes whose name matches this pattern.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed after the first one.")] = 3,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -226,6 +240,7 @@ def main(
     compressed = [part for part in compressions.split(",") if part]
     lanes = [
         *rabbit_lanes(rabbit_python, model, budgets_of(limit, budgets), compressed, ggufs, shards),
+        *speculation_lanes(rabbit_python, model, [part for part in drafts.split(",") if part], parse_bytes(resident)),
         *(disk_lane(rabbit_python, model) if read_rate else ()),
         *airllm_lanes(airllm_python, model, compressed, shards),
         *rabbitllm_lane(rabbitllm_python, model, shards),

@@ -9,8 +9,9 @@ from typing import Any
 
 import rabbit_engine
 from peers.timing import decode_by_generate, parser, run
-from rabbit_engine import AutoModel
+from rabbit_engine import AutoModel, DraftModel, Lookup, Merged, SelfDraft
 from rabbit_engine.cli import main as split
+from rabbit_engine.decoding import Draft
 
 
 def prepare(model: Path, compression: str, shards: str) -> None:
@@ -24,6 +25,12 @@ def prepare(model: Path, compression: str, shards: str) -> None:
     print("{}")
 
 
+def draft_of(names: list[str]) -> Draft | None:
+    """One draft of those named."""
+    drafts = [Lookup() if name == "lookup" else SelfDraft() if name == "4bit" else DraftModel(name) for name in names]
+    return Merged(*drafts) if len(drafts) > 1 else next(iter(drafts), None)
+
+
 def main() -> None:
     """Without --max-memory the engine uses the free memory."""
     arguments = parser(__doc__, "the model's folder, or a GGUF file")
@@ -31,6 +38,7 @@ def main() -> None:
     arguments.add_argument("--compression", help="How shards store the weights; by default the model's files are streamed.")
     arguments.add_argument("--shards", help="Where they are.")
     arguments.add_argument("--fused-products", action="store_true", help="Multiply few rows by weights as they are stored.")
+    arguments.add_argument("--draft", action="append", help='Guesses tokens: "lookup", "4bit" or a folder. May be repeated.')
     options = arguments.parse_args()
     if options.prepare and options.compression:
         prepare(options.model, options.compression, options.shards)
@@ -46,6 +54,7 @@ def main() -> None:
             layer_shards_saving_path=options.shards,
             fused_products=options.fused_products or None,
             dtype="bfloat16",
+            speculate=draft_of(options.draft or []),
         )
 
     run(options, "rabbit_engine", rabbit_engine.__version__, load, decode_by_generate)

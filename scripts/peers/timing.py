@@ -65,11 +65,12 @@ class Clock:
         self._read.append(read_bytes())
 
     def put(self, ids: Any) -> None:
-        """The prompt `[1, prompt_tokens]` starts the clock; each token `[1]` after it is recorded."""
-        if self._times_s:
-            self.note(int(ids.item()))
-        else:
+        """The prompt `[1, prompt_tokens]` starts the clock; the tokens after it are recorded as they come, one or several."""
+        if not self._times_s:
             self.start()
+            return
+        for token in ids.reshape(-1).tolist():
+            self.note(token)
 
     def end(self) -> None:
         """Nothing to close."""
@@ -102,7 +103,7 @@ def run(
     print(json.dumps({**record, "peak_rss_bytes": peak_rss_bytes()}), flush=True)
 
 
-def decode_by_generate(model: Any, prompt_ids: list[int], count: int) -> Clock:
+def decode_by_generate(model: Any, prompt_ids: list[int], count: int, **keywords: Any) -> Clock:
     """`count` greedy tokens by one call of a `generate()` like transformers', with its KV cache."""
     import torch
 
@@ -110,7 +111,7 @@ def decode_by_generate(model: Any, prompt_ids: list[int], count: int) -> Clock:
     ids = torch.tensor([prompt_ids])
     mask = torch.ones_like(ids)
     lengths = {"max_new_tokens": count, "min_new_tokens": count}
-    model.generate(ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True, **lengths)
+    model.generate(ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True, **lengths, **keywords)
     return clock
 
 

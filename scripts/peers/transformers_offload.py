@@ -6,6 +6,7 @@ accelerate fills N bytes of memory, less the largest layer, with modules and lea
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def main() -> None:
     """Raises SystemExit if the offload copied weights: this measures offloading in place."""
     arguments = parser(__doc__)
     arguments.add_argument("--resident-bytes", type=int, default=1_000_000_000, help="max_memory for the CPU.")
+    arguments.add_argument("--assistant", help='Guesses tokens: "lookup" in the prompt, or a folder.')
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as offload_folder:
 
@@ -34,7 +36,22 @@ def main() -> None:
                 raise SystemExit(f"the offload wrote {len(copies)} files of weights instead of reading the checkpoint")
             return model
 
-        run(options, "transformers", transformers.__version__, load, decode_by_generate)
+        run(
+            options,
+            "transformers",
+            transformers.__version__,
+            load,
+            partial(decode_by_generate, **assistant_of(options.assistant)),
+        )
+
+
+def assistant_of(name: str | None) -> dict[str, Any]:
+    """The keywords of `generate`."""
+    if name is None:
+        return {}
+    if name == "lookup":
+        return {"prompt_lookup_num_tokens": 10}
+    return {"assistant_model": AutoModelForCausalLM.from_pretrained(name, dtype="auto")}
 
 
 if __name__ == "__main__":
