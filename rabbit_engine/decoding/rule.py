@@ -98,7 +98,7 @@ class Rule:
             self._passes = self._passes_at(context)
             nodes = self._nodes if self._nodes is not None else self._nodes_to_ask(others)
             self._asked, self._others = nodes, others
-            return Allowance(nodes, nodes, self._token_s(nodes, others))
+            return Allowance(nodes, nodes, math.inf if self._nodes is not None else self._token_s(nodes, others))
 
     def fit(self, tree: Tree, draft_s: float, context: int, others: int = 0) -> Tree:
         """The part of a tree that pays, possibly none of it; `draft_s` are the seconds that it took."""
