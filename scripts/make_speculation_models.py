@@ -31,7 +31,8 @@ def rounded(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     least, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     step = (largest - least).clamp(min=1e-8) / (2**bits - 1)
     found = ((values - least) / step).round() * step + least
-    return found.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+    flat: torch.Tensor = found.flatten(1)
+    return flat[:, : weight.shape[1]].to(weight.dtype)
 
 
 def load(source: Path) -> Any:
