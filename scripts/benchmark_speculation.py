@@ -129,7 +129,7 @@ def measure(model: Any, lanes: Sequence[Lane], asked: Sequence[Question], tokens
 
 def as_table(lanes: Sequence[Lane]) -> Table:
     """Tokens a pass by kind, and seconds a token and equal answers of all."""
-    kinds = list(lanes[0].counts)
+    kinds = sorted(lanes[0].counts, key=lambda kind: kind == "all")
     table = Table("draft", "nodes", *kinds, "seconds a token", "equal")
     for lane in lanes:
         whole = lane.counts["all"]
