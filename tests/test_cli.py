@@ -115,6 +115,18 @@ def test_run_speculates_and_says_how_well(options: Any, rabbit: Any, speaker: Pa
     assert "speculation" not in expected.err
 
 
+def test_bench_tells_tokens_a_pass_and_seconds_with_speculation_and_without(rabbit: Any, speaker: Path) -> None:
+    asked = ("--prompt", PROMPT, "--rounds", 1, "--tokens", 12, "--device", "cpu", "--dtype", "float32")
+    done = rabbit("bench", speaker, "--speculate", *asked)
+    assert done.code == 0, done.err
+    assert re.search(r"^\| decoding with auto \| \d", done.out, re.MULTILINE)
+    assert re.search(r"^Speculation: \d\.\d\d tokens a pass; ", done.out, re.MULTILINE)
+    assert re.search(
+        r"^A token takes \d+\.\d\d of the seconds of plain decoding; the text is the same\.$", done.out, re.MULTILINE
+    )
+    assert "--prompt is for --speculate" in rabbit("bench", speaker, "--prompt", "x").err
+
+
 def test_a_draft_guesses_together_with_lookup() -> None:
     assert Loading().guesses is None
     assert Loading(speculate=True).guesses == "auto"

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import tqdm.auto
+from conftest import smallest
 from fake_hub import FakeHub
+from guessing import Guided
 from rich.console import Console
 
 from rabbit_engine import errors
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.diagnostics.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.diagnostics.plotting import plot_trace
+from rabbit_engine.diagnostics.speculation import compare
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.planning.placement import place
@@ -190,6 +193,20 @@ def test_bench_of_a_model_whose_cache_cannot_go_back(checkpoint: Any, streamed: 
     needed = int(streamed(checkpoint("qwen3_next")).plan.budget.device_bytes)
     records, _, _ = link(checkpoint("qwen3_next"), rounds=1, steps=2, device="cpu", max_memory={"cpu": needed})
     assert [record.lane for record in records] == [DISK, DECODE]  # experts do not pass through the ring
+
+
+def test_bench_compares_decoding_with_speculation_and_without(checkpoint: Any, plain: Any) -> None:
+    ids = torch.arange(5, 20)[None]
+    expected = plain(checkpoint("llama"), dtype=torch.float32).generate(ids, max_new_tokens=16, do_sample=False)[0].tolist()
+    keywords = {"device": "cpu", "dtype": "float32", "max_memory": smallest(checkpoint("llama"), dtype="float32")}
+    found = compare(checkpoint("llama"), Guided(expected), lambda _: {"input_ids": ids}, rounds=2, tokens=16, **keywords)
+    usual, guided = found.records
+    assert [usual.lane, guided.lane] == ["decoding", "decoding with guided"]
+    assert found.same_tokens is None
+    assert found.profile.tokens_a_pass > 1.5
+    assert 0 < guided.bytes_moved < usual.bytes_moved
+    assert len(guided.rounds_s) == 2
+    assert "draft" in shares(found.spans)
 
 
 def test_bench_writes_a_trace_and_a_picture(checkpoint: Any, streamed: Any, tmp_path: Path, rabbit: Any) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import finding as finding
     from rabbit_engine.diagnostics import pace as pace
     from rabbit_engine.diagnostics import plotting as plotting
+    from rabbit_engine.diagnostics import speculation as speculation
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
     from rabbit_engine.transformers_bridge import generation as generation
@@ -49,6 +50,7 @@ _MODULES = {
     "pace": "rabbit_engine.diagnostics.pace",
     "platform": "rabbit_engine.utils.platform",
     "plotting": "rabbit_engine.diagnostics.plotting",
+    "speculation": "rabbit_engine.diagnostics.speculation",
     "sessions": "rabbit_engine.sessions",
     "streaming": "rabbit_engine.streaming",
     "torch": "torch",

@@ -201,7 +201,7 @@ def link(name: str | Path, rounds: int = 5, steps: int = STEPS, **keywords: Any)
             ring = {} if model.plan.experts.layers else {RING: ring_step(model)}  # experts do not pass through it
             lanes = {DISK: _settled(model, direct_reads(chunks)), **ring, DECODE: step}
         found = interleaved(lanes, rounds, steps, lambda: None)
-        with _tracing(trace):
+        with tracing(trace):
             for _ in range(steps):
                 step()
         moved = sum(chunk.read_bytes for chunk in chunks)
@@ -222,7 +222,8 @@ def _uncached(model: StreamedModel) -> list[Unit]:
 
 
 @contextmanager
-def _tracing(trace: Trace) -> Iterator[None]:
+def tracing(trace: Trace) -> Iterator[None]:
+    """A block whose spans are recorded, without those of before."""
     trace.clear()
     trace.on = True
     try:
@@ -309,7 +310,7 @@ def decode_on_cpu(folder: Path, layers: int = 12, hidden_size: int = 2048, round
     return [_record(name, values, 0 if name == RESIDENT else moved, conditions) for name, values in found.items()]
 
 
-def as_markdown(records: Sequence[BenchmarkRow]) -> str:
+def as_markdown(records: Sequence[BenchmarkRow], rounds: str = "interleaved rounds") -> str:
     """A table of medians, with the conditions below."""
     lines = ["| lane | s a token | slowest - fastest | GB a token | GB/s | CPU s a GB |", "|---|---|---|---|---|---|"]
     for record in records:
@@ -318,9 +319,10 @@ def as_markdown(records: Sequence[BenchmarkRow]) -> str:
             f"| {record.lane} | {record.median_s:.3f} | {record.spread_s:.3f} | {moved if record.bytes_moved else '- | - | -'} |"
         )
     conditions = "; ".join(f"{name}: {value}" for name, value in records[0].conditions.items())
-    return "\n".join([*lines, "", f"Medians of {len(records[0].rounds_s)} interleaved rounds. {conditions}."])
+    return "\n".join([*lines, "", f"Medians of {len(records[0].rounds_s)} {rounds}. {conditions}."])
 
 
 def shares(spans: Sequence[Span]) -> dict[str, float]:
-    """The fraction of a trace in which each lane was busy."""
-    return {lane: busy_share(spans, lane) for lane in ("disk", "copy", "compute", "wait")}
+    """The fraction of a trace in which each lane was busy; "draft" only if there are drafts."""
+    drafts = {"draft"} & {span.lane for span in spans}
+    return {lane: busy_share(spans, lane) for lane in ("disk", "copy", "compute", "wait", *drafts)}
