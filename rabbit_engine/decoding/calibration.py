@@ -68,19 +68,23 @@ class UsualGain:
     _SHARE = 1 / 4
     """Of the newest tree."""
 
-    _DECAY = 0.8
-    """What doubling the nodes adds, as a part of what the last doubling added: for sizes that were not asked for."""
-
     def __init__(self, most: int) -> None:
         self.sizes = tuple(1 << power for power in range(most.bit_length()))
         self.gains = [0.0] * len(self.sizes)
         self._trees = 0
 
     def add(self, probabilities: Sequence[float], asked: int) -> None:
-        """Learn from a tree's probabilities, the likeliest first, of at most `asked` nodes."""
+        """Learn from a tree's probabilities, the likeliest first, of at most `asked` nodes.
+
+        Larger sizes are expected to add with each doubling what the last one added.
+        """
         found = [sum(probabilities[:size]) for size in self.sizes if size <= max(1, asked)]
         while len(found) < len(self.sizes):
-            found.append(found[-1] + self._DECAY * (found[-1] - (found[-2] if len(found) > 1 else 0.0)))
+            found.append(2 * found[-1] - (found[-2] if len(found) > 1 else 0.0))
         known = self.gains if self._trees else found
         self.gains = [before + self._SHARE * (now - before) for before, now in zip(known, found, strict=True)]
         self._trees += 1
+
+    def gain(self, size: int) -> float:
+        """That of the largest of `sizes` up to this one; 0 for size 0."""
+        return self.gains[min(size.bit_length(), len(self.sizes)) - 1] if size else 0.0

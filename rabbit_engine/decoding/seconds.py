@@ -13,6 +13,14 @@ _OUTLIER = 2.0
 """A measurement counts at most as this multiple of what its bucket expects: something else held the machine up."""
 
 
+_NEAR = 4.0
+"""Times a measured size, up to which another is near it."""
+
+_CREDIBLE = 1.5
+_FEW = 32
+"""Trusted seconds are doubted if a few rows took this many times as long, or if more rows took less by that."""
+
+
 @dataclass(slots=True)
 class _Bucket:
     """Means of sizes from 2**k up to 2**(k + 1), and the number of the last measurement that they include."""
@@ -25,6 +33,8 @@ class _Bucket:
     def add(self, size: int, seconds: float, now: int) -> None:
         if self.count > 1:
             seconds = min(seconds, _OUTLIER * self.seconds)
+        elif _OUTLIER * seconds < self.seconds:
+            self.count = 0  # the first one was a warm-up
         self.count = min(self.count + 1, _MEMORY)
         self.size += (size - self.size) / self.count
         self.seconds += (seconds - self.seconds) / self.count
@@ -35,17 +45,22 @@ class SecondsBySize:
     """Seconds for sizes from 1 up, a function that never falls.
 
     `shape` is what is known before the first measurement: how seconds grow with the size and, if `trusted`, how many they are.
-    The measured points bend it: their ratios to it are interpolated, and extrapolated with their last slope.
+    The measured points bend it: their ratios to it are interpolated and, if it `steepens`, extrapolated with their last slope.
     """
 
-    def __init__(self, shape: Callable[[float], float], *, trusted: bool = False) -> None:
+    def __init__(self, shape: Callable[[float], float], *, trusted: bool = False, steepens: bool = True) -> None:
         self._shape = shape
+        self._steepens = steepens
         self._trusted = trusted
         self._buckets: dict[int, _Bucket] = {}
         self._count = 0
         self._sizes: list[float] = []
         self._ratios: list[float] = []
         self._arrange()
+
+    def __len__(self) -> int:
+        """Measurements so far."""
+        return self._count
 
     @property
     def is_known(self) -> bool:
@@ -69,18 +84,22 @@ class SecondsBySize:
         after = bisect_left(sizes, size)
         if after == 0:
             return ratios[0] * self._shape(size)
-        if len(sizes) == 1:
-            return ratios[0] * self._shape(size)
+        if len(sizes) == 1 or (size > sizes[-1] and not self._steepens):
+            return ratios[-1] * self._shape(size)
         after = min(after, len(sizes) - 1)
         slope = (ratios[after] - ratios[after - 1]) / (sizes[after] - sizes[after - 1])
         if size > sizes[-1]:
             slope = max(slope, 0.0)
         return (ratios[after] + slope * (size - sizes[after])) * self._shape(size)
 
-    @property
-    def largest(self) -> float:
-        """The largest size that is known."""
-        return self._sizes[-1]
+    def is_near(self, size: float) -> bool:
+        """Whether other sizes tell roughly what it takes: a measured one close below, or one above that took little more."""
+        if self._trusted:
+            return True
+        after = bisect_left(self._sizes, size)
+        if after == 0 or size <= _NEAR * self._sizes[after - 1]:
+            return True
+        return after < len(self._sizes) and self.seconds(self._sizes[after]) <= 2 * self.seconds(self._sizes[after - 1])
 
     def hope(self, size: float) -> float:
         """The least seconds to hope for: those of a smaller size, as its shape grows, until this one is measured."""
@@ -99,7 +118,9 @@ class SecondsBySize:
         """Whether size 1 must be measured: it never was, and there are no trusted seconds, or larger sizes took others."""
         if 0 in self._buckets:
             return False
-        return not self._trusted or (len(self._ratios) > 1 and not 2 / 3 < self._ratios[1] < 3 / 2)
+        if not self._trusted or len(self._sizes) < 2:
+            return not self._trusted
+        return self._ratios[1] < 1 / _CREDIBLE or (self._sizes[1] <= _FEW and self._ratios[1] > _CREDIBLE)
 
     def _arrange(self) -> None:
         """Points in ascending order, whose seconds do not fall."""
