@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rabbit_engine.decoding import Draft
     from rabbit_engine.diagnostics.benchmark import BenchmarkRow
     from rabbit_engine.diagnostics.speculation import SpeculationComparison
+    from rabbit_engine.planning.plan import Plan
     from rabbit_engine.streaming import Span
 
 _OPTIONS = Only("max_memory", "device", "dtype", "split", "speculate", "draft", "draft_compression")
@@ -48,12 +49,10 @@ def bench(
     output.note(f"loading {model} ...")
     if guesses is None:
         records, spans, plan = engine.benchmark.link(model, rounds, tokens or engine.benchmark.STEPS, **keywords)
-        print(plan, engine.benchmark.as_markdown(records), sep="\n\n")
-        if len(records) > 1:
-            print(f"\nDecoding reads at {records[-1].rate / records[0].rate:.3f} of the disk's own rate in this run.")
+        _print_link(records, plan)
     else:
         found = _compare(model, guesses, prompt, rounds, tokens, keywords)
-        records, spans = found.records, found.spans
+        records, spans = list(found.records), found.spans
         _print_comparison(found)
     _print_lanes(spans, trace, plot, model)
     if json:
@@ -68,6 +67,12 @@ def _compare(
     return bench.compare(
         model, guesses, lambda streamed: encode(streamed, question, None), rounds, tokens or bench.TOKENS, **keywords
     )
+
+
+def _print_link(records: Sequence[BenchmarkRow], plan: Plan) -> None:
+    print(plan, engine.benchmark.as_markdown(records), sep="\n\n")
+    if len(records) > 1:
+        print(f"\nDecoding reads at {records[-1].rate / records[0].rate:.3f} of the disk's own rate in this run.")
 
 
 def _print_comparison(found: SpeculationComparison) -> None:

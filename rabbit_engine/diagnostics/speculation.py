@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from rabbit_engine.decoding import Draft
 from rabbit_engine.diagnostics.benchmark import DECODE, BenchmarkRow, tracing
