@@ -14,6 +14,10 @@ import torch
 from rabbit_engine.decoding import EMPTY, ROOT, Allowance, Prior, Rule, Tree, Verdict
 from rabbit_engine.decoding.seconds import SecondsBySize
 from rabbit_engine.decoding.sizing import Outlook
+from rabbit_engine.planning.experts import Routing
+from rabbit_engine.planning.placement import place
+from rabbit_engine.planning.tiers import Budget as DeviceBudget
+from rabbit_engine.planning.tiers import UnitSize
 
 NO_LOGITS = torch.zeros(0)
 TOKENS, PROMPT = 256, 200
@@ -291,6 +295,20 @@ def test_seconds_go_through_the_measured_points_and_never_fall() -> None:
     assert seconds.seconds(201) == pytest.approx(4.0 + 2.1 * 100 / 93)
     assert seconds.hope(64) == seconds.seconds(64) == pytest.approx(1.9 + 2.1 * 56 / 93)
     assert seconds.hope(63) == pytest.approx(1.9)
+
+
+def test_a_plan_tells_what_passes_take_and_how_experts_make_rows_slower() -> None:
+    layers = [UnitSize(f"l{index}", "streamed", 100) for index in range(4)]
+    experts = [UnitSize(f"e{index}", "experts", 80, routing=Routing(8, 2, 10, 10)) for index in range(4)]
+    streamed = place([*layers, *experts], "cpu", DeviceBudget(device_bytes=220))
+    prior = Prior.of(streamed)
+    assert prior.trusted
+    assert prior.seconds(1) == pytest.approx(streamed.pass_s)
+    assert prior.experts_s == pytest.approx(prior.shared_s / 5)  # 80 bytes of the 8 experts in use, 400 of the rest
+    assert prior.seconds(1000) == pytest.approx(prior.shared_s + 4 * prior.experts_s)  # all of 8 instead of 2
+    resident = Prior.of(place([*layers, *experts], "cpu", DeviceBudget()))
+    assert not resident.trusted
+    assert resident.seconds(1000) / resident.seconds(1) == pytest.approx((400 + 320) / (400 + 80))
 
 
 def test_the_profile_says_how_many_tokens_a_pass_gives() -> None:

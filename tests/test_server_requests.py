@@ -234,6 +234,7 @@ def test_health_metrics_plan_lanes_and_page(url: str, client: openai.OpenAI, smo
     assert plan["rows"] == [list(row) for row in smollm_model.plan.rows()]
     metrics = get(f"{url}/metrics").text
     assert f"rabbit_passes_total {float(smollm_model.profile.passes)}" in metrics
+    assert f"rabbit_speculation_tokens_total {float(smollm_model.profile.speculation.tokens)}" in metrics
     assert 'rabbit_requests_total{path="/v1/chat/completions",status="200"}' in metrics
     page = get(url)
     assert page.headers["content-type"].startswith("text/html")

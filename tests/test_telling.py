@@ -159,9 +159,10 @@ def test_a_trace_is_in_the_trace_event_format(tmp_path: Path) -> None:
     with trace.span("disk 0", "layer", 4096):
         pass
     trace.add("compute", "layer", 1.0, 2.5)
+    trace.add("draft", "lookup", 2.5, 2.6)
     write_chrome_trace(trace.spans(), tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"disk 0", "compute"}
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"disk 0", "compute", "draft"}
     spans = {event["name"]: event for event in events if event["ph"] == "X" and event["cat"] == "compute"}
     assert spans["layer"]["dur"] == pytest.approx(1.5e6)
     plot_trace(trace.spans(), tmp_path / "t.png", "title")

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rabbit_engine.sessions import Reply, Session
+from rabbit_engine.streaming import SpeculationProfile
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
@@ -58,3 +59,17 @@ class _ModelCounts(Collector):
         yield CounterMetricFamily("rabbit_read_bytes", "Bytes of weights read from disk.", value=profile.bytes_read)
         yield CounterMetricFamily("rabbit_copied_bytes", "Bytes of weights copied from host memory.", value=profile.bytes_copied)
         yield CounterMetricFamily("rabbit_wait_seconds", "Seconds that passes waited for weights.", value=profile.wait_s)
+        yield from _speculation(profile.speculation)
+
+
+def _speculation(counts: SpeculationProfile) -> Iterator[Metric]:
+    """Tokens a pass is the ratio of the first two."""
+    for name, text, value in (
+        ("tokens", "Tokens of answers that speculate.", counts.tokens),
+        ("passes", "Passes over answers that speculate.", counts.passes),
+        ("drafted", "Tokens guessed ahead.", counts.drafted),
+        ("verified", "Guesses that a pass verified.", counts.nodes),
+        ("accepted", "Guesses that came true.", counts.accepted),
+        ("draft_seconds", "Seconds of guessing.", counts.draft_s),
+    ):
+        yield CounterMetricFamily(f"rabbit_speculation_{name}", text, value=value)
