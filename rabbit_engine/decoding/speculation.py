@@ -85,6 +85,8 @@ class Speculation:
         self._is_asked = False
         self._is_running = False
         self._has_read = False
+        self._learning_s = 0.0
+        """What the draft took to learn from its last tree; it counts for the next one."""
 
     def advance(self, input_ids: torch.Tensor) -> None:
         """The loop is about to ask for what follows `input_ids` [1, tokens]: the prompt and the answer so far."""
@@ -156,7 +158,7 @@ class Speculation:
                 self._has_read = True
             began = time.perf_counter()
             tree = self._drafter.propose(self._ids, replace(budget, nodes=nodes, depth=depth))
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began + self._learning_s
         tree = verifier.shaped(tree.within(depth)).best(nodes)
         self._shared.rule.count_draft(tree, seconds)
         return self._shared.rule.fit(tree, seconds, context, others)
@@ -180,8 +182,10 @@ class Speculation:
         self._verifier.settle(verified.path)
         verdict = verified.verdict(token)
         self._shared.rule.count_verdict(verdict)
+        began = time.perf_counter()
         if verified.tree:
             self._drafter.accepted(verdict)
+        self._learning_s = time.perf_counter() - began
 
     def _check(self, forward: Forward, inputs: Inputs, verifier: Verifier) -> None:
         """Unless the model is proven: record what single passes compute, then try a pass over several tokens."""
@@ -191,11 +195,12 @@ class Speculation:
         if self._trial is None:
             self._trial = Trial(copy_states(cache), inputs)
         elif self._trial.is_ready:
-            now = copy_states(cache)
-            restore_states(cache, self._trial.before)
-            reason = self._why_refused(forward, type(verifier), self._trial)
-            restore_states(cache, now)
-            self._trial = None
+            now, trial, self._trial = copy_states(cache), self._trial, None
+            restore_states(cache, trial.before)
+            try:
+                reason = self._why_refused(forward, type(verifier), trial)
+            finally:
+                restore_states(cache, now)
             if reason:
                 logger.info("no speculation with %s: %s", type(verifier).__name__, reason)
                 self._shared.refused.add(type(verifier))
