@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from test_matrix import STEPS, cache_is_filled, logits_are_equal, split_is_whole, tokens_are_equal
+from test_matrix import STEPS, cache_is_filled, logits_are_equal, speculation_of, split_is_whole, tokens_are_equal
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
@@ -77,7 +77,7 @@ def padding_changes_nothing(model: Any, expected: dict[str, torch.Tensor]) -> No
 def test_converted_family_computes_what_its_authors_code_does(
     row: matrix.ConvertedRow, tmp_path: Path, streamed: Any, checkpoint: Any, record: Callable[..., None]
 ) -> None:
-    differences = []
+    differences, ways = [], set()
     for folder in row.folders:
         expected = load_file(matrix.ORACLES / folder / "expected.safetensors")
         model = streamed(matrix.ORACLES / folder, layer_shards_saving_path=tmp_path, dtype="float32")
@@ -93,6 +93,8 @@ def test_converted_family_computes_what_its_authors_code_does(
         cache_is_filled(model, whole, prompt)
         tokens_are_equal(model, whole, prompt, num_beams=3)
         tokens_are_equal(model, whole, prompt, prompt_lookup_num_tokens=3)
+        ways.add(speculation_of(model, prompt))
+    assert len(ways) == 1, ways
     record(
         row.models,
         row.cls,
@@ -104,6 +106,7 @@ def test_converted_family_computes_what_its_authors_code_does(
         batch="equal",
         beam="equal",
         assisted="equal",
+        speculation=ways.pop(),
         tokenizer="converted",
     )
 
@@ -136,6 +139,7 @@ def test_internlm3_is_read_as_its_description_says(
         "batch": tokens_are_equal(model, whole, padded),
         "beam": tokens_are_equal(model, whole, prompt, num_beams=3),
         "assisted": tokens_are_equal(model, whole, prompt, prompt_lookup_num_tokens=3),
+        "speculation": speculation_of(model, prompt),
     }
     if not biases:
         record(

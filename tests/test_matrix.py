@@ -11,16 +11,25 @@ import matrix
 import pytest
 import torch
 from families import IMAGE_TEXT
+from guessing import Guided
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, HeliumConfig, HeliumForCausalLM
 
 from rabbit_engine.architectures import KNOWN
 from rabbit_engine.checkpoints.shards import read_entries, verify_shard
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.model.speculating import findings_of
 from rabbit_engine.storage.tensorfiles import read_tensor
 from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.faults import fix_known_bugs
 
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+LONGER = {"max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+GUESSED = (
+    {**LONGER, "do_sample": False},
+    {**LONGER, "do_sample": True, "temperature": 0.9, "top_k": 0, "top_p": 0.95},
+)
+ROUNDING = 5e-5
+"""Differences in logits that other numbers of rows explain. A forgotten state of a tiny model is more, but changes no token."""
 Record = Callable[..., None]
 
 
@@ -98,6 +107,36 @@ def experts_of(model: Any) -> str:
     return "whole" if runtime_of(model).partition.whole_experts else "none"
 
 
+def speculation_of(model: Any, inputs: dict[str, torch.Tensor]) -> str:
+    """How guesses are verified, which trials find out: the text is that of plain decoding, from fewer passes unless "plain"."""
+    findings = findings_of(model)
+    findings.proven.clear()
+    findings.refused.clear()
+    findings.plain = ""
+    for mode in GUESSED:
+        expected, passes = drawn(model, inputs, **mode)
+        draft = Guided(expected.sequences[0].tolist(), branches=2)
+        found, fewer = drawn(model, inputs, **mode, speculate=draft)
+        assert torch.equal(found.sequences, expected.sequences), (findings, mode)
+        assert largest_difference(found.logits, expected.logits) < ROUNDING, findings
+        assert findings.used.startswith("plain: ") or fewer < passes, findings
+    return findings.used
+
+
+def drawn(model: Any, inputs: dict[str, torch.Tensor], **mode: Any) -> tuple[Any, int]:
+    """The text of a seed with its logits, and the passes that it took."""
+    before = model.profile.passes
+    torch.manual_seed(3)
+    text = model.generate(**inputs, **mode, return_dict_in_generate=True, output_logits=True)
+    return text, model.profile.passes - before
+
+
+def largest_difference(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """Of the logits after each token, in standard deviations."""
+    both = torch.stack(found), torch.stack(expected)
+    return float((both[0] - both[1]).abs().max() / both[1].std())
+
+
 @pytest.mark.parametrize("row", matrix.NATIVE, ids=lambda row: row.models)
 def test_family_is_equal_to_transformers(
     row: matrix.Row, tmp_path: Path, checkpoint: Any, streamed: Any, ids: Any, padded: Any, record: Record
@@ -120,6 +159,7 @@ def test_family_is_equal_to_transformers(
         beam=tokens_are_equal(model, plain, prompt, num_beams=3),
         assisted=is_assisted(model, plain, prompt, oracle(checkpoint("llama")), row.family in families.STATEFUL),
         experts=experts_of(model),
+        speculation=speculation_of(model, prompt),
         tokenizer="transformers",
     )
 
@@ -142,6 +182,7 @@ def test_image_text_family_is_equal_to_transformers(
         "batch": tokens_are_equal(model, plain, padded),
         "beam": beam_over_images(model, plain, prompt),
         "experts": experts_of(model),
+        "speculation": speculation_of(model, prompt),
     }
     text = {"input_ids": prompt["input_ids"][:, :5]}
     reads = [unit.loads for name, unit in model.profile.units.items() if name in tower]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_matrix import speculation_of
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.transformers_bridge.forwards import cache_of
@@ -177,6 +178,46 @@ def test_a_cache_arrives_whatever_a_layer_calls_it(
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     assert torch.equal(model.generate(ids, **steps), expected)
     assert lengths == [12] + [1] * 7
+
+
+POSITIONS = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class PositionsConfig(LlamaConfig):
+    model_type = "positions_lm"
+
+class PositionsForCausalLM(LlamaForCausalLM):
+    config_class = PositionsConfig
+    def forward(self, input_ids=None, cache_position=None, **kwargs):
+        assert len(cache_position) == input_ids.shape[1]
+        return super().forward(input_ids=input_ids, position_ids=cache_position[None], **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, cache=None, attention_mask=None, **kwargs):
+        past = past_key_values if cache is None else cache
+        seen = past.get_seq_length() if past is not None else 0
+        positions = torch.arange(seen, input_ids.shape[1])
+        name = "past_key_values" if cache is None else "cache"
+        return {"input_ids": input_ids[:, seen:], name: past, "attention_mask": attention_mask, "cache_position": positions}
+"""
+
+
+def test_code_that_counts_positions_itself_verifies_chains(own_checkpoint: Any, streamed: Any, ids: torch.Tensor) -> None:
+    folder = own_checkpoint("llama")
+    (folder / "modeling_positions.py").write_text(POSITIONS)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {
+        "AutoConfig": "modeling_positions.PositionsConfig",
+        "AutoModelForCausalLM": "modeling_positions.PositionsForCausalLM",
+    }
+    config |= {"model_type": "positions_lm", "architectures": ["PositionsForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = streamed(folder, trust_remote_code=True)
+    assert speculation_of(model, {"input_ids": ids}) == "chain"
+
+
+def test_tuples_are_decoded_without_guesses(old: Any, streamed: Any, ids: torch.Tensor) -> None:
+    model = streamed(old(), trust_remote_code=True)
+    assert speculation_of(model, {"input_ids": ids}) == "plain: no cache of transformers' own"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
-from rabbit_engine.architectures.record import Proof, Record, read_record
+from rabbit_engine.architectures.record import Proof, Record, read_record, recorded_speculation
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family, unregister_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
 
@@ -57,6 +57,7 @@ __all__ = [
     "open_gguf_conversion",
     "read_given_config",
     "read_record",
+    "recorded_speculation",
     "refuse_past",
     "register_family",
     "require_generation_config",

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-COLUMNS = ("split", "logits", "cache", "batch", "beam", "assisted", "experts", "tokenizer")
+from transformers import PretrainedConfig
+
+from rabbit_engine.transformers_bridge.remote_code import is_remote
+
+COLUMNS = ("split", "logits", "cache", "batch", "beam", "assisted", "experts", "speculation", "tokenizer")
 _FILE = Path(__file__).with_name("proven.json")
 
 
@@ -41,3 +45,15 @@ def read_record() -> Record:
         for row in raw["rows"]
     )
     return Record(raw["date"], raw["versions"], rows)
+
+
+def recorded_speculation(cls: type, config: PretrainedConfig) -> str:
+    """The column "speculation" of the models that run as `cls`; empty if the record does not tell.
+
+    It does not for a repository's own class, whatever its name, nor where its rows differ, nor for a config with ALiBi's biases:
+    the same class computes them from another mask.
+    """
+    if is_remote(cls) or getattr(config, "alibi", False):
+        return ""
+    found = {row.columns["speculation"] for row in read_record().rows if row.runs_as == cls.__name__}
+    return found.pop() if len(found) == 1 else ""

@@ -2,6 +2,7 @@
 
 from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, TargetModel, Verdict
 from rabbit_engine.decoding.draft_model import DraftModel, SelfDraft
+from rabbit_engine.decoding.findings import Findings
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
 from rabbit_engine.decoding.prior import Prior
@@ -17,6 +18,7 @@ __all__ = [
     "Draft",
     "DraftModel",
     "Drafter",
+    "Findings",
     "Lookup",
     "Merged",
     "ModelTraits",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
+from rabbit_engine.decoding.findings import PLAIN, Findings
 from rabbit_engine.decoding.rule import Rule
 from rabbit_engine.decoding.support import ModelTraits, deepest, verifier_for
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
@@ -44,10 +45,9 @@ _MOST_LAG = 32
 
 @dataclass(slots=True)
 class Speculator:
-    """A draft for a model, shared by the texts that use it: what was measured, and which ways of verifying proved wrong.
+    """A draft for a model, shared by the texts that use it: what was measured, and what was found out about the model.
 
-    `most_nodes` tells how many nodes the free memory has room for. `proven`: the model is known to compute the same for several
-    tokens in one pass as for one after the other.
+    `most_nodes` tells how many nodes the free memory has room for.
     """
 
     draft: Draft
@@ -56,12 +56,12 @@ class Speculator:
     device: torch.device
     trace: Trace
     most_nodes: Callable[[], int]
-    proven: bool = False
-    refused: set[type[Verifier]] = field(default_factory=set)
+    findings: Findings = field(default_factory=Findings)
     _told: set[str] = field(default_factory=set)
 
     def tell_plain(self, reason: str) -> None:
         """Log once for each reason that a text is decoded one token a pass."""
+        self.findings.used = PLAIN + reason
         if reason not in self._told:
             self._told.add(reason)
             logger.info("decoding one token a pass, without speculation: %s", reason)
@@ -88,16 +88,20 @@ class Speculation:
         self._learning_s = 0.0
         """What the draft took to learn from its last tree; it counts for the next one."""
 
-    def advance(self, input_ids: torch.Tensor) -> None:
-        """The loop is about to ask for what follows `input_ids` [1, tokens]: the prompt and the answer so far."""
+    def advance(self, input_ids: torch.Tensor) -> bool:
+        """The loop is about to ask for what follows `input_ids` [1, tokens]: the prompt and the answer so far.
+
+        Whether the last pass has the answer. Until it has not, the cache holds guesses too, which no other code should see.
+        """
         self._is_asked = input_ids.shape[1] > self._prompt_tokens
         if not self._is_asked:
-            return
+            return False
         token = int(input_ids[0, -1])
         if self._verified is not None and not self._verified.follow(token):
             self._leave(self._verified, token)
         if self._verified is None:
             self._ids = input_ids[0].tolist()
+        return self._verified is not None
 
     def call(self, forward: Forward, inputs: Inputs) -> Any:
         """The output of the model for the text's newest token, or for (a part of) its prompt."""
@@ -113,6 +117,8 @@ class Speculation:
             return self._run(forward, inputs, 1)
         self._check(forward, inputs, verifier)
         tree = self._guess(verifier)
+        if tree:
+            self._shared.findings.used = verifier.way
         outputs = self._run(forward, verifier.inputs(inputs, tree), 1 + len(tree))
         self._verified = _Verified(tree, outputs)
         row = self._verified.row()
@@ -133,13 +139,13 @@ class Speculation:
 
     def _current_verifier(self, inputs: Inputs) -> Verifier | None:
         """What verifies the next pass; None if nothing can."""
-        if self._verifier is not None and type(self._verifier) in self._shared.refused:
+        if self._verifier is not None and type(self._verifier) in self._shared.findings.refused:
             self._verifier.finish()
             self._verifier = None
         if self._verifier is not None and self._verifier.cache is not cache_of(inputs):
             self._verifier = self._trial = None  # some models start another when the text passes a length
         if self._verifier is None:
-            self._verifier, reason = verifier_for(inputs, self._shared.traits, self._shared.refused)
+            self._verifier, reason = verifier_for(inputs, self._shared.traits, self._shared.findings.refused)
             if self._verifier is None:
                 self._shared.tell_plain(reason)
         return self._verifier
@@ -150,7 +156,7 @@ class Speculation:
         budget = self._shared.rule.budget(context, others)
         depth = min(self._most_tokens - context - 1, budget.depth, deepest(self._shared.traits.config, context))
         nodes = min(budget.nodes, self._most_nodes)
-        if not self._shared.proven or depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
+        if type(verifier) not in self._shared.findings.proven or depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY
         with self._shared.trace.span("draft", self._shared.draft.name), torch.no_grad():
             if not self._has_read:
@@ -188,8 +194,8 @@ class Speculation:
         self._learning_s = time.perf_counter() - began
 
     def _check(self, forward: Forward, inputs: Inputs, verifier: Verifier) -> None:
-        """Unless the model is proven: record what single passes compute, then try a pass over several tokens."""
-        if self._shared.proven:
+        """Unless this way is proven: record what single passes compute, then try a pass over several tokens."""
+        if type(verifier) in self._shared.findings.proven:
             return
         cache = cache_of(inputs)
         if self._trial is None:
@@ -202,14 +208,14 @@ class Speculation:
             finally:
                 restore_states(cache, now)
             if reason:
-                logger.info("no speculation with %s: %s", type(verifier).__name__, reason)
-                self._shared.refused.add(type(verifier))
+                logger.info("no speculation as a %s: %s", verifier.way, reason)
+                self._shared.findings.refused.add(type(verifier))
             else:
-                self._shared.proven = True
+                self._shared.findings.proven.add(type(verifier))
 
     def _why_refused(self, forward: Forward, way: type[Verifier], trial: Trial) -> str:
         """Run the pass of a trial. Empty if its numbers are those of single passes."""
-        refused = {*self._shared.refused, *({TreeVerifier} if way is ChainVerifier else ())}
+        refused = {*self._shared.findings.refused, *({TreeVerifier} if way is ChainVerifier else ())}
         verifier, reason = verifier_for(trial.inputs, self._shared.traits, refused)
         if verifier is None:
             return reason

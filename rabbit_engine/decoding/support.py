@@ -83,7 +83,8 @@ def _ways(cache: Cache, inputs: Mapping[str, Any], traits: ModelTraits) -> set[t
         return set()
     if ability == "restore":
         return {CarryVerifier}
-    if ability == "select" and "position_ids" in inputs and _takes_tree_masks(cache, traits):
+    has_depths = "position_ids" in inputs and "cache_position" not in inputs  # with the latter, classes make masks of their own
+    if ability == "select" and has_depths and _takes_tree_masks(cache, traits):
         return {TreeVerifier, ChainVerifier}
     return {ChainVerifier}
 

@@ -14,8 +14,8 @@ from rabbit_engine.transformers_bridge.caches import States
 TOKENS = 3
 """The tokens after the first one that a trial compares."""
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""The largest difference of two logits, in standard deviations of all, that rounding explains."""
+_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4}
+"""The largest difference of two logits, in standard deviations of all, that rounding explains: 2e-5 in 30 layers of fp32."""
 _TOLERANCE_16_BIT = 0.15
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import Cache, PretrainedConfig
@@ -23,12 +23,18 @@ from rabbit_engine.transformers_bridge.caches import (
 Inputs = dict[str, Any]
 Output = TypeVar("Output", bound=Mapping[str, Any])
 
+_POSITIONS = ("position_ids", "cache_position")
+"""Keywords [..., tokens] that count the text's tokens; the second is that of code for transformers 4."""
+
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Keywords [1, tokens] whose value for new text is that of the last token."""
 
 
 class Verifier(ABC):
     """Verifies trees with one text's `cache`. Between passes the cache holds the text without its last token."""
+
+    way: ClassVar[str]
+    """What the record of classes and the log call it."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -64,8 +70,9 @@ class Verifier(ABC):
         """`given` with `tokens` after the text's last; `positions` [all tokens of the pass] count from that one."""
         ids: torch.Tensor = given["input_ids"]
         found = given | {"input_ids": torch.cat([ids, ids.new_tensor([tokens])], -1)}
-        if (ids_of := given.get("position_ids")) is not None:
-            found["position_ids"] = ids_of[..., -1:] + positions.to(ids_of)
+        for name in _POSITIONS:
+            if (place := given.get(name)) is not None:
+                found[name] = place[..., -1:] + positions.to(place)
         if "logits_to_keep" in given:
             found["logits_to_keep"] = 1 + len(tokens)
         for name in _PER_TOKEN:
@@ -76,6 +83,8 @@ class Verifier(ABC):
 
 class ChainVerifier(Verifier):
     """One guess after another, with a cache that can drop its newest positions: the mask is the model's own."""
+
+    way = "chain"
 
     def __init__(self, cache: Cache) -> None:
         super().__init__(cache)
@@ -96,6 +105,8 @@ class ChainVerifier(Verifier):
 
 class TreeVerifier(Verifier):
     """Whole trees, with a cache that can keep any of its newest positions: a mask [1, 1, queries, keys] says who sees whom."""
+
+    way = "tree"
 
     def __init__(self, cache: Cache, config: PretrainedConfig, dtype: torch.dtype) -> None:
         super().__init__(cache)
@@ -137,6 +148,8 @@ class TreeVerifier(Verifier):
 
 class CarryVerifier(Verifier):
     """Chains, with a cache that can only go back to a copy: tokens accepted meanwhile are computed again in the next pass."""
+
+    way = "carry"
 
     def __init__(self, cache: Cache) -> None:
         super().__init__(cache)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.decoding import Draft, Lookup, ModelTraits, Prior, Rule, Speculation, Speculator, why_plain
+from rabbit_engine.architectures import recorded_speculation
+from rabbit_engine.decoding import Draft, Findings, Lookup, ModelTraits, Prior, Rule, Speculation, Speculator, why_plain
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import most_rows
@@ -56,6 +57,7 @@ class SpeculatingMixin:
     """What transformers' decoding loop calls: `_sample` around it, the model in it, and a `watched_preparation`."""
 
     _drafts: dict[int, Speculator]
+    _findings: Findings | None = None
     _speculate: Speculate = None
     """The default of `generate`."""
 
@@ -65,7 +67,8 @@ class SpeculatingMixin:
             return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
         request.is_seen = True
         criteria, config = _argument("stopping_criteria", 1, args, keywords), _argument("generation_config", 2, args, keywords)
-        reason = why_plain(config, keywords, texts=len(input_ids), encoder_decoder=self.config.is_encoder_decoder)  # type: ignore[attr-defined]
+        encodes = bool(self.config.is_encoder_decoder)  # type: ignore[attr-defined]
+        reason = findings_of(self).plain or why_plain(config, keywords, texts=len(input_ids), encoder_decoder=encodes)
         if reason:
             request.speculator.tell_plain(reason)
             return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
@@ -140,7 +143,15 @@ class SpeculatingMixin:
             runtime.device,
             runtime.trace,
             lambda: most_rows(runtime.partition.probe, runtime.free_bytes()),
+            findings_of(self),
         )
+
+
+def findings_of(model: SpeculatingMixin) -> Findings:
+    """What is known of the model's ways to verify guesses: first from the record, later from trials too."""
+    if model._findings is None:
+        model._findings = Findings.recorded(recorded_speculation(runtime_of(model).architecture.cls, model.config))  # type: ignore[attr-defined]
+    return model._findings
 
 
 def _argument(name: str, index: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -154,7 +165,7 @@ def _returns_cache(config: Any, keywords: dict[str, Any]) -> bool:
 
 
 def watched_preparation(cls: type) -> Callable[..., Any]:
-    """The class's `prepare_inputs_for_generation`, which first shows the text so far to the speculation.
+    """The class's `prepare_inputs_for_generation`, which first shows the text so far to the speculation; unused if that answers.
 
     It has the signature of the original: `generate` reads in it which keywords the class takes.
     """
@@ -163,8 +174,8 @@ def watched_preparation(cls: type) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare(self: SpeculatingMixin, input_ids: torch.Tensor, *args: Any, **keywords: Any) -> Any:
         speculation = self._running()
-        if speculation is not None:
-            speculation.advance(input_ids)
+        if speculation is not None and speculation.advance(input_ids):
+            return {}
         return original(self, input_ids, *args, **keywords)
 
     return prepare

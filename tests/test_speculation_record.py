@@ -1,0 +1,66 @@
+"""What the record says of a class decides how its guesses are verified; other classes are tried first."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from guessing import Guided
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rabbit_engine.architectures import read_record, recorded_speculation
+from rabbit_engine.decoding import Findings
+from rabbit_engine.model.speculating import findings_of
+
+TOKENS = 24
+GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+
+
+def prompt(tokens: int = 21) -> torch.Tensor:
+    return torch.randint(5, 90, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def speculated(model: Any, ids: torch.Tensor) -> tuple[str, int]:
+    """How the whole answer was verified, guessed rightly from its second token on, and the passes; its text is as without."""
+    expected = model.generate(ids, **GREEDY)
+    before = model.profile.passes
+    draft = Guided(expected[0].tolist(), agreement=1.0, branches=0, nodes=TOKENS)
+    assert torch.equal(model.generate(ids, speculate=draft, **GREEDY), expected)
+    return findings_of(model).used, model.profile.passes - before
+
+
+@pytest.mark.parametrize(("family", "way"), [("llama", "tree"), ("mpt", "chain"), ("qwen3_next", "carry")])
+def test_class_of_the_record_guesses_from_its_first_token_on(family: str, way: str, checkpoint: Any, streamed: Any) -> None:
+    assert speculated(streamed(checkpoint(family), dtype="float32"), prompt()) == (way, 2)
+
+
+def test_class_recorded_as_plain_is_not_tried_and_the_log_says_why(
+    checkpoint: Any, streamed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = streamed(checkpoint("jamba"), dtype="float32")
+    with caplog.at_level(logging.INFO, "rabbit_engine"):
+        assert speculated(model, prompt()) == ("plain: other numbers for several tokens than for one", TOKENS)
+    assert "without speculation: other numbers for several tokens than for one" in caplog.text
+
+
+def test_class_that_is_not_in_the_record_is_tried_first(tmp_path: Any, streamed: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    FalconForCausalLM(FalconConfig(**sizes, alibi=True, eos_token_id=None)).save_pretrained(tmp_path)
+    way, passes = speculated(streamed(tmp_path, dtype="float32"), prompt())
+    assert way == "chain"
+    assert 2 < passes < TOKENS
+
+
+def test_record_does_not_vouch_for_other_code_nor_other_biases() -> None:
+    own = type("LlamaForCausalLM", (), {"__module__": "transformers_modules.repo.modeling_llama"})
+    assert recorded_speculation(LlamaForCausalLM, LlamaConfig()) == "tree"
+    assert recorded_speculation(own, LlamaConfig()) == ""
+    assert recorded_speculation(FalconForCausalLM, FalconConfig()) == "tree"
+    assert recorded_speculation(FalconForCausalLM, FalconConfig(alibi=True)) == ""
+
+
+def test_every_row_of_the_record_says_how_guesses_are_verified() -> None:
+    assert all(row.columns["speculation"] and Findings.recorded(row.columns["speculation"]) for row in read_record().rows)
