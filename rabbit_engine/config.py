@@ -190,8 +190,9 @@ class StreamConfig:
     """How a model is run.
 
     Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens.
-    `draft_bytes` of the budget are a draft's. `speeds` of None are measured. `fused_products` True multiplies by stored forms of
-    weights where it can, False never, and None where the encoding says so.
+    `draft_bytes` of the budget are a draft's: one that `draft_is_loaded` has taken them of the free memory already. `speeds` of
+    None are measured. `fused_products` True multiplies by stored forms of weights where it can, False never, and None where the
+    encoding says so.
     """
 
     device: torch.device
@@ -203,6 +204,7 @@ class StreamConfig:
     show_layer_progress: bool = False
     max_seq_len: int | None = None
     draft_bytes: int = 0
+    draft_is_loaded: bool = True
     speeds: Speeds | None = None
     fused_products: bool | None = None
     cut: Cut = DEFAULT_CUT

@@ -111,7 +111,7 @@ def lent(smollm_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "close", lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["getting-started.md", "sessions.md", "migrating.md", "README.md"])
+@pytest.mark.parametrize("name", ["getting-started.md", "sessions.md", "speculation.md", "migrating.md", "README.md"])
 def test_a_page_for_users_runs_from_its_first_block_to_its_last(
     name: str, lent: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

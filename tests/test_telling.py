@@ -15,11 +15,12 @@ from fake_hub import FakeHub
 from guessing import Guided
 from rich.console import Console
 
-from rabbit_engine import errors
+from rabbit_engine import AutoModel, DraftModel, SelfDraft, errors
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.diagnostics.benchmark import DECODE, DISK, RING, as_markdown, link, residency, shares
 from rabbit_engine.diagnostics.plotting import plot_trace
 from rabbit_engine.diagnostics.speculation import compare
+from rabbit_engine.model import forecast_with_draft, read_settings
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.planning.placement import place
@@ -28,6 +29,7 @@ from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.streaming import Profile, Span, Trace, busy_share, write_chrome_trace
 from rabbit_engine.utils import platform
 from rabbit_engine.utils.bar import Bar
+from rabbit_engine.utils.sizes import format_bytes
 from rabbit_engine.utils.speeds import Speeds
 
 REPO = "someone/tiny-llama"
@@ -175,6 +177,21 @@ def test_a_trace_that_is_off_records_nothing() -> None:
         pass
     trace.add("disk 0", "layer", 0.0, 1.0)
     assert trace.spans() == []
+
+
+@pytest.mark.parametrize("draft", [None, "qwen3"])
+def test_the_plan_of_a_model_with_a_draft_is_what_loading_does(draft: Any, own_checkpoint: Any, rabbit: Any) -> None:
+    folder = own_checkpoint("llama")
+    named = None if draft is None else str(own_checkpoint(draft))
+    settings = read_settings({"device": "cpu", "max_memory": {"cpu": 1_500_000}}, planned=True)
+    planned = forecast_with_draft(folder, settings, named, "8bit")
+    guesses = SelfDraft("8bit") if named is None else DraftModel(named, compression="8bit")
+    with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": 1_500_000}, speculate=guesses) as model:
+        assert 0 < planned.draft_bytes == model.plan.draft_bytes
+        assert planned.pass_bytes == model.plan.pass_bytes
+    done = rabbit("plan", folder, "--device", "cpu", "-m", "1500kB", "--draft", named or "self", "--draft-compression", "8bit")
+    assert f"{format_bytes(planned.draft_bytes)} of 1.50 MB on cpu, in memory before any weight" in done.out
+    assert "raise --max-memory" in rabbit("plan", folder, "--device", "cpu", "-m", "1kB", "--draft", named or "self").err
 
 
 def test_bench_measures_the_link_and_residency(checkpoint: Any, streamed: Any) -> None:

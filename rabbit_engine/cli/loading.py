@@ -26,7 +26,8 @@ DEFAULT_TOKENS = 4096
 """Commands that hold conversations reserve memory for this many tokens by default."""
 
 SELF = "self"
-"""The name of the draft that is a copy of the model itself."""
+_SELF_BITS = "4bit"
+"""The name of the draft that is a copy of the model itself, and how it is stored by default."""
 
 _PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
 
@@ -147,10 +148,15 @@ class Loading:
         """`speculate` in the library's form. A model guesses together with lookup: joined trees accept more than either's."""
         if self.draft is None:
             return "auto" if self.speculate else None
-        decoding = engine.decoding
+        decoding, (name, compression) = engine.decoding, self.named_draft()
+        draft = decoding.DraftModel(name, compression=compression) if name else decoding.SelfDraft(compression or _SELF_BITS)
+        return decoding.Merged(decoding.Lookup(), draft)
+
+    def named_draft(self) -> tuple[str | None, str | None]:
+        """The model that guesses, None for a copy of the model itself, and its compression."""
         if self.draft == SELF:
-            return decoding.Merged(decoding.Lookup(), decoding.SelfDraft(self.draft_compression or "4bit"))
-        return decoding.Merged(decoding.Lookup(), decoding.DraftModel(self.draft, compression=self.draft_compression))
+            return None, self.draft_compression or _SELF_BITS
+        return self.draft, self.draft_compression
 
     @property
     def budget(self) -> dict[int | str, int | str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rabbit_engine.cli.wording import as_options
 from rabbit_engine.utils.report import as_table
 from rabbit_engine.utils.sizes import parse_rate
 from rabbit_engine.utils.speeds import Speeds
+
+if TYPE_CHECKING:
+    from rabbit_engine.model.settings import LoadSettings
+    from rabbit_engine.planning.plan import Plan
 
 _OPTIONS = Only(
     *(
@@ -27,6 +31,8 @@ _OPTIONS = Only(
         "revision",
         "token",
         "trust_remote_code",
+        "draft",
+        "draft_compression",
     ),
 )
 
@@ -52,7 +58,13 @@ def plan(
     output.note(f"reading the headers of {model} ...")
     settings = engine.model.read_settings({**loading.keywords(), "max_seq_len": max_seq_len}, planned=True)
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
-    stream = replace(settings.stream, speeds=Speeds(**rates, source="given") if rates else None)
-    found = engine.forecast.forecast(model, settings.source, settings.split, stream)
-    rows = [(name, as_options(value)) for name, value in found.rows()]
-    Console(highlight=False).print(as_table(rows, f"{model} on {stream.device}"))
+    speeds = Speeds(**rates, source="given") if rates else None
+    settings = replace(settings, stream=replace(settings.stream, speeds=speeds))
+    rows = [(name, as_options(value)) for name, value in _forecast(model, settings, loading).rows()]
+    Console(highlight=False).print(as_table(rows, f"{model} on {settings.stream.device}"))
+
+
+def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:
+    if loading.draft is None:
+        return engine.forecast.forecast(model, settings.source, settings.split, settings.stream)
+    return engine.model.forecast_with_draft(model, settings, *loading.named_draft())

@@ -1,7 +1,7 @@
 """Several tokens a pass: drafts guess a tree of tokens, one pass of the model verifies it, and the text stays the same."""
 
 from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, TargetModel, Verdict
-from rabbit_engine.decoding.draft_model import DraftModel, SelfDraft
+from rabbit_engine.decoding.draft_model import DraftModel, SelfDraft, claimed_bytes
 from rabbit_engine.decoding.findings import Findings
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.decoding.merged import Merged
@@ -30,5 +30,6 @@ __all__ = [
     "TargetModel",
     "Tree",
     "Verdict",
+    "claimed_bytes",
     "why_plain",
 ]

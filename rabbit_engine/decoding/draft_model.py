@@ -192,6 +192,11 @@ def _nbytes(model: Any) -> int:
     if plan.pass_bytes:
         read = format_bytes(plan.pass_bytes)
         logger.warning("the draft %s reads %s from disk for each guess: load it with more memory", model.name_or_path, read)
+    return claimed_bytes(plan)
+
+
+def claimed_bytes(plan: Plan) -> int:
+    """Memory of the device that a streamed draft takes, with the caches of texts that it was asked to reserve."""
     return plan.device_bytes + (0 if plan.budget.reserved_by_default else plan.reserved_bytes)
 
 

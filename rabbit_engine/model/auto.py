@@ -33,12 +33,13 @@ from rabbit_engine.errors import AttentionUnavailableError, ConfigurationError, 
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
 from rabbit_engine.model.compression import quantization_config_of
-from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
+from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with, within_rest
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.model.streamed import StreamedModel
-from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
+from rabbit_engine.planning.forecast import forecast, left_out, why_lossless_gains_nothing
+from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters
@@ -194,6 +195,17 @@ _SIGNATURE = inspect.signature(AutoModel.from_pretrained)
 def read_settings(keywords: Mapping[str, Any], *, planned: bool = False) -> LoadSettings:
     """What `AutoModel.from_pretrained` does with these keywords, without a model's name. See `settings_of`."""
     return settings_of(arguments_of(_SIGNATURE, "", **keywords), planned=planned)
+
+
+def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: str | None, compression: str | None) -> Plan:
+    """The plan of a model with a draft, from the headers of both; a `draft` of None is a copy of the model itself.
+
+    Raises DraftError if either does not fit, and what `planning.forecast` raises.
+    """
+    nbytes = DraftLoader(str(name), settings, load).forecast(draft, compression)
+    stream = replace(settings.stream, draft_bytes=nbytes, draft_is_loaded=False)
+    rest = functools.partial(forecast, name, settings.source, settings.split)
+    return within_rest(f"the draft {draft or name}", str(name), stream, rest)
 
 
 def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assembly] = assemble) -> Any:

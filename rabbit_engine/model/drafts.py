@@ -7,24 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
-from rabbit_engine.decoding import Draft
+from rabbit_engine.decoding import Draft, claimed_bytes
 from rabbit_engine.errors import BudgetError, DraftError
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.budget import budget_for
 from rabbit_engine.planning.decide import find_free_memory, plan_for
+from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.utils.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 Load = Callable[..., Any]
 """`model.auto.load`: from a name, settings and a function that assembles, to a streamed model."""
@@ -44,11 +47,20 @@ class DraftLoader:
 
     def __call__(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
         """A model whole in the memory of the target's device; None names the target's own checkpoint. Raises DraftError."""
-        place = self.target if name is None else str(name)
-        settings = self._own_settings(compression) if name is None else self._settings(compression)
+        place, settings = self._found(name, compression)
         logger.info("loading %s as a draft for %s", place, self.target)
         found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
         return found
+
+    def forecast(self, name: str | Path | None, compression: str | None) -> int:
+        """The bytes that such a model would take, from its headers. Raises DraftError, and what `planning.forecast` raises."""
+        place, settings = self._found(name, compression)
+        plan = forecast(place, settings.source, settings.split, settings.stream, partial(plan_whole, place))
+        return claimed_bytes(plan)
+
+    def _found(self, name: str | Path | None, compression: str | None) -> tuple[str, LoadSettings]:
+        """The checkpoint of a draft, and how it is loaded."""
+        return (self.target, self._own_settings(compression)) if name is None else (str(name), self._settings(compression))
 
     def _settings(self, compression: str | None) -> LoadSettings:
         """For another checkpoint: it shares the target's access to the Hub, and its memory."""
@@ -146,14 +158,19 @@ def assemble_with(speculate: Draft | str | None, target: PlannedTarget, rest: Ca
     if draft is None or isinstance(draft, str):
         return rest(stream)
     draft.attach(target)
+    return within_rest(draft.name, target.name_or_path, replace(stream, draft_bytes=draft.nbytes), rest)
+
+
+def within_rest(draft: str, target: str, stream: StreamConfig, rest: Callable[[StreamConfig], Result]) -> Result:
+    """Do `rest` in the memory that a draft of `stream.draft_bytes` leaves. Raises DraftError if that is too small."""
     try:
-        return rest(replace(stream, draft_bytes=draft.nbytes))
+        return rest(stream)
     except BudgetError as error:
-        if not draft.nbytes:
+        if not stream.draft_bytes:
             raise
         missing = error.smallest_bytes - (stream.device_budget_bytes or 0)
         lack = f"{format_bytes(missing)} more than max_memory" if stream.device_budget_bytes is not None else "more than is free"
         raise DraftError(
-            f"{draft.name} takes {format_bytes(draft.nbytes)} on {stream.device}; with {target.name_or_path} it needs "
+            f"{draft} takes {format_bytes(stream.draft_bytes)} on {stream.device}; with {target} it needs "
             f"{format_bytes(error.smallest_bytes)}, {lack}: raise max_memory, take a smaller draft, or leave it out"
         ) from error

@@ -47,9 +47,10 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
     Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given.
     """
     given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
+    device_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     return Budget(
-        device_bytes=_without_margin(free.device_bytes + stream.draft_bytes, _SYSTEM_SHARE) if given is None else given,
+        device_bytes=_without_margin(device_bytes, _SYSTEM_SHARE) if given is None else given,
         host_bytes=None if on_cpu else _host_bytes(stream, free),
         host_staging_bytes=_staging_bytes(partition, stream.device),
         reserved_bytes=reserved_bytes(partition.probe, tokens) if tokens else 0,

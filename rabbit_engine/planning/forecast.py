@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,16 @@ from rabbit_engine.checkpoints import HEADERS_ONLY, MustSplit, Shards, Source, b
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError, first_line
 from rabbit_engine.planning.decide import plan_for
-from rabbit_engine.planning.partition import partition_model, unread_entries
+from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.sizes import format_seconds
 
+Decide = Callable[[Partition, StreamConfig], Plan]
+"""`planning.decide.plan_for`, or another way to plan a model."""
 
-def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
+
+def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig, decide: Decide = plan_for) -> Plan:
     """The plan that `AutoModel.from_pretrained` would make on this machine now, and the files it would stream from.
 
     A lossless compression that makes no pass faster is left out, as loading does; a note says so. Reads only the config and
@@ -27,7 +30,7 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
     Raises what loading would raise before it reads a weight.
     """
     if not _is_lossless(split):
-        return _plan_as_asked(name, source, split, stream)
+        return _plan_as_asked(name, source, split, stream, decide)
     plan, useless = _plan_with_gain(name, source, split, stream)
     return replace(plan, notes=(*plan.notes, left_out(useless))) if useless else plan
 
@@ -70,13 +73,15 @@ def _plan_with_gain(name: str | Path, source: SourceConfig, split: SplitConfig, 
     return plain, f"a pass would take {with_it} (bound by {packed.bound}), and takes {without} without"
 
 
-def _plan_as_asked(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> Plan:
+def _plan_as_asked(
+    name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig, decide: Decide = plan_for
+) -> Plan:
     resolution = resolve(name, source, split, reading=HEADERS_ONLY)
     found, model = resolution.source, resolution.model
     if model is None:
         model = build_plain(found.architecture, found.dtype)
     entries, ties = _entries(found, model)
-    plan = plan_for(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
+    plan = decide(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
     return replace(plan, notes=(*plan.notes, str(found)))
 
 
