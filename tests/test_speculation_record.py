@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from guessing import Guided
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from test_matrix import speculation_of
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine.architectures import read_record, recorded_speculation
 from rabbit_engine.decoding import Findings
@@ -45,13 +48,64 @@ def test_class_recorded_as_plain_is_not_tried_and_the_log_says_why(
     assert "without speculation: other numbers for several tokens than for one" in caplog.text
 
 
-def test_class_that_is_not_in_the_record_is_tried_first(tmp_path: Any, streamed: Any) -> None:
+def test_class_that_is_not_in_the_record_is_tried_first(tmp_path: Path, streamed: Any) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     FalconForCausalLM(FalconConfig(**sizes, alibi=True, eos_token_id=None)).save_pretrained(tmp_path)
     way, passes = speculated(streamed(tmp_path, dtype="float32"), prompt())
     assert way == "chain"
     assert 2 < passes < TOKENS
+
+
+def sparse(folder: Path, heads: int) -> Path:
+    """A model with an indexer of that many heads, which selects 16 keys; with few heads, scores of keys are often equal."""
+    torch.manual_seed(0)
+    names = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    indexer = {"index_n_heads": heads, "index_head_dim": 16, "index_topk": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = DeepseekV32ForCausalLM(DeepseekV32Config(**sizes, **dict.fromkeys(names, 8), **indexer, **experts, eos_token_id=None))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+KEPT_ELSEWHERE: dict[str, dict[str, Any]] = {
+    "MiniMax": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+    "RecurrentGemma": {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8},
+}
+"""Models whose states are not in the layers of their caches: in the cache itself, or in modules."""
+
+
+@pytest.mark.parametrize("family", KEPT_ELSEWHERE)
+def test_states_outside_the_layers_of_a_cache_are_not_touched(family: str, tmp_path: Path, streamed: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(**sizes | {"eos_token_id": None} | KEPT_ELSEWHERE[family])
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    way, passes = speculated(streamed(tmp_path, dtype="float32"), prompt())
+    assert "Cache that cannot go back" in way
+    assert passes == TOKENS
+
+
+def test_model_with_an_indexer_verifies_trees(tmp_path: Path, streamed: Any) -> None:
+    model = streamed(sparse(tmp_path, heads=32), dtype="float32")
+    assert speculation_of(model, {"input_ids": prompt()}) == "tree"
+
+
+def test_model_is_tried_again_where_it_begins_to_select_keys(tmp_path: Path, streamed: Any) -> None:
+    model = streamed(sparse(tmp_path, heads=2), dtype="float32")
+    way, passes = speculated(model, prompt(5))
+    assert findings_of(model).refused
+    assert way.startswith("plain: other numbers")
+    assert passes < TOKENS
 
 
 def test_record_does_not_vouch_for_other_code_nor_other_biases() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rabbit_engine.decoding.support import UNLIMITED
 from rabbit_engine.decoding.verification import CarryVerifier, ChainVerifier, TreeVerifier, Verifier
 
 PLAIN = "plain: "
@@ -14,11 +15,11 @@ PLAIN = "plain: "
 class Findings:
     """Which ways compute the same as one token a pass (`proven`) and which do not (`refused`); others need a trial.
 
-    `plain` is the reason, if none can. `used` is how guesses were verified last: "tree", "chain", "carry", or "plain: " and why
-    not at all; empty before the first.
+    A way is proven for texts of up to a number of tokens (see `proven_length`). `plain` is the reason, if no way is right. `used`
+    is how guesses were verified last: "tree", "chain", "carry", or "plain: " and why not at all; empty before the first.
     """
 
-    proven: set[type[Verifier]] = field(default_factory=set)
+    proven: dict[type[Verifier], int] = field(default_factory=dict)
     refused: set[type[Verifier]] = field(default_factory=set)
     plain: str = ""
     used: str = ""
@@ -29,7 +30,7 @@ class Findings:
         if speculation.startswith(PLAIN):
             return cls(plain=speculation.removeprefix(PLAIN))
         proven, refused = _RECORDED[speculation]
-        return cls(set(proven), set(refused))
+        return cls(dict.fromkeys(proven, UNLIMITED), set(refused))
 
 
 _RECORDED: dict[str, tuple[tuple[type[Verifier], ...], tuple[type[Verifier], ...]]] = {

@@ -18,7 +18,7 @@ import torch
 from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
 from rabbit_engine.decoding.findings import PLAIN, Findings
 from rabbit_engine.decoding.rule import Rule
-from rabbit_engine.decoding.support import ModelTraits, deepest, verifier_for
+from rabbit_engine.decoding.support import ModelTraits, deepest, proven_length, verifier_for
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 from rabbit_engine.decoding.trial import Trial
 from rabbit_engine.decoding.verification import (
@@ -154,9 +154,10 @@ class Speculation:
         """The tree that pays for the next pass; empty if none does."""
         context, others = len(self._ids), self._others()
         budget = self._shared.rule.budget(context, others)
-        depth = min(self._most_tokens - context - 1, budget.depth, deepest(self._shared.traits.config, context))
+        proven = self._shared.findings.proven.get(type(verifier), 0)
+        depth = min(min(self._most_tokens, proven) - context - 1, budget.depth, deepest(self._shared.traits.config, context))
         nodes = min(budget.nodes, self._most_nodes)
-        if type(verifier) not in self._shared.findings.proven or depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
+        if depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY
         with self._shared.trace.span("draft", self._shared.draft.name), torch.no_grad():
             if not self._has_read:
@@ -195,11 +196,11 @@ class Speculation:
 
     def _check(self, forward: Forward, inputs: Inputs, verifier: Verifier) -> None:
         """Unless this way is proven: record what single passes compute, then try a pass over several tokens."""
-        if type(verifier) in self._shared.findings.proven:
+        if len(self._ids) < self._shared.findings.proven.get(type(verifier), 0):
             return
         cache = cache_of(inputs)
         if self._trial is None:
-            self._trial = Trial(copy_states(cache), inputs)
+            self._trial = Trial(copy_states(cache), inputs, len(self._ids))
         elif self._trial.is_ready:
             now, trial, self._trial = copy_states(cache), self._trial, None
             restore_states(cache, trial.before)
@@ -211,7 +212,7 @@ class Speculation:
                 logger.info("no speculation as a %s: %s", verifier.way, reason)
                 self._shared.findings.refused.add(type(verifier))
             else:
-                self._shared.findings.proven.add(type(verifier))
+                self._shared.findings.proven[type(verifier)] = proven_length(self._shared.traits.config, trial.tokens)
 
     def _why_refused(self, forward: Forward, way: type[Verifier], trial: Trial) -> str:
         """Run the pass of a trial. Empty if its numbers are those of single passes."""

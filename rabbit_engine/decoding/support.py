@@ -106,10 +106,21 @@ def deepest(config: PretrainedConfig, tokens: int) -> int:
     there on with each token.
     """
     limits = [_deepest(rope, config, tokens) for rope in _ropes(config)]
-    return min(limits, default=_UNLIMITED)
+    return min(limits, default=UNLIMITED)
 
 
-_UNLIMITED = 1 << 30
+def proven_length(config: PretrainedConfig, tokens: int) -> int:
+    """For texts of how many tokens a trial proves a way that it tried after `tokens`.
+
+    A model with an indexer attends to all keys in a text of up to `index_topk` tokens. In a longer one it selects them, by scores
+    that may be equal; which of equal ones are selected depends on the number of rows.
+    """
+    selected = getattr(config, "index_topk", None)
+    return selected if isinstance(selected, int) and tokens < selected else UNLIMITED
+
+
+UNLIMITED = 1 << 30
+"""More tokens than any text has."""
 
 
 def _ropes(config: PretrainedConfig) -> list[Mapping[str, Any]]:
@@ -121,9 +132,9 @@ def _ropes(config: PretrainedConfig) -> list[Mapping[str, Any]]:
 def _deepest(rope: Mapping[str, Any], config: PretrainedConfig, tokens: int) -> int:
     kind = rope.get("rope_type")
     if kind not in ("longrope", "dynamic"):
-        return _UNLIMITED
+        return UNLIMITED
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
     if tokens <= original:
         return int(original - tokens)
-    return _UNLIMITED if kind == "longrope" else 0
+    return UNLIMITED if kind == "longrope" else 0

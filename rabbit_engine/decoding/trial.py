@@ -20,10 +20,13 @@ _TOLERANCE_16_BIT = 0.15
 
 
 class Trial:
-    """What single passes computed, from the moment when the cache held `before`, with the keywords `inputs` of the first."""
+    """What single passes computed, from the moment when the cache held `before`, with the keywords `inputs` of the first.
 
-    def __init__(self, before: States, inputs: dict[str, object]) -> None:
-        self.before, self.inputs = before, inputs
+    The text then had that many `tokens`.
+    """
+
+    def __init__(self, before: States, inputs: dict[str, object], tokens: int) -> None:
+        self.before, self.inputs, self.tokens = before, inputs, tokens
         self._tokens: list[int] = []
         self._rows: list[torch.Tensor] = []
 

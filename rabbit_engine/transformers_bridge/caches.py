@@ -18,7 +18,11 @@ from transformers.cache_utils import (
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
 
-_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer)
+_INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+"""Chooses the keys that a token sees by keys of an indexer, which it keeps too."""
+_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, _INDEXED)
+_GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
+"""States of such layers that get longer with the text, and in which dimension."""
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 """Holds nothing: the place of a layer that uses another's keys and values."""
 
@@ -26,7 +30,9 @@ _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 def ability_of(cache: Cache) -> Ability:
     """What the cache can do after at least one pass. Static, quantised and offloaded ones can do nothing of it."""
     layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False) or not layers:
+    if (
+        type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not layers
+    ):  # others may hold states of their own
         return "none"
     if all(type(layer) in _ATTENDING for layer in layers):
         return "select"
@@ -36,9 +42,13 @@ def ability_of(cache: Cache) -> Ability:
 
 
 def _can_crop(layer: Any) -> bool:
-    """Whether `crop` restores the layer: one that grows, not one that is allocated whole or stored quantised."""
-    grows = isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
-    return grows or (isinstance(layer, LinearAttentionCacheLayerMixin) and not _is_recurrent(layer))
+    """Whether `crop` restores the layer: one that grows, not one that is allocated whole or stored quantised.
+
+    A layer for states that holds none after a pass means that a module keeps them itself.
+    """
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return any(state is not None for state in layer.conv_states.values())
+    return isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
 
 
 def _update_of(kind: type[DynamicLayer]) -> object:
@@ -87,15 +97,20 @@ def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
     sliding = isinstance(layer, DynamicSlidingWindowLayer)
     added = (layer.cumulative_length if sliding else layer.keys.shape[-2]) - past
     start = layer.keys.shape[-2] - added
-    end = start + len(offsets)
-    if list(offsets) != list(range(len(offsets))):
-        chosen = torch.tensor(offsets, device=layer.keys.device) + start
-        for states in (layer.keys, layer.values):
-            states[..., start:end, :] = states.index_select(-2, chosen)
-    first = max(0, end - layer.sliding_window + 1) if sliding else 0
-    layer.keys, layer.values = layer.keys[..., first:end, :], layer.values[..., first:end, :]
+    first = max(0, start + len(offsets) - layer.sliding_window + 1) if sliding else 0
+    for name, dim in _GROWING.items():
+        if (states := getattr(layer, name, None)) is not None:
+            setattr(layer, name, _chosen(states, dim, start, offsets).narrow(dim, first, start + len(offsets) - first))
     if sliding:
         layer.cumulative_length = past + len(offsets)
+
+
+def _chosen(states: torch.Tensor, dim: int, start: int, offsets: Sequence[int]) -> torch.Tensor:
+    """The states with those at `offsets` from `start` moved to `start`."""
+    if list(offsets) != list(range(len(offsets))):
+        chosen = torch.tensor(offsets, device=states.device) + start
+        states.narrow(dim, start, len(offsets)).copy_(states.index_select(dim, chosen))
+    return states
 
 
 def crop(cache: Cache, count: int) -> None:
