@@ -16,6 +16,7 @@ from rabbit_engine import AutoModel, DraftModel, SelfDraft, Session
 from rabbit_engine.decoding import Allowance
 from rabbit_engine.errors import BudgetError, ConfigurationError, DraftError
 from rabbit_engine.model.auto import load, read_settings
+from rabbit_engine.planning.drafting import DraftGain
 
 TEXT = [3, 5, 7]
 
@@ -136,3 +137,29 @@ def test_texts_of_a_session_have_caches_of_their_own_in_the_draft(checkpoint: Ca
         found = [list(reply.tokens) for reply in session.generate(prompts, **options)]
     assert found == expected
     assert model.profile.passes - before < 20
+
+
+def test_a_plan_with_a_draft_says_what_it_takes_and_gains(
+    own_checkpoint: Callable[..., Path], checkpoint: Callable[[str], Path], rabbit: Any
+) -> None:
+    target, other = own_checkpoint("qwen3", num_hidden_layers=9), checkpoint("qwen2")
+    budget = smallest(target) + draft_bytes(other) + 10_000
+    memory = ("--device", "cpu", "--max-memory", str(budget), "--disk-rate", "1MB/s")
+    shown = " ".join(rabbit("plan", target, *memory, "--draft", other).out.replace("│", "").split())
+    assert f"{draft_bytes(other) / 1000:.2f} kB of {budget / 1000:.2f} kB on cpu" in shown
+    assert "tokens a pass assumed)" in shown
+    assert "leave it out" not in shown
+    refused = rabbit("plan", target, "--device", "cpu", "--max-memory", str(smallest(target)), "--draft", "self")
+    assert refused.code
+    assert "or raise --max-memory" in " ".join(refused.err.split())
+
+
+@pytest.mark.parametrize(("plain_s", "pass_s", "guesses_s", "pays"), [(2.0, 2.4, 1.2, True), (2.0, 2.4, 12.0, False)])
+def test_a_draft_pays_if_tokens_come_sooner(plain_s: float, pass_s: float, guesses_s: float, pays: bool) -> None:
+    gain = DraftGain(plain_s, pass_s, guesses_s, tokens=4.0)
+    assert gain.token_s == pytest.approx((pass_s + guesses_s) / 4)
+    assert (gain.pays, "leave it out" in str(gain)) == (pays, not pays)
+
+
+def test_a_draft_gains_nothing_where_everything_fits() -> None:
+    assert str(DraftGain(0.0, 0.0, 0.1)) == "everything fits without one: leave it out"

@@ -16,7 +16,8 @@ TOKENS = 3
 
 _TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4}
 """The largest difference of two logits, in standard deviations of all, that rounding explains: 2e-5 in 30 layers of fp32."""
-_TOLERANCE_16_BIT = 0.15
+_TOLERANCE_16_BIT = 0.5
+"""In bfloat16 SmolLM2 differs by up to 0.18, with a wrong mask by 3.6 and more."""
 
 
 class Trial:

@@ -38,6 +38,7 @@ from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.model.streamed import StreamedModel
+from rabbit_engine.planning.drafting import gain_of
 from rabbit_engine.planning.forecast import forecast, left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.trial import require_pass
@@ -200,12 +201,15 @@ def read_settings(keywords: Mapping[str, Any], *, planned: bool = False) -> Load
 def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: str | None, compression: str | None) -> Plan:
     """The plan of a model with a draft, from the headers of both; a `draft` of None is a copy of the model itself.
 
+    A note says what the draft gains over the plan without it, by assumed guesses.
     Raises DraftError if either does not fit, and what `planning.forecast` raises.
     """
     nbytes = DraftLoader(str(name), settings, load).forecast(draft, compression)
     stream = replace(settings.stream, draft_bytes=nbytes, draft_is_loaded=False)
     rest = functools.partial(forecast, name, settings.source, settings.split)
-    return within_rest(f"the draft {draft or name}", str(name), stream, rest)
+    planned = within_rest(f"the draft {draft or name}", str(name), stream, rest)
+    gain = gain_of(rest(replace(settings.stream, speeds=planned.speeds)), planned)
+    return replace(planned, notes=(*planned.notes, f"with the draft: {gain}"))
 
 
 def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assembly] = assemble) -> Any:
