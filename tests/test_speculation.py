@@ -10,13 +10,14 @@ import pytest
 import torch
 from guessing import Guided
 from tiny import words
-from transformers import LlamaConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LlamaConfig, LogitsProcessor, StoppingCriteria
 
 from rabbit_engine import AutoModel, DraftModel, Session
 from rabbit_engine.decoding import ROOT, Tree
 from rabbit_engine.decoding.support import deepest
 from rabbit_engine.decoding.verification import mask_kinds, tree_mask
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.speculating import findings_of
 from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
@@ -178,6 +179,17 @@ def test_cache_of_the_caller_is_continued(llama: Any) -> None:
     found, fewer = passes(llama, text, speculate=draft, **own, **GREEDY)
     assert torch.equal(found, expected)
     assert fewer < 20
+
+
+@pytest.mark.parametrize(("family", "way"), [("mistral", "chain"), ("gemma3", "chain"), ("llama", "tree")])
+def test_cache_of_the_caller_without_sliding_layers_verifies_chains(
+    family: str, way: str, checkpoint: Any, streamed: Any
+) -> None:
+    model = streamed(checkpoint(family), dtype="float32")
+    expected = seeded(model, prompt(), **GREEDY)
+    draft, own = Guided(expected[0].tolist(), branches=2), cache_argument(model.forward, DynamicCache())
+    assert torch.equal(seeded(model, prompt(), speculate=draft, **own, **GREEDY), expected)
+    assert findings_of(model).used == way
 
 
 def test_answer_ends_at_an_end_token_within_a_tree(llama: Any) -> None:

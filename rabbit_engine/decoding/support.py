@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 
 from rabbit_engine.decoding.verification import CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
-from rabbit_engine.transformers_bridge.caches import ability_of, windows_of
+from rabbit_engine.transformers_bridge.caches import ability_of, is_made_for, windows_of
 from rabbit_engine.transformers_bridge.forwards import cache_of
 
 _MASKED = ("sdpa", "eager")
@@ -91,7 +91,7 @@ def _ways(cache: Cache, inputs: Mapping[str, Any], traits: ModelTraits) -> set[t
 
 def _takes_tree_masks(cache: Cache, traits: ModelTraits) -> bool:
     kinds = getattr(traits.config, "layer_types", None)
-    if traits.attention not in _MASKED or "chunked_attention" in (kinds or ()):
+    if traits.attention not in _MASKED or "chunked_attention" in (kinds or ()) or not is_made_for(cache, traits.config):
         return False
     try:
         return bool(mask_kinds(windows_of(cache), kinds))

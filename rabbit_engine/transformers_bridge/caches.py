@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, cache_utils
+from transformers import Cache, PretrainedConfig, cache_utils
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -70,6 +70,11 @@ def windows_of(cache: Cache) -> dict[int, int | None]:
         for index, layer in enumerate(cache.layers)
         if not isinstance(layer, _EMPTY)
     }
+
+
+def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
+    """Whether the layers are those that `generate` would make for the config. A caller's `DynamicCache()` has no sliding ones."""
+    return [type(layer) for layer in cache.layers] == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
 def record_past(cache: Cache, *, on: bool) -> None:
