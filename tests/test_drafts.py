@@ -70,6 +70,15 @@ def test_a_draft_given_later_uses_memory_that_is_free(checkpoint: Callable[[str]
         assert draft.start().propose(TEXT, Allowance(nodes=3, depth=1))
 
 
+def test_a_named_draft_is_closed_with_its_model_and_loaded_again_for_the_next(checkpoint: Callable[[str], Path]) -> None:
+    draft = DraftModel(checkpoint("qwen2"))
+    for _ in range(2):
+        with loaded(checkpoint("qwen3"), draft, max_memory={"cpu": 10**7}):
+            assert draft.start().propose(TEXT, Allowance(nodes=3, depth=1))
+        with pytest.raises(DraftError, match="closed"):
+            draft.start()
+
+
 def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
     own_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -38,6 +38,7 @@ class ModelDraft(ABC):
         if not temperature > 0:
             raise ConfigurationError(f"temperature={temperature!r} is not a number above 0")
         self._model: Any = model
+        self._is_named = model is None
         self._nodes, self._temperature = nodes, temperature
         self._lock = threading.Lock()
         self._target = ""
@@ -68,9 +69,9 @@ class ModelDraft(ABC):
         loading raises.
         """
         with self._lock:
-            if self._new_context is not None and self._target == target.name_or_path:
+            if self._new_context is not None and self._target == target.name_or_path and not self._is_closed:
                 return
-            if self._model is None:
+            if self._model is None or (self._is_named and self._is_closed):
                 self._model = self._load(target)
             if self._model.training:
                 raise DraftError(f"the {self.name} is in training mode, where dropout draws random numbers: call its eval()")
@@ -85,7 +86,14 @@ class ModelDraft(ABC):
         """See `Draft`. Raises DraftError before `attach`."""
         if self._new_context is None:
             raise DraftError(f"the {self.name} is not attached to a model: pass it as speculate=")
+        if self._is_closed:
+            raise DraftError(f"the {self.name} was closed, with the model it was loaded for: give this one a draft of its own")
         return ModelDrafter(self._new_context(), self._reach, self._costs)
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether the model was closed: one that is loaded by name is closed with the model that it guesses for."""
+        return bool(getattr(self._model, "is_closed", False))
 
     @abstractmethod
     def _load(self, target: TargetModel) -> PreTrainedModel:

@@ -224,8 +224,12 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
     loader = DraftLoader(str(name), settings, load)
     model._draft_loader = replace(loader, is_planned=True)
     rest = functools.partial(assemble, model, checkpoint.entries, checkpoint.ties)
-    with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
-        model._assembly = assemble_with(settings.speculate, PlannedTarget(model, loader), rest)
+    try:
+        with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
+            model._assembly = assemble_with(settings.speculate, PlannedTarget(model, loader), rest)
+    except BaseException:
+        loader.close()
+        raise
     _require_pass(model, checkpoint)
     _set_draft(model, settings.speculate)
     refuse_past(model, checkpoint.architecture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,12 +44,14 @@ class DraftLoader:
     settings: LoadSettings
     load: Load
     is_planned: bool = False
+    _loaded: list[Any] = field(default_factory=list)
 
     def __call__(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
         """A model whole in the memory of the target's device; None names the target's own checkpoint. Raises DraftError."""
         place, settings = self._found(name, compression)
         logger.info("loading %s as a draft for %s", place, self.target)
         found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
+        self._loaded.append(found)
         return found
 
     def forecast(self, name: str | Path | None, compression: str | None) -> int:
@@ -61,6 +63,11 @@ class DraftLoader:
     def _found(self, name: str | Path | None, compression: str | None) -> tuple[str, LoadSettings]:
         """The checkpoint of a draft, and how it is loaded."""
         return (self.target, self._own_settings(compression)) if name is None else (str(name), self._settings(compression))
+
+    def close(self) -> None:
+        """Close all drafts that were loaded."""
+        for draft in self._loaded:
+            draft.close()
 
     def _settings(self, compression: str | None) -> LoadSettings:
         """For another checkpoint: it shares the target's access to the Hub, and its memory."""

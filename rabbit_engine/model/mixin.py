@@ -28,6 +28,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.model.adapters import load_checked
 from rabbit_engine.model.admission import refuse_what_cannot_fit
 from rabbit_engine.model.assembly import Assembly
+from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import SpeculatingMixin, parse_speculate, watched_preparation
@@ -56,7 +57,7 @@ class StreamingMixin(SpeculatingMixin):
     _tokenizer_source: Mapping[str, Any]
     _own_tokenizer: Any = None
     _attention_reason: str
-    _draft_loader: Callable[[str | Path | None, str | None], PreTrainedModel]
+    _draft_loader: DraftLoader
 
     @property
     def plan(self) -> Plan:
@@ -99,8 +100,17 @@ class StreamingMixin(SpeculatingMixin):
         return self._draft_loader(name, compression)
 
     def close(self) -> None:
-        """End the reader's thread and free the weights' memory. Idempotent; using the model then raises."""
+        """End the reader's thread and free the weights' memory, also of drafts that were loaded for it. Idempotent.
+
+        Using the model then raises.
+        """
         self._assembly.close()
+        self._draft_loader.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._assembly.transfer.closed
 
     def __enter__(self) -> Self:
         return self
