@@ -13,10 +13,10 @@ import torch
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
-from serving import NAME, extras, get, post
+from serving import NAME, extras, get, post, serving
 from smol import QUESTIONS, alone, user
 
-from rabbit_engine import Session
+from rabbit_engine import Lookup, Session
 from rabbit_engine.server.app import create_app
 from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
 
@@ -49,6 +49,21 @@ def test_chat_answers_are_of_the_openai_packages_own_types(url: str, body: Any) 
     chunks = [ChatCompletionChunk.model_validate(event, strict=True) for event in events_of(streamed)]
     assert not [*extras(answer), *extras(chunks)]
     assert chunks[-1].usage == answer.usage
+
+
+def test_a_server_that_speculates_gives_the_same_answers(url: str, smollm_model: Any) -> None:
+    prompts = ["red, blue, green, " * 4, "one two three four " * 3]
+    asked = {"model": NAME, "prompt": prompts, "max_tokens": 8, "n": 2, "seed": 3, "temperature": 0.3}
+    expected = post(f"{url}/v1/completions", json=asked).json()["choices"]
+    with Session(smollm_model, speculate=Lookup(nodes=8)) as session, serving(session) as speculating:
+        before = smollm_model.profile.speculation
+        events = events_of(post(f"{speculating}/v1/completions", json={**asked, "stream": True}))
+        speculated = smollm_model.profile.speculation.since(before)
+    assert len(expected) == 4
+    for choice in expected:
+        pieces = [part["text"] for event in events for part in event["choices"] if part["index"] == choice["index"]]
+        assert "".join(pieces) == choice["text"]
+    assert speculated.accepted > 4
 
 
 def test_completions_are_of_the_openai_packages_own_types(url: str) -> None:
