@@ -40,7 +40,7 @@ def prompt(tokens: int = 21) -> torch.Tensor:
     return torch.randint(5, 90, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def seeded(model: Any, ids: torch.Tensor, **keywords: Any) -> Any:
+def seeded(model: Any, ids: torch.Tensor | None, **keywords: Any) -> Any:
     torch.manual_seed(3)
     return model.generate(ids, **keywords)
 
@@ -90,6 +90,26 @@ def test_left_padding_and_padding_inside_the_prompt(llama: Any) -> None:
     found, fewer = passes(llama, ids, attention_mask=mask, speculate=draft, **GREEDY)
     assert torch.equal(found, expected)
     assert fewer < 20
+
+
+@pytest.mark.parametrize("family", ["phi4", "gemma3"])
+@pytest.mark.parametrize("given", ["padded on the left", "as embeddings", "in chunks", "one token"])
+def test_prompts_in_other_forms(family: str, given: str, checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint(family), dtype="float32")
+    ids, how = prompt(), {**GREEDY, "max_new_tokens": 20}
+    forms: dict[str, dict[str, Any]] = {
+        "padded on the left": {"input_ids": torch.cat([torch.zeros_like(ids[:, :5]), ids], 1)},
+        "as embeddings": {"inputs_embeds": model.get_input_embeddings()(ids)},
+        "in chunks": {"input_ids": ids, "prefill_chunk_size": 4},
+        "one token": {"input_ids": ids[:, :1], "max_new_tokens": 40},
+    }
+    how |= forms[given]
+    if given == "padded on the left":
+        how["attention_mask"] = (how["input_ids"] > 0).long()
+    expected = seeded(model, None, **how)
+    draft = Guided(expected[0].tolist(), agreement=1.0, branches=1, nodes=30)
+    assert torch.equal(seeded(model, None, speculate=draft, **how), expected)
+    assert sum(len(verdict.path) for verdict in draft.verdicts) > 8
 
 
 class Recorder:
@@ -144,7 +164,7 @@ def test_processors_and_criteria_are_asked_once_a_token(llama: Any) -> None:
     assert fewer < 14
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n", "qwen3_next"])
 def test_returned_scores_states_and_cache_are_those_of_plain_decoding(family: str, checkpoint: Any, streamed: Any) -> None:
     model = streamed(checkpoint(family), dtype="float32")
     returned = {

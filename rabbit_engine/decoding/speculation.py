@@ -18,7 +18,7 @@ import torch
 from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
 from rabbit_engine.decoding.findings import PLAIN, Findings
 from rabbit_engine.decoding.rule import Rule
-from rabbit_engine.decoding.support import ModelTraits, deepest, proven_length, verifier_for
+from rabbit_engine.decoding.support import ModelTraits, deepest, length_of, proven_length, verifier_for
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 from rabbit_engine.decoding.trial import Trial
 from rabbit_engine.decoding.verification import (
@@ -116,7 +116,7 @@ class Speculation:
         if verifier is None:
             return self._run(forward, inputs, 1)
         self._check(forward, inputs, verifier)
-        tree = self._guess(verifier)
+        tree = self._guess(verifier, length_of(inputs, len(self._ids)))
         if tree:
             self._shared.findings.used = verifier.way
         outputs = self._run(forward, verifier.inputs(inputs, tree), 1 + len(tree))
@@ -150,12 +150,13 @@ class Speculation:
                 self._shared.tell_plain(reason)
         return self._verifier
 
-    def _guess(self, verifier: Verifier) -> Tree:
-        """The tree that pays for the next pass; empty if none does."""
+    def _guess(self, verifier: Verifier, length: int) -> Tree:
+        """The tree that pays for the next pass, for a text of that length; empty if none does."""
         context, others = len(self._ids), self._others()
         budget = self._shared.rule.budget(context, others)
         proven = self._shared.findings.proven.get(type(verifier), 0)
-        depth = min(min(self._most_tokens, proven) - context - 1, budget.depth, deepest(self._shared.traits.config, context))
+        room = min(self._most_tokens - context, proven - max(context, length)) - 1
+        depth = min(room, budget.depth, deepest(self._shared.traits.config, length))
         nodes = min(budget.nodes, self._most_nodes)
         if depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY
@@ -196,11 +197,12 @@ class Speculation:
 
     def _check(self, forward: Forward, inputs: Inputs, verifier: Verifier) -> None:
         """Unless this way is proven: record what single passes compute, then try a pass over several tokens."""
-        if len(self._ids) < self._shared.findings.proven.get(type(verifier), 0):
+        tokens = max(len(self._ids), length_of(inputs, len(self._ids)))
+        if tokens < self._shared.findings.proven.get(type(verifier), 0):
             return
         cache = cache_of(inputs)
         if self._trial is None:
-            self._trial = Trial(copy_states(cache), inputs, len(self._ids))
+            self._trial = Trial(copy_states(cache), inputs, tokens)
         elif self._trial.is_ready:
             now, trial, self._trial = copy_states(cache), self._trial, None
             restore_states(cache, trial.before)

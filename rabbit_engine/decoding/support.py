@@ -99,6 +99,12 @@ def _takes_tree_masks(cache: Cache, traits: ModelTraits) -> bool:
         return False
 
 
+def length_of(inputs: Mapping[str, Any], tokens: int) -> int:
+    """The length of a text of `tokens` known ones, whose last is in `inputs`: without padding, with those given as embeddings."""
+    positions = inputs.get("position_ids", inputs.get("cache_position"))
+    return tokens if positions is None else int(positions.max()) + 1
+
+
 def deepest(config: PretrainedConfig, tokens: int) -> int:
     """How deep a tree after a text of `tokens` may be, so that one pass computes the rotary embeddings of single tokens.
 

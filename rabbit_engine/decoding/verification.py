@@ -262,6 +262,6 @@ def output_row(output: Output, row: int, rows: int) -> Output:
 
 
 def _row(states: torch.Tensor, row: int, rows: int) -> torch.Tensor:
-    """[1, 1, width], counted from the end: carried tokens come first."""
-    index = states.shape[1] - rows + row
-    return states[:, index : index + 1]
+    """[..., tokens, width] -> [..., 1, width], counted from the end: carried tokens come first."""
+    index = states.shape[-2] - rows + row
+    return states[..., index : index + 1, :]
