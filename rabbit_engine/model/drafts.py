@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rabbit_engine.checkpoints import HEADERS_ONLY, Shards, resolve
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.decoding import Draft, claimed_bytes
-from rabbit_engine.errors import BudgetError, DraftError
+from rabbit_engine.errors import BudgetError, DraftError, RabbitError
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.budget import budget_for
@@ -59,6 +60,14 @@ class DraftLoader:
         place, settings = self._found(name, compression)
         plan = forecast(place, settings.source, settings.split, settings.stream, partial(plan_whole, place))
         return claimed_bytes(plan)
+
+    def has_copy(self, compression: str) -> bool:
+        """Whether there is a split of the target's checkpoint with that compression, which is not what the target streams."""
+        try:
+            own = self._own_settings(compression)
+            return isinstance(resolve(self.target, own.source, own.split, reading=HEADERS_ONLY).source, Shards)
+        except RabbitError:
+            return False
 
     def _found(self, name: str | Path | None, compression: str | None) -> tuple[str, LoadSettings]:
         """The checkpoint of a draft, and how it is loaded."""

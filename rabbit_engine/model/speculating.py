@@ -121,8 +121,9 @@ class SpeculatingMixin:
         """The draft meant by a value of `speculate`."""
         if not isinstance(speculate, str):
             return speculate
-        known = (speculator.draft for speculator in self._drafts.values())
-        return next((draft for draft in known if isinstance(draft, Lookup)), None) or Lookup()
+        known = [speculator.draft for speculator in self._drafts.values()]
+        own = self._speculate if isinstance(self._speculate, Draft) else None  # "auto" was settled when the model was loaded
+        return own or next((draft for draft in known if isinstance(draft, Lookup)), None) or Lookup()
 
     def _speculator_of(self, draft: Draft) -> Speculator:
         """The measurements with this draft. Raises DraftError if it cannot guess for this model."""
