@@ -26,7 +26,7 @@ def test_the_command_serves_until_it_is_stopped(smollm: Path, smollm_shards: Pat
     (tmp_path / "key").write_text("secret\n")
     process = rabbit(
         *(smollm, "--port", 0, "--name", NAME, "--max-memory", "150MB", "--api-key-file", tmp_path / "key"),
-        *("--saving-path", smollm_shards),
+        *("--saving-path", smollm_shards, "--speculate"),
     )
     try:
         assert process.stderr is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,20 @@ def test_the_plan_of_a_model_with_a_draft_is_what_loading_does(draft: Any, own_c
     done = rabbit("plan", folder, "--device", "cpu", "-m", "1500kB", "--draft", named or "self", "--draft-compression", "8bit")
     assert f"{format_bytes(planned.draft_bytes)} of 1.50 MB on cpu, in memory before any weight" in done.out
     assert "raise --max-memory" in rabbit("plan", folder, "--device", "cpu", "-m", "1kB", "--draft", named or "self").err
+
+
+def test_a_plan_with_speculation_says_what_lookup_gains(own_checkpoint: Any, streamed: Any, rabbit: Any) -> None:
+    folder = own_checkpoint("llama")
+    needed = streamed(folder).plan.budget.device_bytes
+    asked = ("plan", folder, "--device", "cpu", "--disk-rate", "1MB/s", "--speculate")
+    told = rabbit(*asked, "-m", f"cpu={needed}").out
+    plain, least, most = (float(found) for found in re.search(_SECONDS, told).group(3, 1, 2))  # type: ignore[union-attr]
+    assert plain / 1.3 == pytest.approx(least, rel=0.02)
+    assert plain / 4.6 == pytest.approx(most, rel=0.02)
+    assert "with lookup: no guess pays: nothing moves" in rabbit(*asked, "-m", "10MB").out
+
+
+_SECONDS = r"with lookup: about ([\d.]+) s to ([\d.]+) s a token instead of ([\d.]+) s"
 
 
 def test_bench_measures_the_link_and_residency(checkpoint: Any, streamed: Any) -> None:

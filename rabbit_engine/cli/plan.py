@@ -31,6 +31,7 @@ _OPTIONS = Only(
         "revision",
         "token",
         "trust_remote_code",
+        "speculate",
         "draft",
         "draft_compression",
     ),
@@ -65,6 +66,8 @@ def plan(
 
 
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:
-    if loading.draft is None:
-        return engine.forecast.forecast(model, settings.source, settings.split, settings.stream)
-    return engine.model.forecast_with_draft(model, settings, *loading.named_draft())
+    if loading.draft is not None:
+        return engine.model.forecast_with_draft(model, settings, *loading.named_draft())
+    plan = engine.forecast.forecast(model, settings.source, settings.split, settings.stream)
+    notes = (f"with lookup: {engine.drafting.lookup_gain(plan)}",) if loading.speculate else ()
+    return replace(plan, notes=(*plan.notes, *notes))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from rabbit_engine.decoding import Draft
 from rabbit_engine.diagnostics.benchmark import DECODE, BenchmarkRow, tracing
@@ -87,8 +86,8 @@ class _Measured:
         return BenchmarkRow(lane, tuple(self.seconds), self.bytes_a_token, conditions, tuple(self.cpu_s))
 
 
-class _Clock(BaseStreamer):
-    """Notes when the first token of an answer comes."""
+class _Clock:
+    """A streamer that notes when the first token of an answer comes."""
 
     def __init__(self) -> None:
         self._given = 0

@@ -10,6 +10,9 @@ from rabbit_engine.utils.sizes import format_seconds
 TOKENS_A_PASS = 4.8
 """With 64 guesses by a model that agrees with two tokens of three, as measured."""
 
+LOOKUP_IN_CHATS, LOOKUP_IN_SUMMARIES = 1.3, 4.6
+"""Tokens a pass with guesses from the text itself, as measured: answers in a chat, summaries of a given text."""
+
 STEPS_A_PASS = 10
 """Passes of the draft for such a tree."""
 
@@ -44,6 +47,15 @@ class DraftGain:
         parts = f"{format_seconds(self.pass_s)} a pass and {format_seconds(self.guesses_s)} for its guesses"
         end = "" if self.pays else ": leave it out"
         return f"about {seconds} a token instead of {plain} ({parts}, {self.tokens:g} tokens a pass assumed){end}"
+
+
+def lookup_gain(plan: Plan) -> str:
+    """What guesses from the text itself gain, which take no memory worth naming."""
+    if not plan.pass_s:
+        return "no guess pays: nothing moves"
+    least, most = (format_seconds(plan.pass_s / tokens) for tokens in (LOOKUP_IN_CHATS, LOOKUP_IN_SUMMARIES))
+    kinds = f"{LOOKUP_IN_CHATS:g} tokens a pass assumed in a chat, {LOOKUP_IN_SUMMARIES:g} in summaries of a given text"
+    return f"about {least} to {most} a token instead of {format_seconds(plan.pass_s)} ({kinds})"
 
 
 def gain_of(without: Plan, with_draft: Plan) -> DraftGain:
