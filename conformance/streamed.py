@@ -45,10 +45,12 @@ class Workspace:
 
 
 class Current:
-    """The workspace of the current test, and whether this is the control run, with models loaded whole by transformers."""
+    """The workspace of the current test; whether this is the control run, with models loaded whole by transformers; and the
+    `speculate` that models are loaded with."""
 
     workspace: Workspace
     whole = bool(os.environ.get("CONFORMANCE_WHOLE"))
+    speculate = os.environ.get("CONFORMANCE_SPECULATE") or None
 
 
 class Followed:
@@ -114,7 +116,7 @@ def load(checkpoint: Path, **keywords: Any) -> Any:
     """A model on the CPU, streamed as far as possible; whole in the control run. Raises RuntimeError if nothing is streamed."""
     if Current.whole:
         return AutoModelForCausalLM.from_pretrained(checkpoint, **keywords)
-    keywords = {"device": "cpu", **keywords}
+    keywords = {"device": "cpu", "speculate": Current.speculate, **keywords}
     model = load_smallest(checkpoint, **keywords)
     if not model.plan.streamed:  # realigning a file takes a buffer larger than such a model: shards need none
         model = load_smallest(checkpoint, **keywords, split="always")

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,15 @@ def unpack_tests(archive: Path, target: Path) -> None:
         ((folder if folder.is_dir() else folder.parent) / "__init__.py").touch()
 
 
-def run_tests(tests: Path, family: str, names: Iterable[str] = (), *, whole: bool = False) -> list[Result]:
-    """A family's tests, all or those named, in a separate process. Raises RuntimeError if pytest itself fails."""
+def run_tests(tests: Path, family: str, names: Iterable[str] = (), *, whole: bool = False, speculate: str = "") -> list[Result]:
+    """A family's tests, all or those named, in a separate process. Raises RuntimeError if pytest itself fails.
+
+    `speculate` is the default of the models' `generate`.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "record.json"
         settings = {"TESTS": str(tests), "FAMILIES": family, "RECORD": str(record), "WHOLE": "1" if whole else ""}
+        settings["SPECULATE"] = speculate
         nodes = [f"conformance/test_families.py::{family}" + (f"::{name}" if name else "") for name in names or [""]]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short", *nodes],
@@ -121,12 +126,12 @@ def merge_reports(family: str, reports: list[dict[str, str]]) -> list[Result]:
     return results
 
 
-def check_family(tests: Path, family: str) -> tuple[list[Result], float]:
+def check_family(tests: Path, family: str, speculate: str) -> tuple[list[Result], float]:
     """A family's results and the seconds they took; failures are tried again without streaming."""
     started = time.monotonic()
-    results = run_tests(tests, family)
+    results = run_tests(tests, family, speculate=speculate)
     failed = [result.test for result in results if result.outcome == "failed"]
-    control = run_tests(tests, family, failed, whole=True) if failed else []
+    control = run_tests(tests, family, failed, whole=True, speculate=speculate) if failed else []
     fails_whole = {result.test for result in control if result.outcome == "failed"}
     results = [
         Result(family=family, test=each.test, outcome="fails_whole_too", reason=each.reason) if each.test in fails_whole else each
@@ -197,8 +202,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=FAMILIES, help="names in tests/families.py; all by default")
     parser.add_argument("--transformers", type=Path, help="a checkout of transformers, at the tag of the installed version")
+    parser.add_argument(
+        "--speculate", choices=["auto"], default="", help="the default of the models' generate, with one text a batch"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="families at a time")
-    parser.add_argument("--record", type=Path, help="output file; by default, a run of all families writes docs/conformance.json")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="output file; by default, a run of all families without --speculate writes docs/conformance.json",
+    )
     return parser.parse_args()
 
 
@@ -207,13 +219,14 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     tests = arguments.transformers or find_tests(version("transformers"))
+    check = partial(check_family, tests, speculate=arguments.speculate)
     print(f"{'family':<14}" + "".join(f"{outcome:>16}" for outcome in OUTCOMES))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = dict(zip(arguments.families, pool.map(lambda each: check_family(tests, each), arguments.families), strict=True))
+        found = dict(zip(arguments.families, pool.map(check, arguments.families), strict=True))
     seconds = time.monotonic() - started
     results = [result for family, _ in found.values() for result in family]
     print(row("all", Counter(result.outcome for result in results), seconds))
-    record = arguments.record or (RECORD if tuple(arguments.families) == FAMILIES else None)
+    record = arguments.record or (RECORD if tuple(arguments.families) == FAMILIES and not arguments.speculate else None)
     if record:
         record.write_text(json.dumps(make_record(found, SOURCES[bool(arguments.transformers)], seconds), indent=1) + "\n")
     for each in listed(results, "failed"):
