@@ -108,6 +108,39 @@ def test_model_is_tried_again_where_it_begins_to_select_keys(tmp_path: Path, str
     assert passes < TOKENS
 
 
+def cross_attending() -> transformers.PreTrainedModel:
+    """A model whose second layer attends to an image, by a mask with a row for each token."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {**sizes, "num_key_value_heads": 2, "cross_attention_layers": [1], "eos_token_id": None, "pad_token_id": 0}
+    eyes = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1}
+    tiles = {
+        "attention_heads": 4,
+        "intermediate_size": 48,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+        "max_num_tiles": 1,
+    }
+    config = transformers.MllamaConfig(text_config=text, vision_config={**eyes, **tiles, "supported_aspect_ratios": [[1, 1]]})
+    model = transformers.MllamaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.15)
+    return model
+
+
+def test_keyword_with_a_value_for_each_token_that_is_not_known_decodes_plainly(tmp_path: Path, streamed: Any) -> None:
+    cross_attending().save_pretrained(tmp_path)
+    model, ids = streamed(tmp_path, dtype="float32"), prompt()
+    assert speculation_of(model, {"input_ids": ids}) == "tree"
+    ratio = {"aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long), "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long)}
+    image = {"pixel_values": torch.randn(1, 1, 1, 3, 28, 28), "cross_attention_mask": torch.ones(1, 21, 1, 1, dtype=torch.long)}
+    keywords = {"input_ids": ids, **ratio, **image, **GREEDY}
+    expected = model.generate(**keywords)
+    draft = Guided(expected[0].tolist(), agreement=1.0)
+    assert torch.equal(model.generate(**keywords, speculate=draft), expected)
+    assert findings_of(model).used.startswith("plain: cross_attention_mask")
+
+
 def test_record_does_not_vouch_for_other_code_nor_other_biases() -> None:
     own = type("LlamaForCausalLM", (), {"__module__": "transformers_modules.repo.modeling_llama"})
     assert recorded_speculation(LlamaForCausalLM, LlamaConfig()) == "tree"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PretrainedConfig
 
-from rabbit_engine.decoding.verification import CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
+from rabbit_engine.decoding.verification import PER_TOKEN, CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
 from rabbit_engine.transformers_bridge.caches import ability_of, is_made_for, windows_of
 from rabbit_engine.transformers_bridge.forwards import cache_of
 
@@ -56,6 +56,8 @@ def verifier_for(
         return None, "no token ids"
     if not _holds_the_text(cache, inputs):
         return None, "a cache that does not hold the text"
+    if unknown := [name for name, value in inputs.items() if name not in PER_TOKEN and _is_per_token(value)]:
+        return None, f"{unknown[0]}, of which later tokens need values of their own"
     ways = {way for way in _ways(cache, inputs, traits) if way not in refused}
     if TreeVerifier in ways:
         return TreeVerifier(cache, traits.config, traits.dtype), ""
@@ -66,6 +68,11 @@ def verifier_for(
         None,
         f"a {type(cache).__name__} that cannot go back" if not refused else "other numbers for several tokens than for one",
     )
+
+
+def _is_per_token(value: object) -> bool:
+    """Whether a keyword of a pass over one token may hold a value for each token: [batch, tokens, ...]."""
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == 1
 
 
 def _holds_the_text(cache: Cache, inputs: Mapping[str, Any]) -> bool:
