@@ -183,6 +183,8 @@ def test_auto_takes_a_copy_in_four_bits_where_one_was_split_and_pays(own_checkpo
     assert rabbit("split", folder, "--compression", "4bit").code == 0
     assert choose_draft(folder, slow).name == Merged(Lookup(), SelfDraft("4bit")).name
     assert choose_draft(folder, fast).name == "lookup"
+    planned = rabbit("plan", folder, "--device", "cpu", "-m", "7MB", "--disk-rate", "1MB/s", "--speculate").out
+    assert "with the draft: about" in planned
     tight = replace(slow, stream=replace(slow.stream, device_budget_bytes=smallest(folder)))
     assert choose_draft(folder, tight).name == "lookup"
     with load(folder, replace(slow, speculate="auto")) as model:

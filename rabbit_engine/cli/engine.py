@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import pace as pace
     from rabbit_engine.diagnostics import plotting as plotting
     from rabbit_engine.diagnostics import speculation as speculation
-    from rabbit_engine.planning import drafting as drafting
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
     from rabbit_engine.transformers_bridge import generation as generation
@@ -43,7 +42,6 @@ _MODULES = {
     "demo": "rabbit_engine.diagnostics.demo",
     "disk_rate": "rabbit_engine.diagnostics.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",
-    "drafting": "rabbit_engine.planning.drafting",
     "finding": "rabbit_engine.diagnostics.finding",
     "forecast": "rabbit_engine.planning.forecast",
     "generation": "rabbit_engine.transformers_bridge.generation",

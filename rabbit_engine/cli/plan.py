@@ -68,6 +68,6 @@ def plan(
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:
     if loading.draft is not None:
         return engine.model.forecast_with_draft(model, settings, *loading.named_draft())
-    plan = engine.forecast.forecast(model, settings.source, settings.split, settings.stream)
-    notes = (f"with lookup: {engine.drafting.lookup_gain(plan)}",) if loading.speculate else ()
-    return replace(plan, notes=(*plan.notes, *notes))
+    if loading.speculate:
+        return engine.model.forecast_with_auto(model, settings)
+    return engine.forecast.forecast(model, settings.source, settings.split, settings.stream)

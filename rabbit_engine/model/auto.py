@@ -47,7 +47,7 @@ from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.speculating import AUTO, Speculate
 from rabbit_engine.model.streamed import StreamedModel
-from rabbit_engine.planning.drafting import DraftGain, gain_of
+from rabbit_engine.planning.drafting import DraftGain, gain_of, lookup_gain
 from rabbit_engine.planning.forecast import forecast, left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.trial import require_pass
@@ -219,6 +219,14 @@ def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: str | N
     """
     planned, gain = _plan_and_gain(name, settings, draft, compression)
     return replace(planned, notes=(*planned.notes, f"with the draft: {gain}"))
+
+
+def forecast_with_auto(name: str | Path, settings: LoadSettings) -> Plan:
+    """The plan of a model that is loaded with `speculate="auto"`; a note says what that may gain."""
+    if not isinstance(choose_draft(name, settings), Lookup):
+        return forecast_with_draft(name, settings, None, _COPY)
+    planned = forecast(name, settings.source, settings.split, settings.stream)
+    return replace(planned, notes=(*planned.notes, f"with lookup: {lookup_gain(planned)}"))
 
 
 def _plan_and_gain(
