@@ -12,7 +12,7 @@ from guessing import Guided
 from tiny import words
 from transformers import DynamicCache, LlamaConfig, LogitsProcessor, StoppingCriteria
 
-from rabbit_engine import AutoModel, DraftModel, Session
+from rabbit_engine import AutoModel, DraftModel, Lookup, Session
 from rabbit_engine.decoding import ROOT, Tree
 from rabbit_engine.decoding.support import deepest
 from rabbit_engine.decoding.verification import mask_kinds, tree_mask
@@ -347,14 +347,78 @@ def test_each_kind_of_layer_gets_its_mask_and_layers_that_differ_get_none() -> N
     ("rope", "tokens", "depth"),
     [
         ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 30, 2),
-        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 33, 1 << 30),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 33, 31),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 65, 1 << 30),
         ({"rope_type": "dynamic"}, 60, 4),
         ({"rope_type": "dynamic"}, 65, 0),
         ({"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}, 60, 4),
-        ({"rope_type": "llama3", "original_max_position_embeddings": 32}, 60, 1 << 30),
+        ({"rope_type": "llama3", "original_max_position_embeddings": 32}, 60, 4),
+        ({"rope_type": "llama3", "original_max_position_embeddings": 32}, 65, 1 << 30),
     ],
 )
-def test_trees_do_not_cross_a_length_at_which_rotary_factors_change(rope: Any, tokens: int, depth: int) -> None:
+def test_trees_do_not_cross_a_length_at_which_positions_change(rope: Any, tokens: int, depth: int) -> None:
     config = LlamaConfig(max_position_embeddings=64)
     config.rope_parameters = rope
     assert deepest(config, tokens) == depth
+
+
+def test_trees_end_with_the_learnt_positions(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("opt"), dtype="float32")
+    most = model.config.max_position_embeddings
+    how = {**GREEDY, "max_new_tokens": 40, "stopping_criteria": [lambda ids, _: torch.tensor([ids.shape[1] == most - 1])]}
+    expected = seeded(model, prompt(most - 9), **how)
+    draft = Guided(expected[0].tolist() + [7] * 30, agreement=1.0, nodes=64)
+    found, fewer = passes(model, prompt(most - 9), speculate=draft, **how)
+    assert torch.equal(found, expected)
+    assert fewer < 8
+
+
+def test_rotary_factors_change_by_positions_not_by_padded_tokens(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("phi4"), dtype="float32")
+    ids, mask = prompt(40), torch.ones(1, 40, dtype=torch.long)
+    mask[0, :22] = 0  # 18 positions; the factors change behind the 32nd
+    how = {**GREEDY, "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    expected = seeded(model, ids, **how)
+    draft = Guided(expected.sequences[0].tolist(), agreement=1.0, branches=2, nodes=64)
+    found, fewer = passes(model, ids, speculate=draft, **how)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert fewer < 12
+
+
+class LooksAhead(LogitsProcessor):
+    """Generates with the same model how the text might go on, by beams."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, model: Any, **keywords: Any) -> None:
+        self.model, self.keywords = model, keywords
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.model.generate(input_ids, max_new_tokens=3, do_sample=False, pad_token_id=0, **self.keywords)
+        return scores
+
+
+@pytest.mark.parametrize("inner", [{"num_beams": 2}, {"speculate": None}], ids=["beams", "plain"])
+def test_processor_that_generates_with_the_same_model_is_a_generation_of_its_own(inner: Any, llama: Any) -> None:
+    expected = seeded(llama, prompt(), **GREEDY)
+    draft = Guided(expected[0].tolist(), branches=2)
+    found = seeded(llama, prompt(), speculate=draft, logits_processor=[LooksAhead(llama, **inner)], **GREEDY)
+    assert torch.equal(found, expected)
+    assert max(len(verdict.path) for verdict in draft.verdicts) > 1
+
+
+def test_auto_is_not_bound_by_the_size_of_another_lookup(llama: Any) -> None:
+    for draft in (Lookup(nodes=64), Lookup(nodes=64), "auto"):
+        before = llama.profile.speculation
+        seeded(llama, prompt(), speculate=draft, **GREEDY)
+    found = llama.profile.speculation.since(before)
+    assert found.nodes < 40
+
+
+def test_profile_counts_the_pass_in_whose_tree_the_text_ends(llama: Any) -> None:
+    expected, before = seeded(llama, prompt(), **GREEDY), llama.profile.speculation
+    draft = Guided(expected[0].tolist(), agreement=1.0, nodes=12)  # a chain of 6 with a wrong sibling at each step
+    _, count = passes(llama, prompt(), speculate=draft, **GREEDY)
+    found = llama.profile.speculation.since(before)
+    assert (found.tokens, found.passes) == (23, count - 1)  # the first token is the prompt's
+    assert found.accepted == found.tokens - found.passes

@@ -93,14 +93,14 @@ class Rule:
     def count_verdict(self, verdict: Verdict) -> None:
         """Learn from what the model made of a tree. Count plain passes of an answer too, with the empty tree."""
         with self._lock:
-            self.profile.passes += 1
-            self.profile.tokens += 1 + len(verdict.path)
-            self.profile.nodes += len(verdict.tree)
-            self.profile.accepted += len(verdict.path)
+            self._count(len(verdict.tree), len(verdict.path))
             if verdict.tree:
                 self._calibration.add(verdict.tree, verdict.path)
-            if self._passes.is_known:
-                self._settle(len(verdict.tree), len(verdict.path))
+
+    def count_last(self, nodes: int, accepted: int) -> None:
+        """Learn from the pass in whose tree the text ended: whether more than the `accepted` nodes were right is not known."""
+        with self._lock:
+            self._count(nodes, accepted)
 
     @property
     def trust(self) -> float:
@@ -178,6 +178,14 @@ class Rule:
                 return trial
             trial //= 2
         return size
+
+    def _count(self, nodes: int, accepted: int) -> None:
+        self.profile.passes += 1
+        self.profile.tokens += 1 + accepted
+        self.profile.nodes += nodes
+        self.profile.accepted += accepted
+        if self._passes.is_known:
+            self._settle(nodes, accepted)
 
     def _settle(self, nodes: int, accepted: int) -> None:
         """Count what a pass gained over plain ones, by what both usually take."""

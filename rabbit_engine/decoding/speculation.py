@@ -19,7 +19,7 @@ from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
 from rabbit_engine.decoding.findings import PLAIN, Findings
 from rabbit_engine.decoding.rule import Rule
 from rabbit_engine.decoding.support import ModelTraits, deepest, length_of, proven_length, verifier_for
-from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
+from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree, why_no_tree
 from rabbit_engine.decoding.trial import Trial
 from rabbit_engine.decoding.verification import (
     CarryVerifier,
@@ -29,7 +29,7 @@ from rabbit_engine.decoding.verification import (
     Verifier,
     output_row,
 )
-from rabbit_engine.errors import RabbitError, first_line
+from rabbit_engine.errors import DraftError, RabbitError, first_line
 from rabbit_engine.streaming import Trace
 from rabbit_engine.transformers_bridge.caches import copy_states, restore_states
 from rabbit_engine.transformers_bridge.forwards import cache_of
@@ -58,6 +58,12 @@ class Speculator:
     most_nodes: Callable[[], int]
     findings: Findings = field(default_factory=Findings)
     _told: set[str] = field(default_factory=set)
+
+    def checked(self, tree: Tree) -> Tree:
+        """A tree as the draft proposed it, without tokens that the model cannot choose. Raises DraftError if it is none."""
+        if reason := why_no_tree(tree):
+            raise DraftError(f"{self.draft.name} proposed {reason}: see Tree for what a draft may propose")
+        return tree.below(self.traits.config.vocab_size)
 
     def tell_plain(self, reason: str) -> None:
         """Log once for each reason that a text is decoded one token a pass."""
@@ -133,6 +139,7 @@ class Speculation:
             return
         if self._verified is not None:
             self._verifier.settle(self._verified.path)
+            self._shared.rule.count_last(len(self._verified.tree), len(self._verified.path))
         if cache_is_returned and isinstance(self._verifier, CarryVerifier) and self._verifier.lag:
             forward(**self._verifier.catch_up())
         self._verifier.finish()
@@ -165,7 +172,7 @@ class Speculation:
                 self._drafter.read(self._ids)
                 self._has_read = True
             began = time.perf_counter()
-            tree = self._drafter.propose(self._ids, replace(budget, nodes=nodes, depth=depth))
+            tree = self._shared.checked(self._drafter.propose(self._ids, replace(budget, nodes=nodes, depth=depth)))
             seconds = time.perf_counter() - began + self._learning_s
         tree = verifier.shaped(tree.within(depth)).best(nodes)
         self._shared.rule.count_draft(tree, seconds)

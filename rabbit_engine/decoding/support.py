@@ -112,14 +112,15 @@ def length_of(inputs: Mapping[str, Any], tokens: int) -> int:
     return tokens if positions is None else int(positions.max()) + 1
 
 
-def deepest(config: PretrainedConfig, tokens: int) -> int:
-    """How deep a tree after a text of `tokens` may be, so that one pass computes the rotary embeddings of single tokens.
+def deepest(config: PretrainedConfig, positions: int) -> int:
+    """How deep a tree after a text of `positions` may be, so that a pass computes what passes over single tokens would.
 
-    Two kinds depend on the last position of a pass: "longrope" changes its factors behind the original length, "dynamic" from
-    there on with each token.
+    It ends with the positions that the model was made for: learnt ones end there. Two kinds of rotary embeddings depend on the
+    last position of a pass: "longrope" changes its factors behind the original length, "dynamic" from there on with each token.
     """
-    limits = [_deepest(rope, config, tokens) for rope in _ropes(config)]
-    return min(limits, default=UNLIMITED)
+    most = getattr(config, "max_position_embeddings", None) or 0
+    limit = most - positions if positions <= most else UNLIMITED
+    return min([limit, *(_deepest(rope, config, positions) for rope in _ropes(config))])
 
 
 def proven_length(config: PretrainedConfig, tokens: int) -> int:
@@ -142,12 +143,12 @@ def _ropes(config: PretrainedConfig) -> list[Mapping[str, Any]]:
     return [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
 
 
-def _deepest(rope: Mapping[str, Any], config: PretrainedConfig, tokens: int) -> int:
+def _deepest(rope: Mapping[str, Any], config: PretrainedConfig, positions: int) -> int:
     kind = rope.get("rope_type")
     if kind not in ("longrope", "dynamic"):
         return UNLIMITED
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
-    if tokens <= original:
-        return int(original - tokens)
+    if positions <= original:
+        return int(original - positions)
     return UNLIMITED if kind == "longrope" else 0

@@ -62,6 +62,16 @@ class Tree:
         depths = self.depths
         return self.only([node for node in range(len(self)) if depths[node] <= depth])
 
+    def below(self, vocabulary: int) -> Self:
+        """Without tokens outside of the vocabulary, and what follows them."""
+        if all(0 <= token < vocabulary for token in self.tokens):
+            return self
+        kept = {ROOT}
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            if parent in kept and 0 <= token < vocabulary:
+                kept.add(node)
+        return self.only(sorted(kept - {ROOT}))
+
     def likeliest_chain(self) -> Self:
         """From the root down, always the likeliest child."""
         path: list[int] = []
@@ -82,3 +92,23 @@ class Tree:
 
 
 EMPTY = Tree()
+
+
+def why_no_tree(found: object) -> str:
+    """Which promise of `Tree` a value breaks; empty if it keeps all of them."""
+    if not isinstance(found, Tree):
+        return f"a value of type {type(found).__name__}, not a Tree"
+    lengths = {len(found.tokens), len(found.parents), len(found.probabilities)}
+    if len(lengths) > 1:
+        return f"{len(found.tokens)} tokens with {len(found.parents)} parents and {len(found.probabilities)} probabilities"
+    children = set[tuple[int, int]]()
+    for node, (token, parent, likely) in enumerate(zip(found.tokens, found.parents, found.probabilities, strict=True)):
+        if not ROOT <= parent < node:
+            return f"node {node} after node {parent}, which does not come before it"
+        above = 1.0 if parent == ROOT else found.probabilities[parent]
+        if not 0 < likely <= above:
+            return f"node {node} with probability {likely}, which is not above 0 and up to that of its parent, {above}"
+        if (parent, token) in children:
+            return f"token {token} twice after node {parent}"
+        children.add((parent, token))
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,9 @@ AUTO = "auto"
 
 _MOST_DRAFTS = 8
 """Drafts of a model whose measurements are kept."""
+
+_CHOOSING = threading.RLock()
+"""Threads that generate at once with the same draft share its measurements; attaching a draft may load another model."""
 
 Speculate = Draft | str | None
 
@@ -57,6 +61,7 @@ class SpeculatingMixin:
     """What transformers' decoding loop calls: `_sample` around it, the model in it, and a `watched_preparation`."""
 
     _drafts: dict[int, Speculator]
+    _auto: Draft | None = None
     _findings: Findings | None = None
     _speculate: Speculate = None
     """The default of `generate`."""
@@ -99,16 +104,14 @@ class SpeculatingMixin:
     @contextmanager
     def _speculating(self, speculate: Speculate) -> Iterator[None]:
         """A block in which `generate` speculates with the draft. Raises ConfigurationError or DraftError."""
-        if speculate is None:
-            yield
-            return
-        request = _Call(self, self._speculator_of(self._draft_of(speculate)))
-        token = _REQUEST.set(request)
+        request = None if speculate is None else _Call(self, self._speculator_of(self._draft_of(speculate)))
+        outer = _REQUEST.set(request), _RUNNING.set(None)  # a processor or criterion of another generation may have called
         try:
             yield
         finally:
-            _REQUEST.reset(token)
-        if not request.is_seen:
+            _REQUEST.reset(outer[0])
+            _RUNNING.reset(outer[1])
+        if request is not None and not request.is_seen:
             request.speculator.tell_plain("beams, assisted generation and other decoding methods of transformers")
 
     def speculate_by_default(self, speculate: Speculate) -> None:
@@ -121,18 +124,22 @@ class SpeculatingMixin:
         """The draft meant by a value of `speculate`."""
         if not isinstance(speculate, str):
             return speculate
-        known = [speculator.draft for speculator in self._drafts.values()]
-        own = self._speculate if isinstance(self._speculate, Draft) else None  # "auto" was settled when the model was loaded
-        return own or next((draft for draft in known if isinstance(draft, Lookup)), None) or Lookup()
+        if isinstance(self._speculate, Draft):  # "auto" was settled when the model was loaded
+            return self._speculate
+        with _CHOOSING:
+            if self._auto is None:
+                self._auto = Lookup()
+            return self._auto
 
     def _speculator_of(self, draft: Draft) -> Speculator:
         """The measurements with this draft. Raises DraftError if it cannot guess for this model."""
-        if id(draft) not in self._drafts:
-            draft.attach(self)  # type: ignore[arg-type] # mypy does not know the transformers class that is mixed in
-            while len(self._drafts) >= _MOST_DRAFTS:
-                del self._drafts[next(iter(self._drafts))]
-            self._drafts[id(draft)] = self._new_speculator(draft)
-        return self._drafts[id(draft)]
+        with _CHOOSING:
+            if id(draft) not in self._drafts:
+                draft.attach(self)  # type: ignore[arg-type] # mypy does not know the transformers class that is mixed in
+                while len(self._drafts) >= _MOST_DRAFTS:
+                    del self._drafts[next(iter(self._drafts))]
+                self._drafts[id(draft)] = self._new_speculator(draft)
+            return self._drafts[id(draft)]
 
     def _new_speculator(self, draft: Draft) -> Speculator:
         runtime = runtime_of(self)
