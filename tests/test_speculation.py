@@ -109,7 +109,7 @@ def test_prompts_in_other_forms(family: str, given: str, checkpoint: Any, stream
     expected = seeded(model, None, **how)
     draft = Guided(expected[0].tolist(), agreement=1.0, branches=1, nodes=30)
     assert torch.equal(seeded(model, None, speculate=draft, **how), expected)
-    assert sum(len(verdict.path) for verdict in draft.verdicts) > 8
+    assert sum(len(verdict.path) for verdict in draft.verdicts) > 4
 
 
 class Recorder:

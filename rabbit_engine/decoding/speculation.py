@@ -163,7 +163,8 @@ class Speculation:
         budget = self._shared.rule.budget(context, others)
         proven = self._shared.findings.proven.get(type(verifier), 0)
         room = min(self._most_tokens - context, proven - max(context, length)) - 1
-        depth = min(room, budget.depth, deepest(self._shared.traits.config, length))
+        config = self._shared.traits.config
+        depth = min(room, budget.depth, deepest(config, length), deepest(config, context))  # some classes count padding too
         nodes = min(budget.nodes, self._most_nodes)
         if depth < 1 or nodes < 1 or verifier.lag > _MOST_LAG:
             return EMPTY

@@ -34,6 +34,8 @@ def ability_of(cache: Cache) -> Ability:
         type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not layers
     ):  # others may hold states of their own
         return "none"
+    if not all(getattr(layer, "is_initialized", True) for layer in layers):  # a module keeps states of its own
+        return "none"
     if all(type(layer) in _ATTENDING for layer in layers):
         return "select"
     if all(_is_recurrent(layer) or _can_crop(layer) for layer in layers):
