@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from rabbit_engine import DraftModel, Lookup, Merged
 from rabbit_engine.decoding import ROOT, Tree
-from rabbit_engine.errors import DraftError
+from rabbit_engine.errors import ConfigurationError, DraftError
 
 IDS = torch.tensor([[3, 5, 7]])
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -73,3 +74,10 @@ def test_guesses_outside_of_the_vocabulary_are_left_out(llama: Any) -> None:
     assert torch.equal(llama.generate(IDS, speculate=draft, **GREEDY), expected)
     counts = llama.profile.speculation.since(before)
     assert counts.nodes == counts.passes - 1 > 0  # the last pass has no room for a guess
+
+
+@pytest.mark.parametrize("nodes", [0, -1, True, 4.0, "4"])
+def test_a_wrong_number_of_nodes_is_refused_by_every_draft(nodes: Any) -> None:
+    for draft in (Lookup, lambda nodes: DraftModel("x", nodes=nodes), lambda nodes: Merged(Lookup(), Lookup(), nodes=nodes)):
+        with pytest.raises(ConfigurationError, match=f"nodes={nodes!r} is not a number of guesses"):
+            draft(nodes=nodes)

@@ -16,7 +16,7 @@ from rabbit_engine.errors import ConfigurationError
 
 def check_nodes(nodes: int | None) -> None:
     """Raises ConfigurationError unless `nodes` can be the fixed size of a tree."""
-    if nodes is not None and (not isinstance(nodes, int) or nodes < 1):
+    if nodes is not None and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
         raise ConfigurationError(f"nodes={nodes!r} is not a number of guesses: pass an integer from 1, or None")
 
 

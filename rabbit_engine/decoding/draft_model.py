@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rabbit_engine.config import CompressionConfig
-from rabbit_engine.decoding.draft import Drafter, TargetModel
+from rabbit_engine.decoding.draft import Drafter, TargetModel, check_nodes
 from rabbit_engine.decoding.draft_context import Context, Predictor, TreeContext, find_context
 from rabbit_engine.decoding.model_drafter import ModelDrafter, Reach, RoundCosts
 from rabbit_engine.decoding.vocabulary import Vocabulary, require_same_tokens, require_similar_size
@@ -33,8 +33,7 @@ class ModelDraft(ABC):
     """
 
     def __init__(self, model: PreTrainedModel | None, nodes: int | None, temperature: float) -> None:
-        if nodes is not None and nodes < 1:
-            raise ConfigurationError(f"nodes={nodes!r} is not a number of guesses: pass an integer from 1, or None")
+        check_nodes(nodes)
         if not temperature > 0:
             raise ConfigurationError(f"temperature={temperature!r} is not a number above 0")
         self._model: Any = model
