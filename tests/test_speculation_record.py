@@ -108,6 +108,13 @@ def test_model_is_tried_again_where_it_begins_to_select_keys(tmp_path: Path, str
     assert passes < TOKENS
 
 
+def test_model_without_a_cache_decodes_plainly_and_says_so(tmp_path: Path, streamed: Any) -> None:
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    assert speculated(streamed(tmp_path, dtype="float32"), prompt()) == ("plain: each pass computes the whole text", TOKENS)
+
+
 def cross_attending() -> transformers.PreTrainedModel:
     """A model whose second layer attends to an image, by a mask with a row for each token."""
     torch.manual_seed(0)

@@ -90,6 +90,8 @@ class Speculation:
         self._ids: list[int] = []
         self._is_asked = False
         self._is_running = False
+        self._is_whole = False
+        """Whether a pass for a new token was over the whole text."""
         self._has_read = False
         self._learning_s = 0.0
         """What the draft took to learn from its last tree; it counts for the next one."""
@@ -116,7 +118,10 @@ class Speculation:
         self._is_asked = False
         if self._verified is not None:
             return self._verified.row()
-        if _rows(inputs) != 1:  # the whole text anew, for a new cache
+        if _rows(inputs) != 1:  # the whole text: once for a new cache, or always without one
+            if self._is_whole:
+                self._shared.tell_plain("each pass computes the whole text")
+            self._is_whole = True
             return self._run(forward, inputs, _rows(inputs))
         verifier = self._current_verifier(inputs)
         if verifier is None:
