@@ -30,6 +30,7 @@ from rabbit_engine.transformers_bridge import (
     experts,
     faults,
     forwards,
+    generation,
     rotary,
     tied_weights,
 )
@@ -399,3 +400,26 @@ def test_an_output_of_llama_4s_text_model_can_be_asked_for_images() -> None:
     output = model.language_model(IDS.to("meta"))
     assert output.image_outputs is None
     assert output.logits.shape == (1, 3, 32)
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}])
+def test_the_loop_over_tokens_runs_where_it_is_told_to(how: dict[str, Any]) -> None:
+    seen: list[generation.DecodingLoop] = []
+
+    def around(model: Any, loop: generation.DecodingLoop) -> Any:
+        seen.append(loop)
+        return loop.run()
+
+    model = llama()
+    expected = model.generate(IDS, max_new_tokens=4, pad_token_id=0, do_sample=False)
+    model.__class__ = type("Around", (type(model),), generation.around_decoding(type(model), around))
+    found = model.generate(IDS, max_new_tokens=4, pad_token_id=0, **how)
+    (loop,) = seen
+    assert torch.equal(loop.input_ids, IDS)
+    assert loop.most_tokens == 7
+    assert not loop.returns_cache
+    assert how or torch.equal(found, expected)
+    model.generate(IDS, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True)
+    assert seen[1].returns_cache
+    model.generate(IDS, max_new_tokens=4, pad_token_id=0, num_beams=2)
+    assert len(seen) == 2

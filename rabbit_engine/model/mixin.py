@@ -31,12 +31,12 @@ from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.model.speculating import SpeculatingMixin, parse_speculate, watched_preparation
+from rabbit_engine.model.speculating import SpeculatingMixin, decode, parse_speculate, watched_preparation
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.generation import without_cache_objects
+from rabbit_engine.transformers_bridge.generation import around_decoding, without_cache_objects
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -334,7 +334,7 @@ def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     Remote code that keeps its cache in tuples creates it itself: `generate` passes it none.
     """
-    own: dict[str, object] = {"__module__": cls.__module__}
+    own: dict[str, object] = {"__module__": cls.__module__, **around_decoding(cls, decode)}
     if hasattr(cls, "prepare_inputs_for_generation"):
         own["prepare_inputs_for_generation"] = watched_preparation(cls)
     made = type(cls.__name__, (StreamingMixin, cls), own)

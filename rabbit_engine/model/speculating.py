@@ -19,6 +19,7 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import most_rows
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.generation import DecodingLoop
 
 AUTO = "auto"
 """The draft that the checkpoint or the split brings, else lookup in the text itself."""
@@ -40,6 +41,10 @@ class _Call:
     speculator: Speculator
     is_seen: bool = False
 
+    def is_of(self, model: object) -> bool:
+        """Whether that model was called."""
+        return self.model is model
+
 
 _REQUEST: ContextVar[_Call | None] = ContextVar("speculation_request", default=None)
 _RUNNING: ContextVar[tuple[object, Speculation] | None] = ContextVar("running_speculation", default=None)
@@ -58,33 +63,13 @@ def parse_speculate(value: object) -> Speculate:
 
 
 class SpeculatingMixin:
-    """What transformers' decoding loop calls: `_sample` around it, the model in it, and a `watched_preparation`."""
+    """What transformers' decoding loop calls: the model. `decode` runs around the loop, a `watched_preparation` in it."""
 
     _drafts: dict[int, Speculator]
     _auto: Draft | None = None
     _findings: Findings | None = None
     _speculate: Speculate = None
     """The default of `generate`."""
-
-    def _sample(self, input_ids: torch.Tensor, *args: Any, **keywords: Any) -> Any:
-        request = _REQUEST.get()
-        if request is None or request.model is not self:
-            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
-        request.is_seen = True
-        criteria, config = _argument("stopping_criteria", 1, args, keywords), _argument("generation_config", 2, args, keywords)
-        encodes = bool(self.config.is_encoder_decoder)  # type: ignore[attr-defined]
-        reason = findings_of(self).plain or why_plain(config, keywords, texts=len(input_ids), encoder_decoder=encodes)
-        if reason:
-            request.speculator.tell_plain(reason)
-            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
-        most = criteria.max_length or config.max_length
-        speculation = Speculation(request.speculator, input_ids.shape[1], most, self._other_texts)
-        token = _RUNNING.set((self, speculation))
-        try:
-            return super()._sample(input_ids, *args, **keywords)  # type: ignore[misc]
-        finally:
-            _RUNNING.reset(token)
-            speculation.close(super().__call__, cache_is_returned=_returns_cache(config, keywords))  # type: ignore[misc]
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """The model's own; while it speculates, also for tokens that the last pass verified."""
@@ -97,7 +82,8 @@ class SpeculatingMixin:
         running = _RUNNING.get()
         return running[1] if running is not None and running[0] is self else None
 
-    def _other_texts(self) -> int:
+    def other_texts(self) -> int:
+        """The number of other texts that share its passes now, in a session."""
         fiber = fiber_on(runtime_of(self).binding)
         return 0 if fiber is None else fiber.others
 
@@ -162,14 +148,24 @@ def findings_of(model: SpeculatingMixin) -> Findings:
     return model._findings
 
 
-def _argument(name: str, index: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """An argument of `_sample`, given by position after the ids or by name."""
-    return keywords[name] if name in keywords else args[index]
-
-
-def _returns_cache(config: Any, keywords: dict[str, Any]) -> bool:
-    """Whether the cache outlives `generate`: it is part of the output, or the caller's own."""
-    return bool(config.return_dict_in_generate) or any(getattr(value, "_is_user_defined", False) for value in keywords.values())
+def decode(model: Any, loop: DecodingLoop) -> Any:
+    """Run the decoding loop of `generate`, speculating if that was asked for and can be."""
+    request = _REQUEST.get()
+    if request is None or not request.is_of(model):
+        return loop.run()
+    request.is_seen = True
+    encodes = bool(model.config.is_encoder_decoder)
+    plainly = why_plain(loop.config, loop.keywords, texts=len(loop.input_ids), encoder_decoder=encodes)
+    if reason := findings_of(model).plain or plainly:
+        request.speculator.tell_plain(reason)
+        return loop.run()
+    speculation = Speculation(request.speculator, loop.input_ids.shape[1], loop.most_tokens, model.other_texts)
+    token = _RUNNING.set((model, speculation))
+    try:
+        return loop.run()
+    finally:
+        _RUNNING.reset(token)
+        speculation.close(model, cache_is_returned=loop.returns_cache)
 
 
 def watched_preparation(cls: type) -> Callable[..., Any]:

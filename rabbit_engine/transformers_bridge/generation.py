@@ -1,12 +1,16 @@
-"""The generation config that `generate` uses, and the settings it rejects."""
+"""The generation config that `generate` uses, the settings it rejects, and its loop over tokens."""
 
 from __future__ import annotations
 
+import functools
 import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
@@ -31,6 +35,44 @@ def without_cache_objects(cls: Class) -> Class:
     """A class decorator: `generate` passes the forward no cache; it makes its own."""
     cls._supports_default_dynamic_cache = classmethod(lambda _: False)  # type: ignore[attr-defined]
     return cls
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingLoop:
+    """A call of the loop of `generate` that decodes token by token, greedily or drawn; `run` runs it.
+
+    `input_ids` [sequences, tokens] are the prompts, `most_tokens` their length with the longest answer, `keywords` the model's.
+    `returns_cache`: the cache outlives the call, as part of the output or because it is the caller's own.
+    """
+
+    input_ids: torch.Tensor
+    config: GenerationConfig
+    most_tokens: int
+    keywords: Mapping[str, Any]
+    returns_cache: bool
+    run: Callable[[], Any]
+
+
+def around_decoding(cls: type, around: Callable[[Any, DecodingLoop], Any]) -> dict[str, Any]:
+    """Attributes of a subclass of `cls` whose `generate` calls `around(model, loop)` where `cls` would run the loop.
+
+    Empty for a class that does not generate.
+    """
+    original = getattr(cls, "_sample", None)
+    if original is None:
+        return {}
+
+    @functools.wraps(original)
+    def sample(
+        self: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **keywords: Any
+    ) -> Any:
+        run = functools.partial(original, self, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
+        most = stopping_criteria.max_length or generation_config.max_length
+        own = any(getattr(value, "_is_user_defined", False) for value in keywords.values())
+        returns_cache = own or bool(generation_config.return_dict_in_generate)
+        return around(self, DecodingLoop(input_ids, generation_config, most, keywords, returns_cache, run))
+
+    return {"_sample": sample}
 
 
 def refused_by_generate(error: BaseException) -> bool:
