@@ -11,6 +11,9 @@ _MOST_TRIALS = 1.0
 _MOST_FAILURES = 4
 """Passes with trees like the last one that may fail in a row, if as much was gained before."""
 
+_FIRST_CREDIT = 0.25
+"""In plain passes: what a model in memory may lose before it gained anything; there a guess that fails costs time at once."""
+
 _MOST_OWED = 0.25
 """In plain passes: a greater loss is forgotten."""
 
@@ -22,9 +25,10 @@ class Losses:
     The balance also has what is lost by error.
     """
 
-    def __init__(self) -> None:
-        self._for_trials = _MOST_TRIALS
-        self._balance = 1.0
+    def __init__(self, *, rows_are_free: bool = True) -> None:
+        """`rows_are_free`: passes wait for weights, as the plan says, so that guesses cost next to nothing."""
+        self._for_trials = _MOST_TRIALS if rows_are_free else _FIRST_CREDIT
+        self._balance = 1.0 if rows_are_free else _FIRST_CREDIT
 
     @property
     def are_high(self) -> bool:

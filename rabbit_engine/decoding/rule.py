@@ -47,7 +47,7 @@ class Rule:
         self._drafts = SecondsBySize(lambda nodes: 1 + math.log2(nodes), steepens=False)
         self._calibration = Calibration()
         self._usual = UsualGain(MOST_NODES)
-        self._losses = Losses()
+        self._losses = Losses(rows_are_free=self._is_told)
         self._advantage = 1.0  # of the last tree over plain decoding, as expected
         self._asked = 0
         self._drafted_s = 0.0  # since the last pass was settled
