@@ -129,11 +129,13 @@ NEVER, ALWAYS = (lambda _: False), (lambda _: True)
 LATER, AT_TIMES = (lambda position: position > TOKENS // 2), (lambda position: position // 32 % 2 == 1)
 
 
-def plain_s(curve: Curve, others: int = 0) -> float:
-    return curve(PROMPT) + TOKENS * curve(1 + others)
+def plain_s(curve: Curve, others: int = 0, tokens: int = TOKENS) -> float:
+    return curve(PROMPT) + tokens * curve(1 + others)
 
 
-def simulate(rule: Rule, curve: Curve, source: Source, *, others: int = 0, noise: float = 0.0) -> tuple[float, list[int]]:
+def simulate(
+    rule: Rule, curve: Curve, source: Source, *, others: int = 0, noise: float = 0.0, tokens: int = TOKENS
+) -> tuple[float, list[int]]:
     """Seconds of a text, and the size of each tree. What the rule measures is wrong by up to `noise`."""
     errors, texts = random.Random(7), 1 + others
 
@@ -142,7 +144,7 @@ def simulate(rule: Rule, curve: Curve, source: Source, *, others: int = 0, noise
         return curve(rows)
 
     total, done, sizes = run(PROMPT, 0), 0, list[int]()
-    while done < TOKENS:
+    while done < tokens:
         tree, path, draft_s = EMPTY, list[int](), 0.0
         if nodes := rule.budget(PROMPT + done, others).nodes:
             proposed, draft_s = source.propose(done, nodes)
@@ -197,6 +199,15 @@ def test_lookup_is_never_slower_than_plain_and_as_fast_as_the_best_fixed_size(
         seconds, _ = simulate(Rule(prior=prior), curve, Repeats(*source), noise=noise)
         assert seconds <= 1.03 * plain_s(curve)
         assert seconds <= 1.15 * min(plain_s(curve), best_fixed_s(curve, Repeats, *source))
+
+
+@pytest.mark.parametrize("model", ["in memory", "in memory with slow rows", "experts in memory"])
+def test_a_first_short_answer_of_a_model_in_memory_loses_about_a_pass_at_most(model: str) -> None:
+    curve, prior = MODELS[model]
+    for seed in range(8):
+        source = Repeats(seed, 0.002 * curve(1), NEVER)
+        seconds, _ = simulate(Rule(prior=prior), curve, source, tokens=16)
+        assert seconds - plain_s(curve, tokens=16) < 1.3 * curve(1)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
