@@ -115,6 +115,21 @@ def test_model_without_a_cache_decodes_plainly_and_says_so(tmp_path: Path, strea
     assert speculated(streamed(tmp_path, dtype="float32"), prompt()) == ("plain: each pass computes the whole text", TOKENS)
 
 
+def test_model_that_refuses_several_tokens_behind_a_cache_decodes_plainly(tmp_path: Path, streamed: Any) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "num_decoder_layers": 3,
+        "num_encoder_layers": 3,
+        "num_decoder_attention_heads": 4,
+        "num_encoder_attention_heads": 4,
+    }
+    sizes = {"hidden_size": 32, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "vocab_size": 96, "max_position_embeddings": 64}
+    config = transformers.ProphetNetConfig(**layers, **sizes, eos_token_id=None, is_decoder=True, is_encoder_decoder=False)
+    transformers.ProphetNetForCausalLM(config).save_pretrained(tmp_path)
+    way, _ = speculated(streamed(tmp_path, dtype="float32"), prompt())
+    assert way.startswith("plain: ")
+
+
 def cross_attending() -> transformers.PreTrainedModel:
     """A model whose second layer attends to an image, by a mask with a row for each token."""
     torch.manual_seed(0)

@@ -244,7 +244,8 @@ class Speculation:
             ValueError,
             RuntimeError,
             TypeError,
-            IndexError,
+            LookupError,
+            AssertionError,
             AttributeError,
         ) as error:  # by forwards that do not know such masks
             return f"{type(error).__name__}: {first_line(error)}"
