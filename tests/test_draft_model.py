@@ -252,7 +252,7 @@ def test_special_tokens_may_have_other_names_and_one_may_have_more_tokens() -> N
 
 
 def test_without_tokenizers_the_sizes_must_be_alike(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="rabbit_engine"):
         attached(tiny.llama(vocab_size=64), tiny.llama())
     assert "not known to have the same tokenizer: only the sizes match" in caplog.text
     with pytest.raises(DraftError, match="draft LlamaForCausalLM has 1000 tokens, target has 32"):

@@ -84,7 +84,7 @@ def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
     own_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, draft = own_checkpoint("llama"), SelfDraft("8bit")
-    with caplog.at_level(logging.INFO), loaded(folder, draft, max_memory={"cpu": 10**6}) as model:
+    with caplog.at_level(logging.INFO, "rabbit_engine"), loaded(folder, draft, max_memory={"cpu": 10**6}) as model:
         logits = model(torch.tensor([TEXT])).logits[0, -1]
         tree = draft.start().propose(TEXT, Allowance(nodes=5, depth=1))
     assert tree.probabilities == pytest.approx(logits.softmax(-1)[list(tree.tokens)].tolist(), rel=0.05)
@@ -96,7 +96,7 @@ def test_a_copy_in_eight_bits_guesses_nearly_as_the_model(
 def test_a_copy_that_was_made_is_used_again(own_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     folder = own_checkpoint("llama")
     loaded(folder, compression="4bit").close()
-    with caplog.at_level(logging.INFO), loaded(folder, SelfDraft(), max_memory={"cpu": 10**6}):
+    with caplog.at_level(logging.INFO, "rabbit_engine"), loaded(folder, SelfDraft(), max_memory={"cpu": 10**6}):
         assert "writing " not in caplog.text
 
 

@@ -239,7 +239,7 @@ def test_what_cannot_be_speculated_decodes_plainly_and_says_so_once(
     how = {**GREEDY, "max_new_tokens": 5, **UNABLE[reason]}
     expected = seeded(model, prompt(), **how)
     draft = Guided([])
-    with caplog.at_level(logging.INFO, "rabbit_engine.decoding"):
+    with caplog.at_level(logging.INFO, "rabbit_engine"):
         for _ in range(2):
             found = seeded(model, prompt(), speculate=draft, **how)
     same = getattr(found, "sequences", found), getattr(expected, "sequences", expected)

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
+_RAISED_BY_FORWARDS = (ValueError, RuntimeError, TypeError, LookupError, AssertionError, AttributeError)
+"""By those that do not know masks of trees, or several tokens behind a cache."""
+
 _MOST_LAG = 32
 """Tokens that passes compute again; beyond, a pass without guesses brings the cache up to date."""
 
@@ -240,14 +243,7 @@ class Speculation:
             logits = forward(**verifier.inputs(dict(trial.inputs), tree))["logits"]
         except RabbitError:
             raise
-        except (
-            ValueError,
-            RuntimeError,
-            TypeError,
-            LookupError,
-            AssertionError,
-            AttributeError,
-        ) as error:  # by forwards that do not know such masks
+        except _RAISED_BY_FORWARDS as error:
             return f"{type(error).__name__}: {first_line(error)}"
         return "" if trial.agrees(tree, logits[0, -1 - len(tree) :]) else "it computes other numbers than with one token a pass"
 

@@ -64,10 +64,9 @@ def verifier_for(
     for way in (ChainVerifier, CarryVerifier):
         if way in ways:
             return way(cache), ""
-    return (
-        None,
-        f"a {type(cache).__name__} that cannot go back" if not refused else "other numbers for several tokens than for one",
-    )
+    if refused:
+        return None, "other numbers for several tokens than for one"
+    return None, f"a {type(cache).__name__} that cannot go back"
 
 
 def _is_per_token(value: object) -> bool:
