@@ -205,7 +205,7 @@ def noisy(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "mistral", "deepseek_v3", "llama4", "bloom", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "mistral", "deepseek_v3", "llama4", "bloom", "qwen3_next"])
 def test_families_guess_their_own_tokens_past_their_windows(family: str) -> None:
     model = families.build(family)
     draft = attached(model, temperature=1e-4)  # so that the likeliest token is all but certain

@@ -19,6 +19,7 @@ from rabbit_engine.transformers_bridge.caches import (
     crop,
     keep,
     record_past,
+    recorded_keys,
     restore_states,
     windows_of,
 )
@@ -62,7 +63,6 @@ class Context(ABC):
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self._cache = DynamicCache(config=predictor.config)
-        record_past(self._cache, on=True)
         self._guesses = 0
         self.past = 0
         """Tokens of the text that were read."""
@@ -71,7 +71,7 @@ class Context(ABC):
         """Read what follows in the text; returns the logits [1, vocabulary] after it."""
         logits = self._predictor(self._cache, tokens, last=True)
         self.past += len(tokens)
-        self._forget_past()
+        self._have_read()
         return logits
 
     def guess(self, tokens: Sequence[int], lines: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -99,8 +99,8 @@ class Context(ABC):
         """Settle the cache; the number of tokens that it kept."""
 
     @abstractmethod
-    def _forget_past(self) -> None:
-        """Drop what the cache recorded to go back before the text."""
+    def _have_read(self) -> None:
+        """The cache holds the text so far, and need not go back before it."""
 
 
 class TreeContext(Context):
@@ -108,6 +108,7 @@ class TreeContext(Context):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__(predictor)
+        record_past(self._cache, on=True)
         self._kinds_of_layers = getattr(predictor.config.get_text_config(), "layer_types", None)
         self._depths: list[int] = []
 
@@ -141,19 +142,19 @@ class TreeContext(Context):
         if window is not None:
             positions = torch.cat([torch.arange(-kept, 0), torch.tensor(self._depths)])
             seen &= positions[-len(lines) :, None] - positions[None] < window
-            seen = seen[:, -(window - 1 + len(lines)) :]  # the keys that the layer shows to one pass of several
+            seen = seen[:, -recorded_keys(window, len(lines)) :]
         return seen
 
     def _keep(self, line: Sequence[int]) -> int:
         keep(self._cache, self.past, line)
         return len(line)
 
-    def _forget_past(self) -> None:
+    def _have_read(self) -> None:
         crop(self._cache, 0)
 
 
 class ChainContext(Context):
-    """One guess after another, in a cache that drops its newest positions, or goes back to a copy of its states."""
+    """One guess after another, in a cache that goes back to a copy of its states: the text is then read again from there."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__(predictor)
@@ -161,21 +162,19 @@ class ChainContext(Context):
 
     def _after(self, tokens: Sequence[int], lines: Sequence[Sequence[int]]) -> torch.Tensor:
         del lines  # each guess follows the last
-        if not self._guesses and ability_of(self._cache) == "restore":
+        if not self._guesses:
             self._before = copy_states(self._cache)
         return self._predictor(self._cache, tokens, last=False)
 
     def _keep(self, line: Sequence[int]) -> int:
-        if self._before is None:
-            crop(self._cache, self._guesses - len(line))
-            return len(line)
-        restore_states(self._cache, self._before)
+        del line  # its tokens are read again
+        if self._before is not None:
+            restore_states(self._cache, self._before)
         self._before = None
         return 0
 
-    def _forget_past(self) -> None:
-        if ability_of(self._cache) != "restore":
-            crop(self._cache, 0)
+    def _have_read(self) -> None:
+        """Nothing was recorded."""
 
 
 def find_context(predictor: Predictor, name: str) -> Callable[[Predictor], Context]:

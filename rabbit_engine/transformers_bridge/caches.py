@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,6 +88,24 @@ def record_past(cache: Cache, *, on: bool) -> None:
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
+
+
+def recorded_keys(window: int, rows: int) -> int:
+    """How many of its newest keys a sliding layer that records the past shows to a pass over that many rows, if it has more."""
+    return window - 1 + rows if _shows_its_window() else _ALL
+
+
+_ALL = 1 << 30
+
+
+@functools.cache
+def _shows_its_window() -> bool:
+    """Whether such a layer hides keys before its window in the second of several passes; releases differ."""
+    layer, states = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 2, 1)
+    layer.activate_past_recording()
+    layer.update(states, states)
+    keys, _ = layer.update(states, states)
+    return keys.shape[-2] == 3
 
 
 def keep(cache: Cache, past: int, offsets: Sequence[int]) -> None:
