@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rabbit_engine.decoding.verification import mask_kinds
+from rabbit_engine.decoding.verification import additive, mask_kinds
 from rabbit_engine.errors import DraftError, first_line
 from rabbit_engine.transformers_bridge.caches import (
     States,
@@ -129,7 +129,7 @@ class TreeContext(Context):
 
     def _masks(self, lines: Sequence[Sequence[int]]) -> torch.Tensor | dict[str, torch.Tensor]:
         kinds = mask_kinds(windows_of(self._cache), self._kinds_of_layers)
-        masks = {kind: _additive(self._visible(lines, window), self._predictor.dtype) for kind, window in kinds.items()}
+        masks = {kind: additive(self._visible(lines, window), self._predictor.dtype) for kind, window in kinds.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _visible(self, lines: Sequence[Sequence[int]], window: int | None) -> torch.Tensor:
@@ -218,8 +218,3 @@ def _compare(used: Context, new: Context) -> str:
 
 _MOST_DIFFERENCE = 0.25
 """The root mean square between logits computed with other numbers of rows, in standard deviations: in bfloat16 up to 0.07."""
-
-
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[1, 1, guesses, keys]: 0 where seen, else the least number of the dtype, as transformers' own masks."""
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]

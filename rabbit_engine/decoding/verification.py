@@ -130,7 +130,7 @@ class TreeVerifier(Verifier):
         if (mask := given.get("attention_mask")) is not None:
             visible = mask[0, : self._past].bool().cpu()
         masks = {
-            kind: _additive(tree_mask(visible, tree, window), self._dtype).to(given["input_ids"].device)
+            kind: additive(tree_mask(visible, tree, window), self._dtype).to(given["input_ids"].device)
             for kind, window in self._kinds.items()
         }
         found["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
@@ -240,7 +240,7 @@ def _ancestors(tree: Tree) -> torch.Tensor:
     return found
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[1, 1, queries, keys]: 0 where the mask is set, else the least number of the dtype, as transformers' own masks."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
 
