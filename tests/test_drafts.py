@@ -45,6 +45,23 @@ def test_a_named_draft_is_loaded_whole_and_its_memory_is_taken_from_the_budget(c
         assert len(draft.start().propose(TEXT, Allowance(nodes=8, depth=2))) == 8
 
 
+@pytest.mark.parametrize("load_as", [None, "8bit"], ids=["other", "copy"])
+def test_a_draft_takes_no_memory_for_its_embedding(load_as: str | None, own_checkpoint: Callable[..., Path]) -> None:
+    folder = own_checkpoint("llama", tie_word_embeddings=False)
+    draft = DraftModel(folder) if load_as is None else SelfDraft(load_as)
+    with loaded(folder, draft, max_memory={"cpu": 10**7}), loaded(folder, compression=load_as) as whole:
+        embedding = whole.get_input_embeddings().weight.nbytes
+        assert draft.nbytes == whole.plan.device_bytes - embedding
+        expected = attached(whole).propose(TEXT, Allowance(nodes=8, depth=2))
+        assert draft.start().propose(TEXT, Allowance(nodes=8, depth=2)) == expected
+
+
+def attached(model: Any) -> Any:
+    draft = DraftModel(model)
+    draft.attach(model)
+    return draft.start()
+
+
 def test_a_draft_larger_than_the_budget_is_an_error_with_both_sizes(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(DraftError, match=r"draft .*qwen2\S* needs \d+\.\d+ kB on cpu, and has 60.00 kB: take a smaller one"):
         loaded(checkpoint("qwen3"), DraftModel(checkpoint("qwen2")), max_memory={"cpu": 60_000})
