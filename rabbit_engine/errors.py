@@ -7,7 +7,7 @@ RabbitError
 │   ├── CompressionUnavailableError                 compression, or a checkpoint quantised in a format that is not supported
 │   ├── DeviceUnavailableError                      the requested device is not on this machine
 │   ├── AttentionUnavailableError                   the requested attention implementation does not work here
-│   ├── DraftError                                  a draft that cannot guess for the model: another tokenizer, too large
+│   ├── DraftError                                  a draft that cannot be loaded, or guess for the model: another tokenizer
 │   ├── BudgetError                                 the memory budget is below the smallest that can work
 │   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
 ├── MissingExtraError (ImportError)                 an optional package is not installed
@@ -83,7 +83,7 @@ class AttentionUnavailableError(ConfigurationError):
 
 
 class DraftError(ConfigurationError):
-    """A draft cannot guess for the model: its tokenizer differs, or it is larger than the memory for it."""
+    """A draft cannot be loaded, is larger than the memory for it, or cannot guess for the model: its tokenizer differs."""
 
 
 class BudgetError(ConfigurationError):

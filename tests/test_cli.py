@@ -268,7 +268,7 @@ def raising(error: BaseException) -> Any:
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: cannot read --api-key-file /no/such"),
         (("chat", "MODEL"), 2, "has no chat template"),
-        (("run", "MODEL", "hi", "--draft", "/no/such"), 1, "error: /no/such does not exist"),
+        (("run", "MODEL", "hi", "--draft", "/no/such"), 2, "error: --draft: /no/such does not exist"),
         (
             ("run", "MODEL", "hi", "--draft", "MODEL", "-m", "1kB", "--device", "cpu"),
             2,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from tiny import words
 
 from rabbit_engine import AutoModel, DraftModel, Lookup, Merged, SelfDraft, Session
 from rabbit_engine.decoding import Allowance
-from rabbit_engine.errors import BudgetError, ConfigurationError, DraftError
+from rabbit_engine.errors import BudgetError, CheckpointNotFoundError, ConfigurationError, DraftError
 from rabbit_engine.model.auto import choose_draft, load, read_settings
 from rabbit_engine.planning.drafting import DraftGain
 from rabbit_engine.utils.speeds import Speeds
@@ -60,6 +62,33 @@ def attached(model: Any) -> Any:
     draft = DraftModel(model)
     draft.attach(model)
     return draft.start()
+
+
+@pytest.mark.parametrize("kind", ["missing", "without weights", "without config"])
+def test_a_draft_that_cannot_be_loaded_is_an_error_that_names_it_as_the_draft(
+    kind: str, checkpoint: Callable[[str], Path], tmp_path: Path, rabbit: Any
+) -> None:
+    target, other = checkpoint("qwen3"), tmp_path / "other"
+    if kind != "missing":
+        other.mkdir()
+    if kind == "without weights":
+        shutil.copy(checkpoint("qwen2") / "config.json", other)
+    words = f"cannot load the draft {other}, which must be a folder with weights, a .gguf file or a repo id: {other} "
+    with pytest.raises(DraftError, match=re.escape(words)) as found:
+        loaded(target, DraftModel(other))
+    assert isinstance(found.value.__cause__, CheckpointNotFoundError)
+    refused = rabbit("plan", target, "--device", "cpu", "--draft", other)
+    assert refused.code
+    assert re.search("error: --draft: .* does not exist|error: cannot load the draft", refused.err)
+
+
+def test_a_copy_that_cannot_be_made_is_an_error_that_names_it_as_the_draft(own_checkpoint: Callable[..., Path]) -> None:
+    folder = own_checkpoint("llama")
+    (folder / "rabbit_shards").touch()
+    with pytest.raises(
+        DraftError, match=rf"cannot load the 4bit copy of {re.escape(str(folder))} as its draft: .*cannot be written"
+    ):
+        loaded(folder, SelfDraft())
 
 
 def test_a_draft_larger_than_the_budget_is_an_error_with_both_sizes(checkpoint: Callable[[str], Path]) -> None:

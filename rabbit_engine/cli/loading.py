@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import typer
 
 from rabbit_engine.cli import engine, output
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, DraftError, RabbitError
 from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_bytes
 
@@ -58,8 +58,11 @@ def _check_memory(text: str | None) -> str | None:
 
 
 def _check_draft(name: str | None) -> str | None:
-    if name not in (None, SELF):
-        read_name(name)
+    try:
+        if name not in (None, SELF):
+            read_name(name)
+    except RabbitError as error:
+        raise DraftError(f"--draft: {error}") from error
     return name
 
 

@@ -72,7 +72,7 @@ class TargetModel(Protocol):
     def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
         """A model that guesses for this one, whole in the memory of its device; None names the target's own checkpoint.
 
-        Raises DraftError if memory is too small, and what loading raises.
+        Raises DraftError if there is no such model, or memory is too small for it.
         """
 
 

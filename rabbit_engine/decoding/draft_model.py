@@ -64,8 +64,8 @@ class ModelDraft(ABC):
     def attach(self, target: TargetModel) -> None:
         """Load the model if need be, and check that it can guess for `target`.
 
-        Raises DraftError for another tokenizer, too little memory, or a class that cannot go back after guesses, and what
-        loading raises.
+        Raises DraftError if it cannot be loaded, for another tokenizer, too little memory, or a class that cannot go back
+        after guesses.
         """
         with self._lock:
             if self._new_context is not None and self._target == target.name_or_path and not self._is_closed:

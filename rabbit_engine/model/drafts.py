@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,14 +52,16 @@ class DraftLoader:
         """A model whole in the memory of the target's device; None names the target's own checkpoint. Raises DraftError."""
         place, settings = self._found(name, compression)
         logger.info("loading %s as a draft for %s", place, self.target)
-        found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
+        with self._loading(name, compression):
+            found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
         self._loaded.append(found)
         return found
 
     def forecast(self, name: str | Path | None, compression: str | None) -> int:
-        """The bytes that such a model would take, from its headers. Raises DraftError, and what `planning.forecast` raises."""
+        """The bytes that such a model would take, from its headers. Raises DraftError."""
         place, settings = self._found(name, compression)
-        plan = forecast(place, settings.source, settings.split, settings.stream, partial(plan_whole, place))
+        with self._loading(name, compression):
+            plan = forecast(place, settings.source, settings.split, settings.stream, partial(plan_whole, place))
         return claimed_bytes(plan)
 
     def has_copy(self, compression: str) -> bool:
@@ -72,6 +75,18 @@ class DraftLoader:
     def _found(self, name: str | Path | None, compression: str | None) -> tuple[str, LoadSettings]:
         """The checkpoint of a draft, and how it is loaded."""
         return (self.target, self._own_settings(compression)) if name is None else (str(name), self._settings(compression))
+
+    @contextmanager
+    def _loading(self, name: str | Path | None, compression: str | None) -> Iterator[None]:
+        """Raise what loading a draft raises as DraftError: the user named two models, and must know which is meant."""
+        try:
+            yield
+        except DraftError:
+            raise
+        except RabbitError as error:
+            other = f"the draft {name}, which must be a folder with weights, a .gguf file or a repo id"
+            draft = other if name is not None else f"the {compression} copy of {self.target} as its draft"
+            raise DraftError(f"cannot load {draft}: {error}") from error
 
     def close(self) -> None:
         """Close all drafts that were loaded."""
