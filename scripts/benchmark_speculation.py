@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
-from rabbit_engine import AutoModel, DraftModel, Lookup, Merged
+from rabbit_engine import AutoModel, DraftModel, Lookup, Merged, Session
 from rabbit_engine.decoding import Draft
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow
 from rabbit_engine.utils.platform import environment
@@ -145,6 +145,29 @@ def answer(model: Any, question: Question, tokens: int, draft: Draft | None) -> 
     return Text(found[0, question.ids.shape[1] :].tolist(), after.passes - before.passes - 1, nodes, seconds)
 
 
+def answer_together(model: Any, asked: Sequence[Question], tokens: int, draft: Draft | None) -> list[Text]:
+    """Greedy, in one session. What the answers share counts for the first."""
+    before = model.profile
+    with Session(model, speculate=draft, max_requests=len(asked)) as session:
+        replies = session.generate([question.ids[0].tolist() for question in asked], max_new_tokens=tokens, temperature=0)
+    after = model.profile
+    seconds = max(reply.seconds for reply in replies) - max(reply.first_token_s for reply in replies)
+    shared = after.passes - before.passes - 1, after.speculation.nodes - before.speculation.nodes, seconds
+    return [Text(list(reply.tokens), *(shared if not index else (0, 0, 0.0))) for index, reply in enumerate(replies)]
+
+
+def run_round_together(model: Any, lanes: Sequence[Lane], asked: Sequence[Question], tokens: int) -> None:
+    """Answer all questions at once with every lane, the first of which is plain decoding."""
+    plain: list[Text] | None = None
+    for lane in lanes:
+        texts = answer_together(model, asked, tokens, lane.new_draft())
+        plain = plain or texts
+        count = lane.counts["all"]
+        for text, other in zip(texts, plain, strict=True):
+            count.add(text, equal=text.tokens == other.tokens)
+        count.seconds.append(texts[0].seconds / sum(len(text.tokens) - 1 for text in texts))
+
+
 def run_round(model: Any, lanes: Sequence[Lane], asked: Sequence[Question], tokens: int) -> None:
     """Answer each question with every lane, the first of which is plain decoding."""
     drafts = [lane.new_draft() for lane in lanes]
@@ -162,11 +185,13 @@ def run_round(model: Any, lanes: Sequence[Lane], asked: Sequence[Question], toke
         lanes[index].counts[kind].seconds.append(sum(text.seconds for text in found) / said)
 
 
-def measure(model: Any, lanes: Sequence[Lane], asked: Sequence[Question], tokens: int, rounds: int = 1) -> Lane:
+def measure(
+    model: Any, lanes: Sequence[Lane], asked: Sequence[Question], tokens: int, rounds: int = 1, together: bool = False
+) -> Lane:
     """Run all lanes; returns plain decoding, to compare with."""
     plain = Lane("plain", "0")
     for _ in range(rounds):
-        run_round(model, [plain, *lanes], asked, tokens)
+        (run_round_together if together else run_round)(model, [plain, *lanes], asked, tokens)
     return plain
 
 
@@ -210,6 +235,7 @@ def main(
     questions_each: Annotated[int, typer.Option("--questions", help="Of each kind, at most.")] = 3,
     tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
     rounds: int = 1,
+    together: Annotated[bool, typer.Option("--together", help="All questions at once, in a session.")] = False,
     dtype: str = "float32",
     memory: Annotated[str | None, typer.Option(help="max_memory on the CPU; the smallest by default.")] = None,
 ) -> None:
@@ -218,7 +244,7 @@ def main(
     limit = {"cpu": memory} if memory else smallest(model, dtype=dtype)
     with AutoModel.from_pretrained(model, dtype=dtype, max_memory=limit) as streamed:
         asked = list(questions(streamed.tokenizer, kinds.split(",") if kinds else (), questions_each))
-        lanes = [measure(streamed, lanes, asked, tokens, rounds), *lanes]
+        lanes = [measure(streamed, lanes, asked, tokens, rounds, together), *lanes]
     Console(width=160).print(as_table(lanes))
     conditions = {"model": model.name, "dtype": dtype, **environment(), "threads": torch.get_num_threads()}
     for lane in lanes:

@@ -287,3 +287,13 @@ def test_a_text_that_was_read_before_is_not_read_again() -> None:
     drafter.read(TEXT)
     drafter.propose(TEXT, Allowance(nodes=3, depth=1))
     assert widths == [2, 1]
+
+
+def test_guesses_that_no_other_can_follow_into_the_tree_are_not_asked_for_more() -> None:
+    model: Any = wide()
+    drafter = attached(model).start()
+    drafter.read(TEXT)
+    steps: list[int] = []
+    model.register_forward_pre_hook(lambda *_: steps.append(1))
+    assert len(drafter.propose(TEXT, Allowance(nodes=1, depth=9))) == 1
+    assert len(steps) == 1

@@ -46,7 +46,7 @@ class Search:
         """The nodes to open next: the likeliest `count` that are wanted as far as is known, or fewer; none at the end."""
         least = heapq.nlargest(self._nodes, self._logs)[-1] if len(self._logs) >= self._nodes else -math.inf
         taken: list[int] = []
-        while self._closed and len(taken) < count and -self._closed[0][0] >= least:
+        while self._closed and len(taken) < count and -self._closed[0][0] > least:
             taken.append(heapq.heappop(self._closed)[1])
         return taken
 
