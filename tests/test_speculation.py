@@ -191,6 +191,31 @@ def test_returned_scores_states_and_cache_are_those_of_plain_decoding(family: st
     assert torch.equal(*followed)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"], ids=["tree", "carry"])
+def test_returned_scores_and_states_hold_no_more_memory_than_those_of_plain_decoding(
+    family: str, checkpoint: Any, streamed: Any
+) -> None:
+    model = streamed(checkpoint(family), dtype="float32")
+    names = ("scores", "logits", "hidden_states")
+    returned = {"return_dict_in_generate": True, **{f"output_{name}": True for name in names}, **GREEDY}
+    expected = seeded(model, prompt(), **returned)
+    draft = Guided(expected.sequences[0].tolist(), branches=2)
+    found = seeded(model, prompt(), speculate=draft, **returned)
+    assert draft.verdicts
+    for name in names:
+        assert held_bytes(found[name]) <= held_bytes(expected[name])
+
+
+def held_bytes(states: Any) -> int:
+    """Memory that tensors in nested tuples keep, that of a view as a whole."""
+    storages = [tensor.untyped_storage() for tensor in flat(states)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def flat(states: Any) -> list[torch.Tensor]:
+    return [states] if isinstance(states, torch.Tensor) else [tensor for part in states for tensor in flat(part)]
+
+
 def test_cache_of_the_caller_is_continued(llama: Any) -> None:
     first = seeded(llama, prompt(), return_dict_in_generate=True, **GREEDY)
     text = torch.cat([first.sequences, prompt(4)], 1)

@@ -254,13 +254,17 @@ def _longer_mask(inputs: Inputs, count: int) -> Inputs:
 
 
 def output_row(output: Output, row: int, rows: int) -> Output:
-    """The output of a pass over one token, from row `row` of one whose last `rows` tokens were the text's last and a tree."""
+    """The output of a pass over one token, from row `row` of one whose last `rows` tokens were the text's last and a tree.
+
+    Hidden states are copies, for `generate` may return those of all tokens: views would keep every pass in memory. It copies
+    logits itself.
+    """
     found = dict(output)
     for name, value in output.items():
         if name == "logits":
             found[name] = _row(value, row, rows)
         elif name == "hidden_states" and value is not None:
-            found[name] = tuple(_row(states, row, rows) for states in value)
+            found[name] = tuple(_row(states, row, rows).clone() for states in value)
     return type(output)(**found)
 
 
