@@ -6,6 +6,7 @@ import logging
 import re
 from typing import Any
 
+import families
 import pytest
 import torch
 from guessing import Guided
@@ -224,6 +225,17 @@ def test_cache_of_the_caller_is_continued(llama: Any) -> None:
     found, fewer = passes(llama, text, speculate=draft, **own, **GREEDY)
     assert torch.equal(found, expected)
     assert fewer < 20
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_states_of_the_caller_are_continued(family: str, checkpoint: Any, streamed: Any) -> None:
+    def continued(model: Any) -> torch.Tensor:
+        first = seeded(model, prompt(), return_dict_in_generate=True, **GREEDY)
+        text = torch.cat([first.sequences, prompt(1)], 1)
+        return seeded(model, text, **cache_argument(model.forward, cache_of(first)), **GREEDY)
+
+    model = streamed(checkpoint(family), dtype="float32", speculate="auto")
+    assert torch.equal(continued(model), continued(families.build(family)))
 
 
 @pytest.mark.parametrize(("family", "way"), [("mistral", "chain"), ("gemma3", "chain"), ("llama", "tree")])

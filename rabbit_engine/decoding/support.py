@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 
 from rabbit_engine.decoding.verification import PER_TOKEN, CarryVerifier, ChainVerifier, TreeVerifier, Verifier, mask_kinds
-from rabbit_engine.transformers_bridge.caches import ability_of, is_made_for, windows_of
+from rabbit_engine.transformers_bridge.caches import ability_of, is_made_for, tokens_in, windows_of
 from rabbit_engine.transformers_bridge.forwards import cache_of
 
 _MASKED = ("sdpa", "eager")
@@ -79,7 +79,8 @@ def _holds_the_text(cache: Cache, inputs: Mapping[str, Any]) -> bool:
     mask = inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or ability_of(cache) == "restore":
         return True
-    return int(cache.get_seq_length()) + 1 == mask.shape[1]
+    held = tokens_in(cache)
+    return held is None or held + 1 == mask.shape[1]
 
 
 def _ways(cache: Cache, inputs: Mapping[str, Any], traits: ModelTraits) -> set[type[Verifier]]:

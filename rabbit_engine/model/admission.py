@@ -10,6 +10,7 @@ import torch
 from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, refuse_beyond
 from rabbit_engine.streaming import fiber_on
+from rabbit_engine.transformers_bridge.caches import tokens_in
 
 _USUAL_LENGTH = 20
 """The default number of tokens of prompt and answer, as in transformers."""
@@ -46,6 +47,6 @@ def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: object) ->
 
 
 def _computed_tokens(given: Mapping[str, Any]) -> int:
-    """The number of prompt tokens that the cache already holds."""
+    """The number of prompt tokens that the cache already holds; 0 if it does not tell."""
     cache = given.get("past_key_values", given.get("cache"))
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return (tokens_in(cache) or 0) if hasattr(cache, "get_seq_length") else 0

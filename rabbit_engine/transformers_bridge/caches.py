@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, PretrainedConfig, cache_utils
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -64,6 +65,14 @@ def _is_recurrent(layer: Any) -> bool:
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return False
     return any(state is not None for state in layer.recurrent_states.values())
+
+
+def tokens_in(cache: Cache) -> int | None:
+    """The number of tokens that the cache holds; None if all its layers have recurrent states alone, which do not tell."""
+    layers = getattr(cache, "layers", ())  # that of an encoder and a decoder consists of two caches
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return None
+    return int(cache.get_seq_length())
 
 
 def windows_of(cache: Cache) -> dict[int, int | None]:
