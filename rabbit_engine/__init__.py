@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
-    from rabbit_engine.decoding import DraftModel, Lookup, Merged, SelfDraft
+    from rabbit_engine.decoding import DraftModel, Lookup, Merged, MultiTokenHeads, SelfDraft
     from rabbit_engine.model import AutoModel, StreamingMixin
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
@@ -19,6 +19,7 @@ __all__ = [
     "DraftModel",
     "Lookup",
     "Merged",
+    "MultiTokenHeads",
     "Options",
     "Plan",
     "Profile",
@@ -34,6 +35,7 @@ _HOMES = {
     "DraftModel": "decoding",
     "Lookup": "decoding",
     "Merged": "decoding",
+    "MultiTokenHeads": "decoding",
     "Options": "sessions",
     "Plan": "planning.plan",
     "Profile": "streaming",

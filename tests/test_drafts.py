@@ -15,9 +15,12 @@ import torch
 from tiny import words
 
 from rabbit_engine import AutoModel, DraftModel, Lookup, Merged, SelfDraft, Session
-from rabbit_engine.decoding import Allowance
+from rabbit_engine.decoding import Allowance, Draft
 from rabbit_engine.errors import BudgetError, CheckpointNotFoundError, ConfigurationError, DraftError
-from rabbit_engine.model.auto import choose_draft, load, read_settings
+from rabbit_engine.model.auto import load, read_settings
+from rabbit_engine.model.choosing import choose_draft
+from rabbit_engine.model.drafts import DraftLoader
+from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.drafting import DraftGain
 from rabbit_engine.utils.speeds import Speeds
 
@@ -221,18 +224,22 @@ def test_a_draft_gains_nothing_where_everything_fits() -> None:
     assert str(DraftGain(0.0, 0.0, 0.1)) == "everything fits without one: leave it out"
 
 
+def _choose(folder: Path, settings: LoadSettings) -> Draft:
+    return choose_draft(DraftLoader(str(folder), settings, load))
+
+
 def test_auto_takes_a_copy_in_four_bits_where_one_was_split_and_pays(own_checkpoint: Callable[..., Path], rabbit: Any) -> None:
     folder = own_checkpoint("llama", num_hidden_layers=9, hidden_size=128, intermediate_size=512)
     settings = read_settings({"device": "cpu", "max_memory": {"cpu": 7_000_000}})
     slow, fast = (replace(settings, stream=replace(settings.stream, speeds=Speeds(disk=rate, link=0.0))) for rate in (1e6, 1e15))
-    assert choose_draft(folder, slow).name == "lookup"
+    assert _choose(folder, slow).name == "lookup"
     assert rabbit("split", folder, "--compression", "4bit").code == 0
-    assert choose_draft(folder, slow).name == Merged(Lookup(), SelfDraft("4bit")).name
-    assert choose_draft(folder, fast).name == "lookup"
+    assert _choose(folder, slow).name == Merged(Lookup(), SelfDraft("4bit")).name
+    assert _choose(folder, fast).name == "lookup"
     planned = rabbit("plan", folder, "--device", "cpu", "-m", "7MB", "--disk-rate", "1MB/s", "--speculate").out
     assert "with the draft: about" in planned
     tight = replace(slow, stream=replace(slow.stream, device_budget_bytes=smallest(folder)))
-    assert choose_draft(folder, tight).name == "lookup"
+    assert _choose(folder, tight).name == "lookup"
     with load(folder, replace(slow, speculate="auto")) as model:
         assert model.plan.draft_bytes > 0
         expected, found = (model.generate(torch.tensor([TEXT]), max_new_tokens=12, speculate=how) for how in (None, "auto"))

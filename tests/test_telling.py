@@ -185,8 +185,8 @@ def test_the_plan_of_a_model_with_a_draft_is_what_loading_does(draft: Any, own_c
     folder = own_checkpoint("llama")
     named = None if draft is None else str(own_checkpoint(draft))
     settings = read_settings({"device": "cpu", "max_memory": {"cpu": 1_500_000}}, planned=True)
-    planned = forecast_with_draft(folder, settings, named, "8bit")
     guesses = SelfDraft("8bit") if named is None else DraftModel(named, compression="8bit")
+    planned = forecast_with_draft(folder, settings, guesses)
     with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": 1_500_000}, speculate=guesses) as model:
         assert 0 < planned.draft_bytes == model.plan.draft_bytes
         assert planned.pass_bytes == model.plan.pass_bytes

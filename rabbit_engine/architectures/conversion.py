@@ -22,6 +22,7 @@ from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.transformers_bridge.gguf import GgufFile
 from rabbit_engine.transformers_bridge.gguf_weights import Shape, Source
 from rabbit_engine.transformers_bridge.loading import Loaded, load_weights, may_be_unused, weight_dtypes
+from rabbit_engine.transformers_bridge.multi_token import HeadsNameMap, MultiTokenModel
 from rabbit_engine.transformers_bridge.quantizers import (
     PACKED_METHODS,
     Format,
@@ -103,7 +104,9 @@ class Conversion:
         return transforms_for(self.skeleton, self.quantizer, first=self.transforms)
 
     @cached_property
-    def _names(self) -> NameMap:
+    def _names(self) -> NameMap | HeadsNameMap:
+        if isinstance(self.skeleton, MultiTokenModel):
+            return HeadsNameMap(self.skeleton, self.quantizer, self.transforms)
         return NameMap(self.skeleton, self._all_transforms)
 
     @cached_property

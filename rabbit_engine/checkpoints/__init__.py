@@ -5,7 +5,7 @@ from rabbit_engine.checkpoints.hub import Repo, find_repo
 from rabbit_engine.checkpoints.integrity import checked_files, compare_files, record_sums
 from rabbit_engine.checkpoints.packed import as_computed
 from rabbit_engine.checkpoints.preparation import execute, loading_info, prepare
-from rabbit_engine.checkpoints.reading import HEADERS_ONLY, WHOLE_FILES
+from rabbit_engine.checkpoints.reading import HEADERS_ONLY, WHOLE_FILES, Reading
 from rabbit_engine.checkpoints.request import SHARDS_FOLDER, ModelRequest, open_request
 from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Source, Streamable, resolve
 from rabbit_engine.checkpoints.shards import find_splits, read_manifest, verify_shard
@@ -19,6 +19,7 @@ __all__ = [
     "InPlace",
     "ModelRequest",
     "MustSplit",
+    "Reading",
     "Repo",
     "Resolution",
     "Shards",

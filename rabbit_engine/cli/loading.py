@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 4096
 """Commands that hold conversations reserve memory for this many tokens by default."""
 
-SELF = "self"
+SELF, HEADS = "self", "heads"
+"""The names of the drafts that are a copy of the model itself, and its own multi-token heads."""
+
 _SELF_BITS = "4bit"
-"""The name of the draft that is a copy of the model itself, and how it is stored by default."""
+"""How the copy is stored by default."""
 
 _PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
 
@@ -59,7 +61,7 @@ def _check_memory(text: str | None) -> str | None:
 
 def _check_draft(name: str | None) -> str | None:
     try:
-        if name not in (None, SELF):
+        if name not in (None, SELF, HEADS):
             read_name(name)
     except RabbitError as error:
         raise DraftError(f"--draft: {error}") from error
@@ -114,7 +116,8 @@ DraftName = Annotated[
     typer.Option(
         callback=_check_draft,
         metavar="MODEL",
-        help="Speculate with a small model of the same tokenizer, whole in memory; self: with a 4-bit copy of the model.",
+        help="Speculate with a small model of the same tokenizer, whole in memory; self: with a 4-bit copy of the model; "
+        "heads: with its own multi-token heads.",
     ),
 ]
 DraftCompression = Annotated[
@@ -145,21 +148,22 @@ class Loading:
     def __post_init__(self) -> None:
         if self.draft_compression is not None and self.draft is None:
             raise ConfigurationError("--draft-compression is for the model of --draft, which is not given")
+        if self.draft_compression is not None and self.draft == HEADS:
+            raise ConfigurationError("--draft-compression is for models: --draft heads uses the checkpoint's own files")
 
     @property
     def guesses(self) -> Draft | str | None:
         """`speculate` in the library's form. A model guesses together with lookup: joined trees accept more than either's."""
         if self.draft is None:
             return "auto" if self.speculate else None
-        decoding, (name, compression) = engine.decoding, self.named_draft()
-        draft = decoding.DraftModel(name, compression=compression) if name else decoding.SelfDraft(compression or _SELF_BITS)
-        return decoding.Merged(decoding.Lookup(), draft)
+        return engine.decoding.Merged(engine.decoding.Lookup(), self._named_draft(self.draft))
 
-    def named_draft(self) -> tuple[str | None, str | None]:
-        """The model that guesses, None for a copy of the model itself, and its compression."""
-        if self.draft == SELF:
-            return None, self.draft_compression or _SELF_BITS
-        return self.draft, self.draft_compression
+    def _named_draft(self, name: str) -> Draft:
+        if name == HEADS:
+            return engine.decoding.MultiTokenHeads()
+        if name == SELF:
+            return engine.decoding.SelfDraft(self.draft_compression or _SELF_BITS)
+        return engine.decoding.DraftModel(name, compression=self.draft_compression)
 
     @property
     def budget(self) -> dict[int | str, int | str] | None:

@@ -66,8 +66,6 @@ def plan(
 
 
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:
-    if loading.draft is not None:
-        return engine.model.forecast_with_draft(model, settings, *loading.named_draft())
-    if loading.speculate:
-        return engine.model.forecast_with_auto(model, settings)
+    if (guesses := loading.guesses) is not None:
+        return engine.model.forecast_with_draft(model, settings, guesses)
     return engine.forecast.forecast(model, settings.source, settings.split, settings.stream)

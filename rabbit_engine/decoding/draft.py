@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.decoding.tree import ROOT, Tree
 from rabbit_engine.errors import ConfigurationError
@@ -50,6 +50,34 @@ class Verdict:
         return self.logits[node - ROOT]
 
 
+class Heads(Protocol):
+    """The multi-token heads of a checkpoint, as a model of their own: see `transformers_bridge.multi_token`."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the heads."""
+
+    @property
+    def count(self) -> int:
+        """The number of heads."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the device that they take."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether they were closed, with the model they belong to."""
+
+    def __call__(
+        self, tokens: Sequence[int], states: torch.Tensor, cache: Cache, position: int, depth: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the head at `depth` over tokens from that position on, each with the state [tokens, width] before it.
+
+        Returns the logits [1, vocabulary] after the last token, and the head's own states [tokens, width].
+        """
+
+
 class TargetModel(Protocol):
     """The streamed model that verifies guesses, as drafts see it."""
 
@@ -68,6 +96,12 @@ class TargetModel(Protocol):
     @property
     def name_or_path(self) -> str:
         """The name it was loaded by."""
+
+    def load_heads(self) -> Heads:
+        """The checkpoint's multi-token heads, streaming; from now on drafters that are `StatesReader` see the model's states.
+
+        Raises DraftError if they cannot be streamed.
+        """
 
     def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
         """A model that guesses for this one, whole in the memory of its device; None names the target's own checkpoint.
@@ -90,6 +124,14 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """Free what belongs to this text."""
+
+
+@runtime_checkable
+class StatesReader(Protocol):
+    """A drafter that reads the model's states."""
+
+    def see(self, states: torch.Tensor) -> None:
+        """The last states [tokens, width] of the text's next tokens that a pass computed, up to the newest token but one."""
 
 
 @runtime_checkable

@@ -132,17 +132,17 @@ class DraftModel(ModelDraft):
             raise ConfigurationError(f"compression={compression!r} is for models that are loaded by name: leave it out")
         _check_compression(compression)
         super().__init__(None if isinstance(model, str | Path) else model, nodes, temperature)
-        self._place = model if isinstance(model, str | Path) else model.name_or_path
-        self._compression = compression
+        self.place = model if isinstance(model, str | Path) else model.name_or_path
+        self.compression = compression
 
     @property
     def name(self) -> str:
         """See `Draft`."""
-        return f"draft {Path(str(self._place)).name or type(self._model).__name__}"
+        return f"draft {Path(str(self.place)).name or type(self._model).__name__}"
 
     def _load(self, target: TargetModel) -> PreTrainedModel:
         """See `ModelDraft`."""
-        return target.load_draft(self._place, self._compression)
+        return target.load_draft(self.place, self.compression)
 
 
 class SelfDraft(ModelDraft):
@@ -155,16 +155,16 @@ class SelfDraft(ModelDraft):
     def __init__(self, compression: str = "4bit", *, nodes: int | None = None, temperature: float = 1.0) -> None:
         _check_compression(compression)
         super().__init__(None, nodes, temperature)
-        self._compression = compression
+        self.compression = compression
 
     @property
     def name(self) -> str:
         """See `Draft`."""
-        return f"{self._compression} draft"
+        return f"{self.compression} draft"
 
     def _load(self, target: TargetModel) -> PreTrainedModel:
         """See `ModelDraft`."""
-        return target.load_draft(None, self._compression)
+        return target.load_draft(None, self.compression)
 
     def _require_same_tokens(self, target: TargetModel) -> None:
         """See `ModelDraft`: they are the target's own."""

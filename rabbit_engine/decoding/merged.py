@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, TargetModel, Verdict, check_nodes
+import torch
+
+from rabbit_engine.decoding.draft import Allowance, Draft, Drafter, StatesReader, TargetModel, Verdict, check_nodes
 from rabbit_engine.decoding.tree import ROOT, Tree
 
 _RESERVED = 4
@@ -76,6 +78,12 @@ class MergedDrafter:
             own = part_of(verdict, tree)
             if own.tree:
                 drafter.accepted(own)
+
+    def see(self, states: torch.Tensor) -> None:
+        """Show those that read them the model's states."""
+        for drafter in self._drafters:
+            if isinstance(drafter, StatesReader):
+                drafter.see(states)
 
     def close(self) -> None:
         """Close all."""

@@ -11,7 +11,7 @@ import torch
 
 from rabbit_engine.decoding.draft import Allowance, Verdict
 from rabbit_engine.decoding.draft_context import Context
-from rabbit_engine.decoding.search import Search
+from rabbit_engine.decoding.search import Search, likeliest
 from rabbit_engine.decoding.tree import EMPTY, ROOT, Tree
 
 _ROUNDS = 4
@@ -120,9 +120,6 @@ class ModelDrafter:
 
     def _add(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """What the model predicts after each of `nodes` by `logits` [nodes, vocabulary]."""
-        count = min(_CHILDREN, logits.shape[-1]) if self._reach.trees else 1
-        scaled = logits.float() / self._reach.temperature
-        values, tokens = scaled.topk(count)
-        logs = values - scaled.logsumexp(-1, keepdim=True)
-        for node, each, log in zip(nodes, tokens.tolist(), logs.tolist(), strict=True):
+        tokens, logs = likeliest(logits, _CHILDREN if self._reach.trees else 1, self._reach.temperature)
+        for node, each, log in zip(nodes, tokens, logs, strict=True):
             self._search.add(node, each, log)

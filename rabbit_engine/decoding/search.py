@@ -6,10 +6,19 @@ import heapq
 import math
 from collections.abc import Sequence
 
+import torch
+
 from rabbit_engine.decoding.tree import ROOT, Tree
 
 _LEAST = math.log(1e-9)
 """Guesses less likely than that are left out."""
+
+
+def likeliest(logits: torch.Tensor, count: int, temperature: float) -> tuple[list[list[int]], list[list[float]]]:
+    """The `count` likeliest tokens of each row of logits [rows, vocabulary], and the logarithms of their probabilities."""
+    scaled = logits.float() / temperature
+    values, tokens = scaled.topk(min(count, logits.shape[-1]))
+    return tokens.tolist(), (values - scaled.logsumexp(-1, keepdim=True)).tolist()
 
 
 class Search:
@@ -42,9 +51,16 @@ class Search:
                 if depth < self._depth:
                     heapq.heappush(self._closed, (-likelihood, node))
 
+    def _least_wanted(self) -> float:
+        return heapq.nlargest(self._nodes, self._logs)[-1] if len(self._logs) >= self._nodes else -math.inf
+
+    def is_open_to_more(self, node: int) -> bool:
+        """Whether what follows the node may be wanted, as far as is known."""
+        return self._depths[node] < self._depth and self._logs[node] >= self._least_wanted()
+
     def take(self, count: int) -> list[int]:
         """The nodes to open next: the likeliest `count` that are wanted as far as is known, or fewer; none at the end."""
-        least = heapq.nlargest(self._nodes, self._logs)[-1] if len(self._logs) >= self._nodes else -math.inf
+        least = self._least_wanted()
         taken: list[int] = []
         while self._closed and len(taken) < count and -self._closed[0][0] > least:
             taken.append(heapq.heappop(self._closed)[1])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from rabbit_engine.decoding.draft import Draft, Drafter, Verdict
+from rabbit_engine.decoding.draft import Draft, Drafter, StatesReader, Verdict
 from rabbit_engine.decoding.findings import PLAIN, Findings
 from rabbit_engine.decoding.rule import Rule
 from rabbit_engine.decoding.support import ModelTraits, deepest, length_of, proven_length, verifier_for
@@ -87,6 +87,8 @@ class Speculation:
         self._prompt_tokens, self._most_tokens, self._others = prompt_tokens, most_tokens, others
         self._most_nodes = speculator.most_nodes()
         self._drafter: Drafter = speculator.draft.start()
+        self._states: torch.Tensor | None = None
+        """Of the last pass, [1, tokens, width], if the model shows them."""
         self._verifier: Verifier | None = None
         self._verified: _Verified | None = None
         self._trial: Trial | None = None
@@ -117,7 +119,7 @@ class Speculation:
     def call(self, forward: Forward, inputs: Inputs) -> Any:
         """The output of the model for the text's newest token, or for (a part of) its prompt."""
         if not self._is_asked:
-            return self._run(forward, inputs, _rows(inputs))
+            return self._run_text(forward, inputs, _rows(inputs))
         self._is_asked = False
         if self._verified is not None:
             return self._verified.row()
@@ -125,10 +127,10 @@ class Speculation:
             if self._is_whole:
                 self._shared.tell_plain("each pass computes the whole text")
             self._is_whole = True
-            return self._run(forward, inputs, _rows(inputs))
+            return self._run_text(forward, inputs, 1)
         verifier = self._current_verifier(inputs)
         if verifier is None:
-            return self._run(forward, inputs, 1)
+            return self._run_text(forward, inputs, 1)
         self._check(forward, inputs, verifier)
         tree = self._guess(verifier, length_of(inputs, len(self._ids)))
         if tree:
@@ -139,6 +141,16 @@ class Speculation:
         if self._trial is not None:
             self._trial.record(self._ids[-1], row["logits"][0, -1])
         return row
+
+    def see(self, states: torch.Tensor) -> None:
+        """The last states [1, tokens, width] of the pass that is running."""
+        self._states = states
+
+    def _show_states(self, rows: Sequence[int]) -> None:
+        """Show the drafter the states of these tokens of the last pass, counted from its end."""
+        if self._states is not None and isinstance(self._drafter, StatesReader):
+            self._drafter.see(self._states[0, list(rows)])
+        self._states = None
 
     def close(self, forward: Forward, *, cache_is_returned: bool) -> None:
         """End the text. The cache then holds what plain decoding would have left in it."""
@@ -199,11 +211,18 @@ class Speculation:
         self._shared.rule.count_pass(texts * rows, time.perf_counter() - began, len(self._ids))
         return outputs
 
+    def _run_text(self, forward: Forward, inputs: Inputs, new: int) -> Any:
+        """Run a pass over text alone, of which the last `new` tokens were not computed before."""
+        outputs = self._run(forward, inputs, _rows(inputs))
+        self._show_states(range(-new, 0))
+        return outputs
+
     def _leave(self, verified: _Verified, token: int) -> None:
         """The text went on with a token that the last pass did not verify."""
         assert self._verifier is not None  # noqa: S101 - it made the pass
         self._verified = None
         self._verifier.settle(verified.path)
+        self._show_states([row - 1 - len(verified.tree) for row in (0, *(1 + node for node in verified.path))])
         verdict = verified.verdict(token)
         self._shared.rule.count_verdict(verdict)
         began = time.perf_counter()

@@ -29,26 +29,24 @@ from rabbit_engine.config import (
     SourceConfig,
     StreamConfig,
 )
-from rabbit_engine.decoding import Draft, Lookup, Merged, SelfDraft
+from rabbit_engine.decoding import Draft
 from rabbit_engine.errors import (
     AttentionUnavailableError,
-    BudgetError,
     ConfigurationError,
     DamagedCheckpointError,
-    DraftError,
     RabbitError,
     first_line,
 )
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.attention import choose_attention
+from rabbit_engine.model.choosing import choose_draft, forecast_with, forecast_with_auto
 from rabbit_engine.model.compression import quantization_config_of
-from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with, within_rest
+from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
 from rabbit_engine.model.mixin import streamed_class
 from rabbit_engine.model.settings import LoadSettings, settings_of
 from rabbit_engine.model.speculating import AUTO, Speculate
 from rabbit_engine.model.streamed import StreamedModel
-from rabbit_engine.planning.drafting import DraftGain, gain_of, lookup_gain
-from rabbit_engine.planning.forecast import forecast, left_out, why_lossless_gains_nothing
+from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
@@ -152,8 +150,8 @@ class AutoModel:
                 long as memory lasts.
             cut: how finely the model is cut into units (`rabbit_engine.config.Cut`); the default suits disks and GPUs.
             speculate: the default of `generate`: a draft (`rabbit_engine.Lookup()`, `DraftModel(...)` ...) guesses several tokens
-                for each pass to verify; "auto" takes lookup, and a 4-bit copy of the model if one was split and pays for its
-                memory. The text stays the same.
+                for each pass to verify; "auto" takes lookup, and with it a 4-bit copy of the model if one was split, or the
+                checkpoint's multi-token heads, if they pay for their memory. The text stays the same.
             token: for gated and private repos; by default from HF_TOKEN.
             hf_token: the older name of token.
             revision: branch, tag or commit.
@@ -200,9 +198,6 @@ class AutoModel:
         )
 
 
-_COPY = "4bit"
-"""The compression of a copy that guesses."""
-
 _SIGNATURE = inspect.signature(AutoModel.from_pretrained)
 
 
@@ -211,45 +206,13 @@ def read_settings(keywords: Mapping[str, Any], *, planned: bool = False) -> Load
     return settings_of(arguments_of(_SIGNATURE, "", **keywords), planned=planned)
 
 
-def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: str | None, compression: str | None) -> Plan:
-    """The plan of a model with a draft, from the headers of both; a `draft` of None is a copy of the model itself.
+def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: Draft | str) -> Plan:
+    """The plan of a model with a draft, or with `"auto"`; a note says what that gains, by assumed guesses.
 
-    A note says what the draft gains over the plan without it, by assumed guesses.
     Raises DraftError if either does not fit, and what `planning.forecast` raises.
     """
-    planned, gain = _plan_and_gain(name, settings, draft, compression)
-    return replace(planned, notes=(*planned.notes, f"with the draft: {gain}"))
-
-
-def forecast_with_auto(name: str | Path, settings: LoadSettings) -> Plan:
-    """The plan of a model that is loaded with `speculate="auto"`; a note says what that may gain."""
-    if not isinstance(choose_draft(name, settings), Lookup):
-        return forecast_with_draft(name, settings, None, _COPY)
-    planned = forecast(name, settings.source, settings.split, settings.stream)
-    return replace(planned, notes=(*planned.notes, f"with lookup: {lookup_gain(planned)}"))
-
-
-def _plan_and_gain(
-    name: str | Path, settings: LoadSettings, draft: str | None, compression: str | None
-) -> tuple[Plan, DraftGain]:
-    nbytes = DraftLoader(str(name), settings, load).forecast(draft, compression)
-    stream = replace(settings.stream, draft_bytes=nbytes, draft_is_loaded=False)
-    rest = functools.partial(forecast, name, settings.source, settings.split)
-    planned = within_rest(f"the draft {draft or name}", str(name), stream, rest)
-    return planned, gain_of(rest(replace(settings.stream, speeds=planned.speeds)), planned)
-
-
-def choose_draft(name: str | Path, settings: LoadSettings) -> Draft:
-    """The draft of `speculate="auto"`: with lookup, a copy of the model in 4 bits if one was split and pays for its memory."""
-    if not DraftLoader(str(name), settings, load).has_copy(_COPY):
-        return Lookup()
-    try:
-        _, gain = _plan_and_gain(name, settings, None, _COPY)
-    except (DraftError, BudgetError) as error:
-        logger.info("no %s copy of %s as a draft: %s", _COPY, name, error)
-        return Lookup()
-    logger.info("a %s copy of %s as a draft: %s", _COPY, name, gain)
-    return Merged(Lookup(), SelfDraft(_COPY)) if gain.plain_s and gain.pays else Lookup()
+    loader = DraftLoader(str(name), settings, load)
+    return forecast_with_auto(loader) if isinstance(draft, str) else forecast_with(draft, loader)
 
 
 def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assembly] = assemble) -> Any:
@@ -257,7 +220,7 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
     keep_few_kernels()  # before choose_attention computes something
     settings, stream = _without_useless_compression(name, settings), settings.stream
     if settings.speculate == AUTO:
-        settings = replace(settings, speculate=choose_draft(name, settings))
+        settings = replace(settings, speculate=choose_draft(DraftLoader(str(name), settings, load)))
     build = functools.partial(_build_streamed, stream=stream)
     model: Any
     checkpoint, model = execute(resolve(name, settings.source, settings.split, build=build))

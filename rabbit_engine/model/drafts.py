@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rabbit_engine.checkpoints import HEADERS_ONLY, Shards, resolve
+from rabbit_engine.checkpoints import HEADERS_ONLY, Shards, open_request, resolve
 from rabbit_engine.config import CompressionConfig, SourceConfig, SplitConfig, StreamConfig
-from rabbit_engine.decoding import Draft, claimed_bytes
+from rabbit_engine.decoding import Draft, Heads, claimed_bytes
 from rabbit_engine.errors import BudgetError, DraftError, RabbitError
 from rabbit_engine.model.assembly import Assembly, assemble
+from rabbit_engine.model.heads import forecast_heads, load_heads
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.budget import budget_for
 from rabbit_engine.planning.decide import find_free_memory, plan_for
@@ -25,6 +26,7 @@ from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.transformers_bridge.multi_token import can_run_heads, heads_in
 from rabbit_engine.utils.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,24 @@ class DraftLoader:
             found: PreTrainedModel = self.load(place, settings, partial(assemble, decide=partial(plan_whole, place)))
         self._loaded.append(found)
         return found
+
+    def load_heads(self) -> Heads:
+        """The target's multi-token heads. Raises DraftError."""
+        found = load_heads(self.target, self.settings)
+        self._loaded.append(found)
+        return found
+
+    def has_heads(self) -> bool:
+        """Whether the target's config says that its files hold multi-token heads, and transformers can run them."""
+        asked = self.settings
+        return (
+            can_run_heads()
+            and heads_in(open_request(self.target, asked.source, asked.split, HEADERS_ONLY).architecture.config) > 0
+        )
+
+    def forecast_heads(self) -> Plan:
+        """The plan of the target's multi-token heads, from its headers. Raises DraftError."""
+        return forecast_heads(self.target, self.settings)
 
     def forecast(self, name: str | Path | None, compression: str | None) -> int:
         """The bytes that such a model would take, from its headers. Raises DraftError."""
@@ -187,6 +207,11 @@ class PlannedTarget:
     def name_or_path(self) -> str:
         """See `TargetModel`."""
         return self.loader.target
+
+    def load_heads(self) -> Heads:
+        """See `TargetModel`."""
+        self.model.watch_states()
+        return self.loader.load_heads()
 
     def load_draft(self, name: str | Path | None, compression: str | None) -> PreTrainedModel:
         """See `TargetModel`."""

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTra
 
 from rabbit_engine.architectures import capped_length, keeps_tuples
 from rabbit_engine.checkpoints import Streamable
+from rabbit_engine.decoding import Heads
 from rabbit_engine.errors import (
     CannotCopyError,
     CannotLoadStateError,
@@ -99,6 +100,11 @@ class StreamingMixin(SpeculatingMixin):
         """A model that guesses for this one, in memory that is free: see `decoding.TargetModel`. Raises DraftError."""
         return self._draft_loader(name, compression)
 
+    def load_heads(self) -> Heads:
+        """The checkpoint's multi-token heads: see `decoding.TargetModel`. Raises DraftError."""
+        self.watch_states()
+        return self._draft_loader.load_heads()
+
     def close(self) -> None:
         """End the reader's thread and free the weights' memory, also of drafts that were loaded for it. Idempotent.
 
@@ -124,8 +130,8 @@ class StreamingMixin(SpeculatingMixin):
 
         A converted model that is exact up to a number of positions ends its answer there. Stop strings and token healing
         work without passing a tokenizer. `speculate="auto"`, or a draft, guesses several tokens a pass; the text stays the
-        same. Raises PromptTooLongError, before anything is computed, if the caches and
-        activations need more memory than is free.
+        same. `use_mtp=True` is `speculate=MultiTokenHeads()`. Raises PromptTooLongError, before anything is computed, if the
+        caches and activations need more memory than is free.
         """
         speculate = parse_speculate(kwargs.pop("speculate", self._speculate))
         device = self._assembly.device
@@ -134,6 +140,8 @@ class StreamingMixin(SpeculatingMixin):
         config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
         if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
             kwargs["tokenizer"] = self.tokenizer
+        if kwargs.pop("use_mtp", None) or (config is not None and getattr(config, "use_mtp", False)):
+            speculate, kwargs["use_mtp"] = speculate or self._own_heads, False
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 
 from rabbit_engine.architectures import recorded_speculation
-from rabbit_engine.decoding import Draft, Findings, Lookup, ModelTraits, Prior, Rule, Speculation, Speculator, why_plain
+from rabbit_engine.decoding import (
+    Draft,
+    Findings,
+    Lookup,
+    ModelTraits,
+    MultiTokenHeads,
+    Prior,
+    Rule,
+    Speculation,
+    Speculator,
+    why_plain,
+)
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import most_rows
@@ -68,6 +79,7 @@ class SpeculatingMixin:
     _drafts: dict[int, Speculator]
     _auto: Draft | None = None
     _findings: Findings | None = None
+    _shows_states = False
     _speculate: Speculate = None
     """The default of `generate`."""
 
@@ -81,6 +93,22 @@ class SpeculatingMixin:
     def _running(self) -> Speculation | None:
         running = _RUNNING.get()
         return running[1] if running is not None and running[0] is self else None
+
+    @functools.cached_property
+    def _own_heads(self) -> Draft:
+        """What `use_mtp=True` guesses with."""
+        return MultiTokenHeads()
+
+    def watch_states(self) -> None:
+        """From now on, show the running speculation the last states of each pass."""
+        if not self._shows_states:
+            self._shows_states = True
+            self.get_decoder().register_forward_hook(self._show_states)  # type: ignore[attr-defined]
+
+    def _show_states(self, _module: object, _args: object, output: Any) -> None:
+        speculation = self._running()
+        if speculation is not None:
+            speculation.see(output["last_hidden_state"])
 
     def other_texts(self) -> int:
         """The number of other texts that share its passes now, in a session."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from rabbit_engine.transformers_bridge.multi_token import layers_of_heads
 from rabbit_engine.transformers_bridge.progress import without_progress_bars
 from rabbit_engine.transformers_bridge.quantizers import Quantizer
 from rabbit_engine.transformers_bridge.weight_transforms import WeightTransform
@@ -54,11 +55,12 @@ def may_be_missing(model: PreTrainedModel) -> tuple[str, ...]:
 def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pattern[str]:
     """A pattern of the stored weights, under the model's names, that the model does not have and transformers ignores.
 
-    These are the class's own, buffers that older versions stored, and the scales of dequantised weights.
+    These are the class's own, multi-token heads, buffers that older versions stored, and the scales of dequantised weights.
     """
     buffers = [name for name, _ in model.named_buffers()]
     stored_once = [name for name in ("rotary_emb.inv_freq", "position_ids") if any(buffer.endswith(name) for buffer in buffers)]
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, stored_once)]
+    patterns += [rf"(^|\.)layers\.{index}\." for index in layers_of_heads(model.config)]
     patterns += [r"_scale_inv$", r"_scales$"] if dequantizes else []
     return re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
 
