@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def test_the_text_stays_the_same(
         torch.manual_seed(3)
         found.append(model.generate(TEXT, max_new_tokens=16, do_sample=drawn, speculate=speculate))
     assert torch.equal(*found)
-    assert not caplog.records  # heads are not weights without a place
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # heads have their place
     assert model.profile.speculation.drafted > 30
 
 
