@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from rabbit_engine import AutoModel, errors
+from rabbit_engine import AutoModel, Lookup, errors
 from rabbit_engine.transformers_bridge.attention import attention_of
 
 
@@ -44,13 +44,17 @@ class Workspace:
         self._folder.cleanup()
 
 
+DRAFTS = {"": None, "auto": "auto", "lookup": Lookup(nodes=16)}
+"""Names of defaults for `speculate`. "auto" guesses only where that pays, "lookup" as often as it can."""
+
+
 class Current:
     """The workspace of the current test; whether this is the control run, with models loaded whole by transformers; and the
     `speculate` that models are loaded with."""
 
     workspace: Workspace
     whole = bool(os.environ.get("CONFORMANCE_WHOLE"))
-    speculate = os.environ.get("CONFORMANCE_SPECULATE") or None
+    speculate = DRAFTS[os.environ.get("CONFORMANCE_SPECULATE", "")]
 
 
 class Followed:

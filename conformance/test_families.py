@@ -16,7 +16,7 @@ from conformance.streamed import Current, backbone_type, streamed_type
 from tests import test_modeling_common as common
 
 WHOLE_TEXT = ("test_*_dict_outputs_use_cache", "test_*_static_cache", "test_assisted_*", "test_prompt_lookup_*")
-"""Tests that expect caches and attentions as long as the text in every layer: they get a sliding window wider than the text."""
+"""Tests that expect caches and attentions as long as the text in every layer: they get windows wider than the text."""
 
 
 class ModelTester:
@@ -26,10 +26,11 @@ class ModelTester:
 
     def __init__(self, family: str, test: str) -> None:
         self.config = families.build(family).config
-        if any(fnmatchcase(test, pattern) for pattern in WHOLE_TEXT) and getattr(self.config, "sliding_window", None):
-            self.config.sliding_window = 64
+        for name in ("sliding_window", "attention_chunk_size"):
+            if any(fnmatchcase(test, pattern) for pattern in WHOLE_TEXT) and getattr(self.config, name, None):
+                setattr(self.config, name, 64)
         for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-            setattr(self, name, getattr(self.config, name))
+            setattr(self, name, getattr(self.config, name, None))
 
     def get_config(self) -> Any:
         """A new config for the test: the fields of its class, and the head size that some tests read."""
@@ -59,14 +60,16 @@ class LinearAttention:
 
 def family_class(family: str) -> type:
     """The family's test class: its language model in every test, its base model in the tests of the rotary embedding."""
-    config_name, model_name, _ = families.FAMILIES[family]
+    config_name, model_name, _ = (families.FAMILIES | families.MORE)[family]
     causal = streamed_type(getattr(transformers, model_name))
     base = backbone_type(transformers.MODEL_MAPPING[getattr(transformers, config_name)], causal)
-    body = {
+    body: dict[str, Any] = {
         "all_model_classes": property(lambda self: (base if "_rope_" in self._testMethodName else causal,)),
         "setUp": lambda self: setattr(self, "model_tester", ModelTester(family, self._testMethodName)),
     }
-    own = (LinearAttention,) if hasattr(families.build(family).config, "linear_num_key_heads") else ()
+    config = families.build(family).config
+    body["has_attentions"] = hasattr(config, "num_attention_heads")
+    own = (LinearAttention,) if hasattr(config, "linear_num_key_heads") else ()
     return type(family, (*own, common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase), body)
 
 

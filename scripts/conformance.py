@@ -203,7 +203,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("families", nargs="*", default=FAMILIES, help="names in tests/families.py; all by default")
     parser.add_argument("--transformers", type=Path, help="a checkout of transformers, at the tag of the installed version")
     parser.add_argument(
-        "--speculate", choices=["auto"], default="", help="the default of the models' generate, with one text a batch"
+        "--speculate", choices=["auto", "lookup"], default="", help="the default of the models' generate, with one text a batch"
     )
     parser.add_argument("--jobs", type=int, default=2, help="families at a time")
     parser.add_argument(
