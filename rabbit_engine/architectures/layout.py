@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.architectures.registry import find_known
 from rabbit_engine.errors import UnsupportedArchitectureError
+from rabbit_engine.transformers_bridge.multi_token import MultiTokenModel
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,9 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
 
 def known_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """The list of blocks that the registry names for the model's class; None if the class is not in it."""
+    """The list of blocks that the registry names for the model's class, or of multi-token heads; None if it is not known."""
+    if isinstance(model, MultiTokenModel):
+        return "layers", model.layers
     known = find_known(type(model).__name__)
     found = _list_at(model, known.layers) if known else None
     return (known.layers, found) if known and found is not None else None
