@@ -238,6 +238,18 @@ def test_states_of_the_caller_are_continued(family: str, checkpoint: Any, stream
     assert torch.equal(continued(model), continued(families.build(family)))
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_cache_of_the_caller_records_its_past_afterwards_if_it_did_before(records: bool, checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("gemma3"), dtype="float32")
+    expected, cache = seeded(model, prompt(), **GREEDY), DynamicCache(config=model.config)
+    if records:
+        cache.activate_past_recording()
+    draft = Guided(expected[0].tolist(), branches=2)
+    assert torch.equal(seeded(model, prompt(), speculate=draft, **cache_argument(model.forward, cache), **GREEDY), expected)
+    assert draft.verdicts
+    assert {layer.record_past for layer in cache.layers if hasattr(layer, "record_past")} == {records}
+
+
 @pytest.mark.parametrize(("family", "way"), [("mistral", "chain"), ("gemma3", "chain"), ("llama", "tree")])
 def test_cache_of_the_caller_without_sliding_layers_verifies_chains(
     family: str, way: str, checkpoint: Any, streamed: Any

@@ -108,7 +108,7 @@ class TreeContext(Context):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__(predictor)
-        record_past(self._cache, on=True)
+        record_past(self._cache)
         self._kinds_of_layers = getattr(predictor.config.get_text_config(), "layer_types", None)
         self._depths: list[int] = []
 

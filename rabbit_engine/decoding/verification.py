@@ -91,7 +91,7 @@ class ChainVerifier(Verifier):
 
     def __init__(self, cache: Cache) -> None:
         super().__init__(cache)
-        record_past(cache, on=True)
+        self._stop_recording = record_past(cache)
 
     def _inputs(self, given: Inputs, tree: Tree) -> Inputs:
         return _longer_mask(self._extended(given, tree.tokens, torch.arange(1 + len(tree))), len(tree))
@@ -103,7 +103,7 @@ class ChainVerifier(Verifier):
 
     def finish(self) -> None:
         """See `Verifier`."""
-        record_past(self.cache, on=False)
+        self._stop_recording()
 
 
 class TreeVerifier(Verifier):
@@ -116,7 +116,7 @@ class TreeVerifier(Verifier):
         self._kinds = mask_kinds(windows_of(cache), getattr(config, "layer_types", None))
         self._dtype = dtype
         self._past = 0
-        record_past(cache, on=True)
+        self._stop_recording = record_past(cache)
 
     def shaped(self, tree: Tree) -> Tree:
         """See `Verifier`."""
@@ -146,7 +146,7 @@ class TreeVerifier(Verifier):
 
     def finish(self) -> None:
         """See `Verifier`."""
-        record_past(self.cache, on=False)
+        self._stop_recording()
 
 
 class CarryVerifier(Verifier):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,14 +89,19 @@ def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     return [type(layer) for layer in cache.layers] == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
-def record_past(cache: Cache, *, on: bool) -> None:
-    """Let layers that forget keep what they could not restore, until the next `keep` or `crop`; or no longer."""
-    if on:
-        cache.activate_past_recording()
-        return
-    for layer in cache.layers:
-        if hasattr(layer, "record_past"):
+def record_past(cache: Cache) -> Callable[[], None]:
+    """Let layers that forget keep what they could not restore, until the next `keep` or `crop`.
+
+    The returned function ends that, but for layers that did so before: the cache's owner may want it.
+    """
+    started: list[Any] = [layer for layer in cache.layers if not getattr(layer, "record_past", True)]
+    cache.activate_past_recording()
+
+    def stop() -> None:
+        for layer in started:
             layer.record_past = False
+
+    return stop
 
 
 def recorded_keys(window: int, rows: int) -> int:
