@@ -268,6 +268,18 @@ def test_rows_that_attention_makes_slower_in_a_long_context_get_smaller_trees() 
     assert in_short > 2 * in_long > 0
 
 
+def test_a_pass_that_texts_share_is_measured_by_one_of_them() -> None:
+    rule, other = Rule(prior=READING), Rule(prior=READING)
+    for _ in range(4):
+        for each in (rule, other):
+            each.count_pass(rows=80, seconds=reading(80), context=0)
+        other.count_pass(rows=80, seconds=100.0, context=0, measured=False)
+    tree = Tree.chain(range(64), [0.9**depth for depth in range(1, 65)])
+    assert rule.fit(tree, 0.0, 100) == other.fit(tree, 0.0, 100)
+    assert rule.budget(100) == other.budget(100)
+    assert other.profile.pass_s == rule.profile.pass_s + 400  # of each text that waits for it
+
+
 def test_a_fixed_number_of_nodes_is_asked_for_always() -> None:
     rule = Rule(nodes=64)
     assert rule.budget(context=10) == Allowance(64, 64)

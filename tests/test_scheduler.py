@@ -14,7 +14,7 @@ import torch
 from rabbit_engine import errors
 from rabbit_engine.config import Cut
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.streaming import Placeholder, RandomStream, Scheduler, share_products
+from rabbit_engine.streaming import Placeholder, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.transformers_bridge.forwards import cache_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -87,6 +87,30 @@ def test_a_pass_reads_the_weights_once_for_all(checkpoint: Any, streamed: Any) -
     five = model.profile
     assert five.bytes_read - one.bytes_read == one.bytes_read - before.bytes_read > 0
     assert five.passes - one.passes == one.passes - before.passes == 6
+
+
+def test_all_prepare_their_parts_before_any_of_them_starts(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"))
+    events: list[str] = []
+    told: list[tuple[int, int, bool]] = []
+
+    def work(rows: int) -> Callable[[], None]:
+        def run() -> None:
+            fiber = fiber_on(runtime_of(model).binding)
+            assert fiber is not None
+            for _ in range(2):
+                others = fiber.await_pass()
+                events.append("prepare")
+                told.append((others, fiber.await_start(rows), fiber.measures))
+                events.append("start")
+                model(torch.tensor([[5] * max(1, rows)]))
+                events.append("end")
+
+        return run
+
+    ride(model, [work(rows) for rows in (2, 4, 0)])
+    assert events == [event for event in ("prepare", "start", "end") for _ in range(3)] * 2
+    assert told == [(2, 7, False), (2, 7, True), (2, 7, False)] * 2  # the last one that told its rows measures
 
 
 def test_a_later_fiber_joins_the_next_pass_and_leaves_alone(checkpoint: Any, streamed: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import families
@@ -14,7 +15,7 @@ from tiny import words
 from transformers import DynamicCache, LlamaConfig, LogitsProcessor, StoppingCriteria
 
 from rabbit_engine import AutoModel, DraftModel, Lookup, Session
-from rabbit_engine.decoding import ROOT, Tree
+from rabbit_engine.decoding import ROOT, Allowance, Tree
 from rabbit_engine.decoding.support import deepest
 from rabbit_engine.decoding.verification import mask_kinds, tree_mask
 from rabbit_engine.errors import ConfigurationError
@@ -351,6 +352,23 @@ def test_texts_of_a_session_are_verified_in_the_same_passes(checkpoint: Any, str
     assert [list(reply.tokens) for reply in replies] == expected
     assert model.profile.passes - before < 15
     assert sum(len(verdict.path) for verdict in draft.verdicts) > 20
+
+
+def test_texts_of_a_session_all_draft_before_the_pass_that_verifies(checkpoint: Any, streamed: Any) -> None:
+    model = streamed(checkpoint("llama"), dtype="float32")
+    model.tokenizer = words(96)
+    events: list[str] = []
+
+    class Watched(Guided):
+        def propose(self, ids: Sequence[int], budget: Allowance) -> Tree:
+            events.append("draft")
+            return super().propose(ids, budget)
+
+    hook = model.lm_head.register_forward_hook(lambda *_: events.append("compute"))
+    with Session(model, speculate=Watched([])) as session:
+        session.generate([prompt(tokens)[0].tolist() for tokens in (9, 13, 21)], max_new_tokens=4, ignore_eos=True)
+    hook.remove()
+    assert events == ["compute"] * 3 + (["draft"] * 3 + ["compute"] * 3) * 2 + ["compute"] * 3  # no room for a guess
 
 
 TREE = Tree(tokens=(5, 6, 7, 8), parents=(ROOT, ROOT, 0, 2), probabilities=(0.6, 0.3, 0.5, 0.4))

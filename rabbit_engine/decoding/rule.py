@@ -73,13 +73,18 @@ class Rule:
             nodes = self._nodes if self._nodes is not None else self._nodes_to_verify(tree, draft_s)
             return tree.best(nodes) if nodes else EMPTY
 
-    def count_pass(self, rows: int, seconds: float, context: int) -> None:
-        """Learn from a pass: of a prompt, with a tree, or plain. `rows` are those of all texts that share it."""
+    def count_pass(self, rows: int, seconds: float, context: int, *, measured: bool = True) -> None:
+        """Learn from a pass: of a prompt, with a tree, or plain. `rows` are those of all texts that share it.
+
+        Each text counts it, and one of them has `measured` it.
+        """
         with self._lock:
             self.profile.pass_s += seconds
             self._turn_to(context, self._texts - 1)
-            self._passes.add(rows, seconds)
-            self._losses.pass_time(seconds / self._pass_s(0))
+            if measured:
+                self._passes.add(rows, seconds)
+            if self._passes.is_known:
+                self._losses.pass_time(seconds / self._pass_s(0))
 
     def count_draft(self, tree: Tree, seconds: float) -> None:
         """Learn from a tree as it was proposed, and the seconds that took."""

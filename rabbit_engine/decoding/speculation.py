@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -76,15 +76,43 @@ class Speculator:
             logger.info("decoding one token a pass, without speculation: %s", reason)
 
 
+class PassPart(Protocol):
+    """A text's part in passes, which it may share with other texts."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is this text that measures the pass, for all."""
+
+    def await_pass(self) -> int:
+        """Wait until the next pass begins, in which all first draft; the number of other texts in it."""
+
+    def await_start(self, rows: int) -> int:
+        """Wait until all texts have drafted. This one computes `rows` tokens; returns those of all."""
+
+
+class Alone:
+    """The part of a text that shares no pass."""
+
+    measures = True
+
+    def await_pass(self) -> int:
+        """See `PassPart`."""
+        return 0
+
+    def await_start(self, rows: int) -> int:
+        """See `PassPart`."""
+        return rows
+
+
 class Speculation:
     """One generation of one text: its prompt has `prompt_tokens` known tokens, and `most_tokens` with its answer at most.
 
-    `others` gives the number of other texts that share its passes.
+    `part` is its part in the passes that it shares with others.
     """
 
-    def __init__(self, speculator: Speculator, prompt_tokens: int, most_tokens: int, others: Callable[[], int]) -> None:
+    def __init__(self, speculator: Speculator, prompt_tokens: int, most_tokens: int, part: PassPart | None = None) -> None:
         self._shared = speculator
-        self._prompt_tokens, self._most_tokens, self._others = prompt_tokens, most_tokens, others
+        self._prompt_tokens, self._most_tokens, self._part = prompt_tokens, most_tokens, part or Alone()
         self._most_nodes = speculator.most_nodes()
         self._drafter: Drafter = speculator.draft.start()
         self._states: torch.Tensor | None = None
@@ -179,7 +207,7 @@ class Speculation:
 
     def _guess(self, verifier: Verifier, length: int) -> Tree:
         """The tree that pays for the next pass, for a text of that length; empty if none does."""
-        context, others = len(self._ids), self._others()
+        context, others = len(self._ids), self._part.await_pass()
         budget = self._shared.rule.budget(context, others)
         proven = self._shared.findings.proven.get(type(verifier), 0)
         room = min(self._most_tokens - context, proven - max(context, length)) - 1
@@ -200,15 +228,17 @@ class Speculation:
         return self._shared.rule.fit(tree, seconds, context, others)
 
     def _run(self, forward: Forward, inputs: Inputs, rows: int) -> Any:
-        """Run a pass, and count its seconds."""
+        """Run a pass, and count its seconds: those of drafts of other texts are not among them."""
+        of_all = self._part.await_start(rows)
         began = time.perf_counter()
+        measures = self._part.measures
         self._is_running = True
         outputs = forward(**inputs)
         self._is_running = False
         if has_streams(self._shared.device):
             torch.accelerator.synchronize(self._shared.device)
-        texts = 1 + self._others()  # each is assumed to bring as many rows
-        self._shared.rule.count_pass(texts * rows, time.perf_counter() - began, len(self._ids))
+        seconds = time.perf_counter() - began
+        self._shared.rule.count_pass(of_all, seconds, len(self._ids), measured=measures)
         return outputs
 
     def _run_text(self, forward: Forward, inputs: Inputs, new: int) -> Any:

@@ -110,11 +110,6 @@ class SpeculatingMixin:
         if speculation is not None:
             speculation.see(output["last_hidden_state"])
 
-    def other_texts(self) -> int:
-        """The number of other texts that share its passes now, in a session."""
-        fiber = fiber_on(runtime_of(self).binding)
-        return 0 if fiber is None else fiber.others
-
     @contextmanager
     def _speculating(self, speculate: Speculate) -> Iterator[None]:
         """A block in which `generate` speculates with the draft. Raises ConfigurationError or DraftError."""
@@ -187,7 +182,7 @@ def decode(model: Any, loop: DecodingLoop) -> Any:
     if reason := findings_of(model).plain or plainly:
         request.speculator.tell_plain(reason)
         return loop.run()
-    speculation = Speculation(request.speculator, loop.input_ids.shape[1], loop.most_tokens, model.other_texts)
+    speculation = Speculation(request.speculator, loop.input_ids.shape[1], loop.most_tokens, fiber_on(runtime_of(model).binding))
     token = _RUNNING.set((model, speculation))
     try:
         return loop.run()

@@ -15,10 +15,10 @@ import functools
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -42,6 +42,9 @@ class UnitSource(Protocol):
 
 
 _Forward = Callable[[torch.Tensor], torch.Tensor]
+
+_START = "the start"
+"""What a fiber waits for that has prepared its part of a pass."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,8 +98,14 @@ class RandomStream:
             torch.get_device_module(self._device).set_rng_state(state)
 
 
+_Stage = Literal["own time", "preparing", "in the pass"]
+
+
 class Fiber(greenlet):
-    """One generation, `work()`, in the thread of its scheduler; `failure` is the exception it raised."""
+    """One generation, `work()`, in the thread of its scheduler; `failure` is the exception it raised.
+
+    Before its part of each pass it may prepare that, such as guess tokens: no unit is read until all fibers have.
+    """
 
     def __init__(
         self,
@@ -105,7 +114,7 @@ class Fiber(greenlet):
         random_stream: RandomStream | None = None,
         *,
         shares: bool = False,
-        fibers: Callable[[], int] = lambda: 1,
+        fibers: Callable[[], Sequence[Fiber]] = tuple,
     ) -> None:
         super().__init__(self._run)
         self.failure: BaseException | None = None
@@ -114,6 +123,8 @@ class Fiber(greenlet):
         self._random_stream, self._has_random_stream = random_stream, False
         self.shares = shares
         self._fibers = fibers
+        self._stage: _Stage = "own time"
+        self._rows = 0
         self._wants: str | _Product | None = None
         self._stopped_by: BaseException | None = None
 
@@ -129,6 +140,7 @@ class Fiber(greenlet):
 
     def begin_own_time(self) -> None:
         """Called after its pass: until it waits for the next, it runs alone."""
+        self._stage = "own time"
         if self._random_stream is not None and not self._has_random_stream:
             self._has_random_stream = True
             self._random_stream.take()
@@ -144,9 +156,9 @@ class Fiber(greenlet):
         return self._wants
 
     @property
-    def others(self) -> int:
-        """The number of other unfinished fibers, which share its passes."""
-        return max(0, self._fibers() - 1)
+    def measures(self) -> bool:
+        """Whether it is the one that measures the pass: the last that told its rows, whose time includes all of the others'."""
+        return self is next((fiber for fiber in reversed(self._fibers()) if fiber._rows), None)
 
     def travels_on(self, source: UnitSource) -> bool:
         """Whether this is its scheduler's source, not that of a second model that its work calls."""
@@ -165,10 +177,28 @@ class Fiber(greenlet):
         else:
             self.switch()
 
-    def await_pass(self) -> None:
-        """Wait for the next pass. Called by its work."""
-        self._end_own_time()
-        self._wait(None)
+    def await_pass(self) -> int:
+        """Wait for the next pass, to prepare its part. Called by its work; at once if it is in one.
+
+        The number of other unfinished fibers, which share the pass.
+        """
+        if self._stage == "own time":
+            self._end_own_time()
+            self._wait(None)
+            self._stage, self._rows = "preparing", 0
+        return max(0, len(self._fibers()) - 1)
+
+    def await_start(self, rows: int = 0) -> int:
+        """Wait until all fibers have prepared theirs. Called by its work, if need be after `await_pass`; at once if they have.
+
+        It computes `rows` tokens if it tells. Returns the rows of all, 1 for a fiber that does not.
+        """
+        self.await_pass()
+        if self._stage == "preparing":
+            self._rows = rows
+            self._wait(_START)
+            self._stage = "in the pass"
+        return sum(max(1, fiber._rows) for fiber in self._fibers())
 
     def await_unit(self, name: str) -> None:
         """Wait until unit `name` is in memory. Called by its work."""
@@ -209,7 +239,7 @@ class Scheduler:
 
     def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
         """Add a fiber and run it to its first pass."""
-        fiber = Fiber(work, self._source, random_stream, shares=self._shares, fibers=lambda: self.fibers)
+        fiber = Fiber(work, self._source, random_stream, shares=self._shares, fibers=lambda: self._fibers)
         fiber.resume()
         self._fibers.append(fiber)
         self._forget_the_done()
@@ -228,6 +258,9 @@ class Scheduler:
         with self._source.scheduled_pass():
             for fiber in aboard:
                 fiber.resume()
+            for fiber in aboard:
+                if fiber.wants == _START:
+                    fiber.resume()
             while waiting := [fiber for fiber in aboard if fiber.wants is not None]:
                 if isinstance(waiting[0].wants, _Product):
                     _multiply(waiting)

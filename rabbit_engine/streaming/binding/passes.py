@@ -42,7 +42,7 @@ class Passes:
             yield
             return
         if fiber is not None:
-            fiber.await_pass()
+            fiber.await_start()
         with nullcontext() if fiber is not None else self.run():
             try:
                 self._sequences[flow] = sequences
