@@ -20,6 +20,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
+    modeling_layers,
 )
 from transformers.integrations.moe import use_experts_implementation
 
@@ -35,6 +36,7 @@ from rabbit_engine.transformers_bridge import (
     tied_weights,
 )
 from rabbit_engine.transformers_bridge.llama import MaskedLlamaAttention, replace_attention
+from rabbit_engine.transformers_bridge.multi_token import can_run_heads
 
 PACKAGE = Path(rabbit_engine.__file__).parent
 
@@ -423,3 +425,8 @@ def test_the_loop_over_tokens_runs_where_it_is_told_to(how: dict[str, Any]) -> N
     assert seen[1].returns_cache
     model.generate(IDS, max_new_tokens=4, pad_token_id=0, num_beams=2)
     assert len(seen) == 2
+
+
+def test_heads_can_be_run_wherever_transformers_runs_one_at_a_time() -> None:
+    model = getattr(modeling_layers, "MtpModel", None)
+    assert can_run_heads() == hasattr(model, "forward_layer")

@@ -35,8 +35,10 @@ def layers_of_heads(config: PretrainedConfig) -> range:
 
 
 def can_run_heads() -> bool:
-    """Whether this release of transformers has a model of them."""
-    return hasattr(modeling_layers, "MtpModel")
+    """Whether this release of transformers has a model of them that runs one head at a time."""
+    model: Any = getattr(modeling_layers, "MtpModel", None)
+    parts = ("forward_layer", "get_weight_conversions", "_project_to_logits")
+    return hasattr(cache_utils, "MtpCache") and all(hasattr(model, name) for name in parts)
 
 
 def build_heads(
