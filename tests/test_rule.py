@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from rabbit_engine.decoding import EMPTY, ROOT, Allowance, Prior, Rule, Tree, Verdict
+from rabbit_engine.decoding.model_drafter import RoundCosts
+from rabbit_engine.decoding.search import Search
 from rabbit_engine.decoding.seconds import SecondsBySize
 from rabbit_engine.decoding.sizing import Outlook
 from rabbit_engine.planning.experts import Routing
@@ -60,6 +63,7 @@ class Source:
 
     rng: random.Random
     step_s: float
+    token_s: float = 0.0
     right: set[int] = field(default_factory=set)
 
     def propose(self, position: int, nodes: int) -> tuple[Tree, float]:
@@ -106,6 +110,43 @@ class Model(Source):
         return Tree(tuple(tokens), tuple(parents), tuple(likely)), self.step_s * min(nodes + 1, 10)
 
 
+class Searching(Model):
+    """A draft model that stops where another step costs more than it adds, as `ModelDrafter` does."""
+
+    def __init__(self, seed: int, step_s: float, agreement: float) -> None:
+        super().__init__(seed, step_s, agreement)
+        self._costs = RoundCosts()
+        self.token_s = 0.0
+
+    def propose(self, position: int, nodes: int) -> tuple[Tree, float]:
+        search, steps = Search(nodes, nodes), 1
+        places = {ROOT: (0, True)}  # the depth of what follows, and whether it may be right
+
+        def add(node: int) -> None:
+            depth, on_path = places[node]
+            sure, rank = self._text[position + depth] if on_path else (self._sure(), -1)
+            shares = [sure, *((1 - sure) * 0.5**power for power in (1, 2, 3))]
+            search.add(node, range(4), [math.log(share) for share in shares])
+            for token in range(4):
+                if (child := search.child(node, token)) is not None:
+                    places[child] = depth + 1, on_path and token == rank
+
+        add(ROOT)
+        while taken := search.take(math.ceil(nodes / 4)):
+            probability, before = sum(map(search.probability, taken)), search.expected()
+            if not self._costs.pays(probability, self.token_s):
+                break
+            for node in taken:
+                add(node)
+            self._costs.count(probability, search.expected() - before, self.step_s)
+            steps += 1
+        tree = search.tree()
+        self.right, at = set(), ROOT
+        while (child := tree.child(at, self._text[position + len(self.right)][1])) is not None:
+            self.right.add(at := child)
+        return tree, steps * self.step_s
+
+
 class Repeats(Source):
     """Lookup in a text that repeats itself where `kind` says; elsewhere it finds nothing, or something wrong."""
 
@@ -146,8 +187,10 @@ def simulate(
     total, done, sizes = run(PROMPT, 0), 0, list[int]()
     while done < tokens:
         tree, path, draft_s = EMPTY, list[int](), 0.0
-        if nodes := rule.budget(PROMPT + done, others).nodes:
-            proposed, draft_s = source.propose(done, nodes)
+        budget = rule.budget(PROMPT + done, others)
+        if budget.nodes:
+            source.token_s = budget.token_s
+            proposed, draft_s = source.propose(done, budget.nodes)
             rule.count_draft(proposed, draft_s)
             tree = rule.fit(proposed, draft_s, PROMPT + done, others)
             path = path_in(tree, proposed, source.right)
@@ -230,6 +273,16 @@ def test_a_draft_that_takes_half_a_pass_a_step_costs_little(model: str, agreemen
     curve, prior = MODELS[model]
     seconds, _ = simulate(Rule(prior=prior), curve, Model(1, 0.5 * curve(1), agreement))
     assert seconds <= 1.03 * plain_s(curve)
+
+
+@pytest.mark.parametrize("agreement", [0.83, 0.67])
+@pytest.mark.parametrize("model", ["reading", "reading, not told", "reading for a GPU"])
+def test_a_draft_that_takes_half_a_pass_a_step_is_used_where_it_gains(model: str, agreement: float) -> None:
+    curve, prior = MODELS[model]
+    for seed in (1, 2, 3):
+        source = Searching(seed, 0.5 * curve(1), agreement)
+        seconds, _ = simulate(Rule(prior=prior), curve, source)
+        assert seconds <= 0.85 * plain_s(curve)
 
 
 def test_experts_on_demand_end_at_two_nodes_or_less() -> None:
