@@ -8,6 +8,18 @@ from rabbit_engine.errors import RabbitError
 if TYPE_CHECKING:
     from rabbit_engine.decoding import DraftModel, Lookup, Merged, MultiTokenHeads, SelfDraft
     from rabbit_engine.model import AutoModel, StreamingMixin
+    from rabbit_engine.model.auto_classes import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
+        AutoModelForTokenClassification,
+    )
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
     from rabbit_engine.streaming import Profile
@@ -16,6 +28,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForTokenClassification",
     "DraftModel",
     "Lookup",
     "Merged",
@@ -32,6 +54,16 @@ __all__ = [
 
 _HOMES = {
     "AutoModel": "model",
+    "AutoModelForCausalLM": "model.auto_classes",
+    "AutoModelForImageClassification": "model.auto_classes",
+    "AutoModelForImageTextToText": "model.auto_classes",
+    "AutoModelForMaskedLM": "model.auto_classes",
+    "AutoModelForMultipleChoice": "model.auto_classes",
+    "AutoModelForQuestionAnswering": "model.auto_classes",
+    "AutoModelForSeq2SeqLM": "model.auto_classes",
+    "AutoModelForSequenceClassification": "model.auto_classes",
+    "AutoModelForSpeechSeq2Seq": "model.auto_classes",
+    "AutoModelForTokenClassification": "model.auto_classes",
     "DraftModel": "decoding",
     "Lookup": "decoding",
     "Merged": "decoding",

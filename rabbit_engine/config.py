@@ -30,7 +30,8 @@ class SourceConfig:
     """Where a checkpoint comes from, how it may be fetched, and which part and config of it to use.
 
     `config` is a config object, or the place of one; `overrides` are attributes of it; `key_mapping` maps patterns of stored
-    names to replacements.
+    names to replacements. `auto` names the auto class of transformers that chooses the model's class; None is what the
+    checkpoint names.
     """
 
     token: str | bool | None = None
@@ -47,6 +48,7 @@ class SourceConfig:
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     config: Any = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    auto: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("revision", "subfolder", "variant", "code_revision", "gguf_file"):

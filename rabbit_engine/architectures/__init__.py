@@ -1,7 +1,7 @@
 """What a checkpoint's config describes: the model class, its module layout, and how stored weights map to the model's."""
 
 from rabbit_engine.architectures.architecture import Architecture, Family, RawConfig
-from rabbit_engine.architectures.building import build_skeleton, config_path, initialize, require_layers
+from rabbit_engine.architectures.building import build_architecture, build_skeleton, config_path, initialize, require_layers
 from rabbit_engine.architectures.classes import find_architecture
 from rabbit_engine.architectures.configfile import stated_dtype
 from rabbit_engine.architectures.conversion import (
@@ -39,6 +39,7 @@ __all__ = [
     "RawConfig",
     "Record",
     "Target",
+    "build_architecture",
     "build_skeleton",
     "capped_length",
     "config_path",

@@ -23,7 +23,8 @@ class Architecture:
     `transforms` are applied before those of transformers and by its rules: all renamings in order, then at most one
     converter. `quantization` describes how the stored weights are quantised; splitting dequantises them. `chat_ends` are
     token ids that end an answer in addition to EOS: those at which the family's own `chat` stops. `positions` is the number
-    of positions up to which a converted model matches the family's own code, with the reason; None is no limit.
+    of positions up to which a converted model matches the family's own code, with the reason; None is no limit. `new_head`:
+    the checkpoint names another class, and may lack this one's head.
     """
 
     cls: type[PreTrainedModel]
@@ -35,6 +36,7 @@ class Architecture:
     chat_ends: tuple[int, ...] = ()
     positions: int | None = None
     positions_reason: str = ""
+    new_head: bool = False
 
     def conversion(self) -> list[Any] | None:
         """How stored weights are changed beyond what the class itself does, as plain values for a split's fingerprint.

@@ -16,7 +16,7 @@ from rabbit_engine.architectures.building import config_for
 from rabbit_engine.architectures.configfile import read_config
 from rabbit_engine.architectures.faulty_key import faulty_key_of_config
 from rabbit_engine.architectures.gguf_config import GgufConfigFile
-from rabbit_engine.architectures.naming import choose_class, choose_remote, named_classes
+from rabbit_engine.architectures.naming import choose_class, choose_remote, named_classes, names_class
 from rabbit_engine.architectures.overrides import ConfigOverrides, override
 from rabbit_engine.architectures.registry import find_family
 from rabbit_engine.architectures.remote import misfit, written_for
@@ -29,6 +29,7 @@ from rabbit_engine.errors import (
     UnsupportedArchitectureError,
     first_line,
 )
+from rabbit_engine.transformers_bridge.auto_classes import auto_class
 from rabbit_engine.transformers_bridge.quantizers import FORMATS, PACKED_METHODS, method_of
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
@@ -54,11 +55,27 @@ def find_architecture(folder: Path, given: ConfigOverrides, *, gguf: GgufConfigF
     named_classes(raw, folder)
     family = find_family(raw)
     if family is not None:
+        _require_causal(family, given.auto)
         return _with_overrides(_converted(family, raw, folder), given)
     config = _find_config(folder, raw, gguf, given) if given.config is None else _given_config(raw, given)
     quantization = _take_quantization(folder, config)
     cls = _find_class(config, folder, given)
-    return Architecture(cls=cls, config=config_for(cls, config), quantization=quantization, transforms=given.renamings())
+    return Architecture(
+        cls=cls,
+        config=config_for(cls, config),
+        quantization=quantization,
+        transforms=given.renamings(),
+        new_head=given.auto is not None and not names_class(config, folder, cls),
+    )
+
+
+def _require_causal(family: Family, auto: str | None) -> None:
+    """Raise UnsupportedArchitectureError if another class than a causal model is asked for."""
+    if auto not in (None, "AutoModelForCausalLM"):
+        raise UnsupportedArchitectureError(
+            f"{family.name} is converted to {family.becomes}, a causal language model: {auto} has no class for it; "
+            "load it with AutoModelForCausalLM"
+        )
 
 
 def _with_overrides(architecture: Architecture, given: ConfigOverrides) -> Architecture:
@@ -185,9 +202,10 @@ def _refuse_quantized(folder: Path, method: object) -> None:
 
 def _find_class(config: PretrainedConfig, folder: Path, given: ConfigOverrides) -> type[PreTrainedModel]:
     """The class that the checkpoint was saved from. Raises UnsupportedArchitectureError."""
-    reference = choose_remote(config, folder) if given.trust_remote_code else None
+    auto = None if given.auto is None else auto_class(given.auto)
+    reference = choose_remote(config, folder, auto) if given.trust_remote_code else None
     if reference is None:
-        return choose_class(config, folder)
+        return choose_class(config, folder, auto)
     return _remote_class(reference, folder, config, given.code_revision)
 
 

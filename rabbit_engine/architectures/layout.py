@@ -20,9 +20,9 @@ RESIDENT = "resident"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Module names: the decoder layers in order, the embedding and head (None if the model has none), other leaves.
+    """Module names: the layers in order, the embedding and head (None if the model has none), other leaves.
 
-    `towers` are the blocks that run only for images, before the layers.
+    `towers` are the blocks of other stacks, which run in few passes, before the layers: of an encoder, or for images.
     """
 
     layers: tuple[str, ...]
@@ -58,7 +58,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         embedding=embedding,
         head=head,
         others=tuple(other for other in others if other not in (embedding, head)),
-        towers=_towers(model),
+        towers=_towers(model, name),
     )
 
 
@@ -76,10 +76,11 @@ def _list_at(model: nn.Module, name: str) -> nn.ModuleList | None:
     return found if isinstance(found, nn.ModuleList) else None
 
 
-def _towers(model: PreTrainedModel) -> tuple[str, ...]:
-    """The blocks of a registered class's towers; in other classes they stay resident."""
+def _towers(model: PreTrainedModel, layers: str) -> tuple[str, ...]:
+    """The blocks of a registered class's towers, or in other classes of all lists of blocks but that of the layers."""
     known = find_known(type(model).__name__)
-    lists = {name: _list_at(model, name) for name in known.towers} if known else {}
+    names = known.towers if known else [name for name, _ in _lists_of_blocks(model) if name != layers]
+    lists = {name: _list_at(model, name) for name in names}
     return tuple(f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks or ())))
 
 
@@ -94,15 +95,19 @@ def largest_list(model: nn.Module, embedding: str | None) -> tuple[str, nn.Modul
 
     Raises UnsupportedArchitectureError for a model without one.
     """
-    home = (embedding or "").rpartition(".")[0]
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    blocks = [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
+    home, blocks = (embedding or "").rpartition(".")[0], _lists_of_blocks(model)
     if not blocks:
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no list of layers to stream")
     siblings = [item for item in blocks if item[0].rpartition(".")[0] == home]
     below = [item for item in blocks if item[0].startswith(f"{home}.")]
     return max(siblings or below or blocks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of modules with parts, in the order of the module tree; those inside another list are left out."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    return [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
 
 
 def _is_leaf_with_weights(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Chooses the class that a checkpoint's config names, if it is supported: one that generates text, or one that embeds it."""
+"""Chooses the class that a checkpoint's config names, or one of an auto class that was asked for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers import (
 
 from rabbit_engine.architectures.architecture import RawConfig
 from rabbit_engine.errors import DamagedCheckpointError, UnsupportedArchitectureError
-from rabbit_engine.transformers_bridge.auto_classes import AutoClass, auto_model_classes, class_names, classes_for
+from rabbit_engine.transformers_bridge.auto_classes import AutoClass, auto_model_classes, class_named, class_names, classes_for
 
 GENERATING: tuple[AutoClass, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
-"""The auto classes whose models are supported."""
+"""The auto classes whose models generate text: of these is the class of a checkpoint that names none."""
 
 _HEADS_WITHOUT_FOR = ("HeadModel", "HeadsModel", "RewardModel", "RewardsModel")
 """Name suffixes of classes with a head whose purpose the name does not state."""
@@ -41,34 +41,43 @@ def named_classes(raw: RawConfig | PretrainedConfig, folder: Path) -> tuple[str,
     return tuple(named)
 
 
-def choose_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+def choose_class(config: PretrainedConfig, folder: Path, auto: AutoClass | None = None) -> type[PreTrainedModel]:
     """The class of transformers that `config` names; if it names none, the one that `AutoModelForCausalLM` would build.
 
-    A class without a head is supported if the checkpoint has the files of sentence-transformers. Raises
-    UnsupportedArchitectureError for any other class: it would run without its head, or with random weights.
+    `auto` is the auto class that was asked for: then one of its classes, that which the config names if it is among them.
+    Raises UnsupportedArchitectureError if there is none.
     """
-    named, generating = named_classes(config, folder), _classes(config, GENERATING)
-    if not named and generating:
-        return generating[0]
-    embedding = _classes(config, (AutoModel,)) if (folder / "modules.json").is_file() else []
-    known = {_plain(cls.__name__): cls for cls in (*embedding, *reversed(generating))}
+    named = named_classes(config, folder)
+    offered = _classes(config, GENERATING if auto is None else (auto,))
+    known = {_plain(cls.__name__): cls for cls in reversed(offered)}
+    if auto is None:
+        known = {_plain(cls.__name__): cls for cls in _classes(config, tuple(auto_model_classes()))} | known
     found = next((known[_plain(name)] for name in named if _plain(name) in known), None)
+    if found is None and auto is None:
+        found = next((cls for name in named if (cls := class_named(name, config)) is not None), None)
+    if found is None and offered and (auto is not None or not named):
+        return offered[0]
     if found is None:
-        raise UnsupportedArchitectureError(_refusal(config, folder, named, generating))
+        raise UnsupportedArchitectureError(_refusal(config, folder, named, offered, auto))
     return found
 
 
-def choose_remote(config: PretrainedConfig, folder: Path) -> str | None:
-    """The `auto_map` reference to the checkpoint's own generating class; None if transformers has one, or there is none.
+def choose_remote(config: PretrainedConfig, folder: Path, auto: AutoClass | None = None) -> str | None:
+    """The `auto_map` reference to the checkpoint's own class for `auto`; None if transformers has one, or there is none.
 
-    Raises UnsupportedArchitectureError if the config names another of its classes, or one for another task.
+    With no `auto` that is its generating class, or another that the config names. Raises UnsupportedArchitectureError if the
+    config names a class for another task.
     """
     auto_map, named = auto_classes(config, folder), named_classes(config, folder)
+    if auto is not None:
+        return None if classes_for(auto, config) else auto_map.get(auto.__name__)
     reference = _reference(config, auto_map)
     if reference is None or not named or _class_name(reference) in named:
         return reference
-    others = {_class_name(other) for auto, other in auto_map.items() if auto.startswith("AutoModel")}
-    refused = tuple(name for name in named if name in others or _auto_class(name) not in (None, AutoModel, *GENERATING))
+    others = {_class_name(other): other for auto, other in auto_map.items() if auto.startswith("AutoModel")}
+    if own := next((others[name] for name in named if name in others), None):
+        return own
+    refused = tuple(name for name in named if _auto_class(name) not in (None, AutoModel, *GENERATING))
     if refused:
         raise UnsupportedArchitectureError(_refusal(config, folder, refused, []))
     return reference
@@ -81,6 +90,12 @@ def _reference(config: PretrainedConfig, auto_map: Mapping[str, str]) -> str | N
         if classes_for(auto, config):
             return None
     return None
+
+
+def names_class(config: PretrainedConfig, folder: Path, cls: type[PreTrainedModel]) -> bool:
+    """Whether the config names that class, or none: else the class has a head that the checkpoint may lack."""
+    named = named_classes(config, folder)
+    return not named or any(_plain(name) == _plain(cls.__name__) for name in named)
 
 
 def auto_classes(config: PretrainedConfig, folder: Path) -> dict[str, str]:
@@ -111,23 +126,22 @@ def _classes(config: PretrainedConfig, autos: tuple[AutoClass, ...]) -> list[typ
     return [cls for auto in autos for cls in classes_for(auto, config)]
 
 
-def _refusal(config: PretrainedConfig, folder: Path, named: tuple[str, ...], generating: list[type[PreTrainedModel]]) -> str:
-    """Why a checkpoint that names `named` is not supported, and what to do; `generating` are the classes for its model type."""
+def _refusal(
+    config: PretrainedConfig,
+    folder: Path,
+    named: tuple[str, ...],
+    offered: list[type[PreTrainedModel]],
+    auto: AutoClass | None = None,
+) -> str:
+    """Why a checkpoint that names `named` cannot be loaded by `auto`, and what to do; `offered` are the classes for its type."""
     what = f"{folder / 'config.json'} names {', '.join(named)}" if named else f"{folder} is a {config.model_type!r} model"
-    name, auto = next(((name, auto) for name in named if (auto := _auto_class(name))), ("", None))
-    if auto is AutoModel:
-        return (
-            f"{what}, a model without a head: it runs if the files of sentence-transformers (modules.json) are next to it; "
-            "without them it is not supported yet: use transformers.AutoModel"
-        )
-    if auto is not None and auto not in GENERATING:
-        return (
-            f"{what}, a class of transformers.{auto.__name__}: this version runs classes that generate text, {name} and its head "
-            "are not supported yet"
-        )
-    if not generating:
-        return f"{what}: transformers has no generating class for model_type {config.model_type!r}{_own_code(config)}"
-    own = generating[0].__name__
+    if auto is not None:
+        others = [other.__name__ for other in auto_model_classes() if classes_for(other, config)]
+        has = f"; there is {', '.join(sorted(others))}" if others else ""
+        return f"{what}: transformers.{auto.__name__} has no class for model_type {config.model_type!r}{has}{_own_code(config)}"
+    if not offered:
+        return f"{what}: transformers has no such class for model_type {config.model_type!r}{_own_code(config)}"
+    own = offered[0].__name__
     return (
         f"{what}, but model_type {config.model_type!r} builds a {own}, which may lack some of its weights: "
         f'if the checkpoint is a {own}, write "architectures": ["{own}"]{_own_code(config)}'

@@ -19,6 +19,7 @@ class ConfigOverrides:
     """`config` replaces the checkpoint's, `overrides` are attributes of it, and `key_mapping` renames stored weights.
 
     `code_revision` is the revision of code in another repo, which runs only with `trust_remote_code`.
+    `auto` names the auto class that was asked for; None is what the checkpoint names.
     """
 
     config: PretrainedConfig | None = None
@@ -26,6 +27,7 @@ class ConfigOverrides:
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     code_revision: str | None = None
     trust_remote_code: bool = False
+    auto: str | None = None
 
     def renamings(self) -> tuple[WeightRenaming, ...]:
         """`key_mapping` as transformers' renamings."""

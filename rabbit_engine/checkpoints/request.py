@@ -133,6 +133,7 @@ def _config_overrides(source: SourceConfig) -> ConfigOverrides:
         key_mapping=source.key_mapping,
         code_revision=source.code_revision,
         trust_remote_code=source.trust_remote_code,
+        auto=source.auto,
     )
 
 

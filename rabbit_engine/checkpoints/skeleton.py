@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import (
     Architecture,
     Conversion,
-    build_skeleton,
+    build_architecture,
     corrected_head_dim,
     open_conversion,
     require_layers,
@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def build_plain(architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture's own class, with transformers' choice of attention."""
-    return build_skeleton(architecture.cls, architecture.config, dtype)
+    return build_architecture(architecture, architecture.cls, dtype)
 
 
 def build_for_entries(

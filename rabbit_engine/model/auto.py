@@ -9,14 +9,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, ClassVar, Literal, NoReturn, overload
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from rabbit_engine.architectures import (
     Architecture,
-    build_skeleton,
+    build_architecture,
     explain_failures,
     refuse_past,
     require_generation_config,
@@ -62,10 +62,17 @@ _ADAPTER = "adapter_config.json"
 
 
 class AutoModel:
-    """Loads any causal language model so that it runs in less memory than its size."""
+    """Loads the class that a checkpoint names so that it runs in less memory than its size; one that names none generates text.
+
+    The classes for tasks, such as `AutoModelForSequenceClassification`, choose as those of transformers do.
+    """
+
+    _auto: ClassVar[str | None] = None
+    """The class of transformers that chooses; None: the checkpoint does."""
 
     def __init__(self) -> None:
-        raise TypeError("AutoModel cannot be instantiated: use AutoModel.from_pretrained(name)")
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be instantiated: use {name}.from_pretrained(name)")
 
     @overload
     @classmethod
@@ -180,7 +187,8 @@ class AutoModel:
         """
         name = pretrained_model_name_or_path
         arguments = arguments_of(_SIGNATURE, name, **keywords)
-        model = load(name, settings_of(arguments))
+        settings = settings_of(arguments)
+        model = load(name, replace(settings, source=replace(settings.source, auto=cls._auto)))
         quantization = quantization_config_of(arguments)
         if quantization is not None and model._checkpoint.request.split.compression is not None:
             model.config.quantization_config = quantization  # as in transformers
@@ -236,6 +244,7 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
         loader.close()
         raise
     _require_pass(model, checkpoint)
+    _tell_new_weights(model, checkpoint)
     _set_draft(model, settings.speculate)
     refuse_past(model, checkpoint.architecture)
     explain_failures(model)
@@ -264,7 +273,7 @@ def _build_streamed(architecture: Architecture, dtype: torch.dtype, *, stream: S
     choice = choose_attention(stream.attn_implementation, architecture.cls, dtype, stream.device)
     try:
         cls = streamed_class(architecture.cls)  # type: ignore[arg-type]
-        model: Any = build_skeleton(cls, architecture.config, dtype, choice.name)
+        model: Any = build_architecture(architecture, cls, dtype, choice.name)
     except RabbitError:
         raise
     except (ValueError, ImportError) as error:
@@ -319,6 +328,18 @@ def _set_draft(model: Any, speculate: Speculate) -> None:
     except BaseException:
         model.close()
         raise
+
+
+def _tell_new_weights(model: Any, checkpoint: Streamable) -> None:
+    """Warn of a head that the checkpoint lacks: it was initialised, as in transformers."""
+    new = sorted(set(model.state_dict()) - set(model._assembly.partition.weights.entries))
+    if new and checkpoint.architecture.new_head:
+        logger.warning(
+            "some weights of %s are not in %s and are newly initialized: %s; train it on a task before you use what it predicts",
+            type(model).__name__,
+            checkpoint.repo.name,
+            ", ".join(new),
+        )
 
 
 def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:

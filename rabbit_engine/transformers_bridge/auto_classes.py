@@ -29,3 +29,17 @@ def class_names(auto: AutoClass) -> list[str]:
     mapping = getattr(auto, "_model_mapping", None)  # an alias of a removed class may have none
     named = mapping._model_mapping.values() if mapping is not None else ()
     return [name for item in named for name in ((item,) if isinstance(item, str) else item)]
+
+
+def auto_class(name: str) -> AutoClass:
+    """`transformers.<name>`, such as "AutoModelForMaskedLM"."""
+    found: AutoClass = getattr(transformers, name)
+    return found
+
+
+def class_named(name: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The model class of that name which is made for the config, also if no auto class lists it; None if there is none."""
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    return found if found.config_class is type(config) else None

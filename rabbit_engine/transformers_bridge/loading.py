@@ -52,6 +52,13 @@ def may_be_missing(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(model._keys_to_ignore_on_load_missing or ())
 
 
+def allow_new_head(model: PreTrainedModel) -> None:
+    """Let a checkpoint lack everything outside the model's base: its class creates it."""
+    prefix = re.escape(model.base_model_prefix)
+    if prefix and model.base_model is not model:
+        model._keys_to_ignore_on_load_missing = [*may_be_missing(model), rf"^(?!{prefix}\.)"]
+
+
 def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pattern[str]:
     """A pattern of the stored weights, under the model's names, that the model does not have and transformers ignores.
 
