@@ -40,6 +40,7 @@ RabbitError
         ├── CannotPickleError                       pickle, torch.save
         ├── CannotSaveError                         save_pretrained, push_to_hub
         ├── CannotLoadStateError                    load_state_dict
+        ├── CannotGenerateError (TypeError)         generate of a class without a head for text
         ├── CannotMergeError                        merge_and_unload, merge_adapter
         ├── CannotResizeError                       resize_token_embeddings, set_input_embeddings ...
         ├── CannotExportError                       torch.jit.trace
@@ -220,6 +221,10 @@ class CannotSaveError(UnsupportedOperationError):
 
 class CannotLoadStateError(UnsupportedOperationError):
     """Loading a state dict into a streamed model."""
+
+
+class CannotGenerateError(UnsupportedOperationError, TypeError):
+    """Generating text with a class that has no head for it."""
 
 
 class CannotMergeError(UnsupportedOperationError):

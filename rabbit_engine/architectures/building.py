@@ -11,21 +11,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.architectures.faulty_key import faulty_key_of_model
+from rabbit_engine.architectures.layout import find_layout
 from rabbit_engine.architectures.remote import misfit, rename_caches, written_for
 from rabbit_engine.errors import MismatchedWeightsError, MissingExtraError, RabbitError, UnsupportedArchitectureError, first_line
 from rabbit_engine.transformers_bridge.building import build_without_weights, initialize_the_rest
 from rabbit_engine.transformers_bridge.faults import fix_known_bugs
-from rabbit_engine.transformers_bridge.loading import allow_new_head
+from rabbit_engine.transformers_bridge.loading import allow_new_weights
 from rabbit_engine.transformers_bridge.remote_code import is_remote
 
 
 def build_architecture(
     architecture: Architecture, cls: type[PreTrainedModel], dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """`build_skeleton` of an architecture as `cls`, which is its class or a subclass."""
+    """`build_skeleton` of an architecture as `cls`, which is its class or a subclass; a checkpoint may lack a new head."""
     skeleton = build_skeleton(cls, architecture.config, dtype, attn_implementation)
     if architecture.new_head:
-        allow_new_head(skeleton)
+        layout = find_layout(skeleton)
+        allow_new_weights(skeleton, but=[*filter(None, [layout.embedding]), *layout.towers, *layout.layers, *layout.others])
     return skeleton
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,24 @@ def choose_class(config: PretrainedConfig, folder: Path, auto: AutoClass | None 
     """
     named = named_classes(config, folder)
     offered = _classes(config, GENERATING if auto is None else (auto,))
-    known = {_plain(cls.__name__): cls for cls in reversed(offered)}
-    if auto is None:
-        known = {_plain(cls.__name__): cls for cls in _classes(config, tuple(auto_model_classes()))} | known
-    found = next((known[_plain(name)] for name in named if _plain(name) in known), None)
+    found = _named_among(named, offered)
     if found is None and auto is None:
-        found = next((cls for name in named if (cls := class_named(name, config)) is not None), None)
+        found = _named_among(named, _classes(config, tuple(auto_model_classes()))) or _made_for(named, config)
     if found is None and offered and (auto is not None or not named):
         return offered[0]
     if found is None:
         raise UnsupportedArchitectureError(_refusal(config, folder, named, offered, auto))
     return found
+
+
+def _named_among(named: Sequence[str], classes: Sequence[type[PreTrainedModel]]) -> type[PreTrainedModel] | None:
+    known = {_plain(cls.__name__): cls for cls in reversed(classes)}
+    return next((known[_plain(name)] for name in named if _plain(name) in known), None)
+
+
+def _made_for(named: Sequence[str], config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The first class that transformers has but lists for no task, such as an encoder alone."""
+    return next((cls for name in named if (cls := class_named(name, config)) is not None), None)
 
 
 def choose_remote(config: PretrainedConfig, folder: Path, auto: AutoClass | None = None) -> str | None:

@@ -52,7 +52,8 @@ def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.
 
     Raises ConfigurationError for settings that `generate` rejects.
     """
-    if model.generation_config.num_beams in (None, 1):
+    config = getattr(model, "generation_config", None)  # a class that does not generate has none
+    if config is None or config.num_beams in (None, 1):
         streamer = engine.transformers.TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         _generate(model, inputs, streamer=streamer, **keywords)
         return

@@ -16,6 +16,7 @@ from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.decoding import Heads
 from rabbit_engine.errors import (
     CannotCopyError,
+    CannotGenerateError,
     CannotLoadStateError,
     CannotMoveError,
     CannotPickleError,
@@ -131,8 +132,10 @@ class StreamingMixin(SpeculatingMixin):
         A converted model that is exact up to a number of positions ends its answer there. Stop strings and token healing
         work without passing a tokenizer. `speculate="auto"`, or a draft, guesses several tokens a pass; the text stays the
         same. `use_mtp=True` is `speculate=MultiTokenHeads()`. Raises PromptTooLongError, before anything is computed, if the
-        caches and activations need more memory than is free.
+        caches and activations need more memory than is free, and CannotGenerateError for a class without a head for it.
         """
+        if not self.can_generate():  # type: ignore[attr-defined]
+            raise CannotGenerateError(f"{type(self).__name__} does not generate text: call the model itself for its outputs")
         speculate = parse_speculate(kwargs.pop("speculate", self._speculate))
         device = self._assembly.device
         positions = self._checkpoint.architecture.positions
@@ -146,7 +149,8 @@ class StreamingMixin(SpeculatingMixin):
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
         with self._speculating(speculate):
-            return super().generate(move(inputs, device), *args, **move(kwargs, device))  # type: ignore[misc]
+            positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
+            return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """transformers' `get_memory_footprint`: bytes of the weights, quantised ones as they are stored."""

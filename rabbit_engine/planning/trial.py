@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,7 +19,7 @@ def require_pass(architecture: Architecture, dtype: torch.dtype, probe: Probe) -
     Most models whose probe failed only reject tensors without values, and are left alone.
     """
     cls, config = architecture.cls, architecture.config
-    if not probe.failure or _is_of_the_device(probe.failure) or is_remote(cls):
+    if not probe.failure or _is_of_the_device(probe.failure) or is_remote(cls) or not _runs_on_text_alone(cls, config):
         return
     faulty_key = faulty_key_of_model(config, lambda other: _pass(cls, other, dtype))
     if faulty_key:
@@ -28,6 +30,11 @@ def _pass(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dty
     failure = run_probe(build_skeleton(cls, config, dtype)).failure
     if failure:
         raise RuntimeError(failure)
+
+
+def _runs_on_text_alone(cls: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether a prompt is all that a pass needs, which is all that a probe gives."""
+    return not config.is_encoder_decoder and "input_ids" in inspect.signature(cls.forward).parameters
 
 
 def _is_of_the_device(failure: str) -> bool:

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from rabbit_engine.errors import (
+    CannotGenerateError,
     ConfigurationError,
     ModelClosedError,
     PromptTooLongError,
@@ -61,6 +62,8 @@ def as_request_error(error: BaseException) -> RequestError:
         case ConfigurationError():
             named = str(error).replace("=", " ").split(" ", 1)[0]  # as "top_p=2 is out of range"
             return RequestError(400, str(error), param=named if named in NAMES else None)
+        case CannotGenerateError():
+            return RequestError(400, str(error))
         case ModelClosedError():
             return RequestError(503, str(error), code="model_closed", retry_after_s=10)
         case SessionClosedError():

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError, PromptTooLongError
+from rabbit_engine.errors import CannotGenerateError, ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -311,7 +311,7 @@ class Session:
         """Split options into those of the session and those of the chat template."""
         self.require_process()
         if not self.model.can_generate():
-            raise ConfigurationError(f"{type(self.model).__name__} embeds texts and does not generate any")
+            raise CannotGenerateError(f"{type(self.model).__name__} does not generate text")
         chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
         try:
             found = Options(**chosen)

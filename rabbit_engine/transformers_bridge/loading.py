@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,11 +52,10 @@ def may_be_missing(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(model._keys_to_ignore_on_load_missing or ())
 
 
-def allow_new_head(model: PreTrainedModel) -> None:
-    """Let a checkpoint lack everything outside the model's base: its class creates it."""
-    prefix = re.escape(model.base_model_prefix)
-    if prefix and model.base_model is not model:
-        model._keys_to_ignore_on_load_missing = [*may_be_missing(model), rf"^(?!{prefix}\.)"]
+def allow_new_weights(model: PreTrainedModel, but: Iterable[str]) -> None:
+    """Let a checkpoint lack all weights `but` those in these modules: the class creates them."""
+    modules = "|".join(re.escape(name) for name in but)
+    model._keys_to_ignore_on_load_missing = [*may_be_missing(model), rf"^(?!({modules})\.)"]
 
 
 def may_be_unused(model: PreTrainedModel, *, dequantizes: bool = False) -> re.Pattern[str]:
