@@ -172,7 +172,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no causal model": (
         lambda d: (d / "config.json").write_text('{"model_type": "clip"}'),
         errors.UnsupportedArchitectureError,
-        "no generating class",
+        "no such class",
     ),
     "quantised": (
         lambda d: edit_config(d, quantization_config={"quant_method": "hqq", "bits": 4}),

@@ -332,8 +332,10 @@ def _set_draft(model: Any, speculate: Speculate) -> None:
 
 def _tell_new_weights(model: Any, checkpoint: Streamable) -> None:
     """Warn of a head that the checkpoint lacks: it was initialised, as in transformers."""
-    new = sorted(set(model.state_dict()) - set(model._assembly.partition.weights.entries))
-    if new and checkpoint.architecture.new_head:
+    if not checkpoint.architecture.new_head:
+        return
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if new := sorted(parameters - set(model._assembly.partition.weights.entries)):
         logger.warning(
             "some weights of %s are not in %s and are newly initialized: %s; train it on a task before you use what it predicts",
             type(model).__name__,
