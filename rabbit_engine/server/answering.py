@@ -1,19 +1,15 @@
-"""Turns API requests into session requests, and session events into answers, whole or streamed."""
+"""Submits API requests to a session, and turns its events into answers, whole or streamed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
-from functools import partial
-
-import torch
 
 from rabbit_engine.errors import SessionClosedError
 from rabbit_engine.server import wire as words
+from rabbit_engine.server.bodies import Bodies
 from rabbit_engine.server.errors import RequestError, as_request_error
-from rabbit_engine.server.fields import unsupported
 from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from rabbit_engine.server.tools import ToolCall, may_be_call
@@ -29,40 +25,25 @@ class Answering:
     """Answers requests for one model."""
 
     def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics, ending: asyncio.Event) -> None:
-        self._session, self._name, self._embedder, self._metrics = session, name, embedder, metrics
-        self._ending = ending
+        self._session, self._name, self._metrics, self._ending = session, name, metrics, ending
+        self._bodies = Bodies(session, name, embedder)
 
     # The next three may be slow, and run in a separate thread.
 
     def chat_requests(self, asked: ChatRequest) -> list[Request]:
         """One request for each answer. Raises for what is not supported."""
-        asked.refuse_unsupported()
-        template = asked.template()
-        for name in ("reasoning_effort", "documents"):
-            if getattr(asked, name) and not self._session.template_reads(name):
-                raise unsupported(name, "the checkpoint's chat template does not read it")
-        request = self._session.request(asked.conversation(), **template, **asked.options())
-        return _copies([request], asked.choices)
+        return self._bodies.chat_requests(asked)
 
     def text_requests(self, asked: CompletionRequest) -> list[Request]:
-        """One request for each completion. Raises for what is not supported."""
-        asked.refuse_unsupported()
+        """One request for each completion. Raises for what is not supported, and for more than the queue holds."""
         if len(asked.prompts) * asked.choices > self._session.most_requests:
             most = self._session.most_requests
             raise RequestError(400, f"the server takes at most {most} answers at once", param="prompt")
-        special = asked.add_special_tokens is not False
-        options = asked.options()
-        found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
-        return _copies(found, asked.choices)
+        return self._bodies.text_requests(asked)
 
     def embedding_prompts(self, asked: EmbeddingRequest) -> list[list[int]]:
         """The token ids of texts. Raises if the model does not embed."""
-        if self._embedder is None:
-            raise RequestError(400, f"{self._name} cannot embed texts: it has no sentence-transformers files", param="model")
-        found = [self._session.encode(text) for text in asked.inputs]
-        for ids in found:
-            self._session.refuse_longer(ids)
-        return found
+        return self._bodies.embedding_prompts(asked)
 
     def events(self, requests: Sequence[Request]) -> Events:
         """Submit them. Raises QueueFullError."""
@@ -70,27 +51,11 @@ class Answering:
 
     async def chat(self, asked: ChatRequest, events: Events, count: int) -> dict[str, object]:
         """A whole chat answer."""
-        wire, replies = Wire("chat.completion", self._name, self._session.model.tokenizer), await self._replies(events, count)
-        choices = []
-        for index, reply in enumerate(replies):
-            text, calls = asked.read_calls(reply.text)
-            choices.append(words.chat_choice(wire, index, reply, text, calls))
-        return wire.body(choices, replies)
+        return self._bodies.chat(asked, await self._replies(events, count))
 
     async def text(self, asked: CompletionRequest, requests: Sequence[Request], events: Events) -> dict[str, object]:
         """A whole completion."""
-        wire = Wire("text_completion", self._name, self._session.model.tokenizer)
-        replies = await self._replies(events, len(requests))
-        choices = [self._text_choice(wire, asked, requests[index], index, reply) for index, reply in enumerate(replies)]
-        return {**wire.body(choices, replies), "usage": words.usage_of_prompts(replies, asked.choices)}
-
-    def _text_choice(self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply) -> dict[str, object]:
-        logprobs = None if reply.logprobs is None else wire.legacy_logprobs(reply.logprobs)
-        text = self._echo(asked, request) + reply.text
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": words.reason(reply)}
-
-    def _echo(self, asked: CompletionRequest, request: Request) -> str:
-        return str(self._session.model.tokenizer.decode(request.prompt.ids, skip_special_tokens=True)) if asked.echo else ""
+        return self._bodies.text(asked, requests, await self._replies(events, len(requests)))
 
     async def _replies(self, events: Events, count: int) -> list[Reply]:
         found: dict[int, Reply] = {}
@@ -134,7 +99,7 @@ class Answering:
         replies: dict[int, Reply] = {}
         lengths = dict.fromkeys(range(len(requests)), 0)
         for index, request in enumerate(requests):
-            if echo := self._echo(asked, request):
+            if echo := self._bodies.echo(asked, request):
                 yield wire.chunk({"index": index, "text": echo, "logprobs": None, "finish_reason": None})
         async for chunk in self._alive(events):
             if isinstance(chunk, str):
@@ -184,31 +149,13 @@ class Answering:
 
     async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, object]:
         """Vectors of texts."""
-        embedder, model = self._embedder, self._session.model
-        assert embedder is not None  # noqa: S101 - `embedding_prompts` rejects it
-        futures = self._session.call([(partial(embedder.embed, model, ids), len(ids)) for ids in prompts])
+        futures = self._session.call(self._bodies.embedding_works(prompts))
         try:
             vectors = [await asyncio.wrap_future(future) for future in futures]
         finally:
             for future in futures:
                 future.cancel()
-        encoding = asked.encoding_format or "float"
-        data = [
-            {"object": "embedding", "index": index, "embedding": words.vector(_cut(found, asked.dimensions), encoding)}
-            for index, found in enumerate(vectors)
-        ]
-        tokens = sum(map(len, prompts))
-        return {"object": "list", "data": data, "model": self._name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-
-
-def _copies(requests: Sequence[Request], count: int) -> list[Request]:
-    """`count` copies of each; the copies of a seeded one get different seeds."""
-    return [_reseeded(request, index) for request in requests for index in range(count)]
-
-
-def _reseeded(request: Request, index: int) -> Request:
-    seed = request.options.seed
-    return request if seed is None else replace(request, options=replace(request.options, seed=seed + index))
+        return self._bodies.embeddings(asked, prompts, vectors)
 
 
 def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, object]]:
@@ -216,12 +163,3 @@ def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, obj
         yield {"content": text}
     for index, call in enumerate(calls):
         yield {"tool_calls": [{"index": index, **words.tool_call(call)}]}
-
-
-def _cut(vector: torch.Tensor, dimensions: int | None) -> list[float]:
-    """The first dimensions, normalized again; for models trained for it (Matryoshka)."""
-    if dimensions is None:
-        return [float(value) for value in vector]
-    if dimensions > len(vector):
-        raise RequestError(400, f"dimensions is {dimensions}, the model's vectors have {len(vector)}", param="dimensions")
-    return [float(value) for value in torch.nn.functional.normalize(vector[:dimensions], dim=0)]
