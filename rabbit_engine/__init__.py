@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AutoModelForSpeechSeq2Seq,
         AutoModelForTokenClassification,
     )
+    from rabbit_engine.model.capabilities import Capabilities, capabilities
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
     from rabbit_engine.streaming import Profile
@@ -38,6 +39,7 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForSpeechSeq2Seq",
     "AutoModelForTokenClassification",
+    "Capabilities",
     "DraftModel",
     "Lookup",
     "Merged",
@@ -50,6 +52,7 @@ __all__ = [
     "SelfDraft",
     "Session",
     "StreamingMixin",
+    "capabilities",
 ]
 
 _HOMES = {
@@ -64,6 +67,7 @@ _HOMES = {
     "AutoModelForSequenceClassification": "model.auto_classes",
     "AutoModelForSpeechSeq2Seq": "model.auto_classes",
     "AutoModelForTokenClassification": "model.auto_classes",
+    "Capabilities": "model.capabilities",
     "DraftModel": "decoding",
     "Lookup": "decoding",
     "Merged": "decoding",
@@ -75,6 +79,7 @@ _HOMES = {
     "SelfDraft": "decoding",
     "Session": "sessions",
     "StreamingMixin": "model",
+    "capabilities": "model.capabilities",
 }
 """The module of each name that is imported on first use: most of them load torch and transformers."""
 

@@ -19,8 +19,10 @@ from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.gguf_config import GgufConfigFile
 from rabbit_engine.architectures.head_dim import corrected_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
+from rabbit_engine.architectures.lengths import sliding_window, stated_lengths, template_in
 from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
+from rabbit_engine.architectures.purpose import auto_class_of, auto_classes_for, task_of
 from rabbit_engine.architectures.record import Proof, Record, read_record, recorded_speculation
 from rabbit_engine.architectures.registry import KNOWN, Known, converted_families, register_family, unregister_family
 from rabbit_engine.architectures.remote import explain_failures, keeps_tuples
@@ -39,6 +41,8 @@ __all__ = [
     "RawConfig",
     "Record",
     "Target",
+    "auto_class_of",
+    "auto_classes_for",
     "build_architecture",
     "build_skeleton",
     "capped_length",
@@ -63,8 +67,12 @@ __all__ = [
     "register_family",
     "require_generation_config",
     "require_layers",
+    "sliding_window",
     "stated_dtype",
+    "stated_lengths",
     "stated_positions",
+    "task_of",
+    "template_in",
     "unregister_family",
     "warn_of_unused",
 ]

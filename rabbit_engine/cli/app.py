@@ -17,6 +17,7 @@ from rabbit_engine.cli.models import models
 from rabbit_engine.cli.plan import plan
 from rabbit_engine.cli.run import run
 from rabbit_engine.cli.serve import serve
+from rabbit_engine.cli.show import show
 from rabbit_engine.cli.split import split
 from rabbit_engine.cli.verify import verify
 from rabbit_engine.errors import ConfigurationError, RabbitError
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, plan, doctor, models, bench, serve, demo, split, verify):
+for command in (run, chat, show, plan, doctor, models, bench, serve, demo, split, verify):
     app.command()(command)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import pace as pace
     from rabbit_engine.diagnostics import plotting as plotting
     from rabbit_engine.diagnostics import speculation as speculation
+    from rabbit_engine.model import capabilities as capabilities
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
     from rabbit_engine.transformers_bridge import generation as generation
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "architectures": "rabbit_engine.architectures",
     "benchmark": "rabbit_engine.diagnostics.benchmark",
+    "capabilities": "rabbit_engine.model.capabilities",
     "chat": "rabbit_engine.chat",
     "checkpoints": "rabbit_engine.checkpoints",
     "config": "rabbit_engine.config",

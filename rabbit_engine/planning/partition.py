@@ -29,10 +29,8 @@ from rabbit_engine.quantization.stored import unread_entry
 from rabbit_engine.storage.directio import aligned_up
 from rabbit_engine.storage.tensorfiles import TensorEntry, each_row
 from rabbit_engine.streaming import Unit, WeightRef, make_unit, multiplies_packed, row_blocks, weight_refs
-from rabbit_engine.transformers_bridge.experts import has_experts_interface
+from rabbit_engine.transformers_bridge.experts import experts_a_token, has_experts_interface
 from rabbit_engine.transformers_bridge.tied_weights import tied_weights, untie
-
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +272,7 @@ class _Partitioner:
         rows = zip(*(each_row(self._weights.entries[name]) for name in names), strict=True)
         experts = tuple(make_unit(f"{owner}[{index}]", entries) for index, entries in enumerate(rows))
         largest, most_read = max(unit.nbytes for unit in experts), max(unit.read_bytes for unit in experts)
-        used = min(self._probe.routed.get(owner) or _configured_use(module), module.num_experts)
+        used = min(self._probe.routed.get(owner) or experts_a_token(module), module.num_experts)
         routing = Routing(module.num_experts, used, largest, most_read)
         self._units[owner], self._experts[owner] = whole, experts
         scratch = max(unit.scratch_bytes for unit in experts)
@@ -389,8 +387,3 @@ def decoded_size(size: UnitSize, unit: Unit) -> UnitSize:
     if not unit.is_encoded or size.only_by_row:
         return size
     return replace(size, nbytes=unit.decoded_bytes, scratch_bytes=unit.nbytes, decoded=True)
-
-
-def _configured_use(module: Any) -> int:
-    """The number of experts per token in the config, for when the probe did not show it; all of them if not stated."""
-    return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)

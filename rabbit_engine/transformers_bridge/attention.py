@@ -28,6 +28,14 @@ def has_flash_attention(cls: type[PreTrainedModel]) -> bool:
     return any(getattr(cls, name, False) for name in ("_supports_flash_attn", "_supports_flash_attn_2"))
 
 
+def attention_implementations(cls: type[PreTrainedModel], config: PretrainedConfig) -> tuple[str, ...]:
+    """The implementations that the class can run; none if it has no attention."""
+    if getattr(config.get_text_config(decoder=True), "num_attention_heads", None) is None:
+        return ()
+    supported = {"eager": True, "sdpa": has_sdpa(cls), "flash_attention_2": has_flash_attention(cls)}
+    return tuple(name for name, is_there in supported.items() if is_there)
+
+
 def without_flash_attention(cls: Class) -> Class:
     """A class decorator: the attention needs a mask that only sdpa and eager take."""
     cls._supports_flash_attn = cls._supports_flex_attn = False

@@ -16,6 +16,9 @@ _MARKS = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "num_exper
 """Attributes that the decorator of a class of experts, and the class, set on a module."""
 
 
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
+
 class ExpertsModule(nn.Module):
     """The attributes of a module with the interface, for type checkers only: no module is an instance.
 
@@ -40,6 +43,17 @@ ExpertsFunction = Callable[[ExpertsModule, torch.Tensor, torch.Tensor, torch.Ten
 def has_experts_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
     """Whether a function of the interface may compute this module's experts."""
     return all(hasattr(module, name) for name in _MARKS)
+
+
+def experts_a_token(module: Any) -> int:
+    """The number of experts per token in the config; all of them if not stated."""
+    return next((used for name in _TOP_K if isinstance(used := getattr(module.config, name, None), int)), module.num_experts)
+
+
+def experts_of(model: nn.Module) -> tuple[int, int] | None:
+    """The experts of a sparse layer, and those that a token uses; None for a model without."""
+    found = next((module for module in model.modules() if has_experts_interface(module)), None)
+    return None if found is None else (found.num_experts, min(experts_a_token(found), found.num_experts))
 
 
 def register_experts_function(name: str, function: ExpertsFunction) -> None:
