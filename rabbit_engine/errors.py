@@ -41,6 +41,7 @@ RabbitError
         ├── CannotSaveError                         save_pretrained, push_to_hub
         ├── CannotLoadStateError                    load_state_dict
         ├── CannotGenerateError (TypeError)         generate of a class without a head for text
+        ├── WrongHeadError (TypeError)              a task that the model has no head for
         ├── CannotMergeError                        merge_and_unload, merge_adapter
         ├── CannotResizeError                       resize_token_embeddings, set_input_embeddings ...
         ├── CannotExportError                       torch.jit.trace
@@ -225,6 +226,10 @@ class CannotLoadStateError(UnsupportedOperationError):
 
 class CannotGenerateError(UnsupportedOperationError, TypeError):
     """Generating text with a class that has no head for it."""
+
+
+class WrongHeadError(UnsupportedOperationError, TypeError):
+    """A task that the model has no head for; the message says what its head computes."""
 
 
 class CannotMergeError(UnsupportedOperationError):

@@ -65,6 +65,12 @@ class SessionModel(Protocol):
     def base_model(self) -> nn.Module:
         """The part that computes hidden states, without a head."""
 
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        """The class's own forward, for its signature."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Its forward, and the hooks around it."""
+
     def can_generate(self) -> bool:
         """Whether it generates texts, rather than only embeds them."""
 

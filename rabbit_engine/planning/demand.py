@@ -30,7 +30,8 @@ class Demand:
     """The tokens of a request: its prompt and the longest answer, for `sequences` computed together.
 
     A `padded` batch needs a mask. The prompt is computed `chunk` tokens at a time, all at once if that is None, and only the
-    newest if the rest `is_computed` already.
+    newest if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number of its
+    rows of `logits` over the vocabulary.
     """
 
     prompt: int
@@ -39,10 +40,13 @@ class Demand:
     padded: bool = False
     chunk: int | None = None
     is_computed: bool = False
+    logits: int | None = None
 
 
 def cache_bytes(probe: Probe, demand: Demand) -> int:
-    """Bytes of the caches of all sequences at full length."""
+    """Bytes of the caches of all sequences at full length; a single forward keeps none."""
+    if demand.logits is not None:
+        return 0
     return demand.sequences * probe.cache_token_bytes * (demand.prompt + demand.answer)
 
 
@@ -50,7 +54,10 @@ def work_bytes(probe: Probe, demand: Demand) -> int:
     """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
     mask = _MASK_BYTES * tokens**2 if demand.padded else 0
-    return demand.sequences * (probe.activation_bytes(tokens) + mask + _SAMPLING_BYTES * probe.vocabulary)
+    if demand.logits == 0:
+        return demand.sequences * (probe.layers.at(tokens) + mask)
+    head = _SAMPLING_BYTES if demand.logits is None else demand.logits * _LOGITS_BYTES
+    return demand.sequences * (probe.activation_bytes(tokens) + mask + head * probe.vocabulary)
 
 
 def most_rows(probe: Probe, free_bytes: int) -> int:

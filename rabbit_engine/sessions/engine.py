@@ -21,6 +21,9 @@ from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_produc
 
 logger = logging.getLogger(__name__)
 
+_MOST_FORWARDS = 1024
+"""Single forwards in a pass: each is a flow of its own, and more of them would not make a pass cheaper."""
+
 
 class Cancelled(BaseException):
     """The answer is no longer wanted. A BaseException, so that no code in between treats it as an ordinary error."""
@@ -28,26 +31,38 @@ class Cancelled(BaseException):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`work` runs in the engine's thread. `on_end` is called once, in any thread, with None or the exception that ended it."""
+    """`work` runs in the engine's thread. `on_end` is called once, in any thread, with None or the exception that ended it.
+
+    With `exact`, it does not share matrix products with others, whatever the engine does.
+    """
 
     work: Callable[[], None]
     on_end: Callable[[BaseException | None], None]
     demand: Demand
     seed: int | None = None
+    exact: bool = False
     fiber: Fiber | None = field(default=None, repr=False)
     cancelled: bool = False
     is_computed: bool = False
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it is a single forward, which is over after one pass."""
+        return self.demand.logits is not None
 
 
 class Engine:
     """Serves jobs in order: each starts with the next pass that has room for it, at most `most` at a time.
 
+    Of single forwards, which end with a pass, there may be as many as memory holds. With `alone`, one job runs at a time.
     Up to `queue` more may wait. With `exact`, each gets the bits it would get alone; otherwise fibers share matrix products.
     """
 
-    def __init__(self, model: SessionModel, room: Room, *, most: int, queue: int, exact: bool = True) -> None:
+    def __init__(
+        self, model: SessionModel, room: Room, *, most: int, queue: int, exact: bool = True, alone: bool = False
+    ) -> None:
         self._model, self._room = model, room
-        self._most, self._queue = most, queue
+        self._most, self._queue, self._alone = most, queue, alone
         runtime = runtime_of(model)
         self._transfer, binding = runtime.transfer, runtime.binding
         self._scheduler = Scheduler(binding, shares=not exact)
@@ -105,7 +120,7 @@ class Engine:
 
     @property
     def _places(self) -> int:
-        return self._queue + max(0, self._most - len(self._running))
+        return self._queue + max(0, self._most - sum(not job.is_forward for job in self._running))
 
     @property
     def is_full(self) -> bool:
@@ -182,21 +197,30 @@ class Engine:
 
     def _admit(self) -> None:
         """Start jobs in order while memory has room for them and for those under way."""
-        while (job := self._next()) is not None:
+        used = self._room.need(replace(job.demand, is_computed=job.is_computed) for job in self._running)
+        while (job := self._next(used)) is not None:
+            used += self._room.need([job.demand])
             random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
-            job.fiber = self._scheduler.add(job.work, random_stream)
+            job.fiber = self._scheduler.add(job.work, random_stream, exact=job.exact)
             if job.cancelled:
                 job.fiber.stop(Cancelled())
 
-    def _next(self) -> Job | None:
+    def _next(self, used: int) -> Job | None:
+        """The next job, if it can start while those under way need `used` bytes."""
         with self._changed:
-            if not self._waiting or len(self._running) >= self._most or self._closed:
+            if not self._waiting or self._closed:
                 return None
-            demands = [*(replace(job.demand, is_computed=job.is_computed) for job in self._running), self._waiting[0].demand]
-            if self._running and not self._room.fits(demands):
+            job = self._waiting[0]
+            if self._is_full_for(job) or (self._running and used + self._room.need([job.demand]) > self._room.nbytes):
                 return None
             self._running.append(self._waiting.popleft())
-            return self._running[-1]
+            return job
+
+    def _is_full_for(self, job: Job) -> bool:
+        if self._alone:
+            return bool(self._running)
+        of_its_kind = sum(other.is_forward == job.is_forward for other in self._running)
+        return of_its_kind >= (_MOST_FORWARDS if job.is_forward else self._most)
 
     def _run_pass(self) -> None:
         if self._scheduler.fibers:

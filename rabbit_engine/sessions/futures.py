@@ -48,8 +48,8 @@ class Promise(Future[T]):
             self._session.require_other_thread()
 
 
-def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
-    """A job of `tokens` tokens that sets the future to what `work` returns."""
+def computing_job(work: Callable[[], T], demand: Demand, future: Future[T], *, exact: bool = False) -> Job:
+    """A job that sets the future to what `work` returns."""
 
     def run() -> None:
         if future.set_running_or_notify_cancel():
@@ -59,7 +59,7 @@ def computing_job(work: Callable[[], T], tokens: int, future: Future[T]) -> Job:
         if failure is not None and not future.cancelled():
             future.set_exception(own_error(failure))
 
-    return Job(run, end, Demand(tokens, 0))
+    return Job(run, end, demand, exact=exact)
 
 
 def own_error(failure: BaseException) -> BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rabbit_engine.planning.demand import Demand, most_prompt, need_bytes
@@ -37,6 +37,11 @@ class Room:
         """The most tokens of prompt and answer for a single text."""
         most = self.positions if self.positions is not None else _USUAL_POSITIONS
         return most_prompt(lambda tokens: self.fits([Demand(tokens, 0)]), most)
+
+    def most_tokens_of(self, demand: Callable[[int], Demand], most: int | None) -> int:
+        """The most tokens of a single text, up to `most`, given the demand of one of n tokens."""
+        limits = [limit for limit in (most, self.positions) if limit is not None]
+        return most_prompt(lambda tokens: self.fits([demand(tokens)]), min(limits, default=_USUAL_POSITIONS))
 
 
 def measure_room(free_bytes: int, probe: Probe, positions: int | None) -> Room:

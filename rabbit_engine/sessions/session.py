@@ -24,12 +24,14 @@ from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.encoding import Encoder
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
+from rabbit_engine.sessions.forwards import Forwards
 from rabbit_engine.sessions.futures import Promise, computing_job, own_error
 from rabbit_engine.sessions.generation import Generation, ends_of
 from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import measure_room
+from rabbit_engine.sessions.tasks import TaskMethods
 from rabbit_engine.sessions.template import TemplateVariables
 from rabbit_engine.streaming import PassProgress
 
@@ -97,7 +99,7 @@ class Events:
         _cancel(self._tickets)
 
 
-class Session:
+class Session(TaskMethods):
     """Answers requests for a loaded model: one thread runs it, and any number of threads and coroutines may call.
 
     Each pass over the weights serves every answer under way, and a new request joins the next pass. `max_requests` and the
@@ -148,8 +150,9 @@ class Session:
         self._template = TemplateVariables(model)
         self._overflow = overflow
         self._vocabulary = int(model.config.get_text_config().vocab_size)
-        if max_requests > 1 and (why := keeps_state(model)):
-            logger.warning("%s keeps %s in its modules: its answers are generated one at a time", type(model).__name__, why)
+        state = keeps_state(model)
+        if max_requests > 1 and state:
+            logger.warning("%s keeps %s in its modules: its answers are generated one at a time", type(model).__name__, state)
             max_requests = 1
         self.most_requests = max_requests + max_queue
         """The number of requests that may be under way or waiting."""
@@ -162,7 +165,8 @@ class Session:
         whole = config.max_length if config is not None and config.max_new_tokens is None else None
         self._limits = Limits(self._room.most_tokens, own, whole)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
-        self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact)
+        self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
+        self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
 
     # The methods for most uses.
 
@@ -260,7 +264,7 @@ class Session:
         if self._engine.is_full:
             self._engine.refuse()
         futures: list[Future[T]] = [Promise(self) for _ in works]
-        jobs = [computing_job(work, tokens, future) for (work, tokens), future in zip(works, futures, strict=True)]
+        jobs = [computing_job(work, Demand(tokens, 0), future) for (work, tokens), future in zip(works, futures, strict=True)]
         self._engine.submit(jobs, bounded=False)
         return futures
 

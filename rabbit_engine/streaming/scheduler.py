@@ -237,9 +237,10 @@ class Scheduler:
         """The number of unfinished fibers."""
         return len(self._fibers)
 
-    def add(self, work: Callable[[], None], random_stream: RandomStream | None = None) -> Fiber:
-        """Add a fiber and run it to its first pass."""
-        fiber = Fiber(work, self._source, random_stream, shares=self._shares, fibers=lambda: self._fibers)
+    def add(self, work: Callable[[], None], random_stream: RandomStream | None = None, *, exact: bool = False) -> Fiber:
+        """Add a fiber and run it to its first pass. With `exact`, it meets no others."""
+        shares = self._shares and not exact
+        fiber = Fiber(work, self._source, random_stream, shares=shares, fibers=lambda: self._fibers)
         fiber.resume()
         self._fibers.append(fiber)
         self._forget_the_done()

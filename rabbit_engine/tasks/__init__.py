@@ -1,1 +1,1 @@
-"""Uses of a model other than generating text: embeddings."""
+"""What the output of a model's head means: vectors, labels, entities, scores. Pure: sessions run the forwards."""

@@ -1,14 +1,16 @@
 """Embeds texts as the checkpoint defines it, in sentence-transformers' files next to the weights.
 
-`modules.json` lists the steps; `1_Pooling/config.json` defines how hidden states become one vector.
+`modules.json` lists the steps, `1_Pooling/config.json` how hidden states become one vector, `sentence_bert_config.json` the
+longest text, and `config_sentence_transformers.json` the prompts that go before a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +20,36 @@ from torch.nn import functional
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
 from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
+from rabbit_engine.tasks.batches import Batch, Inputs, collate
+from rabbit_engine.transformers_bridge.forwards import no_cache_argument
 
-_POOLING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "pooling_mode_lasttoken": lambda states: states[-1],
-    "pooling_mode_cls_token": lambda states: states[0],
-    "pooling_mode_mean_tokens": lambda states: states.mean(dim=0),
-    "pooling_mode_max_tokens": lambda states: states.max(dim=0).values,
-}
+
+def _mean(states: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    weighted = mask if weights is None else mask * weights
+    return (states * weighted[..., None]).sum(dim=1) / weighted.sum(dim=1, keepdim=True)
+
+
+def _mean_by_root(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).sqrt()
+
+
+def _last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return states[torch.arange(len(states), device=states.device), mask.long().sum(dim=1) - 1]
+
+
+_POOLINGS: Mapping[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = MappingProxyType(
+    {  # in the order in which sentence-transformers joins several
+        "cls": ("pooling_mode_cls_token", lambda states, _: states[:, 0]),
+        "max": ("pooling_mode_max_tokens", lambda states, mask: states.masked_fill(mask[..., None] == 0, -1e9).amax(dim=1)),
+        "mean": ("pooling_mode_mean_tokens", _mean),
+        "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens", _mean_by_root),
+        "weightedmean": (
+            "pooling_mode_weightedmean_tokens",
+            lambda states, mask: _mean(states, mask, torch.arange(1, states.shape[1] + 1, device=states.device)),
+        ),
+        "lasttoken": ("pooling_mode_lasttoken", _last),
+    }
+)
 
 
 class EmbeddingModel(Protocol):
@@ -41,16 +66,71 @@ class EmbeddingModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Embedder:
-    """Hidden states [length, width] into a vector [width]."""
+    """Hidden states into vectors: the `poolings`, joined if they are several, then normalized if it `normalizes`.
 
-    pooling: str
-    normalizes: bool
+    `prompts` are texts by name that go before a text, `default_prompt` names the one that goes before every text, and
+    `most_tokens` is the length that the checkpoint was trained for.
+    """
+
+    poolings: tuple[str, ...] = ("mean",)
+    normalizes: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    most_tokens: int | None = None
+    lowercases: bool = False
+
+    def changed(self, pooling: str | None, normalize: bool | None) -> Embedder:
+        """The same with another pooling, or with or without normalizing. Raises ConfigurationError for an unknown pooling."""
+        if pooling is not None and pooling not in _POOLINGS:
+            raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(_POOLINGS)}")
+        poolings = self.poolings if pooling is None else (pooling,)
+        return replace(self, poolings=poolings, normalizes=self.normalizes if normalize is None else normalize)
+
+    def prompted(self, text: str, prompt: str | None) -> str:
+        """The text after its prompt: a name among `prompts`, or the prompt itself; None is the checkpoint's default.
+
+        Raises ConfigurationError for a word that is not among the names.
+        """
+        named = self.default_prompt if prompt is None else prompt
+        if named is not None and named.isidentifier() and named not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise ConfigurationError(f"the checkpoint has no prompt named {named!r}; its prompts are: {known}")
+        whole = ("" if named is None else self.prompts.get(named, named)) + text
+        return whole.lower() if self.lowercases else whole
+
+    def pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states [texts, length, width] and their mask [texts, length], padded on the right, into float32
+        [texts, width], not normalized yet."""
+        states, mask = states.float(), mask.float()
+        found = [pool(states, mask) for name, (_, pool) in _POOLINGS.items() if name in self.poolings]
+        return torch.cat(found, dim=-1).cpu()
+
+    def finish(self, vectors: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
+        """The first `dimensions` of [texts, width], normalized if it does: for models trained for it (Kusupati et al.,
+        Matryoshka Representation Learning, 2022). Raises ConfigurationError for more than there are."""
+        if dimensions is not None and not 0 < dimensions <= vectors.shape[-1]:
+            raise ConfigurationError(f"dimensions={dimensions}: the model's vectors have {vectors.shape[-1]}")
+        vectors = vectors[..., :dimensions]
+        return functional.normalize(vectors, dim=-1) if self.normalizes else vectors
 
     def embed(self, model: EmbeddingModel, ids: Sequence[int]) -> torch.Tensor:
         """The vector of a text, float32 [width] on the CPU."""
-        states = model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
-        vector = _POOLING[self.pooling](states[0].float()).cpu()
-        return functional.normalize(vector, dim=0) if self.normalizes else vector
+        batch = collate([Inputs({"input_ids": list(ids)})], model.device)
+        return self.finish(self.pool(hidden_states(embedding_base(model), batch), batch.mask))[0]
+
+
+def embedding_base(model: EmbeddingModel) -> nn.Module:
+    """The part of a model that computes hidden states: its encoder if it has one; an adapter stays in it."""
+    own: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(own.config, "is_encoder_decoder", False):
+        return own.get_encoder()  # type: ignore[no-any-return]
+    return own.base_model  # type: ignore[no-any-return]
+
+
+def hidden_states(base: nn.Module, batch: Batch) -> torch.Tensor:
+    """The last hidden states [texts, length, width] of a batch."""
+    arguments = batch.arguments(base.forward)
+    return base(**arguments, **no_cache_argument(base.forward)).last_hidden_state  # type: ignore[no-any-return]
 
 
 def find_embedder(folder: Path) -> Embedder | None:
@@ -67,19 +147,49 @@ def find_embedder(folder: Path) -> Embedder | None:
     unknown = set(steps) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ConfigurationError(f"{path} contains steps that are not supported: {', '.join(sorted(unknown))}")
-    return Embedder(_find_pooling(folder / part / "config.json"), "Normalize" in steps) if steps else None
+    if not steps:
+        return None
+    embedder = Embedder(_find_poolings(folder / part / "config.json"), "Normalize" in steps)
+    return _with_length(_with_prompts(embedder, folder), folder)
 
 
-def _find_pooling(path: Path) -> str:
+def _find_poolings(path: Path) -> tuple[str, ...]:
     with _parsed(path) as listed:
         config = Fields.of(listed)
         modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
         named = config.optional_text("pooling_mode")
-    if named is not None:  # newer files name it
-        modes = [f"pooling_mode_{ {'lasttoken': 'lasttoken', 'cls': 'cls_token'}.get(named, f'{named}_tokens') }"]
-    if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ConfigurationError(f"{path} has a pooling that is not supported: {', '.join(modes) or 'none is named'}")
-    return modes[0]
+    found = [named] if named is not None else [_name_of(mode) for mode in modes]  # newer files name it
+    if not found or not set(found) <= set(_POOLINGS):
+        raise ConfigurationError(f"{path} has a pooling that is not supported: {', '.join(found) or 'none is named'}")
+    return tuple(found)
+
+
+def _name_of(mode: str) -> str:
+    return next((name for name, (key, _) in _POOLINGS.items() if key == mode), mode)
+
+
+def _with_prompts(embedder: Embedder, folder: Path) -> Embedder:
+    path = folder / "config_sentence_transformers.json"
+    if not path.is_file():
+        return embedder
+    with _parsed(path) as listed:
+        config = Fields.of(listed)
+        prompts = config.texts("prompts") if config.values.get("prompts") else {}
+        default = config.optional_text("default_prompt_name")
+        if default is not None and default not in prompts:
+            raise ValueError(f"default_prompt_name is {default!r}, which is not among the prompts")
+    return replace(embedder, prompts=prompts, default_prompt=default)
+
+
+def _with_length(embedder: Embedder, folder: Path) -> Embedder:
+    path = folder / "sentence_bert_config.json"
+    if not path.is_file():
+        return embedder
+    with _parsed(path) as listed:
+        config = Fields.of(listed)
+        most = config.count("max_seq_length") if config.values.get("max_seq_length") is not None else None
+        lowercases = config.flag("do_lower_case") if "do_lower_case" in config.values else False
+    return replace(embedder, most_tokens=most, lowercases=lowercases)
 
 
 @contextmanager

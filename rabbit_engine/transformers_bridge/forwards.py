@@ -31,6 +31,11 @@ def cache_argument(forward: Callable[..., Any], cache: object) -> dict[str, Any]
     return {} if name is None or cache is None else {name: cache}
 
 
+def no_cache_argument(forward: Callable[..., Any]) -> dict[str, bool]:
+    """The keyword argument with which a forward keeps no cache; empty if it never does."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
+
+
 def last_logits_argument(forward: Callable[..., Any]) -> dict[str, int]:
     """The keyword argument that limits the head to the last position; empty if it always runs on all."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
