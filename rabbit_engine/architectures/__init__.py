@@ -17,7 +17,7 @@ from rabbit_engine.architectures.conversion import (
 from rabbit_engine.architectures.faulty_key import faulty_key_of_model
 from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.gguf_config import GgufConfigFile
-from rabbit_engine.architectures.head_dim import corrected_head_dim
+from rabbit_engine.architectures.head_dim import corrected_head_dim, stated_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
 from rabbit_engine.architectures.lengths import sliding_window, stated_lengths, template_in
 from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
@@ -69,6 +69,7 @@ __all__ = [
     "require_layers",
     "sliding_window",
     "stated_dtype",
+    "stated_head_dim",
     "stated_lengths",
     "stated_positions",
     "task_of",

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 
+def stated_head_dim(config: PretrainedConfig) -> object:
+    """The config's `head_dim`; None if it states none, or one for each layer."""
+    text = config.get_text_config()
+    return None if getattr(text, "is_heterogeneous", False) else getattr(text, "head_dim", None)
+
+
 def corrected_head_dim(
     config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> int | None:

@@ -104,8 +104,10 @@ def largest_list(model: nn.Module, embedding: str | None) -> tuple[str, nn.Modul
 
 
 def _lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of modules with parts, in the order of the module tree; those inside another list are left out."""
+    """The lists of modules with parts, in the order of the module tree; those inside a block of another list are left out. A
+    list of lists is one for each: a list itself never runs."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [(name, module) for name, module in lists if not any(isinstance(part, nn.ModuleList) for part in module)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     return [(name, module) for name, module in outer if all(any(True for _ in layer.children()) for layer in module)]
 

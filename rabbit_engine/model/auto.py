@@ -20,6 +20,7 @@ from rabbit_engine.architectures import (
     explain_failures,
     refuse_past,
     require_generation_config,
+    stated_head_dim,
 )
 from rabbit_engine.checkpoints import Streamable, execute, loading_info, resolve
 from rabbit_engine.config import (
@@ -345,7 +346,7 @@ def _tell_new_weights(model: Any, checkpoint: Streamable) -> None:
 
 
 def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
-    said, used = (getattr(part.get_text_config(), "head_dim", None) for part in (checkpoint.architecture.config, config))
+    said, used = (stated_head_dim(part) for part in (checkpoint.architecture.config, config))
     if used != said:
         logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
 

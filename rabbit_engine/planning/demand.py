@@ -47,7 +47,7 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
     """Bytes of the caches of all sequences at full length; a single forward keeps none."""
     if demand.logits is not None:
         return 0
-    return demand.sequences * probe.cache_token_bytes * (demand.prompt + demand.answer)
+    return demand.sequences * (probe.cache_fixed_bytes + probe.cache_token_bytes * (demand.prompt + demand.answer))
 
 
 def work_bytes(probe: Probe, demand: Demand) -> int:

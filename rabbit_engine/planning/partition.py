@@ -22,7 +22,7 @@ from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.known_probes import probe_of
 from rabbit_engine.planning.probe import Probe
-from rabbit_engine.planning.tiers import Role, UnitSize
+from rabbit_engine.planning.tiers import Role, Runs, UnitSize
 from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
 from rabbit_engine.quantization.linears import is_linear
 from rabbit_engine.quantization.stored import unread_entry
@@ -133,8 +133,7 @@ def partition_model(
     layout = find_layout(model)
     weights = _locate(model, layout, entries, ties)
     partitioner = _Partitioner(model, layout, weights, probe or probe_of(model, device_type), cut, torch.device(device_type))
-    partitioner.add_towers()
-    partitioner.add_layers()
+    partitioner.add_blocks()
     partitioner.add_head()
     partitioner.add_others()
     return partitioner.finish()
@@ -194,47 +193,50 @@ class _Partitioner:
         streamed: bool,
         module: str | None = None,
         encloses: bool = False,
-        rare: bool = False,
+        runs: Runs = "each pass",
     ) -> None:
         role: Role = "streamed" if streamed else "resident"
         self._units[name] = unit
         scratch, work = unit.scratch_bytes, unit.work_bytes(self._device)
-        size = UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, rare, scratch_bytes=scratch, work_bytes=work)
+        size = UnitSize(name, role, unit.nbytes, unit.read_bytes, encloses, runs, scratch_bytes=scratch, work_bytes=work)
         self._sizes.append(size if streamed or not unit.is_encoded else decoded_size(size, unit))
         if module is not None:
             self._modules[name] = module
 
-    def add_towers(self) -> None:
-        """Add the blocks that only run for an image, each whole: a pass over text does not show how they run inside."""
-        for block in self._layout.towers:
+    def add_blocks(self) -> None:
+        """Add every block of a tower and every layer: its large modules, and the rest."""
+        for block in (*self._layout.towers, *self._layout.layers):
             names = self._weights.owned[block]
             if names:
-                self._add(block, self._weights.unit(block, names), streamed=True, module=block, rare=True)
+                self._add_block(block, names)
 
-    def add_layers(self) -> None:
-        """Add every layer: its large modules, and the rest."""
-        for layer in self._layout.layers:
-            names = self._weights.owned[layer]
-            if names:
-                self._add_layer(layer, names)
-
-    def _add_layer(self, layer: str, names: Sequence[str]) -> None:
+    def _add_block(self, block: str, names: Sequence[str]) -> None:
         owners: dict[str, list[str]] = {}
         for name in names:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
         experts = {owner: found for owner, found in owners.items() if self._are_experts(owner, found)}
         dense = [name for name in names if name.rpartition(".")[0] not in experts]
-        leaves = self._large_leaves(layer, {owner: found for owner, found in owners.items() if owner not in experts})
+        leaves = self._large_leaves(block, {owner: found for owner, found in owners.items() if owner not in experts})
         inside = {name for found in leaves.values() for name in found}
-        rest = self._weights.unit(layer, [name for name in dense if name not in inside])
+        rest = self._weights.unit(block, [name for name in dense if name not in inside])
         total = sum(self._weights.entries[name].nbytes for name in dense)
+        when = self._runs(block, block)
         if rest.weights:
             stays = bool(leaves) and rest.weight_bytes <= total * self._cut.rest_share
-            self._add(layer, rest, streamed=not stays, module=layer, encloses=bool(leaves))
+            self._add(block, rest, streamed=not stays, module=block, encloses=bool(leaves), runs=when)
         for leaf, found in leaves.items():
-            self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf)
+            self._add(leaf, self._weights.unit(leaf, found), streamed=True, module=leaf, runs=self._runs(leaf, block))
         for owner, found in experts.items():
             self._add_experts(owner, found)
+
+    def _runs(self, module: str, block: str) -> Runs:
+        """When a block or a module in it runs, as the probe saw: what computes keys and values of an encoder's states runs once
+        in a decoder too. A tower that it did not see runs for images."""
+        seen = {leaf for leaf in (*self._probe.alone, *self._probe.outside) if f"{leaf}.".startswith(f"{module}.")}
+        if seen:
+            return "once a text" if seen <= self._probe.prompt_only else "each pass"
+        is_encoder = bool(self._probe.failure) and self._model.config.is_encoder_decoder
+        return "each pass" if block in self._layout.layers else "once a text" if is_encoder else "for images"
 
     def _large_leaves(self, layer: str, owners: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The layer's large modules that run alone and share nothing, in the order they run: module -> its weights."""

@@ -34,7 +34,7 @@ class Plan(Report):
     The first tier is the device that computes. `units` are in the order of a pass. Other users of a tier's memory are
     `tenants` (caches of texts, the ring, scratch and temporaries for decoding, staging) and slots of `experts` that are read on
     demand.
-    All bytes are of memory, except `pass_bytes`, `link_bytes`, `rare_bytes` and `load_bytes`, which are moved.
+    All bytes are of memory, except `pass_bytes`, `link_bytes`, `encoder_bytes`, `rare_bytes` and `load_bytes`, which are moved.
     With such experts, `pass_bytes` and `link_bytes` are for a token with none of them cached, `least_pass_bytes` with as many
     as possible. `source` is the origin of the rates.
     """
@@ -229,9 +229,14 @@ class Plan(Report):
         return sum(self.moved_bytes(tier) for tier in self.tiers if tier.name == HOST)
 
     @property
+    def encoder_bytes(self) -> int:
+        """Additional bytes from disk in the first pass of a text, which runs an encoder."""
+        return sum(unit.disk_bytes for unit in self._from_disk if unit.runs == "once a text")
+
+    @property
     def rare_bytes(self) -> int:
         """Additional bytes from disk in a pass that runs an image."""
-        return sum(unit.disk_bytes for unit in self._from_disk if unit.rare)
+        return sum(unit.disk_bytes for unit in self._from_disk if unit.runs == "for images")
 
     @property
     def pass_s(self) -> float:
@@ -263,8 +268,8 @@ class Plan(Report):
 
     @property
     def prompt_bytes(self) -> int:
-        """The most bytes from disk for a prompt: each expert once."""
-        return self.pass_bytes - self.experts.most_bytes + self.experts.all_bytes
+        """The most bytes from disk for a prompt: its encoder, and each expert once."""
+        return self.pass_bytes + self.encoder_bytes - self.experts.most_bytes + self.experts.all_bytes
 
     @property
     def first_token_s(self) -> float:

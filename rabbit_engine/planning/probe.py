@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,8 @@ from rabbit_engine.transformers_bridge.experts import (
     has_experts_interface,
     register_experts_function,
 )
-from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of, last_logits_argument
+from rabbit_engine.transformers_bridge.forwards import cache_of
+from rabbit_engine.transformers_bridge.inputs import Prompting, next_token, ways_to_prompt
 from rabbit_engine.transformers_bridge.rotary import fixed_frequencies
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Curve:
 def fit_curve(short: tuple[int, int], long: tuple[int, int]) -> Curve:
     """The curve through two prompts, each as (tokens, bytes); never below them."""
     (few, few_bytes), (many, many_bytes) = short, long
+    if few_bytes >= many_bytes:  # of an image or a sound: the tokens do not matter
+        return Curve(few_bytes)
     square = max(0.0, (many_bytes / many - few_bytes / few) / (many - few))
     token = max(0.0, many_bytes / many - square * many)
     return Curve(max(0, math.ceil(few_bytes - few * (token + few * square))), math.ceil(token), math.ceil(square))
@@ -74,19 +77,23 @@ class Probe:
 
     `alone` are the modules whose forward ran and whose weights were used only inside it, in the order of their first run;
     `outside` are those whose weights were also used elsewhere.
-    `cache_token_bytes` is the growth of the KV cache per token; `routed` maps each experts module to the number of experts
-    per token. `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary`
-    tokens, if the head computes only the last position where the model allows it.
+    `cache_token_bytes` is the growth of the KV cache per token, and `cache_fixed_bytes` what a text takes of it at any length:
+    keys and values of an encoder's image or sound. `routed` maps each experts module to the number of experts per token.
+    `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
+    head computes only the last position where the model allows it. `prompt_only` are the modules that run for a prompt, but not
+    for a token after it: an encoder's.
     `failure` is the error of a model that did not run without values.
     """
 
     alone: tuple[str, ...] = ()
     cache_token_bytes: int = 0
+    cache_fixed_bytes: int = 0
     layers: Curve = Curve()
     head: Curve = Curve()
     vocabulary: int = 0
     outside: frozenset[str] = frozenset()
     routed: Mapping[str, int] = field(default_factory=dict)
+    prompt_only: frozenset[str] = frozenset()
     failure: str = ""
 
     def activation_bytes(self, tokens: int) -> int:
@@ -102,6 +109,7 @@ class _Watch(TorchDispatchMode):
         self._owners, self._results = owners, results
         self.running: list[str] = []
         self.ran: dict[str, None] = {}  # in the order of the first run
+        self.latest: set[str] = set()  # since it was last emptied
         self.reached: set[str] = set()
         self.routed: dict[str, int] = {}
         self.operations = 0
@@ -145,26 +153,41 @@ class _Watch(TorchDispatchMode):
 def run_probe(model: PreTrainedModel, device_type: str = "cpu", results: RememberedResults | None = None) -> Probe:
     """Prefill and decode on the meta device, as on a device of that type. If the model cannot run there, log it and return an
     empty Probe. `results` of other probes may be passed, and are added to."""
+    results, failures = results or RememberedResults(), []
+    for prompting in ways_to_prompt(model):
+        try:
+            return _probe(model, device_type, results, prompting)
+        except Exception as error:  # noqa: BLE001 - any model's code may reject tensors without values; then nothing is known
+            failures.append(f"{type(error).__name__}: {first_line(error)}")
+    logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, failures[0])
+    return Probe(failure=failures[0])
+
+
+def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults, prompting: Prompting) -> Probe:
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     owners = {id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)}
-    watch = _Watch(owners, results or RememberedResults())
-    try:
-        with (
-            torch.no_grad(),
-            _unchanged(model),
-            fixed_frequencies(model),
-            _chosen_kernels(model),
-            _watched(leaves, watch),
-            torch.device("meta"),
-            _Answers(device_type),
-        ):
-            costs = _run(model, watch)
-    except Exception as error:  # noqa: BLE001 - any model's code may reject tensors without values; then nothing is known
-        logger.info("%s does not run on the meta device (%s): its layers are moved whole", type(model).__name__, error)
-        return Probe(failure=f"{type(error).__name__}: {first_line(error)}")
-    alone = tuple(name for name in watch.ran if name not in watch.reached)
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", None) or 0)
-    return Probe(alone, *costs, vocabulary, frozenset(watch.reached), watch.routed)
+    watch = _Watch(owners, results)
+    with (
+        torch.no_grad(),
+        _unchanged(model),
+        fixed_frequencies(model),
+        _chosen_kernels(model),
+        _watched(leaves, watch),
+        torch.device("meta"),
+        _Answers(device_type),
+    ):
+        caches, layers, head, prompt_only = _run(model, watch, prompting)
+    return Probe(
+        alone=tuple(name for name in watch.ran if name not in watch.reached),
+        cache_token_bytes=caches.token,
+        cache_fixed_bytes=caches.fixed,
+        layers=layers,
+        head=head,
+        vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", None) or 0),
+        outside=frozenset(watch.reached),
+        routed=watch.routed,
+        prompt_only=prompt_only,
+    )
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -172,25 +195,28 @@ def _is_leaf(module: nn.Module) -> bool:
     return alone and any(True for _ in module.parameters(recurse=False))
 
 
-def _run(model: PreTrainedModel, watch: _Watch) -> tuple[int, Curve, Curve]:
+def _run(model: PreTrainedModel, watch: _Watch, prompting: Prompting) -> tuple[Curve, Curve, Curve, frozenset[str]]:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
-    walks through the tokens, two long ones. Returns the cache bytes per token, and the live bytes up to the head and after it.
+    walks through the tokens, two long ones. Returns the cache's bytes, the live bytes up to the head and after it, and the
+    modules that ran for the prompts only.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
     try:
         positions = stated_positions(model.config) or _LONG
         short = max(1, min(_SHORT, positions // 8))  # four times as many, and the token after them, are also positions
-        prompts = [_prompt(model, watch, tokens) for tokens in (short, 4 * short)]
-        cache_bytes = _grown_bytes(model, prompts[1].output)
+        prompts = [_prompt(model, watch, prompting, tokens) for tokens in (short, 4 * short)]
+        watch.latest = set()
+        caches = _caches(model, prompts)
+        prompt_only = frozenset(watch.ran.keys() - watch.latest if watch.latest else ())
         most = min(_LONG, positions)
         if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * short:
-            prompts = [_prompt(model, watch, tokens) for tokens in (most // 4, most)]
+            prompts = [_prompt(model, watch, prompting, tokens) for tokens in (most // 4, most)]
     finally:
         if handle is not None:
             handle.remove()
     layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
-    return cache_bytes, layers, after
+    return caches, layers, after, prompt_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,27 +230,40 @@ class _Prompt:
     peaks: tuple[int, int]
 
 
-def _prompt(model: PreTrainedModel, watch: _Watch, tokens: int) -> _Prompt:
+def _prompt(model: PreTrainedModel, watch: _Watch, prompting: Prompting, tokens: int) -> _Prompt:
     watch.end_phases()
     before, operations = watch.live_bytes, watch.operations
-    output = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **last_logits_argument(model.forward))
+    output = model(**prompting(tokens))
     own = before + _cache_bytes(cache_of(output))
     layers, *after = (max(0, peak - own) for peak in watch.end_phases())
     return _Prompt(tokens, output, watch.operations - operations, (layers, max(after, default=0)))
 
 
-def _grown_bytes(model: PreTrainedModel, prompt: object) -> int:
-    """Bytes by which the cache after a prompt grows with a token."""
-    cache = cache_of(prompt)
-    held = _cache_bytes(cache)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model.forward, cache))
-    return max(_cache_bytes(cache) - held, -(-held // _MOST_TOKENS))
+def _caches(model: PreTrainedModel, prompts: Sequence[_Prompt]) -> Curve:
+    """Bytes of the cache: what the token after the last prompt adds, and of an encoder's states, which it does not change, what
+    they take for a token of a prompt, or for any."""
+    held = [_cache_bytes(cache_of(prompt.output)) for prompt in prompts]
+    (few, few_bytes), (many, many_bytes) = ((prompt.tokens, _cross_bytes(cache_of(prompt.output))) for prompt in prompts)
+    crossing = (many_bytes - few_bytes) // (many - few) if many > few else 0
+    if (inputs := next_token(model, prompts[-1].output)) is None:
+        return Curve()
+    model(**inputs)
+    grown = _cache_bytes(cache_of(prompts[-1].output)) - held[-1]
+    token = max(grown, crossing, -(-(held[-1] - many_bytes) // _MOST_TOKENS))
+    return Curve(max(0, many_bytes - crossing * many), token)
 
 
 def _cache_bytes(cache: object) -> int:
+    if hasattr(cache, "cross_attention_cache"):
+        return _cache_bytes(getattr(cache, "self_attention_cache", None)) + _cross_bytes(cache)
     layers = getattr(cache, "layers", None) or []
     held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _cross_bytes(cache: object) -> int:
+    """Bytes of the keys and values that a decoder takes from its encoder."""
+    return _cache_bytes(getattr(cache, "cross_attention_cache", None))
 
 
 @functools.cache
@@ -244,9 +283,13 @@ def _has_fused_kernel(device_type: str, dtype: torch.dtype, width: int, value_wi
     return True
 
 
+_ALL_OR_ANY: Mapping[Any, bool] = {torch.all: True, torch.Tensor.all: True, torch.any: False, torch.Tensor.any: False}
+
+
 class _Answers(TorchFunctionMode):
-    """Answers what the meta device cannot: attention, with the memory of the device's kernel, and whether a token is in a
-    prompt (GPT-2 looks for padding)."""
+    """Answers what the meta device cannot: attention, with the memory of the device's kernel; whether a token is in a prompt
+    (GPT-2 looks for padding); whether all values of a tensor are true (of a mask, of numbers that are finite), or any; and what
+    else a forward asks of a value: no."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -256,8 +299,10 @@ class _Answers(TorchFunctionMode):
         """Run everything else unchanged."""
         del types
         kwargs = kwargs or {}
-        if func is torch.Tensor.__contains__:
+        if func is torch.Tensor.__contains__ or (func is torch.Tensor.__bool__ and args[0].is_meta):
             return False
+        if func in _ALL_OR_ANY and len(args) == 1 and not kwargs and args[0].is_meta:
+            return torch.tensor(_ALL_OR_ANY[func], device="cpu")
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask")
@@ -333,6 +378,7 @@ def _enter(name: str, watch: _Watch) -> Callable[..., None]:
     def enter(*_: object) -> None:
         watch.running.append(name)
         watch.ran.setdefault(name)
+        watch.latest.add(name)
 
     return enter
 

@@ -28,6 +28,7 @@ def rows(plan: Plan) -> Rows:
         ("streamed", f"{len(plan.streamed)} units, {format_bytes(moves)} a pass from disk"),
         *([("experts", _experts(plan))] if plan.experts.layers else []),
         *([("over the link", f"{format_bytes(plan.link_bytes)} a pass")] if plan.link_bytes else []),
+        *([("encoder", f"{format_bytes(plan.encoder_bytes)} more from disk, once a text")] if plan.encoder_bytes else []),
         *([("for images", f"{format_bytes(plan.rare_bytes)} more from disk")] if plan.rare_bytes else []),
         ("ring", f"{format_bytes(plan.ring_bytes)} on {plan.device}"),
         *[

@@ -11,6 +11,7 @@ from rabbit_engine.planning.experts import Routing
 from rabbit_engine.utils.speeds import Speeds
 
 Role = Literal["streamed", "embedding", "resident", "experts"]
+Runs = Literal["each pass", "once a text", "for images"]
 ScratchUse = Literal["around", "inside", "expert"]
 Holding = Literal["weights", "experts", "caches"]
 
@@ -27,8 +28,8 @@ class UnitSize:
     """The role of a unit of weights in the model, and the bytes of memory it takes.
 
     A `streamed` unit passes through the ring, and an `embedding` is read by row, unless there is room to keep them; a
-    `resident` must stay. One that `encloses` is held while units inside it are in use. A `rare` one runs in few passes (a
-    vision tower, for images) and is the last to stay. The `experts` of a layer are read on demand, with `routing`, unless
+    `resident` must stay. One that `encloses` is held while units inside it are in use. One that `runs` in few passes (of an
+    encoder or a vision tower) is `rare`: the last to stay. The `experts` of a layer are read on demand, with `routing`, unless
     everything fits. One with encoded weights needs `scratch_bytes` of the device while in use, and `work_bytes` of temporaries
     while it is decoded; one that is `decoded` at load needs both then, and `nbytes` counts its decoded weights. An encoded
     embedding is `only_by_row`: it never stays.
@@ -39,12 +40,17 @@ class UnitSize:
     nbytes: int
     read_bytes: int | None = None
     encloses: bool = False
-    rare: bool = False
+    runs: Runs = "each pass"
     routing: Routing | None = None
     scratch_bytes: int = 0
     work_bytes: int = 0
     decoded: bool = False
     only_by_row: bool = False
+
+    @property
+    def rare(self) -> bool:
+        """Whether there are passes that do not run it."""
+        return self.runs != "each pass"
 
     @property
     def disk_bytes(self) -> int:
