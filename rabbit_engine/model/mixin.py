@@ -206,7 +206,7 @@ class StreamingMixin(SpeculatingMixin):
     def _apply(self, *_: object, **__: object) -> NoReturn:
         raise CannotMoveError(
             f"a streamed model stays on {self._assembly.device} in {self._checkpoint.dtype}: "
-            "load it with the device= and dtype= you need"
+            "load it with the device= and dtype= you need; a pipeline over it takes device=model.device"
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
