@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rabbit_engine.errors import RabbitError
 
 if TYPE_CHECKING:
+    from rabbit_engine.batches import batch
     from rabbit_engine.decoding import DraftModel, Lookup, Merged, MultiTokenHeads, SelfDraft
     from rabbit_engine.model import AutoModel, StreamingMixin
     from rabbit_engine.model.auto_classes import (
@@ -52,6 +53,7 @@ __all__ = [
     "SelfDraft",
     "Session",
     "StreamingMixin",
+    "batch",
     "capabilities",
 ]
 
@@ -79,6 +81,7 @@ _HOMES = {
     "SelfDraft": "decoding",
     "Session": "sessions",
     "StreamingMixin": "model",
+    "batch": "batches",
     "capabilities": "model.capabilities",
 }
 """The module of each name that is imported on first use: most of them load torch and transformers."""

@@ -9,6 +9,7 @@ import typer
 
 from rabbit_engine import __version__
 from rabbit_engine.cli import output
+from rabbit_engine.cli.batch import batch
 from rabbit_engine.cli.bench import bench
 from rabbit_engine.cli.chat import chat
 from rabbit_engine.cli.demo import demo
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, chat, show, plan, doctor, models, bench, serve, demo, split, verify):
+for command in (run, chat, batch, show, plan, doctor, models, bench, serve, demo, split, verify):
     app.command()(command)
 
 

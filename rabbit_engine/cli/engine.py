@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import transformers as transformers
 
     from rabbit_engine import architectures as architectures
+    from rabbit_engine import batches as batches
     from rabbit_engine import chat as chat
     from rabbit_engine import checkpoints as checkpoints
     from rabbit_engine import config as config
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "architectures": "rabbit_engine.architectures",
+    "batches": "rabbit_engine.batches",
     "benchmark": "rabbit_engine.diagnostics.benchmark",
     "capabilities": "rabbit_engine.model.capabilities",
     "chat": "rabbit_engine.chat",

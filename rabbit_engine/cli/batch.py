@@ -1,0 +1,83 @@
+"""`rabbit batch MODEL IN OUT`: answers a file of requests; started again, it goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
+
+if TYPE_CHECKING:
+    from rabbit_engine.batches import BatchProgress
+
+_DRAW_S, _NOTE_S = 0.2, 10.0
+"""How often progress is shown: on a terminal, and as a line elsewhere."""
+
+
+@takes_loading
+def batch(
+    model: options.Model,
+    input_file: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines: OpenAI's batch format, or plain bodies.")],
+    output_file: Annotated[Path, typer.Argument(metavar="OUT", help="Where the answers go; if it holds some, the rest follows.")],
+    task: Annotated[
+        Literal["chat", "complete", "embed"] | None,
+        typer.Option(help="What the lines ask; by default each line's url or field tells.", case_sensitive=False),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Texts under way at once; memory may allow fewer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose line sets no limit.")] = 1024,
+    overflow: Annotated[
+        Literal["refuse", "truncate"], typer.Option(help="What to do with prompts that are too long.", case_sensitive=False)
+    ] = "refuse",
+    share_products: Annotated[
+        bool, typer.Option(help="Batch the texts of a pass: faster on a CPU, but no longer bit for bit the same.")
+    ] = False,
+    *,
+    loading: Annotated[Loading, CONVERSATION],
+) -> None:
+    """Answer every line of IN with MODEL, into OUT: each pass over the weights serves as many as memory holds.
+
+    Killed at any moment and started again, it goes on: OUT says which lines are answered. A line that cannot be answered
+    gets an error, and the others go on.
+    """
+    choices = engine.batches.Choices(
+        task=task, max_requests=max_requests, max_new_tokens=max_new_tokens, overflow=overflow, exact=not share_products
+    )
+    keywords = {"dtype": loading.dtype, "compression": loading.compression, "revision": loading.revision}
+    opened = engine.batches.Batch(model, input_file, output_file, choices, {**keywords, "gguf_file": loading.gguf_file})
+    with opened:
+        if opened.resumed:
+            output.note(f"{output_file} answers {opened.resumed} lines already")
+        if not opened.is_done:
+            with loaded(model, loading.for_conversations()) as streamed, _told() as tell:
+                opened.run(streamed, tell)
+        output.note(str(opened.report()))
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[BatchProgress], None]]:
+    """Tells progress on stderr: in one line that changes on a terminal, else in a line every ten seconds."""
+    on_terminal, told_s, width = sys.stderr.isatty(), time.monotonic(), 0
+
+    def tell(progress: BatchProgress) -> None:
+        nonlocal told_s, width
+        if time.monotonic() - told_s < (_DRAW_S if on_terminal else _NOTE_S):
+            return
+        told_s, text = time.monotonic(), str(progress)
+        if on_terminal:
+            width = max(width, len(text))
+            typer.echo(f"\r{text:{width}}", err=True, nl=False)
+        else:
+            output.note(text)
+
+    try:
+        yield tell
+    finally:
+        if width:
+            output.note("")

@@ -1,0 +1,255 @@
+"""A batch over a file: every line is answered once, however often the process is killed; broken lines fail alone."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from rabbit_engine import Session, batch, errors
+from rabbit_engine.batches import BatchProgress
+from rabbit_engine.batches.inputs import InputFile, InputLine
+from rabbit_engine.batches.outputs import OutputFile
+
+HARNESS = Path(__file__).with_name("killed_batch.py")
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}w9"
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that knows 96 words and has a chat template."""
+    folder = families.save("llama", tmp_path_factory.mktemp("talker"))
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """`files(line, ...)`: an input of these lines (objects, or texts as they are) and the path of its output."""
+
+    def write(*lines: object) -> tuple[Path, Path]:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "in.jsonl").write_text("".join(f"{text}\n" for text in texts))
+        return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    return write
+
+
+def chat(custom_id: str, text: str, **body: Any) -> dict[str, Any]:
+    """A line of OpenAI's format."""
+    asked = {"model": "any", "messages": [{"role": "user", "content": text}], "max_tokens": 4, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": asked}
+
+
+def prompt(number: int) -> dict[str, Any]:
+    """A plain line."""
+    return {"custom_id": f"c{number}", "prompt": f"w{number % 90 + 3} w5 w7", "max_tokens": 1 + number % 4}
+
+
+def read(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def texts(rows: Rows) -> dict[str, str]:
+    return {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+
+
+def test_each_line_gets_the_answer_that_a_session_gives(talker: Path, streamed: Any, files: Any) -> None:
+    model = streamed(talker)
+    source, target = files(chat("a", "w3 w4"), {"prompt": "w5 w6", "max_tokens": 3, "n": 2}, chat("b", "w8", max_tokens=2))
+    report = batch(model, source, target)
+    rows = {row["custom_id"]: row for row in read(target)}
+    assert set(rows) == {"a", "line-2", "b"}
+    assert all(list(row) == ["id", "custom_id", "response", "error"] and row["error"] is None for row in rows.values())
+    assert {row["response"]["status_code"] for row in rows.values()} == {200}
+    with Session(model) as session:
+        expected = {"a": session.chat("w3 w4", max_new_tokens=4), "b": session.chat("w8", max_new_tokens=2)}
+        (continued,) = session.generate("w5 w6", max_new_tokens=3)
+    for name, reply in expected.items():
+        body = ChatCompletion.model_validate(rows[name]["response"]["body"])
+        assert (body.choices[0].message.content, body.usage.completion_tokens) == (reply.text, len(reply.tokens))
+    body = Completion.model_validate(rows["line-2"]["response"]["body"])
+    assert [choice.text for choice in body.choices] == [continued.text] * 2
+    assert (report.lines, report.failed, report.resumed, report.tokens) == (3, 0, 0, 12)
+
+
+def test_a_broken_line_fails_and_the_others_go_on(talker: Path, streamed: Any, files: Any) -> None:
+    lines = ['{"custom_id": "cut', "[1]", {"custom_id": 7, "prompt": "w3"}, {"text": "w3"}, chat("stream", "w3", stream=True)]
+    lines += [{**chat("url", "w3"), "url": "/v1/images"}, {**chat("get", "w3"), "method": "GET"}, {"url": "/v1/completions"}]
+    lines += [{"custom_id": "range", "prompt": "w3", "top_p": 2}, {"custom_id": "long", "prompt": "w3 " * 300}]
+    lines += [{"custom_id": "embed", "input": "w3"}, chat("empty", "w3", messages=[]), prompt(1), '{"custom_id": "\\ud83d"}']
+    source, target = files(*lines)
+    report = batch(streamed(talker), source, target)
+    found = {row["custom_id"]: row for row in read(target)}
+    assert (len(found), report.failed) == (len(lines), len(lines) - 1)
+    assert found.pop("c1")["error"] is None
+    assert all(row["response"]["status_code"] == 400 and row["error"]["message"] for row in found.values())
+    told = {name: row["error"]["message"] for name, row in found.items()}
+    expected = {
+        "line-1": "not valid JSON",
+        "line-2": "not a JSON object",
+        "line-3": "custom_id is not a text",
+        "line-4": "nothing tells the line's task",
+        "stream": "stream is not supported",
+        "url": "url is '/v1/images': possible are /v1/chat/completions",
+        "get": "method is 'GET'",
+        "line-8": "body is not a JSON object",
+        "range": "top_p",
+        "long": "300 tokens",
+        "embed": "cannot embed texts",
+        "empty": "messages",
+        "line-14": "not valid JSON",
+    }
+    assert all(text in told[name] for name, text in expected.items()), told
+    assert found["long"]["error"]["code"] == "context_length_exceeded"
+
+
+def test_plain_lines_are_of_the_task_that_is_given(talker: Path, streamed: Any, files: Any) -> None:
+    source, target = files({"prompt": "w3 w4", "max_tokens": 4}, chat("a", "w3 w4"), {"input": "w3"})
+    batch(streamed(talker), source, target, task="chat")
+    plain, line, other = sorted(read(target), key=lambda row: int(row["id"].split("_")[3]))
+    assert plain["response"]["body"]["choices"] == line["response"]["body"]["choices"]
+    assert other["error"]["message"] == "the line asks for embed, the batch for chat"
+    with pytest.raises(errors.ConfigurationError, match="task='talk': expected one of chat, complete, embed"):
+        batch(talker, source, target, task="talk")  # type: ignore[arg-type]
+
+
+def test_a_killed_batch_goes_on_without_losing_or_repeating_a_line(
+    talker: Path, streamed: Any, files: Any, tmp_path: Path
+) -> None:
+    source, target = files(*map(prompt, range(40)))
+    command = [sys.executable, str(HARNESS), str(talker), str(source), str(target), "2", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    lines = list(map(int, done.stdout.split()))
+    assert lines[:2] == [1, 3]  # child n wrote n whole lines and a part of one
+    assert (sorted(lines), lines[-1]) == (lines, 40)
+    assert len(read(target)) == 40
+    batch(streamed(talker), source, tmp_path / "whole.jsonl")
+    assert texts(read(target)) == texts(read(tmp_path / "whole.jsonl"))
+
+
+def test_an_output_cut_anywhere_loses_at_most_its_last_line(files: Any) -> None:
+    path, output = files(prompt(1), "{broken", prompt(2))
+    source = InputFile(path)
+    ends = [0]
+    with OutputFile(output, source, "00000000") as target:
+        for line in source.lines():
+            target.append(line, "é", {}, {"code": "x"} if line.number == 2 else None)
+            ends.append(output.stat().st_size)
+    whole = output.read_bytes()
+    for length in range(len(whole) + 1):
+        output.write_bytes(whole[:length])
+        kept = sum(end <= length for end in ends) - 1
+        with OutputFile(output, source, "00000000") as target:
+            assert (target.count, target.failed) == (kept, int(kept > 1))
+            assert [target.has(line) for line in source.lines()] == [index < kept for index in range(3)]
+        assert output.read_bytes() == whole[: ends[kept]]
+
+
+def test_a_finished_batch_loads_nothing_and_lines_added_to_its_input_follow(talker: Path, streamed: Any, files: Any) -> None:
+    source, target = files(prompt(1), prompt(2))
+    batch(talker, source, target, device="cpu")
+    before = target.read_bytes()
+    report = batch(talker, source, target, device="there is none")
+    assert (report.lines, report.resumed, report.tokens) == (2, 2, 0)
+    files(prompt(1), prompt(2), "", prompt(3))
+    report = batch(streamed(talker), source, target)
+    assert (report.lines, report.resumed) == (3, 2)
+    assert target.read_bytes().startswith(before)
+    assert set(texts(read(target))) == {"c1", "c2", "c3"}
+
+
+def test_an_output_of_other_input_or_other_options_is_refused_and_unchanged(talker: Path, files: Any, tmp_path: Path) -> None:
+    source, target = files(prompt(1), prompt(2))
+    batch(talker, source, target, device="cpu")
+    before = target.read_bytes()
+    for change, told in (
+        ({"max_new_tokens": 7}, "another model, or with other options"),
+        ({"task": "complete"}, "another model, or with other options"),
+        ({"dtype": "float16"}, "another model, or with other options"),
+    ):
+        with pytest.raises(errors.ConfigurationError, match=told):
+            batch(talker, source, target, **{"device": "cpu", **change})
+    for lines in ([prompt(1)], [prompt(2), prompt(1)], [prompt(1), {**prompt(2), "seed": 1}]):
+        files(*lines)
+        with pytest.raises(errors.ConfigurationError, match="belongs to other input: its line"):
+            batch(talker, source, target, device="cpu")
+    assert target.read_bytes() == before
+
+
+def test_files_that_are_no_batch_are_refused(talker: Path, files: Any, tmp_path: Path) -> None:
+    source, target = files(prompt(1))
+    for content in ("notes", "notes\n", '{"id": "batch_x"}\n'):
+        target.write_text(content)
+        with pytest.raises(errors.ConfigurationError, match="was not written by a batch"):
+            batch(talker, source, target)
+        assert target.read_text() == content
+    for wrong, told in ((source, "is the input"), (tmp_path, "cannot write"), (tmp_path / "none" / "out", "cannot write")):
+        with pytest.raises(errors.ConfigurationError, match=told):
+            batch(talker, source, wrong)
+    with pytest.raises(errors.ConfigurationError, match="cannot read"):
+        batch(talker, tmp_path / "none.jsonl", target)
+
+
+def test_lines_with_the_same_custom_id_are_named(talker: Path, files: Any) -> None:
+    source, target = files(prompt(1), {"prompt": "w3"}, "{broken", prompt(2), {**prompt(3), "custom_id": "c2"})
+    with pytest.raises(errors.ConfigurationError, match="lines 4 and 5 have the same custom_id, 'c2'"):
+        batch(talker, source, target)
+    assert not target.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_two_processes_never_write_the_same_output(talker: Path, files: Any) -> None:
+    source, target = files(prompt(1))
+    with (
+        OutputFile(target, InputFile(source), "00000000"),
+        pytest.raises(errors.ConfigurationError, match="another process is writing"),
+    ):
+        batch(talker, source, target)
+
+
+def test_only_a_few_lines_are_in_memory_however_many_there_are(talker: Path, streamed: Any, files: Any) -> None:
+    source, target = files(*({**prompt(number), "max_tokens": 1} for number in range(120)))
+    held: list[int] = []
+
+    calls = itertools.count()
+
+    def count(_: BatchProgress) -> None:
+        if next(calls) % 8 == 0:
+            held.append(sum(type(found) is InputLine for found in gc.get_objects()))
+
+    gc.collect()
+    batch(streamed(talker), source, target, max_requests=4, on_progress=count)
+    assert len(read(target)) == 120
+    assert 2 <= max(held) <= 2 * 4 + 2  # the queue, the one being read, and the one last written
+
+
+def test_the_command_answers_a_file_and_says_what_it_did(talker: Path, files: Any, rabbit: Any) -> None:
+    source, target = files(prompt(1), "{broken")
+    done = rabbit("batch", talker, source, target, "--device", "cpu")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.splitlines()[-1].startswith("1 of 2 lines answered, 1 failed; 2 tokens in 0:00:")
+    again = rabbit("batch", talker, source, target, "--device", "cpu")
+    assert again.err.splitlines()[0] == f"{target} answers 2 lines already"
+    assert again.err.splitlines()[-1].startswith("1 of 2 lines answered, 1 failed (2 lines were done before); 0 tokens")
+    refused = rabbit("batch", talker, source, target, "--device", "cpu", "--max-new-tokens", 5)
+    assert refused.code == 2
+    assert "--max-new-tokens" in refused.err
