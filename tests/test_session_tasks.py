@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_tasks import HEADS, SIZES, own, save
+from tasks import LONG, TEXTS, encoded, open_both
+from test_tasks import HEADS, SIZES, save
 from tiny import pieces_of_words
 
 from rabbit_engine import AutoModel, Session, errors
-
-TEXTS = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16", "w20 w21 w22", "w30 w31 w32 w33 w34", "w40 w41", "w50 w51 w52 w53"]
-LONG = " ".join(f"w{5 + index % 80}" for index in range(60))
 
 ENCODERS = [
     ("BertModel", "BertConfig", SIZES),
@@ -32,24 +29,10 @@ CLASSIFIERS = [
 ]
 
 
-def encoded(text: str, **given: Any) -> dict[str, torch.Tensor]:
-    found = pieces_of_words(96)(text, return_tensors="pt", **given)
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
-
-
 @pytest.fixture
 def opened(tmp_path: Path, streamed: Any) -> Callable[..., Any]:
-    """`opened(cls, config, sizes)`: a session's model in the smallest budget, and transformers' own."""
-
-    def make(cls: str, config: str, sizes: dict[str, Any], /, files: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        folder = save(cls, config, sizes, tmp_path / cls)
-        pieces_of_words(96).save_pretrained(folder)
-        for name, content in (files or {}).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(json.dumps(content))
-        return streamed(folder, **keywords), own(folder, cls)
-
-    return make
+    """`opened(cls, config, sizes, files)`: see `open_both`."""
+    return lambda cls, config, sizes, files=None: open_both(tmp_path, streamed, (cls, config, sizes), files)
 
 
 def sentence_files(pooling: str, **more: Any) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from rabbit_engine.errors import TokenizerNotFoundError
+from rabbit_engine.errors import PromptTooLongError, TokenizerNotFoundError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.engine import Job
 from rabbit_engine.sessions.futures import Promise, computing_job
 from rabbit_engine.sessions.inputs import Fit, InputEncoder
 from rabbit_engine.sessions.room import Room
-from rabbit_engine.tasks.batches import Batch, Inputs, can_pad, collate, group
-from rabbit_engine.transformers_bridge.forwards import no_cache_argument
+from rabbit_engine.tasks.batches import Batch, Inputs, can_pad, collate, group, logits_rows
+from rabbit_engine.transformers_bridge.forwards import last_logits_argument, no_cache_argument
 
 T = TypeVar("T")
 Compute = Callable[[Batch], Iterable[T]]
@@ -49,10 +49,10 @@ class Forwards:
         self.encoder = InputEncoder(model, vocabulary)
 
     def fit(self, *, most: int | None = None, logits: int = 0, truncation: bool = False, stride: int | None = None) -> Fit:
-        """How a text fits that may have `most` tokens, and needs `logits` rows over the vocabulary for each: the limits of
-        its positions, its tokenizer and the memory are those of the model."""
+        """How a text fits that may have `most` tokens and needs `logits` rows over the vocabulary, within the model's
+        positions, its tokenizer's limit and the memory."""
         limits = [limit for limit in (most, self._tokenizer_limit(), _position_limit(self._model)) if limit is not None]
-        fits = self._room.most_tokens_of(lambda tokens: Demand(tokens, 0, logits=logits * tokens), min(limits, default=None))
+        fits = self._room.most_tokens_of(lambda tokens: Demand(tokens, 0, logits=logits), min(limits, default=None))
         return Fit(fits, truncation, stride)
 
     def run(
@@ -60,10 +60,9 @@ class Forwards:
         texts: Sequence[Inputs],
         compute: Compute[T],
         *,
-        logits: int = 0,
         exact: bool | None = None,
     ) -> list[T]:
-        """The result of each text, in their order. For each token, a forward computes `logits` rows over the vocabulary.
+        """The result of each text, in their order.
 
         The first failure is raised, and those that have not begun are dropped.
         """
@@ -71,22 +70,23 @@ class Forwards:
         self._queue.require_other_thread()
         exact = self._exact if exact is None else exact
 
-        def demand(count: int, longest: int, *, padded: bool) -> Demand:
-            return Demand(longest, 0, sequences=count, padded=padded, logits=logits * longest)
-
-        def fits(count: int, longest: int) -> bool:
-            return self._room.fits([demand(count, longest, padded=True)])
-
-        lengths = [len(text) for text in texts]
-        groups = group(lengths, fits if not exact and can_pad(self._model.config) else None)
+        joins = not exact and can_pad(self._model.config)
+        groups = group(texts, (lambda some: self._room.fits([_demand(some)])) if joins else None)
         futures: list[Future[list[T]]] = [Promise(self._queue) for _ in groups]
         jobs = []
         for indices, future in zip(groups, futures, strict=True):
-            padded = lengths[indices[-1]] < lengths[indices[0]]
-            work = self._work([texts[index] for index in indices], compute)
-            jobs.append(computing_job(work, demand(len(indices), lengths[indices[0]], padded=padded), future, exact=exact))
+            some = [texts[index] for index in indices]
+            jobs.append(computing_job(self._work(some, compute), _demand(some), future, exact=exact))
         self._queue.submit(jobs, bounded=False)
         return list(_in_order(groups, futures))
+
+    def require_room(self, text: Inputs) -> None:
+        """Raise PromptTooLongError if the logits of a text need more memory than there is."""
+        if not self._room.fits([_demand([text])]):
+            raise PromptTooLongError(
+                f"logits of {text.logits} tokens do not fit in the free memory: shorten the text, or load the model with a "
+                "larger max_seq_len, which leaves less memory to the weights"
+            )
 
     def _work(self, texts: Sequence[Inputs], compute: Compute[T]) -> Callable[[], list[T]]:
         padding = getattr(self._model.config.get_text_config(), "pad_token_id", None) or 0
@@ -102,6 +102,12 @@ class Forwards:
 
 _NO_LIMIT = 10**9
 """Tokenizers without a limit have a number far beyond this one."""
+
+
+def _demand(texts: Sequence[Inputs]) -> Demand:
+    longest = max(map(len, texts))
+    padded = min(map(len, texts)) < longest
+    return Demand(longest, 0, sequences=len(texts), padded=padded, logits=logits_rows(texts))
 
 
 def _in_order(groups: Sequence[Sequence[int]], futures: Sequence[Future[list[T]]]) -> Iterator[T]:
@@ -120,6 +126,16 @@ def _position_limit(model: SessionModel) -> int | None:
     found = [getattr(module, "position_embeddings", None) for module in model.modules()]
     tables = [table for table in found if isinstance(table, nn.Embedding)]
     return min((table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None), default=None)
+
+
+def last_logits_of(model: SessionModel) -> Compute[torch.Tensor]:
+    """Computes the logits of the positions that a text needs: [its `logits`, vocabulary], in the model's dtype."""
+
+    def compute(batch: Batch) -> Iterable[torch.Tensor]:
+        given = {**no_cache_argument(model.forward), **last_logits_argument(model.forward, batch.logits)}
+        return batch.rows(model(**batch.arguments(model.forward), **given).logits)
+
+    return compute
 
 
 def logits_of(model: SessionModel) -> Compute[torch.Tensor]:

@@ -31,7 +31,12 @@ class Fit:
     def __post_init__(self) -> None:
         if self.stride is not None and self.truncation:
             raise ConfigurationError("a long text is either truncated or split into windows: give truncation= or stride=")
-        if self.stride is not None and not 0 <= self.stride < self.most - 2:
+        if self.stride is not None:
+            self.require_overlap(0)
+
+    def require_overlap(self, special: int) -> None:
+        """Raise ConfigurationError if windows, of which `special` tokens are the tokenizer's own, would not move on."""
+        if self.stride is not None and not 0 <= self.stride < self.most - special:
             raise ConfigurationError(f"stride={self.stride}: windows have {self.most} tokens, and must overlap by fewer")
 
 
@@ -48,27 +53,46 @@ class InputEncoder:
 
         Raises PromptTooLongError; ConfigurationError for a text without tokens, or ids outside the vocabulary.
         """
-        if not isinstance(text, str):
-            return [self._checked(window) for window in _windows(read_ids(text), fit)]
-        whole = self._call(text, pair)
-        if len(whole["input_ids"]) <= fit.most:
-            return [self._checked(whole)]
+        if isinstance(text, str):
+            return [self.inputs(found) for found in self.find(text, pair, fit)]
+        return [self.inputs(window) for window in _windows(read_ids(text), fit)]
+
+    def find(self, text: str, pair: str | None, fit: Fit, **given: Any) -> list[Mapping[str, Any]]:
+        """What the tokenizer gives for each window, also what is `given` to ask for. Raises as `encode`."""
+        whole = self._call(text, pair, **given)
+        tokens = len(whole["input_ids"])
+        if tokens <= fit.most:
+            return [whole]
         if fit.stride is None and not fit.truncation:
             raise PromptTooLongError(
-                f"{len(whole['input_ids'])} tokens are more than the {fit.most} that fit: shorten the text, or give "
-                "truncation=True, or stride= where windows can be joined"
+                f"{tokens} tokens are more than the {fit.most} that fit: shorten the text, or give truncation=True, or stride= "
+                "where windows can be joined"
             )
         if not isinstance(self._model.tokenizer, PreTrainedTokenizerBase):
-            return [self._checked(window) for window in _windows(whole["input_ids"], fit)]
-        found = self._call(text, pair, truncation=True, max_length=fit.most, **_overflow(fit))
+            return _windows(whole["input_ids"], fit)
         if fit.stride is None:
-            return [self._checked(found)]
-        count = len(found["input_ids"])
-        return [self._checked({name: found[name][index] for name in _FIELDS if name in found}) for index in range(count)]
+            return [self._call(text, pair, truncation=True, max_length=fit.most, **given)]
+        return self._split(text, pair, fit, given)
 
-    def call(self, text: str, **given: Any) -> Any:
-        """What the tokenizer returns for a text, whatever its length."""
-        return self._call(text, None, **given)
+    def _split(self, text: str, pair: str | None, fit: Fit, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        tokenizer: Any = self._model.tokenizer
+        if not tokenizer.is_fast:
+            raise ConfigurationError(f"{type(tokenizer).__name__} cannot split a text into windows: give truncation=True")
+        fit.require_overlap(tokenizer.num_special_tokens_to_add(pair is not None))
+        sizes = {"truncation": True, "max_length": fit.most, "stride": fit.stride, "return_overflowing_tokens": True}
+        found = self._call(text, pair, **sizes, **given)
+        return [{name: values[index] for name, values in found.items()} for index in range(len(found["input_ids"]))]
+
+    def ids(self, text: Text, *, special: bool) -> list[int]:
+        """Token ids of a text of any length, with the tokenizer's special tokens or without; ids are returned unchanged."""
+        if not isinstance(text, str):
+            return read_ids(text)
+        return list(self._call(text, None, **({} if special else {"add_special_tokens": False}))["input_ids"])
+
+    def inputs(self, found: Mapping[str, Any]) -> Inputs:
+        """What a forward takes of it. Raises ConfigurationError if it has no tokens, or ids outside the vocabulary."""
+        require_ids(found["input_ids"], self._vocabulary)
+        return Inputs({name: list(found[name]) for name in _FIELDS if name in found})
 
     def _call(self, text: str, pair: str | None, **given: Any) -> Any:
         with self._lock:
@@ -85,19 +109,11 @@ class InputEncoder:
             self._copied = own, copy.deepcopy(own)
         return self._copied[1]
 
-    def _checked(self, found: Mapping[str, Any]) -> Inputs:
-        require_ids(found["input_ids"], self._vocabulary)
-        return Inputs({name: list(found[name]) for name in _FIELDS if name in found})
-
 
 _FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
 
-def _overflow(fit: Fit) -> dict[str, object]:
-    return {} if fit.stride is None else {"stride": fit.stride, "return_overflowing_tokens": True}
-
-
-def _windows(ids: list[int], fit: Fit) -> list[dict[str, list[int]]]:
+def _windows(ids: list[int], fit: Fit) -> list[Mapping[str, Any]]:
     """Token ids as they are, in windows without special tokens of their own."""
     if len(ids) <= fit.most or fit.truncation:
         return [{"input_ids": ids[: fit.most]}]

@@ -1,21 +1,34 @@
-"""What a session computes besides answers: vectors and labels of many texts."""
+"""What a session computes besides answers: vectors, labels, ranks, entities and likelihoods of many texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.sessions.forwards import Forwards, logits_of
+from rabbit_engine.sessions.forwards import Forwards, last_logits_of, logits_of
 from rabbit_engine.sessions.inputs import Fit, Text
 from rabbit_engine.tasks.batches import Batch, Inputs
 from rabbit_engine.tasks.classification import Classification, labeller_of
 from rabbit_engine.tasks.embedding import Embedder, embedding_base, find_embedder, hidden_states
-from rabbit_engine.tasks.heads import require_head
+from rabbit_engine.tasks.heads import CAUSAL, SEQUENCES, base_of, has_head, require_head
+from rabbit_engine.tasks.reranking import (
+    INSTRUCTION,
+    Relevance,
+    activate,
+    cross_encoder_activation,
+    judged_text,
+    yes_or_no,
+)
+from rabbit_engine.tasks.scoring import Score, continuation_inputs, score_tokens, split_spaces
+from rabbit_engine.tasks.tagging import Entity, entities_of, require_strategy
+from rabbit_engine.transformers_bridge.entities import EntityReader
+
+T = TypeVar("T")
 
 Pair = tuple[str, str]
 
@@ -69,7 +82,7 @@ class TaskMethods:
         """
         embedder = (self._embedder() or Embedder()).changed(pooling, normalize)
         fit = self._forwards.fit(most=embedder.most_tokens, truncation=truncation, stride=stride)
-        many, is_one = _each(texts)
+        many, is_one = _each(texts, pairs=False)
         windows = self._encode([_prompted(embedder, text, prompt) for text in many], fit)
         base = embedding_base(self.model)
 
@@ -114,38 +127,254 @@ class TaskMethods:
             PromptTooLongError: for a text that is too long.
             ConfigurationError: for a text without tokens, a wrong argument, or labels that do not match the head.
         """
-        require_head(self.model, "AutoModelForSequenceClassification")
+        require_head(self.model, SEQUENCES)
         labeller = labeller_of(self.model.config, activation)
         many, is_one = _each(texts)
         inputs = [each[0] for each in self._encode(many, self._forwards.fit(truncation=truncation))]
         found = [labeller.read(logits) for logits in self._forwards.run(inputs, logits_of(self.model), exact=exact)]
         return found[0] if is_one else found
 
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top: int | None = None,
+        instruction: str | None = None,
+        activation: str | None = None,
+        truncation: bool = False,
+        exact: bool | None = None,
+    ) -> list[Relevance]:
+        """How relevant each document is to a query, in the order of the documents.
+
+        A cross-encoder has a head of one label for pairs of texts; its score is as sentence-transformers' `CrossEncoder` gives
+        it. Of a causal model, the score is the probability of "yes" rather than "no" after the template of Qwen3-Reranker's
+        model card; only models trained for it give a useful one.
+
+        Args:
+            query: what is looked for.
+            documents: the texts to judge.
+            top: only that many, the best first.
+            instruction: for a causal model, what makes a document relevant; None is the model card's.
+            activation: "sigmoid" or "none" instead of the checkpoint's.
+            truncation: drop what is beyond the longest pair.
+            exact: as for all tasks.
+
+        Raises:
+            WrongHeadError: for a model that does neither.
+            PromptTooLongError: for a document that is too long.
+            ConfigurationError: for a wrong argument.
+        """
+        if top is not None and top < 1:
+            raise ConfigurationError(f"top={top}: expected at least 1")
+        if has_head(self.model, SEQUENCES):
+            if instruction is not None:
+                raise ConfigurationError("a cross-encoder takes no instruction")
+            activation = activation or cross_encoder_activation(self.model.config)
+            logits = self._pair_logits(query, documents, truncation, exact)
+        else:
+            require_head(self.model, SEQUENCES, CAUSAL)
+            logits = self._yes_logits(query, documents, instruction or INSTRUCTION, truncation, exact)
+        found = [Relevance(index, activate(logit, activation or "sigmoid"), logit) for index, logit in enumerate(logits)]
+        return found if top is None else sorted(found, key=lambda each: -each.logit)[:top]
+
+    @overload
+    def tag(  # type: ignore[overload-overlap] # a text is a sequence of texts, too
+        self,
+        texts: str,
+        *,
+        aggregation: str = "simple",
+        ignore: Sequence[str] = ("O",),
+        truncation: bool = False,
+        stride: int | None = None,
+        exact: bool | None = None,
+    ) -> list[Entity]: ...
+
+    @overload
+    def tag(
+        self,
+        texts: Sequence[str],
+        *,
+        aggregation: str = "simple",
+        ignore: Sequence[str] = ("O",),
+        truncation: bool = False,
+        stride: int | None = None,
+        exact: bool | None = None,
+    ) -> list[list[Entity]]: ...
+
+    def tag(
+        self,
+        texts: str | Sequence[str],
+        *,
+        aggregation: str = "simple",
+        ignore: Sequence[str] = ("O",),
+        truncation: bool = False,
+        stride: int | None = None,
+        exact: bool | None = None,
+    ) -> list[Entity] | list[list[Entity]]:
+        """The entities of texts, with their places in characters, as of transformers' token-classification pipeline.
+
+        Args:
+            texts: a text or a list of them.
+            aggregation: "none" for every token on its own; "simple" joins neighbours of one label; "first", "average" and "max"
+                first make the tokens of a word agree.
+            ignore: labels to leave out.
+            truncation: drop what is beyond the longest text.
+            stride: tag a long text in windows; of entities that overlap, the longest stays, or the surer of equal ones.
+            exact: as for all tasks.
+
+        Raises:
+            WrongHeadError: for a model without a head for labels of tokens.
+            PromptTooLongError: for a text that is too long.
+            ConfigurationError: for a text without tokens, or a wrong argument.
+        """
+        require_head(self.model, "AutoModelForTokenClassification")
+        require_strategy(aggregation, windows=stride is not None)
+        many, is_one = _each(texts)
+        fit, encoder = self._forwards.fit(truncation=truncation, stride=stride), self._forwards.encoder
+        tokenizer: Any = self.model.tokenizer
+        wanted = {"return_special_tokens_mask": True, "return_offsets_mapping": getattr(tokenizer, "is_fast", False)}
+        windows = [self._named(index, encoder.find, _text(text), None, fit, **wanted) for index, text in enumerate(many)]
+        inputs = [self._named(index, encoder.inputs, window) for index, each in enumerate(windows) for window in each]
+        logits = iter(self._forwards.run(inputs, logits_of(self.model), exact=exact))
+        reader = EntityReader(base_of(self.model), tokenizer, aggregation, ignore)
+        pairs = [[(window, next(logits)[: len(window["input_ids"])]) for window in each] for each in windows]
+        found = [entities_of(reader.read(text, each)) for text, each in zip(many, pairs, strict=True)]
+        return found[0] if is_one else found
+
+    @overload
+    def score(  # type: ignore[overload-overlap] # a text is a sequence of texts, too
+        self, texts: str | Pair, *, special_tokens: bool = True, truncation: bool = False, exact: bool | None = None
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        texts: Sequence[Text | Pair | tuple[Sequence[int], Sequence[int]]],
+        *,
+        special_tokens: bool = True,
+        truncation: bool = False,
+        exact: bool | None = None,
+    ) -> list[Score]: ...
+
+    def score(
+        self, texts: Any, *, special_tokens: bool = True, truncation: bool = False, exact: bool | None = None
+    ) -> Score | list[Score]:
+        """The log-likelihoods of texts, or of continuations given their contexts, under a causal model.
+
+        As lm-evaluation-harness computes them, in float32: spaces at the end of a context count as the continuation's, and an
+        empty context is the tokenizer's first special token. The head computes only the scored positions.
+
+        Args:
+            texts: a text, a pair `(context, continuation)`, or a list of either; also of token ids. Of a text, every token but
+                its first is scored.
+            special_tokens: begin with those that the tokenizer adds; lm-evaluation-harness leaves them out by default.
+            truncation: drop the beginning of what is too long.
+            exact: as for all tasks.
+
+        Raises:
+            WrongHeadError: for a model without a head for the next token.
+            PromptTooLongError: for a text that is too long.
+            ConfigurationError: for a text or continuation without a token to score.
+        """
+        require_head(self.model, CAUSAL, "AutoModelForImageTextToText")
+        many, is_one = _each(texts)
+        fit = self._forwards.fit(logits=1, truncation=truncation)
+        inputs = [self._named(index, self._scored, text, special_tokens, fit) for index, text in enumerate(many)]
+        last_logits = last_logits_of(self.model)
+
+        def compute(batch: Batch) -> Iterable[Score]:
+            return [score_tokens(rows, text.targets) for rows, text in zip(last_logits(batch), batch.texts, strict=True)]
+
+        found = self._forwards.run(inputs, compute, exact=exact)
+        return found[0] if is_one else found
+
+    def _scored(self, text: Any, special: bool, fit: Fit) -> Inputs:
+        context, continuation = self._context(text, special)
+        ids = [*context, *continuation]
+        self._forwards.encoder.inputs({"input_ids": ids})
+        if len(ids) - 1 > fit.most and not fit.truncation:
+            raise PromptTooLongError(f"{len(ids) - 1} tokens are more than the {fit.most} that fit: give truncation=True")
+        inputs = continuation_inputs(context, continuation, fit.most)
+        self._forwards.require_room(inputs)
+        return inputs
+
+    def _context(self, text: Any, special: bool) -> tuple[list[int], list[int]]:
+        """The tokens that are not scored, and those that are."""
+        encoder = self._forwards.encoder
+        if not _is_pair(text):
+            ids = encoder.ids(text, special=special)
+            return ids[:1], ids[1:]
+        if not isinstance(text[0], str):
+            return encoder.ids(text[0], special=special), encoder.ids(text[1], special=special)
+        context, continuation = split_spaces(*text)
+        begun = encoder.ids(context, special=special)
+        rest = encoder.ids(context + continuation, special=special)[len(begun) :]
+        first = [getattr(self.model.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+        return begun or [token for token in first if token is not None][:1], rest
+
+    def _pair_logits(self, query: str, documents: Sequence[str], truncation: bool, exact: bool | None) -> list[float]:
+        pairs = [(query, _text(document)) for document in documents]
+        inputs = [each[0] for each in self._encode(pairs, self._forwards.fit(truncation=truncation))]
+        return [float(logits[0]) for logits in self._forwards.run(inputs, logits_of(self.model), exact=exact)]
+
+    def _yes_logits(
+        self, query: str, documents: Sequence[str], instruction: str, truncation: bool, exact: bool | None
+    ) -> list[float]:
+        judge, encoder = yes_or_no(self.model.tokenizer), self._forwards.encoder
+        fit = self._forwards.fit(logits=1, truncation=truncation)
+        around = Fit(max(0, fit.most - judge.own_tokens), truncation)
+        inputs = []
+        for index, document in enumerate(documents):
+            text = judged_text(instruction, query, _text(document))
+            (found,) = self._named(index, encoder.find, text, None, around, add_special_tokens=False)
+            inputs.append(judge.prompt(found["input_ids"]))
+        last_logits = last_logits_of(self.model)
+
+        def compute(batch: Batch) -> Iterable[float]:
+            return [judge.logit(rows[0]) for rows in last_logits(batch)]
+
+        return self._forwards.run(inputs, compute, exact=exact)
+
     def _embedder(self) -> Embedder | None:
         return find_embedder(runtime_of(self.model).checkpoint.repo.folder)
 
     def _encode(self, texts: Sequence[Text | Pair], fit: Fit) -> list[list[Inputs]]:
-        """The windows of each text. An error names its index."""
-        return [self._encode_one(index, text, fit) for index, text in enumerate(texts)]
+        """The windows of each text."""
+        return [self._named(index, self._forwards.encoder.encode, *_parts(text), fit) for index, text in enumerate(texts)]
 
-    def _encode_one(self, index: int, text: Text | Pair, fit: Fit) -> list[Inputs]:
+    def _named(self, index: int, call: Callable[..., T], *given: Any, **keywords: Any) -> T:
+        """Call it; an error names the index of the text."""
         try:
-            return self._forwards.encoder.encode(*_parts(text), fit)
+            return call(*given, **keywords)
         except ConfigurationError as error:
             raise type(error)(f"text {index}: {error}") from error
 
 
-def _parts(text: Text | Pair) -> tuple[Text, str | None]:
+def _is_pair(text: object) -> bool:
+    """Whether it is two texts, or lists of token ids."""
+    return isinstance(text, list | tuple) and len(text) == 2 and not any(isinstance(part, int) for part in text)
+
+
+def _parts(text: Any) -> tuple[Text, str | None]:
     """A text, and the one that it is paired with."""
-    if isinstance(text, list | tuple) and len(text) == 2 and isinstance(text[0], str) and isinstance(text[1], str):
-        return text[0], text[1]
-    return text, None
+    return (text[0], text[1]) if _is_pair(text) and isinstance(text[0], str) else (text, None)
 
 
-def _each(texts: Any) -> tuple[list[Any], bool]:
-    """The texts as a list, and whether there was one only. Raises ConfigurationError for what is neither."""
+def _text(text: object) -> str:
+    """The text. Raises ConfigurationError for anything else."""
+    if not isinstance(text, str):
+        raise ConfigurationError(f"expected a text, not a value of type {type(text).__name__}")
+    return text
+
+
+def _each(texts: Any, *, pairs: bool = True) -> tuple[list[Any], bool]:
+    """The texts as a list, and whether there was one only: with `pairs`, a tuple of two is a pair.
+
+    Raises ConfigurationError for what is neither.
+    """
     found = texts.tolist() if hasattr(texts, "tolist") else texts
-    if isinstance(found, str):
+    if isinstance(found, str) or (pairs and isinstance(found, tuple) and _is_pair(found)):
         return [found], True
     if isinstance(found, Mapping | bytes) or not isinstance(found, Iterable):
         raise ConfigurationError(f"expected a text or a list of texts, not a value of type {type(texts).__name__}")

@@ -17,9 +17,14 @@ _MOST_TEXTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A text for a forward: `input_ids` and whatever else its tokenizer gives, each [tokens]."""
+    """A text for a forward: `input_ids` and whatever else its tokenizer gives, each [tokens].
+
+    The logits over the vocabulary of its last `logits` positions are needed; `targets` are the tokens that follow these.
+    """
 
     fields: Mapping[str, Sequence[int]]
+    logits: int = 0
+    targets: tuple[int, ...] = ()
 
     @property
     def ids(self) -> Sequence[int]:
@@ -34,12 +39,27 @@ class Inputs:
 class Batch:
     """Texts of one forward: int64 [texts, tokens] each; `attention_mask` is 1 for a token and 0 for padding."""
 
+    texts: Sequence[Inputs]
     tensors: Mapping[str, torch.Tensor]
 
     @property
     def mask(self) -> torch.Tensor:
         """int64 [texts, tokens]."""
         return self.tensors["attention_mask"]
+
+    @property
+    def logits(self) -> int:
+        """The number of last positions that contain all whose logits are needed."""
+        return logits_rows(self.texts)
+
+    def rows(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        """The needed rows [its own `logits`, vocabulary] of each text, of logits [texts, last positions or all, vocabulary]."""
+        longest, ends = max(map(len, self.texts)), logits.shape[1]
+        found = []
+        for text, own in zip(self.texts, logits, strict=True):
+            end = ends - (longest - len(text))
+            found.append(own[end - text.logits : end])
+        return found
 
     def arguments(self, forward: Callable[..., object]) -> dict[str, torch.Tensor]:
         """Those of its tensors that a forward takes."""
@@ -58,20 +78,25 @@ def collate(texts: Sequence[Inputs], device: torch.device, padding: int = 0) -> 
     names = [name for name, values in texts[0].fields.items() if name != "attention_mask" and len(values) == len(texts[0])]
     mask = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
     tensors = {name: padded(name, padding if name == "input_ids" else 0) for name in names}
-    return Batch({**tensors, "attention_mask": torch.tensor(mask, dtype=torch.long, device=device)})
+    return Batch(texts, {**tensors, "attention_mask": torch.tensor(mask, dtype=torch.long, device=device)})
 
 
-def group(lengths: Sequence[int], fits: Callable[[int, int], bool] | None) -> list[list[int]]:
+def logits_rows(texts: Sequence[Inputs]) -> int:
+    """The number of last positions of a padded batch that contain all whose logits are needed."""
+    longest = max(map(len, texts))
+    return max((longest - len(text) + text.logits for text in texts if text.logits), default=0)
+
+
+def group(texts: Sequence[Inputs], fits: Callable[[Sequence[Inputs]], bool] | None) -> list[list[int]]:
     """Indices of the texts of each forward, the longest first.
 
-    One each, or, with `fits(texts, longest)`, as many of about the same length as fit.
+    One each, or, with `fits(texts)`, as many of about the same length as fit.
     """
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
         last = groups[-1] if groups else []
-        longest = lengths[last[0]] if last else 0
-        joins = fits is not None and 0 < len(last) < _MOST_TEXTS and lengths[index] >= _LEAST_FILLED * longest
-        if joins and fits is not None and fits(len(last) + 1, longest):
+        joins = fits is not None and 0 < len(last) < _MOST_TEXTS and len(texts[index]) >= _LEAST_FILLED * len(texts[last[0]])
+        if joins and fits is not None and fits([texts[other] for other in (*last, index)]):
             last.append(index)
         else:
             groups.append([index])

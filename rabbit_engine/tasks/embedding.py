@@ -21,6 +21,7 @@ from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, fir
 from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
 from rabbit_engine.tasks.batches import Batch, Inputs, collate
+from rabbit_engine.tasks.heads import base_of
 from rabbit_engine.transformers_bridge.forwards import no_cache_argument
 
 
@@ -121,7 +122,7 @@ class Embedder:
 
 def embedding_base(model: EmbeddingModel) -> nn.Module:
     """The part of a model that computes hidden states: its encoder if it has one; an adapter stays in it."""
-    own: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base_of(model)
     if getattr(own.config, "is_encoder_decoder", False):
         return own.get_encoder()  # type: ignore[no-any-return]
     return own.base_model  # type: ignore[no-any-return]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rabbit_engine.errors import WrongHeadError
 from rabbit_engine.transformers_bridge.auto_classes import auto_class, class_names
 
+SEQUENCES = "AutoModelForSequenceClassification"
+CAUSAL = "AutoModelForCausalLM"
+
 _TASKS = {
-    "AutoModelForSequenceClassification": "labels of texts",
+    SEQUENCES: "labels of texts",
     "AutoModelForTokenClassification": "labels of tokens",
-    "AutoModelForCausalLM": "the next token",
+    CAUSAL: "the next token",
     "AutoModelForMaskedLM": "masked tokens",
+    "AutoModelForImageTextToText": "the next token of texts with images",
     "AutoModelForSeq2SeqLM": "texts from texts",
     "AutoModelForQuestionAnswering": "answers within a text",
     "AutoModelForMultipleChoice": "a choice of several",
@@ -42,6 +47,10 @@ def _what_it_has(model: object, autos: Sequence[str]) -> str:
     return f"its head computes {' or '.join(found)}" if found else "it computes hidden states only"
 
 
+def base_of(model: Any) -> Any:
+    """The model itself, also if PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _class_name(model: object) -> str:
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(own).__name__
+    return type(base_of(model)).__name__

@@ -36,6 +36,6 @@ def no_cache_argument(forward: Callable[..., Any]) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
 
-def last_logits_argument(forward: Callable[..., Any]) -> dict[str, int]:
-    """The keyword argument that limits the head to the last position; empty if it always runs on all."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+def last_logits_argument(forward: Callable[..., Any], count: int = 1) -> dict[str, int]:
+    """The keyword argument that limits the head to the last `count` positions; empty if it always runs on all."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(forward).parameters else {}
