@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.assembly import assemble
-from rabbit_engine.model.auto import load
+from rabbit_engine.model.loading import load
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.storage.directio import as_bytes

@@ -17,9 +17,10 @@ from tiny import words
 from rabbit_engine import AutoModel, DraftModel, Lookup, Merged, SelfDraft, Session
 from rabbit_engine.decoding import Allowance, Draft
 from rabbit_engine.errors import BudgetError, CheckpointNotFoundError, ConfigurationError, DraftError
-from rabbit_engine.model.auto import load, read_settings
+from rabbit_engine.model import read_settings
 from rabbit_engine.model.choosing import choose_draft
 from rabbit_engine.model.drafts import DraftLoader
+from rabbit_engine.model.loading import load
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.drafting import DraftGain
 from rabbit_engine.utils.speeds import Speeds

@@ -149,7 +149,7 @@ def test_an_encoding_streams_with_the_bits_of_its_reference(
 ) -> None:
     reference, make, families = TABLE[encoding]
     by_expert = []
-    monkeypatch.setattr("rabbit_engine.model.auto.why_lossless_gains_nothing", lambda *_: "")  # in memory it gains nothing
+    monkeypatch.setattr("rabbit_engine.model.loading.why_lossless_gains_nothing", lambda *_: "")  # in memory it gains nothing
     for family in families:
         made = make(family, tmp_path / family)
         model = streamed(made.path, **made.keywords)

@@ -166,7 +166,7 @@ def test_compressed_models_are_transformers_with_the_decoded_weights(
 def test_lossless_splits_are_the_original_models(
     family: str, tmp_path: Path, plain: Any, streamed: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rabbit_engine.model.auto.why_lossless_gains_nothing", lambda *_: "")
+    monkeypatch.setattr("rabbit_engine.model.loading.why_lossless_gains_nothing", lambda *_: "")
     folder = families.save(family, tmp_path / "model", torch.bfloat16, **WIDE)
     model, whole = load(streamed, folder, compression="lossless"), plain(folder).to("cuda")
     assert any(entry.is_encoded for entry in model._checkpoint.entries.values())

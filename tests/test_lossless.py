@@ -98,7 +98,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256}
 def test_a_lossless_split_gives_the_original_model_bit_for_bit(
     family: str, own_checkpoint: Any, streamed: Any, plain: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rabbit_engine.model.auto.why_lossless_gains_nothing", lambda *_: "")
+    monkeypatch.setattr("rabbit_engine.model.loading.why_lossless_gains_nothing", lambda *_: "")
     folder = own_checkpoint(family, dtype=torch.bfloat16, **WIDE)
     model, whole = streamed(folder, compression="lossless"), plain(folder)
     encoded = {name: entry for name, entry in model._checkpoint.entries.items() if entry.is_encoded}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rabbit_engine.config import Cut, SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.assembly import assemble
-from rabbit_engine.model.auto import load
+from rabbit_engine.model.loading import load
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.storage.encoding import Described
 from rabbit_engine.storage.tensorfiles import TensorEntry, encoded, read_header, read_tensor

@@ -1,16 +1,28 @@
-"""PEFT adapters on a streamed model: rejects those that would be wrong, or that need weights that are not loaded."""
+"""PEFT adapters: applies the one next to the weights, rejects what would be wrong or needs streamed weights."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from rabbit_engine.errors import CannotLoadStateError, WeightNotLoadedError
+from rabbit_engine.errors import (
+    CannotLoadStateError,
+    ConfigurationError,
+    DamagedCheckpointError,
+    RabbitError,
+    WeightNotLoadedError,
+    first_line,
+)
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import ExpertsPlaceholder, Placeholder, adapts_routed
-from rabbit_engine.transformers_bridge.adapters import remove_adapter
+from rabbit_engine.transformers_bridge.adapters import can_load_adapters, remove_adapter
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
 
 _WHOLE = "set max_memory high enough for the whole model"
 _INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -37,6 +49,33 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
         remove_adapter(model, name)
         raise CannotLoadStateError(wrong)
     return info
+
+
+def load_own_adapter(model: Any) -> None:
+    """Apply the adapter next to the weights, as transformers does if peft is installed.
+
+    Raises ConfigurationError for a Hub repo, where transformers would load the adapter's base model instead, and
+    DamagedCheckpointError for an adapter that cannot be loaded.
+    """
+    repo = model._checkpoint.repo
+    if _ADAPTER not in repo.names:
+        return
+    if not can_load_adapters():
+        logger.warning("the adapter in %s is not applied: pip install peft", repo.folder)
+        return
+    try:
+        if repo.commit is not None:
+            raise ConfigurationError(
+                f"{repo.name} holds a model and an adapter: load the base model that its {_ADAPTER} names, then "
+                f"model.load_adapter({repo.name!r})"
+            )
+        model.load_adapter(str(repo.folder))
+    except RabbitError:
+        model.close()
+        raise
+    except Exception as error:  # peft's code sees whatever the files contain
+        model.close()
+        raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
 
 def _what_is_wrong(model: Any, placeholders: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:

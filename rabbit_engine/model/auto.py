@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, overload
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
-from rabbit_engine.architectures import (
-    Architecture,
-    build_architecture,
-    explain_failures,
-    refuse_past,
-    require_generation_config,
-    stated_head_dim,
-)
-from rabbit_engine.checkpoints import Streamable, execute, loading_info, resolve
-from rabbit_engine.config import (
-    DEFAULT_CUT,
-    Cut,
-    MaxMemory,
-    SourceConfig,
-    StreamConfig,
-)
+from rabbit_engine.checkpoints import loading_info
+from rabbit_engine.config import DEFAULT_CUT, Cut, MaxMemory
 from rabbit_engine.decoding import Draft
-from rabbit_engine.errors import (
-    AttentionUnavailableError,
-    ConfigurationError,
-    DamagedCheckpointError,
-    RabbitError,
-    first_line,
-)
-from rabbit_engine.model.assembly import Assembly, assemble
-from rabbit_engine.model.attention import choose_attention
-from rabbit_engine.model.choosing import choose_draft, forecast_with, forecast_with_auto
+from rabbit_engine.model.adapters import load_own_adapter
+from rabbit_engine.model.choosing import forecast_with, forecast_with_auto
 from rabbit_engine.model.compression import quantization_config_of
-from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
-from rabbit_engine.model.mixin import streamed_class
+from rabbit_engine.model.drafts import DraftLoader
+from rabbit_engine.model.generation_config import set_generation_config
+from rabbit_engine.model.loading import load
 from rabbit_engine.model.settings import LoadSettings, settings_of
-from rabbit_engine.model.speculating import AUTO, Speculate
+from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.model.streamed import StreamedModel
-from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.plan import Plan
-from rabbit_engine.planning.trial import require_pass
-from rabbit_engine.streaming import Transfer
-from rabbit_engine.transformers_bridge.adapters import can_load_adapters
-from rabbit_engine.transformers_bridge.generation import read_generation_config
-from rabbit_engine.utils.kernels import keep_few_kernels
 from rabbit_engine.utils.overloads import arguments_of, signed_as_overload
-from rabbit_engine.utils.sizes import format_bytes, format_rate
-
-logger = logging.getLogger(__name__)
-
-_ADAPTER = "adapter_config.json"
 
 
 class AutoModel:
@@ -193,9 +157,9 @@ class AutoModel:
         quantization = quantization_config_of(arguments)
         if quantization is not None and model._checkpoint.request.split.compression is not None:
             model.config.quantization_config = quantization  # as in transformers
-        _load_own_adapter(model)
+        load_own_adapter(model)
         if arguments["generation_config"] is not None:
-            _set_generation_config(model, arguments["generation_config"])
+            set_generation_config(model, arguments["generation_config"])
         return (model, loading_info(model._checkpoint)) if arguments["output_loading_info"] else model
 
     @classmethod
@@ -222,191 +186,3 @@ def forecast_with_draft(name: str | Path, settings: LoadSettings, draft: Draft |
     """
     loader = DraftLoader(str(name), settings, load)
     return forecast_with_auto(loader) if isinstance(draft, str) else forecast_with(draft, loader)
-
-
-def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assembly] = assemble) -> Any:
-    """Resolve where the weights come from, split if needed, and set them streaming with `assemble`."""
-    keep_few_kernels()  # before choose_attention computes something
-    settings, stream = _without_useless_compression(name, settings), settings.stream
-    if settings.speculate == AUTO:
-        settings = replace(settings, speculate=choose_draft(DraftLoader(str(name), settings, load)))
-    build = functools.partial(_build_streamed, stream=stream)
-    model: Any
-    checkpoint, model = execute(resolve(name, settings.source, settings.split, build=build))
-    _tell_head_dim(model.config, checkpoint)
-    _set_names(model, str(name), checkpoint)
-    loader = DraftLoader(str(name), settings, load)
-    model._draft_loader = replace(loader, is_planned=True)
-    rest = functools.partial(assemble, model, checkpoint.entries, checkpoint.ties)
-    try:
-        with torch.inference_mode(False):  # slots are written by another thread, which inference tensors forbid
-            model._assembly = assemble_with(settings.speculate, PlannedTarget(model, loader), rest)
-    except BaseException:
-        loader.close()
-        raise
-    _require_pass(model, checkpoint)
-    _tell_new_weights(model, checkpoint)
-    _set_draft(model, settings.speculate)
-    refuse_past(model, checkpoint.architecture)
-    explain_failures(model)
-    weakref.finalize(model, model._assembly.transfer.abandon)
-    if model._assembly.uses is not None:
-        weakref.finalize(model, model._assembly.uses.save)
-    if stream.profiling_mode:
-        model._assembly.binding.passes.on_pass = functools.partial(_log_pass, model._assembly.transfer)
-    logger.info("attention: %s (%s)", model.active_attention_implementation, model._attention_reason)
-    logger.info("plan of %s:\n%s", name, model.plan)
-    return model
-
-
-def _without_useless_compression(name: str | Path, settings: LoadSettings) -> LoadSettings:
-    """The settings without a lossless compression that makes no pass faster; a warning says so."""
-    split = settings.split
-    useless = why_lossless_gains_nothing(name, settings.source, split, settings.stream)
-    if not useless:
-        return settings
-    logger.warning("%s", left_out(useless))
-    return replace(settings, split=replace(split, compression=None))
-
-
-def _build_streamed(architecture: Architecture, dtype: torch.dtype, *, stream: StreamConfig) -> PreTrainedModel:
-    """The streaming class, on the meta device, with the chosen attention. Raises AttentionUnavailableError."""
-    choice = choose_attention(stream.attn_implementation, architecture.cls, dtype, stream.device)
-    try:
-        cls = streamed_class(architecture.cls)  # type: ignore[arg-type]
-        model: Any = build_architecture(architecture, cls, dtype, choice.name)
-    except RabbitError:
-        raise
-    except (ValueError, ImportError) as error:
-        if choice.name is None:
-            raise
-        raise AttentionUnavailableError(
-            f"attn_implementation={choice.name!r} does not work for {architecture.cls.__name__}: {error}"
-        ) from error
-    model._attention_reason = choice.reason
-    return model  # type: ignore[no-any-return]
-
-
-def _load_own_adapter(model: Any) -> None:
-    """Apply the adapter next to the weights, as transformers does if peft is installed.
-
-    Raises ConfigurationError for a Hub repo, where transformers would load the adapter's base model instead, and
-    DamagedCheckpointError for an adapter that cannot be loaded.
-    """
-    repo = model._checkpoint.repo
-    if _ADAPTER not in repo.names:
-        return
-    if not can_load_adapters():
-        logger.warning("the adapter in %s is not applied: pip install peft", repo.folder)
-        return
-    try:
-        if repo.commit is not None:
-            raise ConfigurationError(
-                f"{repo.name} holds a model and an adapter: load the base model that its {_ADAPTER} names, then "
-                f"model.load_adapter({repo.name!r})"
-            )
-        model.load_adapter(str(repo.folder))
-    except RabbitError:
-        model.close()
-        raise
-    except Exception as error:  # peft's code sees whatever the files contain
-        model.close()
-        raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
-
-
-def _require_pass(model: Any, checkpoint: Streamable) -> None:
-    try:
-        require_pass(checkpoint.architecture, checkpoint.dtype, model._assembly.partition.probe)
-    except BaseException:
-        model.close()
-        raise
-
-
-def _set_draft(model: Any, speculate: Speculate) -> None:
-    """Set the default of `generate`, and attach its draft. Raises DraftError."""
-    try:
-        model.speculate_by_default(speculate)
-    except BaseException:
-        model.close()
-        raise
-
-
-def _tell_new_weights(model: Any, checkpoint: Streamable) -> None:
-    """Warn of a head that the checkpoint lacks: it was initialised, as in transformers."""
-    if not checkpoint.architecture.new_head:
-        return
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if new := sorted(parameters - set(model._assembly.partition.weights.entries)):
-        logger.warning(
-            "some weights of %s are not in %s and are newly initialized: %s; train it on a task before you use what it predicts",
-            type(model).__name__,
-            checkpoint.repo.name,
-            ", ".join(new),
-        )
-
-
-def _tell_head_dim(config: Any, checkpoint: Streamable) -> None:
-    said, used = (stated_head_dim(part) for part in (checkpoint.architecture.config, config))
-    if used != said:
-        logger.warning("config.json says head_dim=%s, the checkpoint's weights have %s: using theirs", said, used)
-
-
-def _set_names(model: Any, name: str, checkpoint: Streamable) -> None:
-    """Set its name, generation config and tokenizer source, from the checkpoint's folder."""
-    source = checkpoint.request.source
-    model._checkpoint, model._drafts = checkpoint, {}
-    model.name_or_path = model.config.name_or_path = name
-    folder = str(checkpoint.repo.folder)
-    model._tokenizer_source = {
-        "pretrained_model_name_or_path": folder,
-        "trust_remote_code": source.trust_remote_code,
-        **({"gguf_file": source.gguf_file} if source.gguf_file else {}),
-    }
-    if model.can_generate() and source.gguf_file is None:
-        _read_generation_config(model, folder, source)
-        _end_at(model.generation_config, checkpoint.architecture.chat_ends)
-
-
-def _read_generation_config(model: Any, folder: str, source: SourceConfig) -> None:
-    """The generation config of the folder. Raises DamagedCheckpointError."""
-    require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
-    try:
-        read_generation_config(model, folder, trust_remote_code=source.trust_remote_code)
-        _drop_empty(model.generation_config)
-    except Exception as error:  # the code of a config class sees any value
-        raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
-
-
-def _set_generation_config(model: Any, generation_config: Any) -> None:
-    if not isinstance(generation_config, GenerationConfig):
-        raise ConfigurationError(f"generation_config={generation_config!r} is not a transformers GenerationConfig")
-    model.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
-    _drop_empty(model.generation_config)
-
-
-def _drop_empty(generation_config: Any) -> None:
-    """Drop empty lists: `generate` rejects them, or fails."""
-    for name in ("stop_strings", "bad_words_ids", "sequence_bias", "eos_token_id"):
-        value = getattr(generation_config, name, None)
-        if isinstance(value, list | dict | str) and not value:
-            setattr(generation_config, name, None)
-
-
-def _end_at(generation_config: Any, tokens: tuple[int, ...]) -> None:
-    """Let an answer also end at `tokens`."""
-    eos = generation_config.eos_token_id
-    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if tokens:
-        generation_config.eos_token_id = list(dict.fromkeys([*known, *tokens]))
-
-
-def _log_pass(transfer: Transfer, seconds: float) -> None:
-    profile = transfer.profile()
-    logger.info(
-        "pass %d: %.2f s; so far %s read at %s, waited %.2f s",
-        profile.passes,
-        seconds,
-        format_bytes(profile.bytes_read),
-        format_rate(profile.bytes_read, profile.read_s),
-        profile.wait_s,
-    )

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 Load = Callable[..., Any]
-"""`model.auto.load`: from a name, settings and a function that assembles, to a streamed model."""
+"""`model.loading.load`: from a name, settings and a function that assembles, to a streamed model."""
 
 
 @dataclass(frozen=True, slots=True)
