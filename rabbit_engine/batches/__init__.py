@@ -5,8 +5,8 @@ from rabbit_engine.utils.extras import missing_extra
 try:
     from rabbit_engine.batches.lines import Task
     from rabbit_engine.batches.progress import BatchProgress, BatchReport
-    from rabbit_engine.batches.run import Batch, Choices, batch
+    from rabbit_engine.batches.run import BatchJob, Choices, batch
 except ImportError as _error:
     raise missing_extra("a batch", "serve", _error) from _error
 
-__all__ = ["Batch", "BatchProgress", "BatchReport", "Choices", "Task", "batch"]
+__all__ = ["BatchJob", "BatchProgress", "BatchReport", "Choices", "Task", "batch"]

@@ -82,7 +82,7 @@ def batch(
             or other options, or one that another process writes.
     """
     choices = Choices(task=task, max_requests=max_requests, max_new_tokens=max_new_tokens, overflow=overflow, exact=exact)
-    with Batch(_name_of(model), input_file, output_file, choices, loading) as opened:
+    with BatchJob(_name_of(model), input_file, output_file, choices, loading) as opened:
         if opened.is_done:
             return opened.report()
         if isinstance(model, str | Path):
@@ -93,7 +93,7 @@ def batch(
         return opened.run(model, on_progress)
 
 
-class Batch:
+class BatchJob:
     """An input file and its output file, checked against each other before a model is loaded. Raises as `batch` does."""
 
     def __init__(

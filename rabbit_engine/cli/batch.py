@@ -50,7 +50,7 @@ def batch(
         task=task, max_requests=max_requests, max_new_tokens=max_new_tokens, overflow=overflow, exact=not share_products
     )
     keywords = {"dtype": loading.dtype, "compression": loading.compression, "revision": loading.revision}
-    opened = engine.batches.Batch(model, input_file, output_file, choices, {**keywords, "gguf_file": loading.gguf_file})
+    opened = engine.batches.BatchJob(model, input_file, output_file, choices, {**keywords, "gguf_file": loading.gguf_file})
     with opened:
         if opened.resumed:
             output.note(f"{output_file} answers {opened.resumed} lines already")
