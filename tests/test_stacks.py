@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ import pytest
 import torch
 import transformers
 from test_tasks import BART, IDS, PIXELS, SIZES, SOUND, T5, TEXT, differing, own, save
+from tiny import words
 
+from rabbit_engine import Session
 from rabbit_engine.config import Cut
-from rabbit_engine.errors import BudgetError
+from rabbit_engine.errors import BudgetError, CannotGenerateError, PromptTooLongError
+from rabbit_engine.model.admission import demand_of
+from rabbit_engine.model.runtime import Runtime, runtime_of
+from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, need_bytes
 from rabbit_engine.planning.partition import partition_model, unread_entries
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.probe import Curve, Probe, run_probe
 from rabbit_engine.planning.tiers import Budget
+from rabbit_engine.sessions.prompts import Limits
 
 KEYS_AND_VALUES = 3 * 2 * 32 * 4
 """Bytes of a token in three layers of BART, in float32."""
@@ -141,3 +148,153 @@ def test_stages_are_streamed_by_their_large_parts(tmp_path: Path, streamed: Any)
     image = {"pixel_values": torch.randn(1, 3, 32, 32)}
     with torch.no_grad():
         assert differing(model(**image), expected(**image)) == []
+
+
+TOKENS = IDS[:1].tolist()[0]
+
+
+def both(name: str, folder: Path, streamed: Any, **keywords: Any) -> tuple[Any, Any]:
+    """transformers' own load of the model, and the streamed one, cut finely."""
+    cls, config, sizes = MODELS[name]
+    return own(save(cls, config, sizes, folder), cls), streamed(folder, cut=FINE, **keywords)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "marian"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 0.8},
+        {"attention_mask": (torch.arange(12) < torch.tensor([[12], [7]])).long()},
+        {"use_cache": False},
+    ],
+    ids=["greedy", "beams", "drawn", "padded", "uncached"],
+)
+def test_texts_are_generated_as_by_transformers(name: str, options: dict[str, Any], tmp_path: Path, streamed: Any) -> None:
+    found = []
+    for model in both(name, tmp_path, streamed):
+        torch.manual_seed(3)
+        found.append(model.generate(IDS, **{"do_sample": False, **options}, max_new_tokens=6))
+    assert torch.equal(*found)
+
+
+def test_texts_are_generated_in_bf16(tmp_path: Path, streamed: Any) -> None:
+    cls, config, sizes = MODELS["t5"]
+    own(save(cls, config, sizes, tmp_path), cls).to(torch.bfloat16).save_pretrained(tmp_path)
+    expected = own(tmp_path, cls).generate(IDS, do_sample=False, max_new_tokens=6)
+    assert torch.equal(streamed(tmp_path, cut=FINE).generate(IDS, do_sample=False, max_new_tokens=6), expected)
+
+
+def test_states_of_the_encoder_may_be_given(tmp_path: Path, streamed: Any) -> None:
+    expected, model = both("bart", tmp_path, streamed, prefetching=False)
+    encoded = model.get_encoder()(IDS)
+    before = model.profile.bytes_read
+    found = model.generate(encoder_outputs=encoded, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    assert torch.equal(found, expected.generate(IDS, do_sample=False, max_new_tokens=6, min_new_tokens=6))
+    read = {name: unit.bytes_read for name, unit in model.profile.units.items() if ".encoder." in name}
+    assert sum(read.values()) <= before  # by the call of the encoder alone
+
+
+def test_a_streamer_gets_the_answer(tmp_path: Path, streamed: Any) -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Seen(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            pass
+
+    expected, model = both("bart", tmp_path, streamed)
+    seen = Seen()
+    model.generate(IDS[:1], do_sample=False, max_new_tokens=6, streamer=seen)
+    assert seen.tokens == expected.generate(IDS[:1], do_sample=False, max_new_tokens=6)[0].tolist()
+
+
+def test_a_session_answers_as_generate_does(tmp_path: Path, streamed: Any) -> None:
+    expected, model = both("t5", tmp_path, streamed)
+    words(96).save_pretrained(tmp_path)
+    texts = [TOKENS[:length] for length in (12, 5, 1, 9)]
+    plain = [expected.generate(torch.tensor([text]), do_sample=False, max_new_tokens=7)[0, 1:].tolist() for text in texts]
+    with Session(model, max_requests=3) as session:
+        replies = session.generate(texts, max_new_tokens=7)
+        assert [list(reply.tokens) for reply in replies] == plain
+        assert [reply.prompt_tokens for reply in replies] == [12, 5, 1, 9]
+
+
+def test_a_penalty_counts_from_the_first_token_of_an_answer(tmp_path: Path, streamed: Any) -> None:
+    _, model = both("bart", tmp_path, streamed)
+    words(96).save_pretrained(tmp_path)
+    with Session(model) as session:
+        plain, once = (
+            session.generate([TOKENS], max_new_tokens=4, ignore_eos=True, presence_penalty=size)[0] for size in (0.0, 2.0)
+        )
+    assert plain.tokens[0] == plain.tokens[1]
+    assert len(set(once.tokens[:3])) == 3
+
+
+def test_an_answer_has_positions_of_its_own() -> None:
+    limits = Limits(100, 16, whole=20, apart=True)
+    assert limits.answer_tokens(100, None) == 19  # the first of `max_length` is what the decoder begins with
+    assert limits.answer_tokens(100, 99) == 99
+    assert limits.room_for_prompt(50) == 100
+    for prompt, asked in ((101, None), (5, 100)):
+        with pytest.raises(PromptTooLongError):
+            limits.answer_tokens(prompt, asked)
+
+
+def test_the_demand_of_a_call_counts_the_encoders_text_apart(tmp_path: Path, streamed: Any) -> None:
+    config = transformers.GenerationConfig(max_length=30)
+    assert demand_of(IDS, {}, config, "text") == Demand(12, 29, 2)
+    assert demand_of(torch.zeros(2, 8, 20), {"num_beams": 4}, config, "media") == Demand(1, 29, 8)
+    sound = {"decoder_input_ids": torch.zeros(2, 3, dtype=torch.long), "max_new_tokens": 5}
+    assert demand_of(torch.zeros(2, 8, 20), sound, config, "media") == Demand(3, 5, 2)
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_a_call_that_cannot_fit_is_refused(name: str, tmp_path: Path, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = both(name, tmp_path, streamed)
+    partition = runtime_of(model).partition
+    inputs: dict[str, Any] = {"input_features": torch.randn(2, 8, 20)} if name == "whisper" else {"input_ids": IDS}
+    demand = Demand(1 if name == "whisper" else 12, 6, 2)
+    free = need_bytes(partition.probe, demand) + KEPT_FREE_BYTES
+    for here, refused in ((free, False), (free - 1, True)):
+        monkeypatch.setattr(Runtime, "free_bytes", lambda _, here=here: here)
+        with pytest.raises(PromptTooLongError) if refused else nullcontext():
+            model.generate(**inputs, max_new_tokens=6)
+
+
+def test_a_sound_is_no_text(tmp_path: Path, streamed: Any, rabbit: Any) -> None:
+    _, model = both("whisper", tmp_path, streamed)
+    words(96).save_pretrained(tmp_path)
+    with Session(model) as session, pytest.raises(CannotGenerateError, match=r"reads input_features, not a text: .*generate"):
+        session.generate(["w1"])
+    assert "reads input_features, not a text" in rabbit("run", tmp_path, "w1", "--device", "cpu").err
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_run_writes_the_answer_without_the_prompt(beams: int, tmp_path: Path, rabbit: Any) -> None:
+    cls, config, sizes = MODELS["bart"]
+    expected = own(save(cls, config, sizes, tmp_path), cls)
+    expected.generation_config.num_beams = beams
+    expected.generation_config.save_pretrained(tmp_path)
+    words(96).save_pretrained(tmp_path)
+    text = words(96).decode(expected.generate(IDS[:1], max_new_tokens=6, do_sample=False)[0], skip_special_tokens=True)
+    done = rabbit("run", tmp_path, " ".join(f"w{token}" for token in TOKENS), "--max-new-tokens", 6, "--device", "cpu")
+    assert done.out.split() == text.split()[1:]  # the decoder begins with a token
+
+
+@pytest.mark.parametrize("frames", [20, 50], ids=["one window", "long"])
+def test_speech_becomes_text_as_with_transformers(frames: int, tmp_path: Path, streamed: Any) -> None:
+    sound = torch.randn(1, 8, frames, generator=torch.Generator().manual_seed(4))
+    more = {"return_timestamps": True, "attention_mask": torch.ones(1, frames, dtype=torch.long)} if frames > 20 else {}
+    found = []
+    for model in both("whisper", tmp_path, streamed):
+        model.generation_config.no_timestamps_token_id = 60
+        model.generation_config.is_multilingual = False
+        found.append(model.generate(sound, do_sample=False, max_new_tokens=6, **more))
+    assert torch.equal(*found)

@@ -15,8 +15,10 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 def encode(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
     """The prompt as token ids [1, length], through the chat template if there is one (unless `chat` is False).
 
-    Raises ConfigurationError for an empty prompt, or ids outside the vocabulary.
+    Raises ConfigurationError for an empty prompt, or ids outside the vocabulary, and CannotGenerateError for a class that does
+    not continue texts.
     """
+    engine.sessions.encoding.require_text_generation(model)
     inputs = _tokenized(model, prompt, chat)
     vocabulary = int(model.config.get_text_config().vocab_size)
     engine.sessions.encoding.require_ids(inputs["input_ids"].flatten().tolist(), vocabulary)
@@ -58,7 +60,8 @@ def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.
         _generate(model, inputs, streamer=streamer, **keywords)
         return
     found = _generate(model, inputs, **keywords, return_dict_in_generate=False)
-    typer.echo(model.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    begins = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # a decoder begins with a token of its own
+    typer.echo(model.tokenizer.decode(found[0, begins:], skip_special_tokens=True))
 
 
 def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: object) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,6 +11,9 @@ from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, refuse_beyond
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.caches import tokens_in
+
+Reading = Literal["prompt", "text", "media"]
+"""What comes first: the prompt that a decoder continues, an encoder's text, or an encoder's image or sound."""
 
 _USUAL_LENGTH = 20
 """The default number of tokens of prompt and answer, as in transformers."""
@@ -23,19 +26,39 @@ def refuse_what_cannot_fit(runtime: Runtime, prompt: object, given: Mapping[str,
     """
     if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(runtime.binding) is not None:
         return
-    demand = demand_of(prompt, given, config)
+    demand = demand_of(prompt, given, config, reading_of(runtime))
     refuse_beyond(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device))
 
 
-def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: object) -> Demand:
-    """The demand of a `generate` call: every beam and every answer to the same prompt is a separate sequence."""
+def prompt_of(inputs: object, given: Mapping[str, Any], main_input: str) -> Any:
+    """What `generate` is to read: embeddings, the first argument, token ids, the class's own input, or an encoder's states."""
+    found = (given.get("inputs_embeds"), inputs, given.get("input_ids"), given.get(main_input))
+    first = next((one for one in found if one is not None), None)
+    states = given.get("encoder_outputs")
+    return states[0] if first is None and states is not None else first
+
+
+def reading_of(runtime: Runtime) -> Reading:
+    """What the class of the model reads, and where."""
+    cls, config = runtime.architecture.cls, runtime.architecture.config
+    return "prompt" if not config.is_encoder_decoder else "text" if cls.main_input_name == "input_ids" else "media"
+
+
+def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: object, reading: Reading = "prompt") -> Demand:
+    """The demand of a `generate` call: every beam and every answer to the same prompt is a separate sequence.
+
+    An encoder's text is a prompt whose tokens `max_length` does not count; its image or sound has no tokens.
+    """
 
     def asked(name: str) -> Any:
         return given.get(name, getattr(config, name, None))
 
-    tokens = prompt.shape[1]
+    begun = given.get("decoder_input_ids")
+    decoded = begun.shape[1] if isinstance(begun, torch.Tensor) and begun.dim() == 2 else 1
+    counted = prompt.shape[1] if reading == "prompt" else decoded
+    tokens = decoded if reading == "media" else prompt.shape[1]
     new = asked("max_new_tokens")
-    answer = new if new is not None else (asked("max_length") or _USUAL_LENGTH) - tokens
+    answer = new if new is not None else (asked("max_length") or _USUAL_LENGTH) - counted
     mask = given.get("attention_mask")
     return Demand(
         tokens - _computed_tokens(given),

@@ -28,7 +28,7 @@ from rabbit_engine.errors import (
     first_line,
 )
 from rabbit_engine.model.adapters import load_checked
-from rabbit_engine.model.admission import refuse_what_cannot_fit
+from rabbit_engine.model.admission import prompt_of, refuse_what_cannot_fit
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.protocols import Decoder
@@ -139,7 +139,7 @@ class StreamingMixin(SpeculatingMixin):
         speculate = parse_speculate(kwargs.pop("speculate", self._speculate))
         device = self._assembly.device
         positions = self._checkpoint.architecture.positions
-        prompt = next((text for text in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if text is not None), None)
+        prompt = prompt_of(inputs, kwargs, self.main_input_name)  # type: ignore[attr-defined]
         config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
         if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
             kwargs["tokenizer"] = self.tokenizer

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-from rabbit_engine.errors import ConfigurationError, PromptTooLongError, first_line
+from rabbit_engine.errors import CannotGenerateError, ConfigurationError, PromptTooLongError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.tokenization.ranks import byte_characters
 
@@ -119,6 +119,18 @@ class Encoder:
     def _checked(self, ids: list[int]) -> list[int]:
         require_ids(ids, self._vocabulary)
         return ids
+
+
+def require_text_generation(model: SessionModel) -> None:
+    """Raise CannotGenerateError for a class that does not generate, or not from a text."""
+    kind = type(model).__name__
+    if not model.can_generate():
+        raise CannotGenerateError(f"{kind} does not generate text")
+    reads = getattr(model, "main_input_name", "input_ids")
+    if model.config.is_encoder_decoder and reads != "input_ids":
+        raise CannotGenerateError(
+            f"{kind} reads {reads}, not a text: prepare it with its processor, and call model.generate({reads}=...)"
+        )
 
 
 def require_ids(ids: Sequence[int], vocabulary: int) -> None:

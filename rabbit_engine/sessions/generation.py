@@ -78,7 +78,7 @@ class Generation(StoppingCriteria):
         options = self._options
         found: list[LogitsProcessor] = []
         if options.presence_penalty or options.frequency_penalty:
-            found.append(Penalties(options.presence_penalty, options.frequency_penalty, len(self._prompt)))
+            found.append(Penalties(options.presence_penalty, options.frequency_penalty))
         return [*found, self._recorder] if self._recorder is not None else found
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002

@@ -27,28 +27,32 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`most` tokens for prompt and answer together. An answer has `usual` tokens unless a request says otherwise, or enough to
-    make `whole` with its prompt: the generation config's `max_length`."""
+    """`most` tokens for prompt and answer together, or for each if an encoder reads the prompt `apart`. An answer has `usual`
+    tokens unless a request says otherwise, or enough to make `whole` with its prompt: the generation config's `max_length`."""
 
     most: int
     usual: int
     whole: int | None = None
+    apart: bool = False
 
     def room_for_prompt(self, asked: int | None) -> int:
         """The tokens a prompt may have, given those requested for the answer; with none requested the answer gets up to a
         quarter."""
+        if self.apart:
+            return self.most
         return self.most - (asked if asked is not None else min(self.usual, max(1, self.most // 4)))
 
     def answer_tokens(self, prompt: int, asked: int | None) -> int:
         """The number of tokens the answer may have. Raises PromptTooLongError."""
-        if prompt + (asked or 1) > self.most:
+        before = 1 if self.apart else prompt  # what a decoder begins with
+        if max(prompt, before + (asked or 1)) > self.most:
             answer = f"{asked} of the answer" if asked is not None else "any of an answer"
             raise PromptTooLongError(
                 f"{prompt} tokens of the prompt and {answer} are more than the {self.most} that fit: shorten the prompt, "
                 "request fewer, allow truncation, or, if memory is the limit, load the model with a larger max_seq_len"
             )
-        usual = self.usual if self.whole is None or self.whole <= prompt else self.whole - prompt
-        return asked if asked is not None else min(usual, self.most - prompt)
+        usual = self.usual if self.whole is None or self.whole <= before else self.whole - before
+        return asked if asked is not None else min(usual, self.most - before)
 
 
 def fit_text(ids: list[int], limits: Limits, asked: int | None, overflow: Overflow) -> Prompt:

@@ -18,11 +18,13 @@ _USUAL_POSITIONS = 2**15
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`nbytes` for the caches of all texts under way and the activations of the prompts in a pass; `positions` of the model."""
+    """`nbytes` for the caches of all texts under way and the activations of the prompts in a pass; `positions` of the model, of
+    which an answer has as many again if an encoder reads the prompt `apart`."""
 
     nbytes: int
     probe: Probe
     positions: int | None = None
+    apart: bool = False
 
     def need(self, demands: Iterable[Demand]) -> int:
         """Bytes: each cache at its full length, and the activations of all texts in a pass, which wait for the same weights."""
@@ -36,7 +38,7 @@ class Room:
     def most_tokens(self) -> int:
         """The most tokens of prompt and answer for a single text."""
         most = self.positions if self.positions is not None else _USUAL_POSITIONS
-        return most_prompt(lambda tokens: self.fits([Demand(tokens, 0)]), most)
+        return most_prompt(lambda tokens: self.fits([Demand(tokens, tokens if self.apart else 0)]), most)
 
     def most_tokens_of(self, demand: Callable[[int], Demand], most: int | None) -> int:
         """The most tokens of a single text, up to `most`, given the demand of one of n tokens."""
@@ -44,6 +46,6 @@ class Room:
         return most_prompt(lambda tokens: self.fits([demand(tokens)]), min(limits, default=_USUAL_POSITIONS))
 
 
-def measure_room(free_bytes: int, probe: Probe, positions: int | None) -> Room:
+def measure_room(free_bytes: int, probe: Probe, positions: int | None, apart: bool = False) -> Room:
     """Measure the free memory, less a margin."""
-    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions)
+    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions, apart)

@@ -26,13 +26,15 @@ class Penalties(LogitsProcessor):
 
     supports_continuous_batching = False
 
-    def __init__(self, presence: float, frequency: float, prompt_tokens: int) -> None:
+    def __init__(self, presence: float, frequency: float) -> None:
         self._presence, self._frequency = presence, frequency
-        self._prompt_tokens = prompt_tokens
+        self._answer_begins: int | None = None  # after a prompt, or after the token that a decoder begins with
 
     def __call__(self, input_ids: _LongTensor, scores: _FloatTensor) -> _FloatTensor:
         """The penalised logits [1, vocabulary] for the tokens [1, length] so far."""
-        counts = Counter(input_ids[0, self._prompt_tokens :].tolist())
+        if self._answer_begins is None:
+            self._answer_begins = input_ids.shape[1]
+        counts = Counter(input_ids[0, self._answer_begins :].tolist())
         if not counts:
             return scores
         tokens = torch.tensor(list(counts), device=scores.device)

@@ -15,13 +15,13 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import CannotGenerateError, ConfigurationError, PromptTooLongError
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
-from rabbit_engine.sessions.encoding import Encoder
+from rabbit_engine.sessions.encoding import Encoder, require_text_generation
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
 from rabbit_engine.sessions.forwards import Forwards
@@ -157,13 +157,14 @@ class Session(TaskMethods):
         self.most_requests = max_requests + max_queue
         """The number of requests that may be under way or waiting."""
 
-        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model))
+        apart = bool(model.config.is_encoder_decoder)
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
             _tell_what_is_left_out(config)
         whole = config.max_length if config is not None and config.max_new_tokens is None else None
-        self._limits = Limits(self._room.most_tokens, own, whole)
+        self._limits = Limits(self._room.most_tokens, own, whole, apart)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
@@ -285,7 +286,8 @@ class Session(TaskMethods):
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens of a prompt and its answer: the model's positions, or what memory allows."""
+        """The most tokens of a prompt and its answer, or of each if an encoder reads the prompt: the model's positions, or what
+        memory allows."""
         return self._limits.most
 
     @property
@@ -314,8 +316,7 @@ class Session(TaskMethods):
     def _split(self, options: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         """Split options into those of the session and those of the chat template."""
         self.require_process()
-        if not self.model.can_generate():
-            raise CannotGenerateError(f"{type(self.model).__name__} does not generate text")
+        require_text_generation(self.model)
         chosen = {name: value for name, value in options.items() if name in NAMES and value is not None}
         try:
             found = Options(**chosen)
