@@ -31,8 +31,9 @@ demo: $(STAMP)  ## run a real model, streamed layer by layer
 test: $(STAMP)  ## all tests that need neither a GPU nor the Hub
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's table, and update its record and the table
+matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's tables of models and of tasks, and update their records and the tables
 	$(BIN)/python -m pytest tests/test_matrix.py tests/test_converted.py --record rabbit_engine/architectures/proven.json
+	$(BIN)/python -m pytest tests/test_task_table.py --record-tasks docs/tasks.json
 	$(BIN)/python scripts/generate_docs.py
 
 test-lowest: .venv-lowest/.installed  ## the tests that depend on versions, on the oldest supported ones

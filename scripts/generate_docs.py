@@ -19,6 +19,7 @@ from rabbit_engine.utils.keywords import KEYWORDS
 ROOT = Path(__file__).parents[1]
 COMMAND = ["-m", "typer", "rabbit_engine.cli.app", "utils", "docs", "--name", "rabbit"]
 ENCODING_RECORD = ROOT / "docs" / "encodings.json"
+TASK_RECORD = ROOT / "docs" / "tasks.json"
 CONFORMANCE = ROOT / "docs" / "conformance.json"
 FAMILIES = ("<!-- the table: `make matrix` runs it, `make docs` writes it -->", "<!-- end of the table -->")
 KEYWORD_TABLE = (
@@ -29,6 +30,7 @@ ENCODINGS = (
     "<!-- the encodings: `make encodings` runs them, `make docs` writes the table -->",
     "<!-- end of the encodings -->",
 )
+TASKS = ("<!-- the tasks: `make matrix` runs them, `make docs` writes the table -->", "<!-- end of the tasks -->")
 MIXIN = ("<!-- conformance: `make conformance` runs it, `make docs` writes it -->", "<!-- end of conformance -->")
 
 
@@ -44,7 +46,8 @@ def compatibility_page() -> str:
     """COMPATIBILITY.md with its tables regenerated."""
     page = (ROOT / "COMPATIBILITY.md").read_text(encoding="utf-8")
     page = between(page, FAMILIES, families_table(read_record()))
-    page = between(page, ENCODINGS, encodings_table(json.loads(ENCODING_RECORD.read_text(encoding="utf-8"))))
+    page = between(page, ENCODINGS, recorded_table(json.loads(ENCODING_RECORD.read_text(encoding="utf-8"))))
+    page = between(page, TASKS, recorded_table(json.loads(TASK_RECORD.read_text(encoding="utf-8"))))
     return between(page, MIXIN, conformance_table(json.loads(CONFORMANCE.read_text(encoding="utf-8"))))
 
 
@@ -77,11 +80,11 @@ def families_table(record: Record) -> str:
     return f"Run on {record.date} with {versions}.\n\n" + as_table([names, *rows])
 
 
-def encodings_table(record: dict[str, Any]) -> str:
-    """What was run in each encoding, and what it equals."""
+def recorded_table(record: dict[str, Any]) -> str:
+    """What was run in each encoding or for each task, and what it equals."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
     rows = [list(row.values()) for row in record["rows"]]
-    head = ["equal to" if name == "reference" else name for name in record["rows"][0]]
+    head = ["equal to" if name == "reference" else name.replace("_", " ") for name in record["rows"][0]]
     return f"Run on {record['date']} with {versions}.\n\n" + as_table([head, *rows])
 
 

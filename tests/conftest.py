@@ -39,9 +39,11 @@ Loader = Callable[..., Any]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--record FILE`, `--record-encodings FILE`: write what test_matrix, test_encoding_table saw, for COMPATIBILITY.md."""
+    """`--record FILE`, `--record-encodings FILE`, `--record-tasks FILE`: write what test_matrix, test_encoding_table and
+    test_task_table saw, for COMPATIBILITY.md."""
     parser.addoption("--record", type=Path, default=None, help="write the families' table to this JSON file")
     parser.addoption("--record-encodings", type=Path, default=None, help="write the table of encodings to this JSON file")
+    parser.addoption("--record-tasks", type=Path, default=None, help="write the table of tasks to this JSON file")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -65,6 +67,14 @@ def record_encoding(request: pytest.FixtureRequest) -> Iterator[Callable[..., No
     rows: list[dict[str, str]] = []
     yield lambda **columns: rows.append(columns)
     _write_record(request.config.getoption("--record-encodings"), rows)
+
+
+@pytest.fixture(scope="session")
+def record_task(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """`record_task(task=..., cls=..., **columns)` adds a row to the file of `--record-tasks`."""
+    rows: list[dict[str, str]] = []
+    yield lambda **columns: rows.append(columns)
+    _write_record(request.config.getoption("--record-tasks"), rows)
 
 
 def _write_record(path: Path | None, rows: list[dict[str, str]]) -> None:
