@@ -1,9 +1,9 @@
 """Runs a batch in child processes that are killed with SIGKILL, then lets one finish.
 
-    python killed_batch.py MODEL IN OUT TORN TIMED
+    python killed_batch.py MODEL IN OUT TORN TIMED [LONGEST_S]
 
 The n-th of TORN children kills itself in the middle of its (n + 1)-th write to OUT; each of TIMED ones is killed after a
-random time. Prints, for every child, the whole lines in OUT when it ended.
+random time of up to LONGEST_S. Prints, for every child, the whole lines in OUT when it ended.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def main() -> None:
     """See above."""
     torch.set_num_threads(1)
     files, torn, timed = sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+    longest_s = float(sys.argv[6]) if len(sys.argv) > 6 else 1.2
     random.seed(7)
     for number in range(torn + timed + 1):
         is_last = number == torn + timed
         child = start(files, number + 2 if number < torn else None)
         if torn <= number < torn + timed:
-            time.sleep(random.uniform(0.2, 1.2))
+            time.sleep(random.uniform(0.2, longest_s))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status) == is_last or os.WEXITSTATUS(status):

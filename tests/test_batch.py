@@ -13,8 +13,9 @@ from typing import Any
 
 import families
 import pytest
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from tasks import open_both
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -94,7 +95,12 @@ def test_a_broken_line_fails_and_the_others_go_on(talker: Path, streamed: Any, f
     lines = ['{"custom_id": "cut', "[1]", {"custom_id": 7, "prompt": "w3"}, {"text": "w3"}, chat("stream", "w3", stream=True)]
     lines += [{**chat("url", "w3"), "url": "/v1/images"}, {**chat("get", "w3"), "method": "GET"}, {"url": "/v1/completions"}]
     lines += [{"custom_id": "range", "prompt": "w3", "top_p": 2}, {"custom_id": "long", "prompt": "w3 " * 300}]
-    lines += [{"custom_id": "embed", "input": "w3"}, chat("empty", "w3", messages=[]), prompt(1), '{"custom_id": "\\ud83d"}']
+    lines += [
+        {"custom_id": "classify", "url": "/v1/classify", "body": {"input": "w3"}},
+        chat("empty", "w3", messages=[]),
+        prompt(1),
+        '{"custom_id": "\\ud83d"}',
+    ]
     source, target = files(*lines)
     report = batch(streamed(talker), source, target)
     found = {row["custom_id"]: row for row in read(target)}
@@ -113,7 +119,7 @@ def test_a_broken_line_fails_and_the_others_go_on(talker: Path, streamed: Any, f
         "line-8": "body is not a JSON object",
         "range": "top_p",
         "long": "300 tokens",
-        "embed": "cannot embed texts",
+        "classify": "has no head for labels of texts",
         "empty": "messages",
         "line-14": "not valid JSON",
     }
@@ -129,6 +135,45 @@ def test_plain_lines_are_of_the_task_that_is_given(talker: Path, streamed: Any, 
     assert other["error"]["message"] == "the line asks for embed, the batch for chat"
     with pytest.raises(errors.ConfigurationError, match="task='talk': expected one of chat, complete, embed"):
         batch(talker, source, target, task="talk")  # type: ignore[arg-type]
+
+
+def test_texts_are_embedded_and_scored_as_by_a_session(talker: Path, streamed: Any, files: Any) -> None:
+    model = streamed(talker)
+    asked = {"custom_id": "e", "url": "/v1/embeddings", "body": {"model": "any", "input": ["w3 w4", "w5"]}}
+    score = {"custom_id": "c", "context": "w3 w4", "continuation": " w5 w6"}
+    source, target = files(asked, score, {"custom_id": "s", "url": "/v1/score", "body": {"input": ["w3 w4 w5", ["w3", " w4"]]}})
+    batch(model, source, target)
+    found = {row["custom_id"]: row["response"]["body"] for row in read(target)}
+    with Session(model) as session:
+        vectors = session.embed(["w3 w4", "w5"])
+        scores = {"c": [session.score(("w3 w4", " w5 w6"))], "s": session.score(["w3 w4 w5", ("w3", " w4")])}
+    embedded = CreateEmbeddingResponse.model_validate(found["e"])
+    assert [each.embedding for each in embedded.data] == vectors.tolist()
+    assert embedded.usage.prompt_tokens == 3
+    for name, expected in scores.items():
+        assert [each["logprob"] for each in found[name]["data"]] == [each.logprob for each in expected]
+        assert [tuple(each["token_logprobs"]) for each in found[name]["data"]] == [each.token_logprobs for each in expected]
+
+
+def test_texts_are_classified_and_ranked_as_by_a_session(streamed: Any, files: Any, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_heads": 4, "n_layers": 2, "num_labels": 1}
+    model, _ = open_both(tmp_path / "model", streamed, ("DistilBertForSequenceClassification", "DistilBertConfig", sizes))
+    asked = {"custom_id": "r", "query": "w5", "documents": ["w6 w7", "w8", "w9 w10 w11"], "top_n": 2}
+    source, target = files({"custom_id": "c", "url": "/v1/classify", "body": {"input": ["w5 w6", ["w7", "w8"]]}}, asked)
+    batch(model, source, target)
+    found = {row["custom_id"]: row["response"]["body"] for row in read(target)}
+    with Session(model) as session:
+        labels, ranked = session.classify(["w5 w6", ("w7", "w8")]), session.rerank("w5", asked["documents"], top=2)
+    assert [(each["label"], each["score"]) for each in found["c"]["data"]] == [(each.label, each.score) for each in labels]
+    assert [(each["index"], each["relevance_score"]) for each in found["r"]["results"]] == [
+        (each.index, each.score) for each in ranked
+    ]
+    files({"text": "w5 w6"})
+    batch(model, source, tmp_path / "plain.jsonl", task="classify")
+    assert read(tmp_path / "plain.jsonl")[0]["response"]["body"]["data"][0]["score"] == labels[0].score
+    for task in ("chat", "score"):
+        with pytest.raises(TypeError, match=r"does not generate text|has no head for the next token"):
+            batch(model, source, tmp_path / f"{task}.jsonl", task=task)
 
 
 def test_a_killed_batch_goes_on_without_losing_or_repeating_a_line(

@@ -1,7 +1,8 @@
 """What a line of the input asks: OpenAI's batch format, or a plain body whose task is given.
 
 `{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}`, or `{"prompt": "..."}`,
-`{"messages": [...]}`, `{"input": "..."}` with any other fields of such a body, and optionally a `custom_id`.
+`{"messages": [...]}`, `{"input": "..."}`, `{"query": ..., "documents": [...]}` or `{"context": ..., "continuation": ...}` with
+any other fields of such a body, and optionally a `custom_id`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ from typing import Any, Literal, get_args
 from rabbit_engine.server.body import parse_object
 from rabbit_engine.server.errors import RequestError
 
-Task = Literal["chat", "complete", "embed"]
+Task = Literal["chat", "complete", "embed", "classify", "rerank", "score"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 MOST_LINE_BYTES = 64 * 2**20
 """A longer line fails: it is more likely not a text file."""
 
-_URLS: dict[str, Task] = {"/v1/chat/completions": "chat", "/v1/completions": "complete", "/v1/embeddings": "embed"}
-_NAMED_BY: dict[str, Task] = {"messages": "chat", "prompt": "complete", "input": "embed"}
-"""The field that tells the task of a plain body."""
+_URLS: dict[str, Task] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "complete",
+    "/v1/embeddings": "embed",
+    "/v1/classify": "classify",
+    "/v1/rerank": "rerank",
+    "/v1/score": "score",
+}
+_NAMED_BY: dict[str, tuple[Task, ...]] = {
+    "messages": ("chat",),
+    "prompt": ("complete",),
+    "query": ("rerank",),
+    "continuation": ("score",),
+    "input": ("embed", "classify", "score"),
+}
+"""The field that tells the task of a plain body; the first, unless the batch is for another of them."""
 
 _ENVELOPE = ("custom_id", "method", "url", "body")
 
@@ -51,7 +65,7 @@ def custom_id_of(found: Mapping[str, Any], number: int) -> str:
 
 def read_request(found: Mapping[str, Any], task: Task | None) -> LineRequest:
     """The request in the object of a line; `task` is what plain lines ask, and what all must ask. Raises RequestError."""
-    own, body = _envelope(found) if "url" in found or "body" in found else _plain(found, task)
+    own, body = _envelope(found, task) if "url" in found or "body" in found else _plain(found, task)
     chosen = own or task
     if chosen is None:
         raise RequestError(400, "nothing tells the line's task: give it a url, or the batch a task", param="url")
@@ -62,7 +76,7 @@ def read_request(found: Mapping[str, Any], task: Task | None) -> LineRequest:
     return LineRequest(chosen, body)
 
 
-def _envelope(found: Mapping[str, Any]) -> tuple[Task | None, dict[str, Any]]:
+def _envelope(found: Mapping[str, Any], task: Task | None) -> tuple[Task | None, dict[str, Any]]:
     if unknown := [name for name in found if name not in _ENVELOPE]:
         raise RequestError(400, f"{unknown[0][:60]!r} is not a field of a batch line: put it in body", param=unknown[0][:60])
     if found.get("method") not in (None, "POST"):
@@ -72,7 +86,7 @@ def _envelope(found: Mapping[str, Any]) -> tuple[Task | None, dict[str, Any]]:
         raise RequestError(400, "body is not a JSON object", param="body")
     url = found.get("url")
     if url is None:
-        return _named_task(body), body
+        return _named_task(body, task), body
     if not isinstance(url, str) or url not in _URLS:
         raise RequestError(400, f"url is {str(url)[:60]!r}: possible are {', '.join(_URLS)}", param="url")
     return _URLS[url], body
@@ -83,10 +97,11 @@ def _plain(found: Mapping[str, Any], task: Task | None) -> tuple[Task | None, di
     body = {name: value for name, value in found.items() if name != "custom_id"}
     if task == "chat" and "messages" not in body and isinstance(body.get("prompt"), str):
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
-    if task == "embed" and "input" not in body and "text" in body:
+    if task in _NAMED_BY["input"] and "input" not in body and "text" in body:
         body["input"] = body.pop("text")
-    return _named_task(body), body
+    return _named_task(body, task), body
 
 
-def _named_task(body: Mapping[str, Any]) -> Task | None:
-    return next((task for name, task in _NAMED_BY.items() if name in body), None)
+def _named_task(body: Mapping[str, Any], task: Task | None) -> Task | None:
+    tasks = next((tasks for name, tasks in _NAMED_BY.items() if name in body), ())
+    return task if task in tasks else next(iter(tasks), None)

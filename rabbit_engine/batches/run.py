@@ -15,15 +15,14 @@ from rabbit_engine.batches.inputs import InputFile
 from rabbit_engine.batches.lines import TASKS, Task
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.progress import BatchProgress, BatchReport
+from rabbit_engine.batches.tasks import require_task
 from rabbit_engine.batches.window import Answered, Window
 from rabbit_engine.errors import CannotGenerateError, ConfigurationError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.model.protocols import SessionModel
-from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server.bodies import Bodies
 from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.prompts import Overflow
-from rabbit_engine.tasks.embedding import find_embedder
 
 _TELL_S = 0.5
 """The progress is told this often while no line ends."""
@@ -70,7 +69,7 @@ def batch(
         model: a loaded model, or what `AutoModel.from_pretrained` takes, with its keywords as `loading`.
         input_file: JSON lines: OpenAI's batch format, or plain `{"prompt": ...}`, `{"messages": ...}`, `{"input": ...}`.
         output_file: OpenAI's format: `id`, `custom_id`, `response`, `error`. Appended to if it is of the same input.
-        task: "chat", "complete" or "embed"; None takes each line's own.
+        task: "chat", "complete", "embed", "classify", "rerank" or "score"; None takes each line's own.
         max_requests: texts under way at once; memory may allow fewer.
         max_new_tokens: the length of an answer whose line sets none.
         overflow: as of `Session`.
@@ -118,8 +117,7 @@ class BatchJob:
 
     def run(self, model: SessionModel, on_progress: Callable[[BatchProgress], None] | None = None) -> BatchReport:
         """Answer the lines that are left."""
-        embedder = find_embedder(runtime_of(model).checkpoint.repo.folder)
-        self._require_task(model, can_embed=embedder is not None)
+        self._require_task(model)
         choices, most = self._choices, 2 * self._choices.max_requests
         with Session(
             model,
@@ -129,7 +127,7 @@ class BatchJob:
             overflow=choices.overflow,
             exact=choices.exact,
         ) as session:
-            window = Window(session, Bodies(session, self._name, embedder), choices.task, self._name, most)
+            window = Window(session, Bodies(session, self._name, None), choices.task, self._name, most)
             self._began_s = time.monotonic()
             try:
                 self._answer_all(window, lambda: on_progress and on_progress(self._progress(session, window)))
@@ -179,13 +177,11 @@ class BatchJob:
             self._source.count, target.count, target.failed, self._resumed, session.running, window.tokens, seconds
         )
 
-    def _require_task(self, model: SessionModel, *, can_embed: bool) -> None:
+    def _require_task(self, model: SessionModel) -> None:
         """Refuse a task that every line would fail at."""
-        task = self._choices.task
-        if task in ("chat", "complete") and not model.can_generate():
+        if self._choices.task in ("chat", "complete") and not model.can_generate():
             raise CannotGenerateError(f"{type(model).__name__} does not generate text")
-        if task == "embed" and not can_embed:
-            raise ConfigurationError(f"{self._name} cannot embed texts: it has no sentence-transformers files")
+        require_task(model, self._choices.task)
 
 
 def _name_of(model: str | Path | SessionModel) -> str:

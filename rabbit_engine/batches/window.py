@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +15,11 @@ import torch
 
 from rabbit_engine.batches.inputs import InputLine, name_of
 from rabbit_engine.batches.lines import LineRequest, Task, custom_id_of, read_line, read_request
+from rabbit_engine.batches.tasks import COMPUTED
 from rabbit_engine.errors import MissingExtraError, ModelClosedError, SessionClosedError
 from rabbit_engine.server.bodies import Bodies
 from rabbit_engine.server.errors import RequestError, as_request_error
-from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from rabbit_engine.server.schema import ChatRequest, CompletionRequest, parse
 from rabbit_engine.sessions import Piece, Reply, Request, Session
 
 ENDS_BATCH = (ModelClosedError, SessionClosedError, MissingExtraError, MemoryError, torch.OutOfMemoryError, OSError)
@@ -57,7 +58,7 @@ class _Pending:
     custom_id: str
     texts: int
     body: Callable[[list[Any]], Body]
-    cancel: Callable[[], None] = lambda: None
+    cancel: Callable[[], object] = lambda: None
     results: dict[int, object] = field(default_factory=dict)
 
 
@@ -71,8 +72,9 @@ class Window:
         self._starts: dict[Task, Callable[[InputLine, str, dict[str, Any]], _Pending]] = {
             "chat": self._chat,
             "complete": self._complete,
-            "embed": self._embed,
+            **{task: partial(self._compute, task) for task in COMPUTED},
         }
+        self._waiting = ThreadPoolExecutor(max(1, most_texts // 2), thread_name_prefix="rabbit-batch")
         self.texts = self.tokens = 0
 
     def submit(self, line: InputLine) -> Answered | None:
@@ -106,6 +108,7 @@ class Window:
         """End everything under way."""
         for pending in self._pending.values():
             pending.cancel()
+        self._waiting.shutdown(wait=False, cancel_futures=True)
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -152,15 +155,11 @@ class Window:
         requests = self._bodies.text_requests(asked)
         return self._ask(requests, _Pending(line, custom_id, len(requests), partial(self._bodies.text, asked, requests)))
 
-    def _embed(self, line: InputLine, custom_id: str, body: Mapping[str, Any]) -> _Pending:
-        asked = parse(EmbeddingRequest, dict(body))
-        prompts = self._bodies.embedding_prompts(asked)
-        pending = _Pending(line, custom_id, len(prompts), partial(self._bodies.embeddings, asked, prompts))
-        futures = self._session.call(self._bodies.embedding_works(prompts))
-        pending.cancel = partial(_cancel, futures)
-        for index, future in enumerate(futures):
-            future.add_done_callback(partial(self._tell_result, line.number, index))
-        return pending
+    def _compute(self, task: Task, line: InputLine, custom_id: str, body: dict[str, Any]) -> _Pending:
+        """Wait for the session in another thread, of which there are as many as texts under way."""
+        future = self._waiting.submit(COMPUTED[task], self._session, body)
+        future.add_done_callback(partial(self._tell_result, line.number, 0))
+        return _Pending(line, custom_id, 1, lambda found: found[0], future.cancel)
 
     def _ask(self, requests: Sequence[Request], pending: _Pending) -> _Pending:
         tickets = self._session.ask(requests, partial(self._tell, pending.line.number), bounded=False)
@@ -174,7 +173,7 @@ class Window:
         else:
             self._inbox.put((number, index, event))
 
-    def _tell_result(self, number: int, index: int, future: Future[Any]) -> None:
+    def _tell_result(self, number: int, index: int, future: Future[Body]) -> None:
         if not future.cancelled():
             self._inbox.put((number, index, future.exception() or future.result()))
 

@@ -27,7 +27,7 @@ def batch(
     input_file: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines: OpenAI's batch format, or plain bodies.")],
     output_file: Annotated[Path, typer.Argument(metavar="OUT", help="Where the answers go; if it holds some, the rest follows.")],
     task: Annotated[
-        Literal["chat", "complete", "embed"] | None,
+        Literal["chat", "complete", "embed", "classify", "rerank", "score"] | None,
         typer.Option(help="What the lines ask; by default each line's url or field tells.", case_sensitive=False),
     ] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Texts under way at once; memory may allow fewer.")] = 256,

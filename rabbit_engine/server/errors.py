@@ -15,6 +15,7 @@ from rabbit_engine.errors import (
     QueueFullError,
     RabbitError,
     SessionClosedError,
+    WrongHeadError,
 )
 from rabbit_engine.sessions.options import NAMES
 
@@ -62,7 +63,7 @@ def as_request_error(error: BaseException) -> RequestError:
         case ConfigurationError():
             named = str(error).replace("=", " ").split(" ", 1)[0]  # as "top_p=2 is out of range"
             return RequestError(400, str(error), param=named if named in NAMES else None)
-        case CannotGenerateError():
+        case CannotGenerateError() | WrongHeadError():
             return RequestError(400, str(error))
         case ModelClosedError():
             return RequestError(503, str(error), code="model_closed", retry_after_s=10)
