@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from rabbit_engine.model.capabilities import Capabilities, capabilities
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
+    from rabbit_engine.sessions.llm import LLM
+    from rabbit_engine.sessions.params import SamplingParams
     from rabbit_engine.streaming import Profile
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageClassification",
@@ -50,6 +53,7 @@ __all__ = [
     "Profile",
     "RabbitError",
     "Reply",
+    "SamplingParams",
     "SelfDraft",
     "Session",
     "StreamingMixin",
@@ -58,6 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LLM": "sessions.llm",
     "AutoModel": "model",
     "AutoModelForCausalLM": "model.auto_classes",
     "AutoModelForImageClassification": "model.auto_classes",
@@ -78,6 +83,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "Profile": "streaming",
     "Reply": "sessions",
+    "SamplingParams": "sessions.params",
     "SelfDraft": "decoding",
     "Session": "sessions",
     "StreamingMixin": "model",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,7 +30,7 @@ class Bodies:
             if getattr(asked, name) and not self._session.template_reads(name):
                 raise unsupported(name, "the checkpoint's chat template does not read it")
         request = self._session.request(asked.conversation(), **template, **asked.options())
-        return _copies([request], asked.choices)
+        return request.copies(asked.choices)
 
     def chat(self, asked: ChatRequest, replies: Sequence[Reply]) -> dict[str, object]:
         """A whole chat answer."""
@@ -48,7 +47,7 @@ class Bodies:
         special = asked.add_special_tokens is not False
         options = asked.options()
         found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
-        return _copies(found, asked.choices)
+        return [copy for request in found for copy in request.copies(asked.choices)]
 
     def text(self, asked: CompletionRequest, requests: Sequence[Request], replies: Sequence[Reply]) -> dict[str, object]:
         """A whole completion."""
@@ -91,16 +90,6 @@ class Bodies:
         ]
         tokens = sum(map(len, prompts))
         return {"object": "list", "data": data, "model": self._name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-
-
-def _copies(requests: Sequence[Request], count: int) -> list[Request]:
-    """`count` copies of each; the copies of a seeded one get different seeds."""
-    return [_reseeded(request, index) for request in requests for index in range(count)]
-
-
-def _reseeded(request: Request, index: int) -> Request:
-    seed = request.options.seed
-    return request if seed is None else replace(request, options=replace(request.options, seed=seed + index))
 
 
 def _cut(vector: torch.Tensor, dimensions: int | None) -> list[float]:

@@ -8,7 +8,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -50,6 +50,13 @@ class Request:
 
     prompt: Prompt
     options: Options
+
+    def copies(self, count: int) -> list[Request]:
+        """`count` of the same; those of a seeded one get different seeds."""
+        seed = self.options.seed
+        if seed is None:
+            return [self] * count
+        return [replace(self, options=replace(self.options, seed=seed + index)) for index in range(count)]
 
 
 class Ticket:
@@ -188,7 +195,7 @@ class Session(TaskMethods):
 
         If there are more than `max_requests`, the rest wait; `max_queue` does not apply.
         """
-        return self._wait_for(self._requests(prompts, options), bounded=False)
+        return self.answers(self._requests(prompts, options))
 
     async def achat(self, messages: Chat, /, **options: object) -> Reply:
         """`chat`, awaited. Cancelling the task cancels the request."""
@@ -249,6 +256,10 @@ class Session(TaskMethods):
         jobs = [self._job(request, index, tell) for index, request in enumerate(requests)]
         self._engine.submit(jobs, bounded=bounded)
         return [Ticket(self._engine, job) for job in jobs]
+
+    def answers(self, requests: Sequence[Request]) -> list[Reply]:
+        """The replies to requests, in their order; as many as there are may wait."""
+        return self._wait_for(requests, bounded=False)
 
     def events(self, requests: Sequence[Request]) -> Events:
         """Queue the requests and return their events for the running event loop. Raises QueueFullError."""
