@@ -298,3 +298,14 @@ def test_speech_becomes_text_as_with_transformers(frames: int, tmp_path: Path, s
         model.generation_config.is_multilingual = False
         found.append(model.generate(sound, do_sample=False, max_new_tokens=6, **more))
     assert torch.equal(*found)
+
+
+def test_a_head_that_shares_the_embedding_of_the_decoder_stays(tmp_path: Path, streamed: Any) -> None:
+    part = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"encoder": part, "decoder": part, "vocab_size": 96}
+    cls = "T5GemmaForConditionalGeneration"
+    expected = own(save(cls, "T5GemmaConfig", sizes, tmp_path), cls)
+    model = streamed(tmp_path)
+    inputs = {**TEXT, "decoder_input_ids": IDS[:, :5]}
+    with torch.no_grad():
+        assert differing(model(**inputs), expected(**inputs)) == []

@@ -307,7 +307,7 @@ class _Partitioner:
         largest = max((size.nbytes for size in self._sizes if size.role == "streamed"), default=self._cut.most_bytes)
         most = min(self._cut.most_bytes, max(largest, self._cut.least_bytes))
         plain = type(self._model.get_submodule(head)).forward is nn.Linear.forward and weight in names
-        can_stream = self._embedding() is not None or not self._is_shared(names)
+        can_stream = not self._is_shared(names) or self._is_the_embedding(names)
         blocks = row_blocks(self._weights.entries[weight], most) if plain and can_stream else []
         if len(blocks) < 2:
             self._add(head, self._weights.unit(head, names), streamed=can_stream, module=head)
@@ -322,6 +322,11 @@ class _Partitioner:
     def _is_shared(self, names: Sequence[str]) -> bool:
         """Whether another module uses one of the weights: it would find it gone, unless it reads rows from disk."""
         return any(self._users[self._weights.entries[name].name] > 1 for name in names)
+
+    def _is_the_embedding(self, names: Sequence[str]) -> bool:
+        """Whether one of the weights is that of the embedding that reads rows; a decoder may have another."""
+        embedding = self._embedding()
+        return embedding is not None and self._weights.entries[embedding].name in self._weights.stored(names)
 
     def add_others(self) -> None:
         """Add what belongs neither to a layer nor to the head: the embedding by row, everything else resident."""
