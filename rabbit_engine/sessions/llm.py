@@ -97,11 +97,14 @@ class LLM:
     def __init__(self, model: str | Path | SessionModel, *, max_requests: int = 256, exact: bool = True, **loading: Any) -> None:
         self._own: StreamedModel | None = None
         if isinstance(model, str | Path):
-            model = self._own = AutoModel.from_pretrained(model, **loading)
+            self._own = AutoModel.from_pretrained(model, **loading)
+            given: SessionModel = self._own
         elif loading:
             raise ConfigurationError(f"the model is loaded: {next(iter(loading))} has no effect")
+        else:
+            given = model
         try:
-            self.session = Session(model, max_requests=max_requests, exact=exact)
+            self.session = Session(given, max_requests=max_requests, exact=exact)
         except BaseException:
             self._close_own()
             raise
