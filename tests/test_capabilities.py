@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from fake_hub import FakeHub
+from matrix import ORACLES
 from test_quantised import FP8, rewrite, to_fp8
 from test_tasks import BART, CLASSES, SIZES, T5, save
 from tiny import words
@@ -160,6 +161,12 @@ def test_an_embedder_of_sentence_transformers_is_one(own_checkpoint: Any) -> Non
     assert capabilities(folder).task == "text-generation"
     (folder / "modules.json").write_text("[]")
     assert capabilities(folder).task == "feature-extraction"
+
+
+def test_a_converted_family_is_described_as_what_it_becomes() -> None:
+    found = capabilities(ORACLES / "baichuan1_13b")
+    assert (found.cls, found.auto_class, found.task) == ("AlibiLlamaForCausalLM", "AutoModelForCausalLM", "text-generation")
+    assert found.auto_classes == ("AutoModelForCausalLM",)
 
 
 def test_what_loading_refuses_is_refused(tmp_path: Path, own_checkpoint: Any) -> None:

@@ -31,6 +31,8 @@ from rabbit_engine.transformers_bridge.quantizers import method_of
 from rabbit_engine.utils.report import Report
 from rabbit_engine.utils.sizes import format_bytes
 
+_CAUSAL = "AutoModelForCausalLM"
+
 _MOST_SHOWN = 8
 """Labels in a report."""
 
@@ -121,13 +123,16 @@ def _describe(name: str, resolution: Resolution) -> Capabilities:
     request, architecture, dtype = source.request, source.architecture, source.dtype
     model = resolution.model or build_plain(architecture, dtype)
     folder, layout = request.repo.folder, find_layout(model)
-    auto = auto_class_of(architecture.cls, architecture.config, folder)
+    auto: str | None = _CAUSAL
+    autos: tuple[str, ...] = (_CAUSAL,)  # which converted families become
+    if architecture.family is None:
+        auto, autos = auto_class_of(architecture.cls, architecture.config, folder), auto_classes_for(architecture.config)
     return Capabilities(
         name=name,
         model_type=model.config.model_type,
         cls=architecture.cls.__name__,
         auto_class=auto,
-        auto_classes=auto_classes_for(architecture.config),
+        auto_classes=autos,
         task="feature-extraction" if "modules.json" in request.repo.names else task_of(auto),
         can_generate=model.can_generate(),
         has_chat_template=_has_chat_template(request),
