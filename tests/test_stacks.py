@@ -309,3 +309,19 @@ def test_a_head_that_shares_the_embedding_of_the_decoder_stays(tmp_path: Path, s
     inputs = {**TEXT, "decoder_input_ids": IDS[:, :5]}
     with torch.no_grad():
         assert differing(model(**inputs), expected(**inputs)) == []
+
+
+def test_a_server_completes_with_an_encoder_and_a_decoder(tmp_path: Path, streamed: Any) -> None:
+    import httpx
+    from serving import NAME, serving
+
+    expected, model = both("bart", tmp_path, streamed)
+    words(96).save_pretrained(tmp_path)
+    answer = words(96).decode(expected.generate(IDS[:1], max_new_tokens=6, do_sample=False)[0, 1:], skip_special_tokens=True)
+    prompt = " ".join(f"w{token}" for token in TOKENS)
+    with Session(model) as session, serving(session) as address:
+        body = {"model": NAME, "prompt": prompt, "max_tokens": 6, "temperature": 0}
+        found = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    assert "choices" in found, found
+    assert found["choices"][0]["text"].split() == answer.split()
+    assert found["usage"]["prompt_tokens"] == len(TOKENS)
