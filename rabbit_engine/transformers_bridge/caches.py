@@ -95,6 +95,9 @@ def record_past(cache: Cache) -> Callable[[], None]:
     The returned function ends that, but for layers that did so before: the cache's owner may want it.
     """
     started: list[Any] = [layer for layer in cache.layers if not getattr(layer, "record_past", True)]
+    for layer in _filled(cache):
+        if getattr(layer, "record_past", False):
+            layer.crop(0)  # some releases show all that such a layer has recorded, not its window
     cache.activate_past_recording()
 
     def stop() -> None:
