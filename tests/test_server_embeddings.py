@@ -81,6 +81,8 @@ def test_unknown_ways_of_embedding_are_reported(embedding_folder: Any) -> None:
         find_embedder(folder)
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
     assert find_embedder(folder) == Embedder(("mean",), True)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": ["mean", "cls"], "include_prompt": false}')
+    assert find_embedder(folder) == Embedder(("mean", "cls"), True, counts_prompt=False)
     (folder / "modules.json").unlink()
     assert find_embedder(folder) is None
 

@@ -118,6 +118,17 @@ def test_the_default_prompt_goes_before_every_text(opened: Any) -> None:
             session.embed("w5", prompt="querry")
 
 
+def test_several_poolings_are_joined_and_a_prompt_that_does_not_count_is_refused(opened: Any) -> None:
+    config = {"pooling_mode": ["max", "cls"], "include_prompt": False}
+    model, oracle = opened(*ENCODERS[0], {**sentence_files("cls_token"), "1_Pooling/config.json": config})
+    with Session(model) as session:
+        found = session.embed(TEXTS[0], normalize=False)
+        with pytest.raises(errors.ConfigurationError, match="leaves out the prompt"):
+            session.embed(TEXTS[0], prompt="w60 ")
+    hidden = states(oracle, TEXTS[0])
+    assert torch.equal(found, torch.cat([hidden.amax(dim=0), hidden[0]]))
+
+
 def test_a_long_text_is_refused_truncated_or_embedded_in_windows(opened: Any) -> None:
     files = sentence_files("mean_tokens", **{"sentence_bert_config.json": {"max_seq_length": 20, "do_lower_case": False}})
     model, oracle = opened(*ENCODERS[0], files)

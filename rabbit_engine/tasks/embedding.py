@@ -70,7 +70,8 @@ class Embedder:
     """Hidden states into vectors: the `poolings`, joined if they are several, then normalized if it `normalizes`.
 
     `prompts` are texts by name that go before a text, `default_prompt` names the one that goes before every text, and
-    `most_tokens` is the length that the checkpoint was trained for.
+    `most_tokens` is the length that the checkpoint was trained for. It `counts_prompt` unless the vector leaves out the tokens
+    of a prompt.
     """
 
     poolings: tuple[str, ...] = ("mean",)
@@ -79,6 +80,7 @@ class Embedder:
     default_prompt: str | None = None
     most_tokens: int | None = None
     lowercases: bool = False
+    counts_prompt: bool = True
 
     def changed(self, pooling: str | None, normalize: bool | None) -> Embedder:
         """The same with another pooling, or with or without normalizing. Raises ConfigurationError for an unknown pooling."""
@@ -90,20 +92,23 @@ class Embedder:
     def prompted(self, text: str, prompt: str | None) -> str:
         """The text after its prompt: a name among `prompts`, or the prompt itself; None is the checkpoint's default.
 
-        Raises ConfigurationError for a word that is not among the names.
+        Raises ConfigurationError for a word that is not among the names, or where the vector leaves out the prompt.
         """
         named = self.default_prompt if prompt is None else prompt
         if named is not None and named.isidentifier() and named not in self.prompts:
             known = ", ".join(self.prompts) or "none"
             raise ConfigurationError(f"the checkpoint has no prompt named {named!r}; its prompts are: {known}")
-        whole = ("" if named is None else self.prompts.get(named, named)) + text
+        before = "" if named is None else self.prompts.get(named, named)
+        if before and not self.counts_prompt:
+            raise ConfigurationError("the checkpoint's pooling leaves out the prompt (include_prompt), which is not supported")
+        whole = before + text
         return whole.lower() if self.lowercases else whole
 
     def pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states [texts, length, width] and their mask [texts, length], padded on the right, into float32
         [texts, width], not normalized yet."""
         states, mask = states.float(), mask.float()
-        found = [pool(states, mask) for name, (_, pool) in _POOLINGS.items() if name in self.poolings]
+        found = [_POOLINGS[name][1](states, mask) for name in self.poolings]
         return torch.cat(found, dim=-1).cpu()
 
     def finish(self, vectors: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
@@ -150,23 +155,23 @@ def find_embedder(folder: Path) -> Embedder | None:
         raise ConfigurationError(f"{path} contains steps that are not supported: {', '.join(sorted(unknown))}")
     if not steps:
         return None
-    embedder = Embedder(_find_poolings(folder / part / "config.json"), "Normalize" in steps)
+    embedder = replace(_read_pooling(folder / part / "config.json"), normalizes="Normalize" in steps)
     return _with_length(_with_prompts(embedder, folder), folder)
 
 
-def _find_poolings(path: Path) -> tuple[str, ...]:
+def _read_pooling(path: Path) -> Embedder:
     with _parsed(path) as listed:
         config = Fields.of(listed)
-        modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
-        named = config.optional_text("pooling_mode")
-    found = [named] if named is not None else [_name_of(mode) for mode in modes]  # newer files name it
+        modes = {key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)}
+        named = config.values.get("pooling_mode")  # in newer files
+        listed_names = config.items("pooling_mode") if isinstance(named, list) else [config.optional_text("pooling_mode")]
+        counts_prompt = config.flag("include_prompt") if "include_prompt" in config.values else True
+    known = [name for name, (key, _) in _POOLINGS.items() if key in modes]
+    unknown = sorted(modes - {key for key, _ in _POOLINGS.values()})
+    found = [str(name) for name in listed_names if name is not None] or [*known, *unknown]
     if not found or not set(found) <= set(_POOLINGS):
         raise ConfigurationError(f"{path} has a pooling that is not supported: {', '.join(found) or 'none is named'}")
-    return tuple(found)
-
-
-def _name_of(mode: str) -> str:
-    return next((name for name, (key, _) in _POOLINGS.items() if key == mode), mode)
+    return Embedder(tuple(found), counts_prompt=counts_prompt)
 
 
 def _with_prompts(embedder: Embedder, folder: Path) -> Embedder:
