@@ -39,7 +39,7 @@ class TaskMethods:
 
     Every text has a forward of its own, so that its result is, bit for bit, what transformers computes for it alone.
     `exact=False` joins texts of about the same length in padded batches, which is faster where computing takes longer than
-    moving the weights: results then differ by rounding, by up to 1e-5 of their size in float32 and 2e-2 in bfloat16.
+    moving the weights: results then differ by rounding, by up to 1e-5 of their size in float32 and 5e-2 in bfloat16.
     None is as the session.
 
     A text of more tokens than the model, its tokenizer or the memory allow raises PromptTooLongError, unless `truncation`
