@@ -14,8 +14,9 @@ import torch
 import transformers
 from openai.types import CreateEmbeddingResponse
 from serving import HI, NAME, extras, post, serving
+from talking import make_tokenizer
 
-from rabbit_engine import Session, errors
+from rabbit_engine import Session, batch, errors
 from rabbit_engine.tasks.embedding import Embedder, find_embedder
 
 
@@ -73,6 +74,34 @@ def test_embeddings_of_a_model_that_embeds(
         torch.testing.assert_close(torch.tensor(one.embedding), expected, rtol=0, atol=1e-6)
     assert len(short) == 4
     assert sum(value**2 for value in short) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_server_and_a_batch_embed_as_the_session_does(embedding_folder: Any, streamed: Any, tmp_path: Path) -> None:
+    """With the checkpoint's default prompt, its longest text and its lower case."""
+    folder = embedding_folder("mean_tokens", normalize=False)
+    prompts = {"prompts": {"query": "Query:"}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    make_tokenizer().save_pretrained(folder)
+    model, texts = streamed(folder), ["Hello", "longer", [5, 6]]
+    asked = {"model": NAME, "input": texts[:2], "dimensions": 8}
+    with Session(model) as session, serving(session) as url:
+        bodies = [post(f"{url}/v1/embeddings", json=asked).json()]
+        (ids,) = post(f"{url}/v1/embeddings", json={"model": NAME, "input": texts[2]}).json()["data"]
+        long = post(f"{url}/v1/embeddings", json={"model": NAME, "input": "a" * 15})
+        wide = post(f"{url}/v1/embeddings", json={"model": NAME, "input": "a", "dimensions": 999})
+        expected, plain = session.embed(texts[:2], dimensions=8), session.embed(texts[:2], dimensions=8, prompt="")
+        assert ids["embedding"] == session.embed(texts[2]).tolist()
+        assert torch.equal(expected, session.embed(["query:hello", "query:longer"], dimensions=8, prompt=""))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"url": "/v1/embeddings", "body": asked}))
+    batch(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", task="embed")
+    bodies.append(json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"])
+    assert not torch.equal(expected, plain)
+    for body in bodies:
+        assert [each["embedding"] for each in body["data"]] == expected.tolist()
+        assert body["usage"]["prompt_tokens"] == 2 * len("query:") + len("hello") + len("longer")
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert (wide.status_code, wide.json()["error"]["param"]) == (400, "dimensions")
 
 
 def test_unknown_ways_of_embedding_are_reported(embedding_folder: Any) -> None:

@@ -18,7 +18,7 @@ from serving import running
 from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.server import app, body, listen
+from rabbit_engine.server import app, body, listen, parsing
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.timeouts import Timeouts
 
@@ -71,18 +71,18 @@ def until(connection: socket.socket, last: bytes) -> bytes:
 
 
 def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: Any) -> None:
-    monkeypatch.setattr(body.json, "loads", None)  # it would fail
+    monkeypatch.setattr(parsing.json, "loads", None)  # it would fail
     for values in (b"5," * 300_000, b"[]," * 300_000, b"{" * 300_000):
         with pytest.raises(RequestError, match="more than 131072") as caught:
-            body.parse_object(b'{"prompt": [' + values + b"5]}")
+            parsing.parse_object(b'{"prompt": [' + values + b"5]}")
         assert caught.value.status == 400
 
 
 def test_a_text_may_have_as_many_commas_as_it_likes() -> None:
     text = 'a, b, [c], {d}, "quoted" \\ ' * 60_000
-    assert body.parse_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+    assert parsing.parse_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
     ids = list(range(100_000))
-    assert body.parse_object(json.dumps({"prompt": ids}).encode()) == {"prompt": ids}
+    assert parsing.parse_object(json.dumps({"prompt": ids}).encode()) == {"prompt": ids}
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_a_text_may_have_as_many_commas_as_it_likes() -> None:
 )
 def test_invalid_json_is_refused(bad: bytes) -> None:
     with pytest.raises(RequestError, match=r"not valid JSON|not a JSON object") as caught:
-        body.parse_object(bad)
+        parsing.parse_object(bad)
     assert caught.value.status == 400
-    assert body.parse_object(b'{"a": "\\ud83d\\ude42"}') == {"a": "🙂"}
+    assert parsing.parse_object(b'{"a": "\\ud83d\\ude42"}') == {"a": "🙂"}
 
 
 def test_small_requests_do_not_wait_for_a_large_one_that_is_being_read(session: Session, monkeypatch: Any) -> None:

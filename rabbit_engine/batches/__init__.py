@@ -1,12 +1,7 @@
 """A batch over a file: requests in, one a line, and answers out; killed at any moment and started again, it goes on."""
 
-from rabbit_engine.utils.extras import missing_extra
-
-try:
-    from rabbit_engine.batches.lines import Task
-    from rabbit_engine.batches.progress import BatchProgress, BatchReport
-    from rabbit_engine.batches.run import BatchJob, Choices, batch
-except ImportError as _error:
-    raise missing_extra("a batch", "serve", _error) from _error
+from rabbit_engine.batches.lines import Task
+from rabbit_engine.batches.progress import BatchProgress, BatchReport
+from rabbit_engine.batches.run import BatchJob, Choices, batch
 
 __all__ = ["BatchJob", "BatchProgress", "BatchReport", "Choices", "Task", "batch"]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rabbit_engine.server.body import parse_object
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.parsing import parse_object
 
 Task = Literal["chat", "complete", "embed", "classify", "rerank", "score"]
 TASKS: tuple[Task, ...] = get_args(Task)

@@ -127,7 +127,7 @@ class BatchJob:
             overflow=choices.overflow,
             exact=choices.exact,
         ) as session:
-            window = Window(session, Bodies(session, self._name, None), choices.task, self._name, most)
+            window = Window(session, Bodies(session, self._name), choices.task, self._name, most)
             self._began_s = time.monotonic()
             try:
                 self._answer_all(window, lambda: on_progress and on_progress(self._progress(session, window)))

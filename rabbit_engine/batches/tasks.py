@@ -66,14 +66,9 @@ def _pair(text: Any) -> Any:
 
 def _embed(session: Session, body: dict[str, Any]) -> Body:
     asked = parse(EmbeddingRequest, body)
-    vectors = session.embed(asked.inputs, dimensions=asked.dimensions)
-    tokens = sum(len(session.encode(text)) for text in asked.inputs)
-    encoding = asked.encoding_format or "float"
-    data = [
-        {"object": "embedding", "index": index, "embedding": wire.vector(vector.tolist(), encoding)}
-        for index, vector in enumerate(vectors)
-    ]
-    return {"object": "list", "data": data, "model": asked.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    work = session.embedding(asked.inputs)
+    vectors = work.run(asked.dimensions)
+    return wire.embeddings(asked.model, vectors.tolist(), asked.encoding_format or "float", work.tokens)
 
 
 def _classify(session: Session, body: dict[str, Any]) -> Body:

@@ -15,7 +15,7 @@ from rabbit_engine.server.schema import ChatRequest, CompletionRequest, Embeddin
 from rabbit_engine.server.tools import ToolCall, may_be_call
 from rabbit_engine.server.wire import Wire
 from rabbit_engine.sessions import Events, Piece, Reply, Request, Session
-from rabbit_engine.tasks.embedding import Embedder
+from rabbit_engine.sessions.embeddings import EmbeddingWork
 
 SILENCE_S = 10.0
 """A stream sends a keep-alive comment after this many seconds without a token."""
@@ -24,9 +24,10 @@ SILENCE_S = 10.0
 class Answering:
     """Answers requests for one model."""
 
-    def __init__(self, session: Session, name: str, embedder: Embedder | None, metrics: Metrics, ending: asyncio.Event) -> None:
+    def __init__(self, session: Session, name: str, metrics: Metrics, ending: asyncio.Event) -> None:
         self._session, self._name, self._metrics, self._ending = session, name, metrics, ending
-        self._bodies = Bodies(session, name, embedder)
+        self._bodies = Bodies(session, name)
+        self._embeds = session.embedder is not None  # damaged files are an error at the start
 
     # The next three may be slow, and run in a separate thread.
 
@@ -41,9 +42,11 @@ class Answering:
             raise RequestError(400, f"the server takes at most {most} answers at once", param="prompt")
         return self._bodies.text_requests(asked)
 
-    def embedding_prompts(self, asked: EmbeddingRequest) -> list[list[int]]:
-        """The token ids of texts. Raises if the model does not embed."""
-        return self._bodies.embedding_prompts(asked)
+    def embedding(self, asked: EmbeddingRequest) -> EmbeddingWork:
+        """The encoded texts. Raises if the model does not embed."""
+        if not self._embeds:
+            raise RequestError(400, f"{self._name} cannot embed texts: it has no sentence-transformers files", param="model")
+        return self._session.embedding(asked.inputs)
 
     def events(self, requests: Sequence[Request]) -> Events:
         """Submit them. Raises QueueFullError."""
@@ -147,15 +150,10 @@ class Answering:
                     await pending
             await events.aclose()
 
-    async def embed(self, asked: EmbeddingRequest, prompts: Sequence[list[int]]) -> dict[str, object]:
-        """Vectors of texts."""
-        futures = self._session.call(self._bodies.embedding_works(prompts))
-        try:
-            vectors = [await asyncio.wrap_future(future) for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-        return self._bodies.embeddings(asked, prompts, vectors)
+    async def embed(self, asked: EmbeddingRequest, work: EmbeddingWork) -> dict[str, object]:
+        """Vectors of texts, as `Session.embed` gives them."""
+        vectors = work.vectors(await work.start(bounded=True).awaited(), asked.dimensions)
+        return words.embeddings(self._name, vectors.tolist(), asked.encoding_format or "float", work.tokens)
 
 
 def _last_deltas(text: str, calls: Sequence[ToolCall]) -> Iterator[dict[str, object]]:

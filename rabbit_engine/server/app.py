@@ -19,21 +19,22 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rabbit_engine import __version__
 from rabbit_engine.errors import ConfigurationError, RabbitError, SessionClosedError
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server.answering import Answering
-from rabbit_engine.server.body import LARGE_BODY_BYTES, Incoming, parse_object, read_body
+from rabbit_engine.server.body import LARGE_BODY_BYTES, Incoming, read_body
 from rabbit_engine.server.errors import RequestError, as_request_error
 from rabbit_engine.server.lanes import MOST_SECONDS, Lanes
 from rabbit_engine.server.metrics import Metrics
+from rabbit_engine.server.parsing import parse_object
 from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Kind, parse
 from rabbit_engine.server.timeouts import USUAL, Timeouts
 from rabbit_engine.server.wire import event
 from rabbit_engine.sessions import Events, Session
-from rabbit_engine.tasks.embedding import find_embedder
 from rabbit_engine.utils.heap import give_free_memory_back
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,7 @@ class _Service:
         self._lanes = Lanes(session)
         self.ending = asyncio.Event()
         self._large = asyncio.Semaphore(1)
-        embedder = find_embedder(runtime_of(session.model).checkpoint.repo.folder)
-        self._answering = Answering(session, name, embedder, self._metrics, self.ending)
+        self._answering = Answering(session, name, self._metrics, self.ending)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -261,8 +261,8 @@ class _Service:
 
     async def embed(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
-        asked, prompts = await self._take(request, EmbeddingRequest, self._answering.embedding_prompts)
-        return await _whole(request, self._answering.embed(asked, prompts))
+        asked, work = await self._take(request, EmbeddingRequest, self._answering.embedding)
+        return await _whole(request, self._answering.embed(asked, work))
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which transformers' client calls first: the model is already loaded."""
@@ -325,18 +325,22 @@ async def _until_gone(request: Request) -> None:
 
 
 def _answer_error(error: Exception) -> Response:
-    found = as_request_error(error)
+    found = RequestError(499, "the client disconnected") if isinstance(error, ClientDisconnect) else as_request_error(error)
     if found.status >= 500 and found.status != 503:  # a server or model that was closed is not a failure
         logger.error("a request failed: %s", error, exc_info=error)
-    return found.response()
+    return _response(found)
 
 
 async def _query_error(_: Request, error: Exception) -> Response:
-    return RequestError(400, f"cannot read the query: {error}").response()
+    return _response(RequestError(400, f"cannot read the query: {error}"))
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     """What the framework rejects, in the same format."""
     status = getattr(error, "status_code", 500)
     codes = {404: "there is nothing at this path", 405: "this path does not support this method"}
-    return RequestError(status, codes.get(status, str(getattr(error, "detail", error)))).response()
+    return _response(RequestError(status, codes.get(status, str(getattr(error, "detail", error)))))
+
+
+def _response(error: RequestError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers())

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from contextlib import suppress
-from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -15,17 +12,12 @@ from starlette.types import Message, Receive, Scope
 from rabbit_engine.server.errors import RequestError
 
 MOST_BODY_BYTES = 4 * 2**20
-MOST_VALUES = 2**17
-"""The most JSON values in a body: parsing holds the GIL, for about 30 ms with this many."""
 
 LARGE_BODY_BYTES = 64 * 2**10
 """Larger bodies are parsed one at a time."""
 
 MOST_DRAINED_BYTES = 64 * 2**20
 """Up to this much of a refused body is read and discarded."""
-
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, timeout_s: float) -> bytes:
@@ -74,32 +66,6 @@ class Incoming:
             async with asyncio.timeout(timeout_s):
                 while self._comes and left > 0:
                     left -= len((await self.receive()).get("body", b""))
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises RequestError."""
-    values = _count_values(body)
-    if values > MOST_VALUES:
-        raise RequestError(400, f"the body has {values} values, more than {MOST_VALUES}: send fewer", code="request_too_large")
-    try:
-        found = json.loads(body.decode("utf-8-sig"))
-        if _HALF_PAIR.search(body):
-            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is not valid text
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(found, dict):
-        raise RequestError(400, "the body is not a JSON object", code="invalid_json")
-    return found
-
-
-def _count_values(body: bytes) -> int:
-    """An upper bound; strings are stripped only if their commas could exceed the limit."""
-    count = _count_marks(body)
-    return count if count <= MOST_VALUES else _count_marks(_STRINGS.sub(b"", body))
-
-
-def _count_marks(body: bytes) -> int:
-    return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
 def _too_large() -> RequestError:

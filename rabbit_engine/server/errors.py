@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
-
 from rabbit_engine.errors import (
     CannotGenerateError,
     ConfigurationError,
@@ -18,6 +15,9 @@ from rabbit_engine.errors import (
     WrongHeadError,
 )
 from rabbit_engine.sessions.options import NAMES
+
+_NAMED = {*NAMES, "dimensions"}
+"""Options of a session that a request sets by the same name."""
 
 
 class RequestError(Exception):
@@ -39,14 +39,14 @@ class RequestError(Exception):
         """The JSON body."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
+    def headers(self) -> dict[str, str]:
+        """The headers that go with the body."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
         if self.status in (408, 413):
             headers["Connection"] = "close"  # the rest of the body is not read
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status, headers)
+        return headers
 
 
 def as_request_error(error: BaseException) -> RequestError:
@@ -54,15 +54,13 @@ def as_request_error(error: BaseException) -> RequestError:
     match error:
         case RequestError():
             return error
-        case ClientDisconnect():
-            return RequestError(499, "the client disconnected")
         case QueueFullError():
             return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case PromptTooLongError():
             return RequestError(400, str(error), code="context_length_exceeded")
         case ConfigurationError():
             named = str(error).replace("=", " ").split(" ", 1)[0]  # as "top_p=2 is out of range"
-            return RequestError(400, str(error), param=named if named in NAMES else None)
+            return RequestError(400, str(error), param=named if named in _NAMED else None)
         case CannotGenerateError() | WrongHeadError():
             return RequestError(400, str(error))
         case ModelClosedError():

@@ -118,6 +118,14 @@ def chat_delta(wire: Wire, index: int, delta: Mapping[str, object], piece: Piece
     return wire.chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": ended})
 
 
-def vector(values: Sequence[float], encoding: str) -> list[float] | str:
+def embeddings(model: str, vectors: Sequence[Sequence[float]], encoding: str, tokens: int) -> dict[str, object]:
+    """The answer to a request for embeddings of `tokens` in all."""
+    data = [
+        {"object": "embedding", "index": index, "embedding": _vector(values, encoding)} for index, values in enumerate(vectors)
+    ]
+    return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def _vector(values: Sequence[float], encoding: str) -> list[float] | str:
     """An embedding as numbers, or as base64 of little-endian float32."""
     return list(values) if encoding == "float" else base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +37,44 @@ class Queue(Protocol):
     def submit(self, jobs: Sequence[Job], *, bounded: bool = True) -> None:
         """Queue all jobs."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether one more job would be rejected."""
+
+    def refuse(self) -> NoReturn:
+        """Raise QueueFullError."""
+
+
+class Started(Generic[T]):
+    """Forwards in the queue: the results of their texts, in the order of the texts.
+
+    The first failure is raised, and those that have not begun are dropped.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], futures: Sequence[Future[list[T]]]) -> None:
+        self._groups, self._futures = groups, futures
+
+    def results(self) -> list[T]:
+        """Wait for them."""
+        found: dict[int, T] = {}
+        try:
+            for indices, future in zip(self._groups, self._futures, strict=True):
+                found.update(zip(indices, future.result(), strict=True))
+        finally:
+            for future in self._futures:
+                future.cancel()
+        return [found[index] for index in range(len(found))]
+
+    async def awaited(self) -> list[T]:
+        """Await them. Cancelling the task drops those that have not begun."""
+        try:
+            for future in self._futures:
+                await asyncio.wrap_future(future)
+        finally:
+            for future in self._futures:
+                future.cancel()
+        return self.results()
+
 
 class Forwards:
     """Forwards of a session's model, in step with its answers.
@@ -62,12 +101,17 @@ class Forwards:
         *,
         exact: bool | None = None,
     ) -> list[T]:
-        """The result of each text, in their order.
-
-        The first failure is raised, and those that have not begun are dropped.
-        """
-        self._queue.require_process()
+        """The result of each text, in their order. Raises as `Started`."""
         self._queue.require_other_thread()
+        return self.start(texts, compute, exact=exact).results()
+
+    def start(
+        self, texts: Sequence[Inputs], compute: Compute[T], *, exact: bool | None = None, bounded: bool = False
+    ) -> Started[T]:
+        """Queue the texts without waiting for them. Raises QueueFullError if `bounded` and the queue is already full."""
+        self._queue.require_process()
+        if bounded and self._queue.is_full:
+            self._queue.refuse()
         exact = self._exact if exact is None else exact
 
         joins = not exact and can_pad(self._model.config)
@@ -78,7 +122,7 @@ class Forwards:
             some = [texts[index] for index in indices]
             jobs.append(computing_job(self._work(some, compute), _demand(some), future, exact=exact))
         self._queue.submit(jobs, bounded=False)
-        return list(_in_order(groups, futures))
+        return Started(groups, futures)
 
     def require_room(self, text: Inputs) -> None:
         """Raise PromptTooLongError if the logits of a text need more memory than there is."""
@@ -108,17 +152,6 @@ def _demand(texts: Sequence[Inputs]) -> Demand:
     longest = max(map(len, texts))
     padded = min(map(len, texts)) < longest
     return Demand(longest, 0, sequences=len(texts), padded=padded, logits=logits_rows(texts))
-
-
-def _in_order(groups: Sequence[Sequence[int]], futures: Sequence[Future[list[T]]]) -> Iterator[T]:
-    found: dict[int, T] = {}
-    try:
-        for indices, future in zip(groups, futures, strict=True):
-            found.update(zip(indices, future.result(), strict=True))
-    finally:
-        for future in futures:
-            future.cancel()
-    return (found[index] for index in range(len(found)))
 
 
 def _position_limit(model: SessionModel) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar, overload
 
 import torch
@@ -10,11 +11,12 @@ import torch
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.sessions.embeddings import EmbeddingWork
 from rabbit_engine.sessions.forwards import Forwards, last_logits_of, logits_of
 from rabbit_engine.sessions.inputs import Fit, Text
 from rabbit_engine.tasks.batches import Batch, Inputs
 from rabbit_engine.tasks.classification import Classification, labeller_of
-from rabbit_engine.tasks.embedding import Embedder, embedding_base, find_embedder, hidden_states
+from rabbit_engine.tasks.embedding import Embedder, find_embedder
 from rabbit_engine.tasks.heads import CAUSAL, SEQUENCES, base_of, has_head, require_head
 from rabbit_engine.tasks.reranking import (
     INSTRUCTION,
@@ -80,20 +82,25 @@ class TaskMethods:
             PromptTooLongError: for a text that is too long.
             ConfigurationError: for a text without tokens, or a wrong argument.
         """
-        embedder = (self._embedder() or Embedder()).changed(pooling, normalize)
-        fit = self._forwards.fit(most=embedder.most_tokens, truncation=truncation, stride=stride)
         many, is_one = _each(texts, pairs=False)
-        windows = self._encode([_prompted(embedder, text, prompt) for text in many], fit)
-        base = embedding_base(self.model)
-
-        def compute(batch: Batch) -> Iterable[torch.Tensor]:
-            return embedder.pool(hidden_states(base, batch), batch.mask)
-
-        vectors = self._forwards.run([window for each in windows for window in each], compute, exact=exact)
-        if not windows:
-            return torch.empty(0, 0)
-        found = embedder.finish(torch.stack(_means(windows, vectors)), dimensions)
+        embedder = (self.embedder or Embedder()).changed(pooling, normalize)
+        fit = self._forwards.fit(most=embedder.most_tokens, truncation=truncation, stride=stride)
+        found = self._embedding(embedder, many, prompt, fit).run(dimensions, exact=exact)
         return found[0] if is_one else found
+
+    @cached_property
+    def embedder(self) -> Embedder | None:
+        """How the checkpoint's sentence-transformers files embed texts; None without such files. Raises as `find_embedder`."""
+        return find_embedder(runtime_of(self.model).checkpoint.repo.folder)
+
+    def embedding(self, texts: Sequence[Text]) -> EmbeddingWork:
+        """Encode texts for a caller that does not wait for their vectors as `embed` does. Raises as `embed`."""
+        embedder = self.embedder or Embedder()
+        return self._embedding(embedder, texts, None, self._forwards.fit(most=embedder.most_tokens))
+
+    def _embedding(self, embedder: Embedder, texts: Sequence[Text], prompt: str | None, fit: Fit) -> EmbeddingWork:
+        prompted = [embedder.prompted(text, prompt) if isinstance(text, str) else text for text in texts]
+        return EmbeddingWork(self.model, self._forwards, embedder, self._encode(prompted, fit))
 
     @overload
     def classify(  # type: ignore[overload-overlap] # a text is a sequence of texts, too
@@ -336,9 +343,6 @@ class TaskMethods:
 
         return self._forwards.run(inputs, compute, exact=exact)
 
-    def _embedder(self) -> Embedder | None:
-        return find_embedder(runtime_of(self.model).checkpoint.repo.folder)
-
     def _encode(self, texts: Sequence[Text | Pair], fit: Fit) -> list[list[Inputs]]:
         """The windows of each text."""
         return [self._named(index, self._forwards.encoder.encode, *_parts(text), fit) for index, text in enumerate(texts)]
@@ -381,17 +385,3 @@ def _each(texts: Any, *, pairs: bool = True) -> tuple[list[Any], bool]:
     listed = list(found)
     one = bool(listed) and isinstance(listed[0], int)
     return ([listed], True) if one else (listed, False)
-
-
-def _prompted(embedder: Embedder, text: Text, prompt: str | None) -> Text:
-    return embedder.prompted(text, prompt) if isinstance(text, str) else text
-
-
-def _means(windows: Sequence[Sequence[Inputs]], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The mean of each text's vectors, weighted by the tokens of their windows."""
-    found, rest = [], iter(vectors)
-    for each in windows:
-        own = torch.stack([next(rest) for _ in each])
-        weights = torch.tensor([len(window) for window in each], dtype=own.dtype)
-        found.append(own[0] if len(each) == 1 else (weights[:, None] * own).sum(dim=0) / weights.sum())
-    return found

@@ -6,7 +6,7 @@ longest text, and `config_sentence_transformers.json` the prompts that go before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn import functional
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
 from rabbit_engine.storage.directio import damage_as, disk_errors, open_unchanged
 from rabbit_engine.storage.jsonvalues import Fields, file_name, parse
-from rabbit_engine.tasks.batches import Batch, Inputs, collate
+from rabbit_engine.tasks.batches import Batch
 from rabbit_engine.tasks.heads import base_of
 from rabbit_engine.transformers_bridge.forwards import no_cache_argument
 
@@ -118,11 +118,6 @@ class Embedder:
             raise ConfigurationError(f"dimensions={dimensions}: the model's vectors have {vectors.shape[-1]}")
         vectors = vectors[..., :dimensions]
         return functional.normalize(vectors, dim=-1) if self.normalizes else vectors
-
-    def embed(self, model: EmbeddingModel, ids: Sequence[int]) -> torch.Tensor:
-        """The vector of a text, float32 [width] on the CPU."""
-        batch = collate([Inputs({"input_ids": list(ids)})], model.device)
-        return self.finish(self.pool(hidden_states(embedding_base(model), batch), batch.mask))[0]
 
 
 def embedding_base(model: EmbeddingModel) -> nn.Module:
