@@ -43,7 +43,7 @@ PACKAGE = Path(rabbit_engine.__file__).parent
 WORDS_OF_FILES = {
     "architectures/families/chatglm.py": {"_name_or_path"},
     "tokenization/build.py": {"_name_or_path"},
-    "server/fields.py": {"_from_model_config", "_commit_hash", "_original_object_hash"},
+    "server/openai/fields.py": {"_from_model_config", "_commit_hash", "_original_object_hash"},
     "utils/keywords.py": {"_commit_hash", "_from_auto", "_from_pipeline"},
 }
 """Keys of config.json, of a client's generation config, and keywords of `from_pretrained`, which only look like attributes."""

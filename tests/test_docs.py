@@ -133,7 +133,7 @@ def test_commands_on_the_pages_are_as_they_are_shown() -> None:
 
 
 def test_requests_on_the_page_are_ones_the_server_takes() -> None:
-    schema = pytest.importorskip("rabbit_engine.server.schema")
+    schema = pytest.importorskip("rabbit_engine.server.openai.schema")
     bodies = [body for page in WRITTEN for text in blocks(page, "console") for body in re.findall(r"-d '(.*?)'", text, re.DOTALL)]
     assert bodies
     for body in bodies:

@@ -14,9 +14,9 @@ import transformers
 from fastapi.testclient import TestClient
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.server import fields
 from rabbit_engine.server.app import create_app
-from rabbit_engine.server.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from rabbit_engine.server.openai import fields
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 
 TALK = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xy"}]
 DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -248,7 +248,7 @@ def test_a_field_of_another_kind_of_request_is_refused(client: TestClient) -> No
 
 
 def test_an_unknown_field_is_logged_once_with_the_nearest_and_answered(client: TestClient, plain: str, caplog: Any) -> None:
-    with caplog.at_level(logging.WARNING, logger="rabbit_engine.server.fields"):
+    with caplog.at_level(logging.WARNING, logger="rabbit_engine.server.openai.fields"):
         assert text_of(chat(client, qwertz=1)) == text_of(chat(client, qwertz=2)) == plain
     assert caplog.text.count("'qwertz'") == 1
     assert "nearest known one" in caplog.text

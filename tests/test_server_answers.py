@@ -18,7 +18,6 @@ from smol import QUESTIONS, alone, user
 
 from rabbit_engine import Lookup, Session
 from rabbit_engine.server.app import create_app
-from rabbit_engine.server.tools import ToolCall, may_be_call, parse_calls
 
 
 def test_the_openai_client_gets_a_whole_answer(client: openai.OpenAI, smollm_model: Any) -> None:
@@ -202,7 +201,11 @@ def test_tool_calls_are_parsed_from_the_text(url: str, client: openai.OpenAI, mo
     chunks = list(client.chat.completions.create(**keywords, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert "tool_call" not in "".join(delta.content or "" for delta in deltas)
-    assert [delta.tool_calls[0].function.name for delta in deltas if delta.tool_calls] == ["weather"]
+    parts = [delta.tool_calls[0].function for delta in deltas if delta.tool_calls]
+    assert [part.name for part in parts if part.name] == ["weather"]
+    arguments = [part.arguments or "" for part in parts]
+    assert "".join(arguments) == call.function.arguments
+    assert len([part for part in arguments if part]) > 2  # as they are generated
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     monkeypatch.undo()
     history = [
@@ -211,32 +214,6 @@ def test_tool_calls_are_parsed_from_the_text(url: str, client: openai.OpenAI, mo
         {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
     ]
     assert client.chat.completions.create(model=NAME, messages=history, max_tokens=1).choices
-
-
-@pytest.mark.parametrize(
-    ("text", "rest", "names"),
-    [
-        ('<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call>', "", ["a"]),
-        ('Yes.<tool_call>{"name": "a"}</tool_call>\n<tool_call>{"name": "b"}</tool_call>', "Yes.", ["a", "b"]),
-        ('[TOOL_CALLS] [{"name": "a", "arguments": {}}]', "", ["a"]),
-        ('<|python_tag|>{"name": "b", "parameters": {"q": "é"}}', "", ["b"]),
-        ('{"name": "other", "arguments": {}}', '{"name": "other", "arguments": {}}', []),
-        ("<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", []),
-        ("just text", "just text", []),
-        ("{" * 5000, "{" * 5000, []),
-    ],
-)
-def test_calls_in_the_commonest_forms(text: str, rest: str, names: list[str]) -> None:
-    found, calls = parse_calls(text, ["a", "b"])
-    assert (found, [call.name for call in calls]) == (rest, names)
-    assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
-    if calls:
-        assert any(may_be_call(text[:length]) for length in range(1, len(text)))
-        assert may_be_call(text)
-    assert not may_be_call("Certainly")
-    assert may_be_call("Sure:\n<")
-    assert may_be_call("Sure:\n<tool_c")
-    assert ToolCall("a", "{}") == ToolCall("a", "{}")
 
 
 def test_the_tokenizer_is_loaded_before_the_first_request(own_checkpoint: Any, streamed: Any, smollm_model: Any) -> None:

@@ -18,7 +18,7 @@ from serving import running
 from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.server import app, body, listen, parsing
+from rabbit_engine.server import app, body, gate, listen, parsing
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.timeouts import Timeouts
 
@@ -106,7 +106,7 @@ def test_small_requests_do_not_wait_for_a_large_one_that_is_being_read(session: 
         return take(text, **options)
 
     monkeypatch.setattr(session, "request_text", slowly)
-    monkeypatch.setattr(app, "give_free_memory_back", given_back.set)
+    monkeypatch.setattr(gate, "give_free_memory_back", given_back.set)
     with serving(session) as (_, port):
         url = f"http://127.0.0.1:{port}"
         large = {"model": "mine", "prompt": "x" * 200_000, "max_tokens": 1}

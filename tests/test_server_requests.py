@@ -17,7 +17,7 @@ from smol import QUESTIONS, user
 from waiting import wait_until
 
 from rabbit_engine import Session, errors
-from rabbit_engine.server.app import check_exposure
+from rabbit_engine.server.access import check_exposure
 from rabbit_engine.server.body import MOST_BODY_BYTES
 
 
@@ -229,12 +229,12 @@ def test_health_metrics_plan_lanes_and_page(url: str, client: openai.OpenAI, smo
     assert {"compute", "wait"} <= {row["lane"] for row in lanes["lanes"]}
     assert any(row["lane"].startswith("disk") and row["spans"] for row in lanes["lanes"])
     assert lanes["passes"] == smollm_model.profile.passes
-    assert get(f"{url}/health").json() == {"status": "ok", "model": NAME, "running": 0, "waiting": 0}
+    assert get(f"{url}/health").json() == {"status": "ok", "model": NAME, "loaded": [NAME], "running": 0, "waiting": 0}
     plan = get(f"{url}/plan").json()
     assert plan["rows"] == [list(row) for row in smollm_model.plan.rows()]
     metrics = get(f"{url}/metrics").text
-    assert f"rabbit_passes_total {float(smollm_model.profile.passes)}" in metrics
-    assert f"rabbit_speculation_tokens_total {float(smollm_model.profile.speculation.tokens)}" in metrics
+    assert f'rabbit_passes_total{{model="{NAME}"}} {float(smollm_model.profile.passes)}' in metrics
+    assert f'rabbit_speculation_tokens_total{{model="{NAME}"}} {float(smollm_model.profile.speculation.tokens)}' in metrics
     assert 'rabbit_requests_total{path="/v1/chat/completions",status="200"}' in metrics
     page = get(url)
     assert page.headers["content-type"].startswith("text/html")

@@ -20,7 +20,7 @@ from rabbit_engine.batches.window import Answered, Window
 from rabbit_engine.errors import CannotGenerateError, ConfigurationError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.model.protocols import SessionModel
-from rabbit_engine.server.bodies import Bodies
+from rabbit_engine.server.openai.bodies import Bodies
 from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.prompts import Overflow
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rabbit_engine.batches.lines import Task
-from rabbit_engine.server import wire
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.schema import Asked, EmbeddingRequest, parse
+from rabbit_engine.server.openai import wire
+from rabbit_engine.server.openai.schema import Asked, EmbeddingRequest, parse
 from rabbit_engine.sessions import Session
 from rabbit_engine.tasks.heads import require_head
 

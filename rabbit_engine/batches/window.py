@@ -17,9 +17,9 @@ from rabbit_engine.batches.inputs import InputLine, name_of
 from rabbit_engine.batches.lines import LineRequest, Task, custom_id_of, read_line, read_request
 from rabbit_engine.batches.tasks import COMPUTED
 from rabbit_engine.errors import MissingExtraError, ModelClosedError, SessionClosedError
-from rabbit_engine.server.bodies import Bodies
 from rabbit_engine.server.errors import RequestError, as_request_error
-from rabbit_engine.server.schema import ChatRequest, CompletionRequest, parse
+from rabbit_engine.server.openai.bodies import Bodies
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, parse
 from rabbit_engine.sessions import Piece, Reply, Request, Session
 
 ENDS_BATCH = (ModelClosedError, SessionClosedError, MissingExtraError, MemoryError, torch.OutOfMemoryError, OSError)
@@ -148,7 +148,7 @@ class Window:
     def _chat(self, line: InputLine, custom_id: str, body: Mapping[str, Any]) -> _Pending:
         asked = parse(ChatRequest, dict(body))
         requests = self._bodies.chat_requests(asked)
-        return self._ask(requests, _Pending(line, custom_id, len(requests), partial(self._bodies.chat, asked)))
+        return self._ask(requests, _Pending(line, custom_id, len(requests), partial(self._bodies.chat, asked, requests)))
 
     def _complete(self, line: InputLine, custom_id: str, body: Mapping[str, Any]) -> _Pending:
         asked = parse(CompletionRequest, dict(body))

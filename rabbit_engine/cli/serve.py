@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from rabbit_engine.cli import engine, options, output
+from rabbit_engine.cli import engine, output
 from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.extras import missing_extra
+from rabbit_engine.utils.names import read_name
 
 
 @takes_loading
 def serve(
-    model: options.Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Repo names, folders or GGUF files; NAME=MODEL sets what clients call it."),
+    ],
+    default: Annotated[str | None, typer.Option(help="The model for requests that name none; otherwise the first.")] = None,
+    max_loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once; others wait until one is idle.")] = 1,
+    keep_alive: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which an idle model is unloaded; the default is never.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; any but loopback requires a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; the default is MODEL.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the only model; the default is MODEL.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at once; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose request sets no limit.")] = 1024,
@@ -33,8 +45,9 @@ def serve(
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
-    """Serve MODEL to any OpenAI client, streamed from disk; each pass over the weights serves all requests."""
+    """Serve models to any OpenAI client, streamed from disk; each pass over the weights serves all requests to a model."""
     key = read_key(api_key_file)
+    named = name_models(models, name)
     try:
         listen = engine.listen
     except ImportError as error:
@@ -42,27 +55,59 @@ def serve(
 
     listen.check_exposure(host, key)
     listen.check_port(host, port)
-    with (
-        loaded(model, loading.for_conversations()) as streamed,
-        engine.sessions.Session(
-            streamed,
-            max_requests=max_requests,
-            max_queue=max_queue,
-            max_new_tokens=max_new_tokens,
-            overflow=overflow,
-            exact=not share_products,
-        ) as session,
-    ):
-        output.note(str(streamed.plan))
+
+    @contextmanager
+    def opening(served: str) -> Iterator[engine.sessions.Session]:
+        with (
+            loaded(named[served], loading.for_conversations()) as streamed,
+            engine.sessions.Session(
+                streamed,
+                max_requests=max_requests,
+                max_queue=max_queue,
+                max_new_tokens=max_new_tokens,
+                overflow=overflow,
+                exact=not share_products,
+            ) as session,
+        ):
+            output.note(str(streamed.plan))
+            yield session
+
+    hosted = listen.Host(
+        list(named),
+        opening,
+        default=default,
+        most_loaded=max_loaded,
+        keep_alive_s=math.inf if keep_alive is None else keep_alive,
+        most_waiting=max_queue,
+    )
+    if len(named) == 1:
+        hosted.preload(hosted.default)
+    with closing(hosted):
         listen.run(
-            session,
-            name or model,
+            hosted,
             host=host,
             port=port,
             api_key=key,
             origins=allow_origin or [],
-            on_ready=lambda url: output.note(f"{name or model}: {url} (a page to chat with), {url}v1"),
+            on_ready=lambda url: output.note(f"{', '.join(named)}: {url} (a page to chat with), {url}v1"),
         )
+
+
+def name_models(given: Sequence[str], name: str | None) -> dict[str, str]:
+    """The models by the names that clients use. Raises ConfigurationError for names that say nothing or are used twice."""
+    if name is not None and len(given) > 1:
+        raise ConfigurationError(f"--name is for one model, not for {len(given)}: write NAME=MODEL instead")
+    found: dict[str, str] = {}
+    for text in given:
+        before, is_named, after = text.partition("=")
+        called, model = (before, after) if is_named and not Path(text).exists() else (name or text, text)
+        read_name(model)
+        if not called:
+            raise ConfigurationError(f"{text!r}: write NAME=MODEL")
+        if called in found:
+            raise ConfigurationError(f"two models are called {called!r}: write NAME=MODEL to set different names")
+        found[called] = model
+    return found
 
 
 def read_key(path: Path | None) -> str | None:

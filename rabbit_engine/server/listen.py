@@ -16,9 +16,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.server.app import check_exposure, create_app, is_loopback
+from rabbit_engine.server.access import check_exposure, is_loopback
+from rabbit_engine.server.app import create_app
+from rabbit_engine.server.hosting import Host
 from rabbit_engine.server.timeouts import USUAL, Timeouts
-from rabbit_engine.sessions import Session
 
 
 class _Protocol(H11Protocol):
@@ -84,8 +85,7 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    session: Session,
-    name: str,
+    models: Host,
     *,
     host: str,
     port: int,
@@ -94,10 +94,10 @@ def run(
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; a second one ends running answers at once. `on_ready` is called with the address."""
-    app = create_app(session, name, api_key=api_key, origins=origins, local=is_loopback(host))
+    app = create_app(models, api_key=api_key, origins=origins, local=is_loopback(host))
     server = make_server(app, host=host, port=port, on_ready=on_ready)
     gc.collect()
-    gc.freeze()  # the model stays: garbage collection need not scan it
+    gc.freeze()  # the models that are loaded stay: garbage collection need not scan them
     server.run()
 
 
@@ -134,4 +134,4 @@ def check_port(host: str, port: int) -> None:
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
 
-__all__ = ["check_exposure", "check_port", "make_server", "run"]
+__all__ = ["Host", "check_exposure", "check_port", "make_server", "run"]

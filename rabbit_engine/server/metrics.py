@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rabbit_engine.sessions import Reply, Session
-from rabbit_engine.streaming import SpeculationProfile
+from rabbit_engine.server.hosting import Host, Served
+from rabbit_engine.sessions import Reply
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
@@ -17,9 +17,9 @@ _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 class Metrics:
     """Requests are counted as they end; the model's own counters are read at each scrape."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, host: Host) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_ModelCounts(session))
+        self._registry.register(_ModelCounts(host))
         own = {"registry": self._registry, "namespace": "rabbit"}
         self._requests = Counter("requests", "Requests answered, by path and status.", ["path", "status"], **own)  # type: ignore[arg-type]
         self._tokens = Counter("tokens", "Tokens of prompts and of answers.", ["kind"], **own)  # type: ignore[arg-type]
@@ -46,30 +46,50 @@ class Metrics:
 
 
 class _ModelCounts(Collector):
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    """The counters of the loaded models, each with its name as a label."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
 
     def collect(self) -> Iterator[Metric]:
         """Once a scrape."""
-        session, profile = self._session, self._session.model.profile
-        yield GaugeMetricFamily("rabbit_running_requests", "Answers under way.", session.running)
-        yield GaugeMetricFamily("rabbit_waiting_requests", "Requests that have not started.", session.waiting)
-        yield CounterMetricFamily("rabbit_passes", "Passes over the weights.", value=profile.passes)
-        yield CounterMetricFamily("rabbit_pass_seconds", "Seconds of passes.", value=profile.pass_s)
-        yield CounterMetricFamily("rabbit_read_bytes", "Bytes of weights read from disk.", value=profile.bytes_read)
-        yield CounterMetricFamily("rabbit_copied_bytes", "Bytes of weights copied from host memory.", value=profile.bytes_copied)
-        yield CounterMetricFamily("rabbit_wait_seconds", "Seconds that passes waited for weights.", value=profile.wait_s)
-        yield from _speculation(profile.speculation)
+        loaded = self._host.loaded
+        for name, text, value in _GAUGES:
+            gauge = GaugeMetricFamily(f"rabbit_{name}", text, labels=["model"])
+            for served in loaded:
+                gauge.add_metric([served.name], value(served))
+            yield gauge
+        for name, text, value in _COUNTERS:
+            counter = CounterMetricFamily(f"rabbit_{name}", text, labels=["model"])
+            for served in loaded:
+                counter.add_metric([served.name], value(served))
+            yield counter
 
 
-def _speculation(counts: SpeculationProfile) -> Iterator[Metric]:
-    """Tokens a pass is the ratio of the first two."""
-    for name, text, value in (
-        ("tokens", "Tokens of answers that speculate.", counts.tokens),
-        ("passes", "Passes over answers that speculate.", counts.passes),
-        ("drafted", "Tokens guessed ahead.", counts.drafted),
-        ("verified", "Guesses that a pass verified.", counts.nodes),
-        ("accepted", "Guesses that came true.", counts.accepted),
-        ("draft_seconds", "Seconds of guessing.", counts.draft_s),
-    ):
-        yield CounterMetricFamily(f"rabbit_speculation_{name}", text, value=value)
+def _profile(name: str) -> Callable[[Served], float]:
+    return lambda served: getattr(served.session.model.profile, name)
+
+
+def _speculation(name: str) -> Callable[[Served], float]:
+    return lambda served: getattr(served.session.model.profile.speculation, name)
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Served], float]], ...] = (
+    ("running_requests", "Answers under way.", lambda served: served.session.running),
+    ("waiting_requests", "Requests that have not started.", lambda served: served.session.waiting),
+)
+
+_COUNTERS: tuple[tuple[str, str, Callable[[Served], float]], ...] = (
+    ("passes", "Passes over the weights.", _profile("passes")),
+    ("pass_seconds", "Seconds of passes.", _profile("pass_s")),
+    ("read_bytes", "Bytes of weights read from disk.", _profile("bytes_read")),
+    ("copied_bytes", "Bytes of weights copied from host memory.", _profile("bytes_copied")),
+    ("wait_seconds", "Seconds that passes waited for weights.", _profile("wait_s")),
+    # tokens a pass is the ratio of the next two
+    ("speculation_tokens", "Tokens of answers that speculate.", _speculation("tokens")),
+    ("speculation_passes", "Passes over answers that speculate.", _speculation("passes")),
+    ("speculation_drafted", "Tokens guessed ahead.", _speculation("drafted")),
+    ("speculation_verified", "Guesses that a pass verified.", _speculation("nodes")),
+    ("speculation_accepted", "Guesses that came true.", _speculation("accepted")),
+    ("speculation_draft_seconds", "Seconds of guessing.", _speculation("draft_s")),
+)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rabbit_engine.server import wire as words
-from rabbit_engine.server.fields import unsupported
-from rabbit_engine.server.schema import ChatRequest, CompletionRequest
-from rabbit_engine.server.wire import Wire
+from rabbit_engine.server.flow import AnswerFlow, AnswerForm, form_of
+from rabbit_engine.server.openai import wire as words
+from rabbit_engine.server.openai.fields import unsupported
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest
+from rabbit_engine.server.openai.wire import Wire
 from rabbit_engine.sessions import Reply, Request, Session
 
 
@@ -27,13 +28,17 @@ class Bodies:
         request = self._session.request(asked.conversation(), **template, **asked.options())
         return request.copies(asked.choices)
 
-    def chat(self, asked: ChatRequest, replies: Sequence[Reply]) -> dict[str, object]:
+    def form(self, asked: ChatRequest, request: Request) -> AnswerForm:
+        """How to read the answers to a request."""
+        return form_of(self._session, request, asked.tool_names, asked.most_calls)
+
+    def chat(self, asked: ChatRequest, requests: Sequence[Request], replies: Sequence[Reply]) -> dict[str, object]:
         """A whole chat answer."""
         wire = Wire("chat.completion", self._name, self._session.model.tokenizer)
-        choices = []
-        for index, reply in enumerate(replies):
-            text, calls = asked.read_calls(reply.text)
-            choices.append(words.chat_choice(wire, index, reply, text, calls))
+        read = [AnswerFlow.read(self.form(asked, request), reply) for request, reply in zip(requests, replies, strict=True)]
+        choices = [
+            words.chat_choice(wire, index, reply, answer) for index, (reply, answer) in enumerate(zip(replies, read, strict=True))
+        ]
         return wire.body(choices, replies)
 
     def text_requests(self, asked: CompletionRequest) -> list[Request]:

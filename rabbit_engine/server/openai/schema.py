@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.fields import check_config, check_fields, unsupported
-from rabbit_engine.server.tools import ToolCall, check_tools, parse_calls
+from rabbit_engine.server.openai.fields import check_config, check_fields, unsupported
+from rabbit_engine.server.openai.tools import check_tools
 from rabbit_engine.sessions import MOST_ALTERNATIVES, Options, read_messages
 
 MOST_CHOICES = 16
@@ -273,10 +273,10 @@ class ChatRequest(_Request):
             given["add_generation_prompt"] = self.add_generation_prompt
         return {**given, **{name: value for name, value in own.items() if value}}
 
-    def read_calls(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The text without its tool calls, and the calls; at most one if the client wants no parallel calls."""
-        rest, calls = parse_calls(text, self.tool_names) if self.tool_names else (text, [])
-        return rest, calls[:1] if self.parallel_tool_calls is False else calls
+    @property
+    def most_calls(self) -> int | None:
+        """The most calls of an answer: one if the client wants no parallel calls."""
+        return 1 if self.parallel_tool_calls is False else None
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages in the form of chat templates: text instead of parts, arguments as objects."""

@@ -10,13 +10,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from rabbit_engine.model.protocols import Decoder
-from rabbit_engine.server.tools import ToolCall
-from rabbit_engine.sessions import Piece, Reply, TokenLogprob
+from rabbit_engine.server.calls import CallArguments, CallStart
+from rabbit_engine.server.flow import Answer, Delta, MadeCall, Reasoning
+from rabbit_engine.sessions import Reply, TokenLogprob
 
 _REASONS = {"cancelled": "stop"}
 LAST_CHUNK = "data: [DONE]\n\n"
-KEEP_ALIVE = ": weights are loading\n\n"
-"""A comment in the event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
 
 
 class Wire:
@@ -89,33 +88,47 @@ def reason(reply: Reply) -> str:
     return _REASONS.get(reply.finish_reason, reply.finish_reason)
 
 
-def chat_choice(wire: Wire, index: int, reply: Reply, text: str, calls: Sequence[ToolCall]) -> dict[str, object]:
+def chat_choice(wire: Wire, index: int, reply: Reply, answer: Answer) -> dict[str, object]:
     """A choice of a whole chat answer."""
-    message: dict[str, object] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-    if calls:
-        message["tool_calls"] = [tool_call(call) for call in calls]
+    text = answer.text if answer.text or not answer.calls else None
+    message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [_tool_call(call) for call in answer.calls]
     return {
         "index": index,
         "message": message,
         "logprobs": None if reply.logprobs is None else wire.logprobs(reply.logprobs),
-        "finish_reason": "tool_calls" if calls else reason(reply),
+        "finish_reason": "tool_calls" if answer.calls else reason(reply),
     }
 
 
-def tool_call(call: ToolCall) -> dict[str, object]:
-    """A call of a function."""
-    return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
+def _tool_call(call: MadeCall) -> dict[str, object]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def chat_delta(wire: Wire, index: int, delta: Mapping[str, object], piece: Piece | None = None, ended: str | None = None) -> str:
+def chat_delta(
+    wire: Wire, index: int, delta: Mapping[str, object], logprobs: Sequence[TokenLogprob] = (), ended: str | None = None
+) -> str:
     """An event of a chat's stream."""
-    found = piece.logprob if piece is not None else None
-    logprobs = None if found is None else wire.logprobs([found])
-    return wire.chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": ended})
+    found = wire.logprobs(logprobs) if logprobs else None
+    return wire.chunk({"index": index, "delta": delta, "logprobs": found, "finish_reason": ended})
+
+
+def chat_event(wire: Wire, index: int, delta: Delta) -> str:
+    """The event of a part of an answer."""
+    match delta:
+        case Reasoning(text):
+            return chat_delta(wire, index, {"reasoning_content": text})
+        case CallStart(call, identity, name):
+            function = {"name": name, "arguments": ""}
+            begun = {"index": call, "id": identity, "type": "function", "function": function}
+            return chat_delta(wire, index, {"tool_calls": [begun]})
+        case CallArguments(call, text):
+            return chat_delta(wire, index, {"tool_calls": [{"index": call, "function": {"arguments": text}}]})
+        case _:
+            return chat_delta(wire, index, {"content": delta.text}, delta.logprobs)
 
 
 def embeddings(model: str, vectors: Sequence[Sequence[float]], encoding: str, tokens: int) -> dict[str, object]:

@@ -1,0 +1,111 @@
+"""The endpoints of OpenAI's API."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from rabbit_engine.server.body import read_body
+from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.hosting import Served
+from rabbit_engine.server.openai.answering import chat_stream, embed, text_stream
+from rabbit_engine.server.openai.bodies import Bodies
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from rabbit_engine.server.openai.wire import event
+from rabbit_engine.server.parsing import parse_object
+from rabbit_engine.server.service import Service
+from rabbit_engine.server.streams import EVENTS
+from rabbit_engine.sessions import Request as Asking
+from rabbit_engine.sessions.embeddings import EmbeddingWork
+
+
+class OpenAIEndpoints:
+    """Chat, completions, embeddings and the list of models."""
+
+    paths: tuple[str, ...] = ("/v1",)
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._host = service, service.host
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes."""
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{model:path}")(self.model)
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.post("/v1/embeddings")(self.embed)
+        app.post("/load_model")(self.load)
+
+    def error(self, error: RequestError) -> Response:
+        """An error as OpenAI's clients read it."""
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    async def models(self) -> dict[str, object]:
+        """`GET /v1/models`."""
+        return {"object": "list", "data": [self._card(name) for name in self._host.names]}
+
+    async def model(self, model: str) -> dict[str, object]:
+        """`GET /v1/models/{model}`."""
+        return self._card(self._host.find(model))
+
+    def _card(self, name: str) -> dict[str, object]:
+        card = {"id": name, "object": "model", "created": self._host.created, "owned_by": "rabbit_engine"}
+        lengths = [served.session.most_tokens for served in self._host.loaded if served.name == name]
+        return {**card, "max_model_len": lengths[0]} if lengths else card
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+
+        def prepare(served: Served, asked: ChatRequest) -> tuple[Bodies, list[Asking]]:
+            bodies = Bodies(served.session, served.name)
+            return bodies, bodies.chat_requests(asked)
+
+        async with self._service.take(request, lambda body: parse(ChatRequest, body), prepare) as taken:
+            bodies, requests = taken.prepared
+            events = taken.submit(requests)
+            if taken.asked.stream:
+                return taken.stream(chat_stream(taken, events))
+
+            async def answer() -> object:
+                return bodies.chat(taken.asked, requests, await taken.replies(events, len(requests)))
+
+            return await taken.whole(answer())
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+
+        def prepare(served: Served, asked: CompletionRequest) -> tuple[Bodies, list[Asking]]:
+            bodies, most = Bodies(served.session, served.name), served.session.most_requests
+            if len(asked.prompts) * asked.choices > most:
+                raise RequestError(400, f"the server takes at most {most} answers at once", param="prompt")
+            return bodies, bodies.text_requests(asked)
+
+        async with self._service.take(request, lambda body: parse(CompletionRequest, body), prepare) as taken:
+            bodies, requests = taken.prepared
+            events = taken.submit(requests)
+            if taken.asked.stream:
+                return taken.stream(text_stream(taken, events))
+
+            async def answer() -> object:
+                return bodies.text(taken.asked, requests, await taken.replies(events, len(requests)))
+
+            return await taken.whole(answer())
+
+    async def embed(self, request: Request) -> Response:
+        """`POST /v1/embeddings`."""
+
+        def prepare(served: Served, asked: EmbeddingRequest) -> EmbeddingWork:
+            if served.session.embedder is None:
+                told = f"{served.name} cannot embed texts: it has no sentence-transformers files"
+                raise RequestError(400, told, param="model")
+            return served.session.embedding(asked.inputs)
+
+        async with self._service.take(request, lambda body: parse(EmbeddingRequest, body), prepare) as taken:
+            return await taken.whole(embed(taken))
+
+    async def load(self, request: Request) -> Response:
+        """`POST /load_model`, which transformers' client calls first: loads the model."""
+        asked = str(parse_object(await read_body(request, self._service.timeouts.body_s)).get("model", ""))
+        async with self._host.use(self._host.find(asked)) as served:
+            body = event({"status": "ready", "model": served.name, "cached": True})
+        return Response(body, media_type=EVENTS)

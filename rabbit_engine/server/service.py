@@ -1,0 +1,118 @@
+"""What every interface of the server uses: reading a request, holding its model, and answering it, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from rabbit_engine.server.access import Access
+from rabbit_engine.server.body import LARGE_BODY_BYTES, read_body
+from rabbit_engine.server.hosting import Host, Served
+from rabbit_engine.server.metrics import Metrics
+from rabbit_engine.server.parsing import parse_object
+from rabbit_engine.server.streams import EVENTS, Heard, Streamed, follow, whole
+from rabbit_engine.server.timeouts import Timeouts
+from rabbit_engine.sessions import Events, Reply
+from rabbit_engine.sessions import Request as Asking
+
+LARGE = "rabbit_engine.large_body"
+"""The key of a request's scope that marks a large body."""
+
+T = TypeVar("T")
+
+
+class Naming(Protocol):
+    """A parsed request."""
+
+    @property
+    def model(self) -> str:
+        """The model's name as the client wrote it; an empty one is the default model."""
+
+
+Parsed = TypeVar("Parsed", bound=Naming)
+
+
+class Service:
+    """One for the whole server."""
+
+    def __init__(self, host: Host, access: Access, timeouts: Timeouts) -> None:
+        self.host, self.access, self.timeouts = host, access, timeouts
+        self.metrics = Metrics(host)
+        self.ending = asyncio.Event()
+        self._large = asyncio.Semaphore(1)
+
+    @asynccontextmanager
+    async def take(
+        self,
+        request: Request,
+        parse: Callable[[dict[str, Any]], Parsed],
+        prepare: Callable[[Served, Parsed], T],
+        *,
+        keep_alive_s: Callable[[Parsed], float | None] = lambda _: None,
+    ) -> AsyncIterator[Taken[Parsed, T]]:
+        """A request: parsed, its model loaded and held, and the result of `prepare`, which checks and tokenises it.
+
+        Both functions run off the event loop, and those of large bodies one at a time. Raises RequestError and what they raise.
+        """
+        body = await read_body(request, self.timeouts.body_s)
+        is_large = len(body) > LARGE_BODY_BYTES
+        if is_large:
+            request.scope[LARGE] = True
+        asked = await self._off_loop(is_large, lambda: parse(parse_object(body)))
+        name = self.host.find(asked.model) if asked.model else self.host.default
+        async with AsyncExitStack() as held:
+            served = await held.enter_async_context(self.host.use(name, keep_alive_s(asked)))
+            prepared = await self._off_loop(is_large, lambda: prepare(served, asked))
+            yield Taken(self, request, served, asked, prepared, held)
+
+    async def _off_loop(self, is_large: bool, work: Callable[[], T]) -> T:
+        if not is_large:
+            return await asyncio.to_thread(work)
+        async with self._large:
+            return await asyncio.to_thread(work)
+
+
+class Taken(Generic[Parsed, T]):
+    """A request whose model is held until it is answered."""
+
+    def __init__(
+        self, service: Service, request: Request, served: Served, asked: Parsed, prepared: T, held: AsyncExitStack
+    ) -> None:
+        self.served, self.asked, self.prepared = served, asked, prepared
+        self._service, self._request, self._held = service, request, held
+
+    def submit(self, requests: Sequence[Asking]) -> Events:
+        """Queue requests of the session; they are cancelled if the client goes. Raises QueueFullError."""
+        events = self.served.session.events(requests)
+        self._held.push_async_callback(events.aclose)
+        return events
+
+    async def follow(self, events: Events) -> AsyncIterator[Heard]:
+        """The events of a stream, and silences. Raises what the session raises."""
+        async for heard in follow(events, self.served.session, self._service.ending):
+            if isinstance(heard, tuple) and isinstance(heard[1], Reply):
+                self._service.metrics.count_reply(heard[1])
+            yield heard
+
+    async def replies(self, events: Events, count: int) -> list[Reply]:
+        """All replies, in the order of their requests."""
+        found: dict[int, Reply] = {}
+        async with aclosing(events) as heard:
+            async for index, event in heard:
+                if isinstance(event, Reply):
+                    found[index] = event
+                    self._service.metrics.count_reply(event)
+        return [found[index] for index in range(count)]
+
+    def stream(self, chunks: AsyncIterator[str], media_type: str = EVENTS) -> Response:
+        """The response of a stream, which holds the model until its end."""
+        return Streamed(chunks, media_type, self._held.pop_all())
+
+    async def whole(self, work: Awaitable[object]) -> Response:
+        """The response of a whole answer, unless the client disconnects first."""
+        return await whole(self._request, work)
