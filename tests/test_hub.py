@@ -49,6 +49,17 @@ def test_repo_streams_and_only_needed_files_travel(
     assert folder == tmp_path / "cache" / "models--someone--tiny-llama" / "rabbit_shards" / COMMIT / "float32"
 
 
+def test_weights_of_sentence_transformers_steps_travel_too(hub: FakeHub, tmp_path: Path, streamed: Any) -> None:
+    wanted = {"2_Dense/config.json", "2_Dense/model.safetensors", "3_LayerNorm/pytorch_model.bin"}
+    for name in (*wanted, "0_Transformer/model.safetensors"):
+        (hub.repos[REPO] / name).parent.mkdir(exist_ok=True)
+        (hub.repos[REPO] / name).write_text(json.dumps({"file": name}))
+    streamed(REPO, cache_dir=tmp_path / "cache")
+    names = {name for name, _ in hub.served}
+    assert wanted <= names
+    assert "0_Transformer/model.safetensors" not in names
+
+
 def test_second_load_downloads_no_weights_and_works_offline(hub: FakeHub, tmp_path: Path, streamed: Any, ids: Any) -> None:
     first = streamed(REPO, cache_dir=tmp_path / "cache")(ids).logits
     hub.served.clear()

@@ -71,6 +71,25 @@ def test_counts_are_those_of_the_model_in_memory(tied: Any, checkpoint: Any, pla
     assert tied.num_parameters() == whole.num_parameters()
 
 
+@torch.no_grad()
+def test_a_module_that_contains_the_model_moves_where_the_model_is(tied: Any, ids: torch.Tensor) -> None:
+    want = tied(ids).logits
+    whole = nn.Sequential(tied, nn.Linear(96, 4).double())
+    whole.to("cpu").cpu().float().to(torch.float32)
+    assert torch.equal(whole[0](ids).logits, want)
+    assert whole[1].weight.dtype == torch.float32
+    moves: list[Callable[[Any], Any]] = [
+        lambda one: one.to("meta"),
+        lambda one: one.half(),
+        lambda one: one.double(),
+        lambda one: one.to_empty(device="cpu"),
+        lambda one: one.share_memory(),
+    ]
+    for move in moves:
+        with pytest.raises(errors.CannotMoveError, match=r"a streamed model stays on cpu in torch\.float32"):
+            move(whole)
+
+
 def test_a_bias_that_two_modules_share_counts_once(tmp_path: Path, ids: torch.Tensor, streamed: Any) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path)

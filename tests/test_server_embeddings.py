@@ -17,7 +17,8 @@ from serving import HI, NAME, extras, post, serving
 from talking import make_tokenizer
 
 from rabbit_engine import Session, batch, errors
-from rabbit_engine.tasks.embedding import Embedder, find_embedder
+from rabbit_engine.tasks.embedding import Embedder
+from rabbit_engine.tasks.sentence_files import find_embedder
 
 
 @pytest.fixture

@@ -118,13 +118,11 @@ def test_the_default_prompt_goes_before_every_text(opened: Any) -> None:
             session.embed("w5", prompt="querry")
 
 
-def test_several_poolings_are_joined_and_a_prompt_that_does_not_count_is_refused(opened: Any) -> None:
-    config = {"pooling_mode": ["max", "cls"], "include_prompt": False}
+def test_several_poolings_are_joined(opened: Any) -> None:
+    config = {"pooling_mode": ["max", "cls"]}
     model, oracle = opened(*ENCODERS[0], {**sentence_files("cls_token"), "1_Pooling/config.json": config})
     with Session(model) as session:
         found = session.embed(TEXTS[0], normalize=False)
-        with pytest.raises(errors.ConfigurationError, match="leaves out the prompt"):
-            session.embed(TEXTS[0], prompt="w60 ")
     hidden = states(oracle, TEXTS[0])
     assert torch.equal(found, torch.cat([hidden.amax(dim=0), hidden[0]]))
 

@@ -47,7 +47,10 @@ HTTPError: type[Exception] = vars(hub_errors)["HTTPError"]
 _READ_AS_TEXT = ["modeling_baichuan.py", "modeling_chatglm.py", "tokenization_chatglm.py"]
 """Code that identifies the version of its family; it is never run."""
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *_READ_AS_TEXT]
+_STEPS = [f"[0-9]_{kind}/{file}" for kind in ("Dense", "LayerNorm") for file in ("model.safetensors", "pytorch_model.bin")]
+"""Weights of sentence-transformers' steps after pooling."""
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *_READ_AS_TEXT, *_STEPS]
 _NOT_WANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", "checkpoint-*"]
 
 

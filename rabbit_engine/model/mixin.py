@@ -203,7 +203,14 @@ class StreamingMixin(SpeculatingMixin):
         """The call itself, not compiled: streamed weights are not loaded when a compiler looks."""
         return self.__call__
 
-    def _apply(self, *_: object, **__: object) -> NoReturn:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: ARG002 - torch's own
+        """torch's `_apply`, which a module that contains the model calls to move all of its parts: do nothing if a tensor of
+        the model's device and dtype stays the same. Raises CannotMoveError."""
+        probe = torch.empty(0, dtype=self._checkpoint.dtype, device=self._assembly.device)
+        shared = probe.is_shared()
+        return self if fn(probe) is probe and probe.is_shared() == shared else self._refuse_move()
+
+    def _refuse_move(self) -> NoReturn:
         raise CannotMoveError(
             f"a streamed model stays on {self._assembly.device} in {self._checkpoint.dtype}: "
             "load it with the device= and dtype= you need; a pipeline over it takes device=model.device"
@@ -215,7 +222,7 @@ class StreamingMixin(SpeculatingMixin):
         same_device = device is None or torch.device(device.type, device.index or 0) == _indexed(self._assembly.device)
         if same_device and dtype in (None, self._checkpoint.dtype):
             return self
-        return self._apply()
+        return self._refuse_move()
 
     def cuda(self, device: object = None) -> Self:
         """`to` a CUDA device."""
@@ -243,11 +250,11 @@ class StreamingMixin(SpeculatingMixin):
 
     def type(self, dst_type: object) -> Self:
         """Raises CannotMoveError unless it is the model's own dtype."""
-        return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._apply()
+        return self.to(dst_type) if isinstance(dst_type, torch.dtype) else self._refuse_move()
 
     def to_empty(self, **_: object) -> NoReturn:
         """Raises CannotMoveError."""
-        self._apply()
+        self._refuse_move()
 
     def __copy__(self) -> NoReturn:
         raise CannotCopyError("a streamed model owns a thread and slots: load it a second time instead of copying it")

@@ -32,7 +32,7 @@ class EmbeddingWork:
         """Queue the windows. Raises QueueFullError if `bounded` and the queue is already full."""
 
         def compute(batch: Batch) -> Iterable[torch.Tensor]:
-            return self._embedder.pool(hidden_states(self._base, batch), batch.mask)
+            return self._embedder.pool(hidden_states(self._base, batch), batch.pooled)
 
         return self._forwards.start([window for each in self._windows for window in each], compute, exact=exact, bounded=bounded)
 
@@ -48,6 +48,6 @@ def _means(windows: Sequence[Sequence[Inputs]], vectors: Sequence[torch.Tensor])
     found, rest = [], iter(vectors)
     for each in windows:
         own = torch.stack([next(rest) for _ in each])
-        weights = torch.tensor([len(window) for window in each], dtype=own.dtype)
+        weights = torch.tensor([len(window) - window.skipped for window in each], dtype=own.dtype)
         found.append(own[0] if len(each) == 1 else (weights[:, None] * own).sum(dim=0) / weights.sum())
     return found

@@ -89,6 +89,12 @@ class InputEncoder:
             return read_ids(text)
         return list(self._call(text, None, **({} if special else {"add_special_tokens": False}))["input_ids"])
 
+    def prompt_tokens(self, prompt: str) -> int:
+        """The number of tokens that a prompt takes before a text, with the tokenizer's special tokens before it."""
+        ids = self.ids(prompt, special=True)
+        ends_special = bool(ids) and ids[-1] in getattr(self._model.tokenizer, "all_special_ids", ())
+        return len(ids) - ends_special
+
     def inputs(self, found: Mapping[str, Any]) -> Inputs:
         """What a forward takes of it. Raises ConfigurationError if it has no tokens, or ids outside the vocabulary."""
         require_ids(found["input_ids"], self._vocabulary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
@@ -16,7 +17,7 @@ from rabbit_engine.sessions.forwards import Forwards, last_logits_of, logits_of
 from rabbit_engine.sessions.inputs import Fit, Text
 from rabbit_engine.tasks.batches import Batch, Inputs
 from rabbit_engine.tasks.classification import Classification, labeller_of
-from rabbit_engine.tasks.embedding import Embedder, find_embedder
+from rabbit_engine.tasks.embedding import Embedder
 from rabbit_engine.tasks.heads import CAUSAL, SEQUENCES, base_of, has_head, require_head
 from rabbit_engine.tasks.reranking import (
     INSTRUCTION,
@@ -27,6 +28,7 @@ from rabbit_engine.tasks.reranking import (
     yes_or_no,
 )
 from rabbit_engine.tasks.scoring import Score, continuation_inputs, score_tokens, split_spaces
+from rabbit_engine.tasks.sentence_files import find_embedder
 from rabbit_engine.tasks.tagging import Entity, entities_of, require_strategy
 from rabbit_engine.transformers_bridge.entities import EntityReader
 
@@ -99,8 +101,24 @@ class TaskMethods:
         return self._embedding(embedder, texts, None, self._forwards.fit(most=embedder.most_tokens))
 
     def _embedding(self, embedder: Embedder, texts: Sequence[Text], prompt: str | None, fit: Fit) -> EmbeddingWork:
-        prompted = [embedder.prompted(text, prompt) if isinstance(text, str) else text for text in texts]
-        return EmbeddingWork(self.model, self._forwards, embedder, self._encode(prompted, fit))
+        return EmbeddingWork(self.model, self._forwards, embedder, self._prompted(texts, embedder, prompt, fit))
+
+    def _prompted(self, texts: Sequence[Text], embedder: Embedder, named: str | None, fit: Fit) -> list[list[Inputs]]:
+        """The windows of each text after its prompt; token ids have none."""
+        prompt = embedder.prompt(named)
+        windows = self._encode([prompt + embedder.spelled(text) if isinstance(text, str) else text for text in texts], fit)
+        if embedder.counts_prompt or not prompt:
+            return windows
+        skipped = self._forwards.encoder.prompt_tokens(prompt)
+        if fit.stride is not None and skipped + fit.stride >= fit.most:
+            raise ConfigurationError(
+                f"stride={fit.stride}: windows have {fit.most} tokens, and a prompt of {skipped}, which pooling leaves out, must "
+                "end before the second one"
+            )
+        return [
+            [replace(each[0], skipped=skipped), *each[1:]] if isinstance(text, str) else each
+            for text, each in zip(texts, windows, strict=True)
+        ]
 
     @overload
     def classify(  # type: ignore[overload-overlap] # a text is a sequence of texts, too

@@ -20,11 +20,13 @@ class Inputs:
     """A text for a forward: `input_ids` and whatever else its tokenizer gives, each [tokens].
 
     The logits over the vocabulary of its last `logits` positions are needed; `targets` are the tokens that follow these.
+    Pooling leaves out its first `skipped` tokens.
     """
 
     fields: Mapping[str, Sequence[int]]
     logits: int = 0
     targets: tuple[int, ...] = ()
+    skipped: int = 0
 
     @property
     def ids(self) -> Sequence[int]:
@@ -46,6 +48,12 @@ class Batch:
     def mask(self) -> torch.Tensor:
         """int64 [texts, tokens]."""
         return self.tensors["attention_mask"]
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        """int64 [texts, tokens]: 1 for a token that pooling counts."""
+        first = torch.tensor([[text.skipped] for text in self.texts], device=self.mask.device)
+        return self.mask * (torch.arange(self.mask.shape[1], device=self.mask.device) >= first)
 
     @property
     def logits(self) -> int:
