@@ -22,6 +22,9 @@ Opening = Callable[[str], AbstractContextManager[Session]]
 
 FOREVER = math.inf
 
+LATEST = ":latest"
+"""What Ollama's clients append to a name without a tag."""
+
 
 class Served:
     """A loaded model. `users` requests hold it; while there are any, it is not unloaded."""
@@ -106,9 +109,10 @@ class Host:
 
     def find(self, asked: str) -> str:
         """The name of a model as clients may write it. Raises RequestError."""
-        for name in self.names:
-            if asked in (name, name.rpartition("/")[2]) or asked.partition("@")[0] == name:
-                return name
+        for called in dict.fromkeys((asked, asked.removesuffix(LATEST))):
+            for name in self.names:
+                if called in (name, name.rpartition("/")[2]) or called.partition("@")[0] == name:
+                    return name
         served = ", ".join(map(repr, self.names))
         told = f"the model {asked!r} is not served; {served} {'is' if len(self.names) == 1 else 'are'}"
         raise RequestError(404, told, code="model_not_found", param="model")

@@ -59,15 +59,27 @@ class Service:
 
         Both functions run off the event loop, and those of large bodies one at a time. Raises RequestError and what they raise.
         """
+        asked = await self.read(request, parse)
+        async with self.hold(request, asked, prepare, keep_alive_s(asked)) as taken:
+            yield taken
+
+    async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
+        """The parsed body. Raises RequestError and what `parse` raises."""
         body = await read_body(request, self.timeouts.body_s)
         is_large = len(body) > LARGE_BODY_BYTES
         if is_large:
             request.scope[LARGE] = True
-        asked = await self._off_loop(is_large, lambda: parse(parse_object(body)))
+        return await self._off_loop(is_large, lambda: parse(parse_object(body)))
+
+    @asynccontextmanager
+    async def hold(
+        self, request: Request, asked: Parsed, prepare: Callable[[Served, Parsed], T], keep_alive_s: float | None = None
+    ) -> AsyncIterator[Taken[Parsed, T]]:
+        """The second half of `take`, for a request that was read."""
         name = self.host.find(asked.model) if asked.model else self.host.default
         async with AsyncExitStack() as held:
-            served = await held.enter_async_context(self.host.use(name, keep_alive_s(asked)))
-            prepared = await self._off_loop(is_large, lambda: prepare(served, asked))
+            served = await held.enter_async_context(self.host.use(name, keep_alive_s))
+            prepared = await self._off_loop(bool(request.scope.get(LARGE)), lambda: prepare(served, asked))
             yield Taken(self, request, served, asked, prepared, held)
 
     async def _off_loop(self, is_large: bool, work: Callable[[], T]) -> T:

@@ -28,14 +28,19 @@ class Silence:
 
     progress: PassProgress | None
 
-    def comment(self) -> str:
-        """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
+    def facts(self) -> dict[str, object] | None:
+        """The place of the pass; None between two."""
         if self.progress is None:
-            return ": waiting for a pass\n\n"
+            return None
         found = self.progress
         body = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read}
         times = {"elapsed_s": round(found.elapsed_s, 1), "remaining_s": found.remaining_s and round(found.remaining_s, 1)}
-        return f": progress {json.dumps({**body, **times})}\n\n"
+        return {**body, **times}
+
+    def comment(self) -> str:
+        """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
+        found = self.facts()
+        return ": waiting for a pass\n\n" if found is None else f": progress {json.dumps(found)}\n\n"
 
 
 Heard = Silence | tuple[int, Piece | Reply]
