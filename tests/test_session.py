@@ -81,6 +81,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(session: Session) -> None:
     stopped = session.chat(QUESTIONS[0], stop="of France")
     assert stopped.text == whole.text.partition("of France")[0]
     assert stopped.finish_reason == "stop"
+    assert (stopped.stop, whole.stop) == ("of France", None)
     assert len(stopped.tokens) < len(whole.tokens)
 
 
@@ -289,6 +290,23 @@ def test_a_model_without_a_template_continues_texts_only(checkpoint: Any, stream
         assert len(session.generate([[5, 6]], max_new_tokens=2)[0].tokens) <= 2
 
 
+def test_tokens_of_a_conversation_are_counted_also_if_they_do_not_fit(session: Session) -> None:
+    short = session.count_tokens("Hi there")
+    assert short == session.chat("Hi there", max_new_tokens=1).prompt_tokens
+    assert session.count_tokens("Hi there" + " there" * 100_000) == short + 100_000 > session.most_tokens
+    assert session.count_tokens("Hi there", add_generation_prompt=False) < short
+
+
+def test_an_answer_of_more_tokens_than_fit_may_have_as_many_as_fit(session: Session) -> None:
+    request = session.request("Hi")
+    left = session.most_tokens - len(request.prompt.ids)
+    for asked, expected in ((5, 5), (10**6, left)):
+        found = session.within_room(request, asked)
+        assert (found.prompt.answer_tokens, found.options.max_new_tokens) == (expected, expected)
+        assert found.prompt.ids == request.prompt.ids
+    assert session.answers([session.within_room(request, 3)])[0].text == session.chat("Hi", max_new_tokens=3).text
+
+
 def test_as_many_at_a_time_as_their_caches_fit(smollm_model: Any) -> None:
     probe = runtime_of(smollm_model).partition.probe
     one = Room(0, probe).need([Demand(100, 100)])
@@ -350,3 +368,4 @@ def test_a_stop_is_found_wherever_pieces_are_cut_and_nothing_of_it_is_shown(stop
         found = [text.find(stop) for stop in stops if stop in text]
         assert shown == flow.text == (text[: min(found)] if found else text)
         assert flow.stopped == bool(found)
+        assert flow.stop == (min((text.find(stop), stop) for stop in stops if stop in text)[1] if found else None)

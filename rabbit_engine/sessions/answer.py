@@ -31,7 +31,8 @@ class Reply:
 
     `finish_reason` is "stop" (an end token or a stop text), "length" (`max_new_tokens` reached) or "cancelled".
     `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and `seconds` count from
-    the request and include the time in the queue, `queued_s`.
+    the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that ended the answer, None
+    if none did.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Reply:
     queued_s: float = 0.0
     first_token_s: float = 0.0
     seconds: float = 0.0
+    stop: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -107,6 +109,7 @@ class AnswerText:
             queued_s=(self._began_s or now) - self._asked_s,
             first_token_s=(self._first_s or now) - self._asked_s,
             seconds=now - self._asked_s,
+            stop=self._flow.stop,
         )
 
     def _ends_itself(self) -> bool:

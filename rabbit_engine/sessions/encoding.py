@@ -43,8 +43,11 @@ class Encoder:
         """
         return self._checked(self._tokens(text, special=special) if isinstance(text, str) else read_ids(text))
 
-    def encode_messages(self, messages: Sequence[Mapping[str, object]], template: Mapping[str, object]) -> list[int]:
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, object]], template: Mapping[str, object], *, bounded: bool = True
+    ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins; `template` (tools, for example) goes to the chat template.
+        One that is too long is rejected early only if `bounded`.
 
         Raises ConfigurationError if the model has no template or the template rejects the messages; PromptTooLongError.
         """
@@ -62,7 +65,9 @@ class Encoder:
                 )
         except Exception as error:  # a template is arbitrary code
             raise ConfigurationError(f"the chat template rejects these messages: {error}") from error
-        return self._checked(self._tokens(found, special=False) if plain else [int(token) for token in found["input_ids"]])
+        if not plain:
+            return self._checked([int(token) for token in found["input_ids"]])
+        return self._checked(self._tokens(found, special=False) if bounded else self._encode(tokenizer, found, special=False))
 
     def leave_out(self, text: str, tokens: int) -> str:
         """The text without its first `tokens` tokens."""

@@ -42,6 +42,10 @@ class Limits:
             return self.most
         return self.most - (asked if asked is not None else min(self.usual, max(1, self.most // 4)))
 
+    def room_for_answer(self, prompt: int) -> int:
+        """The tokens that the answer to a prompt of this many may have."""
+        return self.most - (1 if self.apart else prompt)
+
     def answer_tokens(self, prompt: int, asked: int | None) -> int:
         """The number of tokens the answer may have. Raises PromptTooLongError."""
         before = 1 if self.apart else prompt  # what a decoder begins with

@@ -242,6 +242,19 @@ class Session(TaskMethods):
         ids = self._encoder.encode_text(text, special=special_tokens)
         return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
 
+    def within_room(self, request: Request, tokens: int) -> Request:
+        """The request with an answer of up to `tokens` tokens, or of as many as fit after its prompt."""
+        most = min(tokens, self._limits.room_for_answer(len(request.prompt.ids)))
+        prompt, options = replace(request.prompt, answer_tokens=most), replace(request.options, max_new_tokens=most)
+        return replace(request, prompt=prompt, options=options)
+
+    def count_tokens(self, messages: Chat, /, **template: object) -> int:
+        """The tokens of a conversation's prompt, also if it is too long to be answered. `template` are variables of the chat
+        template. Raises ConfigurationError."""
+        _, template = self._split(template)
+        self._template.check(template)
+        return len(self._encoder.encode_messages(read_messages(messages), template, bounded=False))
+
     def encode(self, text: str | Sequence[int]) -> list[int]:
         """Token ids of a text. Raises ConfigurationError if it has none, or ids outside the vocabulary."""
         self.require_process()

@@ -28,7 +28,13 @@ class TextFlow:
         self._context, self._read = 0, 0  # tokens up to `_read` are text; those from `_context` show how the next ones join
         self._held = ""
         self.text = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop that ended the text."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop ended the text."""
+        return self.stop is not None
 
     def push(self, token: int) -> str:
         """The text that this token completes; often empty."""
@@ -63,9 +69,9 @@ class TextFlow:
         """The part of the held and new text that no stop can include any more."""
         text = self._held + new
         found = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        self.stopped = bool(found)
         first, stop = min(found, default=(len(text) - self._longest_beginning(text), ""))
         end = first + len(stop) * self._include_stop
+        self.stop = stop or None
         self._held = "" if found else text[end:]
         self.text += text[:end]
         return text[:end]
