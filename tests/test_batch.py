@@ -5,17 +5,21 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+import torch
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
-from tasks import open_both
+from tasks import encoded, open_both
+from test_tasks import T5
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -25,7 +29,10 @@ from rabbit_engine import Session, batch, errors
 from rabbit_engine.batches import BatchProgress
 from rabbit_engine.batches.inputs import InputFile, InputLine
 from rabbit_engine.batches.outputs import OutputFile
+from rabbit_engine.batches.settings import Settings
+from rabbit_engine.server.bodies import Bodies
 
+SETTINGS = Settings.of({"model": 'a"b&c é', "dtype": torch.float16, "task": None})
 HARNESS = Path(__file__).with_name("killed_batch.py")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}w9"
 Rows = list[dict[str, Any]]
@@ -130,7 +137,7 @@ def test_a_broken_line_fails_and_the_others_go_on(talker: Path, streamed: Any, f
 def test_plain_lines_are_of_the_task_that_is_given(talker: Path, streamed: Any, files: Any) -> None:
     source, target = files({"prompt": "w3 w4", "max_tokens": 4}, chat("a", "w3 w4"), {"input": "w3"})
     batch(streamed(talker), source, target, task="chat")
-    plain, line, other = sorted(read(target), key=lambda row: int(row["id"].split("_")[3]))
+    plain, line, other = sorted(read(target), key=lambda row: row["id"])
     assert plain["response"]["body"]["choices"] == line["response"]["body"]["choices"]
     assert other["error"]["message"] == "the line asks for embed, the batch for chat"
     with pytest.raises(errors.ConfigurationError, match="task='talk': expected one of chat, complete, embed"):
@@ -176,6 +183,23 @@ def test_texts_are_classified_and_ranked_as_by_a_session(streamed: Any, files: A
             batch(model, source, tmp_path / f"{task}.jsonl", task=task)
 
 
+def test_an_encoder_decoder_continues_texts(streamed: Any, files: Any, tmp_path: Path) -> None:
+    """Its encoder reads the prompt; it also embeds. A chat needs a template, which it has not."""
+    model, oracle = open_both(tmp_path / "model", streamed, ("T5ForConditionalGeneration", "T5Config", T5))
+    source, target = files({"prompt": "w5 w6 w7", "max_tokens": 5}, chat("c", "w5"), {"input": "w8 w9"}, {"input": [[8, 9]]})
+    assert batch(model, source, target).failed == 1
+    generated, refused, words, ids = (row["response"]["body"] for row in sorted(read(target), key=lambda row: row["id"]))
+    expected = oracle.generate(**encoded("w5 w6 w7"), max_new_tokens=5, do_sample=False)[0]
+    assert generated["choices"][0]["text"] == model.tokenizer.decode(expected, skip_special_tokens=True)
+    assert generated["usage"]["completion_tokens"] == len(expected) - 1  # without the one it begins with
+    assert "has no chat template" in refused["error"]["message"]
+    with Session(model) as session:
+        assert words["data"][0]["embedding"] == session.embed("w8 w9").tolist()
+        assert ids["data"][0]["embedding"] == session.embed([8, 9]).tolist()
+    with pytest.raises(errors.ConfigurationError, match=r'T5ForConditionalGeneration has no chat template.*task="complete"'):
+        batch(model, source, tmp_path / "chat.jsonl", task="chat")
+
+
 def test_a_killed_batch_goes_on_without_losing_or_repeating_a_line(
     talker: Path, streamed: Any, files: Any, tmp_path: Path
 ) -> None:
@@ -195,7 +219,7 @@ def test_an_output_cut_anywhere_loses_at_most_its_last_line(files: Any) -> None:
     path, output = files(prompt(1), "{broken", prompt(2))
     source = InputFile(path)
     ends = [0]
-    with OutputFile(output, source, "00000000") as target:
+    with OutputFile(output, source, SETTINGS) as target:
         for line in source.lines():
             target.append(line, "é", {}, {"code": "x"} if line.number == 2 else None)
             ends.append(output.stat().st_size)
@@ -203,10 +227,68 @@ def test_an_output_cut_anywhere_loses_at_most_its_last_line(files: Any) -> None:
     for length in range(len(whole) + 1):
         output.write_bytes(whole[:length])
         kept = sum(end <= length for end in ends) - 1
-        with OutputFile(output, source, "00000000") as target:
+        with OutputFile(output, source, SETTINGS) as target:
             assert (target.count, target.failed) == (kept, int(kept > 1))
             assert [target.has(line) for line in source.lines()] == [index < kept for index in range(3)]
         assert output.read_bytes() == whole[: ends[kept]]
+
+
+def test_lines_that_failed_are_answered_again(talker: Path, streamed: Any, files: Any, monkeypatch: Any) -> None:
+    source, target = files(*map(prompt, range(6)))
+    model, whole = streamed(talker), Bodies.text_requests
+
+    def fail(bodies: Bodies, asked: Any) -> Any:
+        return whole(bodies, asked) if asked.prompt < "w5" else 1 / 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bodies, "text_requests", fail)
+        assert batch(model, source, target).failed == 4
+    before = read(target)
+    assert batch(model, source, target).resumed == 6  # nobody asked for another try
+    report = batch(model, source, target, retry_failed=True)
+    assert (report.lines, report.resumed, report.failed) == (6, 2, 0)
+    rows = read(target)
+    assert rows[:2] == [row for row in before if row["error"] is None]
+    assert sorted(texts(rows)) == [f"c{number}" for number in range(6)]
+    content = target.read_bytes()
+    assert batch(talker, source, target, retry_failed=True, device="there is none").resumed == 6
+    assert target.read_bytes() == content
+
+
+def test_taking_failed_lines_out_may_be_killed_anywhere(files: Any, monkeypatch: Any) -> None:
+    path, output = files(prompt(1), "{broken", prompt(2), prompt(3))
+    source, seen = InputFile(path), []
+    with OutputFile(output, source, SETTINGS) as target:
+        for line in source.lines():
+            target.append(line, "é", {}, {"code": "x"} if line.number < 3 else None)
+    output.chmod(0o640)
+    output.write_bytes((whole := output.read_bytes()) + whole[:50])  # killed in the middle of a line
+    kept = b"".join(whole.splitlines(keepends=True)[2:])
+    for name in ("fsync", "replace", "open", "close", "ftruncate"):
+        monkeypatch.setattr(os, name, partial(_watch, getattr(os, name), lambda: seen.append(output.read_bytes())))
+    with (
+        OutputFile(output, source, SETTINGS, retry_failed=True) as target,
+        pytest.raises(errors.ConfigurationError, match="another process is writing"),
+    ):
+        OutputFile(output, source, SETTINGS)
+    assert (target.count, target.failed, target.retried) == (2, 0, 2)
+    assert {content[: len(whole)] for content in seen} == {whole, kept}
+    assert (output.read_bytes(), output.stat().st_mode & 0o777) == (kept, 0o640)
+    output.with_name(f".{output.name}.scratch").write_bytes(whole[:30])  # left by a killed process
+    for content in (whole, kept):
+        output.write_bytes(content)
+        with OutputFile(output, source, SETTINGS, retry_failed=True) as target:
+            assert [target.has(line) for line in source.lines()] == [False, False, True, True]
+    assert list(output.parent.glob(".*")) == [] or content == kept
+
+
+def _watch(call: Any, watch: Callable[[], object], *given: Any, **named: Any) -> Any:
+    """Call it, looking before and after."""
+    watch()
+    try:
+        return call(*given, **named)
+    finally:
+        watch()
 
 
 def test_a_finished_batch_loads_nothing_and_lines_added_to_its_input_follow(talker: Path, streamed: Any, files: Any) -> None:
@@ -227,12 +309,17 @@ def test_an_output_of_other_input_or_other_options_is_refused_and_unchanged(talk
     batch(talker, source, target, device="cpu")
     before = target.read_bytes()
     for change, told in (
-        ({"max_new_tokens": 7}, "another model, or with other options"),
-        ({"task": "complete"}, "another model, or with other options"),
-        ({"dtype": "float16"}, "another model, or with other options"),
+        ({"max_new_tokens": 7}, "was begun with max_new_tokens=1024, and this batch has max_new_tokens=7: repeat the former"),
+        ({"task": "score", "overflow": "truncate"}, "with overflow=refuse, no task, and .* overflow=truncate, task=score:"),
+        ({"dtype": torch.float16}, "was begun with no dtype, and this batch has dtype=float16:"),
     ):
         with pytest.raises(errors.ConfigurationError, match=told):
             batch(talker, source, target, **{"device": "cpu", **change})
+    (tmp_path / "other").symlink_to(talker)
+    (other := tmp_path / "copied").mkdir()
+    with pytest.raises(errors.ConfigurationError, match=rf"was begun with model={talker.name}, and this batch has model=copied:"):
+        batch(other, source, target)
+    assert batch(tmp_path / "other", source, target).resumed == 2  # the same model under another path
     for lines in ([prompt(1)], [prompt(2), prompt(1)], [prompt(1), {**prompt(2), "seed": 1}]):
         files(*lines)
         with pytest.raises(errors.ConfigurationError, match="belongs to other input: its line"):
@@ -265,7 +352,7 @@ def test_lines_with_the_same_custom_id_are_named(talker: Path, files: Any) -> No
 def test_two_processes_never_write_the_same_output(talker: Path, files: Any) -> None:
     source, target = files(prompt(1))
     with (
-        OutputFile(target, InputFile(source), "00000000"),
+        OutputFile(target, InputFile(source), SETTINGS),
         pytest.raises(errors.ConfigurationError, match="another process is writing"),
     ):
         batch(talker, source, target)
@@ -297,4 +384,7 @@ def test_the_command_answers_a_file_and_says_what_it_did(talker: Path, files: An
     assert again.err.splitlines()[-1].startswith("1 of 2 lines answered, 1 failed (2 lines were done before); 0 tokens")
     refused = rabbit("batch", talker, source, target, "--device", "cpu", "--max-new-tokens", 5)
     assert refused.code == 2
-    assert "--max-new-tokens" in refused.err
+    assert "was begun with --max-new-tokens 1024, and this batch has --max-new-tokens 5: repeat" in refused.err
+    retried = rabbit("batch", talker, source, target, "--device", "cpu", "--retry-failed")
+    assert retried.err.splitlines()[:2] == [f"{target} answers 1 lines already", "1 failed before: answered again"]
+    assert sorted(row["custom_id"] for row in read(target)) == ["c1", "line-2"]

@@ -1,7 +1,7 @@
 """The output file: whole lines only, each tied to the line it answers, so that it alone says what is left to do.
 
-The `id` of an answer is `batch_req_<settings>_<number>_<checksum>`: a hash of the model and options, the number of the
-input's line, and the checksum of its bytes. So there is no second file that could be lost, or disagree after a crash.
+The `id` of an answer is `batch_req_<number>_<checksum>_<settings>`: the number of the input's line, the checksum of its bytes,
+and the model and options. So there is no second file that could be lost, or disagree after a crash.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Self
 
 from rabbit_engine.batches.inputs import InputFile, InputLine
+from rabbit_engine.batches.settings import Settings
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.storage.tensorfiles import written_whole
 
 if sys.platform != "win32":
     import fcntl
 
 _BEGIN = b'{"id": "batch_req_'
-_LINE = re.compile(rb'\{"id": "batch_req_([0-9a-f]{8})_(\d{1,18})_([0-9a-f]{16})", "custom_id": ')
-_HEAD_BYTES = 128
+_LINE = re.compile(rb'\{"id": "batch_req_(\d{1,18})_([0-9a-f]{16})_([!-~]*?)", "custom_id": ')
+_HEAD_BYTES = 4096
 _WELL = b'"error": null}\n'
 _SYNC_S = 1.0
 """Answers reach the disk this often: a power failure may lose the last ones, which are then computed again."""
@@ -32,23 +35,24 @@ _SYNC_S = 1.0
 class OutputFile:
     """The answers that a file holds, and those appended to it.
 
-    `settings` is 8 hexadecimal digits. Raises ConfigurationError for a file that cannot be written, is being written by
-    another process, or holds anything but answers to lines of `source` with these settings.
+    With `retry_failed`, lines that failed are taken out: they are then lines without an answer. Raises ConfigurationError for
+    a file that cannot be written, is being written by another process, or holds anything but answers to lines of `source`
+    with these settings.
     """
 
-    def __init__(self, path: Path, source: InputFile, settings: str) -> None:
-        self.path, self._source, self._settings = path, source, settings
+    def __init__(self, path: Path, source: InputFile, settings: Settings, *, retry_failed: bool = False) -> None:
+        self.path, self._source, self._settings, self._retries = path, source, settings, retry_failed
+        self._encoded = settings.encode()
         self._done = bytearray(1)
-        self.count = self.failed = 0
+        self.count = self.failed = self.retried = 0
         self._synced_s, self._is_synced = time.monotonic(), True
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        except OSError as error:
-            raise ConfigurationError(f"cannot write {path}: {error.strerror}") from error
+        self._file = self._open()
         try:
             self._require_own_file()
             self._lock()
             os.ftruncate(self._file, self._read_answers())
+            if self.retried:
+                self._take_out_failed()
             os.lseek(self._file, 0, os.SEEK_END)
         except BaseException:
             os.close(self._file)
@@ -61,7 +65,7 @@ class OutputFile:
     def append(self, line: InputLine, custom_id: str, response: Mapping[str, object], error: object) -> None:
         """Write an answer: a process killed here leaves a part of a line, which the next start cuts off."""
         answer = {
-            "id": f"batch_req_{self._settings}_{line.number}_{line.checksum:016x}",
+            "id": f"batch_req_{line.number}_{line.checksum:016x}_{self._encoded}",
             "custom_id": custom_id,
             "response": response,
             "error": error,
@@ -100,6 +104,12 @@ class OutputFile:
             self.count += 1
             self.failed += not well
 
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise ConfigurationError(f"cannot write {self.path}: {error.strerror}") from error
+
     def _require_own_file(self) -> None:
         if not self.path.is_file():
             raise ConfigurationError(f"{self.path} is not a file: a batch goes on by what its output file holds")
@@ -116,6 +126,25 @@ class OutputFile:
             raise ConfigurationError(f"another process is writing {self.path}") from error
         except OSError:  # a file system without locks
             return
+        if not os.path.samestat(os.fstat(self._file), self.path.stat()):  # replaced after it was opened
+            raise ConfigurationError(f"another process is writing {self.path}")
+
+    def _take_out_failed(self) -> None:
+        """Put a file without the lines that failed in place of this one, whole: killed before, all of them are still there;
+        killed after, they are lines that no start has answered yet. This file stays locked until the new one is."""
+        own = self._file
+        try:
+            with written_whole(self.path.resolve()) as kept, open(os.dup(own), "rb") as file:  # noqa: PTH123
+                Path(kept.name).chmod(stat.S_IMODE(os.fstat(own).st_mode))
+                file.seek(0)
+                kept.writelines(raw for raw in file if raw.endswith(_WELL))
+        except OSError as error:
+            raise ConfigurationError(f"cannot write {self.path}: {error.strerror}") from error
+        self._file = self._open()
+        try:
+            self._lock()
+        finally:
+            os.close(own)
 
     def _read_answers(self) -> int:
         """The length of the whole lines: what follows is a line that a killed process did not finish."""
@@ -134,18 +163,22 @@ class OutputFile:
         found = _LINE.match(raw[:_HEAD_BYTES])
         if found is None:
             raise self._foreign(number)
-        settings, line, checksum = found[1].decode(), int(found[2]), int(found[3], 16)
-        if settings != self._settings:
+        line, checksum, settings = int(found[1]), int(found[2], 16), found[3].decode()
+        if settings != self._encoded:
+            former, own = self._settings.difference(Settings.decode(settings))
             raise ConfigurationError(
-                f"{self.path} holds answers of another model, or with other options (task, max_new_tokens, overflow, dtype, "
-                "compression, revision): name another file, or repeat the options it was begun with"
+                f"{self.path} was begun with {former}, and this batch has {own}: repeat the former, or name another output file"
             )
         if checksum != self._source.checksum(line):
             raise ConfigurationError(
                 f"{self.path} belongs to other input: its line {number} answers a line {line} that {self._source.path} does not "
                 "have: name another file"
             )
-        self._mark(line, well=raw.endswith(_WELL))
+        well = raw.endswith(_WELL)
+        if well or not self._retries:
+            self._mark(line, well=well)
+        else:
+            self.retried += 1
 
     def _foreign(self, number: int) -> ConfigurationError:
         return ConfigurationError(f"{self.path} was not written by a batch (line {number}): name another file")

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import xxhash
-
 from rabbit_engine.batches.inputs import InputFile
 from rabbit_engine.batches.lines import TASKS, Task
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.progress import BatchProgress, BatchReport
+from rabbit_engine.batches.settings import Settings
 from rabbit_engine.batches.tasks import require_task
 from rabbit_engine.batches.window import Answered, Window
-from rabbit_engine.errors import CannotGenerateError, ConfigurationError
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.server.openai.bodies import Bodies
 from rabbit_engine.sessions import Session
+from rabbit_engine.sessions.encoding import require_text_generation
 from rabbit_engine.sessions.prompts import Overflow
 
 _TELL_S = 0.5
 """The progress is told this often while no line ends."""
 
-_CHANGES_ANSWERS = ("dtype", "torch_dtype", "compression", "revision", "gguf_file")
-"""Keywords of `from_pretrained` that an output file must keep."""
+_CHANGES_ANSWERS = ("compression", "revision", "gguf_file")
+"""Keywords of `from_pretrained` that an output file must keep, besides the dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +39,7 @@ class Choices:
     max_new_tokens: int = 1024
     overflow: Overflow = "refuse"
     exact: bool = True
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -56,6 +56,7 @@ def batch(
     max_new_tokens: int = 1024,
     overflow: Overflow = "refuse",
     exact: bool = True,
+    retry_failed: bool = False,
     on_progress: Callable[[BatchProgress], None] | None = None,
     **loading: Any,
 ) -> BatchReport:
@@ -74,13 +75,21 @@ def batch(
         max_new_tokens: the length of an answer whose line sets none.
         overflow: as of `Session`.
         exact: as of `Session`.
+        retry_failed: take the lines that failed out of the output file, and answer them again.
         on_progress: called as lines end, and about twice a second while none does.
 
     Raises:
         ConfigurationError: for files that cannot be used: a `custom_id` that two lines share, an output file of other input
             or other options, or one that another process writes.
     """
-    choices = Choices(task=task, max_requests=max_requests, max_new_tokens=max_new_tokens, overflow=overflow, exact=exact)
+    choices = Choices(
+        task=task,
+        max_requests=max_requests,
+        max_new_tokens=max_new_tokens,
+        overflow=overflow,
+        exact=exact,
+        retry_failed=retry_failed,
+    )
     with BatchJob(_name_of(model), input_file, output_file, choices, loading) as opened:
         if opened.is_done:
             return opened.report()
@@ -100,7 +109,8 @@ class BatchJob:
     ) -> None:
         self._name, self._choices = _label(name), choices
         self._source = InputFile(Path(input_file))
-        self._target = OutputFile(Path(output_file), self._source, _settings_of(self._name, choices, loading))
+        settings = _settings_of(self._name, choices, loading)
+        self._target = OutputFile(Path(output_file), self._source, settings, retry_failed=choices.retry_failed)
         self._resumed = self._target.count
         self._began_s = time.monotonic()
         self._tokens = 0
@@ -114,6 +124,11 @@ class BatchJob:
     def resumed(self) -> int:
         """The number of lines that the output file answered when it was opened."""
         return self._resumed
+
+    @property
+    def retried(self) -> int:
+        """The number of lines that failed before and are answered again."""
+        return self._target.retried
 
     def run(self, model: SessionModel, on_progress: Callable[[BatchProgress], None] | None = None) -> BatchReport:
         """Answer the lines that are left."""
@@ -179,8 +194,12 @@ class BatchJob:
 
     def _require_task(self, model: SessionModel) -> None:
         """Refuse a task that every line would fail at."""
-        if self._choices.task in ("chat", "complete") and not model.can_generate():
-            raise CannotGenerateError(f"{type(model).__name__} does not generate text")
+        if self._choices.task in ("chat", "complete"):
+            require_text_generation(model)
+        if self._choices.task == "chat" and getattr(model.tokenizer, "chat_template", None) is None:
+            raise ConfigurationError(
+                f'{type(model).__name__} has no chat template, it only continues texts: give task="complete"'
+            )
         require_task(model, self._choices.task)
 
 
@@ -194,8 +213,13 @@ def _label(name: str) -> str:
     return path.resolve().name if path.exists() else name
 
 
-def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> str:
-    """A hash of what changes the answers: 8 hexadecimal digits."""
-    own = (choices.task, choices.max_new_tokens, choices.overflow)
-    loaded = [str(value) for key in _CHANGES_ANSWERS if (value := loading.get(key)) is not None]
-    return xxhash.xxh32_hexdigest(json.dumps([name, *own, *loaded]).encode())
+def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> Settings:
+    """What changes the answers."""
+    own = {
+        "model": name,
+        "task": choices.task,
+        "max_new_tokens": choices.max_new_tokens,
+        "overflow": choices.overflow,
+        "dtype": loading.get("dtype", loading.get("torch_dtype")),
+    }
+    return Settings.of({**own, **{key: loading.get(key) for key in _CHANGES_ANSWERS}})

@@ -31,13 +31,10 @@ def batch(
         typer.Option(help="What the lines ask; by default each line's url or field tells.", case_sensitive=False),
     ] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Texts under way at once; memory may allow fewer.")] = 256,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose line sets no limit.")] = 1024,
-    overflow: Annotated[
-        Literal["refuse", "truncate"], typer.Option(help="What to do with prompts that are too long.", case_sensitive=False)
-    ] = "refuse",
-    share_products: Annotated[
-        bool, typer.Option(help="Batch the texts of a pass: faster on a CPU, but no longer bit for bit the same.")
-    ] = False,
+    max_new_tokens: options.MaxNewTokens = 1024,
+    overflow: options.Overflow = "refuse",
+    share_products: options.ShareProducts = False,
+    retry_failed: Annotated[bool, typer.Option(help="Answer the lines again that failed before.")] = False,
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
@@ -47,13 +44,20 @@ def batch(
     gets an error, and the others go on.
     """
     choices = engine.batches.Choices(
-        task=task, max_requests=max_requests, max_new_tokens=max_new_tokens, overflow=overflow, exact=not share_products
+        task=task,
+        max_requests=max_requests,
+        max_new_tokens=max_new_tokens,
+        overflow=overflow,
+        exact=not share_products,
+        retry_failed=retry_failed,
     )
     keywords = {"dtype": loading.dtype, "compression": loading.compression, "revision": loading.revision}
     opened = engine.batches.BatchJob(model, input_file, output_file, choices, {**keywords, "gguf_file": loading.gguf_file})
     with opened:
         if opened.resumed:
             output.note(f"{output_file} answers {opened.resumed} lines already")
+        if opened.retried:
+            output.note(f"{opened.retried} failed before: answered again")
         if not opened.is_done:
             with loaded(model, loading.for_conversations()) as streamed, _told() as tell:
                 opened.run(streamed, tell)

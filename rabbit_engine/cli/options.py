@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,3 +46,10 @@ TopP = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="Sample with this seed.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="For answers whose request sets no limit.")]
+Overflow = Annotated[
+    Literal["refuse", "truncate"], typer.Option(help="What to do with prompts that are too long.", case_sensitive=False)
+]
+ShareProducts = Annotated[
+    bool, typer.Option(help="Batch the texts of a pass: faster on a CPU, but no longer bit for bit the same.")
+]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -34,13 +34,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the only model; the default is MODEL.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at once; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="For answers whose request sets no limit.")] = 1024,
-    overflow: Annotated[
-        Literal["refuse", "truncate"], typer.Option(help="What to do with prompts that are too long.", case_sensitive=False)
-    ] = "refuse",
-    share_products: Annotated[
-        bool, typer.Option(help="Batch the texts of a pass: faster on a CPU, but no longer bit for bit the same.")
-    ] = False,
+    max_new_tokens: options.MaxNewTokens = 1024,
+    overflow: options.Overflow = "refuse",
+    share_products: options.ShareProducts = False,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose web pages may use the server.")] = None,
     *,
     loading: Annotated[Loading, CONVERSATION],

@@ -26,6 +26,7 @@ OPTIONS = {
     "seed": "--seed",
     "speculate": "--speculate",
     "split": "--split",
+    "task": "--task",
     "temperature": "--temperature",
     "token": "--token",
     "top_k": "--top-k",
