@@ -29,10 +29,10 @@ from rabbit_engine import Session, batch, errors
 from rabbit_engine.batches import BatchProgress
 from rabbit_engine.batches.inputs import InputFile, InputLine
 from rabbit_engine.batches.outputs import OutputFile
-from rabbit_engine.batches.settings import Settings
+from rabbit_engine.batches.settings import BatchSettings
 from rabbit_engine.server.bodies import Bodies
 
-SETTINGS = Settings.of({"model": 'a"b&c é', "dtype": torch.float16, "task": None})
+SETTINGS = BatchSettings.of({"model": 'a"b&c é', "dtype": torch.float16, "task": None})
 HARNESS = Path(__file__).with_name("killed_batch.py")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}w9"
 Rows = list[dict[str, Any]]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from rabbit_engine.batches.inputs import InputFile, InputLine
-from rabbit_engine.batches.settings import Settings
+from rabbit_engine.batches.settings import BatchSettings
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.storage.tensorfiles import written_whole
 
@@ -40,7 +40,7 @@ class OutputFile:
     with these settings.
     """
 
-    def __init__(self, path: Path, source: InputFile, settings: Settings, *, retry_failed: bool = False) -> None:
+    def __init__(self, path: Path, source: InputFile, settings: BatchSettings, *, retry_failed: bool = False) -> None:
         self.path, self._source, self._settings, self._retries = path, source, settings, retry_failed
         self._encoded = settings.encode()
         self._done = bytearray(1)
@@ -165,7 +165,7 @@ class OutputFile:
             raise self._foreign(number)
         line, checksum, settings = int(found[1]), int(found[2], 16), found[3].decode()
         if settings != self._encoded:
-            former, own = self._settings.difference(Settings.decode(settings))
+            former, own = self._settings.difference(BatchSettings.decode(settings))
             raise ConfigurationError(
                 f"{self.path} was begun with {former}, and this batch has {own}: repeat the former, or name another output file"
             )

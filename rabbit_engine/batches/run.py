@@ -12,7 +12,7 @@ from rabbit_engine.batches.inputs import InputFile
 from rabbit_engine.batches.lines import TASKS, Task
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.progress import BatchProgress, BatchReport
-from rabbit_engine.batches.settings import Settings
+from rabbit_engine.batches.settings import BatchSettings
 from rabbit_engine.batches.tasks import require_task
 from rabbit_engine.batches.window import Answered, Window
 from rabbit_engine.errors import ConfigurationError
@@ -213,7 +213,7 @@ def _label(name: str) -> str:
     return path.resolve().name if path.exists() else name
 
 
-def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> Settings:
+def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> BatchSettings:
     """What changes the answers."""
     own = {
         "model": name,
@@ -222,4 +222,4 @@ def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> Settin
         "overflow": choices.overflow,
         "dtype": loading.get("dtype", loading.get("torch_dtype")),
     }
-    return Settings.of({**own, **{key: loading.get(key) for key in _CHANGES_ANSWERS}})
+    return BatchSettings.of({**own, **{key: loading.get(key) for key in _CHANGES_ANSWERS}})

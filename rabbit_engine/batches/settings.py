@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlencode
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class BatchSettings:
     """Options by name, in the order in which they are told; one that is not set is left out."""
 
     values: Mapping[str, str]
@@ -28,11 +28,11 @@ class Settings:
         """`model=a&task=chat`: ASCII without quotes and backslashes."""
         return urlencode(self.values, safe="/:")
 
-    def difference(self, former: Settings) -> tuple[str, str]:
+    def difference(self, former: BatchSettings) -> tuple[str, str]:
         """What differs from `former`, as texts: `("task=chat, no dtype", "no task, dtype=float16")`, the former's first."""
         names = sorted({name for name, _ in former.values.items() ^ self.values.items()})
         return _told(former, names), _told(self, names)
 
 
-def _told(settings: Settings, names: Iterable[str]) -> str:
+def _told(settings: BatchSettings, names: Iterable[str]) -> str:
     return ", ".join(f"{name}={settings.values[name]}" if name in settings.values else f"no {name}" for name in names)
