@@ -30,7 +30,7 @@ from rabbit_engine.batches import BatchProgress
 from rabbit_engine.batches.inputs import InputFile, InputLine
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.settings import BatchSettings
-from rabbit_engine.server.bodies import Bodies
+from rabbit_engine.server.openai.bodies import Bodies
 
 SETTINGS = BatchSettings.of({"model": 'a"b&c é', "dtype": torch.float16, "task": None})
 HARNESS = Path(__file__).with_name("killed_batch.py")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rabbit_engine.cli import engine, output
+from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.extras import missing_extra
