@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rabbit_engine.model.capabilities import Capabilities, capabilities
     from rabbit_engine.planning.plan import Plan
     from rabbit_engine.sessions import Options, Reply, Session
+    from rabbit_engine.sessions.constrained import constrain
     from rabbit_engine.sessions.llm import LLM
     from rabbit_engine.sessions.params import SamplingParams
     from rabbit_engine.streaming import Profile
@@ -59,6 +60,7 @@ __all__ = [
     "StreamingMixin",
     "batch",
     "capabilities",
+    "constrain",
 ]
 
 _HOMES = {
@@ -89,6 +91,7 @@ _HOMES = {
     "StreamingMixin": "model",
     "batch": "batches",
     "capabilities": "model.capabilities",
+    "constrain": "sessions.constrained",
 }
 """The module of each name that is imported on first use: most of them load torch and transformers."""
 

@@ -7,6 +7,7 @@ RabbitError
 │   ├── CompressionUnavailableError                 compression, or a checkpoint quantised in a format that is not supported
 │   ├── DeviceUnavailableError                      the requested device is not on this machine
 │   ├── AttentionUnavailableError                   the requested attention implementation does not work here
+│   ├── ConstraintError                             a schema, regex or grammar that cannot be served; it names the part
 │   ├── DraftError                                  a draft that cannot be loaded, or guess for the model: another tokenizer
 │   ├── BudgetError                                 the memory budget is below the smallest that can work
 │   └── PromptTooLongError                          more tokens than the model, or the memory for its cache, has room for
@@ -82,6 +83,17 @@ class DeviceUnavailableError(ConfigurationError):
 
 class AttentionUnavailableError(ConfigurationError):
     """The requested attention implementation does not work here; the message says why."""
+
+
+class ConstraintError(ConfigurationError):
+    """A schema, regular expression, list of choices or grammar cannot be served; the message names the part that cannot.
+
+    `part` is the JSON pointer of that part of a schema ("#/properties/age"), otherwise empty.
+    """
+
+    def __init__(self, message: str, part: str = "") -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class DraftError(ConfigurationError):

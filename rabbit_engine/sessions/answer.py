@@ -29,10 +29,10 @@ class Piece:
 class Reply:
     """A complete answer with its statistics. `str(reply)` is its text.
 
-    `finish_reason` is "stop" (an end token or a stop text), "length" (`max_new_tokens` reached) or "cancelled".
-    `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and `seconds` count from
-    the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that ended the answer, None
-    if none did.
+    `finish_reason` is "stop" (an end token, a stop text, or the end of what a constraint allows), "length" (`max_new_tokens`
+    reached) or "cancelled". `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and
+    `seconds` count from the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that
+    ended the answer, None if none did.
     """
 
     text: str
@@ -95,9 +95,9 @@ class AnswerText:
         """The text still held back after the last token."""
         return self._flow.end()
 
-    def reply(self, prompt_tokens: int, cut_tokens: int = 0, *, cancelled: bool = False) -> Reply:
-        """The finished answer. Call `rest` first."""
-        ended = self._flow.stopped or len(self._tokens) < self._ends.most or self._ends_itself()
+    def reply(self, prompt_tokens: int, cut_tokens: int = 0, *, cancelled: bool = False, complete: bool = False) -> Reply:
+        """The finished answer; `complete` means that nothing could follow. Call `rest` first."""
+        ended = complete or self._flow.stopped or len(self._tokens) < self._ends.most or self._ends_itself()
         now = perf_counter()
         return Reply(
             self._flow.text,

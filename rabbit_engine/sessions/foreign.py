@@ -25,7 +25,7 @@ _INSTEAD: Mapping[str, str] = MappingProxyType(
         "top_logprobs": "use logprobs=N, the number of alternatives",
         "streamer": "use stream",
         "stream": "use the method stream",
-        "response_format": "constrained decoding is not supported: describe the format in the prompt",
+        "response_format": "use schema",
         "generation_config": "pass its values as options",
     }
 )

@@ -12,6 +12,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.sessions.answer import Ends
+from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
 from rabbit_engine.transformers_bridge.generation import refused_by_generate
@@ -35,12 +36,16 @@ class Generation(StoppingCriteria):
         ends: Ends,
         take: TakeToken,
         speculate: Speculate = None,
+        constraint: CompiledConstraint | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
         self._speculate = {} if speculate is None else {"speculate": speculate}
+        self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
+        self.is_complete = False
+        """Whether the constraint allowed nothing after the last token."""
 
     def run(self) -> None:
         """Call `model.generate` with the request's options. Raises ConfigurationError for settings that it rejects."""
@@ -79,14 +84,16 @@ class Generation(StoppingCriteria):
         found: list[LogitsProcessor] = []
         if options.presence_penalty or options.frequency_penalty:
             found.append(Penalties(options.presence_penalty, options.frequency_penalty))
-        return [*found, self._recorder] if self._recorder is not None else found
+        own = (self._recorder, self._constrained)  # log probabilities are those before the constraint
+        return [*found, *(each for each in own if each is not None)]
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
         """Pass on the newest of `input_ids` [1, length]; True [1] where the answer ends."""
         self._has_begun = True
         token = int(input_ids[0, -1])
         stops = self._take(token, None if self._recorder is None else self._recorder.of(token))
-        return torch.full((1,), stops, dtype=torch.bool, device=input_ids.device)
+        self.is_complete = self._constrained is not None and self._constrained.is_complete(input_ids)[0]
+        return torch.full((1,), stops or self.is_complete, dtype=torch.bool, device=input_ids.device)
 
 
 def ends_of(model: SessionModel, options: Options, most: int) -> Ends:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.sessions.constraints.spec import Constraint, constraint_of
 
 MOST_ALTERNATIVES = 20
 """The most log probabilities per position, as in OpenAI's API."""
@@ -41,9 +42,14 @@ class Options:
         presence_penalty: subtracted from the logit of every token already in the answer, -2 to 2 (OpenAI's definition).
         frequency_penalty: subtracted once per occurrence of the token in the answer, -2 to 2.
         logit_bias: added to the logits of token ids, -100 to 100.
+        schema: the answer is JSON of this schema: a dict, JSON text, a class of pydantic's, or True for any object.
+        regex: the answer matches this regular expression from its beginning to its end.
+        choices: the answer is one of these texts.
+        grammar: the answer follows this grammar: Lark's in llguidance's dialect, GBNF, or a `Constraint`.
 
-    A temperature above 0, top_p, top_k, min_p, typical_p, a cutoff or a seed turns sampling on.
-    Raises ConfigurationError for a value out of range.
+    At most one of schema, regex, choices and grammar. A temperature above 0, top_p, top_k, min_p, typical_p, a cutoff or a seed
+    turns sampling on. Raises ConfigurationError for a value out of range, ConstraintError for what is no schema, regex, choices
+    or grammar.
     """
 
     max_new_tokens: int | None = None
@@ -68,6 +74,10 @@ class Options:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    grammar: str | Constraint | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -85,6 +95,14 @@ class Options:
                 raise ConfigurationError(f"{name}=0 leaves no token to sample: use temperature=0 for the likeliest")
         if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or math.inf):
             raise ConfigurationError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
+
+        if self.constraint is not None and self.ignore_eos:
+            raise ConfigurationError("ignore_eos=True continues past the end of an answer, which a constraint does not allow")
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must be."""
+        return constraint_of(schema=self.schema, regex=self.regex, choices=self.choices, grammar=self.grammar)
 
     def _require_types(self) -> None:
         for name in _WHOLE:

@@ -21,6 +21,8 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
+from rabbit_engine.sessions.constrained import compiled_for
+from rabbit_engine.sessions.constraints import CompiledConstraint
 from rabbit_engine.sessions.encoding import Encoder, require_text_generation
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
@@ -46,10 +48,11 @@ Chat = str | Message | Sequence[object]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt that fits, with its options; pass it to `Session.ask`."""
+    """A prompt that fits, with its options, whose constraint is compiled; pass it to `Session.ask`."""
 
     prompt: Prompt
     options: Options
+    constraint: CompiledConstraint | None = None
 
     def copies(self, count: int) -> list[Request]:
         """`count` of the same; those of a seeded one get different seeds."""
@@ -228,9 +231,10 @@ class Session(TaskMethods):
         """Encode a conversation, truncated if it is too long and truncation is on. Raises as `chat` does."""
         chosen, template = self._split(options)
         self._template.check(template)
+        constraint = compiled_for(self.model, chosen)
         conversation = read_messages(messages)
         prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
-        return Request(prompt, chosen)
+        return Request(prompt, chosen, constraint)
 
     def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: object) -> Request:
         """Encode a text to continue, with the tokenizer's special tokens unless `special_tokens` is False."""
@@ -239,8 +243,9 @@ class Session(TaskMethods):
             name, value = next(iter(unknown.items()))
             refuse_foreign(name, value)
             raise ConfigurationError(f"{name}: no such option; the options are {', '.join(NAMES)}")
+        constraint = compiled_for(self.model, chosen)
         ids = self._encoder.encode_text(text, special=special_tokens)
-        return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen)
+        return Request(fit_text(ids, self._limits, chosen.max_new_tokens, self._overflow), chosen, constraint)
 
     def within_room(self, request: Request, tokens: int) -> Request:
         """The request with an answer of up to `tokens` tokens, or of as many as fit after its prompt."""
@@ -363,7 +368,7 @@ class Session(TaskMethods):
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        generation = Generation(self.model, prompt.ids, request.options, ends, text.take, self._speculate)
+        generation = Generation(self.model, prompt.ids, request.options, ends, text.take, self._speculate, request.constraint)
 
         def answer() -> None:
             text.begin()
@@ -375,7 +380,10 @@ class Session(TaskMethods):
                 return
             if rest := text.rest():
                 tell(index, Piece(rest))
-            tell(index, text.reply(len(prompt.ids), prompt.cut_tokens, cancelled=failure is not None))
+            tell(
+                index,
+                text.reply(len(prompt.ids), prompt.cut_tokens, cancelled=failure is not None, complete=generation.is_complete),
+            )
 
         return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
 
