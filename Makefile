@@ -9,7 +9,7 @@ WORKERS ?= 2
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out.
-OURS := attention_script chat chat_screen chat_terminal cli decoding_memory docs doctor encoding_table fields files files_outside fuzz gguf_kernels integrity kernels keywords lookup lossless merged messages names packed page planner prompts quality_script races rule server_answers server_command server_flow hosting server_embeddings server_limits server_requests session session_options speculation_script splitting telling transfer tree units untouched
+OURS := attention_script chat chat_screen chat_terminal cli decoding_memory docs doctor encoding_table fields files files_outside fuzz gguf_kernels integrity kernels keywords lookup lossless merged messages names packed page planner prompts quality_script races rule server_answers server_command server_flow hosting server_embeddings server_limits server_requests server_responses session session_options speculation_script splitting telling transfer tree units untouched
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # $(call environment,PYTHON,PACKAGES): a virtual environment in the target's folder, made by uv if it is installed, else by venv and pip.

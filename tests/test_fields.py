@@ -17,6 +17,7 @@ from rabbit_engine import AutoModel, Session
 from rabbit_engine.server.app import create_app
 from rabbit_engine.server.openai import fields
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from rabbit_engine.server.responses.schema import ResponseRequest
 
 TALK = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xy"}]
 DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -287,6 +288,8 @@ def test_special_tokens_of_a_completion_can_be_left_out(client: TestClient, mode
 
 def test_the_page_names_every_field() -> None:
     page = DOCS.read_text("utf-8")
-    honoured = {name for kind in (ChatRequest, CompletionRequest, EmbeddingRequest) for name in kind.model_fields}
+    honoured = {
+        name for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest) for name in kind.model_fields
+    }
     missing = {name for name in (*honoured, *fields.REFUSED, *fields.IGNORED) if f"`{name}`" not in page}
     assert not missing

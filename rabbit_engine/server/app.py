@@ -19,6 +19,7 @@ from rabbit_engine.server.gate import Gate
 from rabbit_engine.server.hosting import Host
 from rabbit_engine.server.interface import Interface
 from rabbit_engine.server.openai.endpoints import OpenAIEndpoints
+from rabbit_engine.server.responses.endpoints import ResponsesEndpoints
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.status import StatusPages
 from rabbit_engine.server.timeouts import USUAL, Timeouts
@@ -46,7 +47,10 @@ def create_app(
             _ = served.session.model.tokenizer  # loaded now, so that the first request does not wait for it
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=_lifespan(service), **hidden)
-    interfaces: tuple[Interface, ...] = (OpenAIEndpoints(service),)  # the last one answers errors at all other paths
+    interfaces: tuple[Interface, ...] = (
+        ResponsesEndpoints(service),
+        OpenAIEndpoints(service),
+    )  # the last one answers errors at all other paths
     respond = _Responder(interfaces)
     app.add_middleware(Gate, service=service, respond=respond.at)
     if origins:

@@ -102,6 +102,9 @@ class AnswerFlow:
         self._held = ""
         self._trims = form.begun
         self._logprobs: list[TokenLogprob] = []
+        self._tokens = 0
+        self.reasoning_tokens = 0
+        """The number of tokens up to the end of the reasoning so far."""
 
     @property
     def calls(self) -> int:
@@ -116,7 +119,11 @@ class AnswerFlow:
         """The deltas that a piece completes."""
         if piece.logprob is not None:
             self._logprobs.append(piece.logprob)
-        return list(self._with_logprobs(self._split(piece.text, ended=False)))
+        thought, self._tokens = self._thinks, self._tokens + (piece.token is not None)
+        deltas = list(self._with_logprobs(self._split(piece.text, ended=False)))
+        if thought or self._thinks or any(isinstance(delta, Reasoning) for delta in deltas):
+            self.reasoning_tokens = self._tokens
+        return deltas
 
     def end(self) -> list[Delta]:
         """The deltas that were held back."""

@@ -320,6 +320,11 @@ class Session(TaskMethods):
         return self._limits.most
 
     @property
+    def truncates(self) -> bool:
+        """Whether a prompt that is too long loses its beginning, instead of being refused."""
+        return self._overflow == "truncate"
+
+    @property
     def progress(self) -> PassProgress | None:
         """The progress of the current pass."""
         return self.model.progress

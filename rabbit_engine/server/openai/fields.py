@@ -30,6 +30,7 @@ _TEMPLATE = "the checkpoint's own is always used"
 _OVERFLOW = "start the server with --overflow truncate"
 _THINKING = "thinking cannot be limited separately: use max_tokens"
 _INSIDE = "put its fields in the request itself"
+_NOTHING_STORED = "nothing is stored: send the whole conversation"
 _SYSTEM = "put it in messages, with the role system"
 _CONTINUED = "put it in messages, with continue_final_message"
 
@@ -175,7 +176,8 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "typical_sampling": ("use typical_p", (1,)),
         "repetition_context_size": ("repetition_penalty covers the whole text", (20, 0, -1)),
         "penalty_range": ("repetition_penalty covers the whole text", (0, -1)),
-        **dict.fromkeys(("system", "system_prompt"), (_SYSTEM, ())),
+        **dict.fromkeys(("system", "system_prompt", "instructions"), (_SYSTEM, ())),
+        **dict.fromkeys(("previous_response_id", "conversation", "background"), (_NOTHING_STORED, ())),
         **dict.fromkeys(("prefix", "assistant_prefix"), (_CONTINUED, ())),
         "instruction_template": (_TEMPLATE, ()),
         "raw": ("use /v1/completions", ()),
@@ -197,6 +199,7 @@ FALSE_ASKS = frozenset({"enable_thinking", "think", "thinking", "add_bos_token",
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("prompt_cache_options", "client_metadata"),
         *("prediction", "cache_prompt", "cache_salt", "id_slot", "slot_id", "priority", "request_id", "session_id"),
         *("models", "route", "provider", "transforms", "plugins", "timings_per_token", "return_progress", "post_sampling_probs"),
         *("keep_alive", "api_key", "timeout", "extra_headers", "kv_transfer_params", "vllm_xargs", "return_hidden_states"),

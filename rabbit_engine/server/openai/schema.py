@@ -23,7 +23,7 @@ _MOST_TOKENS = 1024
 _MOST_CHARACTERS = 4096
 """The most characters of a stop text or a bad word."""
 
-_MOST = 2**31
+MOST = 2**31
 """The largest integer, as in `Options`."""
 
 Stops = Annotated[
@@ -69,14 +69,13 @@ class _StreamOptions(BaseModel):
     continuous_usage_stats: Literal[False] | None = False
 
 
-class _Request(Asked):
+class Generating(Asked):
+    """The fields of every request for generated text."""
+
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_MOST)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -86,30 +85,20 @@ class _Request(Asked):
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
     eta_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=MOST)] | None = None
     stop: Annotated[Stops, Field(max_length=_MOST_STOPS)] = []
     stop_token_ids: Annotated[list[int], Field(max_length=_MOST_TOKENS)] | None = None
     bad_words: Annotated[Stops, Field(max_length=_MOST_TOKENS)] = []
     include_stop_str_in_output: bool | None = False
     ignore_eos: bool | None = False
-    min_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     skip_special_tokens: bool | None = True
     generation_config: Any = None
 
     @property
-    def choices(self) -> int:
-        """The number of answers."""
-        return self.n or 1
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a chunk of token counts."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
     def most_tokens(self) -> int | None:
         """The maximum number of tokens of an answer."""
-        return self.max_tokens
+        return None
 
     @property
     def alternatives(self) -> int | None:
@@ -154,7 +143,33 @@ class _Request(Asked):
     @property
     def name_of_most(self) -> str:
         """The field that limits the tokens of an answer."""
-        return "max_tokens" if self.max_tokens is not None else "generation_config.max_new_tokens"
+        return "generation_config.max_new_tokens"
+
+
+class _Request(Generating):
+    stream_options: _StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    max_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
+
+    @property
+    def choices(self) -> int:
+        """The number of answers."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """As many as requested."""
+        return self.max_tokens
+
+    @property
+    def name_of_most(self) -> str:
+        """The request's own field takes precedence."""
+        return "max_tokens" if self.max_tokens is not None else super().name_of_most
 
 
 def _of_config(config: object) -> dict[str, Any]:
@@ -213,12 +228,19 @@ _RESERVED = {
 """Arguments of `apply_chat_template` besides a template's own variables."""
 
 
+def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
+    """A client's variables of the chat template. Raises RequestError for what only the server sets."""
+    if reserved := sorted(_RESERVED & set(given or {})):
+        raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by the client")
+    return dict(given or {})
+
+
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     path = "/v1/chat/completions"
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     tools: list[Any] | None = None
@@ -258,9 +280,7 @@ class ChatRequest(_Request):
 
     def template(self) -> dict[str, Any]:
         """The chat template's input besides the messages."""
-        given = dict(self.chat_template_kwargs or {})
-        if reserved := sorted(_RESERVED & set(given)):
-            raise unsupported("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by the client")
+        given = template_variables(self.chat_template_kwargs)
         if self.continue_final_message and self.add_generation_prompt:
             raise unsupported("add_generation_prompt", "a continued message cannot be followed by a generation prompt")
         own = {
