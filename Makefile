@@ -9,7 +9,10 @@ WORKERS ?= 2
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out.
-OURS := attention_script chat chat_screen chat_terminal cli decoding_memory docs doctor encoding_table fields files files_outside fuzz gguf_kernels integrity kernels keywords lookup lossless merged messages names packed page planner prompts quality_script races rule server_answers server_command server_flow hosting server_embeddings server_limits server_requests server_responses session session_options speculation_script splitting telling transfer tree units untouched
+OURS := attention_script batch chat chat_screen chat_terminal cli cuda_script decoding_memory docs doctor encoding_table fields files files_outside fuzz gguf_kernels hosting integrity kernels keywords llm lookup lossless merged messages names newest_script own_draft packed page peers_script planner prompts quality_script races rule server_answers server_command server_embeddings server_flow server_limits server_requests server_responses session session_options speculation_record speculation_script splitting telling transfer tree units untouched
+# Those that run one mechanism over every model or task, and those that touch everything once: scripts/newest_tests.py chooses.
+BREADTH := converted matrix task_table tokenization_conversations tokenization_families
+SMOKE := bridge bridge_loading classes public session_tasks streaming tasks
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # $(call environment,PYTHON,PACKAGES): a virtual environment in the target's folder, made by uv if it is installed, else by venv and pip.
@@ -39,9 +42,10 @@ matrix: $(STAMP)  ## run every row of COMPATIBILITY.md's tables of models and of
 test-lowest: .venv-lowest/.installed  ## the tests that depend on versions, on the oldest supported ones
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(VERSIONED)
 
-test-newest: .venv-newest/.installed  ## the same on what `pip install` resolves today, under the newest Python installed
+test-newest: .venv-newest/.installed  ## what differs on the versions that `pip install` resolves today, under the newest Python installed
 	@.venv-newest/bin/python scripts/write_lock.py | grep == | paste -sd ' '
-	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(VERSIONED)
+	@files="$$(.venv-newest/bin/python scripts/newest_tests.py --breadth "$(BREADTH)" --smoke "$(SMOKE)" $(VERSIONED))" && \
+	  .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile $$files
 
 environments: $(STAMP) .venv-lowest/.installed .venv-newest/.installed  ## create the environments of the three test targets
 

@@ -1,0 +1,53 @@
+"""`make test-newest` leaves out only what says nothing new."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import newest_tests  # noqa: E402
+
+FILES = [f"tests/test_{name}.py" for name in ("bridge", "matrix", "session")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs"),
+    [
+        ({"transformers", "torch"}, ["bridge", "matrix", "session"]),
+        ({"huggingface-hub"}, ["bridge", "matrix", "session"]),
+        ({"torch", "pydantic"}, ["bridge", "session"]),
+        (set(), ["session"]),
+    ],
+)
+def test_what_runs_follows_from_what_differs(changed: set[str], runs: list[str]) -> None:
+    told, files = newest_tests.choose(changed, FILES, ["matrix"], ["session"])
+    assert files == [f"tests/test_{name}.py" for name in runs]
+    assert told.startswith(("all", "only session"))
+
+
+def test_a_version_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = newest_tests.metadata.version
+    monkeypatch.setattr(newest_tests.metadata, "version", lambda name: "0.1+cpu" if name == "torch" else version(name))
+    (locked,) = re.findall(r"^torch==(.*)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert newest_tests.told({"torch": newest_tests.changed_versions()["torch"]}) == f"torch {locked} -> 0.1"
+
+
+def test_the_makefile_names_files_that_exist_and_depend_on_versions() -> None:
+    text = (ROOT / "Makefile").read_text()
+    lists = {name: re.search(rf"^{name} := (.*)$", text, re.MULTILINE)[1].split() for name in ("OURS", "BREADTH", "SMOKE")}  # type: ignore[index]
+    assert [name for names in lists.values() for name in names if not (ROOT / f"tests/test_{name}.py").exists()] == []
+    assert not set(lists["OURS"]) & {*lists["BREADTH"], *lists["SMOKE"]}
+
+
+def test_the_files_are_printed_alone() -> None:
+    command = [sys.executable, "scripts/newest_tests.py", "--breadth", "matrix", "--smoke", "bridge session", *FILES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= set(FILES)
+    assert done.stderr.startswith("differs from requirements.lock: ")
