@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from rabbit_engine import Session, batch, errors
-from rabbit_engine.batches import BatchProgress
+from rabbit_engine.batches import inputs
 from rabbit_engine.batches.inputs import InputFile, InputLine
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.settings import BatchSettings
@@ -203,14 +202,14 @@ def test_an_encoder_decoder_continues_texts(streamed: Any, files: Any, tmp_path:
 def test_a_killed_batch_goes_on_without_losing_or_repeating_a_line(
     talker: Path, streamed: Any, files: Any, tmp_path: Path
 ) -> None:
-    source, target = files(*map(prompt, range(40)))
+    source, target = files(*map(prompt, range(24)))
     command = [sys.executable, str(HARNESS), str(talker), str(source), str(target), "2", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     lines = list(map(int, done.stdout.split()))
     assert lines[:2] == [1, 3]  # child n wrote n whole lines and a part of one
-    assert (sorted(lines), lines[-1]) == (lines, 40)
-    assert len(read(target)) == 40
+    assert (sorted(lines), lines[-1]) == (lines, 24)
+    assert len(read(target)) == 24
     batch(streamed(talker), source, tmp_path / "whole.jsonl")
     assert texts(read(target)) == texts(read(tmp_path / "whole.jsonl"))
 
@@ -358,20 +357,46 @@ def test_two_processes_never_write_the_same_output(talker: Path, files: Any) -> 
         batch(talker, source, target)
 
 
-def test_only_a_few_lines_are_in_memory_however_many_there_are(talker: Path, streamed: Any, files: Any) -> None:
-    source, target = files(*({**prompt(number), "max_tokens": 1} for number in range(120)))
-    held: list[int] = []
+def test_only_a_few_lines_are_in_memory_however_many_there_are(talker: Path, streamed: Any, files: Any, monkeypatch: Any) -> None:
+    source, target = files(*({**prompt(number), "max_tokens": 1} for number in range(240)))
+    alive: set[int] = set()
+    most = 0
 
-    calls = itertools.count()
+    class Watched(InputLine):
+        def __init__(self, number: int, raw: bytes) -> None:
+            nonlocal most
+            super().__init__(number, raw)
+            alive.add(id(self))
+            most = max(most, len(alive))
 
-    def count(_: BatchProgress) -> None:
-        if next(calls) % 8 == 0:
-            held.append(sum(type(found) is InputLine for found in gc.get_objects()))
+        def __del__(self) -> None:
+            alive.discard(id(self))
 
-    gc.collect()
-    batch(streamed(talker), source, target, max_requests=4, on_progress=count)
-    assert len(read(target)) == 120
-    assert 2 <= max(held) <= 2 * 4 + 2  # the queue, the one being read, and the one last written
+    monkeypatch.setattr(inputs, "InputLine", Watched)
+    batch(streamed(talker), source, target, max_requests=4)
+    assert len(read(target)) == 240
+    assert 2 <= most <= 2 * 4 + 3  # the queue, the one being read, the one before it, and the one last written
+
+
+def test_a_line_that_is_read_and_answered_takes_a_few_bytes(files: Any) -> None:
+    """However long it is and its answer: 9 bytes, and 24 more while the names are compared."""
+
+    def peak(lines: int) -> int:
+        path, output = files(*({**prompt(number), "user": "x" * 300} for number in range(lines)))
+        tracemalloc.start()
+        for _ in range(2):  # the second start finds all of them answered
+            source = InputFile(path)
+            with OutputFile(output, source, SETTINGS) as target:
+                for line in source.lines():
+                    if not target.has(line):
+                        target.append(line, "c", {"body": "y" * 300}, None)
+                assert target.count == lines
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        output.unlink()
+        return most
+
+    assert (peak(4000) - peak(1000)) / 3000 < 64
 
 
 def test_the_command_answers_a_file_and_says_what_it_did(talker: Path, files: Any, rabbit: Any) -> None:
