@@ -29,7 +29,7 @@ OF_MODELS = {"accelerate", "gguf", "huggingface-hub", "safetensors", "sentencepi
 def changed_versions() -> dict[str, str]:
     """`{"torch": "2.13.0 -> 2.15.0"}`: of the packages that pyproject.toml names, and tokenizers, which transformers brings."""
     lines = [line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line]
-    locked = {canonicalize_name(name): version for name, version in lines}
+    locked: dict[str, str] = {canonicalize_name(name): version for name, version in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [texts for extra, texts in project["optional-dependencies"].items() if extra not in TOOLS]
     named = {canonicalize_name(Requirement(text).name) for texts in [project["dependencies"], *extras] for text in texts}
