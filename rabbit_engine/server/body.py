@@ -11,7 +11,8 @@ from starlette.types import Message, Receive, Scope
 
 from rabbit_engine.server.errors import RequestError
 
-MOST_BODY_BYTES = 4 * 2**20
+MOST_BODY_BYTES = 20 * 2**20
+"""Enough for some photographs."""
 
 LARGE_BODY_BYTES = 64 * 2**10
 """Larger bodies are parsed one at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rabbit_engine.errors import (
     CannotGenerateError,
@@ -18,6 +19,9 @@ from rabbit_engine.sessions.options import NAMES
 
 _NAMED = {*NAMES, "dimensions"}
 """Options of a session that a request sets by the same name."""
+
+
+_PLACE = re.compile(r"messages(?:\.[\w.]+)?")
 
 
 class RequestError(Exception):
@@ -59,8 +63,7 @@ def as_request_error(error: BaseException) -> RequestError:
         case PromptTooLongError():
             return RequestError(400, str(error), code="context_length_exceeded")
         case ConfigurationError():
-            named = str(error).replace("=", " ").split(" ", 1)[0]  # as "top_p=2 is out of range"
-            return RequestError(400, str(error), param=named if named in _NAMED else None)
+            return RequestError(400, str(error), param=_named(str(error)))
         case CannotGenerateError() | WrongHeadError():
             return RequestError(400, str(error))
         case ModelClosedError():
@@ -71,3 +74,12 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(500, str(error))
         case _:
             return RequestError(500, f"the server failed ({type(error).__name__}); see its log")
+
+
+def _named(message: str) -> str | None:
+    """The field that an error is about, as in "top_p=2 is out of range" and "messages.0.content: ..."."""
+    place, is_place, _ = message.partition(":")
+    if is_place and _PLACE.fullmatch(place):
+        return place
+    named = message.replace("=", " ").split(" ", 1)[0]
+    return named if named in _NAMED else None

@@ -14,6 +14,7 @@ from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
 from rabbit_engine.sessions.options import Options
+from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
 from rabbit_engine.transformers_bridge.generation import refused_by_generate
 
@@ -31,7 +32,7 @@ class Generation(StoppingCriteria):
     def __init__(
         self,
         model: SessionModel,
-        prompt: list[int],
+        prompt: Prompt,
         options: Options,
         ends: Ends,
         take: TakeToken,
@@ -62,10 +63,11 @@ class Generation(StoppingCriteria):
             ) from error
 
     def _generate(self) -> None:
-        ids = torch.tensor([self._prompt], device=self._model.device)
+        ids = torch.tensor([self._prompt.ids], device=self._model.device)
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            **self._prompt.inputs,
             max_new_tokens=self._ends.most,
             max_length=None,  # `max_new_tokens` already includes the checkpoint's
             eos_token_id=sorted(self._ends.tokens) or None,

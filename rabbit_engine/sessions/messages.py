@@ -2,7 +2,8 @@
 
 A message is `{"role": ..., "content": ...}`, a `(role, content)` pair, an object with these attributes (Gradio's `ChatMessage`,
 the openai package's messages), or a `(user, assistant)` pair of an older Gradio history. Its content is a text, a list of
-parts such as `{"type": "text", "text": ...}`, or Gradio's `{"text": ..., "files": [...]}`. Anything but text is rejected by name.
+parts such as `{"type": "text", "text": ...}`, or Gradio's `{"text": ..., "files": [...]}`. Images are parts, too, where a model
+takes them (`images`). Anything else is rejected by name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.sessions.images import image_of_part, read_image
 from rabbit_engine.sessions.spelling import nearest
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")} | {
@@ -28,7 +30,7 @@ _ATTRIBUTES = ("role", "content", "tool_calls", "tool_call_id", "name")
 _NOT_FOR_TEMPLATES = ("metadata", "options")
 """Keys that Gradio adds to a message for its own display."""
 
-_ONLY_TEXT = "only text is supported"
+_ONLY_TEXT = "only text is supported here; images of image-text models are parts of the content"
 _REFUSED = {
     **dict.fromkeys(("image", "images", "image_url", "audio", "input_audio", "audios", "video", "videos"), _ONLY_TEXT),
     **dict.fromkeys(("file", "files", "attachments"), _ONLY_TEXT),
@@ -46,10 +48,11 @@ _MOST_UNKNOWN = 64
 """Other known keys and roles."""
 
 
-def read_messages(given: object) -> list[dict[str, object]]:
+def read_messages(given: object, *, with_images: bool = False) -> list[dict[str, object]]:
     """A conversation in any of the forms above; a plain text is a message of the user.
 
-    Raises ConfigurationError that starts with the place, as `messages.0.content: ...`.
+    `with_images` reads images instead of rejecting them; if there are any, the content of every message is a list of parts, as
+    processors take it. Raises ConfigurationError that starts with the place, as `messages.0.content: ...`.
     """
     if isinstance(given, str) or (isinstance(given, Mapping) and not {"role", "content"} & set(given)):
         return [{"role": "user", "content": read_content(given, "messages.0.content")}]
@@ -59,7 +62,31 @@ def read_messages(given: object) -> list[dict[str, object]]:
         raise ConfigurationError(f"messages: expected a text or a list of messages, not {type(given).__name__}")
     found = [message for index, one in enumerate(given) for message in _unify(one, f"messages.{index}")]
     _check_spelling(found)
-    return [_read(message, where) for where, message in found]
+    has_images = with_images and any(_has_image(message.get("content")) for _, message in found)
+    return [_read(message, where, as_parts=has_images) for where, message in found]
+
+
+def has_images(messages: Sequence[Mapping[str, object]]) -> bool:
+    """Whether the contents of messages that were read are lists of parts, with an image among them."""
+    return any(isinstance(message.get("content"), list) for message in messages)
+
+
+def _has_image(content: object) -> bool:
+    parts = content if isinstance(content, list | tuple) else [content]
+    return any(image_of_part(part) is not None for part in parts)
+
+
+def _read_parts(content: object, where: str) -> list[dict[str, object]]:
+    """The content as parts of texts and PIL images."""
+    parts = content if isinstance(content, list | tuple) else [content] if content else []
+    found: list[dict[str, object]] = []
+    for part in parts:
+        image = image_of_part(part)
+        if image is not None:
+            found.append({"type": "image", "image": read_image(image, where)})
+        elif text := read_content([part] if isinstance(part, Mapping) else part, where):
+            found.append({"type": "text", "text": text})
+    return found
 
 
 def read_content(content: object, where: str) -> str:
@@ -108,7 +135,7 @@ def _refuse_misspelt(places: Mapping[str, str], meant: Collection[str], known: C
             raise ConfigurationError(f"{places[name]}: {name[:60]!r} is not known: did you mean {near!r}?")
 
 
-def _read(message: dict[str, object], where: str) -> dict[str, object]:
+def _read(message: dict[str, object], where: str, *, as_parts: bool) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str):
         raise ConfigurationError(f"{where}.role: a message needs a role, such as user or assistant")
@@ -119,7 +146,8 @@ def _read(message: dict[str, object], where: str) -> dict[str, object]:
     if content is None:
         _require_no_content(message, role, where)
         content = message.get("refusal")
-    message["content"] = read_content(content, f"{where}.content")
+    read = _read_parts if as_parts else read_content
+    message["content"] = read(content, f"{where}.content")
     if calls := message.get("tool_calls"):
         message["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
     return message

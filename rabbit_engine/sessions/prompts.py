@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
 
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.sessions.encoding import Encoder
@@ -18,11 +20,13 @@ Overflow = Literal["refuse", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, the tokens left for the answer, and the number dropped from the prompt."""
+    """Token ids, the tokens left for the answer, the number dropped from the prompt, and the model's inputs besides the ids:
+    those of images."""
 
     ids: list[int]
     answer_tokens: int
     cut_tokens: int = 0
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from rabbit_engine.sessions.foreign import refuse_foreign
 from rabbit_engine.sessions.forwards import Forwards
 from rabbit_engine.sessions.futures import Promise, computing_job, own_error
 from rabbit_engine.sessions.generation import Generation, ends_of
-from rabbit_engine.sessions.messages import read_messages
+from rabbit_engine.sessions.images import ImageProcessor
+from rabbit_engine.sessions.messages import has_images, read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import measure_room
@@ -158,6 +159,7 @@ class Session(TaskMethods):
         self.model = model
         self._speculate = parse_speculate(speculate)
         self._template = TemplateVariables(model)
+        self._images = ImageProcessor(model)
         self._overflow = overflow
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         state = keeps_state(model)
@@ -232,7 +234,12 @@ class Session(TaskMethods):
         chosen, template = self._split(options)
         self._template.check(template)
         constraint = compiled_for(self.model, chosen)
-        conversation = read_messages(messages)
+        conversation = read_messages(messages, with_images=self._images.takes_images)
+        if has_images(conversation):  # which no truncation keeps whole
+            ids, inputs = self._images.encode(conversation, template)
+            return Request(
+                Prompt(ids, self._limits.answer_tokens(len(ids), chosen.max_new_tokens), inputs=inputs), chosen, constraint
+            )
         prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
         return Request(prompt, chosen, constraint)
 
@@ -373,7 +380,7 @@ class Session(TaskMethods):
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        generation = Generation(self.model, prompt.ids, request.options, ends, text.take, self._speculate, request.constraint)
+        generation = Generation(self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint)
 
         def answer() -> None:
             text.begin()

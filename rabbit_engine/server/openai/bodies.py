@@ -25,7 +25,7 @@ class Bodies:
         for name in ("reasoning_effort", "documents"):
             if getattr(asked, name) and not self._session.template_reads(name):
                 raise unsupported(name, "the checkpoint's chat template does not read it")
-        request = self._session.request(asked.conversation(), **template, **asked.options())
+        request = self._session.request(asked.messages, **template, **asked.options())
         return request.copies(asked.choices)
 
     def form(self, asked: ChatRequest, request: Request) -> AnswerForm:

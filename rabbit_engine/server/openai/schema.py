@@ -10,11 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
 
-from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai.fields import check_config, check_fields, unsupported
 from rabbit_engine.server.openai.tools import check_tools
-from rabbit_engine.sessions import MOST_ALTERNATIVES, Options, read_messages
+from rabbit_engine.sessions import MOST_ALTERNATIVES, Options
 
 MOST_CHOICES = 16
 MOST_INPUTS = 2048
@@ -297,13 +296,6 @@ class ChatRequest(_Request):
     def most_calls(self) -> int | None:
         """The most calls of an answer: one if the client wants no parallel calls."""
         return 1 if self.parallel_tool_calls is False else None
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages in the form of chat templates: text instead of parts, arguments as objects."""
-        try:
-            return read_messages(self.messages)
-        except ConfigurationError as error:
-            raise RequestError(400, str(error), param=str(error).partition(":")[0]) from error
 
     def refuse_unsupported(self) -> None:
         """Raise for fields that would change the answer and are not supported."""
