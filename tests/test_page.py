@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import NAME, serving
+import uvicorn
+from pictures import as_bytes, picture
+from pictures import save as save_pictures
+from serving import NAME, running, serving
 from waiting import wait_until
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel, AutoModelForImageTextToText, Session
+from rabbit_engine.server.app import create_app
+from rabbit_engine.server.hosting import Host
+from rabbit_engine.sessions.text import TextFlow
 
 pytestmark = pytest.mark.browser
 
@@ -176,3 +183,103 @@ def test_it_fits_a_screen_and_a_phone(visit: Any, url: str, size: tuple[int, int
     here.page.screenshot(path=shots / f"page-{size[0]}-{scheme}.png")
     here.page.keyboard.press("Escape")
     assert width <= size[0]
+
+
+def test_conversations_are_kept_in_the_browser(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.ask("What is the capital of France?")
+    here.page.wait_for_selector(".note")
+    here.page.reload()
+    here.page.wait_for_selector("#plan tr", state="attached")
+    assert here.page.query_selector(".said") is None
+    here.page.click("summary:has-text('Conversations')")
+    here.page.click("#chats .open")
+    assert "Paris" in here.page.text_content(".said.assistant")
+    here.ask("And of Italy?")
+    here.page.wait_for_function(
+        "() => document.querySelectorAll('.said.assistant').length === 2 && document.querySelector('.note:last-child')"
+    )
+    assert len(here.page.query_selector_all("#chats li")) == 1
+    here.page.click("#chats [aria-label^='Delete']")
+    assert here.page.query_selector("#chats li") is None
+    assert here.complaints == []
+
+
+def test_a_model_is_chosen_among_several(visit: Any, session: Session) -> None:
+    host = Host(["first", "second"], lambda _: nullcontext(session), default="second")
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+        here = visit(f"http://127.0.0.1:{port}")
+        here.page.wait_for_selector("#pick option", state="attached")
+        assert here.page.input_value("#pick") == "second"
+        assert "not loaded" in here.page.text_content("#plan")
+        here.page.select_option("#pick", "first")
+        here.ask("What is the capital of France?")
+        here.page.wait_for_selector(".note")
+        assert "Paris" in here.page.text_content(".said.assistant")
+        assert [served.name for served in host.loaded] == ["first"]
+        here.page.wait_for_function("() => /a pass/.test(document.getElementById('plan').textContent)")
+
+
+def test_reasoning_and_tools_are_shown_and_results_go_back(visit: Any, url: str, session: Session, monkeypatch: Any) -> None:
+    """The model says what a script says: its last layer is the model's own, its words are not."""
+    script = iter(
+        [
+            "<think>It is about",
+            " the weather.</think>",
+            '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>',
+        ]
+    )
+    push = TextFlow.push
+    monkeypatch.setattr(TextFlow, "push", lambda self, token: next(script, "") if push(self, token) is not None else "")
+    monkeypatch.setattr("rabbit_engine.server.flow.THINKING", (("<think>", "</think>"),))
+    monkeypatch.setattr(session.model.tokenizer, "chat_template", "{# </think> #}" + session.model.tokenizer.chat_template)
+    here = visit(url)
+    here.page.wait_for_selector("#plan tr", state="attached")
+    here.page.evaluate("document.getElementById('most').value = 4")
+    tools = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]'
+    here.page.evaluate("(text) => { document.getElementById('tools').value = text }", tools)
+    here.ask("How is the weather in Paris?")
+    here.page.wait_for_selector(".call form")
+    assert here.page.text_content(".thought div") == "It is about the weather."
+    assert here.page.text_content(".call").startswith('weather({"city": "Paris"})')
+    monkeypatch.undo()
+    here.page.fill(".call input", "sunny")
+    here.page.press(".call input", "Enter")
+    here.page.wait_for_function("() => document.querySelectorAll('.said.assistant').length === 1")
+    assert here.page.text_content(".note:has-text('result')") == "result: sunny"
+    assert here.complaints == []
+
+
+def test_an_image_is_attached_and_sent(visit: Any, tmp_path: Path) -> None:
+    folder = save_pictures(tmp_path / "model")
+    file = tmp_path / "image.png"
+    file.write_bytes(as_bytes(picture()))
+    with (
+        AutoModelForImageTextToText.from_pretrained(folder, device="cpu") as model,
+        Session(model) as session,
+        serving(session) as url,
+    ):
+        here = visit(url)
+        here.page.set_input_files("#file", file)
+        here.page.wait_for_selector("#images img")
+        here.page.evaluate("document.getElementById('most').value = 4")
+        here.ask("w5 w6")
+        here.page.wait_for_selector(".note")
+        assert here.page.query_selector(".note.bad") is None
+        assert here.page.get_attribute(".said.user img", "src").startswith("data:image/png;base64,")
+        assert here.page.is_hidden("#images")
+        assert here.complaints == []
+
+
+def test_it_is_used_with_the_keyboard_alone(visit: Any, url: str) -> None:
+    here = visit(url)
+    here.page.wait_for_selector("#plan tr", state="attached")
+    assert here.page.evaluate("document.activeElement.id") == "text"
+    here.page.keyboard.type("What is the capital of France?")
+    here.page.keyboard.press("Enter")
+    here.page.wait_for_selector(".note")
+    for control in here.page.query_selector_all("button:visible, input:visible, textarea:visible, select:visible"):
+        named = control.evaluate(
+            "e => e.getAttribute('aria-label') || e.textContent.trim() || e.closest('label')?.textContent.trim()"
+        )
+        assert named, control.evaluate("e => e.outerHTML")
