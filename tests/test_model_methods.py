@@ -169,7 +169,7 @@ def test_what_lm_evaluation_harness_asks_of_a_model_is_answered_as_in_memory(
 ) -> None:
     """`HFLM(pretrained=model)`: eval, tie_weights, log-likelihoods of a padded batch, and a continuation.
 
-    scripts/check_lm_eval.py runs the harness itself.
+    scripts/check_clients.py runs the harness itself.
     """
     told = []
     for model in (tied, plain(checkpoint("llama_tied"))):
