@@ -17,7 +17,7 @@ import torch
 from forking import outcome_in_a_child
 
 from rabbit_engine.quantization import kernels
-from rabbit_engine.quantization.kernels.openmp import can_use_team, compute_in_team
+from rabbit_engine.quantization.kernels.openmp import can_use_team, compute_in_team, release_team
 from rabbit_engine.quantization.kernels.pool import compute_in_pool
 
 TEAMS = [compute_in_pool, *([compute_in_team] if can_use_team() else [])]
@@ -69,6 +69,22 @@ def test_all_threads_call_the_work_and_have_returned_from_it(compute_together: C
         compute_together(work, 3)
         assert len(set(called)) == 3
         called.clear()
+
+
+@pytest.mark.skipif(not can_use_team(), reason="torch computes with another OpenMP")
+def test_a_released_team_has_no_threads_and_the_next_operation_starts_one(two_threads: None) -> None:
+    values = torch.ones(10**6)
+    release_team()
+    alone = threads_of_this_process()
+    for _ in range(2):
+        assert float((values + values).sum()) == 2e6
+        assert threads_of_this_process() == alone + 1
+        release_team()
+        assert threads_of_this_process() == alone
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.parametrize("compute_together", TEAMS)

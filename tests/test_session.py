@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from waiting import wait_until
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
+from rabbit_engine.quantization.kernels.openmp import can_use_team
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.sessions.text import TextFlow
 
@@ -246,6 +249,23 @@ def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_
             model.close()
             with pytest.raises(errors.ModelClosedError):
                 session.generate([[5, 6, 7]], max_new_tokens=3)
+
+
+@pytest.mark.skipif(not can_use_team(), reason="torch computes with another OpenMP")
+def test_a_caller_keeps_no_threads_of_torch_while_its_session_computes(session: Session, two_threads: None) -> None:
+    session.call([(lambda: 5, 1)])[0].result(60)
+    alone = len(os.listdir("/proc/self/task"))
+    torch.ones(10**6).add_(1)
+    assert len(os.listdir("/proc/self/task")) == alone + 1
+    assert session.call([(lambda: len(os.listdir("/proc/self/task")), 1)])[0].result(60) == alone
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_work_in_the_sessions_thread_that_would_wait_for_it_is_told(session: Session) -> None:

@@ -16,6 +16,7 @@ from rabbit_engine.errors import ConfigurationError, QueueFullError, SessionClos
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
+from rabbit_engine.quantization.kernels.openmp import release_team
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_products
 
@@ -70,6 +71,7 @@ class Engine:
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
+        release_team()  # of the thread that loaded the model: this one's would wait more slowly
         self._thread = threading.Thread(target=self._serve, name="rabbit-session", daemon=True)
         self._unshare: Callable[[], None] = _leave if exact else share_products(model, binding)
         try:
@@ -110,6 +112,7 @@ class Engine:
         Raises QueueFullError if `bounded` and there is no room, SessionClosedError, or ModelClosedError in a forked child.
         """
         self.require_process()
+        release_team()
         with self._changed:
             if self._closed:
                 raise SessionClosedError("the session is closed: open another")

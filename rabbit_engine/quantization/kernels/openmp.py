@@ -17,6 +17,9 @@ import torch
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
+_SOFT_PAUSE = 1
+"""`omp_pause_soft`: keep the settings."""
+
 _forked = False
 
 
@@ -47,6 +50,18 @@ def _library() -> ctypes.CDLL | None:
     start.argtypes, start.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint), None
     end.argtypes, end.restype = (), None
     return library
+
+
+def release_team() -> None:
+    """End the threads of torch's team that belong to the calling thread; its next parallel operation starts new ones.
+
+    Each thread that computes has a team of its own. Once teams have more threads than there are processors, GNU OpenMP lets all
+    of them sleep between operations instead of wait in a busy loop. Does nothing with another OpenMP, or with one thread.
+    """
+    library = _library() if torch.get_num_threads() > 1 and not _forked else None
+    pause = getattr(library, "omp_pause_resource_all", None)
+    if pause is not None and not hasattr(library, "kmp_set_blocktime"):  # LLVM's would end the teams of all threads
+        pause(_SOFT_PAUSE)
 
 
 def compute_in_team(work: Callable[[], None], threads: int) -> None:
