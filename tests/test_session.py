@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +242,10 @@ def test_closing_ends_answers_under_way(smollm_model: Any) -> None:
     assert str(smollm_model.tokenizer.decode(smollm_model.generate(encoded(smollm_model, "Hi"), max_new_tokens=1)[0, -1:])) != ""
 
 
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_model: Any) -> None:
     with AutoModel.from_pretrained(checkpoint("llama_tied"), device="cpu") as model:
         model.tokenizer = smollm_model.tokenizer
@@ -254,10 +258,10 @@ def test_a_model_closed_under_it_is_an_error_not_a_hang(checkpoint: Any, smollm_
 @pytest.mark.skipif(not can_use_team(), reason="torch computes with another OpenMP")
 def test_a_caller_keeps_no_threads_of_torch_while_its_session_computes(session: Session, two_threads: None) -> None:
     session.call([(lambda: 5, 1)])[0].result(60)
-    alone = len(os.listdir("/proc/self/task"))
+    alone = threads_of_this_process()
     torch.ones(10**6).add_(1)
-    assert len(os.listdir("/proc/self/task")) == alone + 1
-    assert session.call([(lambda: len(os.listdir("/proc/self/task")), 1)])[0].result(60) == alone
+    assert threads_of_this_process() == alone + 1
+    assert session.call([(threads_of_this_process, 1)])[0].result(60) == alone
 
 
 @pytest.fixture
