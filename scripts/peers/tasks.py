@@ -76,7 +76,8 @@ def whole(folder: Path, memory: int | None, *, batch: int) -> Iterator[dict[str,
 
         def mean(inputs: Any) -> torch.Tensor:
             states, mask = model.base_model(**inputs).last_hidden_state.float(), inputs["attention_mask"].float()
-            return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            vectors: torch.Tensor = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            return vectors
 
         yield {
             "classify": lambda texts: run(texts, lambda inputs: model(**inputs).logits.float()),
