@@ -133,7 +133,7 @@ def difference(found: torch.Tensor, reference: torch.Tensor) -> str:
 
 def median(records: Sequence[dict[str, Any]], task: str, figure: str = "s") -> float:
     """The median of a task's figure."""
-    return statistics.median(record[task][figure] for record in records)
+    return float(statistics.median(record[task][figure] for record in records))
 
 
 def rows(bench: Bench, runs: Runs) -> Iterator[str]:
