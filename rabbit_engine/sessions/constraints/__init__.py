@@ -3,5 +3,16 @@
 from rabbit_engine.sessions.constraints.compiling import CompiledConstraint, compile_constraint
 from rabbit_engine.sessions.constraints.processor import ConstrainedTokens
 from rabbit_engine.sessions.constraints.spec import Constraint, constraint_of
+from rabbit_engine.sessions.constraints.tools import TAGGED, ToolForm, tool_constraint, tool_form_of
 
-__all__ = ["CompiledConstraint", "ConstrainedTokens", "Constraint", "compile_constraint", "constraint_of"]
+__all__ = [
+    "TAGGED",
+    "CompiledConstraint",
+    "ConstrainedTokens",
+    "Constraint",
+    "ToolForm",
+    "compile_constraint",
+    "constraint_of",
+    "tool_constraint",
+    "tool_form_of",
+]

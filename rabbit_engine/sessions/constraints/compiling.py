@@ -86,10 +86,18 @@ class _Compiler:
         matcher, reason = self._matched(constraint)
         if not reason:
             return CompiledConstraint(constraint, matcher)
+        if constraint.kind == "tools":
+            for function in json.loads(constraint.source)["functions"]:
+                if why := self._why_not(function["parameters"]):
+                    place = self._place(function["parameters"], why)
+                    raise ConstraintError(f"the parameters of {function['name']} cannot be served, at {place}: {why}", place)
         if constraint.kind != "schema":
             raise ConstraintError(f"the {constraint.kind} cannot be served: {reason}")
-        place = "#" if reason == TOO_COMPLEX else failing_part(json.loads(constraint.source), self._why_not)
+        place = self._place(json.loads(constraint.source), reason)
         raise ConstraintError(f"the schema cannot be served, at {place}: {reason}", place)
+
+    def _place(self, schema: dict[str, Any], reason: str) -> str:
+        return "#" if reason == TOO_COMPLEX else failing_part(schema, self._why_not)
 
     def _why_not(self, schema: dict[str, Any]) -> str:
         return self._matched(Constraint("schema", json.dumps(schema)))[1]

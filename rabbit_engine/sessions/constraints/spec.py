@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rabbit_engine.errors import ConstraintError, first_line
+from rabbit_engine.sessions.constraints.calls import lark_of_calls
 from rabbit_engine.sessions.constraints.library import open_library
 from rabbit_engine.sessions.constraints.schemas import read_schema
 
@@ -18,14 +19,13 @@ MOST_CHARACTERS = 2**17
 _ON_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` writes it: each token may cost a pass, and where any whitespace is allowed it need not end."""
 
-Kind = Literal["schema", "regex", "choices", "grammar"]
+Kind = Literal["schema", "regex", "choices", "grammar", "tools"]
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be: `source` is a JSON schema, a regular expression, a JSON list of texts, or a grammar.
-
-    `constraint_of` makes it of what callers write.
+    """What an answer must be: `source` is a JSON schema, a regular expression, a JSON list of texts, a grammar, or
+    functions to call as JSON. `constraint_of` and `tool_constraint` make it of what callers write.
     """
 
     kind: Kind
@@ -50,6 +50,8 @@ class Constraint:
             return {"json_schema": {"x-guidance": _ON_ONE_LINE, **schema}}
         if self.kind == "choices":
             return {"lark_grammar": _any_of(json.loads(self.source))}
+        if self.kind == "tools":
+            return {"lark_grammar": lark_of_calls(json.loads(self.source), _ON_ONE_LINE)}
         return {"lark_grammar": self._lark()}
 
     def _lark(self) -> str:
@@ -74,10 +76,15 @@ def constraint_of(
         return None
     if isinstance(grammar, Constraint):
         return grammar
-    found: Constraint = _READERS[names[0]](given[names[0]])
-    if len(found.source) > MOST_CHARACTERS:
-        raise ConstraintError(f"{names[0]} has {len(found.source)} characters, and at most {MOST_CHARACTERS} are accepted")
-    return found
+    return bounded(_READERS[names[0]](given[names[0]]))
+
+
+def bounded(constraint: Constraint) -> Constraint:
+    """The constraint. Raises ConstraintError if it is too long."""
+    length = len(constraint.source)
+    if length > MOST_CHARACTERS:
+        raise ConstraintError(f"{constraint.kind} has {length} characters, and at most {MOST_CHARACTERS} are accepted")
+    return constraint
 
 
 def _read_choices(given: Any) -> Constraint:
