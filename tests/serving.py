@@ -16,8 +16,10 @@ from waiting import wait_until
 
 from rabbit_engine import Session
 from rabbit_engine.server.app import create_app
+from rabbit_engine.server.keys import Key
 
 NAME = "test/smol"
+SECRET = Key("all", "secret")
 post, get = partial(httpx.post, timeout=60), partial(httpx.get, timeout=60)  # httpx itself gives up after 5 s
 HI = {"model": NAME, "messages": user("Hi")}
 

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from pictures import as_bytes, picture
 from pictures import save as save_pictures
-from serving import NAME, running, serving
+from serving import NAME, SECRET, running, serving
 from waiting import wait_until
 
 from rabbit_engine import AutoModel, AutoModelForImageTextToText, Session
@@ -157,7 +157,7 @@ def test_a_server_error_is_shown_and_the_question_restored(visit: Any, url: str)
 
 
 def test_a_server_with_a_key_is_asked_with_it(visit: Any, session: Session) -> None:
-    with serving(session, api_key="secret") as url:
+    with serving(session, keys=[SECRET]) as url:
         here = visit(url)
         here.page.wait_for_selector("#lock:not([hidden])")
         here.page.fill("#key", "wrong")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import HI, NAME, get, post, serving
+from serving import HI, NAME, SECRET, get, post, serving
 from smol import QUESTIONS, user
 from waiting import wait_until
 
@@ -195,7 +195,7 @@ def test_garbage_by_the_hundred_and_it_answers_on(url: str, client: openai.OpenA
 
 
 def test_a_key_is_required_when_set_and_for_public_hosts(session: Session) -> None:
-    with serving(session, api_key="secret", local=False) as url:
+    with serving(session, keys=[SECRET], local=False) as url:
         assert get(f"{url}/health").status_code == 200
         for path in ("/v1/models", "/plan", "/lanes", "/metrics"):
             assert get(f"{url}{path}").status_code == 401
@@ -207,15 +207,15 @@ def test_a_key_is_required_when_set_and_for_public_hosts(session: Session) -> No
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(errors.ConfigurationError, match="api-key-file"):
-            check_exposure(host, None)
-        check_exposure(host, "secret")
+            check_exposure(host, [])
+        check_exposure(host, [SECRET])
     for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
-        check_exposure(host, None)
+        check_exposure(host, [])
 
 
 def test_a_page_of_another_origin_may_use_it_if_allowed(session: Session) -> None:
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
-    with serving(session, api_key="secret", origins=["https://chat.example"]) as url:
+    with serving(session, keys=[SECRET], origins=["https://chat.example"]) as url:
         answer = httpx.options(f"{url}/v1/chat/completions", headers=asked)
         assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
     with serving(session) as url:

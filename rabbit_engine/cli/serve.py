@@ -30,7 +30,8 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; any but loopback requires a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the key that clients send.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with the keys of clients, one a line.")] = None,
+    access_log: Annotated[Path | None, typer.Option(help="A file that gets a line for each request; - is stderr.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the only model; the default is MODEL.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Answers generated at once; memory may allow fewer.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 64,
@@ -42,15 +43,16 @@ def serve(
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
     """Serve models to any OpenAI client, streamed from disk; each pass over the weights serves all requests to a model."""
-    key = read_key(api_key_file)
     named = name_models(models, name)
     try:
         listen = engine.listen
     except ImportError as error:
         raise missing_extra("rabbit serve", "serve", error) from error
 
-    listen.check_exposure(host, key)
+    keys = [] if api_key_file is None else listen.read_keys(api_key_file)
+    listen.check_exposure(host, keys)
     listen.check_port(host, port)
+    log = None if access_log is None else listen.AccessLog(access_log)
 
     @contextmanager
     def opening(served: str) -> Iterator[engine.sessions.Session]:
@@ -83,7 +85,8 @@ def serve(
             hosted,
             host=host,
             port=port,
-            api_key=key,
+            keys=keys,
+            access_log=log,
             origins=allow_origin or [],
             on_ready=lambda url: output.note(f"{', '.join(named)}: {url} (a page to chat with), {url}v1"),
         )
@@ -104,16 +107,3 @@ def name_models(given: Sequence[str], name: str | None) -> dict[str, str]:
             raise ConfigurationError(f"two models are called {called!r}: write NAME=MODEL to set different names")
         found[called] = model
     return found
-
-
-def read_key(path: Path | None) -> str | None:
-    """The first line of the file. Raises ConfigurationError if it is empty or cannot be read."""
-    if path is None:
-        return None
-    try:
-        key = path.read_text("utf-8").split("\n", 1)[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read --api-key-file {path}: {error}") from error
-    if not key:
-        raise ConfigurationError(f"--api-key-file {path} begins with an empty line: put the key there")
-    return key

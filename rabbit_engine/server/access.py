@@ -1,10 +1,13 @@
-"""Who may use the server: requests that name this machine, and those with the key."""
+"""Who may use the server: requests that name this machine, and those with a key whose limits are not reached."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -12,8 +15,12 @@ from starlette.types import Scope
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.keys import Key
 
 _OPEN_PATHS = ("/", "/health")
+_MINUTE_S = 60.0
+_BUSY_RETRY_S = 10.0
+"""When a client with all its requests under way may try again: when one ends is not known."""
 
 
 def is_loopback(host: str) -> bool:
@@ -23,9 +30,9 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
+def check_exposure(host: str, keys: Sequence[Key]) -> None:
     """Raise ConfigurationError for a server that other machines could use without a key."""
-    if api_key is None and not is_loopback(host):
+    if not keys and not is_loopback(host):
         raise ConfigurationError(
             f"a server on {host} could be used by anyone who can reach this machine: give it a key with --api-key-file, "
             "or listen on 127.0.0.1"
@@ -36,18 +43,65 @@ class Access:
     """Admits requests. `local` accepts only Host headers that name this machine: a foreign web page may point its own name
     here (DNS rebinding)."""
 
-    def __init__(self, api_key: str | None, *, local: bool) -> None:
-        self._api_key, self._local = api_key, local
+    def __init__(self, keys: Sequence[Key] = (), *, local: bool) -> None:
+        self._local = local
+        self._holders = [_Holder(key) for key in keys]
 
-    def admit(self, scope: Scope) -> None:
-        """Raise RequestError for a request that is not allowed."""
+    @contextmanager
+    def admitting(self, scope: Scope) -> Iterator[str]:
+        """The name of the key that a request came with, empty if it needs none; a request that asks a model (POST) counts
+        towards the key's limits until the block ends. Raises RequestError for a request that is not allowed."""
         headers = Headers(scope=scope)
         if self._local and not _names_this_machine(headers.get("host", "")):
             raise RequestError(400, "the Host header does not name this machine: use localhost, or give the server a key")
-        if self._api_key is None or scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._holders or scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS":
+            yield ""
             return
-        if not any(hmac.compare_digest(given, self._api_key.encode()) for given in _given_keys(headers)):
+        holder = self._holder_of(_given_keys(headers))
+        if scope["method"] != "POST":
+            yield holder.key.name
+            return
+        with holder.using():
+            yield holder.key.name
+
+    def _holder_of(self, given: Sequence[bytes]) -> _Holder:
+        """Compares with every key, so that the time says nothing about them."""
+        found = None
+        for holder in self._holders:
+            for each in given:
+                if hmac.compare_digest(each, holder.key.secret.encode()):
+                    found = holder
+        if found is None:
             raise RequestError(401, "this server requires its key: Authorization: Bearer KEY", code="invalid_api_key")
+        return found
+
+
+class _Holder:
+    """Counts the requests of one key."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self._running = 0
+        self._began_s: deque[float] = deque(maxlen=key.per_minute or 0)
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """One request. Raises RequestError if it is one too many."""
+        most, now = self.key.requests, time.monotonic()
+        if most is not None and self._running >= most:
+            told = f"{self._running} requests of the key {self.key.name!r} are under way, and no more are allowed: wait for one"
+            raise RequestError(429, told, code="too_many_requests", retry_after_s=_BUSY_RETRY_S)
+        if self.key.per_minute is not None and len(self._began_s) == self.key.per_minute:
+            wait_s = self._began_s[0] + _MINUTE_S - now
+            if wait_s > 0:
+                told = f"the key {self.key.name!r} may begin {self.key.per_minute} requests a minute: wait {wait_s:.0f} s"
+                raise RequestError(429, told, code="rate_limit_exceeded", retry_after_s=wait_s)
+        self._began_s.append(now)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
 
 def _names_this_machine(host: str) -> bool:

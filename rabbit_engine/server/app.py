@@ -18,11 +18,13 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.gate import Gate
 from rabbit_engine.server.hosting import Host
 from rabbit_engine.server.interface import Interface
+from rabbit_engine.server.keys import Key
 from rabbit_engine.server.openai.endpoints import OpenAIEndpoints
 from rabbit_engine.server.responses.endpoints import ResponsesEndpoints
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.status import StatusPages
 from rabbit_engine.server.timeouts import USUAL, Timeouts
+from rabbit_engine.server.visits import AccessLog
 from rabbit_engine.sessions import Session
 
 _NO_PAGE = {404: "there is nothing at this path", 405: "this path does not support this method"}
@@ -32,16 +34,18 @@ def create_app(
     host: Host | Session,
     name: str = "",
     *,
-    api_key: str | None = None,
+    keys: Sequence[Key] = (),
     origins: Sequence[str] = (),
     local: bool = True,
     timeouts: Timeouts = USUAL,
+    access_log: AccessLog | None = None,
 ) -> FastAPI:
-    """The application for the models of `host`, or for one session under the `name` that clients call its model. `local`
+    """The application for the models of `host`, or for one session under the `name` that clients call its model. With `keys`, a
+    request needs one. `local`
     accepts only Host headers that name this machine, so that no web page reaches it under another name; `origins` are the
     pages that may use it from a browser."""
     host = Host.of(host, name) if isinstance(host, Session) else host
-    service = Service(host, Access(api_key, local=local and api_key is None), timeouts)
+    service = Service(host, Access(keys, local=local and not keys), timeouts, access_log)
     for served in host.loaded:
         with suppress(RabbitError):  # without one, token ids still work, and texts get an error
             _ = served.session.model.tokenizer  # loaded now, so that the first request does not wait for it

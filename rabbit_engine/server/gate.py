@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rabbit_engine.errors import SessionClosedError
 from rabbit_engine.server.body import Incoming
 from rabbit_engine.server.errors import RequestError, as_request_error
-from rabbit_engine.server.service import LARGE, Service
+from rabbit_engine.server.service import Service
+from rabbit_engine.server.visits import Visit
 from rabbit_engine.utils.heap import give_free_memory_back
 
 logger = logging.getLogger(__name__)
@@ -34,18 +35,17 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, incoming = 0, Incoming(scope, receive)
+        visit, incoming = Visit.begin(scope), Incoming(scope, receive)
 
         async def sending(message: Message) -> None:
-            nonlocal status
-            status = status or message.get("status", 0)
+            visit.status = visit.status or message.get("status", 0)
             await send(message)
 
         try:
-            self._service.access.admit(scope)
-            await self._until_ending(self._app(scope, incoming.receive, sending), lambda: bool(status))
+            with self._service.access.admitting(scope) as visit.key:
+                await self._until_ending(self._app(scope, incoming.receive, sending), lambda: bool(visit.status))
         except Exception as error:
-            if status:
+            if visit.status:
                 logger.exception("an answer was interrupted")
             else:
                 answer = self._answer(scope["path"], error)
@@ -53,8 +53,8 @@ class Gate:
                     await incoming.drain(self._service.timeouts.drain_s)
                 await answer(scope, receive, sending)
         finally:
-            self._service.metrics.count_request(getattr(scope.get("route"), "path", "other"), status)
-            if scope.get(LARGE):
+            self._service.end(visit, getattr(scope.get("route"), "path", "other"))
+            if visit.is_large:
                 asyncio.get_running_loop().run_in_executor(None, give_free_memory_back)
 
     def _answer(self, path: str, error: Exception) -> Response:

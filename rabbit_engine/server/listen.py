@@ -19,7 +19,9 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.access import check_exposure, is_loopback
 from rabbit_engine.server.app import create_app
 from rabbit_engine.server.hosting import Host
+from rabbit_engine.server.keys import Key, read_keys
 from rabbit_engine.server.timeouts import USUAL, Timeouts
+from rabbit_engine.server.visits import AccessLog
 
 
 class _Protocol(H11Protocol):
@@ -89,12 +91,13 @@ def run(
     *,
     host: str,
     port: int,
-    api_key: str | None,
+    keys: Sequence[Key] = (),
+    access_log: AccessLog | None = None,
     origins: Sequence[str] = (),
     on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; a second one ends running answers at once. `on_ready` is called with the address."""
-    app = create_app(models, api_key=api_key, origins=origins, local=is_loopback(host))
+    app = create_app(models, keys=keys, origins=origins, local=is_loopback(host), access_log=access_log)
     server = make_server(app, host=host, port=port, on_ready=on_ready)
     gc.collect()
     gc.freeze()  # the models that are loaded stay: garbage collection need not scan them
@@ -134,4 +137,4 @@ def check_port(host: str, port: int) -> None:
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
 
-__all__ = ["Host", "check_exposure", "check_port", "make_server", "run"]
+__all__ = ["AccessLog", "Host", "check_exposure", "check_port", "make_server", "read_keys", "run"]

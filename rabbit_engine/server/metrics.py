@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rabbit_engine.server.hosting import Host, Served
+from rabbit_engine.server.visits import Visit
 from rabbit_engine.sessions import Reply
 
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -21,24 +22,35 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_ModelCounts(host))
         own = {"registry": self._registry, "namespace": "rabbit"}
+        waits = {**own, "labelnames": ["model"], "buckets": _SECONDS}
         self._requests = Counter("requests", "Requests answered, by path and status.", ["path", "status"], **own)  # type: ignore[arg-type]
-        self._tokens = Counter("tokens", "Tokens of prompts and of answers.", ["kind"], **own)  # type: ignore[arg-type]
-        self._queued = Histogram("queue_seconds", "Seconds before an answer began.", buckets=_SECONDS, **own)  # type: ignore[arg-type]
-        self._first = Histogram("first_token_seconds", "Seconds to the first token.", buckets=_SECONDS, **own)  # type: ignore[arg-type]
-        self._whole = Histogram("answer_seconds", "Seconds of an answer.", buckets=_SECONDS, **own)  # type: ignore[arg-type]
+        self._tokens = Counter("tokens", "Tokens of prompts and of answers.", ["model", "kind"], **own)  # type: ignore[arg-type]
+        self._of_keys = Counter("key_requests", "Requests answered, by the key's name.", ["key", "status"], **own)  # type: ignore[arg-type]
+        self._key_tokens = Counter("key_tokens", "Tokens of prompts and of answers.", ["key", "kind"], **own)  # type: ignore[arg-type]
+        self._queued = Histogram("queue_seconds", "Seconds before an answer began.", **waits)  # type: ignore[arg-type]
+        self._first = Histogram("first_token_seconds", "Seconds to the first token.", **waits)  # type: ignore[arg-type]
+        self._whole = Histogram("answer_seconds", "Seconds of an answer.", **waits)  # type: ignore[arg-type]
 
-    def count_request(self, path: str, status: int) -> None:
-        """Count a request."""
-        self._requests.labels(path, str(status)).inc()
+    def count_request(self, route: str, visit: Visit) -> None:
+        """Count a request that has ended; `route` is one of a fixed number of paths."""
+        self._requests.labels(route, str(visit.status)).inc()
+        if visit.key:
+            self._of_keys.labels(visit.key, str(visit.status)).inc()
 
-    def count_reply(self, reply: Reply) -> None:
+    def count_tokens(self, visit: Visit, prompt: int, answer: int) -> None:
+        """Count tokens of a request under way."""
+        for kind, count in (("prompt", prompt), ("answer", answer)):
+            if count:
+                self._tokens.labels(visit.model, kind).inc(count)
+                if visit.key:
+                    self._key_tokens.labels(visit.key, kind).inc(count)
+
+    def count_reply(self, model: str, reply: Reply) -> None:
         """Count a finished answer."""
-        self._tokens.labels("prompt").inc(reply.prompt_tokens)
-        self._tokens.labels("answer").inc(len(reply.tokens))
-        self._queued.observe(reply.queued_s)
-        self._whole.observe(reply.seconds)
+        self._queued.labels(model).observe(reply.queued_s)
+        self._whole.labels(model).observe(reply.seconds)
         if reply.tokens:
-            self._first.observe(reply.first_token_s)
+            self._first.labels(model).observe(reply.first_token_s)
 
     def text(self) -> bytes:
         """In Prometheus's text format, version 0.0.4."""

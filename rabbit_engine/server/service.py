@@ -17,11 +17,9 @@ from rabbit_engine.server.metrics import Metrics
 from rabbit_engine.server.parsing import parse_object
 from rabbit_engine.server.streams import EVENTS, Heard, Streamed, follow, whole
 from rabbit_engine.server.timeouts import Timeouts
-from rabbit_engine.sessions import Events, Reply
+from rabbit_engine.server.visits import AccessLog, Visit
+from rabbit_engine.sessions import Events, Piece, Reply
 from rabbit_engine.sessions import Request as Asking
-
-LARGE = "rabbit_engine.large_body"
-"""The key of a request's scope that marks a large body."""
 
 T = TypeVar("T")
 
@@ -40,11 +38,17 @@ Parsed = TypeVar("Parsed", bound=Naming)
 class Service:
     """One for the whole server."""
 
-    def __init__(self, host: Host, access: Access, timeouts: Timeouts) -> None:
-        self.host, self.access, self.timeouts = host, access, timeouts
+    def __init__(self, host: Host, access: Access, timeouts: Timeouts, access_log: AccessLog | None = None) -> None:
+        self.host, self.access, self.timeouts, self._access_log = host, access, timeouts, access_log
         self.metrics = Metrics(host)
         self.ending = asyncio.Event()
         self._large = asyncio.Semaphore(1)
+
+    def end(self, visit: Visit, route: str) -> None:
+        """Count and log a request that has ended; `route` is its path as the server declares it."""
+        self.metrics.count_request(route, visit)
+        if self._access_log is not None:
+            self._access_log.write(visit)
 
     @asynccontextmanager
     async def take(
@@ -67,8 +71,7 @@ class Service:
         """The parsed body. Raises RequestError and what `parse` raises."""
         body = await read_body(request, self.timeouts.body_s)
         is_large = len(body) > LARGE_BODY_BYTES
-        if is_large:
-            request.scope[LARGE] = True
+        Visit.of(request.scope).is_large = is_large
         return await self._off_loop(is_large, lambda: parse(parse_object(body)))
 
     @asynccontextmanager
@@ -76,10 +79,11 @@ class Service:
         self, request: Request, asked: Parsed, prepare: Callable[[Served, Parsed], T], keep_alive_s: float | None = None
     ) -> AsyncIterator[Taken[Parsed, T]]:
         """The second half of `take`, for a request that was read."""
-        name = self.host.find(asked.model) if asked.model else self.host.default
+        visit = Visit.of(request.scope)
+        visit.model = name = self.host.find(asked.model) if asked.model else self.host.default
         async with AsyncExitStack() as held:
             served = await held.enter_async_context(self.host.use(name, keep_alive_s))
-            prepared = await self._off_loop(bool(request.scope.get(LARGE)), lambda: prepare(served, asked))
+            prepared = await self._off_loop(visit.is_large, lambda: prepare(served, asked))
             yield Taken(self, request, served, asked, prepared, held)
 
     async def _off_loop(self, is_large: bool, work: Callable[[], T]) -> T:
@@ -96,19 +100,20 @@ class Taken(Generic[Parsed, T]):
         self, service: Service, request: Request, served: Served, asked: Parsed, prepared: T, held: AsyncExitStack
     ) -> None:
         self.served, self.asked, self.prepared = served, asked, prepared
-        self._service, self._request, self._held = service, request, held
+        self._service, self._request, self._held, self._visit = service, request, held, Visit.of(request.scope)
 
     def submit(self, requests: Sequence[Asking]) -> Events:
         """Queue requests of the session; they are cancelled if the client goes. Raises QueueFullError."""
         events = self.served.session.events(requests)
         self._held.push_async_callback(events.aclose)
+        self.count_tokens(sum(len(request.prompt.ids) for request in requests))
         return events
 
     async def follow(self, events: Events) -> AsyncIterator[Heard]:
         """The events of a stream, and silences. Raises what the session raises."""
         async for heard in follow(events, self.served.session, self._service.ending):
-            if isinstance(heard, tuple) and isinstance(heard[1], Reply):
-                self._service.metrics.count_reply(heard[1])
+            if isinstance(heard, tuple):
+                self._count(heard[1])
             yield heard
 
     async def replies(self, events: Events, count: int) -> list[Reply]:
@@ -116,10 +121,23 @@ class Taken(Generic[Parsed, T]):
         found: dict[int, Reply] = {}
         async with aclosing(events) as heard:
             async for index, event in heard:
+                self._count(event)
                 if isinstance(event, Reply):
                     found[index] = event
-                    self._service.metrics.count_reply(event)
         return [found[index] for index in range(count)]
+
+    def count_tokens(self, prompt: int, answer: int = 0) -> None:
+        """Count tokens of the request, in the metrics and for the access log: of its prompts as they are queued, and of its
+        answers as they come, so that those of clients that leave count too."""
+        self._visit.prompt_tokens += prompt
+        self._visit.answer_tokens += answer
+        self._service.metrics.count_tokens(self._visit, prompt, answer)
+
+    def _count(self, event: Piece | Reply) -> None:
+        if isinstance(event, Reply):
+            self._service.metrics.count_reply(self.served.name, event)
+        elif event.token is not None:
+            self.count_tokens(0, 1)
 
     def stream(self, chunks: AsyncIterator[str], media_type: str = EVENTS) -> Response:
         """The response of a stream, which holds the model until its end."""

@@ -81,5 +81,7 @@ async def text_stream(taken: Completion, events: Events) -> AsyncIterator[str]:
 async def embed(taken: Embedding) -> dict[str, object]:
     """Vectors of texts, as `Session.embed` gives them."""
     asked, work = taken.asked, taken.prepared
-    vectors = work.vectors(await work.start(bounded=True).awaited(), asked.dimensions)
+    started = work.start(bounded=True)
+    taken.count_tokens(work.tokens)
+    vectors = work.vectors(await started.awaited(), asked.dimensions)
     return words.embeddings(taken.served.name, vectors.tolist(), asked.encoding_format or "float", work.tokens)
