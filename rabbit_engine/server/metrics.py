@@ -89,6 +89,7 @@ def _speculation(name: str) -> Callable[[Served], float]:
 _GAUGES: tuple[tuple[str, str, Callable[[Served], float]], ...] = (
     ("running_requests", "Answers under way.", lambda served: served.session.running),
     ("waiting_requests", "Requests that have not started.", lambda served: served.session.waiting),
+    ("start_seconds", "Estimated seconds until a new request would start.", lambda served: served.session.start_s),
 )
 
 _COUNTERS: tuple[tuple[str, str, Callable[[Served], float]], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -143,6 +143,6 @@ class Taken(Generic[Parsed, T]):
         """The response of a stream, which holds the model until its end."""
         return Streamed(chunks, media_type, self._held.pop_all())
 
-    async def whole(self, work: Awaitable[object]) -> Response:
+    async def whole(self, work: Coroutine[Any, Any, object]) -> Response:
         """The response of a whole answer, unless the client disconnects first."""
-        return await whole(self._request, work)
+        return await whole(self._request, work, self._service.ending, self._held)

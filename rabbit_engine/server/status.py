@@ -46,6 +46,7 @@ class StatusPages:
             "loaded": [served.name for served in loaded],
             "running": sum(served.session.running for served in loaded),
             "waiting": sum(served.session.waiting for served in loaded) + self._host.waiting,
+            "start_s": {served.name: round(served.session.start_s, 1) for served in loaded},
         }
         return JSONResponse(body, 503 if closed else 200)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -24,25 +25,25 @@ EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Nothing came for a while; `progress` is that of the pass under way, None between two passes."""
+    """Nothing came for a while; `progress` is that of the pass under way, None between two passes. A request that has not
+    started has a `place` in the queue, 1 for the next one."""
 
     progress: PassProgress | None
-
-    def facts(self) -> dict[str, object] | None:
-        """The place of the pass; None between two."""
-        if self.progress is None:
-            return None
-        found = self.progress
-        body = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read}
-        times = {"elapsed_s": round(found.elapsed_s, 1), "remaining_s": found.remaining_s and round(found.remaining_s, 1)}
-        return {**body, **times}
+    place: int | None = None
 
     def comment(self) -> str:
         """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
-        found = self.facts()
-        return ": waiting for a pass\n\n" if found is None else f": progress {json.dumps(found)}\n\n"
+        if self.place is not None:
+            return f": queued {json.dumps({'place': self.place})}\n\n"
+        if self.progress is None:
+            return ": waiting for a pass\n\n"
+        found = self.progress
+        body = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read}
+        times = {"elapsed_s": round(found.elapsed_s, 1), "remaining_s": found.remaining_s and round(found.remaining_s, 1)}
+        return f": progress {json.dumps({**body, **times})}\n\n"
 
 
+Then = Callable[[object], Response]
 Heard = Silence | tuple[int, Piece | Reply]
 
 
@@ -58,7 +59,7 @@ async def follow(events: Events, session: Session, ending: asyncio.Event) -> Asy
             if ended.done() and not pending.done():
                 raise SessionClosedError("the server is shutting down")
             if not pending.done():
-                yield Silence(session.progress)
+                yield Silence(session.progress, events.place)
                 continue
             found, pending = pending.result(), None
             yield found
@@ -76,7 +77,7 @@ async def follow(events: Events, session: Session, ending: asyncio.Event) -> Asy
 class Streamed(StreamingResponse):
     """Chunks as they are generated. `held` is let go at the end, also if the client disconnects before the first chunk."""
 
-    def __init__(self, chunks: AsyncIterator[str], media_type: str, held: AsyncExitStack) -> None:
+    def __init__(self, chunks: AsyncIterator[str | bytes], media_type: str, held: AsyncExitStack) -> None:
         super().__init__(chunks, media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._held = held
 
@@ -88,20 +89,54 @@ class Streamed(StreamingResponse):
             await self._held.aclose()
 
 
-async def whole(request: Request, work: Awaitable[object], then: Callable[[object], Response] = JSONResponse) -> Response:
-    """The answer, unless the client disconnects first."""
+class Late(Streamed):
+    """A whole answer that takes long: after every `SILENCE_S` without it a newline is sent, which JSON allows before a value,
+    so that no client times out. An answer that fails closes the connection: its status has been sent."""
+
+    def __init__(self, task: asyncio.Task[object], then: Then, ending: asyncio.Event, held: AsyncExitStack) -> None:
+        held.push_async_callback(cancel, task)
+        super().__init__(self._chunks(task, then, ending), "application/json", held)
+
+    @staticmethod
+    async def _chunks(task: asyncio.Task[object], then: Then, ending: asyncio.Event) -> AsyncIterator[bytes]:
+        ended = asyncio.ensure_future(ending.wait())
+        try:
+            while not task.done():
+                if ended.done():
+                    raise SessionClosedError("the server is shutting down")
+                yield b"\n"
+                await asyncio.wait([task, ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        yield bytes(then(task.result()).body)
+
+
+async def whole(
+    request: Request, work: Coroutine[Any, Any, object], ending: asyncio.Event, held: AsyncExitStack, then: Then = JSONResponse
+) -> Response:
+    """The answer, unless the client disconnects first; one that takes long is a Late response, to which `held` goes over."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        await asyncio.wait([task, gone], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return then(task.result())
+        if gone.done():
+            await cancel(task)
             return Response(status_code=499)
-        return then(task.result())
+        return Late(task, then, ending, held.pop_all())
+    except BaseException:
+        await cancel(task)
+        raise
     finally:
-        for pending in (task, gone):
-            pending.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+        await cancel(gone)
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 async def _until_gone(request: Request) -> None:

@@ -18,6 +18,7 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.quantization.kernels.openmp import release_team
 from rabbit_engine.sessions.room import Room
+from rabbit_engine.sessions.waiting import AnswerLength, passes_until_start
 from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_products
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,17 @@ class Job:
     exact: bool = False
     fiber: Fiber | None = field(default=None, repr=False)
     cancelled: bool = False
-    is_computed: bool = False
+    passes: int = 0
 
     @property
     def is_forward(self) -> bool:
         """Whether it is a single forward, which is over after one pass."""
         return self.demand.logits is not None
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its prompt is: that takes the first pass."""
+        return self.passes > 0
 
 
 class Engine:
@@ -69,6 +75,7 @@ class Engine:
         self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._length = AnswerLength()
         self._changed = threading.Condition()
         self._closed = False
         release_team()  # of the thread that loaded the model: this one's would wait more slowly
@@ -134,10 +141,20 @@ class Engine:
         """Raise QueueFullError."""
         retry = self._seconds_to_a_place()
         raise QueueFullError(
-            f"the queue is full: {len(self._running)} under way, {len(self._waiting)} waiting; try again in "
-            f"{math.ceil(retry)} s, or let more wait (max_queue)",
+            f"the queue is full: {len(self._running)} under way, {len(self._waiting)} waiting, the last of them for about "
+            f"{math.ceil(self.start_s)} s; try again in {math.ceil(retry)} s, or let more wait (max_queue)",
             retry,
         )
+
+    def place(self, job: Job) -> int | None:
+        """Its place among those that wait, 1 for the next one; None once it has started."""
+        with self._changed:
+            return self._waiting.index(job) + 1 if job in self._waiting else None
+
+    @property
+    def start_s(self) -> float:
+        """Estimated seconds until one more request would start: with the next pass, or when enough answers have ended."""
+        return self._pass_left_s() + self._pass_s * self._passes_until_start()
 
     def cancel(self, job: Job) -> None:
         """End the job at the next unit it waits for, or before it starts. Does nothing in a forked child."""
@@ -168,10 +185,25 @@ class Engine:
             self._thread.join()
 
     def _seconds_to_a_place(self) -> float:
+        return max(1.0, self._pass_s * min(map(self._passes_left, tuple(self._running)), default=1.0))
+
+    def _passes_until_start(self) -> float:
+        with self._changed:
+            running, waiting = list(self._running), list(self._waiting)
+        most = 1 if self._alone else self._most
+        return passes_until_start(list(map(self._passes_left, running)), list(map(self._passes_left, waiting)), most)
+
+    def _passes_left(self, job: Job) -> float:
+        return 1.0 if job.is_forward else self._length.left(job.demand.answer, job.passes)
+
+    @property
+    def _pass_s(self) -> float:
         profile = self._model.profile
-        pass_s = profile.pass_s / profile.passes if profile.passes else 1.0
-        fewest = min((job.demand.answer for job in self._running), default=1)
-        return max(1.0, pass_s * fewest / 2)
+        return profile.pass_s / profile.passes if profile.passes else 1.0
+
+    def _pass_left_s(self) -> float:
+        progress = self._model.progress
+        return 0.0 if progress is None else progress.remaining_s or 0.0
 
     def _serve(self) -> None:
         torch.set_grad_enabled(False)  # for all fibers: they share the thread's switch
@@ -232,7 +264,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - a failure of the pass itself, such as a closed model, ends every answer
                 self._scheduler.stop(error)
         for job in self._running:
-            job.is_computed = True  # a prompt takes the first pass
+            job.passes += 1
         self._settle()
 
     def _settle(self) -> None:
@@ -241,6 +273,8 @@ class Engine:
         with self._changed:
             self._running = [job for job in self._running if job not in done]
         for job in done:
+            if job.demand.answer and not job.cancelled:
+                self._length.add(job.passes)
             _tell(job, job.fiber.failure)  # type: ignore[union-attr]
 
 

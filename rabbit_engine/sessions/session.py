@@ -73,6 +73,11 @@ class Ticket:
         """Cancel it. Safe from any thread, more than once, and after its end."""
         self._engine.cancel(self._job)
 
+    @property
+    def place(self) -> int | None:
+        """Its place among the requests that wait, 1 for the next one; None once it has started."""
+        return self._engine.place(self._job)
+
 
 class Events:
     """Events of requests, for one event loop: `(index, Piece)` and finally `(index, Reply)` of each. Failures are raised.
@@ -103,6 +108,12 @@ class Events:
             raise event
         self._left -= isinstance(event, Reply)
         return index, event
+
+    @property
+    def place(self) -> int | None:
+        """The place of the first request among all that wait, 1 for the next one; None once one of these has started."""
+        places = [ticket.place for ticket in self._tickets]
+        return None if None in places else min(filter(None, places), default=None)
 
     async def aclose(self) -> None:
         """Cancel the requests that are not finished."""
@@ -319,6 +330,11 @@ class Session(TaskMethods):
     def running(self) -> int:
         """The number of answers under way."""
         return self._engine.running
+
+    @property
+    def start_s(self) -> float:
+        """Estimated seconds until a new request would start, from the passes so far and the requests before it."""
+        return self._engine.start_s
 
     @property
     def most_tokens(self) -> int:
