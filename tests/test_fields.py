@@ -18,6 +18,7 @@ from rabbit_engine.server.app import create_app
 from rabbit_engine.server.openai import fields
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest
 from rabbit_engine.server.responses.schema import ResponseRequest
+from rabbit_engine.server.tasks.schema import ClassifyRequest, RerankRequest, ScoreRequest
 
 TALK = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xy"}]
 DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -286,10 +287,11 @@ def test_special_tokens_of_a_completion_can_be_left_out(client: TestClient, mode
         assert found["usage"]["prompt_tokens"] == tokens
 
 
+KINDS = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest, RerankRequest, ScoreRequest, ClassifyRequest)
+
+
 def test_the_page_names_every_field() -> None:
     page = DOCS.read_text("utf-8")
-    honoured = {
-        name for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest) for name in kind.model_fields
-    }
+    honoured = {name for kind in KINDS for name in kind.model_fields}
     missing = {name for name in (*honoured, *fields.REFUSED, *fields.IGNORED) if f"`{name}`" not in page}
     assert not missing

@@ -23,6 +23,7 @@ from rabbit_engine.server.openai.endpoints import OpenAIEndpoints
 from rabbit_engine.server.responses.endpoints import ResponsesEndpoints
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.status import StatusPages
+from rabbit_engine.server.tasks.endpoints import TaskEndpoints
 from rabbit_engine.server.timeouts import USUAL, Timeouts
 from rabbit_engine.server.visits import AccessLog
 from rabbit_engine.sessions import Session
@@ -53,6 +54,7 @@ def create_app(
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=_lifespan(service), **hidden)
     interfaces: tuple[Interface, ...] = (
         ResponsesEndpoints(service),
+        TaskEndpoints(service),
         OpenAIEndpoints(service),
     )  # the last one answers errors at all other paths
     respond = _Responder(interfaces)

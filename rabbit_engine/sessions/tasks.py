@@ -12,9 +12,10 @@ import torch
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.sessions.embeddings import EmbeddingWork
-from rabbit_engine.sessions.forwards import Forwards, last_logits_of, logits_of
+from rabbit_engine.sessions.embeddings import EmbeddingWork, embedding_work
+from rabbit_engine.sessions.forwards import Compute, Forwards, last_logits_of, logits_of
 from rabbit_engine.sessions.inputs import Fit, Text
+from rabbit_engine.sessions.works import Work
 from rabbit_engine.tasks.batches import Batch, Inputs
 from rabbit_engine.tasks.classification import Classification, labeller_of
 from rabbit_engine.tasks.embedding import Embedder
@@ -87,7 +88,8 @@ class TaskMethods:
         many, is_one = _each(texts, pairs=False)
         embedder = (self.embedder or Embedder()).changed(pooling, normalize)
         fit = self._forwards.fit(most=embedder.most_tokens, truncation=truncation, stride=stride)
-        found = self._embedding(embedder, many, prompt, fit).run(dimensions, exact=exact)
+        windows = self._prompted(many, embedder, prompt, fit)
+        found = embedding_work(self.model, self._forwards, embedder, windows, dimensions).run(exact=exact)
         return found[0] if is_one else found
 
     @cached_property
@@ -95,13 +97,11 @@ class TaskMethods:
         """How the checkpoint's sentence-transformers files embed texts; None without such files. Raises as `find_embedder`."""
         return find_embedder(runtime_of(self.model).checkpoint.repo.folder)
 
-    def embedding(self, texts: Sequence[Text]) -> EmbeddingWork:
+    def embedding(self, texts: Sequence[Text], dimensions: int | None = None) -> EmbeddingWork:
         """Encode texts for a caller that does not wait for their vectors as `embed` does. Raises as `embed`."""
         embedder = self.embedder or Embedder()
-        return self._embedding(embedder, texts, None, self._forwards.fit(most=embedder.most_tokens))
-
-    def _embedding(self, embedder: Embedder, texts: Sequence[Text], prompt: str | None, fit: Fit) -> EmbeddingWork:
-        return EmbeddingWork(self.model, self._forwards, embedder, self._prompted(texts, embedder, prompt, fit))
+        windows = self._prompted(texts, embedder, None, self._forwards.fit(most=embedder.most_tokens))
+        return embedding_work(self.model, self._forwards, embedder, windows, dimensions)
 
     def _prompted(self, texts: Sequence[Text], embedder: Embedder, named: str | None, fit: Fit) -> list[list[Inputs]]:
         """The windows of each text after its prompt; token ids have none."""
@@ -152,12 +152,18 @@ class TaskMethods:
             PromptTooLongError: for a text that is too long.
             ConfigurationError: for a text without tokens, a wrong argument, or labels that do not match the head.
         """
+        many, is_one = _each(texts)
+        found = self.classifying(many, activation=activation, truncation=truncation).run(exact=exact)
+        return found[0] if is_one else found
+
+    def classifying(
+        self, texts: Sequence[Text | Pair], *, activation: str | None = None, truncation: bool = False
+    ) -> Work[torch.Tensor, list[Classification]]:
+        """Encode texts for a caller that does not wait for their labels as `classify` does. Raises as `classify`."""
         require_head(self.model, SEQUENCES)
         labeller = labeller_of(self.model.config, activation)
-        many, is_one = _each(texts)
-        inputs = [each[0] for each in self._encode(many, self._forwards.fit(truncation=truncation))]
-        found = [labeller.read(logits) for logits in self._forwards.run(inputs, logits_of(self.model), exact=exact)]
-        return found[0] if is_one else found
+        inputs = [each[0] for each in self._encode(texts, self._forwards.fit(truncation=truncation))]
+        return Work(self._forwards, inputs, logits_of(self.model), lambda found: [labeller.read(logits) for logits in found])
 
     def rerank(
         self,
@@ -192,16 +198,36 @@ class TaskMethods:
         """
         if top is not None and top < 1:
             raise ConfigurationError(f"top={top}: expected at least 1")
-        if has_head(self.model, SEQUENCES):
-            if instruction is not None:
-                raise ConfigurationError("a cross-encoder takes no instruction")
-            activation = activation or cross_encoder_activation(self.model.config)
-            logits = self._pair_logits(query, documents, truncation, exact)
-        else:
-            require_head(self.model, SEQUENCES, CAUSAL)
-            logits = self._yes_logits(query, documents, instruction or INSTRUCTION, truncation, exact)
-        found = [Relevance(index, activate(logit, activation or "sigmoid"), logit) for index, logit in enumerate(logits)]
+        pairs = [(query, document) for document in documents]
+        work = self.ranking(pairs, instruction=instruction, activation=activation, truncation=truncation)
+        found = work.run(exact=exact)
         return found if top is None else sorted(found, key=lambda each: -each.logit)[:top]
+
+    def ranking(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        instruction: str | None = None,
+        activation: str | None = None,
+        truncation: bool = False,
+    ) -> Work[float, list[Relevance]]:
+        """Encode pairs of a query and a document for a caller that does not wait for them as `rerank` does; each has a query of
+        its own. Raises as `rerank`."""
+        if not has_head(self.model, SEQUENCES):
+            require_head(self.model, SEQUENCES, CAUSAL)
+            inputs, compute = self._judged(pairs, instruction or INSTRUCTION, truncation)
+        elif instruction is not None:
+            raise ConfigurationError("a cross-encoder takes no instruction")
+        else:
+            activation = activation or cross_encoder_activation(self.model.config)
+            inputs, compute = self._paired(pairs, truncation)
+        chosen = activation or "sigmoid"
+        activate(0.0, chosen)  # an unknown one is refused before anything is computed
+
+        def finish(logits: list[float]) -> list[Relevance]:
+            return [Relevance(index, activate(logit, chosen), logit) for index, logit in enumerate(logits)]
+
+        return Work(self._forwards, inputs, compute, finish)
 
     @overload
     def tag(  # type: ignore[overload-overlap] # a text is a sequence of texts, too
@@ -302,17 +328,25 @@ class TaskMethods:
             PromptTooLongError: for a text that is too long.
             ConfigurationError: for a text or continuation without a token to score.
         """
-        require_head(self.model, CAUSAL, "AutoModelForImageTextToText")
         many, is_one = _each(texts)
+        found = self.scoring(many, special_tokens=special_tokens, truncation=truncation).run(exact=exact)
+        return found[0] if is_one else found
+
+    def scoring(
+        self, texts: Sequence[Any], *, special_tokens: bool = True, truncation: bool = False, alternatives: int | None = None
+    ) -> Work[Score, list[Score]]:
+        """Encode texts for a caller that does not wait for their scores as `score` does; `alternatives` as of `score_tokens`.
+        Raises as `score`."""
+        require_head(self.model, CAUSAL, "AutoModelForImageTextToText")
         fit = self._forwards.fit(logits=1, truncation=truncation)
-        inputs = [self._named(index, self._scored, text, special_tokens, fit) for index, text in enumerate(many)]
+        inputs = [self._named(index, self._scored, text, special_tokens, fit) for index, text in enumerate(texts)]
         last_logits = last_logits_of(self.model)
 
         def compute(batch: Batch) -> Iterable[Score]:
-            return [score_tokens(rows, text.targets) for rows, text in zip(last_logits(batch), batch.texts, strict=True)]
+            each = zip(last_logits(batch), batch.texts, strict=True)
+            return [score_tokens(rows, text.targets, alternatives) for rows, text in each]
 
-        found = self._forwards.run(inputs, compute, exact=exact)
-        return found[0] if is_one else found
+        return Work(self._forwards, inputs, compute, lambda found: found)
 
     def _scored(self, text: Any, special: bool, fit: Fit) -> Inputs:
         context, continuation = self._context(text, special)
@@ -338,20 +372,22 @@ class TaskMethods:
         first = [getattr(self.model.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
         return begun or [token for token in first if token is not None][:1], rest
 
-    def _pair_logits(self, query: str, documents: Sequence[str], truncation: bool, exact: bool | None) -> list[float]:
-        pairs = [(query, _text(document)) for document in documents]
-        inputs = [each[0] for each in self._encode(pairs, self._forwards.fit(truncation=truncation))]
-        return [float(logits[0]) for logits in self._forwards.run(inputs, logits_of(self.model), exact=exact)]
+    def _paired(self, pairs: Sequence[Pair], truncation: bool) -> tuple[list[Inputs], Compute[float]]:
+        texts = [(_text(query), _text(document)) for query, document in pairs]
+        logits = logits_of(self.model)
 
-    def _yes_logits(
-        self, query: str, documents: Sequence[str], instruction: str, truncation: bool, exact: bool | None
-    ) -> list[float]:
+        def compute(batch: Batch) -> Iterable[float]:
+            return [float(own[0]) for own in logits(batch)]
+
+        return [each[0] for each in self._encode(texts, self._forwards.fit(truncation=truncation))], compute
+
+    def _judged(self, pairs: Sequence[Pair], instruction: str, truncation: bool) -> tuple[list[Inputs], Compute[float]]:
         judge, encoder = yes_or_no(self.model.tokenizer), self._forwards.encoder
         fit = self._forwards.fit(logits=1, truncation=truncation)
         around = Fit(max(0, fit.most - judge.own_tokens), truncation)
         inputs = []
-        for index, document in enumerate(documents):
-            text = judged_text(instruction, query, _text(document))
+        for index, (query, document) in enumerate(pairs):
+            text = judged_text(instruction, _text(query), _text(document))
             (found,) = self._named(index, encoder.find, text, None, around, add_special_tokens=False)
             inputs.append(judge.prompt(found["input_ids"]))
         last_logits = last_logits_of(self.model)
@@ -359,7 +395,7 @@ class TaskMethods:
         def compute(batch: Batch) -> Iterable[float]:
             return [judge.logit(rows[0]) for rows in last_logits(batch)]
 
-        return self._forwards.run(inputs, compute, exact=exact)
+        return inputs, compute
 
     def _encode(self, texts: Sequence[Text | Pair], fit: Fit) -> list[list[Inputs]]:
         """The windows of each text."""

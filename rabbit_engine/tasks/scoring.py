@@ -19,12 +19,15 @@ _ROWS = 128
 class Score:
     """Natural logarithms of probabilities: of each scored token given all before it.
 
-    `is_greedy` tells whether each of them was the likeliest.
+    `is_greedy` tells whether each of them was the likeliest. If asked for, `tops` are the likeliest tokens at each position with
+    theirs, in descending order, and `ranks` the places of the scored tokens, 1 for the likeliest.
     """
 
     token_logprobs: tuple[float, ...]
     logprob: float
     is_greedy: bool
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+    ranks: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -37,15 +40,24 @@ class Score:
         return math.exp(-self.logprob / self.tokens)
 
 
-def score_tokens(logits: torch.Tensor, targets: Sequence[int]) -> Score:
-    """The score of `targets`, given the logits [targets, vocabulary] at the positions before them; computed in float32."""
+def score_tokens(logits: torch.Tensor, targets: Sequence[int], alternatives: int | None = None) -> Score:
+    """The score of `targets`, given the logits [targets, vocabulary] at the positions before them; computed in float32.
+
+    With `alternatives`, also so many of the likeliest tokens at each position, and the ranks.
+    """
     wanted = torch.tensor(targets, device=logits.device)
-    found = []
+    found, ranks, tops = [], [], []
     for rows, tokens in zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True):
-        found.append(rows.float().log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1).cpu())
+        all_logprobs = rows.float().log_softmax(dim=-1)
+        own = all_logprobs.gather(-1, tokens[:, None])
+        found.append(own.squeeze(-1).cpu())
+        if alternatives is not None:
+            ranks += (1 + (all_logprobs > own).sum(dim=-1)).tolist()
+            best = all_logprobs.topk(alternatives)
+            tops += [tuple(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     logprobs = torch.cat(found)
     greedy = bool((logits.argmax(dim=-1) == wanted).all())
-    return Score(tuple(logprobs.tolist()), float(logprobs.sum()), greedy)
+    return Score(tuple(logprobs.tolist()), float(logprobs.sum()), greedy, tuple(tops), tuple(ranks))
 
 
 def continuation_inputs(context: Sequence[int], continuation: Sequence[int], most: int) -> Inputs:

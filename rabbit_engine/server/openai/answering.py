@@ -1,4 +1,4 @@
-"""Streams of chats and completions, and embeddings."""
+"""Streams of chats and completions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from rabbit_engine.server.errors import as_request_error
 from rabbit_engine.server.flow import AnswerFlow
 from rabbit_engine.server.openai import wire as words
 from rabbit_engine.server.openai.bodies import Bodies
-from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest
 from rabbit_engine.server.openai.wire import Wire
 from rabbit_engine.server.service import Taken
 from rabbit_engine.server.streams import Silence
 from rabbit_engine.sessions import Events, Reply, Request
-from rabbit_engine.sessions.embeddings import EmbeddingWork
 
 Chat = Taken[ChatRequest, tuple[Bodies, list[Request]]]
 Completion = Taken[CompletionRequest, tuple[Bodies, list[Request]]]
-Embedding = Taken[EmbeddingRequest, EmbeddingWork]
 
 
 async def chat_stream(taken: Chat, events: Events) -> AsyncIterator[str]:
@@ -76,12 +74,3 @@ async def text_stream(taken: Completion, events: Events) -> AsyncIterator[str]:
         if asked.wants_usage:
             yield wire.chunk(counts=words.usage_of_prompts([reply for _, reply in sorted(replies.items())], asked.choices))
     yield words.LAST_CHUNK
-
-
-async def embed(taken: Embedding) -> dict[str, object]:
-    """Vectors of texts, as `Session.embed` gives them."""
-    asked, work = taken.asked, taken.prepared
-    started = work.start(bounded=True)
-    taken.count_tokens(work.tokens)
-    vectors = work.vectors(await started.awaited(), asked.dimensions)
-    return words.embeddings(taken.served.name, vectors.tolist(), asked.encoding_format or "float", work.tokens)

@@ -8,15 +8,16 @@ from fastapi.responses import JSONResponse
 from rabbit_engine.server.body import read_body
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
-from rabbit_engine.server.openai.answering import chat_stream, embed, text_stream
+from rabbit_engine.server.openai.answering import chat_stream, text_stream
 from rabbit_engine.server.openai.bodies import Bodies
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from rabbit_engine.server.openai.wire import event
 from rabbit_engine.server.parsing import parse_object
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.streams import EVENTS
+from rabbit_engine.server.tasks import bodies as tasks
+from rabbit_engine.server.tasks.bodies import TaskAnswer
 from rabbit_engine.sessions import Request as Asking
-from rabbit_engine.sessions.embeddings import EmbeddingWork
 
 
 class OpenAIEndpoints:
@@ -94,14 +95,15 @@ class OpenAIEndpoints:
     async def embed(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
 
-        def prepare(served: Served, asked: EmbeddingRequest) -> EmbeddingWork:
+        def prepare(served: Served, asked: EmbeddingRequest) -> TaskAnswer:
             if served.session.embedder is None:
                 told = f"{served.name} cannot embed texts: it has no sentence-transformers files"
                 raise RequestError(400, told, param="model")
-            return served.session.embedding(asked.inputs)
+            return tasks.embed(served.session, served.name, asked)
 
         async with self._service.take(request, lambda body: parse(EmbeddingRequest, body), prepare) as taken:
-            return await taken.whole(embed(taken))
+            taken.count_tokens(taken.prepared.work.tokens)
+            return await taken.whole(taken.prepared.awaited())
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which transformers' client calls first: loads the model."""

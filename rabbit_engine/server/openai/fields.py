@@ -148,6 +148,8 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "lora_request": (_ONE_MODEL, ()),
         "watermark": ("answers are not marked", ()),
         "t_max_predict_ms": ("use max_tokens", (0,)),
+        **dict.fromkeys(("max_tokens_per_doc", "max_chunks_per_doc"), ("truncation: true shortens documents", ())),
+        "rank_fields": ("documents are texts", ()),
         "input_type": ("put the checkpoint's prompt before the text", ()),
         "task": ("put the checkpoint's prompt before the text", ()),
         "instruction": ("put it before the text", ()),

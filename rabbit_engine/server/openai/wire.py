@@ -136,7 +136,12 @@ def embeddings(model: str, vectors: Sequence[Sequence[float]], encoding: str, to
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(values, encoding)} for index, values in enumerate(vectors)
     ]
-    return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    return {"object": "list", "data": data, "model": model, "usage": tokens_read(tokens)}
+
+
+def tokens_read(tokens: int) -> dict[str, object]:
+    """Token counts of what only reads."""
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 def _vector(values: Sequence[float], encoding: str) -> list[float] | str:

@@ -1,0 +1,71 @@
+"""The endpoints for labels, ranks and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.hosting import Served
+from rabbit_engine.server.openai.schema import Asked, parse
+from rabbit_engine.server.service import Service
+from rabbit_engine.server.tasks import bodies
+from rabbit_engine.server.tasks.bodies import TaskAnswer
+from rabbit_engine.server.tasks.schema import ClassifyRequest, RerankRequest, ScoreRequest
+from rabbit_engine.sessions import Session
+
+Kind = TypeVar("Kind", bound=Asked)
+
+
+class TaskEndpoints:
+    """Classify, rerank and score, in the forms of vLLM, Jina and Cohere."""
+
+    paths: tuple[str, ...] = ("/v1/classify", "/classify", "/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score")
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes."""
+        for path, endpoint in (("classify", self.classify), ("rerank", self.rerank), ("score", self.score)):
+            app.post(f"/v1/{path}")(endpoint)
+            app.post(f"/{path}")(endpoint)
+        app.post("/v2/rerank")(self.rerank_as_cohere)
+
+    def error(self, error: RequestError) -> Response:
+        """An error as OpenAI's clients read it; `message` is where Cohere's looks."""
+        return JSONResponse({**error.body(), "message": str(error)}, error.status, error.headers())
+
+    async def classify(self, request: Request) -> Response:
+        """`POST /v1/classify` and `/classify`."""
+        return await self._answer(request, ClassifyRequest, bodies.classify)
+
+    async def score(self, request: Request) -> Response:
+        """`POST /v1/score` and `/score`."""
+        return await self._answer(request, ScoreRequest, bodies.score)
+
+    async def rerank(self, request: Request) -> Response:
+        """`POST /v1/rerank` and `/rerank`: with the documents, unless the request says otherwise."""
+
+        def answer(session: Session, model: str, asked: RerankRequest) -> TaskAnswer:
+            return bodies.rerank(session, model, asked, with_documents=True)
+
+        return await self._answer(request, RerankRequest, answer)
+
+    async def rerank_as_cohere(self, request: Request) -> Response:
+        """`POST /v2/rerank`: without the documents, unless the request says otherwise."""
+        return await self._answer(request, RerankRequest, bodies.rerank)
+
+    async def _answer(self, request: Request, kind: type[Kind], answer: Callable[[Session, str, Kind], TaskAnswer]) -> Response:
+        def read(body: dict[str, Any]) -> Kind:
+            return parse(kind, body)
+
+        def prepare(served: Served, asked: Kind) -> TaskAnswer:
+            return answer(served.session, served.name, asked)
+
+        async with self._service.take(request, read, prepare) as taken:
+            taken.count_tokens(taken.prepared.work.tokens)
+            return await taken.whole(taken.prepared.awaited())
