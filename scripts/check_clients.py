@@ -71,7 +71,7 @@ def check_lm_eval(model: str, memory: str) -> bool:
         (folder / "questions.jsonl").write_text("\n".join(rows))
         (folder / "choices.yaml").write_text(CHOICE_TASK.format(file=folder / "questions.jsonl"))
         (folder / "answers.yaml").write_text(WRITING_TASK.format(file=folder / "questions.jsonl"))
-        split = {"layer_shards_saving_path": folder / "shards"}  # used for a GGUF file alone
+        split: dict[str, Any] = {"layer_shards_saving_path": folder / "shards"}  # used for a GGUF file alone
         with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": memory}, **split) as streamed:
             tokenizer = streamed.tokenizer
             found = _evaluate(streamed, tokenizer, folder)
