@@ -17,7 +17,9 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.keys import Key
 
-_OPEN_PATHS = ("/", "/health")
+OPEN_PATHS = ("/", "/health")
+"""Paths that need no key."""
+
 _MINUTE_S = 60.0
 _BUSY_RETRY_S = 10.0
 """When a client with all its requests under way may try again: when one ends is not known."""
@@ -47,6 +49,11 @@ class Access:
         self._local = local
         self._holders = [_Holder(key) for key in keys]
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self._holders)
+
     @contextmanager
     def admitting(self, scope: Scope) -> Iterator[str]:
         """The name of the key that a request came with, empty if it needs none; a request that asks a model (POST) counts
@@ -54,7 +61,7 @@ class Access:
         headers = Headers(scope=scope)
         if self._local and not _names_this_machine(headers.get("host", "")):
             raise RequestError(400, "the Host header does not name this machine: use localhost, or give the server a key")
-        if not self._holders or scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._holders or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             yield ""
             return
         holder = self._holder_of(_given_keys(headers))

@@ -20,6 +20,7 @@ from rabbit_engine.server.hosting import Host
 from rabbit_engine.server.interface import Interface
 from rabbit_engine.server.keys import Key
 from rabbit_engine.server.openai.endpoints import OpenAIEndpoints
+from rabbit_engine.server.openapi import Description
 from rabbit_engine.server.responses.endpoints import ResponsesEndpoints
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.status import StatusPages
@@ -42,9 +43,8 @@ def create_app(
     access_log: AccessLog | None = None,
 ) -> FastAPI:
     """The application for the models of `host`, or for one session under the `name` that clients call its model. With `keys`, a
-    request needs one. `local`
-    accepts only Host headers that name this machine, so that no web page reaches it under another name; `origins` are the
-    pages that may use it from a browser."""
+    request needs one. `local` accepts only Host headers that name this machine, so that no web page reaches it under another
+    name; `origins` are the pages that may use it from a browser."""
     host = Host.of(host, name) if isinstance(host, Session) else host
     service = Service(host, Access(keys, local=local and not keys), timeouts, access_log)
     for served in host.loaded:
@@ -66,6 +66,8 @@ def create_app(
     StatusPages(service).add_to(app)
     for interface in interfaces:
         interface.add_to(app)
+    description = Description(app, interfaces, has_keys=service.access.has_keys)
+    app.get("/openapi.json", include_in_schema=False)(description.document)
     app.state.end_answers = service.ending.set
     return app
 
@@ -100,4 +102,7 @@ class _Responder:
     async def to_http_error(self, request: Request, error: Exception) -> Response:
         """To a path or method that does not exist."""
         status = getattr(error, "status_code", 500)
-        return self.at(request.url.path, RequestError(status, _NO_PAGE.get(status, str(getattr(error, "detail", error)))))
+        told = RequestError(status, _NO_PAGE.get(status, str(getattr(error, "detail", error))))
+        response = self.at(request.url.path, told)
+        response.headers.update(getattr(error, "headers", None) or {})  # the methods that are allowed
+        return response

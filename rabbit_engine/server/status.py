@@ -25,9 +25,9 @@ class StatusPages:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.get("/")(self.page)
+        app.get("/", response_class=HTMLResponse)(self.page)
         app.get("/health")(self.health)
-        app.get("/metrics")(self.metrics)
+        app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/plan")(self.plan)
         app.get("/lanes")(self.lanes)
 

@@ -10,8 +10,9 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.answering import chat_stream, text_stream
 from rabbit_engine.server.openai.bodies import Bodies
-from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, LoadRequest, parse
 from rabbit_engine.server.openai.wire import event
+from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.parsing import parse_object
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.streams import EVENTS
@@ -32,10 +33,10 @@ class OpenAIEndpoints:
         """Add the routes."""
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{model:path}")(self.model)
-        app.post("/v1/chat/completions")(self.chat)
-        app.post("/v1/completions")(self.complete)
-        app.post("/v1/embeddings")(self.embed)
-        app.post("/load_model")(self.load)
+        app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest, streams=EVENTS))(self.chat)
+        app.post("/v1/completions", openapi_extra=body_of(CompletionRequest, streams=EVENTS))(self.complete)
+        app.post("/v1/embeddings", openapi_extra=body_of(EmbeddingRequest))(self.embed)
+        app.post("/load_model", openapi_extra=body_of(LoadRequest, streams=EVENTS, whole=False))(self.load)
 
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it."""

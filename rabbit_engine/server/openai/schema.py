@@ -336,6 +336,12 @@ class CompletionRequest(_Request):
             raise unsupported("logprobs", "with echo it would include those of the prompt, which are not computed")
 
 
+class LoadRequest(Asked):
+    """`POST /load_model`."""
+
+    path = "/load_model"
+
+
 class EmbeddingRequest(Asked):
     """`POST /v1/embeddings`."""
 

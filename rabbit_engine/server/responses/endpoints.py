@@ -8,9 +8,11 @@ from fastapi.responses import JSONResponse
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.schema import parse
+from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.responses.answering import prepared, stream, whole
 from rabbit_engine.server.responses.schema import ResponseRequest
 from rabbit_engine.server.service import Service
+from rabbit_engine.server.streams import EVENTS
 from rabbit_engine.sessions import Request as Asking
 
 
@@ -24,8 +26,8 @@ class ResponsesEndpoints:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.post("/v1/responses")(self.respond)
-        app.post("/v1/responses/input_tokens")(self.count)
+        app.post("/v1/responses", openapi_extra=body_of(ResponseRequest, streams=EVENTS))(self.respond)
+        app.post("/v1/responses/input_tokens", openapi_extra=body_of(ResponseRequest))(self.count)
         app.get("/v1/responses/{response_id}")(self.stored)
         app.delete("/v1/responses/{response_id}")(self.stored)
         app.post("/v1/responses/{response_id}/cancel")(self.stored)
