@@ -32,8 +32,8 @@ cannot say, such as the vocabulary and the chat template."""
 def main() -> int:
     """Start the server, run schemathesis, and return its exit status."""
     import httpx
-    import talking
-    from serving import NAME, SECRET, serving
+    import talking  # type: ignore[import-not-found] # from the tests
+    from serving import NAME, SECRET, serving  # type: ignore[import-not-found]
 
     from rabbit_engine import AutoModel, Session
 

@@ -1,4 +1,4 @@
-"""The description at /openapi.json, and odd requests to the pages that it describes. `scripts/check_openapi.py` runs schemathesis."""
+"""The description at /openapi.json, and odd requests to the pages that it describes; scripts/check_openapi.py does more."""
 
 from __future__ import annotations
 
