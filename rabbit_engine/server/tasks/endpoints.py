@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.schema import Asked, parse
+from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.tasks import bodies
 from rabbit_engine.server.tasks.bodies import TaskAnswer
@@ -30,10 +31,15 @@ class TaskEndpoints:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        for path, endpoint in (("classify", self.classify), ("rerank", self.rerank), ("score", self.score)):
-            app.post(f"/v1/{path}")(endpoint)
-            app.post(f"/{path}")(endpoint)
-        app.post("/v2/rerank")(self.rerank_as_cohere)
+        ranks = body_of(RerankRequest)
+        for path, endpoint, described in (
+            ("classify", self.classify, body_of(ClassifyRequest)),
+            ("rerank", self.rerank, ranks),
+            ("score", self.score, body_of(ScoreRequest)),
+        ):
+            app.post(f"/v1/{path}", openapi_extra=described)(endpoint)
+            app.post(f"/{path}", openapi_extra=described)(endpoint)
+        app.post("/v2/rerank", openapi_extra=ranks)(self.rerank_as_cohere)
 
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it; `message` is where Cohere's looks."""
