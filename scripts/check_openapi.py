@@ -54,7 +54,7 @@ def main() -> int:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", str(path)]
         options = ["--url", url, "--header", key, "--checks", ",".join(CHECKS), "--request-timeout", "60"]
         numbers = ["--max-examples", str(given.examples), "--seed", str(given.seed)]
-        return subprocess.run([*command, *options, *numbers], check=False).returncode
+        return subprocess.run([*command, *options, *numbers], check=False, cwd=folder).returncode  # it writes what it found
 
 
 def narrowed(document: dict[str, Any], model: str) -> dict[str, Any]:
