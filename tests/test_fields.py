@@ -105,7 +105,7 @@ def with_config(client: TestClient, config: Any, **more: Any) -> Any:
         ({"temprature": 2}, "temprature", "did you mean 'temperature'"),
         ({"max_new_token": 2}, "max_new_token", "did you mean 'max_new_tokens'"),
         ({"max_length": 8}, "max_length", "use max_tokens"),
-        ({"forced_bos_token_id": 0}, "forced_bos_token_id", "constrained"),
+        ({"forced_bos_token_id": 0}, "forced_bos_token_id", "response_format"),
         ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size", "sampler"),
         ({"n": 2}, "n", "a field of the request itself"),
         ({"stop": "x"}, "stop", "a field of the request itself"),
@@ -191,7 +191,6 @@ def test_a_message_that_says_nothing_is_refused_with_its_place(client: TestClien
 
 
 WANTED: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
     "modalities": ["text", "audio"],
     "detokenize": None,
     "spaces_between_special_tokens": None,

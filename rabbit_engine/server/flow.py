@@ -86,7 +86,8 @@ def form_of(session: Session, request: Request, names: Collection[str] = (), mos
     whether the answer begins with it."""
     tokenizer = session.model.tokenizer
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    marks = next((marks for marks in THINKING if marks[1] in template), None)
+    free = request.constraint is None  # an answer that must have a form has no reasoning before it
+    marks = next((marks for marks in THINKING if free and marks[1] in template), None)
     begun = marks is not None and str(tokenizer.decode(request.prompt.ids[-_LAST:])).rstrip().endswith(marks[0])
     return AnswerForm(names, most_calls, marks, begun)
 

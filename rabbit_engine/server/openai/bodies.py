@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rabbit_engine.server.flow import AnswerFlow, AnswerForm, form_of
 from rabbit_engine.server.openai import wire as words
+from rabbit_engine.server.openai.constraints import forced_call
 from rabbit_engine.server.openai.fields import unsupported
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest
 from rabbit_engine.server.openai.wire import Wire
@@ -25,7 +26,11 @@ class Bodies:
         for name in ("reasoning_effort", "documents"):
             if getattr(asked, name) and not self._session.template_reads(name):
                 raise unsupported(name, "the checkpoint's chat template does not read it")
-        request = self._session.request(asked.messages, **template, **asked.options())
+        forced = forced_call(
+            self._session, asked.tool_choice, asked.offered_tools, asked.form, parallel=asked.parallel_tool_calls is not False
+        )
+        with forced.errors():
+            request = self._session.request(asked.messages, **template, **asked.options(), **forced.options)
         return request.copies(asked.choices)
 
     def form(self, asked: ChatRequest, request: Request) -> AnswerForm:
@@ -45,8 +50,10 @@ class Bodies:
         """One request for each completion. Raises for what is not supported."""
         asked.refuse_unsupported()
         special = asked.add_special_tokens is not False
-        options = asked.options()
-        found = [self._session.request_text(prompt, special_tokens=special, **options) for prompt in asked.prompts]
+        form = asked.form
+        options = {**asked.options(), **form.options, "special_tokens": special}
+        with form.errors():
+            found = [self._session.request_text(prompt, **options) for prompt in asked.prompts]
         return [copy for request in found for copy in request.copies(asked.choices)]
 
     def text(self, asked: CompletionRequest, requests: Sequence[Request], replies: Sequence[Reply]) -> dict[str, object]:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _OFF: tuple[Any, ...] = (None, "", [], {}, False)
 """Values with which a refused field has no effect."""
 
-_CONSTRAINED = "it would need constrained decoding, which is not supported: describe the format in the prompt"
+_CONSTRAINED = "use response_format, or structured_outputs"
 _BEAMS = "the server has no beam search"
 _ONE_SAMPLER = "this sampler is not supported; temperature, top_p, top_k, min_p and typical_p are"
 _ONE_MODEL = "the server serves only the model it was started with"
@@ -37,20 +37,10 @@ _CONTINUED = "put it in messages, with continue_final_message"
 REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     {
         # name: why, and further values with no effect besides those of _OFF
-        "response_format": (_CONSTRAINED, ({"type": "text"},)),
-        "structured_outputs": (_CONSTRAINED, ()),
-        "guided_json": (_CONSTRAINED, ()),
-        "guided_regex": (_CONSTRAINED, ()),
-        "guided_choice": (_CONSTRAINED, ()),
-        "guided_grammar": (_CONSTRAINED, ()),
-        "guided_json_object": (_CONSTRAINED, ()),
         "guided_decoding_backend": (_CONSTRAINED, ()),
         "guided_whitespace_pattern": (_CONSTRAINED, ()),
         "structural_tag": (_CONSTRAINED, ()),
-        "grammar": (_CONSTRAINED, ()),
-        "json_schema": (_CONSTRAINED, ()),
         "format": (_CONSTRAINED, ()),
-        "regex": (_CONSTRAINED, ()),
         "allowed_token_ids": (_CONSTRAINED, ()),
         "functions": ("use tools", ()),
         "function_call": ("use tools and tool_choice", ("none", "auto")),
@@ -165,7 +155,7 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "stop_regex": ("use stop, which takes texts", ()),
         "no_stop_trim": ("use include_stop_str_in_output", ()),
         "ban_eos_token": ("use ignore_eos", ()),
-        **dict.fromkeys(("json_mode", "ebnf", "schema", "json", "guided", "choice", "choices"), (_CONSTRAINED, ())),
+        **dict.fromkeys(("json_mode", "schema", "json", "guided", "choice", "choices"), (_CONSTRAINED, ())),
         "guided_json_schema": (_CONSTRAINED, ()),
         "output_format": (_CONSTRAINED, ("text", {"type": "text"})),
         "text": (_CONSTRAINED, ({"format": {"type": "text"}},)),

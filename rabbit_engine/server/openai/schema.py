@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, create_model
 
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.openai.constraints import Forced, forced_form
 from rabbit_engine.server.openai.fields import check_config, check_fields, unsupported
 from rabbit_engine.server.openai.tools import check_tools
 from rabbit_engine.sessions import MOST_ALTERNATIVES, Options
@@ -93,6 +94,22 @@ class Generating(Asked):
     min_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     skip_special_tokens: bool | None = True
     generation_config: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: Any = None
+    grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @property
+    def form(self) -> Forced:
+        """The form that the answer must have. Raises RequestError."""
+        return forced_form(self.__dict__)
 
     @property
     def most_tokens(self) -> int | None:
@@ -299,8 +316,8 @@ class ChatRequest(_Request):
 
     def refuse_unsupported(self) -> None:
         """Raise for fields that would change the answer and are not supported."""
-        if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", 'only "none" and "auto" are possible: a call cannot be forced')
+        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "allowed_tools":
+            raise unsupported("tool_choice", "offer only the tools that are allowed")
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         check_tools(self.tools or [])

@@ -10,6 +10,7 @@ from typing import Any
 
 from rabbit_engine.server.errors import as_request_error
 from rabbit_engine.server.flow import AnswerFlow, AnswerForm, form_of
+from rabbit_engine.server.openai.constraints import forced_call
 from rabbit_engine.server.openai.fields import unsupported
 from rabbit_engine.server.openai.wire import Wire
 from rabbit_engine.server.responses.output import Event, Output
@@ -30,7 +31,10 @@ def prepared(session: Session, asked: ResponseRequest) -> Request:
         raise unsupported("reasoning.effort", "the checkpoint's chat template does not read it")
     template = {"tools": asked.offered_tools, "reasoning_effort": asked.effort}
     given = {**asked.template_kwargs(), **{name: value for name, value in template.items() if value}}
-    return session.request(asked.conversation_messages(), **given, **asked.options())
+    tools, parallel = asked.offered_tools, asked.parallel_tool_calls is not False
+    forced = forced_call(session, asked.tool_choice, tools, asked.form, parallel=parallel)
+    with forced.errors():
+        return session.request(asked.conversation_messages(), **given, **asked.options(), **forced.options)
 
 
 class Answering:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rabbit_engine.server.errors import RequestError
+from rabbit_engine.server.openai.constraints import FREE, Forced, format_of
 from rabbit_engine.server.openai.fields import unsupported
 from rabbit_engine.server.openai.schema import MOST, Generating, template_variables
 from rabbit_engine.server.responses.items import read_items
@@ -110,6 +111,14 @@ class ResponseRequest(Generating):
         """The form of the answer as a response repeats it."""
         return (self.text.format if self.text is not None else None) or {"type": "text"}
 
+    @property
+    def form(self) -> Forced:
+        """The form that the answer must have. Raises RequestError."""
+        own, other = format_of("text.format", self.told_format), super().form
+        if own is not None and other is not FREE:
+            raise RequestError(400, f"text.format and {other.field}: an answer follows only one of them", param=other.field)
+        return own or other
+
     def template_kwargs(self) -> dict[str, Any]:
         """The chat template's variables that the client sets."""
         return template_variables(self.chat_template_kwargs)
@@ -127,10 +136,6 @@ class ResponseRequest(Generating):
             raise unsupported("background", _NOTHING_STORED + ", and stream the answer")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise unsupported("text.verbosity", "ask for it in words")
-        if self.tool_choice not in (None, "none", "auto") and self._allowed_names() is None:
-            raise unsupported("tool_choice", 'only "none" and "auto" are possible: a call cannot be forced')
-        if self.told_format.get("type") != "text":
-            raise unsupported("text.format", "only text is possible")
         for index, tool in enumerate(self.tools or []):
             _as_chat_tool(tool, f"tools.{index}")
 
