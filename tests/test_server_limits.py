@@ -121,7 +121,7 @@ def test_small_requests_do_not_wait_for_a_large_one_that_is_being_read(session: 
         wait_until(given_back.is_set)
 
 
-@pytest.mark.parametrize(("mebibytes", "headers", "status"), [(5, {}, 413), (20, {}, 413), (20, {"Host": "elsewhere"}, 400)])
+@pytest.mark.parametrize(("mebibytes", "headers", "status"), [(21, {}, 413), (40, {}, 413), (20, {"Host": "elsewhere"}, 400)])
 def test_a_client_that_sends_everything_before_it_reads_gets_the_refusal(
     session: Session, mebibytes: int, headers: dict[str, str], status: int
 ) -> None:

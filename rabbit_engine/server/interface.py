@@ -17,7 +17,7 @@ class Interface(Protocol):
         """The beginnings of the paths at which errors have this interface's form."""
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the routes."""
+        """Add the routes; those that read a body say so with `openapi.body_of`, for /openapi.json."""
 
     def error(self, error: RequestError) -> Response:
         """The response to an error."""
