@@ -141,7 +141,7 @@ def _describe(name: str, resolution: Resolution) -> Capabilities:
         sliding_window=sliding_window(model.config),
         attention=attention_implementations(architecture.cls, model.config),
         dtype=dtype,
-        quantization=_quantization(source.request, source),
+        quantization=quantization_of(source),
         stored=_stored(source, model, resolution.conversion),
         parameters=sum(weight.numel() for weight in model.parameters()),
         layers=len(layout.layers),
@@ -165,11 +165,11 @@ def _has_chat_template(request: ModelRequest) -> bool:
     return template_in(request.repo.folder)
 
 
-def _quantization(request: ModelRequest, source: InPlace | Shards | MustSplit) -> str | None:
+def quantization_of(source: InPlace | Shards | MustSplit) -> str | None:
     """How the weights are quantised: a split's own compression, else as the checkpoint says."""
-    if isinstance(source, Shards) and request.split.compression is not None:
-        return request.split.compression.method
-    if request.gguf is not None:
+    if isinstance(source, Shards) and source.request.split.compression is not None:
+        return source.request.split.compression.method
+    if source.request.gguf is not None:
         return "gguf"
     quantization = source.architecture.quantization
     return None if quantization is None else method_of(quantization)
@@ -177,13 +177,18 @@ def _quantization(request: ModelRequest, source: InPlace | Shards | MustSplit) -
 
 def _stored(source: InPlace | Shards | MustSplit, model: PreTrainedModel, conversion: Conversion | None) -> dict[str, int]:
     """Bytes by type, most first: of a GGUF file's tensors, of what is streamed, or of what is split."""
-    if source.request.gguf is not None and not isinstance(source, Shards):
-        return _summed((tensor.kind, tensor.nbytes) for tensor in source.request.gguf.tensors.values())
-    if not isinstance(source, MustSplit):
-        return _by_dtype(source.entries.values())
+    if not isinstance(source, MustSplit) or source.request.gguf is not None:
+        return stored_types(source)
     if conversion is not None:
         return _summed((DTYPE_NAMES[tensor.dtype], _nbytes(tensor)) for tensor in conversion.tensors.values())
     return _by_dtype(unread_entries(model)[0].values())
+
+
+def stored_types(source: InPlace | Shards | MustSplit) -> dict[str, int]:
+    """Bytes by type, most first, of a GGUF file's tensors or of what is streamed; none before a split."""
+    if source.request.gguf is not None and not isinstance(source, Shards):
+        return _summed((tensor.kind, tensor.nbytes) for tensor in source.request.gguf.tensors.values())
+    return {} if isinstance(source, MustSplit) else _by_dtype(source.entries.values())
 
 
 def _by_dtype(entries: Iterable[TensorEntry]) -> dict[str, int]:

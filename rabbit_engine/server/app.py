@@ -1,4 +1,4 @@
-"""The application: the interfaces of OpenAI over a service, the server's own pages, and the gate before them."""
+"""The application: the interfaces of OpenAI and Ollama over a service, the server's own pages, and the gate before them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rabbit_engine.server.gate import Gate
 from rabbit_engine.server.hosting import Host
 from rabbit_engine.server.interface import Interface
 from rabbit_engine.server.keys import Key
+from rabbit_engine.server.ollama.endpoints import OllamaEndpoints
 from rabbit_engine.server.openai.endpoints import OpenAIEndpoints
 from rabbit_engine.server.openapi import Description
 from rabbit_engine.server.responses.endpoints import ResponsesEndpoints
@@ -55,6 +56,7 @@ def create_app(
     interfaces: tuple[Interface, ...] = (
         ResponsesEndpoints(service),
         TaskEndpoints(service),
+        OllamaEndpoints(service),
         OpenAIEndpoints(service),
     )  # the last one answers errors at all other paths
     respond = _Responder(interfaces)

@@ -97,10 +97,10 @@ class TaskMethods:
         """How the checkpoint's sentence-transformers files embed texts; None without such files. Raises as `find_embedder`."""
         return find_embedder(runtime_of(self.model).checkpoint.repo.folder)
 
-    def embedding(self, texts: Sequence[Text], dimensions: int | None = None) -> EmbeddingWork:
+    def embedding(self, texts: Sequence[Text], dimensions: int | None = None, *, truncation: bool = False) -> EmbeddingWork:
         """Encode texts for a caller that does not wait for their vectors as `embed` does. Raises as `embed`."""
         embedder = self.embedder or Embedder()
-        windows = self._prompted(texts, embedder, None, self._forwards.fit(most=embedder.most_tokens))
+        windows = self._prompted(texts, embedder, None, self._forwards.fit(most=embedder.most_tokens, truncation=truncation))
         return embedding_work(self.model, self._forwards, embedder, windows, dimensions)
 
     def _prompted(self, texts: Sequence[Text], embedder: Embedder, named: str | None, fit: Fit) -> list[list[Inputs]]:
