@@ -8,6 +8,7 @@ import re
 from rabbit_engine.errors import (
     CannotGenerateError,
     ConfigurationError,
+    MissingExtraError,
     ModelClosedError,
     PromptTooLongError,
     QueueFullError,
@@ -64,6 +65,8 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(400, str(error), code="context_length_exceeded")
         case ConfigurationError():
             return RequestError(400, str(error), param=_named(str(error)))
+        case MissingExtraError():
+            return RequestError(501, str(error))
         case CannotGenerateError() | WrongHeadError():
             return RequestError(400, str(error))
         case ModelClosedError():

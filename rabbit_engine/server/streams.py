@@ -31,16 +31,23 @@ class Silence:
     progress: PassProgress | None
     place: int | None = None
 
-    def comment(self) -> str:
-        """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
+    def facts(self) -> dict[str, object] | None:
+        """The request's place in the queue, or the place of the pass under way; None between two."""
         if self.place is not None:
-            return f": queued {json.dumps({'place': self.place})}\n\n"
+            return {"place": self.place}
         if self.progress is None:
-            return ": waiting for a pass\n\n"
+            return None
         found = self.progress
         body = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read}
         times = {"elapsed_s": round(found.elapsed_s, 1), "remaining_s": found.remaining_s and round(found.remaining_s, 1)}
-        return f": progress {json.dumps({**body, **times})}\n\n"
+        return {**body, **times}
+
+    def comment(self) -> str:
+        """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
+        found = self.facts()
+        if found is None:
+            return ": waiting for a pass\n\n"
+        return f": {'progress' if self.place is None else 'queued'} {json.dumps(found)}\n\n"
 
 
 Then = Callable[[object], Response]

@@ -9,8 +9,10 @@ from typing import Any
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.flow import THINKING, AnswerForm, form_of
 from rabbit_engine.server.ollama.fields import tell_once
-from rabbit_engine.server.ollama.schema import Level, OllamaChat, OllamaGenerate
+from rabbit_engine.server.ollama.schema import OllamaChat, OllamaGenerate
 from rabbit_engine.sessions import Request, Session
+
+Spoken = OllamaChat | OllamaGenerate
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables with which chat templates turn reasoning on and off."""
@@ -31,51 +33,55 @@ def chat_question(session: Session, name: str, asked: OllamaChat) -> Question | 
         return None
     if asked.tools and not session.template_reads("tools"):
         tell_once(f"the chat template of {name} does not read tools: the model is not told about them")
-    variables = {**thinking_variables(session, name, asked.think), **({"tools": asked.tools} if asked.tools else {})}
-    request = session.request(conversation(asked.messages or []), **variables, **answer_options(asked))
-    return Question(_roomy(session, request, asked), form_of(session, request, asked.tool_names))
+    variables = {**thinking_variables(session, name, asked), **({"tools": asked.tools} if asked.tools else {})}
+    request = session.request(conversation(asked.messages or []), **variables, **asked.named_options())
+    return Question(_roomy(session, request, asked), _form(session, request, asked, asked.tool_names))
 
 
 def generate_question(session: Session, name: str, asked: OllamaGenerate) -> Question | None:
     """A prompt; None if it is empty. Raises what the session raises, and RequestError."""
     if asked.is_empty:
         return None
-    options, prompt = answer_options(asked), asked.prompt or ""
+    if asked.images and (asked.raw or asked.context):
+        raise RequestError(400, "images go through the chat template: send them without raw and context", param="images")
+    options, prompt = asked.named_options(), asked.prompt or ""
     plain = asked.raw or (_template(session) is None and not asked.system)
     if plain:
         request = session.request_text(prompt, **options)
     else:
         system = [{"role": "system", "content": asked.system}] if asked.system else []
-        variables = thinking_variables(session, name, asked.think)
-        request = session.request([*system, {"role": "user", "content": prompt}], **variables, **options)
+        message = {"role": "user", "content": prompt, "images": asked.images}
+        variables = thinking_variables(session, name, asked)
+        request = session.request(conversation([*system, message]), **variables, **options)
     if asked.context:
         request = session.request_text([*asked.context, *request.prompt.ids], **options)
-    form = AnswerForm() if plain else form_of(session, request)
-    return Question(_roomy(session, request, asked), form, gives_context=not asked.raw)
+    form = AnswerForm() if plain else _form(session, request, asked)
+    return Question(_roomy(session, request, asked), form, gives_context=not asked.raw and not asked.images)
 
 
-def answer_options(asked: OllamaChat | OllamaGenerate) -> dict[str, Any]:
-    """The session's options. Raises RequestError for a format: it needs constrained decoding."""
-    if asked.format is not None:
-        why = "it would need constrained decoding, which is not supported: describe the format in the prompt"
-        raise RequestError(400, f"format is not supported: {why}", param="format")
-    return asked.named_options()
+def _form(session: Session, request: Request, asked: Spoken, names: Sequence[str] = ()) -> AnswerForm:
+    """How to read the answer; one of a given format is all text."""
+    return AnswerForm() if asked.format is not None else form_of(session, request, names)
 
 
-def thinking_variables(session: Session, name: str, think: bool | Level | None) -> dict[str, object]:
+def thinking_variables(session: Session, name: str, asked: Spoken) -> dict[str, object]:
     """The variables of the chat template that turn reasoning on or off, or say how much. Raises RequestError if there is no
-    such choice."""
+    such choice. An answer of a given format is not preceded by reasoning."""
+    think, thinks = asked.think, has_reasoning(session)
+    if asked.format is not None:
+        if think:
+            raise RequestError(400, "think and format exclude each other: the format is that of the whole answer", param="think")
+        think = False if thinks else None
     if think is None:
         return {}
     if isinstance(think, str) and session.template_reads("reasoning_effort"):
         return {"reasoning_effort": think}
-    thinks = has_reasoning(session)
     switch = next((one for one in _SWITCHES if session.template_reads(one)), None)
     if switch is not None and (thinks or switch == _SWITCHES[0]):
         return {switch: bool(think)}
     if think and not thinks:
         raise RequestError(400, f"{name!r} does not support thinking: its chat template has none", param="think")
-    if not think and thinks:
+    if not think and thinks and asked.format is None:
         raise RequestError(400, f"the chat template of {name!r} cannot turn thinking off", param="think")
     return {}
 
@@ -91,7 +97,7 @@ def _template(session: Session) -> str | None:
     return None if found is None else str(found)
 
 
-def _roomy(session: Session, request: Request, asked: OllamaChat | OllamaGenerate) -> Request:
+def _roomy(session: Session, request: Request, asked: Spoken) -> Request:
     """The request, with all the room for its answer if it is unlimited."""
     options, most = asked.chosen, session.most_tokens
     if options.num_ctx is not None and options.num_ctx > most:
@@ -103,14 +109,16 @@ def _roomy(session: Session, request: Request, asked: OllamaChat | OllamaGenerat
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages in OpenAI's form. Ollama's calls need no ids: they are counted, and an answer belongs to the first call of
-    its `tool_name` that has none yet."""
+    """The messages in OpenAI's form, with images as parts of the content. Ollama's calls need no ids: they are counted, and an
+    answer belongs to the first call of its `tool_name` that has none yet."""
     found: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []
     for message in messages:
         one = {name: value for name, value in message.items() if value is not None and name != "tool_name"}
         if one.get("thinking"):
             one.setdefault("reasoning_content", one["thinking"])
+        if isinstance(images := one.pop("images", None), list):
+            one["content"] = _with_images(images, one.get("content"))
         if isinstance(calls := one.get("tool_calls"), list):
             one["tool_calls"] = [_with_id(call, len(found), index) for index, call in enumerate(calls)]
             waiting += [(call["id"], _called(call)) for call in one["tool_calls"] if isinstance(call, dict)]
@@ -118,6 +126,18 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             _add_id(one, message.get("tool_name"), waiting)
         found.append(one)
     return found
+
+
+def _with_images(images: Sequence[object], content: object) -> object:
+    """Images are base64, without the beginning of a data URL."""
+    if not images:
+        return content
+    parts = [{"type": "image_url", "image_url": {"url": _as_url(image)}} for image in images]
+    return [*parts, *(content if isinstance(content, list) else [{"type": "text", "text": content}] if content else [])]
+
+
+def _as_url(image: object) -> object:
+    return f"data:;base64,{image}" if isinstance(image, str) and not image.startswith(("data:", "http")) else image
 
 
 def _with_id(call: object, message: int, index: int) -> object:

@@ -15,6 +15,7 @@ from rabbit_engine.server.hosting import LATEST, Host, Served
 from rabbit_engine.server.ollama.asking import has_reasoning
 from rabbit_engine.server.ollama.wire import timestamp
 from rabbit_engine.sessions import Session
+from rabbit_engine.sessions.images import ImageProcessor
 
 _LONGEST = timedelta(days=292 * 365)
 """When a model that stays forever is unloaded, as Ollama says it."""
@@ -179,6 +180,7 @@ def _capabilities(session: Session) -> tuple[str, ...]:
         return ("embedding",)
     found = {
         "completion": True,
+        "vision": ImageProcessor(session.model).takes_images,
         "tools": session.template_reads("tools"),
         "thinking": has_reasoning(session),
         "embedding": session.embedder is not None,

@@ -22,7 +22,7 @@ def read_duration(given: object) -> float | None:
         return None
     if isinstance(given, str):
         text = given.strip()
-        seconds = _spelled(text.lstrip("+-"))
+        seconds = _spelled(text[1:] if text.startswith(("+", "-")) else text)
         return FOREVER if text.startswith("-") and seconds else _limited(seconds)
     if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
         raise ValueError('expected seconds, or a duration such as "5m"')

@@ -34,6 +34,7 @@ from rabbit_engine.server.ollama.schema import (
     parse,
 )
 from rabbit_engine.server.ollama.wire import NDJSON, OllamaWire, Stopwatch
+from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.service import Service
 from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.embeddings import EmbeddingWork
@@ -55,18 +56,18 @@ class OllamaEndpoints:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes."""
-        app.post("/api/chat")(self.chat)
-        app.post("/api/generate")(self.generate)
-        app.post("/api/embed")(self.embed)
-        app.post("/api/embeddings")(self.embed_old)
-        app.post("/api/show")(self.show)
+        app.post("/api/chat", openapi_extra=body_of(OllamaChat, streams=NDJSON))(self.chat)
+        app.post("/api/generate", openapi_extra=body_of(OllamaGenerate, streams=NDJSON))(self.generate)
+        app.post("/api/embed", openapi_extra=body_of(OllamaEmbed))(self.embed)
+        app.post("/api/embeddings", openapi_extra=body_of(OllamaOldEmbed))(self.embed_old)
+        app.post("/api/show", openapi_extra=body_of(OllamaShow))(self.show)
         app.api_route("/api/tags", methods=_READ)(self.tags)
         app.api_route("/api/version", methods=_READ)(self.version)
         app.get("/api/ps")(self.running)
-        app.head("/")(self.alive)
+        app.head("/", include_in_schema=False)(self.alive)
         for path in ("pull", "create", "push", "copy"):
-            app.post(f"/api/{path}")(self.refuse)
-        app.delete("/api/delete")(self.refuse)
+            app.post(f"/api/{path}", include_in_schema=False)(self.refuse)
+        app.delete("/api/delete", include_in_schema=False)(self.refuse)
 
     def error(self, error: RequestError) -> Response:
         """An error as Ollama's clients read it."""

@@ -22,7 +22,6 @@ _MOST_UNKNOWN = 32
 
 _SAMPLER = "this sampler is not supported; temperature, top_p, top_k, min_p and typical_p are"
 _ROPE = "the checkpoint's own is always used"
-_TEXT_ONLY = "only text is supported"
 _IN_OPTIONS = "put it in options"
 
 
@@ -69,7 +68,6 @@ REQUEST = FieldTable(
     refused={
         "suffix": ("text can be continued only at its end", ()),
         "template": ("the checkpoint's own is always used; raw: true uses none", ()),
-        "images": (_TEXT_ONLY, ()),
         **dict.fromkeys(("width", "height", "steps"), ("answers are text", (0,))),
         "adapters": ("the server serves the models it was started with", ()),
         **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed", "stop", "num_predict"), (_IN_OPTIONS, ())),

@@ -111,6 +111,8 @@ class _Answered(OllamaRequest):
         found = self.chosen.named()
         if self.logprobs:
             found["logprobs"] = self.top_logprobs or 0
+        if self.format is not None:
+            found["schema"] = True if self.format == "json" else self.format
         return found
 
 
@@ -140,6 +142,7 @@ class OllamaGenerate(_Answered):
     system: str | None = None
     raw: bool | None = False
     context: list[int] | None = None
+    images: list[str] | None = None
 
     @property
     def is_empty(self) -> bool:
