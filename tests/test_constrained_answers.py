@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +126,8 @@ def test_beams_and_rows_of_a_batch_each_follow(model: Any) -> None:
     }
     for beams in (1, 3):
         processor = constrain(model, regex="(ab|c){2,4}")
-        found = model.generate(ids, logits_processor=[processor], num_beams=beams, **keywords)
+        stops = [processor.completion]
+        found = model.generate(ids, logits_processor=[processor], stopping_criteria=stops, num_beams=beams, **keywords)
         for row in found[:, 4:]:
             text = tokenizer.decode(row, skip_special_tokens=True)
             assert text.replace("ab", "x").replace("c", "x") in ("xx", "xxx", "xxxx")
@@ -181,3 +184,21 @@ def test_vllms_parameters_mean_the_same(model: Any) -> None:
             with pytest.raises(errors.ConfigurationError):
                 llm.generate("Turn", SamplingParams(structured_outputs=wrong))
         assert llm.generate("Turn", Options(regex="ab"))[0].outputs[0].text == "ab"
+
+
+def test_run_answers_with_what_is_asked_for(rabbit: Any, tmp_path: Path) -> None:
+    folder = talking.save(tmp_path / "model")
+    run = ("run", folder, "abc", "--device", "cpu", "--max-new-tokens", 12)
+    (tmp_path / "schema.json").write_text('{"enum": [1234, 56]}')
+    assert rabbit(*run, "--choice", "left", "--choice", "right").out.strip() in ("left", "right")
+    assert re.fullmatch("[xyz]{3}", rabbit(*run, "--regex", "[xyz]{3}", "--temperature", 1, "--seed", 2).out.strip())
+    for schema in (tmp_path / "schema.json", '{"enum": [1234, 56]}'):
+        assert rabbit(*run, "--schema", schema).out.strip() in ("1234", "56")
+    for options, reason in (
+        (("--schema", tmp_path / "none.json"), "neither a JSON object nor a file"),
+        (("--schema", '{"not": {}}'), "not is not supported"),
+        (("--regex", "a", "--choice", "b"), "regex and choices are given"),
+    ):
+        done = rabbit(*run, *options)
+        assert done.code != 0
+        assert reason in done.err

@@ -17,6 +17,7 @@ from vocabularies import corpus, glm4
 
 from rabbit_engine import errors
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens, compile_constraint, constraint_of
+from rabbit_engine.sessions.constraints.schemas import read_schema
 
 PERSON = {
     "type": "object",
@@ -317,3 +318,23 @@ def test_a_tokenizer_that_writes_a_beginning_otherwise_is_refused() -> None:
     )
     with pytest.raises(errors.ConstraintError, match="at a beginning"):
         compiled(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<unk>"), regex="a")
+
+
+def test_an_object_that_lists_its_properties_has_no_others_unless_it_says_so() -> None:
+    def closed(schema: dict[str, Any]) -> int:
+        return json.dumps(read_schema(schema)).count('"additionalProperties": false')
+
+    listed = {"properties": {"a": {"type": "object", "properties": {"b": {}}, "required": ["b"]}}}
+    assert closed(listed) == 2
+    assert closed({"anyOf": [listed, {"type": "null"}]}) == 2
+    assert closed({**listed, "additionalProperties": True}) == 1
+    assert closed({**listed, "required": ["z"]}) == 1
+    for several in (
+        {"allOf": [listed]},
+        {**listed, "anyOf": [{"required": ["c"]}]},
+        {"$ref": "#/$defs/x", "required": ["c"], "$defs": {"x": listed}},
+    ):
+        assert closed(several) == 0
+    constraint = compiled(glm4(), schema=Pet)
+    keys = {tuple(json.loads(text)) for seed in range(9) if (text := drawn(constraint.processor(), glm4(), seed)) is not None}
+    assert keys == {("name", "legs")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
 import typer
@@ -49,6 +50,14 @@ def sampling(temperature: float | None, top_p: float | None, top_k: int | None, 
     return {"do_sample": bool(given) or seed is not None, **given}
 
 
+def constrained(model: engine.model.StreamedModel, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords for an answer that follows what was asked for. Raises ConstraintError and MissingExtraError."""
+    if not asked:
+        return {}
+    processor = engine.sessions.constrained.constrain(model, **asked)
+    return {"logits_processor": [processor], "stopping_criteria": [processor.completion]}
+
+
 def write_answer(model: engine.model.StreamedModel, inputs: engine.transformers.BatchEncoding, **keywords: object) -> None:
     """Generate one text and write it as it comes; with beam search, the best one at the end.
 
@@ -91,16 +100,23 @@ def run(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
+    schema: options.Schema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
     *,
     loading: Annotated[Loading, LOADING],
     progress: Annotated[bool, typer.Option(help="Show each pass over the layers, on a terminal.")] = False,
 ) -> None:
     """Answer PROMPT with MODEL, streamed from disk layer by layer."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    asked: dict[str, Any] = {name: value for name, value in (("schema", schema), ("regex", regex), ("choices", choice)) if value}
+    if asked:
+        engine.sessions.Options(**asked)  # what is no constraint is refused before a model is loaded
     with loaded(model, loading, show_layer_progress=progress and sys.stderr.isatty()) as streamed:
         inputs = encode(streamed, text, chat)
         if seed is not None:
             engine.torch.manual_seed(seed)
-        write_answer(streamed, inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p, top_k, seed))
+        constraint = constrained(streamed, asked)
+        write_answer(streamed, inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p, top_k, seed), **constraint)
         for name, value in streamed.profile.speculation.rows():
             output.note(f"{name}: {value}")

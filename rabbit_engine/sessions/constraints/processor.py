@@ -57,11 +57,20 @@ class ConstrainedTokens(LogitsProcessor):
         """Whether nothing but an end token can follow each row of `input_ids` [rows, length]."""
         return [row.is_complete(answer) for row, answer in self._follow(input_ids)]
 
+    @property
+    def begins(self) -> int:
+        """The number of tokens before the answer; 0 before the first call."""
+        return 0 if self._prompts is None else int(self._prompts.shape[1])
+
+    def fresh_row(self) -> _Row:
+        """A follower at the beginning of an answer."""
+        return _Row(self._fresh.deep_copy())
+
     def _follow(self, input_ids: torch.Tensor) -> list[tuple[_Row, list[int]]]:
         """Each row with the tokens of its answer."""
         if self._prompts is None:
             self._prompts, self._longest = input_ids.clone(), input_ids.shape[1]
-            self._rows = [_Row(self._fresh.deep_copy()) for _ in range(input_ids.shape[0])]
+            self._rows = [self.fresh_row() for _ in range(input_ids.shape[0])]
         begins, length = self._prompts.shape[1], input_ids.shape[1]
         if not begins <= length <= self._longest + 1 or not torch.equal(input_ids[:, :begins], self._prompts):
             raise ConfigurationError("a constraint's logits processor follows one call of generate: make one for each")
@@ -70,14 +79,18 @@ class ConstrainedTokens(LogitsProcessor):
 
 
 class Completion(StoppingCriteria):
-    """Ends each row that is complete."""
+    """Ends each row that is complete. Beam search asks it about more rows than it has."""
 
     def __init__(self, tokens: ConstrainedTokens) -> None:
         self._tokens = tokens
+        self._rows: list[_Row] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
         """True [rows] for those that are complete."""
-        return torch.tensor(self._tokens.is_complete(input_ids), device=input_ids.device)
+        answers = input_ids[:, self._tokens.begins :].tolist()
+        self._rows += [self._tokens.fresh_row() for _ in range(len(answers) - len(self._rows))]
+        complete = [row.is_complete(answer) for row, answer in zip(self._rows, answers, strict=False)]
+        return torch.tensor(complete, device=input_ids.device)
 
 
 class _Row:

@@ -22,13 +22,22 @@ _STANDARD_FORMATS = frozenset(
 )
 """Of JSON Schema 2020-12. It says that others ("int64", "path") are remarks."""
 
+_SAYS_MORE = frozenset(
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties", "dependentSchemas"}
+)
+"""About properties that an object does not list."""
+
+_OTHERS = frozenset({"anyOf", "oneOf", "$ref", "if"})
+_OF_OBJECTS = _SAYS_MORE | {"properties", "required"}
+
 _MOST_SEARCH_S = 1.0
 
 
 def read_schema(given: Any) -> dict[str, Any]:
     """A JSON schema from a mapping, JSON text, a class or adapter of pydantic's, or True: any object.
 
-    Formats that JSON Schema does not define are left out. Raises ConstraintError for anything else.
+    Formats that JSON Schema does not define are left out. An object that lists its properties has no others, unless it says
+    something about them: models go on adding some. Raises ConstraintError for anything else.
     """
     if given is True:
         return {"type": "object"}
@@ -44,7 +53,26 @@ def read_schema(given: Any) -> dict[str, Any]:
     for _, part in _walk(found):
         if isinstance(part.get("format"), str) and part["format"] not in _STANDARD_FORMATS:
             del part["format"]
+    _close(found)
     return found
+
+
+def _close(schema: dict[str, Any]) -> None:
+    """Allow objects only the properties that they list, where no other part of the schema speaks about the same object."""
+    parts = [part for _, part in _walk(schema)]
+    if any("allOf" in part or (part.keys() & _OTHERS and part.keys() & _OF_OBJECTS) for part in parts):
+        return
+    for part in parts:
+        if _lists_all(part):
+            part["additionalProperties"] = False
+
+
+def _lists_all(part: Mapping[str, Any]) -> bool:
+    """Whether an object lists its properties, those it requires among them, and says nothing about others."""
+    listed, required = part.get("properties"), part.get("required", [])
+    if not isinstance(listed, dict) or not isinstance(required, list) or part.keys() & _SAYS_MORE:
+        return False
+    return all(isinstance(name, str) and name in listed for name in required)
 
 
 def _walk(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
