@@ -138,6 +138,7 @@ def test_names_are_checked(opening: Opening) -> None:
         Host(["a", "org/b"], opening, default="c")
     host = Host(["a", "org/b"], opening)
     assert (host.default, host.find("b"), host.find("org/b@main")) == ("a", "org/b", "org/b")
+    assert Host(["org/b", "b"], opening).find("b") == "b"
     tagged = Host(["a", "a:latest", "b"], opening)
     assert (tagged.find("a"), tagged.find("a:latest"), tagged.find("b:latest")) == ("a", "a:latest", "b")
     with pytest.raises(RequestError, match="'x' is not served; 'a', 'org/b' are"):

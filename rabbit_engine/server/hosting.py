@@ -110,8 +110,10 @@ class Host:
     def find(self, asked: str) -> str:
         """The name of a model as clients may write it. Raises RequestError."""
         for called in dict.fromkeys((asked, asked.removesuffix(LATEST))):
+            if called in self.names:
+                return called
             for name in self.names:
-                if called in (name, name.rpartition("/")[2]) or called.partition("@")[0] == name:
+                if called == name.rpartition("/")[2] or called.partition("@")[0] == name:
                     return name
         served = ", ".join(map(repr, self.names))
         told = f"the model {asked!r} is not served; {served} {'is' if len(self.names) == 1 else 'are'}"
