@@ -42,7 +42,6 @@ from rabbit_engine.sessions.embeddings import EmbeddingWork
 API_VERSION = "0.12.11"
 """The release of Ollama whose API this is: clients refuse older ones than they know."""
 
-_READ = ["GET", "HEAD"]
 _FIXED = "the server's models are those that it was started with: rabbit serve NAME=MODEL"
 
 
@@ -61,8 +60,9 @@ class OllamaEndpoints:
         app.post("/api/embed", openapi_extra=body_of(OllamaEmbed))(self.embed)
         app.post("/api/embeddings", openapi_extra=body_of(OllamaOldEmbed))(self.embed_old)
         app.post("/api/show", openapi_extra=body_of(OllamaShow))(self.show)
-        app.api_route("/api/tags", methods=_READ)(self.tags)
-        app.api_route("/api/version", methods=_READ)(self.version)
+        for path, endpoint in (("/api/tags", self.tags), ("/api/version", self.version)):
+            app.get(path)(endpoint)
+            app.head(path, include_in_schema=False)(endpoint)
         app.get("/api/ps")(self.running)
         app.head("/", include_in_schema=False)(self.alive)
         for path in ("pull", "create", "push", "copy"):
