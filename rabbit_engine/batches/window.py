@@ -152,6 +152,8 @@ class Window:
 
     def _complete(self, line: InputLine, custom_id: str, body: Mapping[str, Any]) -> _Pending:
         asked = parse(CompletionRequest, dict(body))
+        if asked.prompt_alternatives is not None or asked.max_tokens == 0:
+            raise RequestError(400, "a batch scores prompts with /v1/score", param="logprobs")
         requests = self._bodies.text_requests(asked)
         return self._ask(requests, _Pending(line, custom_id, len(requests), partial(self._bodies.text, asked, requests)))
 

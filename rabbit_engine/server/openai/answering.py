@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from rabbit_engine.server.errors import as_request_error
 from rabbit_engine.server.flow import AnswerFlow
 from rabbit_engine.server.openai import wire as words
-from rabbit_engine.server.openai.bodies import Bodies
+from rabbit_engine.server.openai.bodies import Bodies, PromptWork, without_answer
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest
 from rabbit_engine.server.openai.wire import Wire
 from rabbit_engine.server.service import Taken
@@ -15,7 +16,7 @@ from rabbit_engine.server.streams import Silence
 from rabbit_engine.sessions import Events, Reply, Request
 
 Chat = Taken[ChatRequest, tuple[Bodies, list[Request]]]
-Completion = Taken[CompletionRequest, tuple[Bodies, list[Request]]]
+Completion = Taken[CompletionRequest, tuple[Bodies, list[Request], PromptWork | None]]
 
 
 async def chat_stream(taken: Chat, events: Events) -> AsyncIterator[str]:
@@ -46,9 +47,24 @@ async def chat_stream(taken: Chat, events: Events) -> AsyncIterator[str]:
     yield words.LAST_CHUNK
 
 
+async def text_whole(taken: Completion, events: Events | None) -> dict[str, object]:
+    """A whole completion, without `events` of the prompts alone; these are scored while their answers are generated."""
+    asked, (bodies, requests, work) = taken.asked, taken.prepared
+    scoring = None if work is None else asyncio.ensure_future(work.awaited())
+    try:
+        if events is None:
+            replies = [without_answer(request) for request in requests]
+        else:
+            replies = await taken.replies(events, len(requests))
+        return bodies.text(asked, requests, replies, () if scoring is None else await scoring)
+    finally:
+        if scoring is not None:
+            scoring.cancel()
+
+
 async def text_stream(taken: Completion, events: Events) -> AsyncIterator[str]:
     """A completion as it is generated; an error is the last event."""
-    asked, (bodies, requests) = taken.asked, taken.prepared
+    asked, (bodies, requests, _) = taken.asked, taken.prepared
     wire = Wire("text_completion", taken.served.name, taken.served.session.model.tokenizer)
     replies: dict[int, Reply] = {}
     lengths = dict.fromkeys(range(len(requests)), 0)

@@ -10,7 +10,11 @@ from rabbit_engine.server.openai.constraints import forced_call
 from rabbit_engine.server.openai.fields import unsupported
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest
 from rabbit_engine.server.openai.wire import Wire
-from rabbit_engine.sessions import Reply, Request, Session
+from rabbit_engine.sessions import Reply, Request, Session, TokenLogprob
+from rabbit_engine.sessions.works import Work
+from rabbit_engine.tasks.scoring import Score
+
+PromptWork = Work[Score, list[Score]]
 
 
 class Bodies:
@@ -56,17 +60,56 @@ class Bodies:
             found = [self._session.request_text(prompt, **options) for prompt in asked.prompts]
         return [copy for request in found for copy in request.copies(asked.choices)]
 
-    def text(self, asked: CompletionRequest, requests: Sequence[Request], replies: Sequence[Reply]) -> dict[str, object]:
-        """A whole completion."""
+    def prompt_work(self, asked: CompletionRequest, requests: Sequence[Request]) -> PromptWork | None:
+        """The log probabilities of the prompts' tokens, if the request wants them. Raises as `Session.score`."""
+        if asked.prompt_alternatives is None:
+            return None
+        prompts = [list(request.prompt.ids) for request in requests[:: asked.choices]]
+        scored = [ids for ids in prompts if len(ids) > 1]
+        return self._session.scoring(scored, special_tokens=False, alternatives=asked.prompt_alternatives)
+
+    def text(
+        self, asked: CompletionRequest, requests: Sequence[Request], replies: Sequence[Reply], scores: Sequence[Score] = ()
+    ) -> dict[str, object]:
+        """A whole completion; `scores` are those of `prompt_work`."""
         wire = Wire("text_completion", self._name, self._session.model.tokenizer)
-        choices = [self._text_choice(wire, asked, requests[index], index, reply) for index, reply in enumerate(replies)]
+        rest = iter(scores)
+        own = [next(rest) if scores and len(request.prompt.ids) > 1 else None for request in requests[:: asked.choices]]
+        choices = [
+            self._text_choice(wire, asked, requests[index], index, reply, own[index // asked.choices])
+            for index, reply in enumerate(replies)
+        ]
         return {**wire.body(choices, replies), "usage": words.usage_of_prompts(replies, asked.choices)}
 
-    def _text_choice(self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply) -> dict[str, object]:
+    def _text_choice(
+        self, wire: Wire, asked: CompletionRequest, request: Request, index: int, reply: Reply, score: Score | None
+    ) -> dict[str, object]:
         logprobs = None if reply.logprobs is None else wire.legacy_logprobs(reply.logprobs)
+        prompt = _scored_tokens(request, score)
+        if asked.echo and asked.logprobs is not None:
+            logprobs = wire.echoed_logprobs(prompt, reply.logprobs or (), asked.logprobs)
         text = self.echo(asked, request) + reply.text
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": words.reason(reply)}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": words.reason(reply)}
+        if asked.prompt_logprobs is not None:
+            ranks = () if score is None else score.ranks
+            choice["prompt_logprobs"] = wire.prompt_logprobs(prompt, ranks, asked.prompt_logprobs)
+        return choice
 
     def echo(self, asked: CompletionRequest, request: Request) -> str:
         """The prompt's text if the answer should begin with it, else an empty one."""
         return str(self._session.model.tokenizer.decode(request.prompt.ids, skip_special_tokens=True)) if asked.echo else ""
+
+
+def without_answer(request: Request) -> Reply:
+    """The reply to a request for no tokens."""
+    return Reply("", (), "length", len(request.prompt.ids), cut_tokens=request.prompt.cut_tokens)
+
+
+def _scored_tokens(request: Request, score: Score | None) -> list[TokenLogprob]:
+    """The tokens of a prompt with their log probabilities; the first has none, and is 0 here."""
+    first, *rest = (int(token) for token in request.prompt.ids)
+    found = [TokenLogprob(first, 0.0)]
+    if score is not None:
+        told = zip(rest, score.token_logprobs, score.tops, strict=True)
+        found += [TokenLogprob(token, logprob, top) for token, logprob, top in told]
+    return found

@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse
 from rabbit_engine.server.body import read_body
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
-from rabbit_engine.server.openai.answering import chat_stream, text_stream
-from rabbit_engine.server.openai.bodies import Bodies
+from rabbit_engine.server.openai.answering import chat_stream, text_stream, text_whole
+from rabbit_engine.server.openai.bodies import Bodies, PromptWork
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, LoadRequest, parse
 from rabbit_engine.server.openai.wire import event
 from rabbit_engine.server.openapi import body_of
@@ -76,22 +76,21 @@ class OpenAIEndpoints:
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
 
-        def prepare(served: Served, asked: CompletionRequest) -> tuple[Bodies, list[Asking]]:
+        def prepare(served: Served, asked: CompletionRequest) -> tuple[Bodies, list[Asking], PromptWork | None]:
             bodies, most = Bodies(served.session, served.name), served.session.most_requests
             if len(asked.prompts) * asked.choices > most:
                 raise RequestError(400, f"the server takes at most {most} answers at once", param="prompt")
-            return bodies, bodies.text_requests(asked)
+            requests = bodies.text_requests(asked)
+            return bodies, requests, bodies.prompt_work(asked, requests)
 
         async with self._service.take(request, lambda body: parse(CompletionRequest, body), prepare) as taken:
-            bodies, requests = taken.prepared
-            events = taken.submit(requests)
-            if taken.asked.stream:
+            _, requests, work = taken.prepared
+            events = None if taken.asked.max_tokens == 0 else taken.submit(requests)
+            if taken.asked.stream and events is not None:
                 return taken.stream(text_stream(taken, events))
-
-            async def answer() -> object:
-                return bodies.text(taken.asked, requests, await taken.replies(events, len(requests)))
-
-            return await taken.whole(answer())
+            if work is not None:
+                taken.count_tokens(work.tokens)
+            return await taken.whole(text_whole(taken, events))
 
     async def embed(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""

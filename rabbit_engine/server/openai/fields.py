@@ -25,7 +25,6 @@ _CONSTRAINED = "use response_format, or structured_outputs"
 _BEAMS = "the server has no beam search"
 _ONE_SAMPLER = "this sampler is not supported; temperature, top_p, top_k, min_p and typical_p are"
 _ONE_MODEL = "the server serves only the model it was started with"
-_PROMPT_LOGPROBS = "log probabilities of the prompt are not computed"
 _TEMPLATE = "the checkpoint's own is always used"
 _OVERFLOW = "start the server with --overflow truncate"
 _THINKING = "thinking cannot be limited separately: use max_tokens"
@@ -55,7 +54,6 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
         "include_reasoning": ("reasoning is part of the text", (True,)),
         "truncation": (_OVERFLOW, ("disabled",)),
         "truncate_prompt_tokens": (_OVERFLOW, ()),
-        "prompt_logprobs": (_PROMPT_LOGPROBS, ()),
         "return_token_ids": ("answers are text; logprobs name the tokens", ()),
         "return_tokens_as_token_ids": ("answers are text; logprobs name the tokens", ()),
         "detokenize": ("answers are text", (True,)),

@@ -334,6 +334,20 @@ class CompletionRequest(_Request):
     echo: bool | None = False
     add_special_tokens: bool | None = True
     best_of: int | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """As many as requested; the prompt of a request for none is encoded as for one."""
+        return self.max_tokens or (None if self.max_tokens is None else 1)
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives get log probabilities at each position of the prompt; None to compute none there."""
+        echoed = self.logprobs if self.echo else None
+        found = [count for count in (echoed, self.prompt_logprobs) if count is not None]
+        return max(found, default=None)
 
     @property
     def alternatives(self) -> int | None:
@@ -349,8 +363,10 @@ class CompletionRequest(_Request):
         """Raise for fields that would change the answer and are not supported."""
         if self.best_of is not None and self.best_of != self.choices:
             raise unsupported("best_of", "use n")
-        if self.echo and self.logprobs is not None:
-            raise unsupported("logprobs", "with echo it would include those of the prompt, which are not computed")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError(400, "max_tokens: 0 needs echo, or there is nothing to answer", param="max_tokens")
+        if self.stream and (self.prompt_alternatives is not None or self.max_tokens == 0):
+            raise unsupported("stream", "log probabilities of a prompt, and an echo alone, come in whole answers")
 
 
 class LoadRequest(Asked):

@@ -8,6 +8,9 @@ import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.server.calls import CallArguments, CallStart
@@ -51,16 +54,44 @@ class Wire:
     def legacy_logprobs(self, pieces: Sequence[TokenLogprob], offset: int = 0) -> dict[str, object]:
         """In the format of completions: parallel lists. `offset` is where the first token's text begins."""
         texts = [self._text(found.token) for found in pieces]
-        starts = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
             "tokens": texts,
-            "token_logprobs": [max(found.logprob, -9999.0) for found in pieces],
-            "top_logprobs": [{self._text(token): max(value, -9999.0) for token, value in found.top} for found in pieces],
-            "text_offset": starts,
+            "token_logprobs": [_finite(found.logprob) for found in pieces],
+            "top_logprobs": [self._by_text(found.top) for found in pieces],
+            "text_offset": [*accumulate(map(len, texts), initial=offset)][: len(texts)],
         }
+
+    def echoed_logprobs(self, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob], most: int) -> dict[str, object]:
+        """The same for a prompt and its answer, with up to `most` alternatives. Nothing comes before the prompt's first token."""
+        shown = [replace(found, top=found.top[:most]) for found in prompt]
+        found: dict[str, Any] = self.legacy_logprobs([*shown, *answer])
+        for name in ("token_logprobs", "top_logprobs"):
+            found[name][:1] = [None] * len(found[name][:1])
+        return found
+
+    def prompt_logprobs(self, prompt: Sequence[TokenLogprob], ranks: Sequence[int], most: int) -> list[object]:
+        """In vLLM's format: for each token but the first, those of the likeliest and its own, by token id."""
+        return [None, *(self._ranked(found, rank, most) for found, rank in zip(prompt[1:], ranks, strict=True))]
+
+    def _ranked(self, found: TokenLogprob, rank: int, most: int) -> dict[str, object]:
+        ranked = [(token, place, value) for place, (token, value) in enumerate(found.top[:most], start=1)]
+        own = (found.token, rank, found.logprob)
+        return {
+            str(token): {"logprob": _finite(value), "rank": place, "decoded_token": self._text(token)}
+            for token, place, value in [*ranked, own]
+        }
+
+    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """By text: of tokens with the same text, such as parts of characters, the likeliest."""
+        return {self._text(token): _finite(value) for token, value in reversed(top)}
 
     def _text(self, token: int) -> str:
         return str(self._decoder.decode([token]))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, -9999.0)
 
 
 def event(body: Mapping[str, object]) -> str:
