@@ -1,4 +1,4 @@
-"""The application: the interfaces of OpenAI and Ollama over a service, the server's own pages, and the gate before them."""
+"""The application: the interfaces of OpenAI, Anthropic and Ollama over a service, the server's own pages, and the gate before them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from rabbit_engine import __version__
 from rabbit_engine.errors import RabbitError
 from rabbit_engine.server.access import Access
+from rabbit_engine.server.anthropic.endpoints import AnthropicEndpoints
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.gate import Gate
 from rabbit_engine.server.hosting import Host
@@ -54,6 +55,7 @@ def create_app(
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="rabbit_engine", version=__version__, lifespan=_lifespan(service), **hidden)
     interfaces: tuple[Interface, ...] = (
+        AnthropicEndpoints(service),
         ResponsesEndpoints(service),
         TaskEndpoints(service),
         OllamaEndpoints(service),
