@@ -1,4 +1,4 @@
-"""The application: the interfaces of OpenAI, Anthropic and Ollama over a service, the server's own pages, and the gate before them."""
+"""The application: the interfaces over a service, the server's own pages, and the gate before them."""
 
 from __future__ import annotations
 
