@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.flow import THINKING, AnswerForm, form_of
 from rabbit_engine.server.fields import tell_once
+from rabbit_engine.server.flow import THINKING, AnswerForm, form_of
 from rabbit_engine.server.ollama.schema import OllamaChat, OllamaGenerate
 from rabbit_engine.sessions import Request, Session
 
