@@ -27,7 +27,7 @@ _BEGINNING = 80
 
 def read_conversation(system: object, messages: Sequence[object]) -> list[dict[str, Any]]:
     """Messages with texts, tool calls and results of tools. Raises RequestError that names the place."""
-    reader = _Reader()
+    reader = _Conversion()
     if system is not None:
         reader.add_system(system, "system")
     for index, message in enumerate(messages):
@@ -35,7 +35,7 @@ def read_conversation(system: object, messages: Sequence[object]) -> list[dict[s
     return reader.messages
 
 
-class _Reader:
+class _Conversion:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self._names: dict[str, str] = {}
