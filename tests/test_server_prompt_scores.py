@@ -77,3 +77,14 @@ def test_a_batch_names_its_own_way_to_score(smollm_model: Any, tmp_path: Path) -
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": 1}))
     batch(smollm_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert "/v1/score" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_texts_and_conversations_are_tokenised_and_back(url: str, session: Session) -> None:
+    found = post(f"{url}/tokenize", json={"model": NAME, "prompt": TEXT}).json()
+    assert (found["tokens"], found["count"]) == (session.encode(TEXT), len(found["tokens"]))
+    assert found["max_model_len"] == session.most_tokens
+    assert post(f"{url}/detokenize", json={"model": NAME, "tokens": found["tokens"]}).json() == {"prompt": TEXT}
+    talk = [{"role": "user", "content": "Hi"}]
+    ids = post(f"{url}/tokenize", json={"model": NAME, "messages": talk}).json()["tokens"]
+    assert ids == list(session.request(talk).prompt.ids)
+    assert post(f"{url}/detokenize", json={"model": NAME, "tokens": [10**9]}).status_code == 400

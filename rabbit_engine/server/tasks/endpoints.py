@@ -13,9 +13,10 @@ from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.schema import Asked, parse
 from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.service import Service
-from rabbit_engine.server.tasks import bodies
+from rabbit_engine.server.tasks import bodies, tokens
 from rabbit_engine.server.tasks.bodies import TaskAnswer
 from rabbit_engine.server.tasks.schema import ClassifyRequest, RerankRequest, ScoreRequest
+from rabbit_engine.server.tasks.tokens import DetokenizeRequest, TokenizeRequest
 from rabbit_engine.sessions import Session
 
 Kind = TypeVar("Kind", bound=Asked)
@@ -24,7 +25,17 @@ Kind = TypeVar("Kind", bound=Asked)
 class TaskEndpoints:
     """Classify, rerank and score, in the forms of vLLM, Jina and Cohere."""
 
-    paths: tuple[str, ...] = ("/v1/classify", "/classify", "/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score")
+    paths: tuple[str, ...] = (
+        "/v1/classify",
+        "/classify",
+        "/v1/rerank",
+        "/rerank",
+        "/v2/rerank",
+        "/v1/score",
+        "/score",
+        "/tokenize",
+        "/detokenize",
+    )
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -40,6 +51,8 @@ class TaskEndpoints:
             app.post(f"/v1/{path}", openapi_extra=described)(endpoint)
             app.post(f"/{path}", openapi_extra=described)(endpoint)
         app.post("/v2/rerank", openapi_extra=ranks)(self.rerank_as_cohere)
+        app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))(self.tokenize)
+        app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))(self.detokenize)
 
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it; `message` is where Cohere's looks."""
@@ -64,6 +77,23 @@ class TaskEndpoints:
     async def rerank_as_cohere(self, request: Request) -> Response:
         """`POST /v2/rerank`: without the documents, unless the request says otherwise."""
         return await self._answer(request, RerankRequest, bodies.rerank)
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`."""
+        return await self._read(request, TokenizeRequest, tokens.tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`."""
+        return await self._read(request, DetokenizeRequest, tokens.detokenize)
+
+    async def _read(self, request: Request, kind: type[Kind], read: Callable[[Session, Kind], dict[str, object]]) -> Response:
+        """The answer of what needs no pass."""
+
+        def prepare(served: Served, asked: Kind) -> dict[str, object]:
+            return read(served.session, asked)
+
+        async with self._service.take(request, lambda body: parse(kind, body), prepare) as taken:
+            return JSONResponse(taken.prepared)
 
     async def _answer(self, request: Request, kind: type[Kind], answer: Callable[[Session, str, Kind], TaskAnswer]) -> Response:
         def read(body: dict[str, Any]) -> Kind:
