@@ -10,8 +10,74 @@ WORKERS ?= 2
 # The theme warns about its successor at every build; only broken links should fail it.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-# Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out.
-OURS := anthropic_requests attention_script batch chat chat_screen chat_terminal cli cuda_script decoding_memory docs doctor encoding_table fields files files_outside fuzz gguf_kernels hosting integrity kernels keywords llm lookup lossless merged messages names newest_script own_draft packed page peers_script planner prompts quality_script races rule server_access server_anthropic server_anthropic_odd server_answers server_command server_crowd server_embeddings server_flow server_limits server_ollama server_ollama_requests server_odd server_openapi server_prompt_scores server_requests server_responses server_structured server_tasks server_waiting session session_options speculation_record speculation_script splitting telling transfer tree units untouched
+# Tests that do not depend on the versions of other packages: test-lowest and test-newest leave them out. Sorted, one a line.
+OURS := \
+  anthropic_requests \
+  attention_script \
+  batch \
+  chat \
+  chat_screen \
+  chat_terminal \
+  cli \
+  cuda_script \
+  decoding_memory \
+  docs \
+  doctor \
+  encoding_table \
+  fields \
+  files \
+  files_outside \
+  fuzz \
+  gguf_kernels \
+  hosting \
+  integrity \
+  kernels \
+  keywords \
+  llm \
+  lookup \
+  lossless \
+  merged \
+  messages \
+  names \
+  newest_script \
+  own_draft \
+  packed \
+  page \
+  peers_script \
+  planner \
+  prompts \
+  quality_script \
+  races \
+  rule \
+  server_access \
+  server_answers \
+  server_anthropic \
+  server_anthropic_odd \
+  server_command \
+  server_crowd \
+  server_embeddings \
+  server_flow \
+  server_limits \
+  server_odd \
+  server_ollama \
+  server_ollama_requests \
+  server_openapi \
+  server_prompt_scores \
+  server_requests \
+  server_responses \
+  server_structured \
+  server_tasks \
+  server_waiting \
+  session \
+  session_options \
+  speculation_record \
+  speculation_script \
+  splitting \
+  telling \
+  transfer \
+  tree \
+  units \
+  untouched
 # Those that run one mechanism over every model or task, and those that touch everything once: scripts/newest_tests.py chooses.
 BREADTH := converted matrix task_table tokenization_conversations tokenization_families
 SMOKE := bridge bridge_loading classes public session_tasks streaming tasks
