@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError, PromptTooLongError
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -315,11 +315,6 @@ class Session(TaskMethods):
         jobs = [computing_job(work, Demand(tokens, 0), future) for (work, tokens), future in zip(works, futures, strict=True)]
         self._engine.submit(jobs, bounded=False)
         return futures
-
-    def refuse_longer(self, ids: Sequence[int]) -> None:
-        """Raise PromptTooLongError for more tokens than fit."""
-        if len(ids) > self._limits.most:
-            raise PromptTooLongError(f"{len(ids)} tokens are more than the {self._limits.most} that fit")
 
     @property
     def waiting(self) -> int:
