@@ -157,8 +157,9 @@ def test_completions_of_several_prompts(client: openai.OpenAI, smollm_model: Any
     assert "".join(chunk.choices[0].text for chunk in pieces) == prompts[0] + found.choices[0].text
 
 
-def test_the_chat_client_of_transformers_is_understood(url: str, smollm_model: Any) -> None:
+def test_the_chat_client_of_transformers_is_understood(url: str, smollm_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`transformers chat` looks at /health, asks for the model to be loaded, and sends its generation config as JSON."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which also keeps it from this machine
     with httpx.stream("POST", f"{url}/load_model", json={"model": NAME}) as loaded:
         assert json.loads(next(loaded.iter_lines()).removeprefix("data: "))["status"] == "ready"
     from huggingface_hub import InferenceClient
