@@ -163,4 +163,17 @@ def test_the_server_answers_for_each_of_its_models(opening: Opening, events: lis
         assert httpx.get(f"{url}/plan").json()["model"] == "a"
         assert 'rabbit_passes_total{model="a"}' in httpx.get(f"{url}/metrics").text
         assert ask("/v1/completions", model="c", prompt="abc").status_code == 404
+        talk = [{"role": "user", "content": "abc"}]
+        for path, body in (
+            ("/v1/completions", {"prompt": "abc", "max_tokens": 1}),
+            ("/v1/chat/completions", {"messages": talk, "max_tokens": 1}),
+            ("/v1/responses", {"input": "abc", "max_output_tokens": 1}),
+            ("/v1/score", {"input": "abc"}),
+            ("/tokenize", {"prompt": "abc"}),
+            ("/detokenize", {"tokens": [5]}),
+        ):
+            for unnamed in ({}, {"model": None}, {"model": ""}):
+                answer = ask(path, **body, **unnamed)
+                assert (answer.status_code, answer.json().get("model", "b")) == (200, "b"), path
+        assert '"model": "b"' in ask("/load_model").text
     host.close()

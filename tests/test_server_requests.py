@@ -83,7 +83,7 @@ def bad(status: int, body: Any, *, path: str = "/v1/chat/completions", says: str
         bad(400, "[1]", says="not a JSON object"),
         bad(400, "[" * 100_000, says="not valid JSON"),
         bad(400, '{"model": "\\ud800", "messages": []}', says="not valid JSON"),
-        bad(400, {}, says="model"),
+        bad(400, {}, says="messages"),
         bad(400, {"model": NAME}, says="messages", param="messages"),
         bad(404, {**HI, "model": "gpt-4"}, says="not served", param="model"),
         bad(400, {**HI, "messages": "Hi"}, says="messages", param="messages"),

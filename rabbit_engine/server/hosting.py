@@ -107,6 +107,10 @@ class Host:
         """How many requests wait for a model to be loaded."""
         return self._waiting
 
+    def name_of(self, asked: str) -> str:
+        """The name of the model that a request names, the default one if it names none. Raises RequestError."""
+        return self.find(asked) if asked else self.default
+
     def find(self, asked: str) -> str:
         """The name of a model as clients may write it. Raises RequestError."""
         for called in dict.fromkeys((asked, asked.removesuffix(LATEST))):

@@ -80,7 +80,7 @@ class Service:
     ) -> AsyncIterator[Taken[Parsed, T]]:
         """The second half of `take`, for a request that was read."""
         visit = Visit.of(request.scope)
-        visit.model = name = self.host.find(asked.model) if asked.model else self.host.default
+        visit.model = name = self.host.name_of(asked.model)
         async with AsyncExitStack() as held:
             served = await held.enter_async_context(self.host.use(name, keep_alive_s))
             prepared = await self._off_loop(visit.is_large, lambda: prepare(served, asked))

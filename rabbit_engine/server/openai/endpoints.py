@@ -107,7 +107,7 @@ class OpenAIEndpoints:
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which transformers' client calls first: loads the model."""
-        asked = str(parse_object(await read_body(request, self._service.timeouts.body_s)).get("model", ""))
-        async with self._host.use(self._host.find(asked)) as served:
+        asked = str(parse_object(await read_body(request, self._service.timeouts.body_s)).get("model") or "")
+        async with self._host.use(self._host.name_of(asked)) as served:
             body = event({"status": "ready", "model": served.name, "cached": True})
         return Response(body, media_type=EVENTS)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai.constraints import FREE, Forced, format_of
 from rabbit_engine.server.openai.fields import unsupported
-from rabbit_engine.server.openai.schema import MOST, Generating, template_variables
+from rabbit_engine.server.openai.generating import MOST, Generating, template_variables
 from rabbit_engine.server.responses.items import read_items
 from rabbit_engine.sessions import MOST_ALTERNATIVES
 

@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
-from rabbit_engine.server.openai.schema import Asked, parse
+from rabbit_engine.server.openai.generating import Asked
+from rabbit_engine.server.openai.schema import parse
 from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.tasks import bodies, tokens

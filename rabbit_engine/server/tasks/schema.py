@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.openai.schema import MOST_INPUTS, Asked
+from rabbit_engine.server.openai.generating import Asked
+from rabbit_engine.server.openai.schema import MOST_INPUTS
 
 Some = Annotated[list[Any], Field(min_length=1, max_length=MOST_INPUTS)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from rabbit_engine.server.errors import RequestError
-from rabbit_engine.server.openai.schema import Asked, template_variables
+from rabbit_engine.server.openai.generating import Asked, template_variables
 from rabbit_engine.sessions import Session
 
 
