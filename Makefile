@@ -18,6 +18,7 @@ OURS := \
   chat \
   chat_screen \
   chat_terminal \
+  call_ids \
   cli \
   cuda_script \
   decoding_memory \

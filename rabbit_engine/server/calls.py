@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rabbit_engine.sessions.call_ids import new_call_id
 
 _TAG, _END_TAG = "<tool_call>", "</tool_call>"
 _MARKERS = ("[TOOL_CALLS]", "<|python_tag|>")
@@ -100,7 +101,7 @@ class CallReader:
             elif self.most is None or call < self.most:
                 if is_new:
                     self.calls += 1
-                    yield CallStart(call, f"call_{uuid.uuid4().hex[:24]}", item.name)
+                    yield CallStart(call, new_call_id(), item.name)
                 yield from [CallArguments(call, news)] * bool(news)
 
 

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from rabbit_engine.errors import CannotGenerateError, ConfigurationError, PromptTooLongError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
+from rabbit_engine.sessions.call_ids import Messages, with_fitting_ids
 from rabbit_engine.tokenization.ranks import byte_characters
 
 _PREFIX_CHARACTERS = 4
@@ -58,11 +60,15 @@ class Encoder:
             raise ConfigurationError("there are no messages to answer")
         plain = getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
         given = {"add_generation_prompt": not template.get("continue_final_message"), **template}
+
+        def render(messages: Messages) -> Any:
+            return tokenizer.apply_chat_template(
+                copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
+            )
+
         try:
             with self._turn(tokenizer):
-                found = tokenizer.apply_chat_template(
-                    copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
-                )
+                found = with_fitting_ids(render, messages)
         except Exception as error:  # a template is arbitrary code
             raise ConfigurationError(f"the chat template rejects these messages: {error}") from error
         if not plain:

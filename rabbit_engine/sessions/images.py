@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.sessions.call_ids import Messages, with_fitting_ids
 from rabbit_engine.utils.extras import missing_extra
 
 MOST_PIXELS = 50_000_000
@@ -103,10 +104,14 @@ class ImageProcessor:
         given = {"add_generation_prompt": not template.get("continue_final_message"), **template}
         with self._lock:
             processor = self._processor = self._processor or self._load()
-            try:
-                found = processor.apply_chat_template(
+
+            def render(messages: Messages) -> Any:
+                return processor.apply_chat_template(
                     [dict(message) for message in messages], tokenize=True, return_dict=True, return_tensors="pt", **given
                 )
+
+            try:
+                found = with_fitting_ids(render, messages)
             except Exception as error:  # a template is arbitrary code
                 raise ConfigurationError(f"the checkpoint's processor rejects these messages: {first_line(error)}") from error
         inputs = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}

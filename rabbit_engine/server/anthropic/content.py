@@ -37,7 +37,7 @@ class ContentBlocks:
                 begun = self._begin("thinking", {"thinking": "", "signature": ""})
                 return begun + self._grow("thinking", "thinking_delta", shown)
             case CallStart(_, identity, name):
-                tool = f"toolu_{identity.removeprefix('call_')}"
+                tool = f"toolu_{identity}"
                 self._input = ToolInput()
                 return self._begin("tool_use", {"id": tool, "name": name, "input": {}}, another=True)
             case CallArguments(_, text):
