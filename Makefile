@@ -59,6 +59,7 @@ OURS := \
   server_embeddings \
   server_flow \
   server_limits \
+  server_loading \
   server_odd \
   server_ollama \
   server_ollama_requests \

@@ -62,7 +62,7 @@ def create_app(
         OpenAIEndpoints(service),
     )  # the last one answers errors at all other paths
     respond = _Responder(interfaces)
-    app.add_middleware(Gate, service=service, respond=respond.at)
+    app.add_middleware(Gate, service=service, errors=respond)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(HTTPException, respond.to_http_error)
@@ -80,6 +80,7 @@ def _lifespan(service: Service) -> Any:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         """While it serves. Cancels running answers at the end; a session that the caller opened stays open."""
+        service.host.start()
         yield
         service.ending.set()
         for served in service.host.loaded:
@@ -96,8 +97,14 @@ class _Responder:
 
     def at(self, path: str, error: RequestError) -> Response:
         """The response to an error at a path."""
-        found = next((one for one in self._interfaces if path.startswith(one.paths)), self._interfaces[-1])
-        return found.error(error)
+        return self._interface(path).error(error)
+
+    def within_stream(self, path: str, error: RequestError) -> str:
+        """An error in a stream that has begun, before its answer."""
+        return self._interface(path).stream_error(error)
+
+    def _interface(self, path: str) -> Interface:
+        return next((one for one in self._interfaces if path.startswith(one.paths)), self._interfaces[-1])
 
     async def to_bad_query(self, request: Request, error: Exception) -> Response:
         """To what the framework rejects in a query."""

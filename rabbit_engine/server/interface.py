@@ -21,3 +21,6 @@ class Interface(Protocol):
 
     def error(self, error: RequestError) -> Response:
         """The response to an error."""
+
+    def stream_error(self, error: RequestError) -> str:
+        """An error before the answer, in a stream that has begun."""

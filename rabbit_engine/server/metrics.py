@@ -65,6 +65,7 @@ class _ModelCounts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Once a scrape."""
+        yield from self._loads()
         loaded = self._host.loaded
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(f"rabbit_{name}", text, labels=["model"])
@@ -76,6 +77,20 @@ class _ModelCounts(Collector):
             for served in loaded:
                 counter.add_metric([served.name], value(served))
             yield counter
+
+    def _loads(self) -> Iterator[Metric]:
+        host = self._host
+        loaded, loading = {served.name for served in host.loaded}, host.loading
+        is_loaded = GaugeMetricFamily("rabbit_loaded", "Whether the model is in memory.", labels=["model"])
+        elapsed = GaugeMetricFamily("rabbit_loading_seconds", "Seconds since loading the model began.", labels=["model"])
+        counts = CounterMetricFamily("rabbit_loads", "How often the model was loaded for a request.", labels=["model"])
+        seconds = CounterMetricFamily("rabbit_load_seconds", "Seconds that loading it took.", labels=["model"])
+        for name in host.names:
+            is_loaded.add_metric([name], name in loaded)
+            elapsed.add_metric([name], 0.0 if loading is None or loading.model != name else loading.elapsed_s)
+            counts.add_metric([name], host.loads[name].count)
+            seconds.add_metric([name], host.loads[name].seconds)
+        yield from (is_loaded, elapsed, counts, seconds)
 
 
 def _profile(name: str) -> Callable[[Served], float]:

@@ -8,14 +8,15 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from rabbit_engine.server.access import Access
 from rabbit_engine.server.body import LARGE_BODY_BYTES, read_body
 from rabbit_engine.server.hosting import Host, Served
 from rabbit_engine.server.metrics import Metrics
+from rabbit_engine.server.outgoing import IN_EVENTS, IN_JSON, KeepAlive, Outgoing
 from rabbit_engine.server.parsing import parse_object
-from rabbit_engine.server.streams import EVENTS, Heard, Streamed, follow, whole
+from rabbit_engine.server.streams import EVENTS, Heard, Silence, Streamed, awaited, follow
 from rabbit_engine.server.timeouts import Timeouts
 from rabbit_engine.server.visits import AccessLog, Visit
 from rabbit_engine.sessions import Events, Piece, Reply
@@ -30,6 +31,10 @@ class Naming(Protocol):
     @property
     def model(self) -> str:
         """The model's name as the client wrote it; an empty one is the default model."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
 
 
 Parsed = TypeVar("Parsed", bound=Naming)
@@ -56,15 +61,13 @@ class Service:
         request: Request,
         parse: Callable[[dict[str, Any]], Parsed],
         prepare: Callable[[Served, Parsed], T],
-        *,
-        keep_alive_s: Callable[[Parsed], float | None] = lambda _: None,
     ) -> AsyncIterator[Taken[Parsed, T]]:
         """A request: parsed, its model loaded and held, and the result of `prepare`, which checks and tokenises it.
 
         Both functions run off the event loop, and those of large bodies one at a time. Raises RequestError and what they raise.
         """
         asked = await self.read(request, parse)
-        async with self.hold(request, asked, prepare, keep_alive_s(asked)) as taken:
+        async with self.hold(request, asked, prepare) as taken:
             yield taken
 
     async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -76,15 +79,37 @@ class Service:
 
     @asynccontextmanager
     async def hold(
-        self, request: Request, asked: Parsed, prepare: Callable[[Served, Parsed], T], keep_alive_s: float | None = None
+        self,
+        request: Request,
+        asked: Parsed,
+        prepare: Callable[[Served, Parsed], T],
+        keep_alive_s: float | None = None,
+        *,
+        keeping: KeepAlive | None = None,
     ) -> AsyncIterator[Taken[Parsed, T]]:
-        """The second half of `take`, for a request that was read."""
+        """The second half of `take`, for a request that was read. A response that waits long for its model begins with the signs
+        of life of `keeping`; without it, with those of an event stream or of a JSON object."""
         visit = Visit.of(request.scope)
         visit.model = name = self.host.name_of(asked.model)
         async with AsyncExitStack() as held:
-            served = await held.enter_async_context(self.host.use(name, keep_alive_s))
-            prepared = await self._off_loop(visit.is_large, lambda: prepare(served, asked))
+
+            async def ready() -> tuple[Served, T]:
+                served = await held.enter_async_context(self.host.use(name, keep_alive_s))
+                return served, await self._off_loop(visit.is_large, lambda: prepare(served, asked))
+
+            how = keeping or (IN_EVENTS if asked.streams else IN_JSON)
+            served, prepared = await self.awaited(request, ready(), how, self._silence)
             yield Taken(self, request, served, asked, prepared, held)
+
+    async def awaited(self, request: Request, work: Coroutine[Any, Any, T], how: KeepAlive, silence: Callable[[], Silence]) -> T:
+        """The result of what a client waits for, who is sent signs of life. Raises as `streams.awaited`."""
+        outgoing = Outgoing.of(request.scope)
+        return await awaited(request, work, self.ending, lambda: outgoing.keep_alive(how, silence()))
+
+    def _silence(self) -> Silence:
+        """Before the model is there."""
+        load = self.host.loading
+        return Silence("waiting for a model") if load is None else Silence("loading", load.facts())
 
     async def _off_loop(self, is_large: bool, work: Callable[[], T]) -> T:
         if not is_large:
@@ -144,5 +169,5 @@ class Taken(Generic[Parsed, T]):
         return Streamed(chunks, media_type, self._held.pop_all())
 
     async def whole(self, work: Coroutine[Any, Any, object]) -> Response:
-        """The response of a whole answer, unless the client disconnects first."""
-        return await whole(self._request, work, self._service.ending, self._held)
+        """The response of a whole answer. Raises ClientDisconnect if the client does not wait for it."""
+        return JSONResponse(await self._service.awaited(self._request, work, IN_JSON, lambda: Silence("waiting")))

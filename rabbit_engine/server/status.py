@@ -38,12 +38,13 @@ class StatusPages:
 
     async def health(self) -> JSONResponse:
         """Whether the server can answer."""
-        loaded = self._host.loaded
+        loaded, loading = self._host.loaded, self._host.loading
         closed = bool(loaded) and all(served.closed for served in loaded)
         body = {
             "status": "closed" if closed else "ok",
             "model": self._host.default,
             "loaded": [served.name for served in loaded],
+            "loading": None if loading is None else loading.facts(),
             "running": sum(served.session.running for served in loaded),
             "waiting": sum(served.session.waiting for served in loaded) + self._host.waiting,
             "start_s": {served.name: round(served.session.start_s, 1) for served in loaded},

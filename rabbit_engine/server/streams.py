@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from rabbit_engine.errors import SessionClosedError
@@ -22,35 +23,40 @@ SILENCE_S = 10.0
 
 EVENTS = "text/event-stream"
 
+T = TypeVar("T")
+
+
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers that ask proxies to pass on each part at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Nothing came for a while; `progress` is that of the pass under way, None between two passes. A request that has not
-    started has a `place` in the queue, 1 for the next one."""
+    """Nothing came for a while; `state` is what the request waits for, `facts` are numbers of it."""
 
-    progress: PassProgress | None
-    place: int | None = None
+    state: str
+    facts: Mapping[str, object] | None = None
 
-    def facts(self) -> dict[str, object] | None:
-        """The request's place in the queue, or the place of the pass under way; None between two."""
-        if self.place is not None:
-            return {"place": self.place}
-        if self.progress is None:
-            return None
-        found = self.progress
-        body = {"layer": found.layer, "layers": found.layers, "bytes_read": found.bytes_read}
-        times = {"elapsed_s": round(found.elapsed_s, 1), "remaining_s": found.remaining_s and round(found.remaining_s, 1)}
-        return {**body, **times}
+    @classmethod
+    def of_pass(cls, progress: PassProgress | None, place: int | None) -> Silence:
+        """Of a request at a `place` in the queue, 1 for the next one, or else in the pass under way, if it is not between two."""
+        if place is not None:
+            return cls("queued", {"place": place})
+        if progress is None:
+            return cls("waiting for a pass")
+        body = {"layer": progress.layer, "layers": progress.layers, "bytes_read": progress.bytes_read}
+        return cls("progress", {**body, **seconds_of(progress.elapsed_s, progress.remaining_s)})
 
     def comment(self) -> str:
         """A comment of an event stream, which clients skip: a pass may take longer than a proxy's idle timeout."""
-        found = self.facts()
-        if found is None:
-            return ": waiting for a pass\n\n"
-        return f": {'progress' if self.place is None else 'queued'} {json.dumps(found)}\n\n"
+        return f": {self.state}{'' if self.facts is None else f' {json.dumps(self.facts)}'}\n\n"
 
 
-Then = Callable[[object], Response]
+def seconds_of(elapsed_s: float, remaining_s: float | None) -> dict[str, float | None]:
+    """Times as clients are told them."""
+    return {"elapsed_s": round(elapsed_s, 1), "remaining_s": None if remaining_s is None else round(remaining_s, 1)}
+
+
 Heard = Silence | tuple[int, Piece | Reply]
 
 
@@ -66,7 +72,7 @@ async def follow(events: Events, session: Session, ending: asyncio.Event) -> Asy
             if ended.done() and not pending.done():
                 raise SessionClosedError("the server is shutting down")
             if not pending.done():
-                yield Silence(session.progress, events.place)
+                yield Silence.of_pass(session.progress, events.place)
                 continue
             found, pending = pending.result(), None
             yield found
@@ -85,7 +91,7 @@ class Streamed(StreamingResponse):
     """Chunks as they are generated. `held` is let go at the end, also if the client disconnects before the first chunk."""
 
     def __init__(self, chunks: AsyncIterator[str | bytes], media_type: str, held: AsyncExitStack) -> None:
-        super().__init__(chunks, media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(chunks, media_type=media_type, headers=UNBUFFERED)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,47 +102,27 @@ class Streamed(StreamingResponse):
             await self._held.aclose()
 
 
-class Late(Streamed):
-    """A whole answer that takes long: after every `SILENCE_S` without it a newline is sent, which JSON allows before a value,
-    so that no client times out. An answer that fails closes the connection: its status has been sent."""
-
-    def __init__(self, task: asyncio.Task[object], then: Then, ending: asyncio.Event, held: AsyncExitStack) -> None:
-        held.push_async_callback(cancel, task)
-        super().__init__(self._chunks(task, then, ending), "application/json", held)
-
-    @staticmethod
-    async def _chunks(task: asyncio.Task[object], then: Then, ending: asyncio.Event) -> AsyncIterator[bytes]:
-        ended = asyncio.ensure_future(ending.wait())
-        try:
-            while not task.done():
-                if ended.done():
-                    raise SessionClosedError("the server is shutting down")
-                yield b"\n"
-                await asyncio.wait([task, ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
-        yield bytes(then(task.result()).body)
-
-
-async def whole(
-    request: Request, work: Coroutine[Any, Any, object], ending: asyncio.Event, held: AsyncExitStack, then: Then = JSONResponse
-) -> Response:
-    """The answer, unless the client disconnects first; one that takes long is a Late response, to which `held` goes over."""
+async def awaited(
+    request: Request, work: Coroutine[Any, Any, T], ending: asyncio.Event, keep_alive: Callable[[], Awaitable[None]]
+) -> T:
+    """The result of the work; `keep_alive` is called after every `SILENCE_S` without it. Raises what the work raises, and cancels
+    it with ClientDisconnect if the client goes, or SessionClosedError if the server ends."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(request))
+    gone, ended = asyncio.ensure_future(_until_gone(request)), asyncio.ensure_future(ending.wait())
     try:
-        await asyncio.wait([task, gone], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return then(task.result())
-        if gone.done():
-            await cancel(task)
-            return Response(status_code=499)
-        return Late(task, then, ending, held.pop_all())
-    except BaseException:
-        await cancel(task)
-        raise
+        while not task.done():
+            await asyncio.wait([task, gone, ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                break
+            if gone.done():
+                raise ClientDisconnect
+            if ended.done():
+                raise SessionClosedError("the server is shutting down")
+            await keep_alive()
+        return task.result()
     finally:
-        await cancel(gone)
+        for each in (task, gone, ended):
+            await cancel(each)
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from rabbit_engine.server.anthropic.answering import message, message_stream
 from rabbit_engine.server.anthropic.asking import MessagePlan, count_tokens, plan_message
 from rabbit_engine.server.anthropic.schema import CountRequest, MessagesRequest, parse
-from rabbit_engine.server.anthropic.wire import error_body, new_request_id
+from rabbit_engine.server.anthropic.wire import error_body, event, new_request_id
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openapi import body_of
@@ -35,6 +35,10 @@ class AnthropicEndpoints:
         """An error as Anthropic's clients read it."""
         request_id = new_request_id()
         return JSONResponse(error_body(error, request_id), error.status, {**error.headers(), _ID: request_id})
+
+    def stream_error(self, error: RequestError) -> str:
+        """The only event."""
+        return event(error_body(error, new_request_id()))
 
     async def messages(self, request: Request) -> Response:
         """`POST /v1/messages`."""

@@ -62,6 +62,11 @@ class CountRequest(_Strict):
     output_format: dict[str, Any] | None = None
 
     @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return False
+
+    @property
     def wants_thinking(self) -> bool | None:
         """Whether the model should reason; None leaves it to the chat template."""
         return None if self.thinking is None else self.thinking.type != "disabled"
@@ -104,6 +109,11 @@ class MessagesRequest(CountRequest):
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return bool(self.stream)
 
     def options(self) -> dict[str, Any]:
         """The session's options but the number of tokens."""

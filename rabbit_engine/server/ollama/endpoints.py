@@ -33,8 +33,9 @@ from rabbit_engine.server.ollama.schema import (
     OllamaShow,
     parse,
 )
-from rabbit_engine.server.ollama.wire import NDJSON, OllamaWire, Stopwatch
+from rabbit_engine.server.ollama.wire import NDJSON, OllamaWire, Stopwatch, line
 from rabbit_engine.server.openapi import body_of
+from rabbit_engine.server.outgoing import IN_JSON, KeepAlive
 from rabbit_engine.server.service import Service
 from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.embeddings import EmbeddingWork
@@ -73,6 +74,10 @@ class OllamaEndpoints:
         """An error as Ollama's clients read it."""
         return JSONResponse({"error": str(error)}, error.status, error.headers())
 
+    def stream_error(self, error: RequestError) -> str:
+        """The only line."""
+        return line({"error": str(error)})
+
     async def chat(self, request: Request) -> Response:
         """`POST /api/chat`."""
         return await self._answer(request, OllamaChat, "chat", chat_question)
@@ -96,10 +101,12 @@ class OllamaEndpoints:
             return question_of(served.session, served.name, asked)
 
         if asked.is_empty and asked.keep_alive == 0:
-            return JSONResponse(await self._unload(asked, called, watch))
-        async with self._service.hold(request, asked, prepare, asked.keep_alive) as taken:
+            return JSONResponse(self._unload(asked, called, watch))
+        name = asked.model or tagged(self._host.default)
+        waiting = OllamaWire(called, name, watch, str)
+        lines = KeepAlive(NDJSON, lambda silence: line(waiting.silence(silence))) if asked.streams else IN_JSON
+        async with self._service.hold(request, asked, prepare, asked.keep_alive, keeping=lines) as taken:
             question, model = taken.prepared, taken.served.session.model
-            name = asked.model or tagged(taken.served.name)
             wire = OllamaWire(called, name, watch, lambda token: str(model.tokenizer.decode([token])))
             if question is None:
                 return JSONResponse(wire.emptied("load"))
@@ -108,13 +115,11 @@ class OllamaEndpoints:
                 return taken.stream(answer_stream(taken, question, events, wire), NDJSON)
             return await taken.whole(whole_answer(taken, question, events, wire))
 
-    async def _unload(self, asked: OllamaRequest, called: Literal["chat", "generate"], watch: Stopwatch) -> dict[str, object]:
-        """Unload a model as soon as nobody uses it; one that is not loaded stays so."""
-        name = self._host.find(asked.model) if asked.model else self._host.default
-        if any(served.name == name for served in self._host.loaded):
-            async with self._host.use(name, 0.0):
-                watch.load()
-        return OllamaWire(called, asked.model or tagged(name), watch, str).emptied("unload")
+    def _unload(self, asked: OllamaRequest, called: Literal["chat", "generate"], watch: Stopwatch) -> dict[str, object]:
+        """Unload a model as soon as nobody uses it; a session that the server's caller opened stays, and the answer says so."""
+        name = self._host.name_of(asked.model)
+        goes = self._host.unload(name)
+        return OllamaWire(called, asked.model or tagged(name), watch, str).emptied("unload" if goes else "load")
 
     async def embed(self, request: Request) -> Response:
         """`POST /api/embed`."""

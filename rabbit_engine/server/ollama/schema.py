@@ -83,6 +83,11 @@ class OllamaRequest(BaseModel):
     keep_alive: _KeepAlive = None
 
     @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return False
+
+    @property
     def is_empty(self) -> bool:
         """Whether it only loads the model, or unloads it with a `keep_alive` of 0."""
         return False

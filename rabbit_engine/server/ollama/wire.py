@@ -75,8 +75,7 @@ class OllamaWire:
 
     def silence(self, silence: Silence) -> dict[str, object]:
         """An empty part, which shows that the stream lives, and the place of the pass."""
-        facts = silence.facts()
-        return {**self.part(), **({} if facts is None else {"x_progress": facts})}
+        return {**self.part(), **({} if silence.facts is None else {"x_progress": silence.facts})}
 
     def parts(self, deltas: Iterable[Delta], calls: CallGatherer) -> Iterator[dict[str, object]]:
         """The parts of a stream: calls are given out when they are whole."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from rabbit_engine.server.body import read_body
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.answering import chat_stream, text_stream, text_whole
 from rabbit_engine.server.openai.bodies import Bodies, PromptWork
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, EmbeddingRequest, LoadRequest, parse
-from rabbit_engine.server.openai.wire import event
+from rabbit_engine.server.openai.wire import LAST_CHUNK, event
 from rabbit_engine.server.openapi import body_of
-from rabbit_engine.server.parsing import parse_object
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.streams import EVENTS
 from rabbit_engine.server.tasks import bodies as tasks
@@ -41,6 +39,10 @@ class OpenAIEndpoints:
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it."""
         return JSONResponse(error.body(), error.status, error.headers())
+
+    def stream_error(self, error: RequestError) -> str:
+        """The last event, after which clients stop reading."""
+        return event(error.body()) + LAST_CHUNK
 
     async def models(self) -> dict[str, object]:
         """`GET /v1/models`."""
@@ -107,7 +109,6 @@ class OpenAIEndpoints:
 
     async def load(self, request: Request) -> Response:
         """`POST /load_model`, which transformers' client calls first: loads the model."""
-        asked = str(parse_object(await read_body(request, self._service.timeouts.body_s)).get("model") or "")
-        async with self._host.use(self._host.name_of(asked)) as served:
-            body = event({"status": "ready", "model": served.name, "cached": True})
+        async with self._service.take(request, lambda body: parse(LoadRequest, body), lambda *_: None) as taken:
+            body = event({"status": "ready", "model": taken.served.name, "cached": True})
         return Response(body, media_type=EVENTS)

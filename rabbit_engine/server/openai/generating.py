@@ -38,6 +38,11 @@ class Asked(BaseModel):
 
     model: Annotated[str, BeforeValidator(lambda given: "" if given is None else given)] = ""
 
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return False
+
 
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -83,6 +88,11 @@ class Generating(Asked):
     grammar: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return bool(self.stream)
 
     @property
     def form(self) -> Forced:

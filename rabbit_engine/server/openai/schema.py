@@ -158,6 +158,11 @@ class LoadRequest(Asked):
 
     path = "/load_model"
 
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream."""
+        return True
+
 
 class EmbeddingRequest(Asked):
     """`POST /v1/embeddings`."""

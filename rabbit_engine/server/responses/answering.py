@@ -127,9 +127,8 @@ async def stream(taken: Response, events: Events) -> AsyncIterator[str]:
     def told(found: Iterator[Event]) -> Iterator[str]:
         nonlocal number
         for event in found:
-            body = {"type": event["type"], "sequence_number": number, **event}
+            yield numbered(event, number)
             number += 1
-            yield f"event: {event['type']}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     for chunk in told(answering.begin()):
         yield chunk
@@ -143,6 +142,12 @@ async def stream(taken: Response, events: Events) -> AsyncIterator[str]:
     except Exception as error:  # noqa: BLE001 - the status has been sent
         for chunk in told(iter([answering.fail(error)])):
             yield chunk
+
+
+def numbered(event: Event, number: int) -> str:
+    """A server-sent event with its place in the stream."""
+    body = {"type": event["type"], "sequence_number": number, **event}
+    return f"event: {event['type']}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 async def whole(taken: Response, events: Events) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.schema import parse
 from rabbit_engine.server.openapi import body_of
-from rabbit_engine.server.responses.answering import prepared, stream, whole
+from rabbit_engine.server.responses.answering import numbered, prepared, stream, whole
 from rabbit_engine.server.responses.schema import ResponseRequest
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.streams import EVENTS
@@ -36,6 +36,11 @@ class ResponsesEndpoints:
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it."""
         return JSONResponse(error.body(), error.status, error.headers())
+
+    def stream_error(self, error: RequestError) -> str:
+        """The only event."""
+        body = {"type": "error", "code": error.code or error.kind, "message": str(error), "param": error.param}
+        return numbered(body, 0)
 
     async def respond(self, request: Request) -> Response:
         """`POST /v1/responses`."""

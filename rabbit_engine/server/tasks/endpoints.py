@@ -12,6 +12,7 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Served
 from rabbit_engine.server.openai.generating import Asked
 from rabbit_engine.server.openai.schema import parse
+from rabbit_engine.server.openai.wire import event
 from rabbit_engine.server.openapi import body_of
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.tasks import bodies, tokens
@@ -58,6 +59,10 @@ class TaskEndpoints:
     def error(self, error: RequestError) -> Response:
         """An error as OpenAI's clients read it; `message` is where Cohere's looks."""
         return JSONResponse({**error.body(), "message": str(error)}, error.status, error.headers())
+
+    def stream_error(self, error: RequestError) -> str:
+        """None of these answers is a stream."""
+        return event(error.body())
 
     async def classify(self, request: Request) -> Response:
         """`POST /v1/classify` and `/classify`."""
