@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import ollama
 import pytest
 import talking
 import uvicorn
 from serving import running
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel, Session, capabilities
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.capabilities import Capabilities
+from rabbit_engine.server import descriptions
 from rabbit_engine.server.app import create_app
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.hosting import Host
@@ -143,6 +147,63 @@ def test_names_are_checked(opening: Opening) -> None:
     assert (tagged.find("a"), tagged.find("a:latest"), tagged.find("b:latest")) == ("a", "a:latest", "b")
     with pytest.raises(RequestError, match="'x' is not served; 'a', 'org/b' are"):
         host.find("x")
+
+
+TOOLS = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% for tool in tools %}{{ tool }}{% endfor %}<think></think>"
+
+
+def test_models_that_were_never_loaded_are_described(tmp_path: Path, opening: Opening, events: list[str]) -> None:
+    folder, described = talking.save(tmp_path, max_position_embeddings=77), list[str]()
+    (folder / "chat_template.jinja").write_text(TOOLS)
+
+    def describe(name: str) -> Capabilities:
+        described.append(name)
+        if name == "broken":
+            raise ConfigurationError("it is broken")
+        return capabilities(folder)
+
+    host = Host(["a", "broken"], opening, describe=describe)
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+        url, own = f"http://127.0.0.1:{port}", ollama.Client(f"http://127.0.0.1:{port}")
+        for _ in range(2):
+            a, broken = httpx.get(f"{url}/v1/models").json()["data"]
+        assert (a["context_length"], "max_model_len" in a, "context_length" in broken) == (77, False, False)
+        assert httpx.get(f"{url}/v1/models/a").json() == a
+        listed = own.list().models[0]
+        assert listed.details is not None
+        assert (listed.details.family, listed.details.quantization_level) == ("llama", "F32")
+        shown = own.show("a")
+        assert shown.capabilities == ["completion", "tools", "thinking"]
+        assert (shown.template, (shown.modelinfo or {})["llama.context_length"]) == (TOOLS, 77)
+        assert own.show("broken").capabilities == ["completion"]
+        assert described == ["a", "broken"]  # once each, also the one that failed
+        assert events == []
+        weights, parameters = listed.size, listed.details.parameter_size
+        httpx.post(f"{url}/v1/completions", json={"model": "a", "prompt": "abc", "max_tokens": 2}, timeout=60)
+        loaded = own.list().models[0]
+        assert loaded.details is not None
+        assert (loaded.details.parameter_size, loaded.details.family) == (parameters, "llama")
+        assert loaded.size == weights
+        assert httpx.get(f"{url}/v1/models/a").json()["max_model_len"] > 0
+    host.close()
+
+
+def test_a_slow_description_delays_no_list_for_long(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptions, "MOST_WAIT_S", 0.05)
+    go = threading.Event()
+
+    def describe(name: str) -> Capabilities:
+        assert go.wait(20)
+        raise ConfigurationError(name)
+
+    found = Host(["a"], opening, describe=describe).descriptions
+
+    async def work() -> None:
+        await asyncio.wait_for(found.learn(["a"]), 5)
+        assert found.find("a") is None
+        go.set()
+
+    asyncio.run(work())
 
 
 def test_the_server_answers_for_each_of_its_models(opening: Opening, events: list[str]) -> None:

@@ -281,7 +281,7 @@ def test_models_are_loaded_and_unloaded_as_clients_ask(tmp_path: Path) -> None:
     with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
         client = ollama.Client(host=f"http://127.0.0.1:{port}")
         assert [card.model for card in client.list().models] == ["a:latest", "org/b:7b"]
-        assert client.show("a").capabilities == ["completion"]
+        assert client.show("a").capabilities == ["completion"]  # nothing describes it
         assert client.chat("a", [], keep_alive=0).done_reason == "unload"
         assert events == list(client.ps().models) == []
         assert client.generate("a:latest", keep_alive="10m").done_reason == "load"

@@ -19,7 +19,7 @@ from rabbit_engine.architectures.generationfile import require_generation_config
 from rabbit_engine.architectures.gguf_config import GgufConfigFile
 from rabbit_engine.architectures.head_dim import corrected_head_dim, stated_head_dim
 from rabbit_engine.architectures.layout import RESIDENT, Layout, find_layout
-from rabbit_engine.architectures.lengths import sliding_window, stated_lengths, template_in
+from rabbit_engine.architectures.lengths import sliding_window, stated_lengths, template_in, template_of
 from rabbit_engine.architectures.overrides import ConfigOverrides, read_given_config
 from rabbit_engine.architectures.positions import capped_length, refuse_past, stated_positions
 from rabbit_engine.architectures.purpose import auto_class_of, auto_classes_for, task_of
@@ -74,6 +74,7 @@ __all__ = [
     "stated_positions",
     "task_of",
     "template_in",
+    "template_of",
     "unregister_family",
     "warn_of_unused",
 ]

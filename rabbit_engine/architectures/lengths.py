@@ -56,11 +56,25 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 def template_in(folder: Path) -> bool:
     """Whether the tokenizer in a folder has a chat template."""
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):
-        return True
-    file = folder / "tokenizer_config.json"
-    values: Mapping[str, Any] = read_object(file, "download it again") if file.is_file() else {}
-    return bool(values.get("chat_template"))
+    return (folder / "additional_chat_templates").exists() or bool(template_of(folder))
+
+
+def template_of(folder: Path) -> str:
+    """The chat template of the tokenizer in a folder; of several, the default one; empty without one."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text("utf-8", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        values: Mapping[str, Any] = read_object(file, "download it again") if file.is_file() else {}
+        if found := values.get("chat_template"):
+            return found if isinstance(found, str) else _default(found)
+    return ""
+
+
+def _default(templates: object) -> str:
+    listed = [each for each in templates if isinstance(each, dict)] if isinstance(templates, list) else []
+    ranked = sorted(listed, key=lambda each: each.get("name") != "default")
+    return str(ranked[0].get("template", "")) if ranked else ""
 
 
 def _is_length(value: object) -> bool:

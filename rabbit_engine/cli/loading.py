@@ -195,6 +195,11 @@ class Loading:
             "speculate": self.guesses,
         }
 
+    def keywords_of_headers(self) -> dict[str, Any]:
+        """Those that say what a model is, on any machine: the memory, the device and guesses do not."""
+        left_out = ("max_memory", "max_seq_len", "speculate")
+        return {**{name: value for name, value in self.keywords().items() if name not in left_out}, "device": "cpu"}
+
 
 class Only:
     """Names the options of Loading that a command takes."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,29 +55,22 @@ def serve(
     listen.check_port(host, port)
     log = None if access_log is None else listen.AccessLog(access_log)
 
-    @contextmanager
-    def opening(served: str) -> Iterator[engine.sessions.Session]:
-        with (
-            loaded(named[served], loading.for_conversations()) as streamed,
-            engine.sessions.Session(
-                streamed,
-                max_requests=max_requests,
-                max_queue=max_queue,
-                max_new_tokens=max_new_tokens,
-                overflow=overflow,
-                exact=not share_products,
-            ) as session,
-        ):
-            output.note(str(streamed.plan))
-            yield session
-
+    answering = {
+        "max_requests": max_requests,
+        "max_queue": max_queue,
+        "max_new_tokens": max_new_tokens,
+        "overflow": overflow,
+        "exact": not share_products,
+    }
+    offered = _Offered(named, loading, answering)
     hosted = listen.Host(
         list(named),
-        opening,
+        offered.open,
         default=default,
         most_loaded=max_loaded,
         keep_alive_s=math.inf if keep_alive is None else keep_alive,
         most_waiting=max_queue,
+        describe=offered.describe,
     )
     if len(named) == 1:
         hosted.preload(hosted.default)
@@ -90,6 +84,29 @@ def serve(
             origins=allow_origin or [],
             on_ready=lambda url: output.note(f"{', '.join(named)}: {url} (a page to chat with), {url}v1"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """The models by the names that clients use, and how sessions answer."""
+
+    named: Mapping[str, str]
+    loading: Loading
+    answering: Mapping[str, Any]
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[engine.sessions.Session]:
+        """A session with a model, which is loaded, and closed at the end."""
+        with (
+            loaded(self.named[name], self.loading.for_conversations()) as streamed,
+            engine.sessions.Session(streamed, **self.answering) as session,
+        ):
+            output.note(str(streamed.plan))
+            yield session
+
+    def describe(self, name: str) -> engine.capabilities.Capabilities:
+        """What a model is, from its config and headers."""
+        return engine.capabilities.capabilities(self.named[name], **self.loading.keywords_of_headers())
 
 
 def name_models(given: Sequence[str], name: str | None) -> dict[str, str]:

@@ -17,6 +17,5 @@ _OPTIONS = Only("dtype", "split", "compression", "saving_path", "gguf_file", "re
 def show(model: options.Model, *, loading: Annotated[Loading, _OPTIONS]) -> None:
     """Print what a model is: its task, class, length, attention, encodings, experts, and how it streams; reads headers only."""
     output.note(f"reading the headers of {model} ...")
-    keywords = {name: value for name, value in loading.keywords().items() if name != "max_memory"}
-    found = engine.capabilities.capabilities(model, **{**keywords, "device": "cpu"})
+    found = engine.capabilities.capabilities(model, **loading.keywords_of_headers())
     Console(highlight=False).print(as_table(found.rows(), model))

@@ -20,6 +20,7 @@ from rabbit_engine.architectures import (
     stated_lengths,
     task_of,
     template_in,
+    template_of,
 )
 from rabbit_engine.checkpoints import HEADERS_ONLY, InPlace, ModelRequest, MustSplit, Resolution, Shards, build_plain, resolve
 from rabbit_engine.model.auto import read_settings
@@ -46,7 +47,7 @@ class Capabilities(Report):
     they are stored in ("BF16", "Q4_K"), `quantization` the method, `parameters` values of the decoded weights. `layers` and
     `towers` are blocks: of the main stack, and of others (an encoder, images). `labels` are those of a classifier, in order.
     `experts` are those of a layer, and those that a token uses. `source` says where the weights are streamed from, and why they
-    must be split if they must.
+    must be split if they must. `chat_template` is the default one, empty without.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Capabilities(Report):
     task: str | None
     can_generate: bool
     has_chat_template: bool
+    chat_template: str
     labels: tuple[str, ...]
     lengths: Mapping[str, int]
     sliding_window: int | None
@@ -136,6 +138,7 @@ def _describe(name: str, resolution: Resolution) -> Capabilities:
         task="feature-extraction" if "modules.json" in request.repo.names else task_of(auto),
         can_generate=model.can_generate(),
         has_chat_template=_has_chat_template(request),
+        chat_template=_chat_template(request),
         labels=_labels(model, auto),
         lengths=stated_lengths(model, folder),
         sliding_window=sliding_window(model.config),
@@ -163,6 +166,12 @@ def _has_chat_template(request: ModelRequest) -> bool:
     if request.gguf is not None:
         return bool(request.gguf.values.get("tokenizer.chat_template"))
     return template_in(request.repo.folder)
+
+
+def _chat_template(request: ModelRequest) -> str:
+    if request.gguf is not None:
+        return str(request.gguf.values.get("tokenizer.chat_template") or "")
+    return template_of(request.repo.folder)
 
 
 def quantization_of(source: InPlace | Shards | MustSplit) -> str | None:

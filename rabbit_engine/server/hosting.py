@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rabbit_engine.errors import ConfigurationError, QueueFullError, RabbitError, SessionClosedError
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.server.descriptions import Describe, Descriptions
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.lanes import Lanes
 from rabbit_engine.server.streams import seconds_of
@@ -104,6 +105,7 @@ class Host:
         most_loaded: int = 1,
         keep_alive_s: float = FOREVER,
         most_waiting: int = 64,
+        describe: Describe | None = None,
     ) -> None:
         if not names:
             raise ConfigurationError("there is no model to serve")
@@ -120,6 +122,7 @@ class Host:
         self._changing: asyncio.Task[None] | None = None
         self._unloading: set[asyncio.Task[None]] = set()
         self._waiting, self._most_waiting = 0, most_waiting
+        self.descriptions = Descriptions(describe)
         self._load: tuple[str, float] | None = None
         self.fixed = False
         self.loads = dict.fromkeys(names, Loads())

@@ -52,4 +52,9 @@ class TemplateVariables:
 
     def reads(self, name: str) -> bool:
         """Whether the chat template has a variable of this name; the n in `\\n` does not count."""
-        return re.search(rf"(?<!\\)\b{re.escape(name)}\b", str(getattr(self._model.tokenizer, "chat_template", ""))) is not None
+        return reads(str(getattr(self._model.tokenizer, "chat_template", "")), name)
+
+
+def reads(template: str, name: str) -> bool:
+    """Whether a chat template has a variable of this name."""
+    return re.search(rf"(?<!\\)\b{re.escape(name)}\b", template) is not None

@@ -11,6 +11,7 @@ from rabbit_engine.server.fields import tell_once
 from rabbit_engine.server.flow import THINKING, AnswerForm, form_of
 from rabbit_engine.server.ollama.schema import OllamaChat, OllamaGenerate
 from rabbit_engine.sessions import Request, Session
+from rabbit_engine.sessions.template import reads
 
 Spoken = OllamaChat | OllamaGenerate
 
@@ -88,8 +89,12 @@ def thinking_variables(session: Session, name: str, asked: Spoken) -> dict[str, 
 
 def has_reasoning(session: Session) -> bool:
     """Whether the chat template knows reasoning."""
-    template = _template(session) or ""
-    return any(marks[1] in template for marks in THINKING) or session.template_reads("enable_thinking")
+    return template_reasons(_template(session) or "")
+
+
+def template_reasons(template: str) -> bool:
+    """Whether a chat template knows reasoning."""
+    return any(marks[1] in template for marks in THINKING) or reads(template, "enable_thinking")
 
 
 def _template(session: Session) -> str | None:

@@ -4,58 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
-from rabbit_engine.model.capabilities import quantization_of, stored_types
-from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.server.hosting import LATEST, Host, Served
-from rabbit_engine.server.ollama.asking import has_reasoning
+from rabbit_engine.server.ollama.facts import UNKNOWN, ModelFacts, described_facts, facts_of
 from rabbit_engine.server.ollama.wire import timestamp
-from rabbit_engine.sessions import Session
-from rabbit_engine.sessions.images import ImageProcessor
 
 _LONGEST = timedelta(days=292 * 365)
 """When a model that stays forever is unloaded, as Ollama says it."""
-
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "typical_p": "typical_p",
-    "repetition_penalty": "repeat_penalty",
-}
-"""Settings of a generation config, and Ollama's names for them."""
-
-_SIZES = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "vocab_size": "vocab_size",
-}
-"""GGUF's names of sizes, and those of a config."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What is known of a model once it was loaded; of another one nothing is."""
-
-    details: Mapping[str, object]
-    weights_bytes: int = 0
-    info: Mapping[str, object] = field(default_factory=dict)
-    template: str = ""
-    parameters: str = ""
-    capabilities: tuple[str, ...] = ("completion",)
-
-
-UNKNOWN = ModelFacts(
-    {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
-)
 
 
 class Cards:
@@ -91,7 +48,14 @@ class Cards:
         for served in self._host.loaded:
             if served.name == name and name not in self._known:
                 self._known[name] = facts_of(served.session)
+        if name not in self._known and (found := self._host.descriptions.find(name)) is not None:
+            return described_facts(found)
         return self._known.get(name, UNKNOWN)
+
+    async def learn(self, names: Sequence[str]) -> None:
+        """Find what is not known of models that were never loaded; what takes long is known later."""
+        loaded = {served.name for served in self._host.loaded}
+        await self._host.descriptions.learn(name for name in names if name not in self._known and name not in loaded)
 
     def _loaded_card(self, served: Served) -> dict[str, object]:
         plan = served.session.model.plan
@@ -121,71 +85,6 @@ class Cards:
 def tagged(name: str) -> str:
     """A name with a tag: clients append one to names without, and look for that in the list."""
     return name if ":" in name.rpartition("/")[2] else name + LATEST
-
-
-def facts_of(session: Session) -> ModelFacts:
-    """What a loaded model is."""
-    model: Any = session.model
-    config, source = model.config, runtime_of(model).checkpoint
-    family, level = str(config.model_type), quantization_of(source)
-    if level in (None, "gguf"):
-        level = next(iter(stored_types(source)), "")
-    parameters = int(model.num_parameters())
-    return ModelFacts(
-        details={
-            "parent_model": "",
-            "format": "safetensors" if source.request.gguf is None else "gguf",
-            "family": family,
-            "families": [family],
-            "parameter_size": spell_count(parameters),
-            "quantization_level": level,
-        },
-        weights_bytes=model.plan.weights_bytes,
-        info={
-            "general.architecture": family,
-            "general.parameter_count": parameters,
-            f"{family}.context_length": session.most_tokens,
-            **_sizes(family, config.get_text_config()),
-        },
-        template=str(getattr(model.tokenizer, "chat_template", None) or ""),
-        parameters=_parameters(session),
-        capabilities=_capabilities(session),
-    )
-
-
-def spell_count(count: int) -> str:
-    """A number of parameters: 134.52M."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.4g}{unit}"
-    return str(count)
-
-
-def _sizes(family: str, config: object) -> dict[str, object]:
-    found = {name: getattr(config, own, None) for name, own in _SIZES.items()}
-    return {f"{family}.{name}": value for name, value in found.items() if isinstance(value, int)}
-
-
-def _parameters(session: Session) -> str:
-    """The defaults of an answer, a line each."""
-    lines = {"num_ctx": session.most_tokens}
-    config: Any = session.model.generation_config if session.model.can_generate() else None
-    if config is not None and config.do_sample:
-        lines |= {name: value for own, name in _SAMPLING.items() if (value := getattr(config, own, None)) is not None}
-    return "\n".join(f"{name:<30} {value}" for name, value in lines.items())
-
-
-def _capabilities(session: Session) -> tuple[str, ...]:
-    if not session.model.can_generate():
-        return ("embedding",)
-    found = {
-        "completion": True,
-        "vision": ImageProcessor(session.model).takes_images,
-        "tools": session.template_reads("tools"),
-        "thinking": has_reasoning(session),
-        "embedding": session.embedder is not None,
-    }
-    return tuple(name for name, has in found.items() if has)
 
 
 def _expires(served: Served) -> str:

@@ -157,6 +157,7 @@ class OllamaEndpoints:
 
     async def tags(self) -> dict[str, object]:
         """`GET /api/tags`: the models."""
+        await self._cards.learn(self._host.names)
         return {"models": await asyncio.to_thread(self._cards.served)}
 
     async def running(self) -> dict[str, object]:
@@ -167,6 +168,7 @@ class OllamaEndpoints:
         """`POST /api/show`: one model."""
         asked = await self._service.read(request, partial(parse, OllamaShow))
         name = self._host.find(asked.asked) if asked.asked else self._host.default
+        await self._cards.learn([name])
         return await asyncio.to_thread(self._cards.details, name)
 
     async def version(self) -> dict[str, object]:

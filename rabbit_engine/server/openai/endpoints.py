@@ -46,16 +46,23 @@ class OpenAIEndpoints:
 
     async def models(self) -> dict[str, object]:
         """`GET /v1/models`."""
+        await self._host.descriptions.learn(self._host.names)
         return {"object": "list", "data": [self._card(name) for name in self._host.names]}
 
     async def model(self, model: str) -> dict[str, object]:
         """`GET /v1/models/{model}`."""
-        return self._card(self._host.find(model))
+        name = self._host.find(model)
+        await self._host.descriptions.learn([name])
+        return self._card(name)
 
     def _card(self, name: str) -> dict[str, object]:
         card = {"id": name, "object": "model", "created": self._host.created, "owned_by": "rabbit_engine"}
-        lengths = [served.session.most_tokens for served in self._host.loaded if served.name == name]
-        return {**card, "max_model_len": lengths[0]} if lengths else card
+        described = self._host.descriptions.find(name)
+        lengths = {
+            "context_length": None if described is None else described.context_length,
+            "max_model_len": next((served.session.most_tokens for served in self._host.loaded if served.name == name), None),
+        }
+        return {**card, **{name: length for name, length in lengths.items() if length is not None}}
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
