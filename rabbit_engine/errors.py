@@ -109,7 +109,12 @@ class BudgetError(ConfigurationError):
 
 
 class PromptTooLongError(ConfigurationError):
-    """A prompt and its answer are longer than the model's positions, or than the memory for its cache allows."""
+    """A prompt and its answer are longer than the model's positions, or than the memory for its cache allows. `tokens` is what
+    they need at least, and `most` what fits, if that is known."""
+
+    def __init__(self, message: str, *, tokens: int | None = None, most: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens, self.most = tokens, most
 
 
 class MissingExtraError(RabbitError, ImportError):

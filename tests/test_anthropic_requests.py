@@ -65,7 +65,10 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/
         (of_user({"type": "video"}), "messages.0.content.0: cannot read a block of type 'video'"),
         (of_user(text("x"), {"type": "tool_use", "id": "a", "name": "b", "input": {}}), "messages.0.content.1: cannot read"),
         (of_user(IMAGE), "messages.0.content.0.source: the server fetches nothing"),
-        (of_user({"type": "tool_result", "tool_use_id": "a", "content": [IMAGE]}), "messages.0.content.0.content.0: cannot read"),
+        (
+            of_user({"type": "tool_result", "tool_use_id": "a", "content": [IMAGE]}),
+            "content.0.content.0.source: the server fetches",
+        ),
         (of_user({"type": "tool_result"}), "messages.0.content.0.tool_use_id: "),
         (
             of_user({"type": "document", "source": {"type": "base64", "data": ""}}),
@@ -83,6 +86,26 @@ def test_what_cannot_be_read_is_named(messages: Any, says: str) -> None:
         read_conversation(None, messages)
     assert says in str(refused.value)
     assert refused.value.status == 400
+
+
+def test_what_tools_return_besides_text_never_ends_a_conversation() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+    paper = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "aGk="}}
+    results = [
+        {"type": "tool_result", "tool_use_id": f"t{index}", "content": content} for index, content in enumerate(([image], "read"))
+    ]
+    messages = of_user(*results, paper, image, text("And?"))
+    seen, blind = (read_conversation(None, messages, with_images=with_images) for with_images in (True, False))
+    shown, told = {"type": "image", "base64": "aGk="}, text("(A document that is not text, which you cannot read.)")
+    assert [message["content"] for message in seen] == [
+        "(The image is in the next message.)",
+        "read",
+        [shown, told, shown, text("And?")],
+    ]
+    unseen = "(An image, which you cannot see.)"
+    assert [message["content"] for message in blind] == [unseen, "read", [told, text(unseen), text("And?")]]
+    assert [message["role"] for message in seen] == ["tool", "tool", "user"]
+    assert read_conversation(None, of_user(image), with_images=False)[0]["content"] == [shown]  # the session refuses the user's
 
 
 def test_system_texts_lose_the_lines_that_change() -> None:

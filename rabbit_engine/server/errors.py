@@ -26,12 +26,20 @@ _PLACE = re.compile(r"messages(?:\.[\w.]+)?")
 
 
 class RequestError(Exception):
-    """A request that gets an error as its answer."""
+    """A request that gets an error as its answer. `excess` are the tokens of a prompt that is too long, and how many fit."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        excess: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(message)
+        self.excess = excess
         self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
 
     @property
@@ -62,7 +70,8 @@ def as_request_error(error: BaseException) -> RequestError:
         case QueueFullError():
             return RequestError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case PromptTooLongError():
-            return RequestError(400, str(error), code="context_length_exceeded")
+            excess = None if error.tokens is None or error.most is None else (error.tokens, error.most)
+            return RequestError(400, str(error), code="context_length_exceeded", excess=excess)
         case ConfigurationError():
             return RequestError(400, str(error), param=_named(str(error)))
         case MissingExtraError():

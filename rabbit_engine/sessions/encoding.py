@@ -102,7 +102,9 @@ class Encoder:
         if self._most is not None and least > self._most:
             raise PromptTooLongError(
                 f"a prompt of {len(text)} characters has at least {least} tokens, but only {self._most} fit: "
-                "shorten it, or, if memory is the limit, load the model with a larger max_seq_len"
+                "shorten it, or, if memory is the limit, load the model with a larger max_seq_len",
+                tokens=least,
+                most=self._most,
             )
 
     def _encode(self, tokenizer: TextTokenizer, text: str, *, special: bool) -> list[int]:

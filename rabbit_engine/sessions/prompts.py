@@ -57,7 +57,9 @@ class Limits:
             answer = f"{asked} of the answer" if asked is not None else "any of an answer"
             raise PromptTooLongError(
                 f"{prompt} tokens of the prompt and {answer} are more than the {self.most} that fit: shorten the prompt, "
-                "request fewer, allow truncation, or, if memory is the limit, load the model with a larger max_seq_len"
+                "request fewer, allow truncation, or, if memory is the limit, load the model with a larger max_seq_len",
+                tokens=max(prompt, before + (asked or 1)),
+                most=self.most,
             )
         usual = self.usual if self.whole is None or self.whole <= before else self.whole - before
         return asked if asked is not None else min(usual, self.most - before)

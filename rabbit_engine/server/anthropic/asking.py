@@ -8,12 +8,14 @@ from typing import Any
 
 from rabbit_engine.server.anthropic.blocks import wrong
 from rabbit_engine.server.anthropic.conversation import read_conversation
+from rabbit_engine.server.anthropic.instructions import place_instructions
 from rabbit_engine.server.anthropic.schema import CountRequest, MessagesRequest
 from rabbit_engine.server.anthropic.tools import read_tools
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.flow import AnswerForm, form_of
 from rabbit_engine.sessions import Request, Session
 from rabbit_engine.sessions.constraints import tool_constraint, tool_form_of
+from rabbit_engine.sessions.images import ImageProcessor
 
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which chat templates turn reasoning on and off."""
@@ -30,7 +32,7 @@ class MessagePlan:
 
 def plan_message(session: Session, asked: MessagesRequest) -> MessagePlan:
     """How to answer. Raises RequestError, and what the session raises."""
-    tools, conversation = _tools(asked), read_conversation(asked.system, asked.messages)
+    tools, conversation = _tools(asked), _conversation(session, asked)
     options = {**asked.options(), **_constraint(session, asked, tools)}
     prompted = session.request(conversation, **_variables(session, asked, tools, conversation), **options)
     request = session.within_room(prompted, asked.max_tokens)
@@ -42,8 +44,13 @@ def plan_message(session: Session, asked: MessagesRequest) -> MessagePlan:
 
 def count_tokens(session: Session, asked: CountRequest) -> int:
     """The tokens of a prompt. Raises RequestError, and what the session raises."""
-    tools, conversation = _tools(asked), read_conversation(asked.system, asked.messages)
+    tools, conversation = _tools(asked), _conversation(session, asked)
     return session.count_tokens(conversation, **_variables(session, asked, tools, conversation))
+
+
+def _conversation(session: Session, asked: CountRequest) -> list[dict[str, Any]]:
+    sees = ImageProcessor(session.model).takes_images
+    return place_instructions(session, read_conversation(asked.system, asked.messages, with_images=sees))
 
 
 def _tools(asked: CountRequest) -> list[dict[str, Any]]:

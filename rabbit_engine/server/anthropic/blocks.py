@@ -70,6 +70,12 @@ def read_image_data(block: Block, where: str) -> str:
     return text_at(source, "data", place)
 
 
+def is_binary_document(block: Block) -> bool:
+    """Whether it is a document in base64, such as a PDF file."""
+    source = block.get("source")
+    return block["type"] == "document" and isinstance(source, Mapping) and source.get("type") == "base64"
+
+
 def _source(block: Block, where: str) -> Block:
     source = block.get("source")
     if not isinstance(source, Mapping) or not isinstance(source.get("type"), str):

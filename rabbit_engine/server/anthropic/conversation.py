@@ -7,10 +7,10 @@ from typing import Any
 
 from rabbit_engine.server.anthropic.blocks import (
     Block,
+    is_binary_document,
     read_blocks,
     read_image_data,
     read_shown,
-    read_shown_blocks,
     read_text,
     text_at,
     without_metadata,
@@ -24,10 +24,16 @@ _ERROR = "Error: "
 _BEGINNING = 80
 """Where the text of a failed tool says that it is an error, or else is told to."""
 
+_SHOWN_NEXT = "(The image is in the next message.)"
+_UNSEEN = "(An image, which you cannot see.)"
+_UNREADABLE = "(A document that is not text, which you cannot read.)"
+"""Told to the model where a tool returned such a thing: an error would end the conversation, as clients send it again."""
 
-def read_conversation(system: object, messages: Sequence[object]) -> list[dict[str, Any]]:
-    """Messages with texts, tool calls and results of tools. Raises RequestError that names the place."""
-    reader = _Conversion()
+
+def read_conversation(system: object, messages: Sequence[object], *, with_images: bool = True) -> list[dict[str, Any]]:
+    """Messages with texts, tool calls and results of tools. Images that tools return are shown only `with_images`; those of the
+    user always. Raises RequestError that names the place."""
+    reader = _Conversion(with_images=with_images)
     if system is not None:
         reader.add_system(system, "system")
     for index, message in enumerate(messages):
@@ -36,8 +42,9 @@ def read_conversation(system: object, messages: Sequence[object]) -> list[dict[s
 
 
 class _Conversion:
-    def __init__(self) -> None:
+    def __init__(self, *, with_images: bool) -> None:
         self.messages: list[dict[str, Any]] = []
+        self._with_images = with_images
         self._names: dict[str, str] = {}
         """The name of the tool of each call."""
 
@@ -68,25 +75,49 @@ class _Conversion:
             self._append({"role": "system", "content": _parts(texts)})
 
     def _add_user(self, content: object, where: str) -> None:
-        """Add results of tools and the user's texts, in their order."""
+        """Add results of tools and the user's texts, in their order; images of results follow all of them."""
         blocks = read_blocks(content, where)
+        results = [(place, block) for place, block in blocks if block["type"] == "tool_result"]
+        images: list[dict[str, Any]] = []
         for place, block in blocks:
             if block["type"] == "tool_result":
-                self.messages.append(self._read_result(block, place))
-            elif block["type"] == "image":
-                self._append({"role": "user", "content": [{"type": "image", "base64": read_image_data(block, place)}]})
+                self.messages.append(self._read_result(block, place, images))
+                if place == results[-1][0] and images:
+                    self._append({"role": "user", "content": images})
             else:
-                self._append({"role": "user", "content": _parts([read_shown(block, place)])})
+                self._append({"role": "user", "content": [self._read_part(block, place, of_tool=bool(results))]})
         if not blocks:
-            self._append({"role": "user", "content": _parts([])})
+            self._append({"role": "user", "content": []})
 
-    def _read_result(self, block: Block, where: str) -> dict[str, Any]:
+    def _read_part(self, block: Block, where: str, *, of_tool: bool) -> dict[str, Any]:
+        """What a user shows, or a client next to the results `of_tool`s."""
+        if block["type"] == "image" and (self._with_images or not of_tool):
+            return _image(read_image_data(block, where))
+        return _text(self._read_tools(block, where) if of_tool else read_shown(block, where))
+
+    def _read_result(self, block: Block, where: str, images: list[dict[str, Any]]) -> dict[str, Any]:
+        """A message with the text of a result; its images are added to `images`."""
         identity, content = text_at(block, "tool_use_id", where), block.get("content")
-        text = "" if content is None else read_shown_blocks(content, f"{where}.content")
+        parts = [] if content is None else read_blocks(content, f"{where}.content")
+        text = "\n".join(self._read_returned(part, place, images) for place, part in parts)
         if block.get("is_error") and "error" not in text[:_BEGINNING].lower():
             text = _ERROR + text
         name = {"name": self._names[identity]} if identity in self._names else {}
         return {"role": "tool", "tool_call_id": identity, **name, "content": text}
+
+    def _read_returned(self, block: Block, where: str, images: list[dict[str, Any]]) -> str:
+        if block["type"] != "image" or not self._with_images:
+            return self._read_tools(block, where)
+        images.append(_image(read_image_data(block, where)))
+        return _SHOWN_NEXT
+
+    @staticmethod
+    def _read_tools(block: Block, where: str) -> str:
+        """The text of what a tool returned, or that it has none."""
+        if block["type"] == "image":
+            read_image_data(block, where)
+            return _UNSEEN
+        return _UNREADABLE if is_binary_document(block) else read_shown(block, where)
 
     def _read_assistant(self, blocks: Sequence[tuple[str, Block]]) -> dict[str, Any]:
         texts, thoughts, calls = [], [], []
@@ -127,5 +158,13 @@ class _Conversion:
             last["reasoning_content"] = "\n".join(filter(None, (last.get("reasoning_content"), thought)))
 
 
-def _parts(texts: Sequence[str]) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text} for text in texts]
+def _parts(texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [_text(text) for text in texts]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(data: str) -> dict[str, Any]:
+    return {"type": "image", "base64": data}

@@ -19,7 +19,7 @@ _KINDS = {
     503: "overloaded_error",
 }
 _TOO_LONG = "prompt is too long: "
-"""Clients know by these words that they should shorten the conversation."""
+"""Clients know by these words that they should shorten the conversation, and read by how much."""
 
 _NO_CACHE = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
 
@@ -77,5 +77,12 @@ def new_request_id() -> str:
 def error_body(error: RequestError, request_id: str) -> dict[str, Any]:
     """An error."""
     kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    told = _TOO_LONG + str(error) if error.code == "context_length_exceeded" else str(error)
+    told = _too_long(error) if error.code == "context_length_exceeded" else str(error)
     return {"type": "error", "error": {"type": kind, "message": told}, "request_id": request_id}
+
+
+def _too_long(error: RequestError) -> str:
+    if error.excess is None:
+        return _TOO_LONG + str(error)
+    tokens, most = error.excess
+    return f"{_TOO_LONG}{tokens} tokens > {most} maximum ({error})"
