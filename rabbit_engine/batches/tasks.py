@@ -9,37 +9,36 @@ from typing import Any
 from rabbit_engine.batches.lines import Task
 from rabbit_engine.server.openai.schema import EmbeddingRequest, parse
 from rabbit_engine.server.tasks import bodies
+from rabbit_engine.server.tasks.bodies import TaskAnswer
 from rabbit_engine.server.tasks.schema import ClassifyRequest, RerankRequest, ScoreRequest
 from rabbit_engine.sessions import Session
 from rabbit_engine.tasks.heads import require_head
 
-Body = dict[str, object]
 
-
-def _embed(session: Session, body: dict[str, Any]) -> Body:
+def _embed(session: Session, body: dict[str, Any]) -> TaskAnswer:
     asked = parse(EmbeddingRequest, body)
-    return bodies.embed(session, asked.model, asked).run()
+    return bodies.embed(session, asked.model, asked)
 
 
-def _classify(session: Session, body: dict[str, Any]) -> Body:
+def _classify(session: Session, body: dict[str, Any]) -> TaskAnswer:
     asked = parse(ClassifyRequest, body)
-    return bodies.classify(session, asked.model, asked).run()
+    return bodies.classify(session, asked.model, asked)
 
 
-def _rerank(session: Session, body: dict[str, Any]) -> Body:
+def _rerank(session: Session, body: dict[str, Any]) -> TaskAnswer:
     asked = parse(RerankRequest, body)
-    return bodies.rerank(session, asked.model, asked).run()
+    return bodies.rerank(session, asked.model, asked)
 
 
-def _score(session: Session, body: dict[str, Any]) -> Body:
+def _score(session: Session, body: dict[str, Any]) -> TaskAnswer:
     asked = parse(ScoreRequest, body)
-    return bodies.score(session, asked.model, asked).run()
+    return bodies.score(session, asked.model, asked)
 
 
-COMPUTED: Mapping[Task, Callable[[Session, dict[str, Any]], Body]] = MappingProxyType(
+COMPUTED: Mapping[Task, Callable[[Session, dict[str, Any]], TaskAnswer]] = MappingProxyType(
     {"embed": _embed, "classify": _classify, "rerank": _rerank, "score": _score}
 )
-"""The tasks that a session computes while the caller waits: the answer to a body. They raise RequestError, or as it does."""
+"""The tasks of texts that are not continued, from the body of a line. They raise RequestError, or as the session does."""
 
 _SEQUENCES, _CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _HEADS: Mapping[Task, tuple[str, ...]] = MappingProxyType(

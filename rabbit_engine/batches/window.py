@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +73,6 @@ class Window:
             "complete": self._complete,
             **{task: partial(self._compute, task) for task in COMPUTED},
         }
-        self._waiting = ThreadPoolExecutor(max(1, most_texts // 2), thread_name_prefix="rabbit-batch")
         self.texts = self.tokens = 0
 
     def submit(self, line: InputLine) -> Answered | None:
@@ -108,7 +106,6 @@ class Window:
         """End everything under way."""
         for pending in self._pending.values():
             pending.cancel()
-        self._waiting.shutdown(wait=False, cancel_futures=True)
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -158,10 +155,9 @@ class Window:
         return self._ask(requests, _Pending(line, custom_id, len(requests), partial(self._bodies.text, asked, requests)))
 
     def _compute(self, task: Task, line: InputLine, custom_id: str, body: dict[str, Any]) -> _Pending:
-        """Wait for the session in another thread, of which there are as many as texts under way."""
-        future = self._waiting.submit(COMPUTED[task], self._session, body)
-        future.add_done_callback(partial(self._tell_result, line.number, 0))
-        return _Pending(line, custom_id, 1, lambda found: found[0], future.cancel)
+        answer = COMPUTED[task](self._session, body)
+        started = answer.start(partial(self._inbox.put, (line.number, 0, None)))
+        return _Pending(line, custom_id, 1, lambda _: answer.ended(started), started.cancel)
 
     def _ask(self, requests: Sequence[Request], pending: _Pending) -> _Pending:
         tickets = self._session.ask(requests, partial(self._tell, pending.line.number), bounded=False)
@@ -174,10 +170,6 @@ class Window:
             self.tokens += event.token is not None
         else:
             self._inbox.put((number, index, event))
-
-    def _tell_result(self, number: int, index: int, future: Future[Body]) -> None:
-        if not future.cancelled():
-            self._inbox.put((number, index, future.exception() or future.result()))
 
 
 def _cancel(works: Sequence[Any]) -> None:

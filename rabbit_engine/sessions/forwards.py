@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Generic, NoReturn, Protocol, TypeVar
@@ -64,6 +65,27 @@ class Started(Generic[T]):
             for future in self._futures:
                 future.cancel()
         return [found[index] for index in range(len(found))]
+
+    def when_ended(self, tell: Callable[[], object]) -> None:
+        """Call `tell` once, from any thread, when all have ended, so that `results` waits no more."""
+        left, lock = [len(self._futures)], threading.Lock()
+
+        def ended(_: object) -> None:
+            with lock:
+                left[0] -= 1
+                is_last = left[0] == 0
+            if is_last:
+                tell()
+
+        for future in self._futures:
+            future.add_done_callback(ended)
+        if not self._futures:
+            tell()
+
+    def cancel(self) -> None:
+        """Drop those that have not begun."""
+        for future in self._futures:
+            future.cancel()
 
     async def awaited(self) -> list[T]:
         """Await them. Cancelling the task drops those that have not begun."""

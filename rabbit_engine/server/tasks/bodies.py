@@ -13,6 +13,7 @@ from rabbit_engine.server.openai import wire
 from rabbit_engine.server.openai.schema import EmbeddingRequest
 from rabbit_engine.server.tasks.schema import ClassifyRequest, RerankRequest, ScoreRequest, text_of
 from rabbit_engine.sessions import Session
+from rabbit_engine.sessions.forwards import Started
 from rabbit_engine.sessions.works import Work
 from rabbit_engine.tasks.classification import Classification, labeller_of
 from rabbit_engine.tasks.reranking import Relevance
@@ -28,9 +29,13 @@ class TaskAnswer:
     work: Work[Any, Any]
     body: Callable[[Any], Body]
 
-    def run(self) -> Body:
-        """The body, for a caller that waits."""
-        return self.body(self.work.run())
+    def start(self, tell: Callable[[], object]) -> Started[Any]:
+        """Begin, for a caller that does not wait; as `Work.start`."""
+        return self.work.start(tell)
+
+    def ended(self, started: Started[Any]) -> Body:
+        """The body of what has ended. Raises what computing raises."""
+        return self.body(self.work.finish(started.results()))
 
     async def awaited(self) -> Body:
         """The body, for an event loop."""
