@@ -46,6 +46,7 @@ OURS := \
   page \
   peers_script \
   planner \
+  prefix_store \
   prompts \
   quality_script \
   races \

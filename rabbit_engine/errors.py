@@ -29,6 +29,7 @@ RabbitError
 │   ├── ShardsNotWritableError (PermissionError)    the folder for the shards is read-only
 │   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was requested
 │   └── DamagedShardError (DamagedFileError)        size, header or checksum differ from the manifest
+├── PrefixStoreError (OSError)                      the folder of stored prefixes cannot be locked or cleared
 └── StreamingError (RuntimeError)                   while a model is loaded
     ├── WeightNotLoadedError                        a weight was used while it was not in memory
     ├── ModelClosedError                            the model was used after close()
@@ -187,6 +188,10 @@ class ShardsNotFoundError(ShardError, FileNotFoundError):
 
 class DamagedShardError(ShardError, DamagedFileError):
     """A shard's size, header or checksum differs from its manifest."""
+
+
+class PrefixStoreError(RabbitError, OSError):
+    """The folder of a prefix store is locked by another process, or cannot be cleared."""
 
 
 class StreamingError(RabbitError, RuntimeError):

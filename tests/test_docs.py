@@ -128,7 +128,9 @@ def test_commands_on_the_pages_are_as_they_are_shown() -> None:
     shown = [(page, [word for word in words[1:] if word != "-v"]) for page, words in commands()]
     assert {words[0] for _, words in shown} >= {"run", "chat", "plan", "doctor", "serve", "models"}
     for page, words in shown:
-        names = {name for param in known[words[0]].params for name in param.opts + param.secondary_opts}
+        command = known[words[0]]
+        command = command.commands[words[1]] if hasattr(command, "commands") else command
+        names = {name for param in command.params for name in param.opts + param.secondary_opts}
         assert {word for word in words if word.startswith("--")} <= names, f"{page}: {' '.join(words)}"
 
 

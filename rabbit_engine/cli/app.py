@@ -11,6 +11,7 @@ from rabbit_engine import __version__
 from rabbit_engine.cli import output
 from rabbit_engine.cli.batch import batch
 from rabbit_engine.cli.bench import bench
+from rabbit_engine.cli.cache import cache
 from rabbit_engine.cli.chat import chat
 from rabbit_engine.cli.demo import demo
 from rabbit_engine.cli.doctor import doctor
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (run, chat, batch, show, plan, doctor, models, bench, serve, demo, split, verify):
     app.command()(command)
+app.add_typer(cache)
 
 
 def _print_version(wanted: bool) -> None:

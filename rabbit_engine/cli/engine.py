@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rabbit_engine import config as config
     from rabbit_engine import decoding as decoding
     from rabbit_engine import model as model
+    from rabbit_engine import prefixes as prefixes
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
     from rabbit_engine.diagnostics import benchmark as benchmark
@@ -54,6 +55,7 @@ _MODULES = {
     "pace": "rabbit_engine.diagnostics.pace",
     "platform": "rabbit_engine.utils.platform",
     "plotting": "rabbit_engine.diagnostics.plotting",
+    "prefixes": "rabbit_engine.prefixes",
     "speculation": "rabbit_engine.diagnostics.speculation",
     "sessions": "rabbit_engine.sessions",
     "streaming": "rabbit_engine.streaming",

@@ -340,12 +340,15 @@ def holds(entry: TensorEntry, values: torch.Tensor) -> bool:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder."""
-    scratch = path.with_name(f".{path.name}.scratch")
+def written_whole(path: Path, *, scratch: Path | None = None, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all: scratch file, fsync, rename, fsync of the folder.
+
+    `scratch`, on the same file system, is next to `path` if it is None; `mode` is subject to the umask.
+    """
+    scratch = scratch or path.with_name(f".{path.name}.scratch")
     scratch.unlink(missing_ok=True)
-    try:
-        with scratch.open("x+b") as file:  # a new file: never follows an existing link
+    try:  # a new file: never follows an existing link
+        with open(scratch, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -372,18 +375,19 @@ def write_aligned(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     The header is padded with spaces and each tensor with a small named pad tensor (the format allows no holes), so
     that every tensor starts on a 4,096-byte boundary: reads need no copy and kernels see aligned weights.
     """
-    _, data_start = _render_header(tensors, {**metadata, CHECKSUM_KEY: "0" * 32})
+    _, data_start = render_header(tensors, {**metadata, CHECKSUM_KEY: "0" * 32})
     digest = xxhash.xxh3_128()
     with written_whole(path) as file:
         file.seek(data_start)
         for tensor in tensors.values():
-            _write_padded(file, digest, tensor)
-        header, _ = _render_header(tensors, {**metadata, CHECKSUM_KEY: digest.hexdigest()})
+            write_padded(file, digest, tensor)
+        header, _ = render_header(tensors, {**metadata, CHECKSUM_KEY: digest.hexdigest()})
         file.seek(0)
         file.write(header)
 
 
-def _write_padded(file: BinaryIO, digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
+def write_padded(file: BinaryIO, digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
+    """Write a tensor up to the next page boundary, and add what is written to `digest`."""
     raw = as_bytes(tensor.contiguous().reshape(-1).view(torch.uint8))
     for start in range(0, len(raw), COPY_BYTES):
         digest.update(raw[start : start + COPY_BYTES])
@@ -403,7 +407,8 @@ def _padding(size: int) -> int:
     return -size % ALIGNMENT
 
 
-def _render_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+def render_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """The header of an aligned file, and where its data starts."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for index, (name, tensor) in enumerate(tensors.items()):

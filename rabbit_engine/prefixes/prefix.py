@@ -1,0 +1,66 @@
+"""The blocks that are stored of a text's beginning, read in order, each while the one before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from rabbit_engine.prefixes.memory import HeldBlock
+
+Wanted = Callable[[int, str], bool]
+"""Whether to read the tensor of a name from the block with an index."""
+
+
+class Prefix:
+    """The first `tokens` tokens of a text, in blocks: `read_block` and `blocks` return what was written.
+
+    A block that turns out to be damaged, or that another process deletes meanwhile, ends the prefix early: use what came, and
+    compute from there. Tensors are on the CPU and shared by all who read them: copy them to change them.
+    """
+
+    def __init__(
+        self, blocks: Sequence[HeldBlock], block_tokens: int, fetch: Callable[[HeldBlock, list[str]], HeldBlock | None]
+    ) -> None:
+        self.block_tokens = block_tokens
+        self._blocks, self._fetch = tuple(blocks), fetch
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self._blocks)
+
+    def __repr__(self) -> str:
+        return f"Prefix({self.tokens} tokens)"
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that the blocks cover."""
+        return len(self._blocks) * self.block_tokens
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """The names of a block's tensors; reads nothing."""
+        return self._blocks[index].names
+
+    def cut(self, count: int) -> Prefix:
+        """The first `count` blocks."""
+        return Prefix(self._blocks[:count], self.block_tokens, self._fetch)
+
+    def read_block(self, index: int, wanted: Wanted | None = None) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of one block, or those `wanted` of it; None if it is not whole any more."""
+        block = self._blocks[index]
+        names = [name for name in block.names if wanted is None or wanted(index, name)]
+        missing = [name for name in names if name not in block.tensors]
+        whole = self._fetch(block, missing) if missing else block
+        return None if whole is None else {name: whole.tensors[name] for name in names}
+
+    def blocks(self, first: int = 0, wanted: Wanted | None = None) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The blocks from `first` on, up to one that is not whole; a thread reads the next one ahead."""
+        with ThreadPoolExecutor(1, "rabbit-prefix") as reader:
+            ahead = reader.submit(self.read_block, first, wanted) if first < len(self) else None
+            for index in range(first + 1, len(self) + 1):
+                block = ahead.result() if ahead is not None else None
+                if block is None:
+                    return
+                ahead = reader.submit(self.read_block, index, wanted) if index < len(self) else None
+                yield block
