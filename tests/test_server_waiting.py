@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
 from rabbit_engine.errors import QueueFullError
-from rabbit_engine.server import streams
+from rabbit_engine.server import service, streams
 from rabbit_engine.server.app import create_app
 from rabbit_engine.sessions.waiting import AnswerLength, passes_until_start
 
@@ -139,3 +139,25 @@ def test_a_late_answer_ends_with_the_server(session: Session, monkeypatch: Any) 
             with pytest.raises(httpx.RemoteProtocolError):
                 list(parts)
     wait_until(lambda: session.running == 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat"])
+def test_what_the_server_fails_at_within_a_stream_is_in_its_log(
+    session: Session, monkeypatch: Any, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    async def fail(*_: object) -> Any:
+        raise TypeError("a mistake")
+        yield
+
+    monkeypatch.setattr(service, "follow", fail)
+    hi = [{"role": "user", "content": "Hi"}]
+    own = {
+        "/v1/completions": {"prompt": "Hi"},
+        "/v1/responses": {"input": "Hi"},
+        "/v1/messages": {"messages": hi, "max_tokens": 2},
+    }
+    with serving(session) as url:
+        answer = post(url + path, json={"model": NAME, "stream": True, **own.get(path, {"messages": hi})})
+    assert answer.status_code == 200
+    assert "the server failed (TypeError); see its log" in answer.text
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["a request failed: a mistake"]

@@ -16,7 +16,7 @@ from rabbit_engine.batches.inputs import InputLine, name_of
 from rabbit_engine.batches.lines import LineRequest, Task, custom_id_of, read_line, read_request
 from rabbit_engine.batches.tasks import COMPUTED
 from rabbit_engine.errors import MissingExtraError, ModelClosedError, SessionClosedError
-from rabbit_engine.server.errors import RequestError, as_request_error
+from rabbit_engine.server.errors import RequestError, told_error
 from rabbit_engine.server.openai.bodies import Bodies
 from rabbit_engine.server.openai.schema import ChatRequest, CompletionRequest, parse
 from rabbit_engine.sessions import Piece, Reply, Request, Session
@@ -178,5 +178,5 @@ def _cancel(works: Sequence[Any]) -> None:
 
 
 def _failed(line: InputLine, custom_id: str, error: BaseException) -> Answered:
-    failure = as_request_error(error)
+    failure = told_error(error)
     return Answered(line, custom_id, failure.body(), failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 
@@ -17,6 +18,8 @@ from rabbit_engine.errors import (
     WrongHeadError,
 )
 from rabbit_engine.sessions.options import NAMES
+
+logger = logging.getLogger(__name__)
 
 _NAMED = {*NAMES, "dimensions"}
 """Options of a session that a request sets by the same name."""
@@ -86,6 +89,14 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(500, str(error))
         case _:
             return RequestError(500, f"the server failed ({type(error).__name__}); see its log")
+
+
+def told_error(error: BaseException) -> RequestError:
+    """As `as_request_error`; the log gets what the server is to blame for."""
+    found = as_request_error(error)
+    if found.status >= 500 and found.status != 503:  # a server or model that was closed is not a failure
+        logger.error("a request failed: %s", error, exc_info=error)
+    return found
 
 
 def _named(message: str) -> str | None:

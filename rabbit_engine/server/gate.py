@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rabbit_engine.errors import SessionClosedError
 from rabbit_engine.server.body import Incoming
-from rabbit_engine.server.errors import RequestError, as_request_error
+from rabbit_engine.server.errors import RequestError, told_error
 from rabbit_engine.server.outgoing import JSON, Outgoing
 from rabbit_engine.server.service import Service
 from rabbit_engine.server.visits import Visit
@@ -88,8 +88,4 @@ class Gate:
 
 
 def _told(error: Exception) -> RequestError:
-    """The error for the client; the log gets what the server is to blame for."""
-    found = RequestError(499, "the client disconnected") if isinstance(error, ClientDisconnect) else as_request_error(error)
-    if found.status >= 500 and found.status != 503:  # a server or model that was closed is not a failure
-        logger.error("a request failed: %s", error, exc_info=error)
-    return found
+    return RequestError(499, "the client disconnected") if isinstance(error, ClientDisconnect) else told_error(error)

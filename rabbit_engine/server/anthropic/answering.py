@@ -11,7 +11,7 @@ from rabbit_engine.server.anthropic.asking import MessagePlan
 from rabbit_engine.server.anthropic.content import ContentBlocks, content_of
 from rabbit_engine.server.anthropic.schema import MessagesRequest
 from rabbit_engine.server.anthropic.wire import PING, MessageWire, error_body, event
-from rabbit_engine.server.errors import as_request_error
+from rabbit_engine.server.errors import told_error
 from rabbit_engine.server.flow import AnswerFlow
 from rabbit_engine.server.service import Taken
 from rabbit_engine.server.streams import Silence
@@ -38,7 +38,7 @@ async def message_stream(taken: Message, events: Events, request_id: str) -> Asy
                 shown_s = time.monotonic()
                 yield text
     except Exception as error:  # noqa: BLE001 - the status has been sent
-        yield event(error_body(as_request_error(error), request_id))
+        yield event(error_body(told_error(error), request_id))
 
 
 def _news(told: Piece | Reply, flow: AnswerFlow, blocks: ContentBlocks, wire: MessageWire) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
-from rabbit_engine.server.errors import as_request_error
+from rabbit_engine.server.errors import told_error
 from rabbit_engine.server.flow import AnswerFlow
 from rabbit_engine.server.ollama.asking import Question
 from rabbit_engine.server.ollama.schema import OllamaChat, OllamaEmbed, OllamaGenerate
@@ -37,7 +37,7 @@ async def answer_stream(
                     yield line(part)
                 yield line(wire.last(wire.part(), event, context_of(question, event)))
     except Exception as error:  # noqa: BLE001 - the status has been sent
-        yield line({"error": str(as_request_error(error))})
+        yield line({"error": str(told_error(error))})
 
 
 async def whole_answer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from rabbit_engine.server.errors import as_request_error
+from rabbit_engine.server.errors import told_error
 from rabbit_engine.server.flow import AnswerFlow
 from rabbit_engine.server.openai import wire as words
 from rabbit_engine.server.openai.bodies import Bodies, PromptWork, without_answer
@@ -40,7 +40,7 @@ async def chat_stream(taken: Chat, events: Events) -> AsyncIterator[str]:
                 replies.append(event)
                 yield words.chat_delta(wire, index, {}, ended="tool_calls" if flow.calls else words.reason(event))
     except Exception as error:  # noqa: BLE001 - the status has been sent
-        yield words.event(as_request_error(error).body())
+        yield words.event(told_error(error).body())
     else:
         if asked.wants_usage:
             yield wire.chunk(counts=words.usage(replies))
@@ -85,7 +85,7 @@ async def text_stream(taken: Completion, events: Events) -> AsyncIterator[str]:
                 lengths[index] += len(event.text)
                 yield wire.chunk({"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": None})
     except Exception as error:  # noqa: BLE001 - the status has been sent
-        yield words.event(as_request_error(error).body())
+        yield words.event(told_error(error).body())
     else:
         if asked.wants_usage:
             yield wire.chunk(counts=words.usage_of_prompts([reply for _, reply in sorted(replies.items())], asked.choices))

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from rabbit_engine.server.errors import as_request_error
+from rabbit_engine.server.errors import told_error
 from rabbit_engine.server.flow import AnswerFlow, AnswerForm, form_of
 from rabbit_engine.server.openai.constraints import forced_call
 from rabbit_engine.server.openai.fields import unsupported
@@ -64,7 +64,7 @@ class Answering:
 
     def fail(self, error: BaseException) -> Event:
         """The last event of a stream that failed."""
-        failure = {"code": "server_error", "message": str(as_request_error(error))}
+        failure = {"code": "server_error", "message": str(told_error(error))}
         return {"type": "response.failed", "response": {**self.body("failed"), "error": failure}}
 
     def whole(self) -> dict[str, Any]:
