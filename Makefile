@@ -19,6 +19,7 @@ OURS := \
   chat_screen \
   chat_terminal \
   call_ids \
+  claude_code \
   cli \
   cuda_script \
   decoding_memory \

@@ -2,7 +2,8 @@
 
 python scripts/check_server_clients.py CHECK [MODEL]     needs the packages lm-eval[api], instructor or langchain-openai
 
-CHECK is lm-eval (the harness' local-completions gives the log-likelihoods of its own HFLM), instructor, langchain or all.
+CHECK is lm-eval (the harness' local-completions gives the log-likelihoods of its own HFLM), instructor, langchain; claude, cn,
+aider or llm, programs on PATH; vscode, requests alone; or all. What is not installed is skipped.
 Without MODEL it is SmolLM2-135M-Instruct, from the wheel that `make` installs.
 """
 
@@ -13,19 +14,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import uvicorn
 from pydantic import BaseModel, ConfigDict, Field
+from server_programs import NAME, Check, Programs
 
 from rabbit_engine import AutoModel, Session
 from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.server.app import create_app
 
-NAME = "small"
 PAIRS = [
     ("The capital of France is", " Paris"),
     ("The capital of France is", " the city of London"),
@@ -114,11 +115,24 @@ def check_langchain(_: Session, url: str) -> bool:
     return all(isinstance(each, City) for each in found) and bool(streamed)
 
 
-CHECKS: dict[str, Callable[[Session, str], bool]] = {
+CHECKS: dict[str, Check] = {
     "lm-eval": check_lm_eval,
     "instructor": check_instructor,
     "langchain": check_langchain,
+    **Programs(serving).checks,
 }
+
+
+def passes(name: str, session: Session, url: str) -> bool:
+    """Run a check; one whose package or program is missing passes, and says so."""
+    try:
+        found = CHECKS[name](session, url)
+    except ImportError as error:
+        print(f"{name}: skipped, {error}")
+        return True
+    if found is None:
+        print(f"{name}: skipped, the program is not on PATH")
+    return found is not False
 
 
 def main() -> None:
@@ -134,8 +148,8 @@ def main() -> None:
         Session(loaded) as session,
         serving(session) as url,
     ):
-        chosen = CHECKS if given.check == "all" else {given.check: CHECKS[given.check]}
-        failed = [name for name, check in chosen.items() if not check(session, url)]
+        chosen = CHECKS if given.check == "all" else [given.check]
+        failed = [name for name in chosen if not passes(name, session, url)]
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     sys.exit(bool(failed))
 
