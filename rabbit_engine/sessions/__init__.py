@@ -5,7 +5,8 @@ from rabbit_engine.sessions.messages import read_messages
 from rabbit_engine.sessions.options import MOST_ALTERNATIVES, Options
 from rabbit_engine.sessions.prompts import Message
 from rabbit_engine.sessions.sampling import TokenLogprob
-from rabbit_engine.sessions.session import Events, Request, Session, Ticket
+from rabbit_engine.sessions.session import Session
+from rabbit_engine.sessions.underway import Events, Request, Ticket
 
 __all__ = [
     "MOST_ALTERNATIVES",

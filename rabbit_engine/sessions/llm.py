@@ -13,7 +13,8 @@ from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.sessions.answer import Reply
 from rabbit_engine.sessions.params import read_params
 from rabbit_engine.sessions.sampling import TokenLogprob
-from rabbit_engine.sessions.session import Request, Session
+from rabbit_engine.sessions.session import Session
+from rabbit_engine.sessions.underway import Request
 from rabbit_engine.tasks.classification import labeller_of
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ import logging
 import queue
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -22,7 +22,6 @@ from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.constrained import compiled_for
-from rabbit_engine.sessions.constraints import CompiledConstraint
 from rabbit_engine.sessions.encoding import Encoder, require_text_generation
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
@@ -36,89 +35,14 @@ from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fi
 from rabbit_engine.sessions.room import measure_room
 from rabbit_engine.sessions.tasks import TaskMethods
 from rabbit_engine.sessions.template import TemplateVariables
+from rabbit_engine.sessions.underway import Event, Events, Request, Tell, Ticket, cancel_all
 from rabbit_engine.streaming import PassProgress
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Event = Piece | Reply | BaseException
-Tell = Callable[[int, Event], None]
 Chat = str | Message | Sequence[object]
 """A user's message, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt that fits, with its options, whose constraint is compiled; pass it to `Session.ask`."""
-
-    prompt: Prompt
-    options: Options
-    constraint: CompiledConstraint | None = None
-
-    def copies(self, count: int) -> list[Request]:
-        """`count` of the same; those of a seeded one get different seeds."""
-        seed = self.options.seed
-        if seed is None:
-            return [self] * count
-        return [replace(self, options=replace(self.options, seed=seed + index)) for index in range(count)]
-
-
-class Ticket:
-    """A request under way. `cancel()` ends it; its callback still gets the partial answer."""
-
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self._engine, self._job = engine, job
-
-    def cancel(self) -> None:
-        """Cancel it. Safe from any thread, more than once, and after its end."""
-        self._engine.cancel(self._job)
-
-    @property
-    def place(self) -> int | None:
-        """Its place among the requests that wait, 1 for the next one; None once it has started."""
-        return self._engine.place(self._job)
-
-
-class Events:
-    """Events of requests, for one event loop: `(index, Piece)` and finally `(index, Reply)` of each. Failures are raised.
-
-    `aclose()` cancels the requests.
-    """
-
-    def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
-        session.require_other_thread()
-        self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        self._session, self._left = session, len(requests)
-        self._tickets = session.ask(requests, self._tell, bounded=bounded)
-
-    def _tell(self, index: int, event: Event) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._inbox.put_nowait, (index, event))
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, Piece | Reply]:
-        self._session.require_process()
-        if not self._left:
-            raise StopAsyncIteration
-        index, event = await self._inbox.get()
-        if isinstance(event, BaseException):
-            await self.aclose()
-            raise event
-        self._left -= isinstance(event, Reply)
-        return index, event
-
-    @property
-    def place(self) -> int | None:
-        """The place of the first request among all that wait, 1 for the next one; None once one of these has started."""
-        places = [ticket.place for ticket in self._tickets]
-        return None if None in places else min(filter(None, places), default=None)
-
-    async def aclose(self) -> None:
-        """Cancel the requests that are not finished."""
-        self._left = 0
-        _cancel(self._tickets)
 
 
 class Session(TaskMethods):
@@ -424,7 +348,7 @@ class Session(TaskMethods):
                 if isinstance(event, Reply):
                     replies[index] = event
         finally:
-            _cancel(tickets)
+            cancel_all(tickets)
         return [replies[index] for index in range(len(requests))]
 
     def _pieces(self, request: Request) -> Generator[str, None, Reply]:
@@ -440,7 +364,7 @@ class Session(TaskMethods):
                     self.require_process()  # the caller may have forked in between
             return event
         finally:
-            _cancel(tickets)
+            cancel_all(tickets)
 
 
 def _each(prompts: object) -> list[str | Sequence[int]]:
@@ -470,11 +394,6 @@ def keeps_state(model: SessionModel) -> str | None:
     if any("dynamic" in (kind.values() if isinstance(kind, Mapping) else (kind,)) for kind in kinds):
         return "the longest text's rotary frequencies"
     return "its recurrent states" if model.config.model_type == "recurrent_gemma" else None
-
-
-def _cancel(tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.cancel()
 
 
 def _positions(model: SessionModel) -> int | None:
