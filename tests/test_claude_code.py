@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import talking
 from serving import NAME, post, serving
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel, AutoModelForImageTextToText, Session
 
 HEADERS = {
     "anthropic-version": "2023-06-01",
@@ -128,3 +131,18 @@ def test_a_prompt_that_is_too_long_says_by_how_much(server: Callable[[str], str]
     found = post(f"{server('')}/v1/messages", json=body, headers=HEADERS)
     assert found.status_code == 400
     assert found.json()["error"]["message"].startswith("prompt is too long: 708 tokens > 600 maximum (")
+
+
+def test_an_image_that_a_tool_returned_is_shown_to_the_model(tmp_path: Path) -> None:
+    image = base64.b64encode(pictures.as_bytes(pictures.picture(5))).decode()
+    block = {"type": "image", "source": {"type": "base64", "data": image, "media_type": "image/png"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [block], **MARK}
+    body = {**FIRST, "stream": False, "messages": [FIRST["messages"][0], LATER[0], {"role": "user", "content": [result]}]}
+    model = AutoModelForImageTextToText.from_pretrained(pictures.save(tmp_path), device="cpu")
+    with model, Session(model) as session, serving(session) as url:
+        shown = post(f"{url}/v1/messages", json=body, headers=HEADERS)
+        body["messages"][-1] = {"role": "user", "content": [{**result, "content": "(The image is in the next message.)"}]}
+        told = post(f"{url}/v1/messages", json=body, headers=HEADERS)
+    assert (shown.status_code, told.status_code) == (200, 200), shown.text + told.text
+    assert shown.json()["usage"]["input_tokens"] > told.json()["usage"]["input_tokens"]
+    assert shown.json()["content"] != told.json()["content"]
