@@ -1,9 +1,11 @@
-"""The blocks that are stored of a text's beginning, read in order, each while the one before it is used."""
+"""The blocks that are stored of a text's beginning, read in order, the next ones while one is used."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 
@@ -54,13 +56,15 @@ class Prefix:
         whole = self._fetch(block, missing) if missing else block
         return None if whole is None else {name: whole.tensors[name] for name in names}
 
-    def blocks(self, first: int = 0, wanted: Wanted | None = None) -> Iterator[Mapping[str, torch.Tensor]]:
-        """The blocks from `first` on, up to one that is not whole; a thread reads the next one ahead."""
-        with ThreadPoolExecutor(1, "rabbit-prefix") as reader:
-            ahead = reader.submit(self.read_block, first, wanted) if first < len(self) else None
-            for index in range(first + 1, len(self) + 1):
-                block = ahead.result() if ahead is not None else None
-                if block is None:
-                    return
-                ahead = reader.submit(self.read_block, index, wanted) if index < len(self) else None
-                yield block
+    def blocks(self, first: int = 0, wanted: Wanted | None = None, ahead: int = 2) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The blocks from `first` on, up to one that is not whole, while threads read the `ahead` next ones, at least one."""
+        indices = iter(range(first, len(self)))
+        with ThreadPoolExecutor(ahead, "rabbit-prefix") as readers:
+            coming = deque(readers.submit(self.read_block, index, wanted) for index in islice(indices, ahead))
+            try:
+                while coming and (block := coming.popleft().result()) is not None:
+                    coming.extend(readers.submit(self.read_block, index, wanted) for index in islice(indices, 1))
+                    yield block
+            finally:
+                for future in coming:
+                    future.cancel()

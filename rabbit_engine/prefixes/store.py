@@ -51,7 +51,7 @@ class PrefixStore:
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: Path | str | None,
         max_bytes: int,
         memory_bytes: int = 0,
         block_tokens: int = BLOCK_TOKENS,
@@ -63,8 +63,8 @@ class PrefixStore:
             if not isinstance(value, int) or value < smallest:
                 raise ConfigurationError(f"{name}={value!r} is not an integer from {smallest}")
         self.block_tokens = block_tokens
-        self.folder = folder
-        files = None if folder is None else StoreFolder(folder, max_bytes)
+        self.folder = None if folder is None else Path(folder).expanduser().absolute()
+        files = None if self.folder is None else StoreFolder(self.folder, max_bytes)
         if files is not None:
             files.clean()
         self._tiers = BlockTiers(files, memory_bytes, queue_bytes)
