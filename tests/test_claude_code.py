@@ -141,8 +141,11 @@ def test_an_image_that_a_tool_returned_is_shown_to_the_model(tmp_path: Path) -> 
     model = AutoModelForImageTextToText.from_pretrained(pictures.save(tmp_path), device="cpu")
     with model, Session(model) as session, serving(session) as url:
         shown = post(f"{url}/v1/messages", json=body, headers=HEADERS)
+        prompt = {name: body[name] for name in ("model", "messages", "system", "tools")}
+        counted = post(f"{url}/v1/messages/count_tokens", json=prompt, headers=HEADERS)
         body["messages"][-1] = {"role": "user", "content": [{**result, "content": "(The image is in the next message.)"}]}
         told = post(f"{url}/v1/messages", json=body, headers=HEADERS)
     assert (shown.status_code, told.status_code) == (200, 200), shown.text + told.text
+    assert counted.json() == {"input_tokens": shown.json()["usage"]["input_tokens"]}
     assert shown.json()["usage"]["input_tokens"] > told.json()["usage"]["input_tokens"]
     assert shown.json()["content"] != told.json()["content"]

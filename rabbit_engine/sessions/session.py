@@ -200,7 +200,10 @@ class Session(TaskMethods):
         template. Raises ConfigurationError."""
         _, template = self._split(template)
         self._template.check(template)
-        return len(self._encoder.encode_messages(read_messages(messages), template, bounded=False))
+        conversation = read_messages(messages, with_images=self._images.takes_images)
+        if has_images(conversation):
+            return len(self._images.encode(conversation, template)[0])
+        return len(self._encoder.encode_messages(conversation, template, bounded=False))
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
         """Token ids of a text. Raises ConfigurationError if it has none, or ids outside the vocabulary."""
