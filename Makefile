@@ -15,6 +15,7 @@ OURS := \
   anthropic_requests \
   attention_script \
   batch \
+  benchmark_tasks \
   chat \
   chat_screen \
   chat_terminal \

@@ -105,7 +105,7 @@ def test_a_need_is_caches_at_their_longest_and_a_pass_over_the_prompt() -> None:
     assert cache_bytes(PROBE, Demand(30, 10)) == 40 * 100
     assert work_bytes(PROBE, Demand(30, 10)) == 10 + 30 * 1000 + 900 * 2 + 40 * 10
     assert work_bytes(PROBE, Demand(30, 10, is_computed=True)) == 10 + 1000 + 2 + 400
-    assert work_bytes(PROBE, Demand(30, 10, chunk=1)) == 10 + 1000 + 2 + 400
+    assert work_bytes(PROBE, Demand(30, 10, chunk=1)) == 10 + 1000 + 2 + 400 + 29 * (2 + 4)
     assert work_bytes(PROBE, Demand(30, 10, padded=True)) - work_bytes(PROBE, Demand(30, 10)) == 4 * 900
     assert need_bytes(PROBE, Demand(30, 10, sequences=3)) == 3 * need_bytes(PROBE, Demand(30, 10))
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from rabbit_engine.model.long_prompts import may_part
 from rabbit_engine.model.runtime import Runtime
-from rabbit_engine.planning.demand import Demand, refuse_beyond
+from rabbit_engine.planning.demand import Demand, fitted
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.caches import tokens_in
 
@@ -19,15 +20,18 @@ _USUAL_LENGTH = 20
 """The default number of tokens of prompt and answer, as in transformers."""
 
 
-def refuse_what_cannot_fit(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> None:
-    """Raise PromptTooLongError if `generate` for `prompt` ([sequences, tokens], or embeddings) needs more than the free memory.
+def part_rows(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> int | None:
+    """The tokens of each part in which `generate` is to compute `prompt` ([sequences, tokens], or embeddings) in one pass; None
+    if whole, or as transformers does it. Raises PromptTooLongError if it needs more than the free memory.
 
     `given` are its keywords, `config` the generation config for everything else. A session's requests were already checked.
     """
-    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2 or fiber_on(runtime.binding) is not None:
-        return
-    demand = demand_of(prompt, given, config, reading_of(runtime))
-    refuse_beyond(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device))
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
+        return None
+    demand, parts = demand_of(prompt, given, config, reading_of(runtime)), may_part(runtime, prompt, given, config)
+    if fiber_on(runtime.binding) is None:
+        demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), parts=parts)
+    return demand.chunk if parts else None
 
 
 def prompt_of(inputs: object, given: Mapping[str, Any], main_input: str) -> Any:

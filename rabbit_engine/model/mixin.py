@@ -28,9 +28,10 @@ from rabbit_engine.errors import (
     first_line,
 )
 from rabbit_engine.model.adapters import load_checked
-from rabbit_engine.model.admission import prompt_of, refuse_what_cannot_fit
+from rabbit_engine.model.admission import part_rows, prompt_of
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.drafts import DraftLoader
+from rabbit_engine.model.long_prompts import LongPromptMixin
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import SpeculatingMixin, decode, parse_speculate, watched_preparation
@@ -48,7 +49,7 @@ def _documented_as(original: Callable[..., Any]) -> Callable[[Method], Method]:
     return cast("Callable[[Method], Method]", functools.wraps(original))
 
 
-class StreamingMixin(SpeculatingMixin):
+class StreamingMixin(SpeculatingMixin, LongPromptMixin):
     """What a streamed model adds to its transformers class, and what it refuses.
 
     `close()`, the end of a `with` block, or garbage collection ends its thread and frees its memory.
@@ -147,8 +148,10 @@ class StreamingMixin(SpeculatingMixin):
             speculate, kwargs["use_mtp"] = speculate or self._own_heads, False
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
-        refuse_what_cannot_fit(runtime_of(self), prompt, kwargs, config)
-        with self._speculating(speculate):
+        rows = part_rows(runtime_of(self), prompt, kwargs, config)
+        if rows is not None and kwargs.get("prefill_chunk_size") is not None:
+            kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
+        with self._speculating(speculate), self.computing_parts(rows):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
             return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]
 

@@ -11,6 +11,7 @@ from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.partition import Partition
+from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import Binding, Ring, Trace, Transfer
 
@@ -66,6 +67,16 @@ class Runtime:
     def trace(self) -> Trace:
         """Spans of reads, copies and computation."""
         return self.assembly.trace
+
+    @property
+    def computes_parts(self) -> bool:
+        """Whether a long prompt may be computed in parts in one pass: the class can, and the ring holds a layer."""
+        plan, partition = self.plan, self.partition
+        if not partition.computes_parts or plan.experts.layers:
+            return False
+        moving = {*plan.streamed, *plan.host}
+        units = [unit for unit in plan.units if unit.name in moving]
+        return plan.ring_bytes >= layer_ring_bytes(units, partition.layout.layers)
 
     def free_bytes(self) -> int:
         """Bytes that caches and activations may take now."""

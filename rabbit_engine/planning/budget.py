@@ -9,6 +9,7 @@ import torch
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.planning.demand import Demand, need_bytes
 from rabbit_engine.planning.partition import Partition
+from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.planning.probe import Probe
 from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.streaming import STAGING_BYTES, make_unit
@@ -18,6 +19,9 @@ from rabbit_engine.utils.platform import has_streams
 
 DEFAULT_TOKENS = 1024
 """The context length whose cache is reserved by default."""
+
+PLANNED_ROWS = 1024
+"""Tokens in each part of a long prompt for which memory is reserved."""
 
 _SYSTEM_BYTES = 64 * 2**20
 _SYSTEM_SHARE = 1 / 32
@@ -47,16 +51,35 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
     Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given.
     """
     given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
-    device_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
+    free_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
+    device_bytes = _without_margin(free_bytes, _SYSTEM_SHARE) if given is None else given
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
+    staging = _staging_bytes(partition, stream.device)
+    room = device_bytes - stream.draft_bytes - (staging if on_cpu else 0)
+    reserved, least_ring = _for_texts(partition, tokens, room)
     return Budget(
-        device_bytes=_without_margin(device_bytes, _SYSTEM_SHARE) if given is None else given,
+        device_bytes=device_bytes,
         host_bytes=None if on_cpu else _host_bytes(stream, free),
-        host_staging_bytes=_staging_bytes(partition, stream.device),
-        reserved_bytes=reserved_bytes(partition.probe, tokens) if tokens else 0,
+        host_staging_bytes=staging,
+        reserved_bytes=reserved,
         reserved_by_default=stream.max_seq_len is None,
         draft_bytes=stream.draft_bytes,
+        least_ring_bytes=least_ring,
     )
+
+
+def _for_texts(partition: Partition, tokens: int, room: int) -> tuple[int, int]:
+    """Bytes to reserve for a text of `tokens`, and for the ring at least: for a prompt at once if `room` holds it beside all
+    weights; else, if that takes less, for one in parts, during which a layer stays in the ring."""
+    if not tokens:
+        return 0, 0
+    whole = reserved_bytes(partition.probe, tokens)
+    weights = sum(size.nbytes for size in partition.sizes)
+    if not partition.computes_parts or tokens <= PLANNED_ROWS or whole + weights <= room:
+        return whole, 0
+    parts = need_bytes(partition.probe, Demand(tokens, 0, chunk=PLANNED_ROWS))
+    ring = layer_ring_bytes(partition.sizes, partition.layout.layers)
+    return (parts, ring) if parts + ring < whole else (whole, 0)
 
 
 def _without_margin(free_bytes: int, share: float) -> int:

@@ -21,6 +21,9 @@ _MOST_ROWS = 1024
 _MASK_BYTES = 4
 """Bytes per pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
 
+PART_ROWS = (4096, 2048, 1024, 512, 256)
+"""Tokens in a part of a prompt that is not computed at once."""
+
 KEPT_FREE_BYTES = 32 * 2**20
 """Bytes to leave free for newly compiled kernels, small heap blocks and Python objects."""
 
@@ -29,9 +32,9 @@ KEPT_FREE_BYTES = 32 * 2**20
 class Demand:
     """The tokens of a request: its prompt and the longest answer, for `sequences` computed together.
 
-    A `padded` batch needs a mask. The prompt is computed `chunk` tokens at a time, all at once if that is None, and only the
-    newest if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number of its
-    rows of `logits` over the vocabulary.
+    A `padded` batch needs a mask. The prompt is computed in parts of `chunk` tokens, all at once if that is None, and only the
+    newest token if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number
+    of its rows of `logits` over the vocabulary.
     """
 
     prompt: int
@@ -53,11 +56,29 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
 def work_bytes(probe: Probe, demand: Demand) -> int:
     """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
-    mask = _MASK_BYTES * tokens**2 if demand.padded else 0
+    extra = _MASK_BYTES * tokens**2 if demand.padded else 0
+    if not demand.is_computed and tokens < demand.prompt:
+        extra += _part_bytes(probe, demand.prompt, tokens)
     if demand.logits == 0:
-        return demand.sequences * (probe.layers.at(tokens) + mask)
+        return demand.sequences * (probe.layers.at(tokens) + extra)
     head = _SAMPLING_BYTES if demand.logits is None else demand.logits * _LOGITS_BYTES
-    return demand.sequences * (probe.activation_bytes(tokens) + mask + head * probe.vocabulary)
+    return demand.sequences * (probe.activation_bytes(tokens) + extra + head * probe.vocabulary)
+
+
+def _part_bytes(probe: Probe, prompt: int, rows: int) -> int:
+    """What a part of `rows` tokens takes more than a prompt as short: the states of all parts between two layers, copies of the
+    keys and values of a layer, and masks or scores for the tokens before it."""
+    return prompt * (probe.carried_token_bytes + probe.span_token_bytes) + rows * (prompt - rows) * (
+        probe.layers.square + _MASK_BYTES
+    )
+
+
+def in_parts(probe: Probe, demand: Demand, free_bytes: int) -> Demand:
+    """`demand` with its prompt in the largest parts for which `free_bytes` suffice; as it is if it fits whole, or in none."""
+    if need_bytes(probe, demand) <= free_bytes:
+        return demand
+    parts = (replace(demand, chunk=rows) for rows in PART_ROWS if rows < demand.prompt)
+    return next((part for part in parts if need_bytes(probe, part) <= free_bytes), demand)
 
 
 def most_rows(probe: Probe, free_bytes: int) -> int:
@@ -80,16 +101,26 @@ def most_prompt(fits: Callable[[int], bool], most: int) -> int:
     return least
 
 
-def refuse_beyond(probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str) -> None:
-    """Raise PromptTooLongError if `demand` needs more than the free memory of `place`."""
-    need = need_bytes(probe, demand) + KEPT_FREE_BYTES
+def fitted(probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str, *, parts: bool = False) -> Demand:
+    """`demand`, which may be computed in `parts` if it does not fit whole. Raises PromptTooLongError if it needs more than the
+    free memory of `place`."""
     free = find_free_bytes()
-    if need > free:
+    if need_bytes(probe, demand) + KEPT_FREE_BYTES > free:
         give_free_memory_back()
         free = find_free_bytes()
+
+    def best(demand: Demand) -> Demand:
+        return in_parts(probe, demand, free - KEPT_FREE_BYTES) if parts and demand.chunk is None else demand
+
+    demand = best(demand)
+    need = need_bytes(probe, demand) + KEPT_FREE_BYTES
     if need <= free:
-        return
-    fits = most_prompt(lambda tokens: need_bytes(probe, replace(demand, prompt=tokens)) + KEPT_FREE_BYTES <= free, demand.prompt)
+        return demand
+
+    def fits_one(tokens: int) -> bool:
+        return need_bytes(probe, best(replace(demand, prompt=tokens))) + KEPT_FREE_BYTES <= free
+
+    fits = most_prompt(fits_one, demand.prompt)
     side_by_side = f"{demand.sequences} sequences of " if demand.sequences > 1 else ""
     wanted = demand.sequences * (demand.prompt + demand.answer)
     raise PromptTooLongError(

@@ -21,6 +21,7 @@ from rabbit_engine.checkpoints import as_computed, encodings_of, require_fit, sh
 from rabbit_engine.config import DEFAULT_CUT, CompressionConfig, Cut
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.known_probes import probe_of
+from rabbit_engine.planning.parts import computes_parts
 from rabbit_engine.planning.probe import Probe
 from rabbit_engine.planning.tiers import Role, Runs, UnitSize
 from rabbit_engine.quantization.bitsandbytes_made import PackedBlocks4bit
@@ -74,7 +75,8 @@ class Partition:
 
     `blocks` are the parts of the weight `head` if it is cut; `embedding` is the weight that can be read by row. `experts` are
     the experts, in order, of each module whose experts can be read one by one; `whole_experts` maps the other classes to the
-    reason why not. `linears` are the stored weights that only a plain linear layer uses.
+    reason why not. `linears` are the stored weights that only a plain linear layer uses. `computes_parts`: a prompt may be
+    computed in parts (see `parts.computes_parts`).
     """
 
     layout: Layout
@@ -89,6 +91,7 @@ class Partition:
     experts: Mapping[str, tuple[Unit, ...]]
     whole_experts: Mapping[str, str]
     linears: frozenset[str]
+    computes_parts: bool
 
     def packed(self, unit: Unit, fused: bool | None) -> frozenset[str]:
         """The weights of the unit that are multiplied by in their stored form; `fused` as in `StreamConfig.fused_products`."""
@@ -385,6 +388,7 @@ class _Partitioner:
             self._experts,
             self._whole_experts,
             self._linears(),
+            computes_parts(self._model),
         )
 
 

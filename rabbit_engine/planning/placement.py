@@ -37,7 +37,8 @@ def place(
 ) -> Plan:
     """`place_in` the device, host memory and the disk. Raises BudgetError with the smallest budget that works."""
     tiers = tiers_of(device, budget, speeds)
-    return place_in(units, tiers, tenants_of(tiers, budget), source=speeds.source, notes=notes)
+    tenants = tenants_of(tiers, budget)
+    return place_in(units, tiers, tenants, least_ring=budget.least_ring_bytes, source=speeds.source, notes=notes)
 
 
 def place_in(
@@ -45,21 +46,22 @@ def place_in(
     tiers: Sequence[Tier],
     tenants: Sequence[Tenant] = (),
     *,
+    least_ring: int = 0,
     source: str = "given",
     notes: Iterable[str] = (),
 ) -> Plan:
     """Decide which tier keeps each of `units`, given in the order of a pass. `tiers` go from the fastest to the disk.
 
-    The ring is as small as it can be while hiding the longest gap; all other bytes go to weights that stay, spread evenly
-    over the depth of the model, the fastest tier first. They are chosen in one fixed order, so more memory never means more
-    bytes a pass. What every pass needs stays before any expert does: it saves its bytes in every pass, an expert only in the
-    passes routed to it. Raises BudgetError with the smallest budget that works.
+    The ring is as small as it can be while hiding the longest gap, but of `least_ring` bytes; all other bytes go to weights
+    that stay, spread evenly over the depth of the model, the fastest tier first. They are chosen in one fixed order, so more
+    memory never means more bytes a pass. What every pass needs stays before any expert does: it saves its bytes in every pass,
+    an expert only in the passes routed to it. Raises BudgetError with the smallest budget that works.
     """
     for_decoding = {SCRATCH: sum(scratch_shares(units).values()), WORK: max((unit.work_bytes for unit in units), default=0)}
     held = [*tenants, *(Tenant(name, tiers[0].name, nbytes) for name, nbytes in for_decoding.items() if nbytes)]
     _check_host(tiers, held)
     memory = _Memory(tuple(tiers), tuple(held))
-    placed = _place_all(units, memory) or _place_some(units, memory)
+    placed = _place_all(units, memory) or _place_some(units, memory, least_ring)
     ring = [Tenant(RING, tiers[0].name, placed.ring_bytes)] if placed.ring_bytes else []
     return Plan(
         tiers=memory.tiers,
@@ -132,12 +134,12 @@ def _packed(units: Sequence[UnitSize], rooms: Mapping[str, int]) -> dict[str, st
     return found if unit is None else None
 
 
-def _place_some(units: Sequence[UnitSize], memory: _Memory) -> _Placed:
+def _place_some(units: Sequence[UnitSize], memory: _Memory, least_ring: int = 0) -> _Placed:
     """Place residents, a ring and slots on the device, then fill the tiers in order with as much of the rest as fits."""
     dense, layers, residents = ([unit for unit in units if unit.role == role] for role in ("streamed", "experts", "resident"))
     slots = slots_for([(unit.name, unit.routing) for unit in _spread(layers) if unit.routing is not None])
     room = memory.room(memory.tiers[0]) - _nbytes(residents)
-    smallest, wanted = _ring_bytes(dense)
+    smallest, wanted = (max(least_ring, nbytes) for nbytes in _ring_bytes(dense))
     least = slots.least_bytes + (min(smallest, _nbytes(dense)) if layers else smallest)  # all may stay if experts move
     if room < least:
         raise _too_small(memory, _nbytes(residents) + min(least, _nbytes(dense) + _nbytes(layers)), least, bool(layers))

@@ -79,6 +79,8 @@ class Probe:
     `outside` are those whose weights were also used elsewhere.
     `cache_token_bytes` is the growth of the KV cache per token, and `cache_fixed_bytes` what a text takes of it at any length:
     keys and values of an encoder's image or sound. `routed` maps each experts module to the number of experts per token.
+    A prompt in parts has `carried_token_bytes` of states for each of its tokens while other parts run, and `span_token_bytes` of
+    copies for each token that a part attends to.
     `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
     head computes only the last position where the model allows it. `prompt_only` are the modules that run for a prompt, but not
     for a token after it: an encoder's.
@@ -88,6 +90,8 @@ class Probe:
     alone: tuple[str, ...] = ()
     cache_token_bytes: int = 0
     cache_fixed_bytes: int = 0
+    carried_token_bytes: int = 0
+    span_token_bytes: int = 0
     layers: Curve = Curve()
     head: Curve = Curve()
     vocabulary: int = 0
@@ -181,6 +185,8 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         alone=tuple(name for name in watch.ran if name not in watch.reached),
         cache_token_bytes=caches.token,
         cache_fixed_bytes=caches.fixed,
+        carried_token_bytes=_carried_bytes(model),
+        span_token_bytes=_span_bytes(model, caches.token),
         layers=layers,
         head=head,
         vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", None) or 0),
@@ -251,6 +257,26 @@ def _caches(model: PreTrainedModel, prompts: Sequence[_Prompt]) -> Curve:
     grown = _cache_bytes(cache_of(prompts[-1].output)) - held[-1]
     token = max(grown, crossing, -(-(held[-1] - many_bytes) // _MOST_TOKENS))
     return Curve(max(0, many_bytes - crossing * many), token)
+
+
+def _carried_bytes(model: PreTrainedModel) -> int:
+    """Bytes a token of what a forward keeps between two layers: its embedding, the last states, rotary angles, and inputs of each
+    layer of their own."""
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    hidden = getattr(config, "hidden_size", None) or 0
+    heads = getattr(config, "num_attention_heads", None) or 1
+    angles = 2 * (getattr(config, "head_dim", None) or hidden // heads)
+    own = (getattr(config, "hidden_size_per_layer_input", None) or 0) * (getattr(config, "num_hidden_layers", None) or 0)
+    return size * (2 * hidden + own) + 4 * angles
+
+
+def _span_bytes(model: PreTrainedModel, cache_token_bytes: int) -> int:
+    """Bytes of copies of keys and values for a token that a part attends to: a layer's while it grows, one for each head."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    return -(-cache_token_bytes // layers) * (2 + (groups if groups > 1 else 0))
 
 
 def _cache_bytes(cache: object) -> int:

@@ -106,7 +106,7 @@ class Budget:
 
     `reserved_bytes` of the device are for the caches and activations of texts (`reserved_by_default` if the caller named no
     number of tokens), `draft_bytes` for a model that guesses, `host_staging_bytes` for the buffers that reads go through (on a
-    CPU only those of misaligned weights).
+    CPU only those of misaligned weights). The ring has at least `least_ring_bytes` if weights move.
     """
 
     device_bytes: int | None = None
@@ -115,6 +115,7 @@ class Budget:
     reserved_bytes: int = 0
     reserved_by_default: bool = False
     draft_bytes: int = 0
+    least_ring_bytes: int = 0
 
     @property
     def weights_bytes(self) -> int | None:

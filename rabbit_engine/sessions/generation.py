@@ -38,11 +38,13 @@ class Generation(StoppingCriteria):
         take: TakeToken,
         speculate: Speculate = None,
         constraint: CompiledConstraint | None = None,
+        part_rows: int | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
         self._speculate = {} if speculate is None else {"speculate": speculate}
+        self._part_rows = {} if part_rows is None else {"prefill_chunk_size": part_rows}
         self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
         self.is_complete = False
@@ -79,6 +81,7 @@ class Generation(StoppingCriteria):
             **self._options.keywords(),
             **_add_to_checkpoint(self._model, self._options),
             **self._speculate,
+            **self._part_rows,
         )
 
     def _processors(self) -> list[LogitsProcessor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rabbit_engine.planning.demand import Demand, most_prompt, need_bytes
+from rabbit_engine.planning.demand import Demand, in_parts, most_prompt, need_bytes
 from rabbit_engine.planning.probe import Probe
 
 _KEPT_FREE = 0.1
@@ -19,12 +19,19 @@ _USUAL_POSITIONS = 2**15
 @dataclass(frozen=True, slots=True)
 class Room:
     """`nbytes` for the caches of all texts under way and the activations of the prompts in a pass; `positions` of the model, of
-    which an answer has as many again if an encoder reads the prompt `apart`."""
+    which an answer has as many again if an encoder reads the prompt `apart`. A prompt that does not fit whole may be computed
+    in `parts`."""
 
     nbytes: int
     probe: Probe
     positions: int | None = None
     apart: bool = False
+    parts: bool = False
+
+    def demand(self, prompt: int, answer: int) -> Demand:
+        """That of a text, whose prompt is computed in parts if it does not fit whole."""
+        whole = Demand(prompt, answer)
+        return in_parts(self.probe, whole, self.nbytes) if self.parts else whole
 
     def need(self, demands: Iterable[Demand]) -> int:
         """Bytes: each cache at its full length, and the activations of all texts in a pass, which wait for the same weights."""
@@ -38,7 +45,7 @@ class Room:
     def most_tokens(self) -> int:
         """The most tokens of prompt and answer for a single text."""
         most = self.positions if self.positions is not None else _USUAL_POSITIONS
-        return most_prompt(lambda tokens: self.fits([Demand(tokens, tokens if self.apart else 0)]), most)
+        return most_prompt(lambda tokens: self.fits([self.demand(tokens, tokens if self.apart else 0)]), most)
 
     def most_tokens_of(self, demand: Callable[[int], Demand], most: int | None) -> int:
         """The most tokens of a single text, up to `most`, given the demand of one of n tokens."""
@@ -46,6 +53,6 @@ class Room:
         return most_prompt(lambda tokens: self.fits([demand(tokens)]), min(limits, default=_USUAL_POSITIONS))
 
 
-def measure_room(free_bytes: int, probe: Probe, positions: int | None, apart: bool = False) -> Room:
+def measure_room(free_bytes: int, probe: Probe, positions: int | None, apart: bool = False, parts: bool = False) -> Room:
     """Measure the free memory, less a margin."""
-    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions, apart)
+    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions, apart, parts)

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -105,7 +105,8 @@ class Session(TaskMethods):
         """The number of requests that may be under way or waiting."""
 
         apart = bool(model.config.is_encoder_decoder)
-        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart)
+        parts = runtime.computes_parts
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, parts)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
@@ -318,7 +319,10 @@ class Session(TaskMethods):
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        generation = Generation(self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint)
+        demand = self._demand(prompt)
+        generation = Generation(
+            self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint, part_rows=demand.chunk
+        )
 
         def answer() -> None:
             text.begin()
@@ -335,7 +339,19 @@ class Session(TaskMethods):
                 text.reply(len(prompt.ids), prompt.cut_tokens, cancelled=failure is not None, complete=generation.is_complete),
             )
 
-        return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
+        return Job(answer, end, demand, seed=request.options.seed)
+
+    def _demand(self, prompt: Prompt) -> Demand:
+        """That of a prompt, in parts if it does not fit whole. Raises PromptTooLongError for one with images that does not."""
+        if not prompt.inputs:
+            return self._room.demand(len(prompt.ids), prompt.answer_tokens)
+        whole = Demand(len(prompt.ids), prompt.answer_tokens)
+        if self._room.parts and not self._room.fits([whole]):
+            raise PromptTooLongError(
+                f"{len(prompt.ids)} tokens with images and {prompt.answer_tokens} of the answer do not fit in memory at once: "
+                "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
+            )
+        return whole
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in order; the first failure is raised and cancels the rest."""

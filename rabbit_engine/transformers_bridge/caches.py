@@ -84,9 +84,41 @@ def windows_of(cache: Cache) -> dict[int, int | None]:
     }
 
 
+def shows_its_keys(cache: Cache) -> bool:
+    """Whether every layer of a new cache shows a pass the keys of all tokens before it, or those of its window."""
+    layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def is_recording(cache: Cache) -> bool:
+    """Whether a layer keeps what it no longer sees."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers)
+
+
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     """Whether the layers are those that `generate` would make for the config. A caller's `DynamicCache()` has no sliding ones."""
     return [type(layer) for layer in cache.layers] == [type(layer) for layer in DynamicCache(config=config).layers]
+
+
+class PartCache(DynamicCache):
+    """A cache as it was after `tokens` tokens, for the forward over a part of a prompt that begins there.
+
+    The layers are those of `cache`: when one runs, the parts before have updated it.
+    """
+
+    def __init__(self, cache: Cache, tokens: int) -> None:
+        Cache.__init__(self, layers=cache.layers)
+        self._tokens = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for all layers
+        """The tokens before the part."""
+        return self._tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The number of keys that a layer shows to the part, and the position of the first."""
+        window = windows_of(self).get(layer_idx)
+        kept = self._tokens if window is None else min(self._tokens, window - 1)
+        return kept + query_length, self._tokens - kept
 
 
 def record_past(cache: Cache) -> Callable[[], None]:

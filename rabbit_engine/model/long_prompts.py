@@ -1,0 +1,129 @@
+"""A prompt whose activations do not fit is computed in parts, in one pass over the weights.
+
+The parts are forwards of the model's own over consecutive tokens of the prompt, with one cache: they go through each layer one
+after another, so a layer's weights are read once, and what is live inside it is that of one part. The keys that a token sees are
+the same as in one forward; products and sums are over other shapes, so results differ from it by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from rabbit_engine.decoding.verification import PER_TOKEN, additive, mask_kinds
+from rabbit_engine.model.runtime import Runtime, runtime_of
+from rabbit_engine.planning.parts import layer_of
+from rabbit_engine.streaming.parts import run_in_parts
+from rabbit_engine.transformers_bridge.caches import PartCache, is_made_for, is_recording, tokens_in, windows_of
+from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_of
+
+_PART_ROWS: ContextVar[tuple[object, int] | None] = ContextVar("part_rows", default=None)
+
+_BEFORE_THE_LOOP = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Keywords of `generate` with which its first forward is not over the prompt alone."""
+
+
+class LongPromptMixin:
+    """What `generate` calls: the model. In a block of `computing_parts` a prompt goes through it in parts."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """The model's own, in parts if the prompt is longer than one."""
+        wanted = _PART_ROWS.get()
+        forward = super().__call__  # type: ignore[misc] # of the class that is mixed in
+        if wanted is None or wanted[0] is not self or args or not _can_part(keywords, wanted[1]):
+            return forward(**keywords) if not args else forward(*args, **keywords)
+        return _run_parts(forward, runtime_of(self), keywords, wanted[1])
+
+    @contextmanager
+    def computing_parts(self, rows: int | None) -> Iterator[None]:
+        """A block in which prompts of more than `rows` tokens are computed in parts of as many; whole if that is None."""
+        token = _PART_ROWS.set(None if rows is None else (self, rows))
+        try:
+            yield
+        finally:
+            _PART_ROWS.reset(token)
+
+
+def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> bool:
+    """Whether `generate` for `prompt`, with the keywords `given` and the rest from a generation config, can compute it in parts:
+    token ids without padding, a cache that keeps all, and nothing returned of each token but ids and scores."""
+
+    def asked(name: str) -> Any:
+        return given.get(name, getattr(config, name, None))
+
+    if not runtime.computes_parts or not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.is_floating_point():
+        return False
+    if any(isinstance(value, torch.Tensor) and name not in PER_TOKEN for name, value in given.items()):
+        return False
+    mask, cache = given.get("attention_mask"), cache_of(given)
+    if isinstance(mask, torch.Tensor) and not bool(mask.all()):
+        return False
+    if cache is not None and not _is_plain(cache, runtime):
+        return False
+    if asked("use_cache") is False or asked("cache_implementation") not in (None, "dynamic"):
+        return False
+    return not any(asked(name) for name in (*_BEFORE_THE_LOOP, "output_attentions", "output_hidden_states"))
+
+
+def _is_plain(cache: object, runtime: Runtime) -> bool:
+    text = runtime.architecture.config.get_text_config()
+    return isinstance(cache, Cache) and is_made_for(cache, text) and not is_recording(cache)
+
+
+def _can_part(inputs: Mapping[str, Any], rows: int) -> bool:
+    """Whether a forward is one over a prompt of more than `rows` tokens that needs only the last logits."""
+    ids = inputs.get("input_ids")
+    is_long = isinstance(ids, torch.Tensor) and ids.shape[1] > rows and inputs.get("inputs_embeds") is None
+    return is_long and inputs.get("logits_to_keep") == 1 and isinstance(cache_of(inputs), Cache) and "position_ids" in inputs
+
+
+def _run_parts(forward: Callable[..., Any], runtime: Runtime, inputs: Mapping[str, Any], rows: int) -> Any:
+    """The output of the last part, with the cache of all."""
+    cache, length = cache_of(inputs), inputs["input_ids"].shape[1]
+    past = tokens_in(cache) or 0
+    config = runtime.architecture.config.get_text_config()
+    kinds = mask_kinds(windows_of(cache), getattr(config, "layer_types", None))
+    masks = {kind: _part_mask(window, rows, past + length, runtime) for kind, window in kinds.items()}
+    last: list[Any] = []
+
+    def run(first: int, stop: int) -> None:
+        found = {name: _cut(name, value, first, stop) for name, value in inputs.items()}
+        cut = {kind: _mask_of(masks[kind], window, past + first, stop - first) for kind, window in kinds.items()}
+        found["attention_mask"] = cut if len(cut) > 1 else next(iter(cut.values()))
+        found |= {name: PartCache(cache, past + first) for name in CACHE_NAMES if isinstance(inputs.get(name), Cache)}
+        last[:] = [forward(**found)]
+
+    works = [partial(run, first, min(first + rows, length)) for first in range(0, length, rows)]
+    layers = runtime.partition.layout.layers
+    run_in_parts(runtime.binding, works, partial(layer_of, layers=layers))
+    output = last[0]
+    for name in CACHE_NAMES:
+        if name in output:
+            output[name] = cache
+    return output
+
+
+def _cut(name: str, value: Any, first: int, stop: int) -> Any:
+    """A keyword of the whole prompt, for its tokens from `first` to `stop`."""
+    return value[..., first:stop] if name in PER_TOKEN and isinstance(value, torch.Tensor) else value
+
+
+def _part_mask(window: int | None, rows: int, tokens: int, runtime: Runtime) -> torch.Tensor:
+    """[1, 1, rows, keys]: what the last `rows` of `tokens` tokens see of the keys that a layer shows them. Those of an earlier
+    or shorter part are its last rows and columns."""
+    shown = tokens if window is None else min(tokens, window - 1 + rows)
+    behind = torch.arange(rows)[:, None] + (shown - rows) - torch.arange(shown)[None, :]
+    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    return additive(visible, runtime.dtype).to(runtime.device)
+
+
+def _mask_of(mask: torch.Tensor, window: int | None, past: int, rows: int) -> torch.Tensor:
+    """The part of a `_part_mask` for `rows` tokens after `past`."""
+    shown = rows + (past if window is None else min(past, window - 1))
+    return mask[..., mask.shape[-2] - rows :, mask.shape[-1] - shown :]

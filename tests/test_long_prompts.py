@@ -1,0 +1,288 @@
+"""Long prompts in parts: one pass over the weights, the memory of a part, and what transformers computes from the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import words
+from transformers import DynamicCache
+
+from rabbit_engine import Session
+from rabbit_engine.config import Cut
+from rabbit_engine.errors import PromptTooLongError
+from rabbit_engine.model.long_prompts import _mask_of, _part_mask
+from rabbit_engine.model.runtime import Runtime, runtime_of
+from rabbit_engine.planning import budget, demand
+from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, in_parts, need_bytes, work_bytes
+from rabbit_engine.planning.parts import layer_of, layer_ring_bytes
+from rabbit_engine.planning.placement import place
+from rabbit_engine.planning.probe import Curve, Probe
+from rabbit_engine.planning.tiers import Budget, UnitSize
+from rabbit_engine.streaming import Placeholder
+from rabbit_engine.streaming.parts import run_in_parts
+from rabbit_engine.transformers_bridge.forwards import cache_argument
+
+FAMILIES = ["llama", "llama_tied", "mistral", "gemma3", "gemma3n", "qwen2", "qwen3", "gpt2", "cohere2", "phi3"]
+"""Plain, with windows in all or some layers, with keys that layers share, learnt positions."""
+
+OTHERS = ["mpt", "llama4", "qwen3_next", "mamba", "phi4"]
+"""Biases instead of positions, attention in chunks, recurrent states, angles that depend on the length."""
+
+ROWS = 8
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "PLANNED_ROWS", ROWS)
+    monkeypatch.setattr(demand, "PART_ROWS", (16, ROWS))
+
+
+def prompt(tokens: int = 61, sequences: int = 1) -> torch.Tensor:
+    return torch.randint(5, 90, (sequences, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def answer(model: Any, ids: torch.Tensor, **keywords: Any) -> Any:
+    torch.manual_seed(3)
+    settings = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    return model.generate(ids, **(settings | keywords))
+
+
+FINE = Cut(least_bytes=1, rest_share=0.0)
+
+
+@pytest.fixture
+def parted(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load in the smallest budget whose ring holds a layer, with every matrix a unit of its own."""
+    monkeypatch.setattr(
+        budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
+    )
+
+    def load(folder: Any, **keywords: Any) -> Any:
+        model = streamed(folder, cut=FINE, max_seq_len=64, **keywords)
+        assert runtime_of(model).computes_parts
+        assert model.plan.streamed
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_in_parts_takes_one_pass_and_gives_the_answer_of_transformers(
+    checkpoint: Any, parted: Any, plain: Any, family: str
+) -> None:
+    model, own = parted(checkpoint(family)), plain(checkpoint(family))
+    ids, before = prompt(), model.profile.passes
+    found, expected = answer(model, ids, prefill_chunk_size=ROWS), answer(own, ids)
+    assert model.profile.passes - before == 9
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("tokens", [ROWS + 1, 3 * ROWS, 3 * ROWS + 5])
+def test_parts_of_any_length_leave_the_cache_of_one_forward(
+    checkpoint: Any, parted: Any, plain: Any, family: str, tokens: int
+) -> None:
+    model, own = parted(checkpoint(family)), plain(checkpoint(family))
+    ids = prompt(tokens)
+    ours, theirs = (
+        answer(each, ids, max_new_tokens=2, **extra) for each, extra in ((model, {"prefill_chunk_size": ROWS}), (own, {}))
+    )
+    caches = [list(found.values())[-1] for found in (ours, theirs)]
+    assert [type(cache) for cache in caches] == [DynamicCache] * 2
+    for here, there in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert here.get_seq_length() == there.get_seq_length() == tokens + 1
+        torch.testing.assert_close(here.keys, there.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(here.values, there.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"speculate": "auto", "return_dict_in_generate": False},
+        {"do_sample": True, "speculate": "auto", "return_dict_in_generate": False},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_every_way_to_generate_has_the_text_of_transformers(checkpoint: Any, parted: Any, plain: Any, settings: Any) -> None:
+    model, own = parted(checkpoint("gemma3")), plain(checkpoint("gemma3"))
+    ids = torch.cat([prompt(30), prompt(30)], -1)
+    found = answer(model, ids, prefill_chunk_size=ROWS, **settings)
+    expected = answer(own, ids, **{name: value for name, value in settings.items() if name != "speculate"})
+    assert torch.equal(*(getattr(each, "sequences", each) for each in (found, expected)))
+
+
+def test_a_cache_that_holds_a_text_is_continued_in_parts(checkpoint: Any, parted: Any, plain: Any) -> None:
+    model, own = parted(checkpoint("gemma3")), plain(checkpoint("gemma3"))
+    ids, texts = prompt(50), []
+    for each, extra in ((model, {"prefill_chunk_size": ROWS}), (own, {})):
+        cache = DynamicCache(config=each.config)
+        first = each.generate(ids[:, :20], max_new_tokens=3, do_sample=False, **cache_argument(each.forward, cache))
+        before = model.profile.passes
+        texts.append(answer(each, torch.cat([first, ids[:, 20:]], -1), **cache_argument(each.forward, cache), **extra).sequences)
+        assert each is own or model.profile.passes - before == 9
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_classes_are_computed_as_transformers_does(checkpoint: Any, streamed: Any, plain: Any, family: str) -> None:
+    model, own = streamed(checkpoint(family)), plain(checkpoint(family))
+    assert not runtime_of(model).partition.computes_parts
+    ids = prompt(40)
+    chunked = {} if family in ("mamba", "qwen3_next") else {"prefill_chunk_size": 16}
+    before = model.profile.passes
+    assert torch.equal(answer(model, ids, **chunked).sequences, answer(own, ids, **chunked).sequences)
+    assert model.profile.passes - before == (11 if chunked else 9)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: nbytes)
+
+
+def test_what_does_not_fit_whole_is_computed_in_the_largest_parts_that_do(
+    checkpoint: Any, parted: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = parted(checkpoint("llama")), prompt(120)
+    probe = runtime_of(model).partition.probe
+    needs = {rows: need_bytes(probe, Demand(120, 9, chunk=rows)) + KEPT_FREE_BYTES for rows in (None, 16, 8)}
+    assert sorted(needs.values(), reverse=True) == list(needs.values())
+    expected = answer(plain(checkpoint("llama")), ids).sequences
+    rows = []
+    monkeypatch.setattr(
+        "rabbit_engine.model.long_prompts.run_in_parts",
+        lambda source, works, of: (rows.append(works), run_in_parts(source, works, of)),
+    )
+    for wanted, nbytes in needs.items():
+        free(monkeypatch, nbytes)
+        rows.clear()
+        assert torch.equal(answer(model, ids).sequences, expected)
+        assert [len(works) for works in rows] == ([] if wanted is None else [-(-120 // wanted)])
+    free(monkeypatch, needs[8] - 1)
+    with pytest.raises(PromptTooLongError, match=r"120 tokens and 9 new ones need .* enough for a prompt of 1\d\d tokens"):
+        answer(model, ids)
+
+
+@pytest.mark.parametrize("given", [{"output_hidden_states": True}, {"attention_mask": torch.tensor([[0] + [1] * 119])}], ids=str)
+def test_what_cannot_be_in_parts_is_refused_if_it_does_not_fit(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, given: Any
+) -> None:
+    model = parted(checkpoint("llama"))
+    free(monkeypatch, need_bytes(runtime_of(model).partition.probe, Demand(120, 9, chunk=8)) + KEPT_FREE_BYTES)
+    answer(model, prompt(120))
+    with pytest.raises(PromptTooLongError):
+        answer(model, prompt(120), **given)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_long_prompt_joins_the_passes_of_a_session(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    model = parted(checkpoint("gemma3"))
+    model.tokenizer = words(96)
+    probe = runtime_of(model).partition.probe
+    asked = [prompt(120)[0].tolist(), prompt(7)[0].tolist(), prompt(90)[0].tolist()]
+    parts = [{"prefill_chunk_size": ROWS}, {}, {"prefill_chunk_size": ROWS}]
+    alone = [
+        answer(model, torch.tensor([ids]), max_new_tokens=6, eos_token_id=None, **rows).sequences[0, len(ids) :]
+        for ids, rows in zip(asked, parts, strict=True)
+    ]
+    free(monkeypatch, int(need_bytes(probe, Demand(130, 6, chunk=ROWS)) / 0.9) + 2)
+    with Session(model, exact=exact) as session:
+        assert 120 < session.most_tokens < 200
+        before = model.profile.passes
+        replies = session.generate(asked, max_new_tokens=6, ignore_eos=True)
+        passes = model.profile.passes - before
+    assert [reply.text for reply in replies] == [model.tokenizer.decode(found) for found in alone]
+    assert passes < 18
+
+
+def test_an_error_or_an_interrupt_in_a_part_leaves_nothing_behind(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = parted(checkpoint("llama")), prompt()
+    expected = answer(model, ids, prefill_chunk_size=ROWS).sequences
+    layer, calls = model.model.layers[1].mlp, []
+    native = layer.act_fn.forward
+    for error in (KeyboardInterrupt, ValueError("in a part"), MemoryError):
+
+        def fail(states: torch.Tensor, error: Any = error) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) % 3 == 0:
+                raise error
+            return native(states)
+
+        monkeypatch.setattr(layer.act_fn, "forward", fail)
+        with pytest.raises(error if isinstance(error, type) else type(error)):
+            answer(model, ids, prefill_chunk_size=ROWS)
+        monkeypatch.setattr(layer.act_fn, "forward", native)
+        assert all(isinstance(weight, Placeholder) for weight in layer.parameters())
+        assert torch.equal(answer(model, ids, prefill_chunk_size=ROWS).sequences, expected)
+
+
+def test_masks_of_parts_are_those_of_the_whole() -> None:
+    class Here:
+        dtype, device = torch.float32, torch.device("cpu")
+
+    for window in (None, 3, 7, 50):
+        whole = torch.ones(23, 23).tril().bool()
+        if window is not None:
+            whole &= torch.ones(23, 23).triu(1 - window).bool()
+        shared: Any = _part_mask(window, 5, 23, Here())  # type: ignore[arg-type]
+        for first in range(0, 23, 5):
+            rows = min(5, 23 - first)
+            found = _mask_of(shared, window, first, rows)[0, 0] == 0
+            kept = first if window is None else min(first, window - 1)
+            assert torch.equal(found, whole[first : first + rows, first - kept : first + rows])
+
+
+def test_what_parts_take() -> None:
+    probe = Probe(
+        cache_token_bytes=100,
+        carried_token_bytes=7,
+        span_token_bytes=11,
+        layers=Curve(10, 1000, 2),
+        head=Curve(50, 0, 0),
+        vocabulary=10,
+    )
+    alone = work_bytes(probe, Demand(10, 1))
+    assert work_bytes(probe, Demand(30, 1, chunk=10)) == alone + 30 * 18 + 10 * 20 * (2 + 4)
+    assert work_bytes(probe, Demand(30, 1, chunk=10, is_computed=True)) == work_bytes(probe, Demand(30, 1, is_computed=True))
+    demand = Demand(30, 1)
+    assert in_parts(probe, demand, need_bytes(probe, demand)) is demand
+    assert in_parts(probe, demand, need_bytes(probe, demand) - 1) == Demand(30, 1, chunk=16)
+    assert in_parts(probe, demand, 100) is demand
+
+
+def test_a_ring_for_parts_holds_a_layer_and_two_of_the_largest_units() -> None:
+    sizes = [
+        UnitSize(f"model.layers.{layer}.{name}", "streamed", nbytes)
+        for layer in (1, 11)
+        for name, nbytes in (("a", 30), ("b", 50))
+    ]
+    units = [*sizes, UnitSize("model.layers.1", "resident", 999), UnitSize("lm_head[0:9]", "streamed", 60)]
+    layers = ["model.layers.1", "model.layers.11"]
+    assert [layer_of(unit.name, layers) for unit in units] == [*layers[:1] * 2, *layers[1:] * 2, layers[0], "lm_head[0:9]"]
+    ring = layer_ring_bytes(units, layers)
+    assert ring == 80 + 2 * 60
+    assert place(units, "cuda:0", Budget(device_bytes=1210, host_bytes=0)).ring_bytes < ring
+    assert place(units, "cuda:0", Budget(device_bytes=1210, host_bytes=0, least_ring_bytes=ring)).ring_bytes == ring
+
+
+def test_memory_is_reserved_for_parts_if_that_takes_less(checkpoint: Any, streamed: Any) -> None:
+    few = streamed(checkpoint("llama"), max_seq_len=64)
+    assert few.plan.budget.least_ring_bytes == 0
+    many = streamed(checkpoint("llama"), max_seq_len=4000)
+    assert runtime_of(many).computes_parts
+    assert many.plan.reserved_bytes < need_bytes(runtime_of(many).partition.probe, Demand(4000, 0))
