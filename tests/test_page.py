@@ -231,7 +231,7 @@ def test_reasoning_and_tools_are_shown_and_results_go_back(visit: Any, url: str,
     )
     push = TextFlow.push
     monkeypatch.setattr(TextFlow, "push", lambda self, token: next(script, "") if push(self, token) is not None else "")
-    monkeypatch.setattr("rabbit_engine.server.flow.THINKING", (("<think>", "</think>"),))
+    monkeypatch.setattr("rabbit_engine.sessions.thinking.MARKS", (("<think>", "</think>"),))
     monkeypatch.setattr(session.model.tokenizer, "chat_template", "{# </think> #}" + session.model.tokenizer.chat_template)
     here = visit(url)
     here.page.wait_for_selector("#plan tr", state="attached")

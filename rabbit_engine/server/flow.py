@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 
 from rabbit_engine.server.calls import CallArguments, CallReader, CallStart, TextPart
 from rabbit_engine.sessions import Piece, Reply, Request, Session, TokenLogprob
-
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""How chat templates mark reasoning at the beginning of an answer."""
-
-_LAST = 8
-"""The tokens at a prompt's end that can hold a mark."""
+from rabbit_engine.sessions.thinking import thinking_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +79,11 @@ class Answer:
 def form_of(session: Session, request: Request, names: Collection[str] = (), most_calls: int | None = None) -> AnswerForm:
     """How to read the answer to a conversation: the chat template shows whether there is reasoning, and the prompt's end
     whether the answer begins with it."""
-    tokenizer = session.model.tokenizer
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    free = request.constraint is None  # an answer that must have a form has no reasoning before it
-    marks = next((marks for marks in THINKING if free and marks[1] in template), None)
-    begun = marks is not None and str(tokenizer.decode(request.prompt.ids[-_LAST:])).rstrip().endswith(marks[0])
-    return AnswerForm(names, most_calls, marks, begun)
+    constraint = request.constraint
+    found = thinking_of(session.model.tokenizer, request.prompt.ids) if constraint is None else constraint.constraint.thinking
+    if found is None:
+        return AnswerForm(names, most_calls)
+    return AnswerForm(names, most_calls, (found.begin, found.close), found.begun)
 
 
 class AnswerFlow:

@@ -11,6 +11,7 @@ from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.sampling import TokenLogprob
 from rabbit_engine.sessions.text import TextFlow
+from rabbit_engine.sessions.thinking import Thinking
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -32,7 +33,7 @@ class Reply:
     `finish_reason` is "stop" (an end token, a stop text, or the end of what a constraint allows), "length" (`max_new_tokens`
     reached) or "cancelled". `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and
     `seconds` count from the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that
-    ended the answer, None if none did.
+    ended the answer, None if none did. `answer` is the text without the reasoning before it, which begins at `answer_begins`.
     """
 
     text: str
@@ -45,9 +46,15 @@ class Reply:
     first_token_s: float = 0.0
     seconds: float = 0.0
     stop: str | None = None
+    answer_begins: int = 0
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def answer(self) -> str:
+        """The text without the reasoning before it; empty if the reasoning did not end."""
+        return self.text[self.answer_begins :]
 
     @property
     def token_s(self) -> float:
@@ -95,8 +102,16 @@ class AnswerText:
         """The text still held back after the last token."""
         return self._flow.end()
 
-    def reply(self, prompt_tokens: int, cut_tokens: int = 0, *, cancelled: bool = False, complete: bool = False) -> Reply:
-        """The finished answer; `complete` means that nothing could follow. Call `rest` first."""
+    def reply(
+        self,
+        prompt_tokens: int,
+        cut_tokens: int = 0,
+        *,
+        cancelled: bool = False,
+        complete: bool = False,
+        thinking: Thinking | None = None,
+    ) -> Reply:
+        """The finished answer, after `thinking`; `complete` means that nothing could follow. Call `rest` first."""
         ended = complete or self._flow.stopped or len(self._tokens) < self._ends.most or self._ends_itself()
         now = perf_counter()
         return Reply(
@@ -110,6 +125,7 @@ class AnswerText:
             first_token_s=(self._first_s or now) - self._asked_s,
             seconds=now - self._asked_s,
             stop=self._flow.stop,
+            answer_begins=0 if thinking is None else thinking.answer_begins(self._flow.text),
         )
 
     def _ends_itself(self) -> bool:

@@ -11,6 +11,7 @@ from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens, Constraint, compile_constraint
 from rabbit_engine.sessions.generation import ends_of
 from rabbit_engine.sessions.options import Options
+from rabbit_engine.sessions.thinking import Thinking
 
 
 def constrain(
@@ -33,10 +34,13 @@ def constrain(
     return compiled.processor()
 
 
-def compiled_for(model: SessionModel, options: Options) -> CompiledConstraint | None:
-    """The request's constraint for this model; None without one. Raises ConstraintError and MissingExtraError."""
+def compiled_for(model: SessionModel, options: Options, thinking: Thinking | None = None) -> CompiledConstraint | None:
+    """The request's constraint for this model, after the reasoning; None without one. Raises ConstraintError and
+    MissingExtraError."""
     constraint = options.constraint
     if constraint is None:
         return None
     ends = ends_of(model, replace(options, stop_token_ids=()), 1).tokens  # the request's own may be part of the text
-    return compile_constraint(constraint, model.tokenizer, int(model.config.get_text_config().vocab_size), ends)
+    return compile_constraint(
+        replace(constraint, thinking=thinking), model.tokenizer, int(model.config.get_text_config().vocab_size), ends
+    )

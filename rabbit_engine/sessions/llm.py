@@ -11,6 +11,7 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model import AutoModel, StreamedModel
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.sessions.answer import Reply
+from rabbit_engine.sessions.constraints import CompiledConstraint
 from rabbit_engine.sessions.params import read_params
 from rabbit_engine.sessions.sampling import TokenLogprob
 from rabbit_engine.sessions.session import Session
@@ -191,14 +192,15 @@ class LLM:
 
     def _output(self, request: Request, replies: Sequence[Reply]) -> RequestOutput:
         ids = list(request.prompt.ids)
-        outputs = [self._completion(index, reply) for index, reply in enumerate(replies)]
+        outputs = [self._completion(index, reply, request.constraint) for index, reply in enumerate(replies)]
         return RequestOutput(self._next_id(), str(self.model.tokenizer.decode(ids)), ids, outputs)
 
-    def _completion(self, index: int, reply: Reply) -> CompletionOutput:
+    def _completion(self, index: int, reply: Reply, constraint: CompiledConstraint | None) -> CompletionOutput:
         found = reply.logprobs
         total = None if found is None else sum(each.logprob for each in found)
         tables = None if found is None else [self._table(each) for each in found]
-        return CompletionOutput(index, reply.text, list(reply.tokens), reply.finish_reason, total, tables)
+        text = reply.text if constraint is None else reply.answer  # which scripts parse
+        return CompletionOutput(index, text, list(reply.tokens), reply.finish_reason, total, tables)
 
     def _table(self, found: TokenLogprob) -> dict[int, Logprob]:
         ranks = {token: rank for rank, (token, _) in enumerate(found.top, 1)}

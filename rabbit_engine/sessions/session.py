@@ -35,6 +35,7 @@ from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fi
 from rabbit_engine.sessions.room import measure_room
 from rabbit_engine.sessions.tasks import TaskMethods
 from rabbit_engine.sessions.template import TemplateVariables
+from rabbit_engine.sessions.thinking import thinking_before_form, thinking_of
 from rabbit_engine.sessions.underway import Event, Events, Request, Tell, Ticket, cancel_all
 from rabbit_engine.streaming import PassProgress
 
@@ -169,15 +170,16 @@ class Session(TaskMethods):
         """Encode a conversation, truncated if it is too long and truncation is on. Raises as `chat` does."""
         chosen, template = self._split(options)
         self._template.check(template)
-        constraint = compiled_for(self.model, chosen)
         conversation = read_messages(messages, with_images=self._images.takes_images)
         if has_images(conversation):  # which no truncation keeps whole
             ids, inputs = self._images.encode(conversation, template)
-            return Request(
-                Prompt(ids, self._limits.answer_tokens(len(ids), chosen.max_new_tokens), inputs=inputs), chosen, constraint
-            )
-        prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
-        return Request(prompt, chosen, constraint)
+            prompt = Prompt(ids, self._limits.answer_tokens(len(ids), chosen.max_new_tokens), inputs=inputs)
+        else:
+            prompt = fit_messages(self._encoder, conversation, self._limits, chosen.max_new_tokens, self._overflow, template)
+        if chosen.constraint is None:
+            return Request(prompt, chosen, thinking=thinking_of(self.model.tokenizer, prompt.ids))
+        thinking = thinking_before_form(self.model.tokenizer, prompt.ids, continues=bool(template.get("continue_final_message")))
+        return Request(prompt, chosen, compiled_for(self.model, chosen, thinking), thinking)
 
     def request_text(self, text: str | Sequence[int], *, special_tokens: bool = True, **options: object) -> Request:
         """Encode a text to continue, with the tokenizer's special tokens unless `special_tokens` is False."""
@@ -336,7 +338,13 @@ class Session(TaskMethods):
                 tell(index, Piece(rest))
             tell(
                 index,
-                text.reply(len(prompt.ids), prompt.cut_tokens, cancelled=failure is not None, complete=generation.is_complete),
+                text.reply(
+                    len(prompt.ids),
+                    prompt.cut_tokens,
+                    cancelled=failure is not None,
+                    complete=generation.is_complete,
+                    thinking=request.thinking,
+                ),
             )
 
         return Job(answer, end, demand, seed=request.options.seed)

@@ -13,6 +13,7 @@ from rabbit_engine.sessions.constraints import CompiledConstraint
 from rabbit_engine.sessions.engine import Engine, Job
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
+from rabbit_engine.sessions.thinking import Thinking
 
 if TYPE_CHECKING:
     from rabbit_engine.sessions.session import Session
@@ -28,6 +29,8 @@ class Request:
     prompt: Prompt
     options: Options
     constraint: CompiledConstraint | None = None
+    thinking: Thinking | None = None
+    """The reasoning that may come before the answer."""
 
     def copies(self, count: int) -> list[Request]:
         """`count` of the same; those of a seeded one get different seeds."""

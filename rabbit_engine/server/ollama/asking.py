@@ -8,10 +8,11 @@ from typing import Any
 
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.fields import tell_once
-from rabbit_engine.server.flow import THINKING, AnswerForm, form_of
+from rabbit_engine.server.flow import AnswerForm, form_of
 from rabbit_engine.server.ollama.schema import OllamaChat, OllamaGenerate
 from rabbit_engine.sessions import Request, Session
 from rabbit_engine.sessions.template import reads
+from rabbit_engine.sessions.thinking import MARKS
 
 Spoken = OllamaChat | OllamaGenerate
 
@@ -94,7 +95,7 @@ def has_reasoning(session: Session) -> bool:
 
 def template_reasons(template: str) -> bool:
     """Whether a chat template knows reasoning."""
-    return any(marks[1] in template for marks in THINKING) or reads(template, "enable_thinking")
+    return any(marks[1] in template for marks in MARKS) or reads(template, "enable_thinking")
 
 
 def _template(session: Session) -> str | None:

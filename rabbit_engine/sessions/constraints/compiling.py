@@ -86,6 +86,9 @@ class _Compiler:
         matcher, reason = self._matched(constraint)
         if not reason:
             return CompiledConstraint(constraint, matcher)
+        if constraint.kind == "either":
+            for part in json.loads(constraint.source):
+                self.compile(Constraint(**part))  # raises for the one that cannot be served
         if constraint.kind == "tools":
             for function in json.loads(constraint.source)["functions"]:
                 if why := self._why_not(function["parameters"]):

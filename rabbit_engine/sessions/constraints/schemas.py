@@ -97,6 +97,15 @@ def _children(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
             yield f"/{name}", found
 
 
+def moved_schema(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """A copy whose references hold where the schema stands at the JSON pointer `place` of another one."""
+    found: dict[str, Any] = json.loads(json.dumps(schema))
+    for _, part in _walk(found):
+        if isinstance(to := part.get("$ref"), str) and to.startswith("#"):
+            part["$ref"] = place + to[1:]
+    return found
+
+
 def _escaped(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 

@@ -12,6 +12,7 @@ from rabbit_engine.errors import ConstraintError, first_line
 from rabbit_engine.sessions.constraints.calls import lark_of_calls
 from rabbit_engine.sessions.constraints.library import open_library
 from rabbit_engine.sessions.constraints.schemas import read_schema
+from rabbit_engine.sessions.thinking import Thinking
 
 MOST_CHARACTERS = 2**17
 """Of a constraint. The worst schema of this length takes the library seconds, and nothing can interrupt it."""
@@ -19,30 +20,54 @@ MOST_CHARACTERS = 2**17
 _ON_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` writes it: each token may cost a pass, and where any whitespace is allowed it need not end."""
 
-Kind = Literal["schema", "regex", "choices", "grammar", "tools"]
+Kind = Literal["schema", "regex", "choices", "grammar", "tools", "either"]
+
+_THOUGHT = "THOUGHT: /(?s:.*)CLOSE/ & ~/(?s:.*)CLOSE(?s:.+)/"
+"""Any text up to the first closing mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be: `source` is a JSON schema, a regular expression, a JSON list of texts, a grammar, or
-    functions to call as JSON. `constraint_of` and `tool_constraint` make it of what callers write.
+    """What an answer must be: `source` is a JSON schema, a regular expression, a JSON list of texts, a grammar, functions to
+    call as JSON, or calls and another constraint as JSON. `constraint_of`, `tool_constraint` and `either_of` make it of what
+    callers write. With `thinking` the answer may begin with reasoning, and what follows it is constrained.
     """
 
     kind: Kind
     source: str
+    thinking: Thinking | None = None
 
     def program(self, *, drops_space: bool) -> str:
         """The grammar in llguidance's form. `drops_space`: the tokenizer leaves out a space that begins an answer.
 
         Raises ConstraintError for what cannot be written in it, and MissingExtraError.
         """
-        if not drops_space:
+        if self.thinking is None and not drops_space and self.kind != "either":
             return json.dumps({"grammars": [self._part()]})
-        if self.kind == "choices":  # one that begins with a space needs two
+        if drops_space and self.kind == "choices" and self.thinking is None:  # one that begins with a space needs two
             texts = json.loads(self.source)
             texts = [text for text in texts if not text.startswith(" ")] + [f" {text}" for text in texts]
             return json.dumps({"grammars": [{"lark_grammar": _any_of(texts)}]})
-        return json.dumps({"grammars": [{"lark_grammar": 'start: " "? @answer'}, {"name": "answer", **self._part()}]})
+        rules, others = self._rules("answer")
+        space = '" "? ' if drops_space else ""
+        lark = "\n".join(
+            [f"start: {space}answer", *rules] if self.thinking is None else [*_thought(self.thinking, space), *rules]
+        )
+        return json.dumps({"grammars": [{"lark_grammar": lark}, *others]})
+
+    def _rules(self, root: str) -> tuple[list[str], list[dict[str, Any]]]:
+        """The rule `root` with those that it needs, and grammars beside them. Rules of one grammar may begin alike."""
+        match self.kind:
+            case "schema":
+                return [f"{root}: %json {json.dumps(self._part()['json_schema'])}"], []
+            case "tools":
+                return lark_of_calls(json.loads(self.source), _ON_ONE_LINE, root), []
+            case "either":
+                calls, form = (Constraint(**part) for part in json.loads(self.source))
+                (calling, _), (forming, others) = calls._rules("calls"), form._rules("form")
+                return [f"{root}: calls | form", *calling, *forming], others
+            case _:
+                return [f"{root}: @{root}_apart"], [{"name": f"{root}_apart", **self._part()}]
 
     def _part(self) -> dict[str, Any]:
         if self.kind == "schema":
@@ -51,7 +76,7 @@ class Constraint:
         if self.kind == "choices":
             return {"lark_grammar": _any_of(json.loads(self.source))}
         if self.kind == "tools":
-            return {"lark_grammar": lark_of_calls(json.loads(self.source), _ON_ONE_LINE)}
+            return {"lark_grammar": "\n".join(lark_of_calls(json.loads(self.source), _ON_ONE_LINE))}
         return {"lark_grammar": self._lark()}
 
     def _lark(self) -> str:
@@ -77,6 +102,11 @@ def constraint_of(
     if isinstance(grammar, Constraint):
         return grammar
     return bounded(_READERS[names[0]](given[names[0]]))
+
+
+def either_of(calls: Constraint, form: Constraint) -> Constraint:
+    """Either calls, of `tool_constraint`, or an answer of a form."""
+    return bounded(Constraint("either", json.dumps([{"kind": each.kind, "source": each.source} for each in (calls, form)])))
 
 
 def bounded(constraint: Constraint) -> Constraint:
@@ -110,6 +140,13 @@ _READERS: Mapping[str, Any] = {
     "choices": _read_choices,
     "grammar": lambda given: _read_text("grammar", given),
 }
+
+
+def _thought(thinking: Thinking, space: str) -> list[str]:
+    """The rules of an answer with reasoning before it, which may be none unless it is begun already."""
+    begun = r"THOUGHT /\n{0,2}/ answer"
+    whole = f"start: {space}{begun}" if thinking.begun else f"start: {space}{json.dumps(thinking.begin)} {begun} | {space}answer"
+    return [whole, _THOUGHT.replace("CLOSE", re.escape(thinking.close).replace("/", r"\/"))]
 
 
 def _any_of(texts: Iterable[str]) -> str:
