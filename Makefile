@@ -79,6 +79,7 @@ OURS := \
   speculation_script \
   splitting \
   telling \
+  thinking \
   transfer \
   tree \
   units \

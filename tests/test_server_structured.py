@@ -11,6 +11,8 @@ from pydantic import BaseModel, Field
 from serving import NAME, post
 from smol import user
 
+from rabbit_engine import Session
+
 
 class City(BaseModel):
     name: str = Field(max_length=20)
@@ -128,6 +130,79 @@ def test_any_object_begins_with_a_brace(url: str) -> None:
         assert post(f"{url}/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"].startswith("{")
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def first(session: Session, text: str, value: float) -> dict[str, float]:
+    """A bias for or against beginning with a character."""
+    return {str(session.model.tokenizer(text, add_special_tokens=False)["input_ids"][0]): value}
+
+
+def test_with_tools_the_model_calls_one_or_answers_in_the_form(url: str, session: Session) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": QUESTION, "tools": [CHAT_TOOL], "response_format": STRICT}
+    asked |= {"max_tokens": 60, "parallel_tool_calls": False}
+    calls = post(f"{url}/v1/chat/completions", json={**asked, "logit_bias": first(session, "<", 100)}).json()["choices"][0]
+    assert json.loads(calls["message"]["tool_calls"][0]["function"]["arguments"])["unit"] in ("celsius", "kelvin")
+    body = {**asked, "logit_bias": first(session, "<", -100), "stream": True}
+    lines = post(f"{url}/v1/chat/completions", json=body).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    texts = [chunk["delta"]["content"] for chunk in chunks if chunk["delta"].get("content")]
+    City.model_validate_json("".join(texts))
+    assert (chunks[-1]["finish_reason"], len(texts) > 3) == ("stop", True)
+
+
+def test_anthropics_form_leaves_tools_to_be_called(url: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"name": "weather", "input_schema": WEATHER["parameters"]}
+    form = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    asked: dict[str, Any] = {"model": NAME, "messages": QUESTION, "tools": [tool], "output_config": form}
+    seen: list[Any] = []
+    own = session.request
+    monkeypatch.setattr(session, "request", lambda *given, **named: seen.append(named) or own(*given, **named))
+    whole = post(f"{url}/v1/messages", json={**asked, "max_tokens": 2})
+    assert (whole.status_code, seen[0]["grammar"].kind) == (200, "either")
+
+
+def test_a_template_whose_calls_are_not_known_is_a_reason(url: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = "{% for c in m.tool_calls or [] %}<fn={{ c.function.name }}>{% endfor %}"
+    other = f"{{% for m in messages %}}{{{{ m.content }}}}{calls}{{% endfor %}}"
+    monkeypatch.setattr(session.model.tokenizer, "chat_template", other)
+    asked = {"model": NAME, "messages": QUESTION, "tools": [CHAT_TOOL], "response_format": STRICT}
+    answer = post(f"{url}/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+    assert "not known here" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_offered_and_called(
+    url: str, session: Session, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for t in tools %}{{ t.function.name }} {% endfor %}" + str(session.model.tokenizer.chat_template)
+    monkeypatch.setattr(session.model.tokenizer, "chat_template", template)
+    other = {"type": "function", "function": {"name": "other", "parameters": WEATHER["parameters"]}}
+    seen: list[Any] = []
+    own, most = session.request, 40 if mode == "required" else 1
+    monkeypatch.setattr(session, "request", lambda *given, **named: seen.append(named) or own(*given, **named))
+    chat = {
+        "model": NAME,
+        "messages": user("Hi"),
+        "max_tokens": most,
+        "tools": [other, CHAT_TOOL],
+        "tool_choice": allowed(mode, "weather"),
+    }
+    answer = post(f"{url}/v1/chat/completions", json={**chat, "parallel_tool_calls": False}).json()
+    flat = [{"type": "function", **tool["function"]} for tool in (other, CHAT_TOOL)]
+    chosen = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "weather"}]}
+    asked = {"model": NAME, "input": "Hi", "tools": flat, "tool_choice": chosen, "max_output_tokens": most}
+    response = post(f"{url}/v1/responses", json={**asked, "parallel_tool_calls": False}).json()
+    assert [[tool["function"]["name"] for tool in one["tools"]] for one in seen] == [["weather"], ["weather"]]
+    assert len(response["tools"]) == 2
+    if mode == "required":
+        assert [call["function"]["name"] for call in answer["choices"][0]["message"]["tool_calls"]] == ["weather"]
+        assert [item["name"] for item in response["output"]] == ["weather"]
+
+
 UNSERVABLE = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}
 
 
@@ -147,7 +222,9 @@ UNSERVABLE = {"type": "object", "properties": {"a": {"type": "string", "pattern"
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tool_choice": "sometimes"}, "tool_choice", "expected"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [CHAT_TOOL]}, "tool_choice", "not among"),
-        ({"tools": [CHAT_TOOL], "response_format": STRICT}, "response_format", "calls no tools"),
+        ({"tools": [CHAT_TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "expected"),
+        ({"tools": [CHAT_TOOL], "tool_choice": allowed("auto", "x")}, "tool_choice", "'x' is not among"),
+        ({"tools": [CHAT_TOOL], "tool_choice": allowed("never", "weather")}, "tool_choice", "expected"),
         ({"tools": [CHAT_TOOL], "tool_choice": "required", "response_format": STRICT}, "tool_choice", "cannot follow"),
         ({"guided_json": SCHEMA, "ignore_eos": True}, None, "ignore_eos"),
     ],

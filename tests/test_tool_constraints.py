@@ -13,7 +13,18 @@ from vocabularies import glm4
 
 from rabbit_engine import Session, errors
 from rabbit_engine.server.calls import FoundCall, split_calls
-from rabbit_engine.sessions.constraints import TAGGED, compile_constraint, tool_constraint, tool_form_of
+from rabbit_engine.server.flow import Answer, AnswerFlow, AnswerForm
+from rabbit_engine.sessions import Piece
+from rabbit_engine.sessions.constraints import (
+    TAGGED,
+    ToolForm,
+    compile_constraint,
+    constraint_of,
+    either_of,
+    shows_other_calls,
+    tool_constraint,
+    tool_form_of,
+)
 
 WEATHER = {
     "type": "object",
@@ -123,3 +134,73 @@ def test_a_model_that_knows_no_tools_calls_one(smollm_model: Any, session: Sessi
     reply = session.chat("How warm is it in Rome?", grammar=forced, temperature=0, max_new_tokens=60)
     assert reply.finish_reason == "stop"
     assert [call.name for call in calls_of(reply.text)] == ["get_weather"]
+
+
+NAMED = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 5}}, "required": ["name"]}
+SIZED = {"type": "object", "properties": {"size": {"enum": [1, 2]}}, "required": ["size"]}
+
+
+def written(form: ToolForm, name: str, arguments: str) -> str:
+    return form.opening + form.head + json.dumps(name) + form.middle + arguments + form.tail + form.closing
+
+
+def read(text: str, begin: tuple[str, ...], step: int) -> Answer:
+    """What an interface reads from an answer in pieces."""
+    flow, answer = AnswerFlow(AnswerForm(("get_weather", "now"), calls_begin=begin)), Answer()
+    for at in range(0, len(text), step):
+        for delta in flow.push(Piece(text[at : at + step])):
+            answer.add(delta)
+    for delta in flow.end():
+        answer.add(delta)
+    return answer
+
+
+@pytest.mark.parametrize("schema", [NAMED, SIZED], ids=["named", "sized"])
+@pytest.mark.parametrize(
+    ("template", "special"), [(TAGS, ()), (LISTED, ("[TOOL_CALLS]",)), (BARE, ())], ids=["tags", "list", "bare"]
+)
+def test_an_answer_is_either_calls_or_of_a_schema(template: str, special: tuple[str, ...], schema: dict[str, Any]) -> None:
+    tokenizer = with_template(template, special)
+    form = constraint_of(schema=schema)
+    assert form is not None
+    either = either_of(tool_constraint(TOOLS, form=tool_form_of(tokenizer)), form)
+    constraint = compile_constraint(either, tokenizer, len(tokenizer) + 60, {tokenizer.eos_token_id})
+    for text in (written(tool_form_of(tokenizer), "now", "{}"), json.dumps({"name": "now"} if schema is NAMED else {"size": 1})):
+        begin = [tokenizer.convert_tokens_to_ids(name) for name in special if text.startswith(name)]
+        rest = text.removeprefix("".join(special))
+        ids = [5, 6, *begin, *tokenizer(rest, add_special_tokens=False)["input_ids"]]
+        processor = constraint.processor()
+        for length in range(2, len(ids)):
+            assert masks(processor, ids[:length], len(tokenizer) + 60)[0, ids[length]], text[: length - 2]
+    for seed in range(6):
+        if (text := drawn(constraint.processor(), tokenizer, seed, most=400)) is None:
+            continue
+        whole = read(text, either.calls_begin, len(text))
+        assert read(text, either.calls_begin, 1).text == whole.text
+        for call in whole.calls:
+            Draft202012Validator(WEATHER if call.name == "get_weather" else {"maxProperties": 0}).validate(
+                json.loads(call.arguments)
+            )
+        if not whole.calls:
+            Draft202012Validator(schema).validate(json.loads(whole.text))
+
+
+def test_a_schema_is_told_from_calls_as_soon_as_it_can_be() -> None:
+    form = constraint_of(schema=SIZED)
+    assert form is not None
+    flow = AnswerFlow(AnswerForm(("now",), calls_begin=either_of(tool_constraint(TOOLS), form).calls_begin))
+    assert flow.push(Piece('{"siz')) != []
+    bare = AnswerFlow(AnswerForm(("now",), calls_begin=('{"name": ',)))
+    assert (bare.push(Piece('{"')), bare.push(Piece("size")) != []) == ([], True)
+
+
+def test_a_part_that_cannot_be_served_is_named_in_either() -> None:
+    form = constraint_of(schema={"properties": {"a": {"not": {}}}})
+    assert form is not None
+    with pytest.raises(errors.ConstraintError, match="#/properties/a: not is not supported"):
+        compile_constraint(either_of(tool_constraint(TOOLS), form), glm4(), 1600, {1503})
+
+
+def test_a_template_with_calls_of_another_form_is_noticed() -> None:
+    found = {name: shows_other_calls(with_template(text)) for name, text in (("other", OTHER), ("tags", TAGS), ("none", None))}
+    assert found == {"other": True, "tags": False, "none": False}

@@ -37,12 +37,14 @@ class AnswerForm:
         most_calls: the number of calls after which others are dropped; None keeps all.
         thinking: the marks of the template's reasoning; None leaves it in the text.
         begun: whether the prompt itself ends with the first mark, so that the answer begins with reasoning.
+        calls_begin: texts with one of which an answer begins if it has calls; none if they may be anywhere.
     """
 
     names: Collection[str] = ()
     most_calls: int | None = None
     thinking: tuple[str, str] | None = None
     begun: bool = False
+    calls_begin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,10 @@ def form_of(session: Session, request: Request, names: Collection[str] = (), mos
     whether the answer begins with it."""
     constraint = request.constraint
     found = thinking_of(session.model.tokenizer, request.prompt.ids) if constraint is None else constraint.constraint.thinking
+    begin = () if constraint is None else constraint.constraint.calls_begin
     if found is None:
-        return AnswerForm(names, most_calls)
-    return AnswerForm(names, most_calls, (found.begin, found.close), found.begun)
+        return AnswerForm(names, most_calls, calls_begin=begin)
+    return AnswerForm(names, most_calls, (found.begin, found.close), found.begun, begin)
 
 
 class AnswerFlow:
@@ -91,6 +94,7 @@ class AnswerFlow:
 
     def __init__(self, form: AnswerForm) -> None:
         self._calls = CallReader(form.names, form.most_calls)
+        self._calls_begin, self._undecided = form.calls_begin, ""
         self._thinking = form.thinking
         self._thinks: bool | None = True if form.begun else None if form.thinking else False
         # None until the answer's beginning has shown it
@@ -154,8 +158,22 @@ class AnswerFlow:
         if self._trims:
             text = text.lstrip()
             self._trims = not text
+        text = self._decided(text, ended=ended)
         for part in (*self._calls.push(text), *(self._calls.end() if ended else ())):
             yield SpokenText(part.text) if isinstance(part, TextPart) else part
+
+    def _decided(self, text: str, *, ended: bool) -> str:
+        """The text, held back while it may begin calls or an answer without any."""
+        if not self._calls_begin:
+            return text
+        self._undecided += text
+        start = self._undecided.lstrip()
+        if not start.startswith(self._calls_begin):
+            if not ended and any(begin.startswith(start) for begin in self._calls_begin):
+                return ""
+            self._calls = CallReader(())
+        text, self._undecided, self._calls_begin = self._undecided, "", ()
+        return text
 
     def _reason(self, *, ended: bool) -> Iterator[Delta]:
         """Give out reasoning up to its end mark; afterwards the rest is held and `_thinks` is False."""

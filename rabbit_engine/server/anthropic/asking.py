@@ -13,6 +13,7 @@ from rabbit_engine.server.anthropic.schema import CountRequest, MessagesRequest
 from rabbit_engine.server.anthropic.tools import read_tools
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.flow import AnswerForm, form_of
+from rabbit_engine.server.openai.constraints import call_or_form
 from rabbit_engine.sessions import Request, Session
 from rabbit_engine.sessions.constraints import tool_constraint, tool_form_of
 from rabbit_engine.sessions.images import ImageProcessor
@@ -67,7 +68,8 @@ def _constraint(session: Session, asked: MessagesRequest, tools: list[dict[str, 
             raise RequestError(
                 400, "output_config.format: an answer cannot have a form and be a call", param="output_config.format"
             )
-        return {"schema": _schema(asked.format)}
+        schema = {"schema": _schema(asked.format)}
+        return {"grammar": call_or_form(session, tools, schema, parallel=asked.most_calls != 1)} if tools else schema
     if choice is None or not forced:
         return {}
     if choice.type == "tool" and choice.name is None:

@@ -62,17 +62,15 @@ def generate_question(session: Session, name: str, asked: OllamaGenerate) -> Que
 
 
 def _form(session: Session, request: Request, asked: Spoken, names: Sequence[str] = ()) -> AnswerForm:
-    """How to read the answer; one of a given format is all text."""
-    return AnswerForm() if asked.format is not None else form_of(session, request, names)
+    """How to read the answer; one of a given format has no calls."""
+    return form_of(session, request, () if asked.format is not None else names)
 
 
 def thinking_variables(session: Session, name: str, asked: Spoken) -> dict[str, object]:
     """The variables of the chat template that turn reasoning on or off, or say how much. Raises RequestError if there is no
-    such choice. An answer of a given format is not preceded by reasoning."""
+    such choice. An answer of a given format is preceded by reasoning only if that is wanted."""
     think, thinks = asked.think, has_reasoning(session)
-    if asked.format is not None:
-        if think:
-            raise RequestError(400, "think and format exclude each other: the format is that of the whole answer", param="think")
+    if asked.format is not None and think is None:
         think = False if thinks else None
     if think is None:
         return {}

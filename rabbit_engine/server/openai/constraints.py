@@ -11,8 +11,16 @@ from typing import Any
 from rabbit_engine.errors import ConstraintError, MissingExtraError
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai.fields import unsupported
+from rabbit_engine.server.openai.tools import forced_name
 from rabbit_engine.sessions import Session
-from rabbit_engine.sessions.constraints import tool_constraint, tool_form_of
+from rabbit_engine.sessions.constraints import (
+    Constraint,
+    constraint_of,
+    either_of,
+    shows_other_calls,
+    tool_constraint,
+    tool_form_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +115,11 @@ _READERS = MappingProxyType({"response_format": format_of, "structured_outputs":
 def forced_call(
     session: Session, choice: Any, tools: Sequence[Mapping[str, Any]], form: Forced, *, parallel: bool = True
 ) -> Forced:
-    """What `tool_choice` adds to the form that an answer must have. Raises RequestError."""
-    wanted = _name_in(choice)
+    """What `tool_choice` and tools add to the form that an answer must have: a call instead, or the choice of one. `tools` are
+    those that may be called. Raises RequestError."""
+    wanted = forced_name(choice)
     if wanted is None:
-        if form is not FREE and tools:
-            told = f'an answer that follows {form.field} calls no tools: give tool_choice "none", or no tools'
-            raise unsupported(form.field, told)
-        return form
+        return form if form is FREE or not tools else _call_or_form(session, tools, form, parallel=parallel)
     if form is not FREE:
         raise RequestError(400, f"tool_choice: a call is forced, which cannot follow {form.field} too", param="tool_choice")
     forced = Forced("tool_choice", {})
@@ -123,19 +129,17 @@ def forced_call(
     return Forced("tool_choice", {"grammar": constraint})
 
 
-def _name_in(choice: Any) -> str | None:
-    """The function that must be called, "required" for any, None if none must. Raises RequestError."""
-    if choice in (None, "", "none", "auto"):
-        return None
-    if choice in ("required", "any"):
-        return "required"
-    if isinstance(choice, Mapping):
-        if choice.get("type") == "allowed_tools":
-            inner = choice.get("allowed_tools", choice)
-            return _name_in(inner.get("mode") if isinstance(inner, Mapping) else None)
-        function = choice.get("function", choice)
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if choice.get("type") == "function" and isinstance(name, str) and name not in ("", "required"):
-            return name
-    told = 'tool_choice: expected "none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
-    raise RequestError(400, told, param="tool_choice")
+def _call_or_form(session: Session, tools: Sequence[Mapping[str, Any]], form: Forced, *, parallel: bool) -> Forced:
+    with form.errors():
+        constraint = call_or_form(session, tools, form.options, parallel=parallel)
+    return Forced(form.field, {"grammar": constraint})
+
+
+def call_or_form(session: Session, tools: Sequence[Mapping[str, Any]], form: Mapping[str, Any], *, parallel: bool) -> Constraint:
+    """Either calls in the model's own form, or an answer of a form, which is in the session's options. Raises ConstraintError."""
+    tokenizer = session.model.tokenizer
+    own = constraint_of(**form)
+    if own is None or shows_other_calls(tokenizer):
+        told = "the chat template writes calls in a form that is not known here, so that an answer of a form calls no tools"
+        raise ConstraintError(f'{told}: give tool_choice "none", or no tools')
+    return either_of(tool_constraint(tools, "required", tool_form_of(tokenizer), parallel=parallel), own)

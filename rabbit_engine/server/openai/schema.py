@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationError
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai.fields import check_fields, unsupported
 from rabbit_engine.server.openai.generating import MOST, Asked, Continuing, Kind, invalid, template_variables
-from rabbit_engine.server.openai.tools import check_tools
+from rabbit_engine.server.openai.tools import allowed_of, check_tools
 from rabbit_engine.sessions import MOST_ALTERNATIVES
 
 MOST_INPUTS = 2048
@@ -69,8 +69,8 @@ class ChatRequest(Continuing):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told about."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        """The tools that the model is told about: those that it may call. Raises RequestError."""
+        return allowed_of(self.tool_choice, self.tools or [])
 
     @property
     def tool_names(self) -> list[str]:
@@ -100,8 +100,6 @@ class ChatRequest(Continuing):
 
     def refuse_unsupported(self) -> None:
         """Raise for fields that would change the answer and are not supported."""
-        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "allowed_tools":
-            raise unsupported("tool_choice", "offer only the tools that are allowed")
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         check_tools(self.tools or [])

@@ -11,6 +11,7 @@ from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai.constraints import FREE, Forced, format_of
 from rabbit_engine.server.openai.fields import unsupported
 from rabbit_engine.server.openai.generating import MOST, Generating, template_variables
+from rabbit_engine.server.openai.tools import allowed_of
 from rabbit_engine.server.responses.items import read_items
 from rabbit_engine.sessions import MOST_ALTERNATIVES
 
@@ -94,12 +95,9 @@ class ResponseRequest(Generating):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told about, in the form of chats."""
-        if self.tool_choice == "none":
-            return []
+        """The tools that the model is told about: those that it may call, in the form of chats. Raises RequestError."""
         found = [_as_chat_tool(tool, f"tools.{index}") for index, tool in enumerate(self.tools or [])]
-        allowed = self._allowed_names()
-        return [tool for tool in found if allowed is None or tool["function"]["name"] in allowed]
+        return allowed_of(self.tool_choice, found)
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:
@@ -138,16 +136,6 @@ class ResponseRequest(Generating):
             raise unsupported("text.verbosity", "ask for it in words")
         for index, tool in enumerate(self.tools or []):
             _as_chat_tool(tool, f"tools.{index}")
-
-    def _allowed_names(self) -> set[str] | None:
-        """The functions that `tool_choice` restricts calls to; None allows all."""
-        choice = self.tool_choice
-        if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
-            return None
-        tools = choice.get("tools")
-        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise RequestError(400, "tool_choice.tools: expected a list of tools", param="tool_choice.tools")
-        return {str(tool.get("name")) for tool in tools}
 
 
 def _as_chat_tool(tool: Any, where: str) -> dict[str, Any]:

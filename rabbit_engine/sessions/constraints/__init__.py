@@ -2,8 +2,8 @@
 
 from rabbit_engine.sessions.constraints.compiling import CompiledConstraint, compile_constraint
 from rabbit_engine.sessions.constraints.processor import ConstrainedTokens
-from rabbit_engine.sessions.constraints.spec import Constraint, constraint_of
-from rabbit_engine.sessions.constraints.tools import TAGGED, ToolForm, tool_constraint, tool_form_of
+from rabbit_engine.sessions.constraints.spec import Constraint, constraint_of, either_of
+from rabbit_engine.sessions.constraints.tools import TAGGED, ToolForm, shows_other_calls, tool_constraint, tool_form_of
 
 __all__ = [
     "TAGGED",
@@ -13,6 +13,8 @@ __all__ = [
     "ToolForm",
     "compile_constraint",
     "constraint_of",
+    "either_of",
+    "shows_other_calls",
     "tool_constraint",
     "tool_form_of",
 ]

@@ -55,6 +55,19 @@ class Constraint:
         )
         return json.dumps({"grammars": [{"lark_grammar": lark}, *others]})
 
+    @property
+    def calls_begin(self) -> tuple[str, ...]:
+        """How each call in an answer begins that is either calls or of a form, with and without names of special tokens, which
+        texts may leave out; empty for other constraints."""
+        if self.kind != "either":
+            return ()
+        form = json.loads(json.loads(self.source)[0]["source"])["form"]
+        begin = form["opening"] + form["head"] if form["opening"] else '{"name": '
+        plain = begin
+        for name, _ in form["special"]:
+            plain = plain.replace(name, "")
+        return begin.lstrip(), plain.lstrip()
+
     def _rules(self, root: str) -> tuple[list[str], list[dict[str, Any]]]:
         """The rule `root` with those that it needs, and grammars beside them. Rules of one grammar may begin alike."""
         match self.kind:

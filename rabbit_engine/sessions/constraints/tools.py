@@ -41,7 +41,7 @@ TAGGED = ToolForm()
 """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Qwen's and Hermes', and that of most without an own one."""
 
 _USER = {"role": "user", "content": "Call them."}
-_PROBES = [
+_PROBES: list[dict[str, Any]] = [
     {"id": "probe0001", "type": "function", "function": {"name": "probe_one", "arguments": {"probe": "value"}}},
     {"id": "probe0002", "type": "function", "function": {"name": "probe_two", "arguments": {"probe": "value"}}},
 ]
@@ -57,16 +57,22 @@ def tool_form_of(tokenizer: Any) -> ToolForm:
     return _with_special(TAGGED, tokenizer)
 
 
-def _rendered(tokenizer: Any, calls: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation with these calls, through the chat template; empty if that fails."""
+def shows_other_calls(tokenizer: Any) -> bool:
+    """Whether the chat template gives calls a form that is not known here, so that they can be neither forced nor found."""
+    told, called = _rendered(tokenizer, _PROBES[:1], called=False), _rendered(tokenizer, _PROBES[:1])
+    name = _PROBES[0]["function"]["name"]
+    return called.count(name) > told.count(name) and _CALL.search(called) is None
+
+
+def _rendered(tokenizer: Any, calls: Sequence[Mapping[str, Any]], *, called: bool = True) -> str:
+    """A conversation with these calls, or one that only offers them, through the chat template; empty if that fails."""
     empty = {"type": "object", "properties": {}}
     functions = [{"name": call["function"]["name"], "description": "Probes.", "parameters": empty} for call in calls]
+    answer = {"role": "assistant", "content": "", **({"tool_calls": list(calls)} if called else {})}
     try:
         return str(
             tokenizer.apply_chat_template(
-                [_USER, {"role": "assistant", "content": "", "tool_calls": list(calls)}],
-                tools=[{"type": "function", "function": function} for function in functions],
-                tokenize=False,
+                [_USER, answer], tools=[{"type": "function", "function": function} for function in functions], tokenize=False
             )
         )
     except Exception:  # noqa: BLE001 - a template is arbitrary code
