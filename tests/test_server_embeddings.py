@@ -105,6 +105,25 @@ def test_the_server_and_a_batch_embed_as_the_session_does(embedding_folder: Any,
     assert (wide.status_code, wide.json()["error"]["param"]) == (400, "dimensions")
 
 
+def test_texts_are_scored_by_the_similarity_of_their_vectors(embedding_folder: Any, streamed: Any) -> None:
+    folder = embedding_folder("mean_tokens", normalize=False)
+    make_tokenizer().save_pretrained(folder)
+    texts = ["hello", "help", "xyz"]
+    with Session(streamed(folder)) as session, serving(session) as url:
+        vectors = session.embed(texts)
+        expected = torch.cosine_similarity(vectors[:1], vectors[1:]).tolist()
+        for asked in ({"text_1": texts[0], "text_2": texts[1:]}, {"queries": [texts[0]] * 2, "documents": texts[1:]}):
+            found = post(f"{url}/v1/score", json=asked).json()
+            assert [each["score"] for each in found["data"]] == expected
+            assert [each["index"] for each in found["data"]] == [0, 1]
+            assert found["usage"]["total_tokens"] == sum(map(len, texts))  # each text once
+        same = post(f"{url}/score", json={"text_1": "abc", "text_2": "abc"}).json()
+        assert same["data"][0]["score"] == pytest.approx(1, abs=1e-5)
+        refused = post(f"{url}/v1/score", json={"text_1": "a", "text_2": "b", "activation": "sigmoid"})
+        assert (refused.status_code, "takes no activation" in refused.text) == (400, True)
+    assert expected[0] != expected[1]
+
+
 def test_unknown_ways_of_embedding_are_reported(embedding_folder: Any) -> None:
     folder = embedding_folder("median_tokens")
     with pytest.raises(errors.ConfigurationError, match="median"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 from collections.abc import Iterator
@@ -120,6 +121,44 @@ def test_the_server_takes_data_urls_and_fetches_nothing(session: Session, oracle
             assert answer.status_code == 400
             assert told in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] == "messages.0.content"
+
+
+def test_every_api_shows_images_of_users_and_of_tools(session: Session) -> None:
+    image, other = picture(6), picture(7)
+    data = base64.b64encode(as_bytes(image)).decode()
+    result = [{"role": "tool", "tool_call_id": "call00001", "content": shown(image)}]
+    call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {}}}
+    turns = [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "", "tool_calls": [call]}, *result]
+    expected = {len(one): session.chat(one, max_new_tokens=8) for one in (asked(image), turns)}
+    assert session.chat(asked(other), max_new_tokens=8).text != expected[1].text
+    named = {"call_id": "call00001"}
+    output = [{"type": "input_image", "image_url": as_url(as_bytes(image))}, {"type": "input_text", "text": "w5 w6 w7"}]
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": "w8"},
+        {"type": "function_call", "name": "look", "arguments": "{}", **named},
+    ]
+    source = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+    blocks = [{"type": "text", "text": "w5 w6 w7"}, source]
+    used = {"role": "assistant", "content": [{"type": "tool_use", "id": "call00001", "name": "look", "input": {}}]}
+    answered = {"type": "tool_result", "tool_use_id": "call00001", "content": blocks}
+    with serving(session) as url:
+        for given in (
+            [{"role": "user", "content": output}],
+            [*items, {"type": "function_call_output", "output": output, **named}],
+        ):
+            found = post(f"{url}/v1/responses", json={"input": given, "max_output_tokens": 8}).json()
+            assert found["output"][0]["content"][0]["text"] == expected[min(3, len(given))].text
+        bad = post(
+            f"{url}/v1/responses", json={"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]}
+        )
+        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input.0.content")
+        talk = [{"role": "user", "content": "w8"}, used, {"role": "user", "content": [answered]}]
+        body = {"model": "test/smol", "messages": talk}
+        tokens = post(f"{url}/v1/messages/count_tokens", json=body).json()["input_tokens"]
+        whole = post(f"{url}/v1/messages", json={**body, "max_tokens": 8}).json()
+    assert tokens == whole["usage"]["input_tokens"] == expected[3].prompt_tokens
+    told = [*turns[:2], {**result[0], "content": [*reversed(shown(image))]}]
+    assert whole["content"][0]["text"] == session.chat(told, max_new_tokens=8).text
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused_undecoded(session: Session) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError, PromptTooLongError
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -106,8 +106,7 @@ class Session(TaskMethods):
         """The number of requests that may be under way or waiting."""
 
         apart = bool(model.config.is_encoder_decoder)
-        parts = runtime.computes_parts
-        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, parts)
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
@@ -170,7 +169,7 @@ class Session(TaskMethods):
         """Encode a conversation, truncated if it is too long and truncation is on. Raises as `chat` does."""
         chosen, template = self._split(options)
         self._template.check(template)
-        conversation = read_messages(messages, with_images=self._images.takes_images)
+        conversation = read_messages(messages, with_images=self.takes_images)
         if has_images(conversation):  # which no truncation keeps whole
             ids, inputs = self._images.encode(conversation, template)
             prompt = Prompt(ids, self._limits.answer_tokens(len(ids), chosen.max_new_tokens), inputs=inputs)
@@ -203,7 +202,7 @@ class Session(TaskMethods):
         template. Raises ConfigurationError."""
         _, template = self._split(template)
         self._template.check(template)
-        conversation = read_messages(messages, with_images=self._images.takes_images)
+        conversation = read_messages(messages, with_images=self.takes_images)
         if has_images(conversation):
             return len(self._images.encode(conversation, template)[0])
         return len(self._encoder.encode_messages(conversation, template, bounded=False))
@@ -273,6 +272,11 @@ class Session(TaskMethods):
         return self._overflow == "truncate"
 
     @property
+    def takes_images(self) -> bool:
+        """Whether messages may have images."""
+        return self._images.takes_images
+
+    @property
     def progress(self) -> PassProgress | None:
         """The progress of the current pass."""
         return self.model.progress
@@ -321,10 +325,7 @@ class Session(TaskMethods):
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        demand = self._demand(prompt)
-        generation = Generation(
-            self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint, part_rows=demand.chunk
-        )
+        generation = Generation(self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint)
 
         def answer() -> None:
             text.begin()
@@ -347,19 +348,7 @@ class Session(TaskMethods):
                 ),
             )
 
-        return Job(answer, end, demand, seed=request.options.seed)
-
-    def _demand(self, prompt: Prompt) -> Demand:
-        """That of a prompt, in parts if it does not fit whole. Raises PromptTooLongError for one with images that does not."""
-        if not prompt.inputs:
-            return self._room.demand(len(prompt.ids), prompt.answer_tokens)
-        whole = Demand(len(prompt.ids), prompt.answer_tokens)
-        if self._room.parts and not self._room.fits([whole]):
-            raise PromptTooLongError(
-                f"{len(prompt.ids)} tokens with images and {prompt.answer_tokens} of the answer do not fit in memory at once: "
-                "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
-            )
-        return whole
+        return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in order; the first failure is raised and cancels the rest."""

@@ -34,7 +34,8 @@ def prepared(session: Session, asked: ResponseRequest) -> Request:
     tools, parallel = asked.offered_tools, asked.parallel_tool_calls is not False
     forced = forced_call(session, asked.tool_choice, tools, asked.form, parallel=parallel)
     with forced.errors():
-        return session.request(asked.conversation_messages(), **given, **asked.options(), **forced.options)
+        messages = asked.conversation_messages(with_images=session.takes_images)
+        return session.request(messages, **given, **asked.options(), **forced.options)
 
 
 class Answering:

@@ -10,6 +10,7 @@ from typing import Any
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.sessions import read_messages
+from rabbit_engine.sessions.images import image_of_part, read_image
 from rabbit_engine.sessions.messages import read_content
 
 _SYSTEMS = ("system", "developer")
@@ -18,13 +19,14 @@ _SYSTEM_BREAK = "\n\n"
 Item = Mapping[str, Any]
 
 
-def read_items(given: str | Sequence[Any], instructions: str | None) -> list[dict[str, Any]]:
+def read_items(given: str | Sequence[Any], instructions: str | None, *, with_images: bool = False) -> list[dict[str, Any]]:
     """The messages in the form of chat templates; `instructions` go first, in one message with a system's that follows.
+    `with_images` reads images of users and of functions' outputs instead of rejecting them.
 
     Raises RequestError that names the place.
     """
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    reader = _Reader()
+    reader = _Reader(with_images=with_images)
     try:
         for index, item in enumerate(items):
             reader.add(item, f"input.{index}")
@@ -33,7 +35,7 @@ def read_items(given: str | Sequence[Any], instructions: str | None) -> list[dic
             found = _with_instructions(instructions, found)
         if not found:
             raise RequestError(400, "input: there is no message", param="input")
-        return read_messages(found)
+        return read_messages(found, with_images=with_images)
     except ConfigurationError as error:
         raise RequestError(400, str(error), param=str(error).partition(":")[0]) from error
 
@@ -48,7 +50,8 @@ def _with_instructions(instructions: str, found: list[dict[str, Any]]) -> list[d
 class _Reader:
     """Joins the items of one turn of the model: its reasoning, its text and its calls are one message of a chat."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_images: bool) -> None:
+        self._with_images = with_images
         self._messages: list[dict[str, Any]] = []
         self._turn: dict[str, Any] = {}
         self._names: dict[str, str] = {}
@@ -90,11 +93,12 @@ class _Reader:
             raise RequestError(400, told, param=f"{where}.role")
         if content is None:
             raise RequestError(400, f"{where}.content: a message needs a content", param=f"{where}.content")
-        text = read_content(content, f"{where}.content")
         if role != "assistant":
             self._end_turn()
-            self._messages.append({"role": role, "content": text})
+            read = self._shown if role == "user" else read_content
+            self._messages.append({"role": role, "content": read(content, f"{where}.content")})
             return
+        text = read_content(content, f"{where}.content")
         if {"content", "tool_calls"} & set(self._turn):
             self._end_turn()
         self._turn["content"] = text
@@ -115,8 +119,21 @@ class _Reader:
         if output is None:
             raise RequestError(400, f"{where}.output: the output of a call is missing", param=f"{where}.output")
         self._end_turn()
-        message = {"role": "tool", "tool_call_id": call_id, "content": read_content(output, f"{where}.output")}
+        message = {"role": "tool", "tool_call_id": call_id, "content": self._shown(output, f"{where}.output")}
         self._messages.append({**message, "name": self._names[call_id]} if call_id in self._names else message)
+
+    def _shown(self, content: Any, where: str) -> str | list[dict[str, Any]]:
+        """The text of what the model is shown; parts, if there are images among them."""
+        parts = content if isinstance(content, list) else []
+        images = [image_of_part(part) if self._with_images else None for part in parts]
+        if not any(image is not None for image in images):
+            return read_content(content, where)
+        return [
+            {"type": "text", "text": read_content([part], where)}
+            if image is None
+            else {"type": "image", "image": read_image(image, where)}
+            for part, image in zip(parts, images, strict=True)
+        ]
 
     def _reasoning(self, item: Item, where: str) -> None:
         """Only its text: summaries are another model's, and what is encrypted cannot be read."""

@@ -121,9 +121,9 @@ class ResponseRequest(Generating):
         """The chat template's variables that the client sets."""
         return template_variables(self.chat_template_kwargs)
 
-    def conversation_messages(self) -> list[dict[str, Any]]:
+    def conversation_messages(self, *, with_images: bool) -> list[dict[str, Any]]:
         """The messages in the form of chat templates. Raises RequestError."""
-        return read_items(self.input, self.instructions)
+        return read_items(self.input, self.instructions, with_images=with_images)
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for fields that would change the answer and are not supported."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rabbit_engine.server.errors import RequestError
 from rabbit_engine.server.openai import wire
 from rabbit_engine.server.openai.schema import EmbeddingRequest
@@ -16,6 +18,7 @@ from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.forwards import Started
 from rabbit_engine.sessions.works import Work
 from rabbit_engine.tasks.classification import Classification, labeller_of
+from rabbit_engine.tasks.heads import SEQUENCES, has_head
 from rabbit_engine.tasks.reranking import Relevance
 from rabbit_engine.tasks.scoring import Score
 
@@ -98,17 +101,36 @@ def rerank(session: Session, model: str, asked: RerankRequest, *, with_documents
 
 
 def score(session: Session, model: str, asked: ScoreRequest) -> TaskAnswer:
-    """Relevance of pairs, or likelihoods of texts. Raises as `Session.rerank` and `Session.score`."""
+    """Relevance of pairs, or likelihoods of texts; of pairs for a checkpoint that embeds, how similar their vectors are.
+
+    Raises as `Session.rerank`, `Session.embed` and `Session.score`.
+    """
     pairs = asked.pairs
     if pairs is None:
         return _likelihoods(session, model, asked)
+    if session.embedder is not None and not has_head(session.model, SEQUENCES):
+        return _similarities(session, model, asked, pairs)
     work = session.ranking(pairs, instruction=asked.instruction, activation=asked.function, truncation=asked.truncation)
+    return TaskAnswer(work, lambda found: _scores(model, [each.score for each in found], work.tokens))
 
-    def body(found: Sequence[Relevance]) -> Body:
-        data = [{"index": each.index, "object": "score", "score": each.score} for each in found]
-        return _listed("score", model, data, work.tokens)
+
+def _similarities(session: Session, model: str, asked: ScoreRequest, pairs: Sequence[tuple[str, str]]) -> TaskAnswer:
+    """The cosine of the angle between the vectors of each pair; each text is embedded once."""
+    if asked.function not in (None, "none") or asked.instruction is not None:
+        raise RequestError(400, f"{model} embeds texts: it takes no activation and no instruction", param="activation")
+    places = {text: index for index, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+    work = session.embedding(list(places), truncation=asked.truncation)
+
+    def body(vectors: torch.Tensor) -> Body:
+        firsts, seconds = (vectors[[places[pair[side]] for pair in pairs]] for side in (0, 1))
+        return _scores(model, torch.cosine_similarity(firsts, seconds, dim=-1).tolist(), work.tokens)
 
     return TaskAnswer(work, body)
+
+
+def _scores(model: str, scores: Sequence[float], tokens: int) -> Body:
+    data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
+    return _listed("score", model, data, tokens)
 
 
 def _likelihoods(session: Session, model: str, asked: ScoreRequest) -> TaskAnswer:
