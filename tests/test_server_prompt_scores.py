@@ -36,6 +36,22 @@ def test_an_echo_has_the_log_probabilities_of_its_prompt(client: openai.OpenAI, 
         assert told.text_offset == [len("".join((told.tokens or [])[:index])) for index in range(len(ids) + most)]
 
 
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_streamed_echo_adds_up_to_the_whole_one(client: openai.OpenAI, most: int) -> None:
+    asked: Any = {"model": NAME, "prompt": [TEXT, "Hi"], "echo": True, "logprobs": 1, "max_tokens": most, "temperature": 0}
+    whole = client.completions.create(**asked)
+    *chunks, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert last.usage == whole.usage
+    for choice in whole.choices:
+        parts = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        assert (parts[0].text, parts[-1].finish_reason) == (asked["prompt"][choice.index], choice.finish_reason)
+        told = [part.logprobs for part in parts if part.logprobs is not None]
+        assert choice.logprobs is not None
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [value for one in told for value in getattr(one, name)] == getattr(choice.logprobs, name), name
+
+
 def test_prompts_are_scored_in_vllms_form(url: str, session: Session) -> None:
     prompts = [session.encode(TEXT), [5]]
     body = {"model": NAME, "prompt": prompts, "prompt_logprobs": 2, "max_tokens": 1, "n": 2, "seed": 1}
@@ -57,8 +73,7 @@ def test_prompts_are_scored_in_vllms_form(url: str, session: Session) -> None:
     ("body", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
-        ({"echo": True, "max_tokens": 0, "stream": True}, "stream"),
+        ({"prompt_logprobs": 1, "stream": True}, "stream"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -134,7 +134,7 @@ class Taken(Generic[Parsed, T]):
         self.count_tokens(sum(len(request.prompt.ids) for request in requests))
         return events
 
-    async def follow(self, events: Events) -> AsyncIterator[Heard]:
+    async def follow(self, events: Events) -> AsyncGenerator[Heard, None]:
         """The events of a stream, and silences. Raises what the session raises."""
         async for heard in follow(events, self.served.session, self._service.ending):
             if isinstance(heard, tuple):

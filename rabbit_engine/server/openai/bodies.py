@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rabbit_engine.server.flow import AnswerFlow, AnswerForm, form_of
 from rabbit_engine.server.openai import wire as words
@@ -73,11 +74,9 @@ class Bodies:
     ) -> dict[str, object]:
         """A whole completion; `scores` are those of `prompt_work`."""
         wire = Wire("text_completion", self._name, self._session.model.tokenizer)
-        rest = iter(scores)
-        own = [next(rest) if scores and len(request.prompt.ids) > 1 else None for request in requests[:: asked.choices]]
+        own = _each_score(asked, requests, scores)
         choices = [
-            self._text_choice(wire, asked, requests[index], index, reply, own[index // asked.choices])
-            for index, reply in enumerate(replies)
+            self._text_choice(wire, asked, requests[index], index, reply, own[index]) for index, reply in enumerate(replies)
         ]
         return {**wire.body(choices, replies), "usage": words.usage_of_prompts(replies, asked.choices)}
 
@@ -95,6 +94,15 @@ class Bodies:
             choice["prompt_logprobs"] = wire.prompt_logprobs(prompt, ranks, asked.prompt_logprobs)
         return choice
 
+    def echoes(
+        self, wire: Wire, asked: CompletionRequest, requests: Sequence[Request], scores: Sequence[Score]
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """For each answer, the echo that begins it and its log probabilities."""
+        for request, score in zip(requests, _each_score(asked, requests, scores), strict=True):
+            is_told = asked.echo and asked.logprobs is not None
+            found = wire.echoed_logprobs(_scored_tokens(request, score), (), asked.logprobs or 0) if is_told else None
+            yield self.echo(asked, request), found
+
     def echo(self, asked: CompletionRequest, request: Request) -> str:
         """The prompt's text if the answer should begin with it, else an empty one."""
         return str(self._session.model.tokenizer.decode(request.prompt.ids, skip_special_tokens=True)) if asked.echo else ""
@@ -103,6 +111,13 @@ class Bodies:
 def without_answer(request: Request) -> Reply:
     """The reply to a request for no tokens."""
     return Reply("", (), "length", len(request.prompt.ids), cut_tokens=request.prompt.cut_tokens)
+
+
+def _each_score(asked: CompletionRequest, requests: Sequence[Request], scores: Sequence[Score]) -> list[Score | None]:
+    """The score of each request's prompt; several answers share one, and prompts of one token have none."""
+    rest = iter(scores)
+    own = [next(rest) if scores and len(request.prompt.ids) > 1 else None for request in requests[:: asked.choices]]
+    return [own[index // asked.choices] for index in range(len(requests))]
 
 
 def _scored_tokens(request: Request, score: Score | None) -> list[TokenLogprob]:

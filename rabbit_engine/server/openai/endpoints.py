@@ -95,10 +95,10 @@ class OpenAIEndpoints:
         async with self._service.take(request, lambda body: parse(CompletionRequest, body), prepare) as taken:
             _, requests, work = taken.prepared
             events = None if taken.asked.max_tokens == 0 else taken.submit(requests)
-            if taken.asked.stream and events is not None:
-                return taken.stream(text_stream(taken, events))
             if work is not None:
                 taken.count_tokens(work.tokens)
+            if taken.asked.stream:
+                return taken.stream(text_stream(taken, events))
             return await taken.whole(text_whole(taken, events))
 
     async def embed(self, request: Request) -> Response:

@@ -147,8 +147,8 @@ class CompletionRequest(Continuing):
             raise unsupported("best_of", "use n")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError(400, "max_tokens: 0 needs echo, or there is nothing to answer", param="max_tokens")
-        if self.stream and (self.prompt_alternatives is not None or self.max_tokens == 0):
-            raise unsupported("stream", "log probabilities of a prompt, and an echo alone, come in whole answers")
+        if self.stream and self.prompt_logprobs is not None:
+            raise unsupported("stream", "prompt_logprobs come in whole answers: stream echo with logprobs")
 
 
 class LoadRequest(Asked):
