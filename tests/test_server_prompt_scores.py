@@ -52,6 +52,15 @@ def test_a_streamed_echo_adds_up_to_the_whole_one(client: openai.OpenAI, most: i
             assert [value for one in told for value in getattr(one, name)] == getattr(choice.logprobs, name), name
 
 
+def test_a_stream_shows_that_it_lives_while_its_prompt_is_scored(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rabbit_engine.server.streams.SILENCE_S", 0.001)
+    body = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": 0, "stream": True}
+    text = post(f"{url}/v1/completions", json=body).text
+    assert text.startswith(": ")
+    assert text.endswith("data: [DONE]\n\n")
+    assert json.loads(text[text.index("data: ") + 6 :].partition("\n")[0])["choices"][0]["text"] == TEXT
+
+
 def test_prompts_are_scored_in_vllms_form(url: str, session: Session) -> None:
     prompts = [session.encode(TEXT), [5]]
     body = {"model": NAME, "prompt": prompts, "prompt_logprobs": 2, "max_tokens": 1, "n": 2, "seed": 1}

@@ -135,7 +135,7 @@ async def _comments(task: asyncio.Future[Any], session: Session) -> AsyncGenerat
     """Comments in the silence until a task is done; it is cancelled with them."""
     try:
         while not (await asyncio.wait([task], timeout=streams.SILENCE_S))[0]:
-            yield Silence(session.progress).comment()
+            yield Silence.of_pass(session.progress, None).comment()
     finally:
         task.cancel()
 
