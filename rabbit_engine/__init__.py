@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from rabbit_engine.model.capabilities import Capabilities, capabilities
     from rabbit_engine.planning.plan import Plan
+    from rabbit_engine.prefixes import PrefixStore
     from rabbit_engine.sessions import Options, Reply, Session
     from rabbit_engine.sessions.constrained import constrain
     from rabbit_engine.sessions.llm import LLM
@@ -51,6 +52,7 @@ __all__ = [
     "MultiTokenHeads",
     "Options",
     "Plan",
+    "PrefixStore",
     "Profile",
     "RabbitError",
     "Reply",
@@ -83,6 +85,7 @@ _HOMES = {
     "MultiTokenHeads": "decoding",
     "Options": "sessions",
     "Plan": "planning.plan",
+    "PrefixStore": "prefixes",
     "Profile": "streaming",
     "Reply": "sessions",
     "SamplingParams": "sessions.params",

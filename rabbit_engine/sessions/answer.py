@@ -34,6 +34,7 @@ class Reply:
     reached) or "cancelled". `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and
     `seconds` count from the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that
     ended the answer, None if none did. `answer` is the text without the reasoning before it, which begins at `answer_begins`.
+    `cached_tokens` of the prompt were read from the prefix store.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Reply:
     seconds: float = 0.0
     stop: str | None = None
     answer_begins: int = 0
+    cached_tokens: int = 0
 
     def __str__(self) -> str:
         return self.text

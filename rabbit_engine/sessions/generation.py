@@ -13,9 +13,11 @@ from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
+from rabbit_engine.sessions.known_prefixes import KnownPrefixes, KnownText
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
+from rabbit_engine.transformers_bridge.forwards import cache_argument
 from rabbit_engine.transformers_bridge.generation import refused_by_generate
 
 TakeToken = Callable[[int, TokenLogprob | None], bool]
@@ -39,6 +41,7 @@ class Generation(StoppingCriteria):
         speculate: Speculate = None,
         constraint: CompiledConstraint | None = None,
         part_rows: int | None = None,
+        prefixes: KnownPrefixes | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
@@ -47,6 +50,8 @@ class Generation(StoppingCriteria):
         self._part_rows = {} if part_rows is None else {"prefill_chunk_size": part_rows}
         self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
+        self._prefixes = None if prompt.inputs else prefixes
+        self._known: KnownText | None = None
         self.is_complete = False
         """Whether the constraint allowed nothing after the last token."""
 
@@ -66,6 +71,8 @@ class Generation(StoppingCriteria):
 
     def _generate(self) -> None:
         ids = torch.tensor([self._prompt.ids], device=self._model.device)
+        if self._prefixes is not None:
+            self._known = self._prefixes.begin(self._prompt.ids)
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -82,7 +89,13 @@ class Generation(StoppingCriteria):
             **_add_to_checkpoint(self._model, self._options),
             **self._speculate,
             **self._part_rows,
+            **({} if self._known is None else cache_argument(self._model.forward, self._known.cache)),
         )
+
+    @property
+    def cached_tokens(self) -> int:
+        """The tokens of the prompt that were read from the prefix store."""
+        return 0 if self._known is None else self._known.tokens
 
     def _processors(self) -> list[LogitsProcessor]:
         options = self._options
@@ -94,6 +107,8 @@ class Generation(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
         """Pass on the newest of `input_ids` [1, length]; True [1] where the answer ends."""
+        if self._known is not None and not self._has_begun:
+            self._known.keep()
         self._has_begun = True
         token = int(input_ids[0, -1])
         stops = self._take(token, None if self._recorder is None else self._recorder.of(token))

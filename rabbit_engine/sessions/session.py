@@ -20,6 +20,7 @@ from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.planning.demand import Demand
+from rabbit_engine.prefixes import PrefixStore
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
 from rabbit_engine.sessions.constrained import compiled_for
 from rabbit_engine.sessions.encoding import Encoder, require_text_generation
@@ -29,6 +30,7 @@ from rabbit_engine.sessions.forwards import Forwards
 from rabbit_engine.sessions.futures import Promise, computing_job, own_error
 from rabbit_engine.sessions.generation import Generation, ends_of
 from rabbit_engine.sessions.images import ImageProcessor
+from rabbit_engine.sessions.known_prefixes import known_prefixes
 from rabbit_engine.sessions.messages import has_images, read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
@@ -62,6 +64,8 @@ class Session(TaskMethods):
         overflow: what to do with a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" drops the oldest
             messages (never the system's) or the beginning of a text, and reports how much in `Reply.cut_tokens`.
         speculate: "auto" or a draft: guess several tokens for each pass to verify; None does what the model was loaded with.
+        prefix_store: keeps what was computed for the beginnings of prompts, also for later sessions. Prompts are then computed
+            in parts of its blocks, where the model can, with the results of `model.generate(ids, prefill_chunk_size=256)`.
         exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
             but results then differ from `model.generate` by rounding.
 
@@ -83,6 +87,7 @@ class Session(TaskMethods):
         overflow: Overflow = "refuse",
         speculate: Speculate = None,
         exact: bool = True,
+        prefix_store: PrefixStore | None = None,
     ) -> None:
         runtime = runtime_of(model)
         if overflow not in ("refuse", "truncate"):
@@ -115,6 +120,7 @@ class Session(TaskMethods):
         self._limits = Limits(self._room.most_tokens, own, whole, apart)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
+        self._prefixes = None if prefix_store is None else known_prefixes(model, prefix_store)
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
 
     # The methods for most uses.
@@ -325,7 +331,18 @@ class Session(TaskMethods):
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        generation = Generation(self.model, prompt, request.options, ends, text.take, self._speculate, request.constraint)
+        demand = self._demand(prompt)
+        generation = Generation(
+            self.model,
+            prompt,
+            request.options,
+            ends,
+            text.take,
+            self._speculate,
+            request.constraint,
+            part_rows=demand.chunk,
+            prefixes=self._prefixes,
+        )
 
         def answer() -> None:
             text.begin()
@@ -337,18 +354,31 @@ class Session(TaskMethods):
                 return
             if rest := text.rest():
                 tell(index, Piece(rest))
-            tell(
-                index,
-                text.reply(
-                    len(prompt.ids),
-                    prompt.cut_tokens,
-                    cancelled=failure is not None,
-                    complete=generation.is_complete,
-                    thinking=request.thinking,
-                ),
+            reply = text.reply(
+                len(prompt.ids),
+                prompt.cut_tokens,
+                cancelled=failure is not None,
+                complete=generation.is_complete,
+                thinking=request.thinking,
             )
+            tell(index, replace(reply, cached_tokens=generation.cached_tokens))
 
-        return Job(answer, end, Demand(len(prompt.ids), prompt.answer_tokens), seed=request.options.seed)
+        return Job(answer, end, demand, seed=request.options.seed)
+
+    def _demand(self, prompt: Prompt) -> Demand:
+        """That of a prompt, in parts if it does not fit whole or if they are stored. Raises PromptTooLongError for one with images
+        that does not fit."""
+        if not prompt.inputs:
+            found = self._room.demand(len(prompt.ids), prompt.answer_tokens)
+            stored = self._prefixes is not None and self._room.parts and found.prompt > self._prefixes.block_tokens
+            return replace(found, chunk=self._prefixes.block_tokens) if stored and self._prefixes is not None else found
+        whole = Demand(len(prompt.ids), prompt.answer_tokens)
+        if self._room.parts and not self._room.fits([whole]):
+            raise PromptTooLongError(
+                f"{len(prompt.ids)} tokens with images and {prompt.answer_tokens} of the answer do not fit in memory at once: "
+                "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
+            )
+        return whole
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in order; the first failure is raised and cancels the rest."""

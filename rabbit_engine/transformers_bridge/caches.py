@@ -90,6 +90,13 @@ def shows_its_keys(cache: Cache) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def growing_layers(cache: Cache) -> dict[int, DynamicLayer] | None:
+    """The layers that hold keys and values of all tokens, by index; None if another layer holds anything."""
+    found = {index: layer for index, layer in enumerate(cache.layers) if not isinstance(layer, _EMPTY)}
+    plain = {index: layer for index, layer in found.items() if type(layer) is DynamicLayer}
+    return plain if plain and len(plain) == len(found) else None
+
+
 def is_recording(cache: Cache) -> bool:
     """Whether a layer keeps what it no longer sees."""
     return any(getattr(layer, "record_past", False) for layer in cache.layers)

@@ -1,0 +1,121 @@
+"""What a session's model computed for the beginnings of prompts: read from a prefix store, and written to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from rabbit_engine.model.protocols import SessionModel
+from rabbit_engine.model.runtime import Runtime, runtime_of
+from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore
+from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.caches import growing_layers
+
+logger = logging.getLogger(__name__)
+
+
+class KnownPrefixes:
+    """The blocks of `model` in `store`. Only those of prompts are written, never of answers: a block has the same bits whenever
+    it is computed, if prompts are computed in parts of `block_tokens`."""
+
+    def __init__(self, model: SessionModel, space: PrefixSpace) -> None:
+        self._model, self._space = model, space
+        self.block_tokens = space.block_tokens
+        """The tokens of a block."""
+
+    def begin(self, ids: Sequence[int]) -> KnownText:
+        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute."""
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        prefix = self._space.find(ids)
+        prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens))
+        restored = _fill(cache, prefix, self._model.device) if len(prefix) else 0
+        return KnownText(self._space, ids, cache, restored * self.block_tokens)
+
+
+class KnownText:
+    """A text under way: `cache` holds the first `tokens` of its prompt."""
+
+    def __init__(self, space: PrefixSpace, ids: Sequence[int], cache: DynamicCache, tokens: int) -> None:
+        self._space, self._ids = space, ids
+        self.cache, self.tokens = cache, tokens
+
+    def keep(self) -> None:
+        """Store the whole blocks of the prompt that were computed. Call it once, after the first pass."""
+        size = self._space.block_tokens
+        for index in range(self.tokens // size, len(self._ids) // size):
+            at = slice(index * size, (index + 1) * size)
+            block = {name: states[0, :, at].detach() for name, states in _states(self.cache).items()}
+            if not self._space.write(self._ids, index, block):
+                return
+
+
+def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | None:
+    """The prefixes of a session's model; None, with a line in the log, for one whose caches cannot be cut into blocks."""
+    runtime = runtime_of(model)
+    if reason := _why_none(model, runtime):
+        logger.warning("prompts are not stored: %s", reason)
+        return None
+    return KnownPrefixes(model, store.space(_identity(model, runtime), runtime.checkpoint.request.repo.name))
+
+
+def _why_none(model: SessionModel, runtime: Runtime) -> str:
+    if not runtime.partition.computes_parts:
+        return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
+    if growing_layers(DynamicCache(config=model.config.get_text_config())) is None:
+        return f"layers of {type(model).__name__} forget tokens, or keep states of the whole text"
+    if getattr(model, "_hf_peft_config_loaded", False) or not isinstance(model, runtime.architecture.cls):
+        return "an adapter is loaded"
+    return ""
+
+
+def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
+    """All that the states of a text depend on: the weights' files, and how the model computes."""
+    entries = runtime.partition.weights.entries
+    files = {place.path for entry in entries.values() for place in entry.places}
+    stated = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    weights = sorted((name, str(entry.dtype), entry.shape, repr(entry.encoding)) for name, entry in entries.items())
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        "class": type(model).__name__,
+        "files": _digest(stated),
+        "weights": _digest(weights),
+        "config": _digest(config),
+        "dtype": str(runtime.dtype),
+        "attention": str(attention_of(model.config)),
+        "device": runtime.device.type,
+        "torch": torch.__version__,
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _states(cache: DynamicCache) -> Mapping[str, torch.Tensor]:
+    """Keys and values [1, heads, tokens, width] of each layer, by name."""
+    layers: Any = growing_layers(cache) or {}
+    return {f"{index}.{kind}": getattr(layer, kind) for index, layer in layers.items() for kind in ("keys", "values")}
+
+
+def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
+    """Put the blocks of `prefix` into a new cache; how many could be read."""
+    found: dict[str, torch.Tensor] = {}
+    count, size = 0, prefix.tokens // len(prefix)
+    for block in prefix.blocks():
+        for name, states in block.items():
+            if name not in found:
+                heads, _, width = states.shape
+                found[name] = torch.empty(1, heads, prefix.tokens, width, dtype=states.dtype, device=device)
+            found[name][0, :, count * size : (count + 1) * size] = states
+        count += 1
+    if count:
+        for index in growing_layers(cache) or {}:
+            keys, values = (found[f"{index}.{kind}"][:, :, : count * size] for kind in ("keys", "values"))
+            cache.update(keys, values, index)
+    return count

@@ -1,0 +1,175 @@
+"""Sessions with a prefix store: beginnings seen before are read, and answers are the same with and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import words
+
+from rabbit_engine import Lookup, PrefixStore, Session
+from rabbit_engine.config import Cut
+from rabbit_engine.planning import budget
+from rabbit_engine.planning.parts import layer_ring_bytes
+
+BLOCK = 8
+ASKED: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def _room_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PrefixStore]:
+    with PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK) as store:
+        yield store
+
+
+@pytest.fixture
+def load(streamed: Any) -> Any:
+    """Load in the smallest budget, with every matrix a unit."""
+
+    def loaded(folder: Any, **keywords: Any) -> Any:
+        model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=64, **keywords)
+        model.tokenizer = words(96)
+        return model
+
+    return loaded
+
+
+def prompt(tokens: int, seed: int = 1) -> list[int]:
+    return [int(token) for token in torch.randint(5, 90, (tokens,), generator=torch.Generator().manual_seed(seed))]
+
+
+def alone(model: Any, ids: list[int]) -> tuple[int, ...]:
+    found = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0, prefill_chunk_size=BLOCK)
+    return tuple(found[0, len(ids) :].tolist())
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gpt2", "phi3", "glm4"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_beginning_seen_before_is_read_and_the_answer_stays(
+    checkpoint: Any, load: Any, store: PrefixStore, family: str
+) -> None:
+    model = load(checkpoint(family))
+    first = prompt(37)
+    second = first[:30] + prompt(20, 2)
+    expected = [alone(model, first), alone(model, second)]
+    with Session(model, prefix_store=store) as session:
+        new = session.generate([first], **ASKED)[0]
+        assert store.flush(30)
+        again, other = (session.generate([ids], **ASKED)[0] for ids in (first, second))
+    assert [new.cached_tokens, again.cached_tokens, other.cached_tokens] == [0, 32, 24]
+    assert [new.tokens, again.tokens, other.tokens] == [expected[0], expected[0], expected[1]]
+
+
+def test_answers_are_bit_equal_with_and_without_the_store(checkpoint: Any, load: Any, store: PrefixStore) -> None:
+    """Probabilities too: a block has the same bits whichever text computed it."""
+    model = load(checkpoint("llama"))
+    first = prompt(70)
+    texts = [first[:33], first, first[:50] + prompt(9, 3), first[:16]]
+    asked = ASKED | {"logprobs": 3}
+    with Session(model, prefix_store=store) as session:
+        cold = []
+        for ids in texts:
+            store.clear()
+            cold.append(session.generate([ids], **asked)[0])
+            assert store.flush(30)
+        assert not any(reply.cached_tokens for reply in cold)
+        session.generate([first], **asked)
+        assert store.flush(30)
+        warm = session.generate(texts, **asked)
+    assert [reply.cached_tokens for reply in warm] == [32, 64, 48, 8]
+    assert [reply.logprobs for reply in warm] == [reply.logprobs for reply in cold]
+
+
+def test_another_session_and_a_damaged_block(checkpoint: Any, load: Any, store: PrefixStore, tmp_path: Path) -> None:
+    model, ids = load(checkpoint("llama")), prompt(41)
+    with Session(model, prefix_store=store) as session:
+        expected = session.generate([ids], **ASKED)[0].tokens
+    assert store.flush(30)
+    files = sorted((tmp_path / "prefixes").rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 4  # in the last tensor
+        file.write_bytes(data)
+        with (
+            PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK) as other,
+            Session(model, prefix_store=other) as session,
+        ):
+            reply = session.generate([ids], **ASKED)[0]
+            assert reply.tokens == expected
+            assert reply.cached_tokens < 40
+            assert other.flush(30)
+        with (
+            PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK) as other,
+            Session(model, prefix_store=other) as session,
+        ):
+            assert session.generate([ids], **ASKED)[0].cached_tokens == 40
+
+
+@pytest.mark.parametrize("speculate", [None, Lookup(nodes=8)], ids=["plain", "speculated"])
+def test_drawn_answers_and_speculation_are_those_without_the_store(
+    checkpoint: Any, load: Any, store: PrefixStore, speculate: Any
+) -> None:
+    model = load(checkpoint("llama"))
+    texts = [prompt(20) + prompt(20), prompt(20) + prompt(30, 5)]
+    asked: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0.8, "seed": 4}
+    found = []
+    with Session(model, prefix_store=store, speculate=speculate) as session:
+        for _ in range(2):
+            found.append(session.generate(texts, **asked))
+            assert store.flush(30)
+    assert [[reply.tokens for reply in replies] for replies in found[:1]] * 2 == [
+        [reply.tokens for reply in each] for each in found
+    ]
+    assert all(reply.cached_tokens for reply in found[1])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "qwen3_next", "mamba"])
+def test_models_that_forget_store_nothing_and_say_so(
+    checkpoint: Any, streamed: Any, store: PrefixStore, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = streamed(checkpoint(family))
+    model.tokenizer = words(96)
+    with Session(model, prefix_store=store) as session:
+        assert [session.generate([prompt(30)], **ASKED)[0].cached_tokens for _ in range(2)] == [0, 0]
+    assert "prompts are not stored: " in caplog.text
+    assert store.models() == []
+
+
+def test_without_a_ring_for_a_layer_prompts_are_computed_whole_and_stored(
+    checkpoint: Any, streamed: Any, store: PrefixStore
+) -> None:
+    model = streamed(checkpoint("llama"), cut=Cut(least_bytes=1, rest_share=0.0))
+    model.tokenizer = words(96)
+    ids = prompt(41)
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with Session(model, prefix_store=store) as session:
+        replies = []
+        for _ in range(2):
+            replies += session.generate([ids], **ASKED)
+            assert store.flush(30)
+    assert [reply.tokens for reply in replies] == [tuple(plain[0, 41:].tolist())] * 2
+    assert replies[1].cached_tokens == 40
+
+
+def test_another_model_never_finds_them(checkpoint: Any, own_checkpoint: Any, load: Any, store: PrefixStore) -> None:
+    ids = prompt(41)
+    for folder in (checkpoint("llama"), own_checkpoint("llama", initializer_range=0.3)):
+        with Session(load(folder), prefix_store=store) as session:
+            assert session.generate([ids], **ASKED)[0].cached_tokens == 0
+            assert store.flush(30)
+    with Session(load(checkpoint("llama"), attn_implementation="eager"), prefix_store=store) as session:
+        assert session.generate([ids], **ASKED)[0].cached_tokens == 0
+    assert len(store.models()) == 2
