@@ -94,6 +94,10 @@ def test_answers_are_bit_equal_with_and_without_the_store(checkpoint: Any, load:
 
 def test_another_session_and_a_damaged_block(checkpoint: Any, load: Any, store: PrefixStore, tmp_path: Path) -> None:
     model, ids = load(checkpoint("llama")), prompt(41)
+
+    def again() -> PrefixStore:
+        return PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK)
+
     with Session(model, prefix_store=store) as session:
         expected = session.generate([ids], **ASKED)[0].tokens
     assert store.flush(30)
@@ -172,4 +176,15 @@ def test_another_model_never_finds_them(checkpoint: Any, own_checkpoint: Any, lo
             assert store.flush(30)
     with Session(load(checkpoint("llama"), attn_implementation="eager"), prefix_store=store) as session:
         assert session.generate([ids], **ASKED)[0].cached_tokens == 0
-    assert len(store.models()) == 2
+    assert len(store.models()) == 3
+
+
+def test_an_adapter_computes_other_states(checkpoint: Any, load: Any, store: PrefixStore, adapter: Path) -> None:
+    model, ids = load(checkpoint("llama")), prompt(41)
+    with Session(model, prefix_store=store) as session:
+        session.generate([ids], **ASKED)
+        assert store.flush(30)
+        model.load_adapter(str(adapter))
+        found = session.generate([ids], **ASKED)[0]
+    assert found.cached_tokens == 0
+    assert found.tokens == alone(model, ids)

@@ -18,6 +18,7 @@ from rabbit_engine.batches.window import Answered, Window
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.model.protocols import SessionModel
+from rabbit_engine.prefixes import PrefixStore
 from rabbit_engine.server.openai.bodies import Bodies
 from rabbit_engine.sessions import Session
 from rabbit_engine.sessions.encoding import require_text_generation
@@ -130,7 +131,13 @@ class BatchJob:
         """The number of lines that failed before and are answered again."""
         return self._target.retried
 
-    def run(self, model: SessionModel, on_progress: Callable[[BatchProgress], None] | None = None) -> BatchReport:
+    def run(
+        self,
+        model: SessionModel,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+        *,
+        prefix_store: PrefixStore | None = None,
+    ) -> BatchReport:
         """Answer the lines that are left."""
         self._require_task(model)
         choices, most = self._choices, 2 * self._choices.max_requests
@@ -141,6 +148,7 @@ class BatchJob:
             max_new_tokens=choices.max_new_tokens,
             overflow=choices.overflow,
             exact=choices.exact,
+            prefix_store=prefix_store,
         ) as session:
             window = Window(session, Bodies(session, self._name), choices.task, self._name, most)
             self._began_s = time.monotonic()

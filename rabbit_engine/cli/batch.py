@@ -13,6 +13,7 @@ import typer
 
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
+from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
 
 if TYPE_CHECKING:
     from rabbit_engine.batches import BatchProgress
@@ -34,6 +35,7 @@ def batch(
     max_new_tokens: options.MaxNewTokens = 1024,
     overflow: options.Overflow = "refuse",
     share_products: options.ShareProducts = False,
+    prefix_store: PrefixStoreSize = None,
     retry_failed: Annotated[bool, typer.Option(help="Answer the lines again that failed before.")] = False,
     *,
     loading: Annotated[Loading, CONVERSATION],
@@ -59,8 +61,8 @@ def batch(
         if opened.retried:
             output.note(f"{opened.retried} failed before: answered again")
         if not opened.is_done:
-            with loaded(model, loading.for_conversations()) as streamed, _told() as tell:
-                opened.run(streamed, tell)
+            with loaded(model, loading.for_conversations()) as streamed, opened_store(prefix_store) as store, _told() as tell:
+                opened.run(streamed, tell, prefix_store=store)
         output.note(str(opened.report()))
 
 

@@ -14,6 +14,7 @@ import typer
 
 from rabbit_engine.cli import engine, options
 from rabbit_engine.cli.loading import CONVERSATION, Loading, takes_loading
+from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
 from rabbit_engine.errors import ConfigurationError
 
 
@@ -28,6 +29,7 @@ def chat(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
+    prefix_store: PrefixStoreSize = None,
     history: Annotated[bool, typer.Option(help="Save a history of typed lines to a file.")] = True,
     *,
     loading: Annotated[Loading, CONVERSATION],
@@ -44,7 +46,8 @@ def chat(
     screen.note(f"loading {model} ...")
     with (
         engine.model.AutoModel.from_pretrained(model, **loading.for_conversations().keywords()) as streamed,
-        engine.sessions.Session(streamed, max_requests=1, overflow="truncate") as session,
+        opened_store(prefix_store) as store,
+        engine.sessions.Session(streamed, max_requests=1, overflow="truncate", prefix_store=store) as session,
     ):
         require_template(streamed, model)
         screen.note(streamed.plan.reason + ("\n/help lists the commands" if at_terminal else ""))

@@ -13,6 +13,7 @@ import typer
 
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
+from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.extras import missing_extra
 from rabbit_engine.utils.names import read_name
@@ -39,6 +40,7 @@ def serve(
     max_new_tokens: options.MaxNewTokens = 1024,
     overflow: options.Overflow = "refuse",
     share_products: options.ShareProducts = False,
+    prefix_store: PrefixStoreSize = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose web pages may use the server.")] = None,
     *,
     loading: Annotated[Loading, CONVERSATION],
@@ -55,35 +57,36 @@ def serve(
     listen.check_port(host, port)
     log = None if access_log is None else listen.AccessLog(access_log)
 
-    answering = {
+    answering: dict[str, Any] = {
         "max_requests": max_requests,
         "max_queue": max_queue,
         "max_new_tokens": max_new_tokens,
         "overflow": overflow,
         "exact": not share_products,
     }
-    offered = _Offered(named, loading, answering)
-    hosted = listen.Host(
-        list(named),
-        offered.open,
-        default=default,
-        most_loaded=max_loaded,
-        keep_alive_s=math.inf if keep_alive is None else keep_alive,
-        most_waiting=max_queue,
-        describe=offered.describe,
-    )
-    if len(named) == 1:
-        hosted.preload(hosted.default)
-    with closing(hosted):
-        listen.run(
-            hosted,
-            host=host,
-            port=port,
-            keys=keys,
-            access_log=log,
-            origins=allow_origin or [],
-            on_ready=lambda url: output.note(f"{', '.join(named)}: {url} (a page to chat with), {url}v1"),
+    with opened_store(prefix_store) as store:
+        offered = _Offered(named, loading, {**answering, "prefix_store": store})
+        hosted = listen.Host(
+            list(named),
+            offered.open,
+            default=default,
+            most_loaded=max_loaded,
+            keep_alive_s=math.inf if keep_alive is None else keep_alive,
+            most_waiting=max_queue,
+            describe=offered.describe,
         )
+        if len(named) == 1:
+            hosted.preload(hosted.default)
+        with closing(hosted):
+            listen.run(
+                hosted,
+                host=host,
+                port=port,
+                keys=keys,
+                access_log=log,
+                origins=allow_origin or [],
+                on_ready=lambda url: output.note(f"{', '.join(named)}: {url} (a page to chat with), {url}v1"),
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,11 @@ class KnownPrefixes:
         self.block_tokens = space.block_tokens
         """The tokens of a block."""
 
-    def begin(self, ids: Sequence[int]) -> KnownText:
-        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute."""
+    def begin(self, ids: Sequence[int]) -> KnownText | None:
+        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute. None while
+        an adapter is loaded: it computes other states."""
+        if _has_adapter(self._model):
+            return None
         cache = DynamicCache(config=self._model.config.get_text_config())
         prefix = self._space.find(ids)
         prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens))
@@ -69,9 +72,12 @@ def _why_none(model: SessionModel, runtime: Runtime) -> str:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
     if growing_layers(DynamicCache(config=model.config.get_text_config())) is None:
         return f"layers of {type(model).__name__} forget tokens, or keep states of the whole text"
-    if getattr(model, "_hf_peft_config_loaded", False) or not isinstance(model, runtime.architecture.cls):
-        return "an adapter is loaded"
-    return ""
+    return "an adapter wraps the model" if not isinstance(model, runtime.architecture.cls) else ""
+
+
+def _has_adapter(model: SessionModel) -> bool:
+    """Whether an adapter was loaded into the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:

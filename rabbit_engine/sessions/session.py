@@ -366,8 +366,8 @@ class Session(TaskMethods):
         return Job(answer, end, demand, seed=request.options.seed)
 
     def _demand(self, prompt: Prompt) -> Demand:
-        """That of a prompt, in parts if it does not fit whole or if they are stored. Raises PromptTooLongError for one with images
-        that does not fit."""
+        """That of a prompt, in parts if it does not fit whole or if parts are stored. Raises PromptTooLongError for one with
+        images that does not fit."""
         if not prompt.inputs:
             found = self._room.demand(len(prompt.ids), prompt.answer_tokens)
             stored = self._prefixes is not None and self._room.parts and found.prompt > self._prefixes.block_tokens

@@ -11,12 +11,13 @@ import resource
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel
-from rabbit_engine.model import long_prompts
+from rabbit_engine.streaming.parts import run_in_parts
 
 
 def main() -> None:
@@ -41,13 +42,13 @@ def load(folder: Path, engine: str, tokens: int, parts: list[int]) -> Any:
     """The model; what it computes in parts is counted in `parts`."""
     if engine == "transformers":
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    run = long_prompts.run_in_parts
+    run = run_in_parts
 
     def counted(source: Any, works: Any, layer_of: Any) -> None:
         parts.append(len(works))
         run(source, works, layer_of)
 
-    long_prompts.run_in_parts = counted
+    mock.patch("rabbit_engine.model.long_prompts.run_in_parts", counted).start()
     return AutoModel.from_pretrained(folder, device="cpu", max_seq_len=tokens + 1)
 
 

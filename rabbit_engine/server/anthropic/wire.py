@@ -46,16 +46,21 @@ class MessageWire:
 
     def end(self, reply: Reply, *, calls: int) -> str:
         """The last two events."""
-        delta = {"type": "message_delta", "delta": self._stop_of(reply, calls), "usage": self._usage(len(reply.tokens))}
+        delta = {"type": "message_delta", "delta": self._stop_of(reply, calls), "usage": self._usage_of(reply)}
         return event(delta) + event({"type": "message_stop"})
 
     def body(self, content: Sequence[Mapping[str, Any]], reply: Reply) -> dict[str, Any]:
         """A whole answer."""
         calls = sum(block["type"] == "tool_use" for block in content)
-        return {**self._head, "content": content, **self._stop_of(reply, calls), "usage": self._usage(len(reply.tokens))}
+        return {**self._head, "content": content, **self._stop_of(reply, calls), "usage": self._usage_of(reply)}
 
-    def _usage(self, answer: int) -> dict[str, Any]:
-        return {"input_tokens": self._prompt_tokens, **_NO_CACHE, "output_tokens": answer}
+    def _usage(self, answer: int, cached: int = 0) -> dict[str, Any]:
+        read = {"cache_read_input_tokens": cached}
+        return {"input_tokens": self._prompt_tokens - cached, **_NO_CACHE, **read, "output_tokens": answer}
+
+    def _usage_of(self, reply: Reply) -> dict[str, Any]:
+        """Tokens that were read from the prefix store are not among the input's."""
+        return self._usage(len(reply.tokens), reply.cached_tokens)
 
     def _stop_of(self, reply: Reply, calls: int) -> dict[str, Any]:
         if reply.finish_reason == "length":

@@ -101,17 +101,19 @@ def event(body: Mapping[str, object]) -> str:
 
 def usage(replies: Sequence[Reply]) -> dict[str, object]:
     """Token counts. A prompt with several answers counts once."""
-    prompt = max((reply.prompt_tokens for reply in replies), default=0)
-    return _usage(prompt, sum(len(reply.tokens) for reply in replies))
+    prompt, cached = (max((getattr(reply, name) for reply in replies), default=0) for name in ("prompt_tokens", "cached_tokens"))
+    return _usage(prompt, sum(len(reply.tokens) for reply in replies), cached)
 
 
 def usage_of_prompts(replies: Sequence[Reply], choices: int) -> dict[str, object]:
     """The same for several prompts, each answered `choices` times."""
-    return _usage(sum(reply.prompt_tokens for reply in replies[::choices]), sum(len(reply.tokens) for reply in replies))
+    prompt, cached = (sum(getattr(reply, name) for reply in replies[::choices]) for name in ("prompt_tokens", "cached_tokens"))
+    return _usage(prompt, sum(len(reply.tokens) for reply in replies), cached)
 
 
-def _usage(prompt: int, answer: int) -> dict[str, object]:
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+def _usage(prompt: int, answer: int, cached: int = 0) -> dict[str, object]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return counts | ({"prompt_tokens_details": {"cached_tokens": cached}} if cached else {})
 
 
 def reason(reply: Reply) -> str:

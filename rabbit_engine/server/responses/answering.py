@@ -113,7 +113,7 @@ class Answering:
         prompt, answer = self.reply.prompt_tokens, len(self.reply.tokens)
         return {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.reply.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": answer,
             "output_tokens_details": {"reasoning_tokens": self._flow.reasoning_tokens},
             "total_tokens": prompt + answer,
