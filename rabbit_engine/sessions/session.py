@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import ConfigurationError, PromptTooLongError
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -111,7 +111,8 @@ class Session(TaskMethods):
         """The number of requests that may be under way or waiting."""
 
         apart = bool(model.config.is_encoder_decoder)
-        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart)
+        parts = runtime.computes_parts
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, parts)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
