@@ -46,7 +46,7 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 """The runs of each lane by task and name."""
 
 app = typer.Typer(add_completion=False)
-Model = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+Model = Annotated[Path, typer.Argument(exists=True, file_okay=False, resolve_path=True)]
 Within = Annotated[str, typer.Option(help="A command that runs each lane, such as one that lets other work wait.")]
 Share = Annotated[float, typer.Option(help="The fraction of the weights' bytes that streamed and offloaded models get.")]
 Dtype = Annotated[str, typer.Option(help="The dtype of the weights; as in the checkpoint by default.")]

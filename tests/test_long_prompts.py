@@ -174,6 +174,15 @@ def test_what_does_not_fit_whole_is_computed_in_the_largest_parts_that_do(
         answer(model, ids)
 
 
+def test_a_wrong_size_is_left_to_transformers(checkpoint: Any, parted: Any, plain: Any) -> None:
+    model, own = parted(checkpoint("llama")), plain(checkpoint("llama"))
+    for size in (0, -3, "8"):
+        with pytest.raises(Exception, match=".") as theirs:  # noqa: PT011 - whatever it is
+            answer(own, prompt(), prefill_chunk_size=size)
+        with pytest.raises(type(theirs.value)):
+            answer(model, prompt(), prefill_chunk_size=size)
+
+
 @pytest.mark.parametrize("given", [{"output_hidden_states": True}, {"attention_mask": torch.tensor([[0] + [1] * 119])}], ids=str)
 def test_what_cannot_be_in_parts_is_refused_if_it_does_not_fit(
     checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, given: Any

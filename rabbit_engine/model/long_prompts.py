@@ -66,6 +66,9 @@ def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config:
         return False
     if cache is not None and not _is_plain(cache, runtime):
         return False
+    chunk = asked("prefill_chunk_size")
+    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+        return False  # transformers says what is wrong with it
     if asked("use_cache") is False or asked("cache_implementation") not in (None, "dynamic"):
         return False
     return not any(asked(name) for name in (*_BEFORE_THE_LOOP, "output_attentions", "output_hidden_states"))
