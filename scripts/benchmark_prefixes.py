@@ -32,7 +32,7 @@ def main(
     with (
         tempfile.TemporaryDirectory() as folder,
         PrefixStore(folder, 10**11, block_tokens=BLOCK_TOKENS) as store,
-        AutoModel.from_pretrained(model, device="cpu", max_memory=memory, max_seq_len=first + turns * (new + 40)) as loaded,
+        AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded,
         Session(loaded, max_requests=1) as without,
         Session(loaded, max_requests=1, prefix_store=store) as stored,
     ):

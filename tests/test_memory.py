@@ -251,7 +251,7 @@ def test_neither_freed_tensors_nor_prompts_of_ever_new_lengths_grow_the_process(
     done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
     of_tensors, of_kernels = map(int, done.stdout.split())
     assert of_tensors < 4 * 2**20  # left to glibc: 20 MB
-    assert of_kernels < 10 * 2**20  # all kernels kept: 60 MB
+    assert of_kernels < 20 * 2**20  # all kernels kept: 60 MB
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the threads of a process are counted in /proc")
