@@ -16,10 +16,10 @@ OURS := \
   attention_script \
   batch \
   benchmark_tasks \
+  call_ids \
   chat \
   chat_screen \
   chat_terminal \
-  call_ids \
   claude_code \
   cli \
   cuda_script \
@@ -84,6 +84,7 @@ OURS := \
   tree \
   units \
   untouched
+
 # Those that run one mechanism over every model or task, and those that touch everything once: scripts/newest_tests.py chooses.
 BREADTH := converted matrix task_table tokenization_conversations tokenization_families
 SMOKE := bridge bridge_loading classes public session_tasks streaming tasks

@@ -19,13 +19,6 @@ BLOCK = 8
 ASKED: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
 
 
-@pytest.fixture(autouse=True)
-def _room_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
-    )
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[PrefixStore]:
     with PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK) as store:
@@ -33,11 +26,15 @@ def store(tmp_path: Path) -> Iterator[PrefixStore]:
 
 
 @pytest.fixture
-def load(streamed: Any) -> Any:
-    """Load in the smallest budget, with every matrix a unit."""
+def load(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load in the smallest budget whose ring holds a layer, with every matrix a unit."""
 
     def loaded(folder: Any, **keywords: Any) -> Any:
-        model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=64, **keywords)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
+            )
+            model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=64, **keywords)
         model.tokenizer = words(96)
         return model
 

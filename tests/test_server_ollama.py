@@ -198,7 +198,7 @@ def test_what_is_served_and_loaded(own: ollama.Client, url: str, session: Sessio
     assert card.details is not None
     assert (card.details.family, card.details.parameter_size, card.details.format) == ("llama", "134.5M", "gguf")
     assert card.details.quantization_level == "F32"
-    assert card.size == smollm_model.plan.weights_bytes
+    assert 0 <= smollm_model.plan.weights_bytes - card.size < 10**6  # units end at pages
     assert (running.context_length, running.size_vram) == (session.most_tokens, 0)
     assert running.expires_at is not None
     assert running.expires_at.year > 2300

@@ -227,7 +227,15 @@ def test_health_metrics_plan_lanes_and_page(url: str, client: openai.OpenAI, smo
     assert {"compute", "wait"} <= {row["lane"] for row in lanes["lanes"]}
     assert any(row["lane"].startswith("disk") and row["spans"] for row in lanes["lanes"])
     assert lanes["passes"] == smollm_model.profile.passes
-    health = {"status": "ok", "model": NAME, "loaded": [NAME], "running": 0, "waiting": 0, "start_s": {NAME: 0.0}}
+    health = {
+        "status": "ok",
+        "model": NAME,
+        "loaded": [NAME],
+        "loading": None,
+        "running": 0,
+        "waiting": 0,
+        "start_s": {NAME: 0.0},
+    }
     assert get(f"{url}/health").json() == health
     plan = get(f"{url}/plan").json()
     assert plan["rows"] == [list(row) for row in smollm_model.plan.rows()]

@@ -262,21 +262,27 @@ def _caches(model: PreTrainedModel, prompts: Sequence[_Prompt]) -> Curve:
 def _carried_bytes(model: PreTrainedModel) -> int:
     """Bytes a token of what a forward keeps between two layers: its embedding, the last states, rotary angles, and inputs of each
     layer of their own."""
-    config, size = model.config.get_text_config(), model.dtype.itemsize
-    hidden = getattr(config, "hidden_size", None) or 0
-    heads = getattr(config, "num_attention_heads", None) or 1
-    angles = 2 * (getattr(config, "head_dim", None) or hidden // heads)
-    own = (getattr(config, "hidden_size_per_layer_input", None) or 0) * (getattr(config, "num_hidden_layers", None) or 0)
-    return size * (2 * hidden + own) + 4 * angles
+    hidden, width, heads, layers, own = (
+        _number_in(model, name)
+        for name in ("hidden_size", "head_dim", "num_attention_heads", "num_hidden_layers", "hidden_size_per_layer_input")
+    )
+    angles = 2 * (width or hidden // max(1, heads))
+    return model.dtype.itemsize * (2 * hidden + own * layers) + 4 * angles
 
 
 def _span_bytes(model: PreTrainedModel, cache_token_bytes: int) -> int:
     """Bytes of copies of keys and values for a token that a part attends to: a layer's while it grows, one for each head."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "num_hidden_layers", None) or 1
-    heads = getattr(config, "num_attention_heads", None) or 1
-    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    return -(-cache_token_bytes // layers) * (2 + (groups if groups > 1 else 0))
+    layers, heads, shared = (
+        _number_in(model, name) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
+    groups = heads // shared if shared else 1
+    return -(-cache_token_bytes // max(1, layers)) * (2 + (groups if groups > 1 else 0))
+
+
+def _number_in(model: PreTrainedModel, name: str) -> int:
+    """A number of the text's config, 0 if it is not one: some classes have one for each layer or stage."""
+    found = getattr(model.config.get_text_config(), name, None)
+    return found if isinstance(found, int) else 0
 
 
 def _cache_bytes(cache: object) -> int:

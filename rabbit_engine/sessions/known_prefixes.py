@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore
+from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.caches import growing_layers
 
@@ -32,7 +34,7 @@ class KnownPrefixes:
     def begin(self, ids: Sequence[int]) -> KnownText | None:
         """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute. None while
         an adapter is loaded: it computes other states."""
-        if _has_adapter(self._model):
+        if has_adapter(self._model):
             return None
         cache = DynamicCache(config=self._model.config.get_text_config())
         prefix = self._space.find(ids)
@@ -75,23 +77,19 @@ def _why_none(model: SessionModel, runtime: Runtime) -> str:
     return "an adapter wraps the model" if not isinstance(model, runtime.architecture.cls) else ""
 
 
-def _has_adapter(model: SessionModel) -> bool:
-    """Whether an adapter was loaded into the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
 def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     """All that the states of a text depend on: the weights' files, and how the model computes."""
     entries = runtime.partition.weights.entries
     files = {place.path for entry in entries.values() for place in entry.places}
     stated = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     weights = sorted((name, str(entry.dtype), entry.shape, repr(entry.encoding)) for name, entry in entries.items())
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    config = copy.copy(model.config)
+    config.name_or_path = ""
     return {
         "class": type(model).__name__,
         "files": _digest(stated),
         "weights": _digest(weights),
-        "config": _digest(config),
+        "config": _digest(config.to_dict()),
         "dtype": str(runtime.dtype),
         "attention": str(attention_of(model.config)),
         "device": runtime.device.type,

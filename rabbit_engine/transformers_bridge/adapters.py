@@ -11,6 +11,11 @@ def can_load_adapters() -> bool:
     return bool(is_peft_available())
 
 
+def has_adapter(model: object) -> bool:
+    """Whether an adapter was loaded into the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def remove_adapter(model: PreTrainedModel, name: str) -> None:
     """Remove an adapter, and with the last one every trace: `delete_adapter` may require a newer peft."""
     from peft.functional import delete_adapter
