@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from tiny import words
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
@@ -135,6 +137,65 @@ def test_a_cache_that_holds_a_text_is_continued_in_parts(checkpoint: Any, parted
         texts.append(answer(each, torch.cat([first, ids[:, 20:]], -1), **cache_argument(each.forward, cache), **extra).sequences)
         assert each is own or model.profile.passes - before == 9
     assert torch.equal(*texts)
+
+
+class OwnCache(DynamicCache):
+    """A caller's class, which may do more than store."""
+
+
+@pytest.fixture
+def never_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rabbit_engine.model.long_prompts.run_in_parts", lambda *_: pytest.fail("in parts"))
+
+
+BARE = GenerationConfig(max_new_tokens=9)
+"""What it leaves out, `generate` takes from the model's."""
+
+
+@pytest.mark.usefixtures("never_parted")
+@pytest.mark.parametrize(
+    "given", [{"pad_token_id": 0, "max_new_tokens": 9}, {"generation_config": BARE}], ids=["given", "the model's"]
+)
+def test_padding_that_transformers_finds_without_a_mask_is_masked(
+    checkpoint: Any, parted: Any, plain: Any, monkeypatch: pytest.MonkeyPatch, given: Any
+) -> None:
+    model, own = parted(checkpoint("gemma3")), plain(checkpoint("gemma3"))
+    ids = prompt(40)
+    ids[:, :7] = 0
+    for each in (model, own):
+        monkeypatch.setattr(each.generation_config, "pad_token_id", 0)
+    found = model.generate(ids, do_sample=False, prefill_chunk_size=ROWS, **given)
+    assert torch.equal(found, own.generate(ids, do_sample=False, **given))
+
+
+@pytest.mark.usefixtures("never_parted")
+@pytest.mark.parametrize("kind", ["class", "static"])
+def test_other_caches_than_the_default_are_updated_by_transformers(
+    checkpoint: Any, parted: Any, plain: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    texts = []
+    for each in (parted(checkpoint("gemma3")), plain(checkpoint("gemma3"))):
+        given = cache_argument(each.forward, OwnCache(config=each.config)) if kind == "class" else {"generation_config": BARE}
+        monkeypatch.setattr(each.generation_config, "cache_implementation", "static" if kind == "static" else None)
+        texts.append(answer(each, prompt(40), prefill_chunk_size=ROWS, **given).sequences)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.usefixtures("never_parted")
+def test_tokens_of_an_image_see_each_other_in_one_forward(parted: Any, tmp_path: Path) -> None:
+    folder = families.save("gemma3_image", tmp_path / "gemma3_image")
+    model, own = parted(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    ids, kinds = prompt(40), torch.zeros(1, 40, dtype=torch.long)
+    kinds[:, 4:20] = 1
+    found, expected = (answer(each, ids, token_type_ids=kinds, prefill_chunk_size=ROWS).sequences for each in (model, own))
+    assert torch.equal(found, expected)
+
+
+def test_the_size_of_parts_may_stand_in_a_generation_config(checkpoint: Any, parted: Any) -> None:
+    model = parted(checkpoint("llama"))
+    before = model.profile.passes
+    answer(model, prompt(), generation_config=GenerationConfig(max_new_tokens=9, prefill_chunk_size=ROWS))
+    assert model.profile.passes - before == 9
 
 
 @pytest.mark.parametrize("family", OTHERS)

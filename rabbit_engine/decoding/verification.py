@@ -26,10 +26,10 @@ Output = TypeVar("Output", bound=Mapping[str, Any])
 _POSITIONS = ("position_ids", "cache_position")
 """Keywords [..., tokens] that count the text's tokens; the second is that of code for transformers 4."""
 
-_KINDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+KINDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Keywords [1, tokens] whose value for new text is that of the last token."""
 
-PER_TOKEN = frozenset({"input_ids", "attention_mask", *_POSITIONS, *_KINDS})
+PER_TOKEN = frozenset({"input_ids", "attention_mask", *_POSITIONS, *KINDS})
 """Keywords with a value for each token, which a verifier extends."""
 
 
@@ -78,7 +78,7 @@ class Verifier(ABC):
                 found[name] = place[..., -1:] + positions.to(place)
         if "logits_to_keep" in given:
             found["logits_to_keep"] = 1 + len(tokens)
-        for name in _KINDS:
+        for name in KINDS:
             if (kinds := given.get(name)) is not None:
                 found[name] = kinds[..., -1:].expand(*kinds.shape[:-1], len(positions))
         return found

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
-from rabbit_engine.decoding.verification import PER_TOKEN, additive, mask_kinds
+from rabbit_engine.decoding.verification import KINDS, PER_TOKEN, additive, mask_kinds
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.parts import layer_of
 from rabbit_engine.streaming.parts import run_in_parts
@@ -36,7 +36,7 @@ class LongPromptMixin:
         """The model's own, in parts if the prompt is longer than one."""
         wanted = _PART_ROWS.get()
         forward = super().__call__  # type: ignore[misc] # of the class that is mixed in
-        if wanted is None or wanted[0] is not self or args or not _can_part(keywords, wanted[1]):
+        if wanted is None or wanted[0] is not self or args or not _can_part(keywords, runtime_of(self), wanted[1]):
             return forward(**keywords) if not args else forward(*args, **keywords)
         return _run_parts(forward, runtime_of(self), keywords, wanted[1])
 
@@ -62,7 +62,9 @@ def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config:
     if any(isinstance(value, torch.Tensor) and name not in PER_TOKEN for name, value in given.items()):
         return False
     mask, cache = given.get("attention_mask"), cache_of(given)
-    if isinstance(mask, torch.Tensor) and not bool(mask.all()):
+    if _hides(mask) if mask is not None else _is_padded(prompt, asked("pad_token_id"), asked("eos_token_id")):
+        return False
+    if any(_is_any(given.get(name)) for name in KINDS):  # tokens of an image may see each other
         return False
     if cache is not None and not _is_plain(cache, runtime):
         return False
@@ -74,16 +76,35 @@ def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config:
     return not any(asked(name) for name in (*_BEFORE_THE_LOOP, "output_attentions", "output_hidden_states"))
 
 
+def _hides(mask: object) -> bool:
+    """Whether a mask of a prompt says anything: one of ones does not."""
+    return mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()))
+
+
+def _is_padded(prompt: torch.Tensor, pad: object, ends: object) -> bool:
+    """Whether transformers, without a mask, takes tokens of the prompt for padding."""
+    own = pad if isinstance(pad, int) else None
+    return own is not None and own not in (ends if isinstance(ends, list) else [ends]) and bool((prompt == own).any())
+
+
+def _is_any(kinds: object) -> bool:
+    return isinstance(kinds, torch.Tensor) and bool(kinds.any())
+
+
 def _is_plain(cache: object, runtime: Runtime) -> bool:
-    text = runtime.architecture.config.get_text_config()
-    return isinstance(cache, Cache) and is_made_for(cache, text) and not is_recording(cache)
+    """Whether it is one that `generate` makes by default: a class of the caller's may do more."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    return is_made_for(cache, runtime.architecture.config.get_text_config()) and not is_recording(cache)
 
 
-def _can_part(inputs: Mapping[str, Any], rows: int) -> bool:
+def _can_part(inputs: Mapping[str, Any], runtime: Runtime, rows: int) -> bool:
     """Whether a forward is one over a prompt of more than `rows` tokens that needs only the last logits."""
     ids = inputs.get("input_ids")
     is_long = isinstance(ids, torch.Tensor) and ids.shape[1] > rows and inputs.get("inputs_embeds") is None
-    return is_long and inputs.get("logits_to_keep") == 1 and isinstance(cache_of(inputs), Cache) and "position_ids" in inputs
+    if not is_long or inputs.get("logits_to_keep") != 1 or "position_ids" not in inputs:
+        return False
+    return _is_plain(cache_of(inputs), runtime) and not _hides(inputs.get("attention_mask"))
 
 
 def _run_parts(forward: Callable[..., Any], runtime: Runtime, inputs: Mapping[str, Any], rows: int) -> Any:

@@ -149,7 +149,7 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
         rows = part_rows(runtime_of(self), prompt, kwargs, config)
-        if rows is not None and kwargs.get("prefill_chunk_size") is not None:
+        if rows is not None and kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
         with self._speculating(speculate), self.computing_parts(rows):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
