@@ -185,3 +185,48 @@ def test_an_adapter_computes_other_states(checkpoint: Any, load: Any, store: Pre
         found = session.generate([ids], **ASKED)[0]
     assert found.cached_tokens == 0
     assert found.tokens == alone(model, ids)
+
+
+def test_peft_around_the_model_computes_other_states(checkpoint: Any, load: Any, store: PrefixStore) -> None:
+    """PEFT puts an adapter's layers into the model that it wraps, also while a session runs."""
+    peft = pytest.importorskip("peft")
+    model, ids = load(checkpoint("llama")), prompt(41)
+    with Session(model, prefix_store=store) as session:
+        session.generate([ids], **ASKED)
+        assert store.flush(30)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, 0.0, 0.5)
+        found = session.generate([ids], **ASKED)[0]
+        assert found.cached_tokens == 0
+        assert found.tokens == alone(model, ids)
+    store.clear()
+    with Session(model, prefix_store=store) as session:
+        session.generate([ids], **ASKED)
+        assert store.flush(30)
+    assert store.models() == []
+
+
+def test_a_session_that_computes_otherwise_than_it_began_finds_nothing(
+    checkpoint: Any, load: Any, store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = load(checkpoint("llama")), prompt(41)
+    with Session(model, prefix_store=store) as session:
+
+        def cached() -> int:
+            return session.generate([ids], **ASKED)[0].cached_tokens
+
+        assert cached() == 0
+        assert store.flush(30)
+        model.set_attn_implementation("eager")
+        assert cached() == 0
+        model.set_attn_implementation("sdpa")
+        assert cached() == 40
+        for name, value in (("use_cache", False), ("cache_implementation", "static")):
+            with monkeypatch.context() as patch:
+                patch.setattr(model.generation_config, name, value)
+                found = session.generate([ids], **ASKED)[0]
+                assert found.cached_tokens == 0
+                expected = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+                assert found.tokens == tuple(expected[0, 41:].tolist())

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache
 
 from rabbit_engine.model.protocols import SessionModel
@@ -28,13 +29,21 @@ class KnownPrefixes:
 
     def __init__(self, model: SessionModel, space: PrefixSpace) -> None:
         self._model, self._space = model, space
+        self._attention = attention_of(model.config)
         self.block_tokens = space.block_tokens
         """The tokens of a block."""
 
+    @property
+    def are_used(self) -> bool:
+        """Whether the model computes now what it did at first, and keeps it in such a cache: not with an adapter or another
+        attention, nor where the generation config wants another cache or none."""
+        model = self._model
+        return not has_adapter(model) and attention_of(model.config) == self._attention and not _has_other_cache(model)
+
     def begin(self, ids: Sequence[int]) -> KnownText | None:
-        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute. None while
-        an adapter is loaded: it computes other states."""
-        if has_adapter(self._model):
+        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute. None
+        unless they `are_used`."""
+        if not self.are_used:
             return None
         cache = DynamicCache(config=self._model.config.get_text_config())
         prefix = self._space.find(ids)
@@ -77,6 +86,12 @@ def _why_none(model: SessionModel, runtime: Runtime) -> str:
     return "an adapter wraps the model" if not isinstance(model, runtime.architecture.cls) else ""
 
 
+def _has_other_cache(model: SessionModel) -> bool:
+    """Whether the generation config wants none, or one of another kind."""
+    config = model.generation_config
+    return config.use_cache is False or config.cache_implementation not in (None, "dynamic")
+
+
 def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     """All that the states of a text depend on: the weights' files, and how the model computes."""
     entries = runtime.partition.weights.entries
@@ -94,6 +109,7 @@ def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
         "attention": str(attention_of(model.config)),
         "device": runtime.device.type,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

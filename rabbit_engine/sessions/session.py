@@ -371,8 +371,9 @@ class Session(TaskMethods):
         images that does not fit."""
         if not prompt.inputs:
             found = self._room.demand(len(prompt.ids), prompt.answer_tokens)
-            stored = self._prefixes is not None and self._room.parts and found.prompt > self._prefixes.block_tokens
-            return replace(found, chunk=self._prefixes.block_tokens) if stored and self._prefixes is not None else found
+            known = self._prefixes if self._room.parts and self._prefixes is not None and self._prefixes.are_used else None
+            stored = known is not None and found.prompt > known.block_tokens
+            return replace(found, chunk=known.block_tokens) if stored and known is not None else found
         whole = Demand(len(prompt.ids), prompt.answer_tokens)
         if self._room.parts and not self._room.fits([whole]):
             raise PromptTooLongError(

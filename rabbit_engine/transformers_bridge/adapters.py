@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
@@ -11,9 +13,10 @@ def can_load_adapters() -> bool:
     return bool(is_peft_available())
 
 
-def has_adapter(model: object) -> bool:
-    """Whether an adapter was loaded into the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter was loaded into the model, or PEFT wraps it, which puts an adapter's layers into it."""
+    loaded = bool(getattr(model, "_hf_peft_config_loaded", False))
+    return loaded or any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
 
 
 def remove_adapter(model: PreTrainedModel, name: str) -> None:
