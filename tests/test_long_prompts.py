@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, GenerationCo
 
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
-from rabbit_engine.errors import PromptTooLongError
+from rabbit_engine.errors import PromptTooLongError, SessionClosedError
 from rabbit_engine.model.long_prompts import _mask_of, _part_mask
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning import budget, demand
@@ -22,6 +24,8 @@ from rabbit_engine.planning.parts import layer_of, layer_ring_bytes
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.planning.tiers import Budget, UnitSize
+from rabbit_engine.sessions.answer import Piece
+from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Placeholder
 from rabbit_engine.streaming.parts import run_in_parts
 from rabbit_engine.transformers_bridge.forwards import cache_argument
@@ -357,3 +361,64 @@ def test_memory_is_reserved_for_parts_if_that_takes_less(checkpoint: Any, stream
     many = streamed(checkpoint("llama"), max_seq_len=4000)
     assert runtime_of(many).computes_parts
     assert many.plan.reserved_bytes < need_bytes(runtime_of(many).partition.probe, Demand(4000, 0))
+
+
+def test_a_prompt_whose_states_a_draft_sees_is_computed_whole(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = parted(checkpoint("llama")), prompt()
+    expected = answer(model, ids).sequences
+    model.watch_states()
+    monkeypatch.setattr("rabbit_engine.model.long_prompts.run_in_parts", None)
+    assert torch.equal(answer(model, ids, prefill_chunk_size=ROWS).sequences, expected)
+
+
+@pytest.mark.parametrize("way", ["cancel", "error", "close"])
+def test_a_text_that_ends_amid_its_parts_leaves_the_others_alone(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    model = parted(checkpoint("llama"))
+    model.tokenizer = words(96)
+    long, short = prompt(120)[0].tolist(), prompt(7)[0].tolist()
+    expected = [answer(model, torch.tensor([ids]), max_new_tokens=6, eos_token_id=None, **extra).sequences[0, len(ids) :].tolist()
+                for ids, extra in ((long, {"prefill_chunk_size": ROWS}), (short, {}))]  # fmt: skip
+    free(monkeypatch, 10**9)
+    layer, rows, told = model.model.layers[1].mlp.act_fn, list[int](), dict[int, Any]()
+    native, ended = layer.forward, threading.Event()
+    with Session(model) as session:
+        monkeypatch.setattr(Room, "demand", lambda _, tokens, new: Demand(tokens, new, chunk=ROWS if tokens > 7 else None))
+        requests = [session.request_text(ids, max_new_tokens=6, ignore_eos=True) for ids in (long, short)]
+
+        def tell(index: int, event: Any) -> None:
+            if not isinstance(event, Piece):
+                told[index] = event
+                if len(told) == 2:
+                    ended.set()
+
+        def act(states: torch.Tensor) -> torch.Tensor:
+            rows.append(states.shape[-2])
+            if rows.count(ROWS) == 3:
+                rows.append(ROWS)
+                if way == "error":
+                    raise ValueError("in a part")
+                if way == "cancel":
+                    tickets[0].cancel()
+                else:
+                    threading.Thread(target=session.close).start()
+                    while not session._engine._closed:
+                        time.sleep(0.001)
+            return native(states)
+
+        layer.forward = act
+        tickets: list[Any] = []
+        tickets += session.ask(requests, tell)
+        assert ended.wait(20)
+        layer.forward = native
+        if way == "close":
+            assert all(isinstance(event, SessionClosedError) for event in told.values())
+        else:
+            assert told[1].tokens == tuple(expected[1])
+            assert "in a part" in repr(told[0]) if way == "error" else told[0].finish_reason == "cancelled"
+            assert list(session.generate([long], max_new_tokens=6, ignore_eos=True)[0].tokens) == expected[0]
+    assert all(isinstance(weight, Placeholder) for weight in model.model.layers[1].mlp.parameters())
+    assert answer(model, torch.tensor([short]), max_new_tokens=6, eos_token_id=None).sequences[0, 7:].tolist() == expected[1]

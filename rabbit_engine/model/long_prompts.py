@@ -32,11 +32,15 @@ _BEFORE_THE_LOOP = ("assistant_model", "prompt_lookup_num_tokens", "assistant_ea
 class LongPromptMixin:
     """What `generate` calls: the model. In a block of `computing_parts` a prompt goes through it in parts."""
 
+    _shows_states: bool = False
+    """Whether a draft is shown the states of each pass: those of a prompt are in one forward then."""
+
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """The model's own, in parts if the prompt is longer than one."""
         wanted = _PART_ROWS.get()
         forward = super().__call__  # type: ignore[misc] # of the class that is mixed in
-        if wanted is None or wanted[0] is not self or args or not _can_part(keywords, runtime_of(self), wanted[1]):
+        is_mine = wanted is not None and wanted[0] is self and not self._shows_states
+        if wanted is None or not is_mine or args or not _can_part(keywords, runtime_of(self), wanted[1]):
             return forward(**keywords) if not args else forward(*args, **keywords)
         return _run_parts(forward, runtime_of(self), keywords, wanted[1])
 
