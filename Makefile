@@ -16,6 +16,7 @@ OURS := \
   attention_script \
   batch \
   benchmark_tasks \
+  block_attention \
   call_ids \
   chat \
   chat_screen \
@@ -33,6 +34,7 @@ OURS := \
   fuzz \
   gguf_kernels \
   hosting \
+  int8_states \
   integrity \
   kernels \
   keywords \

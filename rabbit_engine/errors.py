@@ -47,6 +47,7 @@ RabbitError
         ├── CannotMergeError                        merge_and_unload, merge_adapter
         ├── CannotResizeError                       resize_token_embeddings, set_input_embeddings ...
         ├── CannotExportError                       torch.jit.trace
+        ├── FarStatesError                          a cache in blocks, of a class that computes attention itself
         └── CannotTrainError                        gradients through streamed layers
 ```
 
@@ -264,6 +265,10 @@ class CannotResizeError(UnsupportedOperationError):
 
 class CannotExportError(UnsupportedOperationError):
     """Tracing a streamed model: its weights would be recorded as whatever the memory holds at that moment."""
+
+
+class FarStatesError(UnsupportedOperationError):
+    """A class computes with the states of a cache in blocks by other code than transformers' attention functions."""
 
 
 class CannotTrainError(UnsupportedOperationError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -57,19 +58,36 @@ def sdpa_for_flash_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = name
 
 
+Wrapper = Callable[[str, AttentionFunction], AttentionFunction]
+"""Takes the name of an implementation and its function, and returns the one that runs."""
+
+_WRAPPERS: list[Wrapper] = []
+
+
 @contextmanager
-def wrapped_attention(wrap: Callable[[str, AttentionFunction], AttentionFunction]) -> Iterator[None]:
+def wrapped_attention(wrap: Wrapper) -> Iterator[None]:
     """Make all models run `wrap(name, function)` in place of the attention function that they look up.
 
-    Wraps the look-up: eager is not in the registry, but each model's own default.
+    Several may hold at once, and end in any order: the last to begin is the outermost. The name of the implementation stays, so
+    that a class makes the masks it makes for it.
     """
-    native = AttentionInterface.get_interface
-
-    def get_interface(self: AttentionInterface, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
-        return wrap(attn_implementation, native(self, attn_implementation, default))
-
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    _let_look_ups_be_wrapped()
+    _WRAPPERS.append(wrap)
     try:
         yield
     finally:
-        AttentionInterface.get_interface = native  # type: ignore[method-assign]
+        _WRAPPERS.remove(wrap)
+
+
+@functools.cache
+def _let_look_ups_be_wrapped() -> None:
+    """Once for the process. The look-up is wrapped, as eager is not in the registry, but each model's own default."""
+    native = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
+        function: AttentionFunction = native(self, attn_implementation, default)
+        for wrap in tuple(_WRAPPERS):
+            function = wrap(attn_implementation, function)
+        return function
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]

@@ -1,0 +1,7 @@
+"""Keys and values of long texts in blocks: attention over one at a time, and eight bits for each number. It knows no models."""
+
+from rabbit_engine.caches.block_attention import attend_by_blocks
+from rabbit_engine.caches.far_attention import attention_over_blocks
+from rabbit_engine.caches.far_states import FarBlocks, FarStates, with_far_blocks
+
+__all__ = ["FarBlocks", "FarStates", "attend_by_blocks", "attention_over_blocks", "with_far_blocks"]
