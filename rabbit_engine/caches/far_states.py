@@ -44,7 +44,7 @@ class FarStates(torch.Tensor):
         """Of the whole text."""
         return self.far.tokens + self.near.shape[-2]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FarStates({list(self.near.shape)} after {self.far.tokens} tokens in blocks)"
 
     @classmethod

@@ -49,5 +49,5 @@ def decode_states(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
 
 def _in_groups(states: torch.Tensor) -> torch.Tensor:
     """[..., width] -> [..., groups, 32], the last filled with zeros."""
-    padded: torch.Tensor = functional.pad(states, (0, -states.shape[-1] % GROUP))
-    return padded.unflatten(-1, (-1, GROUP))
+    padded = functional.pad(states, (0, -states.shape[-1] % GROUP))
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // GROUP, GROUP)
