@@ -183,6 +183,26 @@ def test_every_layer_looks_its_attention_function_up(name: str) -> None:
     assert len(calls) == 2
 
 
+def test_wrappers_of_attention_end_in_any_order() -> None:
+    model, calls = llama(num_hidden_layers=1), []
+
+    def noting(label: str) -> Any:
+        def wrap(name: str, function: Any) -> Any:
+            return lambda *args, **kwargs: calls.append(label) or function(*args, **kwargs)
+
+        return attention.wrapped_attention(wrap)
+
+    first, second = noting("first"), noting("second")
+    first.__enter__()
+    second.__enter__()
+    model(IDS)
+    first.__exit__(None, None, None)
+    model(IDS)
+    second.__exit__(None, None, None)
+    model(IDS)
+    assert calls == ["second", "first", "second"]
+
+
 # tied weights
 
 

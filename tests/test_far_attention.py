@@ -11,8 +11,9 @@ import pytest
 import torch
 from far import Blocks, FarLayer, far_cache, stated_bound, uses
 from torch import nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from rabbit_engine.caches import FarStates, attend_by_blocks, attention_over_blocks, with_far_blocks
 from rabbit_engine.errors import FarStatesError
@@ -134,8 +135,12 @@ class Causal(nn.Module):
     is_causal = True
 
 
-def never(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the native function must not run")
+def native(name: str) -> Any:
+    return AttentionInterface()[name] if name != "eager" else eager_attention_forward
+
+
+def attend(name: str, *args: Any, **kwargs: Any) -> Any:
+    return attention_over_blocks(name, native(name))(Causal(), *args, **kwargs)
 
 
 @pytest.fixture
@@ -156,15 +161,14 @@ def test_implementations_with_a_padding_mask_know_what_is_causal(attended: Any, 
     seen = seen if window is None else seen.triu(14 - window + 1)
     mask = seen[None, None] if padding is None else seen & padding[:, None, None]
     expected = attend_by_blocks(query, [(keys, values)], 19, mask=mask, causal=False).transpose(1, 2)
-    attention = attention_over_blocks("flash_attention_2", never)
-    result, weights = attention(Causal(), query, *far_of(keys, values), padding, scaling=None, sliding_window=window)
+    result, weights = attend("flash_attention_2", query, *far_of(keys, values), padding, scaling=None, sliding_window=window)
     assert weights is None
     assert torch.allclose(result, expected, atol=1e-6)
 
 
 def test_without_a_mask_eager_attention_sees_all(attended: Any) -> None:
     query, keys, values = attended
-    result, _ = attention_over_blocks("eager", never)(Causal(), query, *far_of(keys, values), None)
+    result, _ = attend("eager", query, *far_of(keys, values), None)
     scores = query @ keys.repeat_interleave(2, 1).mT / math.sqrt(8)
     assert torch.allclose(result, (scores.softmax(-1) @ values.repeat_interleave(2, 1)).transpose(1, 2), atol=1e-6)
 
@@ -176,7 +180,20 @@ def test_without_a_mask_eager_attention_sees_all(attended: Any) -> None:
 def test_what_would_change_the_result_is_refused(attended: Any, arguments: dict[str, Any], said: str) -> None:
     query, keys, values = attended
     with pytest.raises(FarStatesError, match=f"does not know {said}"):
-        attention_over_blocks("sdpa", never)(Causal(), query, *far_of(keys, values), None, **arguments)
+        attend("sdpa", query, *far_of(keys, values), None, **arguments)
+
+
+def test_functions_that_are_not_transformers_own_are_refused(attended: Any) -> None:
+    query, keys, values = attended
+
+    def own(*args: Any) -> Any:
+        return "own"
+
+    for name, function in (("sdpa", own), ("mine", native("sdpa")), ("flex_attention", native("flex_attention"))):
+        attention = attention_over_blocks(name, function)
+        with pytest.raises(FarStatesError, match=f"does not know what {name} computes by .*{function.__name__}"):
+            attention(Causal(), query, *far_of(keys, values), None)
+    assert attention_over_blocks("sdpa", own)(Causal(), query, keys, values, None) == "own"
 
 
 def test_keys_and_values_of_other_blocks_are_refused(attended: Any) -> None:
@@ -184,7 +201,7 @@ def test_keys_and_values_of_other_blocks_are_refused(attended: Any) -> None:
     marked, own = far_of(keys, values), far_of(keys, values)
     for pair in ((marked[0], own[1]), (marked[0], values), (keys, marked[1])):
         with pytest.raises(FarStatesError, match="apart"):
-            attention_over_blocks("sdpa", never)(Causal(), query, *pair, None)
+            attend("sdpa", query, *pair, None)
 
 
 # the states

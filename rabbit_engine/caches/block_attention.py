@@ -76,7 +76,7 @@ def _seen(
 
 
 class _OnlineSoftmax:
-    """The weighted sum of the values so far; all of it [batch, kv_heads, group, rows, ...] in float32."""
+    """The weighted sum of the values so far. All of it is [batch * kv_heads, group * rows, ...] in float32."""
 
     def __init__(self, query: torch.Tensor, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
         self._like = query
@@ -89,14 +89,14 @@ class _OnlineSoftmax:
         batch, heads, rows, width = self._like.shape
         if heads % kv_heads:
             raise ValueError(f"{heads} heads cannot share the keys of {kv_heads}")
-        self._shape = (batch, kv_heads, heads // kv_heads, rows)
-        self._query = (self._like.to(self._dtype) * self._scaling).reshape(batch, kv_heads, -1, width)
-        self._largest = self._query.new_full((*self._shape, 1), -math.inf)
+        self._heads = (batch, kv_heads, heads // kv_heads, rows)
+        self._query = (self._like.to(self._dtype) * self._scaling).reshape(batch * kv_heads, -1, width)
+        self._largest = self._query.new_full((*self._query.shape[:2], 1), -math.inf)
         self._total = torch.zeros_like(self._largest)
-        self._sum = self._query.new_zeros((*self._shape, value_width))
+        self._sum = self._query.new_zeros((*self._query.shape[:2], value_width))
         if self._sinks is not None:
-            sinks = self._sinks.to(self._largest).reshape(1, kv_heads, -1, 1, 1)
-            self._largest, self._total = sinks.expand_as(self._largest), torch.ones_like(self._total)
+            self._largest.view(self._heads).copy_(self._sinks.reshape(1, kv_heads, -1, 1))
+            self._total.fill_(1.0)
         self._started = True
 
     def add(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor | None) -> None:
@@ -105,27 +105,31 @@ class _OnlineSoftmax:
             self._start(keys.shape[1], values.shape[-1])
         scores = self._scores(keys, mask, seen)
         largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
-        shift = largest.masked_fill(largest == -math.inf, 0.0)  # a row that has seen nothing yet: exp(-inf) is 0, and not NaN
+        shift = largest
+        if mask is not None or seen is not None:  # a row may have seen nothing yet: exp(-inf - 0) is 0, exp(-inf - -inf) is not
+            shift = largest.masked_fill(largest == -math.inf, 0.0)
         weights = scores.sub_(shift).exp_()
-        kept = (self._largest - shift).exp_()
-        self._total = self._total.mul_(kept).add_(weights.sum(-1, keepdim=True))
-        added = weights.flatten(2, 3) @ values.to(self._dtype)
-        self._sum = self._sum.mul_(kept).add_(added.view_as(self._sum))
+        kept = self._largest.sub_(shift).exp_()
+        self._total.mul_(kept).add_(weights.sum(-1, keepdim=True))
+        self._sum.mul_(kept).baddbmm_(weights, values.flatten(0, 1).to(self._dtype))
         self._largest = largest
 
     def _scores(self, keys: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
-        """[batch, kv_heads, group, rows, n]; -inf where a row does not see a key."""
-        scores = (self._query @ keys.to(self._dtype).transpose(-1, -2)).view(*self._shape, -1)
+        """[batch * kv_heads, group * rows, n]; -inf where a row does not see a key."""
+        scores = torch.bmm(self._query, keys.flatten(0, 1).to(self._dtype).mT)
         if self._softcap is not None:
-            scores = scores.div_(self._softcap).tanh_().mul_(self._softcap)
+            scores.div_(self._softcap).tanh_().mul_(self._softcap)
+        by_head = scores.view(*self._heads, -1)
         if mask is not None:
-            mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, self._shape[1:3])
-            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-        return scores if seen is None else scores.masked_fill_(~seen, -math.inf)
+            mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, self._heads[1:3])
+            by_head.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else by_head.add_(mask)
+        if seen is not None:
+            by_head.masked_fill_(~seen, -math.inf)
+        return scores
 
     def result(self) -> torch.Tensor:
         """[batch, heads, rows, value_width] in the query's dtype."""
         if not self._started:
             raise ValueError("no block holds a token that any row could see")
         result = self._sum / self._total.masked_fill(self._total == 0, 1.0)
-        return result.flatten(1, 2).to(self._like.dtype)
+        return result.view(*self._like.shape[:3], -1).to(self._like.dtype)

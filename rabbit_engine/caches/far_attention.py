@@ -15,6 +15,12 @@ from rabbit_engine.errors import FarStatesError
 
 AttentionFunction = Callable[..., Any]
 
+_WITH_PADDING_MASKS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations whose mask [batch, tokens] tells what is padding; they know windows, and what is causal. The others have a mask
+[batch, heads or 1, rows, tokens] of all that a row sees."""
+
+_KNOWN = ("eager", "sdpa", *_WITH_PADDING_MASKS)
+
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"}
 """Arguments that pass through attention and do not change it."""
 
@@ -23,13 +29,17 @@ def attention_over_blocks(name: str, native: AttentionFunction) -> AttentionFunc
     """An attention function of transformers' interface: `native`, unless the keys are FarStates.
 
     `name` is the implementation that the model runs: what its masks mean depends on it. For FarStates the result is that of
-    `attend_by_blocks`, [batch, rows, heads, value_width] and no weights. Raises FarStatesError for what it cannot compute.
+    `attend_by_blocks`, [batch, rows, heads, value_width] and no weights. Raises FarStatesError for what it cannot compute, and
+    for a function that is not transformers' own, as remote code's and a caller's may mean anything.
     """
 
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(key, FarStates) or isinstance(value, FarStates):
+            module_name = str(getattr(native, "__module__", ""))
+            if name not in _KNOWN or not module_name.startswith("transformers."):
+                raise FarStatesError(f"attention over blocks does not know what {name} computes by {native!r}")
             return _far(name, module, query, key, value, *args, **kwargs), None
         result: tuple[torch.Tensor, torch.Tensor | None] = native(module, query, key, value, *args, **kwargs)
         return result

@@ -6,6 +6,7 @@ embedding, no cache, no masks. On a GPU it is the time between two events around
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def traced_attention(trace: Trace, device: torch.device) -> Iterator[None]:
     """Record every call of an attention function, of any model, as a span."""
 
     def traced(name: str, function: AttentionFunction) -> AttentionFunction:
+        @functools.wraps(function)
         def attention(*args: object, **kwargs: object) -> Any:
             with trace.device_span("attention", name, device):
                 return function(*args, **kwargs)
