@@ -212,6 +212,7 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
     from rabbit_engine import AutoModel, errors
     from rabbit_engine.model.admission import demand_of
     from rabbit_engine.planning.demand import need_bytes
+    from rabbit_engine.transformers_bridge.generation import settings_of
 
     tokens, answer, way = chosen.choice([16, 100, 500]), chosen.choice([3, 3, 40]), chosen.choice(_WAYS)
     inside = tokens + answer if not way and chosen.random() < 0.3 else None
@@ -227,7 +228,7 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
     with AutoModel.from_pretrained(folder, device="cpu", max_memory={"cpu": budget}, max_seq_len=inside) as model:
         prompt = torch.randint(3, 100, (1, tokens))
         model.generate(prompt, **asked)
-        demand = demand_of(prompt, asked, model.generation_config)
+        demand = demand_of(prompt, asked, settings_of(asked, None, model.generation_config))
         need = 0 if inside else need_bytes(runtime_of(model).partition.probe, demand)
     grown = _resident("VmHWM") - before
     beyond = grown - budget - need

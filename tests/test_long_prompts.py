@@ -240,6 +240,57 @@ def test_what_does_not_fit_whole_is_computed_in_the_largest_parts_that_do(
         answer(model, ids)
 
 
+@pytest.mark.parametrize("where", ["keyword", "passed config", "model's config"])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("use_cache", False), ("cache_implementation", "static"), ("output_hidden_states", True)], ids=str
+)
+def test_what_a_setting_keeps_from_parts_is_refused_by_its_name(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, setting: str, value: Any, where: str
+) -> None:
+    model, ids = parted(checkpoint("llama")), prompt(120)
+    free(monkeypatch, need_bytes(runtime_of(model).partition.probe, Demand(120, 9, chunk=8)) + KEPT_FREE_BYTES)
+    given: dict[str, Any] = {"max_new_tokens": 9}
+    if where == "keyword":
+        given[setting] = value
+    elif where == "passed config":
+        given = {"generation_config": GenerationConfig(max_new_tokens=9, **{setting: value})}
+    else:
+        given = {"generation_config": BARE}
+        monkeypatch.setattr(model.generation_config, setting, value)
+    with pytest.raises(PromptTooLongError, match=f"leave out {setting}=.*, with which it is not computed in parts, shorten it"):
+        model.generate(ids, **given)
+    assert model.profile.passes == 0
+
+
+def test_a_bare_generation_config_has_the_size_and_the_former_cache_of_the_models(
+    checkpoint: Any, parted: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = parted(checkpoint("gemma3")), prompt()
+    expected = answer(plain(checkpoint("gemma3")), ids).sequences
+    monkeypatch.setattr(model.generation_config, "prefill_chunk_size", ROWS)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
+    before = model.profile.passes
+    assert torch.equal(model.generate(ids, generation_config=BARE), expected)
+    assert model.profile.passes - before == 9
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_session_of_a_model_without_a_cache_refuses_what_fits_only_in_parts(
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    model = parted(checkpoint("llama"))
+    model.tokenizer = words(96)
+    asked = [prompt(120)[0].tolist()]
+    free(monkeypatch, int(need_bytes(runtime_of(model).partition.probe, Demand(130, 6, chunk=ROWS)) / 0.9) + 2)
+    if when == "before":
+        monkeypatch.setattr(model.generation_config, "use_cache", False)
+    with Session(model) as session:
+        monkeypatch.setattr(model.generation_config, "use_cache", False)
+        with pytest.raises(PromptTooLongError, match="that fit" if when == "before" else "has use_cache=False: unset it"):
+            session.generate(asked, max_new_tokens=6)
+        assert len(session.generate([asked[0][:8]], max_new_tokens=3, ignore_eos=True)[0].tokens) == 3
+
+
 def test_a_wrong_size_is_left_to_transformers(checkpoint: Any, parted: Any, plain: Any) -> None:
     model, own = parted(checkpoint("llama")), plain(checkpoint("llama"))
     for size in (0, -3, "8"):

@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -27,6 +28,7 @@ from rabbit_engine.storage.directio import HUGE_PAGE, claim_memory
 from rabbit_engine.storage.tensorfiles import read_header, same_bytes
 from rabbit_engine.streaming import Trace, claim_ring
 from rabbit_engine.streaming.transfer.unit import Extent
+from rabbit_engine.transformers_bridge.generation import settings_of
 from rabbit_engine.utils import heap
 
 PROBE = Probe(cache_token_bytes=100, layers=Curve(10, 1000, 2), head=Curve(50, 0, 0), vocabulary=10)
@@ -131,14 +133,17 @@ def test_the_longest_prompt_that_fits_is_found() -> None:
         ({"max_new_tokens": 5}, {}, Demand(9, 5, 2)),
         ({"max_length": 30}, {}, Demand(9, 21, 2)),
         ({}, {"max_new_tokens": 7}, Demand(9, 7, 2)),
-        ({}, {}, Demand(9, 11, 2)),
+        ({}, {}, Demand(9, 20, 2)),
+        ({}, {"max_length": 20}, Demand(9, 11, 2)),
         ({"num_beams": 3, "max_new_tokens": 1}, {"num_return_sequences": 2}, Demand(9, 1, 6)),
         ({"max_new_tokens": 1, "prefill_chunk_size": 4}, {}, Demand(9, 1, 2, chunk=4)),
         ({"max_new_tokens": 1, "attention_mask": torch.tensor([[1] * 9, [0] + [1] * 8])}, {}, Demand(9, 1, 2, padded=True)),
     ],
 )
 def test_the_demand_of_a_generate_call_is_counted(given: dict[str, Any], config: dict[str, Any], expected: Demand) -> None:
-    assert demand_of(torch.ones(2, 9, dtype=torch.long), given, type("Config", (), config)()) == expected
+    own = SimpleNamespace(num_beams=1, max_new_tokens=config.get("max_new_tokens"))
+    asked = settings_of(given, SimpleNamespace(**config), own)
+    assert demand_of(torch.ones(2, 9, dtype=torch.long), given, asked) == expected
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_computed(

@@ -23,6 +23,7 @@ from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.probe import Curve, Probe, run_probe
 from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.sessions.prompts import Limits
+from rabbit_engine.transformers_bridge.generation import settings_of
 
 KEYS_AND_VALUES = 3 * 2 * 32 * 4
 """Bytes of a token in three layers of BART, in float32."""
@@ -249,10 +250,14 @@ def test_an_answer_has_positions_of_its_own() -> None:
 
 def test_the_demand_of_a_call_counts_the_encoders_text_apart(tmp_path: Path, streamed: Any) -> None:
     config = transformers.GenerationConfig(max_length=30)
-    assert demand_of(IDS, {}, config, "text") == Demand(12, 29, 2)
-    assert demand_of(torch.zeros(2, 8, 20), {"num_beams": 4}, config, "media") == Demand(1, 29, 8)
+
+    def found(prompt: torch.Tensor, given: dict[str, Any], reading: Any) -> Demand:
+        return demand_of(prompt, given, settings_of(given, None, config), reading)
+
+    assert found(IDS, {}, "text") == Demand(12, 29, 2)
+    assert found(torch.zeros(2, 8, 20), {"num_beams": 4}, "media") == Demand(1, 29, 8)
     sound = {"decoder_input_ids": torch.zeros(2, 3, dtype=torch.long), "max_new_tokens": 5}
-    assert demand_of(torch.zeros(2, 8, 20), sound, config, "media") == Demand(3, 5, 2)
+    assert found(torch.zeros(2, 8, 20), sound, "media") == Demand(3, 5, 2)
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rabbit_engine.architectures.architecture import Architecture
 from rabbit_engine.errors import TextTooLongError
+from rabbit_engine.transformers_bridge.generation import Asked
 from rabbit_engine.transformers_bridge.rotary import on_positions
 
 logger = logging.getLogger(__name__)
@@ -26,16 +25,16 @@ def stated_positions(config: PretrainedConfig) -> int | None:
     return min((value for value in found if isinstance(value, int) and value > 0), default=None)
 
 
-def capped_length(positions: int, prompt_tokens: int, given: Mapping[str, Any], config: GenerationConfig) -> dict[str, int]:
+def capped_length(positions: int, prompt_tokens: int, asked: Asked) -> dict[str, int]:
     """The keywords that end an answer at `positions`; empty if it ends earlier anyway.
 
-    Padding counts as part of the prompt: in a padded batch, short prompts end with the longest. `given` are the caller's
-    keywords; `config` provides the defaults.
+    Padding counts as part of the prompt: in a padded batch, short prompts end with the longest. `asked` tells the settings of
+    the call.
     """
     left = max(1, positions - prompt_tokens)  # the token after a prompt that fills all positions is still correct
-    new = given.get("max_new_tokens", config.max_new_tokens)
+    new = asked("max_new_tokens")
     if new is None:
-        length = given.get("max_length", config.max_length)
+        length = asked("max_length")
         wanted = None if length is None else length - prompt_tokens
     else:
         wanted = new

@@ -7,30 +7,32 @@ from typing import Any, Literal
 
 import torch
 
-from rabbit_engine.model.long_prompts import may_part
+from rabbit_engine.model.long_prompts import is_padded, may_part, why_whole
 from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, fitted
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.caches import tokens_in
+from rabbit_engine.transformers_bridge.generation import Asked
 
 Reading = Literal["prompt", "text", "media"]
 """What comes first: the prompt that a decoder continues, an encoder's text, or an encoder's image or sound."""
 
-_USUAL_LENGTH = 20
-"""The default number of tokens of prompt and answer, as in transformers."""
+_USUAL_ANSWER = 20
+"""The default number of new tokens, as in transformers."""
 
 
-def part_rows(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> int | None:
+def part_rows(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: Asked) -> int | None:
     """The tokens of each part in which `generate` is to compute `prompt` ([sequences, tokens], or embeddings) in one pass; None
     if whole, or as transformers does it. Raises PromptTooLongError if it needs more than the free memory.
 
-    `given` are its keywords, `config` the generation config for everything else. A session's requests were already checked.
+    `given` are its keywords, `asked` tells its settings. A session's requests were already checked.
     """
     if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
         return None
-    demand, parts = demand_of(prompt, given, config, reading_of(runtime)), may_part(runtime, prompt, given, config)
+    demand, parts = demand_of(prompt, given, asked, reading_of(runtime)), may_part(runtime, prompt, given, asked)
     if fiber_on(runtime.binding) is None:
-        demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), parts=parts)
+        whole = why_whole(asked) if runtime.computes_parts and not parts else ""
+        demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), parts=parts, why_whole=whole)
     return demand.chunk if parts else None
 
 
@@ -48,27 +50,22 @@ def reading_of(runtime: Runtime) -> Reading:
     return "prompt" if not config.is_encoder_decoder else "text" if cls.main_input_name == "input_ids" else "media"
 
 
-def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], config: object, reading: Reading = "prompt") -> Demand:
+def demand_of(prompt: torch.Tensor, given: Mapping[str, Any], asked: Asked, reading: Reading = "prompt") -> Demand:
     """The demand of a `generate` call: every beam and every answer to the same prompt is a separate sequence.
 
     An encoder's text is a prompt whose tokens `max_length` does not count; its image or sound has no tokens.
     """
-
-    def asked(name: str) -> Any:
-        return given.get(name, getattr(config, name, None))
-
     begun = given.get("decoder_input_ids")
     decoded = begun.shape[1] if isinstance(begun, torch.Tensor) and begun.dim() == 2 else 1
     counted = prompt.shape[1] if reading == "prompt" else decoded
     tokens = decoded if reading == "media" else prompt.shape[1]
-    new = asked("max_new_tokens")
-    answer = new if new is not None else (asked("max_length") or _USUAL_LENGTH) - counted
-    mask = given.get("attention_mask")
+    new, length = asked("max_new_tokens"), asked("max_length")
+    answer = new if new is not None else _USUAL_ANSWER if length is None else length - counted
     return Demand(
         tokens - _computed_tokens(given),
         max(1, answer),
         sequences=len(prompt) * max(asked("num_beams") or 1, asked("num_return_sequences") or 1),
-        padded=isinstance(mask, torch.Tensor) and not bool(mask.all()),
+        padded=is_padded(prompt, given, asked),
         chunk=asked("prefill_chunk_size"),
     )
 

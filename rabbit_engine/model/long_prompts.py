@@ -22,11 +22,18 @@ from rabbit_engine.planning.parts import layer_of
 from rabbit_engine.streaming.parts import run_in_parts
 from rabbit_engine.transformers_bridge.caches import PartCache, is_made_for, is_recording, tokens_in, windows_of
 from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_of
+from rabbit_engine.transformers_bridge.generation import Asked
 
 _PART_ROWS: ContextVar[tuple[object, int] | None] = ContextVar("part_rows", default=None)
 
+_CACHES = (None, "dynamic")
+"""Kinds of caches that hold what parts need: the default."""
+
 _BEFORE_THE_LOOP = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """Keywords of `generate` with which its first forward is not over the prompt alone."""
+
+_RETURNED = ("output_attentions", "output_hidden_states")
+"""Settings that return something of each token besides ids and scores."""
 
 
 class LongPromptMixin:
@@ -54,19 +61,24 @@ class LongPromptMixin:
             _PART_ROWS.reset(token)
 
 
-def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config: object) -> bool:
-    """Whether `generate` for `prompt`, with the keywords `given` and the rest from a generation config, can compute it in parts:
-    token ids without padding, a cache that keeps all, and nothing returned of each token but ids and scores."""
+def why_whole(asked: Asked) -> str:
+    """The setting of `generate` with which no prompt is computed in parts; empty if there is none."""
+    if asked("use_cache") is False:
+        return "use_cache=False"
+    if asked("cache_implementation") not in _CACHES:
+        return f"cache_implementation={asked('cache_implementation')!r}"
+    return next((f"{name}=..." for name in (*_BEFORE_THE_LOOP, *_RETURNED) if asked(name)), "")
 
-    def asked(name: str) -> Any:
-        return given.get(name, getattr(config, name, None))
 
+def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether `generate` for `prompt`, with the keywords `given` and the settings `asked`, can compute it in parts: token ids
+    without padding, a cache that keeps all, and nothing returned of each token but ids and scores."""
     if not runtime.computes_parts or not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.is_floating_point():
         return False
     if any(isinstance(value, torch.Tensor) and name not in PER_TOKEN for name, value in given.items()):
         return False
-    mask, cache = given.get("attention_mask"), cache_of(given)
-    if _hides(mask) if mask is not None else _is_padded(prompt, asked("pad_token_id"), asked("eos_token_id")):
+    cache = cache_of(given)
+    if is_padded(prompt, given, asked):
         return False
     if any(_is_any(given.get(name)) for name in KINDS):  # tokens of an image may see each other
         return False
@@ -75,9 +87,15 @@ def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], config:
     chunk = asked("prefill_chunk_size")
     if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
         return False  # transformers says what is wrong with it
-    if asked("use_cache") is False or asked("cache_implementation") not in (None, "dynamic"):
-        return False
-    return not any(asked(name) for name in (*_BEFORE_THE_LOOP, "output_attentions", "output_hidden_states"))
+    return not why_whole(asked)
+
+
+def is_padded(prompt: torch.Tensor, given: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether `generate` needs a mask for `prompt`: that of the keywords `given`, or the one that transformers makes without."""
+    mask = given.get("attention_mask")
+    if mask is not None:
+        return _hides(mask)
+    return prompt.dim() == 2 and _has_padding(prompt, asked("pad_token_id"), asked("eos_token_id"))
 
 
 def _hides(mask: object) -> bool:
@@ -85,7 +103,7 @@ def _hides(mask: object) -> bool:
     return mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()))
 
 
-def _is_padded(prompt: torch.Tensor, pad: object, ends: object) -> bool:
+def _has_padding(prompt: torch.Tensor, pad: object, ends: object) -> bool:
     """Whether transformers, without a mask, takes tokens of the prompt for padding."""
     own = pad if isinstance(pad, int) else None
     return own is not None and own not in (ends if isinstance(ends, list) else [ends]) and bool((prompt == own).any())

@@ -39,7 +39,7 @@ from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.generation import around_decoding, without_cache_objects
+from rabbit_engine.transformers_bridge.generation import around_decoding, settings_of, without_cache_objects
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -141,15 +141,16 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
         device = self._assembly.device
         positions = self._checkpoint.architecture.positions
         prompt = prompt_of(inputs, kwargs, self.main_input_name)  # type: ignore[attr-defined]
-        config = args[0] if args and args[0] is not None else kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
-        if "tokenizer" not in kwargs and any(kwargs.get(name, getattr(config, name, None)) for name in _NEED_TOKENIZER):
+        config = args[0] if args and args[0] is not None else kwargs.get("generation_config")
+        asked = settings_of(kwargs, config, self.generation_config)  # type: ignore[attr-defined]
+        if "tokenizer" not in kwargs and any(asked(name) for name in _NEED_TOKENIZER):
             kwargs["tokenizer"] = self.tokenizer
-        if kwargs.pop("use_mtp", None) or (config is not None and getattr(config, "use_mtp", False)):
+        if asked("use_mtp"):
             speculate, kwargs["use_mtp"] = speculate or self._own_heads, False
         if positions is not None and prompt is not None:
-            kwargs |= capped_length(positions, prompt.shape[1], kwargs, config)
-        rows = part_rows(runtime_of(self), prompt, kwargs, config)
-        if rows is not None and kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            kwargs |= capped_length(positions, prompt.shape[1], asked)
+        rows = part_rows(runtime_of(self), prompt, kwargs, asked)
+        if rows is not None and asked("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
         with self._speculating(speculate), self.computing_parts(rows):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise

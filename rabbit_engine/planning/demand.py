@@ -101,9 +101,11 @@ def most_prompt(fits: Callable[[int], bool], most: int) -> int:
     return least
 
 
-def fitted(probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str, *, parts: bool = False) -> Demand:
+def fitted(
+    probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str, *, parts: bool = False, why_whole: str = ""
+) -> Demand:
     """`demand`, which may be computed in `parts` if it does not fit whole. Raises PromptTooLongError if it needs more than the
-    free memory of `place`."""
+    free memory of `place`; `why_whole` is the setting without which it could be in parts."""
     free = find_free_bytes()
     if need_bytes(probe, demand) + KEPT_FREE_BYTES > free:
         give_free_memory_back()
@@ -123,8 +125,10 @@ def fitted(probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], pla
     fits = most_prompt(fits_one, demand.prompt)
     side_by_side = f"{demand.sequences} sequences of " if demand.sequences > 1 else ""
     wanted = demand.sequences * (demand.prompt + demand.answer)
+    fits_parts = why_whole and in_parts(probe, demand, free - KEPT_FREE_BYTES) is not demand
+    leave_out = f"leave out {why_whole}, with which it is not computed in parts, " if fits_parts else ""
     raise PromptTooLongError(
         f"{side_by_side}{demand.prompt} tokens and {demand.answer} new ones need {format_bytes(need)} on top of the weights, "
-        f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: shorten it, request fewer new tokens, "
+        f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: {leave_out}shorten it, request fewer new tokens, "
         f"or load the model with max_seq_len={wanted}, which leaves less memory to the weights"
     )

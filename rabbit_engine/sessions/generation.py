@@ -83,7 +83,7 @@ class Generation(StoppingCriteria):
             pad_token_id=_pad_token(self._model, self._ends.tokens),
             stopping_criteria=[self],
             logits_processor=self._processors(),
-            **_one_by_one(self._model.generation_config),
+            **one_by_one(self._model.generation_config),
             **_cold(self._model.generation_config, self._options),
             **self._options.keywords(),
             **_add_to_checkpoint(self._model, self._options),
@@ -165,7 +165,7 @@ def _cold(config: GenerationConfig, options: Options) -> dict[str, bool]:
     return {"do_sample": False} if config.temperature == 0 and options.temperature is None and options.draws is None else {}
 
 
-def _one_by_one(config: GenerationConfig) -> dict[str, Any]:
+def one_by_one(config: GenerationConfig) -> dict[str, Any]:
     """Switches off the checkpoint's speculative decoding: criteria would see guesses that are then rejected. Greedy text
     is the same without it."""
     off = {"prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": False}

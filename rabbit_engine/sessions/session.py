@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.errors import ConfigurationError, PromptTooLongError
+from rabbit_engine.model.long_prompts import why_whole
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -28,7 +29,7 @@ from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
 from rabbit_engine.sessions.forwards import Forwards
 from rabbit_engine.sessions.futures import Promise, computing_job, own_error
-from rabbit_engine.sessions.generation import Generation, ends_of
+from rabbit_engine.sessions.generation import Generation, ends_of, one_by_one
 from rabbit_engine.sessions.images import ImageProcessor
 from rabbit_engine.sessions.known_prefixes import known_prefixes
 from rabbit_engine.sessions.messages import has_images, read_messages
@@ -40,6 +41,7 @@ from rabbit_engine.sessions.template import TemplateVariables
 from rabbit_engine.sessions.thinking import thinking_before_form, thinking_of
 from rabbit_engine.sessions.underway import Event, Events, Request, Tell, Ticket, cancel_all
 from rabbit_engine.streaming import PassProgress
+from rabbit_engine.transformers_bridge.generation import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class Session(TaskMethods):
         """The number of requests that may be under way or waiting."""
 
         apart = bool(model.config.is_encoder_decoder)
-        parts = runtime.computes_parts
+        parts = runtime.computes_parts and not self._why_whole()
         self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, parts)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
@@ -371,6 +373,11 @@ class Session(TaskMethods):
         images that does not fit."""
         if not prompt.inputs:
             found = self._room.demand(len(prompt.ids), prompt.answer_tokens)
+            if found.chunk is not None and (setting := self._why_whole()):
+                raise PromptTooLongError(
+                    f"{len(prompt.ids)} tokens and {prompt.answer_tokens} of the answer fit in memory only in parts, but the "
+                    f"model's generation config has {setting}: unset it, shorten the prompt, or request a shorter answer"
+                )
             known = self._prefixes if self._room.parts and self._prefixes is not None and self._prefixes.are_used else None
             stored = known is not None and found.prompt > known.block_tokens
             return replace(found, chunk=known.block_tokens) if stored and known is not None else found
@@ -381,6 +388,13 @@ class Session(TaskMethods):
                 "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
             )
         return whole
+
+    def _why_whole(self) -> str:
+        """The setting of the model's generation config with which no prompt is computed in parts."""
+        if not self.model.can_generate():
+            return ""
+        own = self.model.generation_config
+        return why_whole(settings_of(one_by_one(own), None, own))
 
     def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
         """All replies, in order; the first failure is raised and cancels the rest."""

@@ -14,6 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
+Asked = Callable[[str], Any]
+"""What `generate` uses for a setting, by its name; None where nobody sets it."""
+
 _REFUSING = ("transformers.generation.", "transformers.cache_utils")
 """Modules that raise if settings of `generate` do not fit."""
 
@@ -29,6 +32,19 @@ def read_generation_config(model: PreTrainedModel, folder: Path | str, *, trust_
         cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None, revision=None,
         subfolder="", trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+def settings_of(given: Mapping[str, Any], config: object, own: object) -> Asked:
+    """The settings of a call: its keywords `given`, else those that its generation config sets, else those of the model's `own`."""
+
+    def asked(name: str) -> Any:
+        if name in given:
+            found = given[name]
+        else:
+            found = next((value for each in (config, own) if (value := getattr(each, name, None)) is not None), None)
+        return None if name == "cache_implementation" and found == "hybrid" else found  # the former name of the default
+
+    return asked
 
 
 def without_cache_objects(cls: Class) -> Class:
