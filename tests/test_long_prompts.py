@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, GenerationCo
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
 from rabbit_engine.errors import PromptTooLongError, SessionClosedError
-from rabbit_engine.model.long_prompts import _mask_of, _part_mask
+from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning import budget, demand
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, in_parts, need_bytes, work_bytes
@@ -94,6 +94,48 @@ def test_a_prompt_in_parts_takes_one_pass_and_gives_the_answer_of_transformers(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+LEFT = torch.tensor([0, 23, 52, 3, 8])
+"""Tokens of padding before each sequence: none, less than a part, several, and exactly one."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_in_parts_has_the_answers_of_transformers(checkpoint: Any, parted: Any, plain: Any, family: str) -> None:
+    model, own = parted(checkpoint(family)), plain(checkpoint(family))
+    ids, mask = prompt(61, len(LEFT)), (torch.arange(61) >= LEFT[:, None]).long()
+    before = model.profile.passes
+    found = answer(model, ids, attention_mask=mask, prefill_chunk_size=ROWS, eos_token_id=None)
+    expected = answer(own, ids, attention_mask=mask, eos_token_id=None)
+    assert model.profile.passes - before == 9
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_batch_that_does_not_fit_is_computed_in_parts_however_it_is_continued(
+    checkpoint: Any, parted: Any, plain: Any, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    model, own = (load(checkpoint("gemma3"), attn_implementation=attention) for load in (parted, plain))
+    ids, mask, texts = prompt(50, 2), torch.ones(2, 50, dtype=torch.long), []
+    mask[0, :13] = 0
+    probe = runtime_of(model).partition.probe
+    for each in (model, own):
+        cache = DynamicCache(config=each.config)
+        first = each.generate(
+            ids[:, :20], attention_mask=mask[:, :20], max_new_tokens=3, do_sample=False, **cache_argument(each.forward, cache)
+        )
+        before, longer = each is own or model.profile.passes, torch.cat([mask.new_ones(2, 3), mask[:, 20:]], -1)
+        free(monkeypatch, need_bytes(probe, Demand(33, 9, sequences=2, padded=True, chunk=ROWS)) + KEPT_FREE_BYTES)
+        texts.append(
+            answer(
+                each, torch.cat([first, ids[:, 20:]], -1), attention_mask=torch.cat([mask[:, :20], longer], -1),
+                **cache_argument(each.forward, cache),
+            ).sequences
+        )  # fmt: skip
+        assert each is own or model.profile.passes - before == 9
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("tokens", [ROWS + 1, 3 * ROWS, 3 * ROWS + 5])
 def test_parts_of_any_length_leave_the_cache_of_one_forward(
@@ -156,7 +198,6 @@ BARE = GenerationConfig(max_new_tokens=9)
 """What it leaves out, `generate` takes from the model's."""
 
 
-@pytest.mark.usefixtures("never_parted")
 @pytest.mark.parametrize(
     "given", [{"pad_token_id": 0, "max_new_tokens": 9}, {"generation_config": BARE}], ids=["given", "the model's"]
 )
@@ -170,6 +211,7 @@ def test_padding_that_transformers_finds_without_a_mask_is_masked(
         monkeypatch.setattr(each.generation_config, "pad_token_id", 0)
     found = model.generate(ids, do_sample=False, prefill_chunk_size=ROWS, **given)
     assert torch.equal(found, own.generate(ids, do_sample=False, **given))
+    assert model.profile.passes == 9
 
 
 @pytest.mark.usefixtures("never_parted")
@@ -228,7 +270,7 @@ def test_what_does_not_fit_whole_is_computed_in_the_largest_parts_that_do(
     rows = []
     monkeypatch.setattr(
         "rabbit_engine.model.long_prompts.run_in_parts",
-        lambda source, works, of: (rows.append(works), run_in_parts(source, works, of)),
+        lambda source, works, *rest: (rows.append(works), run_in_parts(source, works, *rest)),
     )
     for wanted, nbytes in needs.items():
         free(monkeypatch, nbytes)
@@ -300,7 +342,11 @@ def test_a_wrong_size_is_left_to_transformers(checkpoint: Any, parted: Any, plai
             answer(model, prompt(), prefill_chunk_size=size)
 
 
-@pytest.mark.parametrize("given", [{"output_hidden_states": True}, {"attention_mask": torch.tensor([[0] + [1] * 119])}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"output_hidden_states": True}, {"attention_mask": torch.tensor([[1] * 119 + [0]])}],
+    ids=["states", "padding on the right"],
+)
 def test_what_cannot_be_in_parts_is_refused_if_it_does_not_fit(
     checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, given: Any
 ) -> None:
@@ -357,20 +403,22 @@ def test_an_error_or_an_interrupt_in_a_part_leaves_nothing_behind(
         assert torch.equal(answer(model, ids, prefill_chunk_size=ROWS).sequences, expected)
 
 
-def test_masks_of_parts_are_those_of_the_whole() -> None:
-    class Here:
-        dtype, device = torch.float32, torch.device("cpu")
-
-    for window in (None, 3, 7, 50):
-        whole = torch.ones(23, 23).tril().bool()
-        if window is not None:
-            whole &= torch.ones(23, 23).triu(1 - window).bool()
-        shared: Any = _part_mask(window, 5, 23, Here())  # type: ignore[arg-type]
-        for first in range(0, 23, 5):
-            rows = min(5, 23 - first)
-            found = _mask_of(shared, window, first, rows)[0, 0] == 0
-            kept = first if window is None else min(first, window - 1)
-            assert torch.equal(found, whole[first : first + rows, first - kept : first + rows])
+@pytest.mark.parametrize("window", [None, 3, 7, 50])
+@pytest.mark.parametrize("left", [None, [0, 9, 22, 4]], ids=["plain", "padded"])
+def test_masks_of_parts_are_those_of_the_whole(window: int | None, left: list[int] | None) -> None:
+    whole = torch.ones(1, 23, 23).tril().bool()
+    if window is not None:
+        whole &= torch.ones(23, 23).triu(1 - window).bool()
+    padding = None if left is None else torch.arange(23) < torch.tensor(left)[:, None]
+    if padding is not None:
+        whole = whole & ~padding[:, None]
+    masks = PartMasks({"": window}, 5, 23, torch.float32, torch.device("cpu"), padding)
+    for first in (0, 5, 20, 0, 10, 15):
+        rows = min(5, 23 - first)
+        found: Any = masks.of(first, rows)
+        masks.show(first, rows)
+        kept = first if window is None else min(first, window - 1)
+        assert torch.equal(found[:, 0] == 0, whole[:, first : first + rows, first - kept : first + rows])
 
 
 def test_what_parts_take() -> None:
@@ -384,6 +432,8 @@ def test_what_parts_take() -> None:
     )
     alone = work_bytes(probe, Demand(10, 1))
     assert work_bytes(probe, Demand(30, 1, chunk=10)) == alone + 30 * 18 + 10 * 20 * (2 + 4)
+    padded = work_bytes(probe, Demand(30, 1, chunk=10, padded=True, sequences=2))
+    assert padded == 2 * (work_bytes(probe, Demand(30, 1, chunk=10)) + 4 * 10 * 30)
     assert work_bytes(probe, Demand(30, 1, chunk=10, is_computed=True)) == work_bytes(probe, Demand(30, 1, is_computed=True))
     demand = Demand(30, 1)
     assert in_parts(probe, demand, need_bytes(probe, demand)) is demand

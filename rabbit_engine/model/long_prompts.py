@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from rabbit_engine.decoding.verification import KINDS, PER_TOKEN, additive, mask_kinds
+from rabbit_engine.decoding.verification import KINDS, PER_TOKEN, mask_kinds
+from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.parts import layer_of
 from rabbit_engine.streaming.parts import run_in_parts
@@ -71,14 +72,16 @@ def why_whole(asked: Asked) -> str:
 
 
 def may_part(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: Asked) -> bool:
-    """Whether `generate` for `prompt`, with the keywords `given` and the settings `asked`, can compute it in parts: token ids
-    without padding, a cache that keeps all, and nothing returned of each token but ids and scores."""
+    """Whether `generate` for `prompt`, with the keywords `given` and the settings `asked`, can compute it in parts: token ids,
+    with padding on the left alone, a cache that keeps all, and nothing returned of each token but ids and scores."""
     if not runtime.computes_parts or not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.is_floating_point():
         return False
     if any(isinstance(value, torch.Tensor) and name not in PER_TOKEN for name, value in given.items()):
         return False
-    cache = cache_of(given)
-    if is_padded(prompt, given, asked):
+    cache, mask = cache_of(given), given.get("attention_mask")
+    if mask is None and is_padded(prompt, given, asked):
+        mask = prompt != asked("pad_token_id")
+    if mask is not None and not _is_left_padding(mask, len(prompt)):
         return False
     if any(_is_any(given.get(name)) for name in KINDS):  # tokens of an image may see each other
         return False
@@ -94,13 +97,14 @@ def is_padded(prompt: torch.Tensor, given: Mapping[str, Any], asked: Asked) -> b
     """Whether `generate` needs a mask for `prompt`: that of the keywords `given`, or the one that transformers makes without."""
     mask = given.get("attention_mask")
     if mask is not None:
-        return _hides(mask)
+        return not (isinstance(mask, torch.Tensor) and bool(mask.all()))
     return prompt.dim() == 2 and _has_padding(prompt, asked("pad_token_id"), asked("eos_token_id"))
 
 
-def _hides(mask: object) -> bool:
-    """Whether a mask of a prompt says anything: one of ones does not."""
-    return mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()))
+def _is_left_padding(mask: object, sequences: int) -> bool:
+    """Whether a mask [sequences, tokens] shows the last token of every sequence: the states of others are never used."""
+    is_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2 and len(mask) == sequences
+    return isinstance(mask, torch.Tensor) and is_mask and bool(mask[:, -1].all())
 
 
 def _has_padding(prompt: torch.Tensor, pad: object, ends: object) -> bool:
@@ -123,31 +127,39 @@ def _is_plain(cache: object, runtime: Runtime) -> bool:
 def _can_part(inputs: Mapping[str, Any], runtime: Runtime, rows: int) -> bool:
     """Whether a forward is one over a prompt of more than `rows` tokens that needs only the last logits."""
     ids = inputs.get("input_ids")
-    is_long = isinstance(ids, torch.Tensor) and ids.shape[1] > rows and inputs.get("inputs_embeds") is None
-    if not is_long or inputs.get("logits_to_keep") != 1 or "position_ids" not in inputs:
+    if not isinstance(ids, torch.Tensor) or ids.shape[1] <= rows or inputs.get("inputs_embeds") is not None:
         return False
-    return _is_plain(cache_of(inputs), runtime) and not _hides(inputs.get("attention_mask"))
+    if inputs.get("logits_to_keep") != 1 or "position_ids" not in inputs:
+        return False
+    mask, cache = inputs.get("attention_mask"), cache_of(inputs)
+    if mask is not None and not (_is_left_padding(mask, len(ids)) and mask.shape[1] == (tokens_in(cache) or 0) + ids.shape[1]):
+        return False
+    return _is_plain(cache, runtime)
 
 
 def _run_parts(forward: Callable[..., Any], runtime: Runtime, inputs: Mapping[str, Any], rows: int) -> Any:
     """The output of the last part, with the cache of all."""
-    cache, length = cache_of(inputs), inputs["input_ids"].shape[1]
+    cache, length, mask = cache_of(inputs), inputs["input_ids"].shape[1], inputs.get("attention_mask")
     past = tokens_in(cache) or 0
     config = runtime.architecture.config.get_text_config()
     kinds = mask_kinds(windows_of(cache), getattr(config, "layer_types", None))
-    masks = {kind: _part_mask(window, rows, past + length, runtime) for kind, window in kinds.items()}
+    padding = None if mask is None or bool(mask.all()) else ~mask.bool()
+    masks = PartMasks(kinds, rows, past + length, runtime.dtype, runtime.device, padding)
+    bounds = [(first, min(first + rows, length)) for first in range(0, length, rows)]
     last: list[Any] = []
 
     def run(first: int, stop: int) -> None:
         found = {name: _cut(name, value, first, stop) for name, value in inputs.items()}
-        cut = {kind: _mask_of(masks[kind], window, past + first, stop - first) for kind, window in kinds.items()}
-        found["attention_mask"] = cut if len(cut) > 1 else next(iter(cut.values()))
+        found["attention_mask"] = masks.of(past + first, stop - first)
         found |= {name: PartCache(cache, past + first) for name in CACHE_NAMES if isinstance(inputs.get(name), Cache)}
         last[:] = [forward(**found)]
 
-    works = [partial(run, first, min(first + rows, length)) for first in range(0, length, rows)]
-    layers = runtime.partition.layout.layers
-    run_in_parts(runtime.binding, works, partial(layer_of, layers=layers))
+    def show(index: int) -> None:
+        first, stop = bounds[index]
+        masks.show(past + first, stop - first)
+
+    works = [partial(run, *each) for each in bounds]
+    run_in_parts(runtime.binding, works, partial(layer_of, layers=runtime.partition.layout.layers), show)
     output = last[0]
     for name in CACHE_NAMES:
         if name in output:
@@ -158,18 +170,3 @@ def _run_parts(forward: Callable[..., Any], runtime: Runtime, inputs: Mapping[st
 def _cut(name: str, value: Any, first: int, stop: int) -> Any:
     """A keyword of the whole prompt, for its tokens from `first` to `stop`."""
     return value[..., first:stop] if name in PER_TOKEN and isinstance(value, torch.Tensor) else value
-
-
-def _part_mask(window: int | None, rows: int, tokens: int, runtime: Runtime) -> torch.Tensor:
-    """[1, 1, rows, keys]: what the last `rows` of `tokens` tokens see of the keys that a layer shows them. Those of an earlier
-    or shorter part are its last rows and columns."""
-    shown = tokens if window is None else min(tokens, window - 1 + rows)
-    behind = torch.arange(rows)[:, None] + (shown - rows) - torch.arange(shown)[None, :]
-    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return additive(visible, runtime.dtype).to(runtime.device)
-
-
-def _mask_of(mask: torch.Tensor, window: int | None, past: int, rows: int) -> torch.Tensor:
-    """The part of a `_part_mask` for `rows` tokens after `past`."""
-    shown = rows + (past if window is None else min(past, window - 1))
-    return mask[..., mask.shape[-2] - rows :, mask.shape[-1] - shown :]

@@ -56,8 +56,9 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
 def work_bytes(probe: Probe, demand: Demand) -> int:
     """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
     tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
-    extra = _MASK_BYTES * tokens**2 if demand.padded else 0
-    if not demand.is_computed and tokens < demand.prompt:
+    parted = not demand.is_computed and tokens < demand.prompt
+    extra = _MASK_BYTES * tokens * (demand.prompt if parted else tokens) if demand.padded else 0
+    if parted:
         extra += _part_bytes(probe, demand.prompt, tokens)
     if demand.logits == 0:
         return demand.sequences * (probe.layers.at(tokens) + extra)
@@ -129,6 +130,6 @@ def fitted(
     leave_out = f"leave out {why_whole}, with which it is not computed in parts, " if fits_parts else ""
     raise PromptTooLongError(
         f"{side_by_side}{demand.prompt} tokens and {demand.answer} new ones need {format_bytes(need)} on top of the weights, "
-        f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: {leave_out}shorten it, request fewer new tokens, "
-        f"or load the model with max_seq_len={wanted}, which leaves less memory to the weights"
+        f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: {leave_out}shorten it, "
+        f"request fewer new tokens, or load the model with max_seq_len={wanted}, which leaves less memory to the weights"
     )

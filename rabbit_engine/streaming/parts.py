@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 from rabbit_engine.streaming.scheduler import Fiber, UnitSource, fiber_on
@@ -25,7 +26,16 @@ class PassSource(UnitSource, Protocol):
 
 
 class _ForwardPart(Fiber):
-    """A part of a forward: it is in the pass that its forward is in."""
+    """A part of a forward: it is in the pass that its forward is in. `begin_turn` is called whenever it goes on."""
+
+    def __init__(self, work: Callable[[], None], source: UnitSource, begin_turn: Callable[[], None]) -> None:
+        super().__init__(work, source)
+        self._begin_turn = begin_turn
+
+    def resume(self) -> None:
+        """See `Fiber`."""
+        self._begin_turn()
+        super().resume()
 
     def begin_own_time(self) -> None:
         """Do nothing: it has no time outside the pass."""
@@ -39,13 +49,16 @@ class _ForwardPart(Fiber):
         return rows
 
 
-def run_in_parts(source: PassSource, works: Sequence[Callable[[], None]], layer_of: LayerOf) -> None:
+def run_in_parts(
+    source: PassSource, works: Sequence[Callable[[], None]], layer_of: LayerOf, begin_turn: Callable[[int], None] = lambda _: None
+) -> None:
     """Run `works`, each a forward over a part of the same text, in order within every layer. Raises what one of them raises.
 
-    Called by a fiber, the pass is its scheduler's, and others may share it.
+    `begin_turn` is called with the index of a part whenever that one goes on. Called by a fiber, the pass is its scheduler's,
+    and others may share it.
     """
     with source.root_pass():
-        parts = [_ForwardPart(work, source) for work in works]
+        parts = [_ForwardPart(work, source, partial(begin_turn, index)) for index, work in enumerate(works)]
         try:
             for part in parts:
                 _advance(part)

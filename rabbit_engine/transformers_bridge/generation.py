@@ -35,7 +35,7 @@ def read_generation_config(model: PreTrainedModel, folder: Path | str, *, trust_
 
 
 def settings_of(given: Mapping[str, Any], config: object, own: object) -> Asked:
-    """The settings of a call: its keywords `given`, else those that its generation config sets, else those of the model's `own`."""
+    """The settings of a call: its keywords `given`, else what its generation config sets, else what the model's `own` does."""
 
     def asked(name: str) -> Any:
         if name in given:
