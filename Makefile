@@ -50,6 +50,7 @@ OURS := \
   page \
   peers_script \
   planner \
+  prefix_option \
   prefix_store \
   prompts \
   quality_script \

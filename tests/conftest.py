@@ -31,6 +31,7 @@ from rabbit_engine.diagnostics.demo import wheel_file
 from rabbit_engine.storage.directio import buffered_reasons
 
 os.environ["RABBIT_ENGINE_CACHE"] = ""  # a start depends on nothing that an earlier one kept, but for tests of that
+os.environ["RABBIT_ENGINE_PREFIXES"] = ""  # also of a user who names a folder: commands store prompts unasked
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -413,3 +413,26 @@ def test_the_command_answers_a_file_and_says_what_it_did(talker: Path, files: An
     retried = rabbit("batch", talker, source, target, "--device", "cpu", "--retry-failed")
     assert retried.err.splitlines()[:2] == [f"{target} answers 1 lines already", "1 failed before: answered again"]
     assert sorted(row["custom_id"] for row in read(target)) == ["c1", "line-2"]
+
+
+def test_the_command_keeps_beginnings_of_several_lines_unless_told_not_to(
+    talker: Path, files: Any, rabbit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rabbit_engine import prefixes
+
+    class Opened(prefixes.PrefixStore):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            opened.append(keywords["repeated_only"])
+            super().__init__(*arguments, **{**keywords, "block_tokens": 4})
+
+    opened: list[bool] = []
+    monkeypatch.setattr(prefixes, "PrefixStore", Opened)
+    monkeypatch.setenv("RABBIT_ENGINE_PREFIXES", str(tmp_path / "prefixes"))
+    lines = [{"custom_id": f"c{number}", "prompt": f"w5 w6 w7 w8 w{number}", "max_tokens": 1} for number in range(10, 13)]
+    source, target = files(*lines)
+    assert rabbit("batch", talker, source, target, "--device", "cpu", "--prefix-store", "off").code == 0
+    assert opened == []
+    target.unlink()
+    assert rabbit("batch", talker, source, target, "--device", "cpu", "--max-requests", 1).code == 0
+    assert opened == [True]
+    assert len(list((tmp_path / "prefixes").rglob("*.safetensors"))) == 1

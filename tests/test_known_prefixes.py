@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,15 +139,20 @@ def test_drawn_answers_and_speculation_are_those_without_the_store(
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
 def test_models_that_forget_store_nothing_and_say_so(
-    checkpoint: Any, streamed: Any, store: PrefixStore, family: str, caplog: pytest.LogCaptureFixture
+    checkpoint: Any, streamed: Any, tmp_path: Path, family: str, level: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = streamed(checkpoint(family))
     model.tokenizer = words(96)
-    with Session(model, prefix_store=store) as session:
+    caplog.set_level(logging.INFO, "rabbit_engine")
+    with (
+        PrefixStore(tmp_path / "prefixes", 10**8, block_tokens=BLOCK, log_level=level) as store,
+        Session(model, prefix_store=store) as session,
+    ):
         assert [session.generate([prompt(30)], **ASKED)[0].cached_tokens for _ in range(2)] == [0, 0]
-    assert "prompts are not stored: " in caplog.text
-    assert store.models() == []
+    assert [record.levelno for record in caplog.records if "prompts are not stored: " in record.getMessage()] == [level]
+    assert not (tmp_path / "prefixes").exists()
 
 
 def test_without_a_ring_for_a_layer_prompts_are_computed_whole_and_stored(
@@ -173,6 +179,7 @@ def test_another_model_never_finds_them(checkpoint: Any, own_checkpoint: Any, lo
             assert store.flush(30)
     with Session(load(checkpoint("llama"), attn_implementation="eager"), prefix_store=store) as session:
         assert session.generate([ids], **ASKED)[0].cached_tokens == 0
+    assert store.flush(30)
     assert len(store.models()) == 3
 
 
@@ -230,3 +237,18 @@ def test_a_session_that_computes_otherwise_than_it_began_finds_nothing(
                 assert found.cached_tokens == 0
                 expected = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
                 assert found.tokens == tuple(expected[0, 41:].tolist())
+
+
+def test_a_session_of_a_batch_writes_the_common_beginning_alone(checkpoint: Any, load: Any, tmp_path: Path) -> None:
+    model = load(checkpoint("llama"))
+    texts = [[*prompt(17), *[10 + number] * 20] for number in range(3)]
+    with (
+        PrefixStore(tmp_path / "store", 10**9, block_tokens=BLOCK, repeated_only=True) as store,
+        Session(model, prefix_store=store) as session,
+    ):
+        cached = []
+        for text in texts:
+            cached.append(session.generate([text], **ASKED)[0].cached_tokens)
+            assert store.flush(20)
+        assert cached == [0, 0, 16]
+        assert [model.blocks for model in store.models()] == [2]

@@ -61,7 +61,11 @@ def batch(
         if opened.retried:
             output.note(f"{opened.retried} failed before: answered again")
         if not opened.is_done:
-            with loaded(model, loading.for_conversations()) as streamed, opened_store(prefix_store) as store, _told() as tell:
+            with (
+                loaded(model, loading.for_conversations()) as streamed,
+                opened_store(prefix_store, repeated_only=True) as store,
+                _told() as tell,
+            ):
                 opened.run(streamed, tell, prefix_store=store)
         output.note(str(opened.report()))
 

@@ -1,9 +1,11 @@
-"""The option of several commands for the prefix store."""
+"""The option of several commands for the prefix store, which is on by default."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,37 +14,65 @@ from rabbit_engine.cli import engine
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.sizes import parse_bytes
 
+OFF = "off"
+_CLOSE_S = 5.0
+"""How long a command waits at its end for the disk."""
+
 
 def _check_size(text: str | None) -> str | None:
-    """Bytes above zero."""
+    """A size or "off"."""
     try:
-        if text is not None and parse_bytes(text) <= 0:
-            raise typer.BadParameter(f"{text}: the size must be above zero")
+        _asked_bytes(text)
     except ValueError as error:
-        raise typer.BadParameter(f'{text} is not a size: write "20GB"') from error
+        raise typer.BadParameter(f'{text} is not a size: write "20GB", or "{OFF}"') from error
     return text
+
+
+def _asked_bytes(text: str | None) -> int | None:
+    """The size that was asked for, 0 for "off"; None for the default. Raises ValueError for another text."""
+    return None if text is None else 0 if text.strip().lower() == OFF else parse_bytes(text)
 
 
 PrefixStoreSize = Annotated[
     str | None,
     typer.Option(
         callback=_check_size,
-        metavar="SIZE",
-        help="Keep what was computed for prompts on disk, up to this size: beginnings seen before are read (see `rabbit cache`).",
+        metavar="SIZE|off",
+        help=(
+            "Disk for what was computed for prompts, in HF_HOME/rabbit_engine/prefixes: beginnings seen before are read, not "
+            "computed. Only you may read the files (mode 0600), which hold the texts' tokens; `rabbit cache clear` deletes them."
+        ),
+        show_default="the smaller of 10GB and a tenth of the free disk",
     ),
 ]
 
 
 @contextmanager
-def opened_store(size: str | None) -> Iterator[engine.prefixes.PrefixStore | None]:
-    """The store in the default folder, closed at the end; None without a size. Raises ConfigurationError without a folder."""
-    if size is None:
-        yield None
-        return
-    folder = engine.prefixes.default_folder()
-    if folder is None:
+def opened_store(size: str | None, *, repeated_only: bool = False) -> Iterator[engine.prefixes.PrefixStore | None]:
+    """The store in the default folder, closed at the end; None if it is off.
+
+    One that was not asked for is off where there is no folder, and what goes wrong with it is no warning. Raises
+    ConfigurationError if it was asked for and there is no folder.
+    """
+    asked = _asked_bytes(size)
+    folder = None if asked == 0 else engine.prefixes.default_folder()
+    if folder is None and asked:
         raise ConfigurationError(
             "--prefix-store needs a folder, and RABBIT_ENGINE_PREFIXES or RABBIT_ENGINE_CACHE is empty: set one, or leave it out"
         )
-    with engine.prefixes.PrefixStore(folder, parse_bytes(size)) as store:
+    most = _most_bytes(folder, asked)
+    if folder is None or not most:
+        yield None
+        return
+    level = logging.INFO if asked is None else logging.WARNING
+    store = engine.prefixes.PrefixStore(folder, most, repeated_only=repeated_only, log_level=level)
+    try:
         yield store
+    finally:
+        store.close(_CLOSE_S)
+
+
+def _most_bytes(folder: Path | None, asked: int | None) -> int:
+    if folder is None or asked is not None:
+        return asked or 0
+    return engine.prefixes.default_bytes(folder)

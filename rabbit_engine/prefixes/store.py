@@ -5,7 +5,9 @@ A store knows nothing of models: a block is the tensors, of any names, that belo
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -28,6 +30,7 @@ VARIABLE = "RABBIT_ENGINE_PREFIXES"
 BLOCK_TOKENS = 256
 QUEUE_BYTES = 256 * 2**20
 CLOSE_S = 30.0
+DEFAULT_BYTES = 10 * 10**9
 _SHORTEST_NAME = 8
 """Characters of a space's name that are enough to name it."""
 
@@ -41,12 +44,22 @@ def default_folder() -> Path | None:
     return None if cache is None or named == "" else cache / "prefixes"
 
 
+def default_bytes(folder: Path) -> int:
+    """The size of a store that nobody chose: the smaller of 10 GB and a tenth of what is free on the folder's disk."""
+    try:
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        return min(DEFAULT_BYTES, shutil.disk_usage(existing).free // 10)
+    except OSError:
+        return 0
+
+
 class PrefixStore:
     """Blocks of `block_tokens` tokens in `folder`, `max_bytes` of them at most, which several processes may share.
 
     Those used last are also in memory, up to `memory_bytes`; with `folder=None`, only there. Blocks wait for the disk in
-    `queue_bytes` of memory. Lookups and writes never raise for a fault of the disk: a block that cannot be read is a miss, one
-    that cannot be written is not stored, and both are logged.
+    `queue_bytes` of memory. With `repeated_only`, prompts are stored as far as a second one begins alike. Lookups and writes
+    never raise for a fault of the disk: a block that cannot be read is a miss, one that cannot be written is not stored, and
+    both are logged at `log_level`.
     """
 
     def __init__(
@@ -56,18 +69,21 @@ class PrefixStore:
         memory_bytes: int = 0,
         block_tokens: int = BLOCK_TOKENS,
         queue_bytes: int = QUEUE_BYTES,
+        *,
+        repeated_only: bool = False,
+        log_level: int = logging.WARNING,
     ) -> None:
         """Raises ConfigurationError for a negative number of bytes, or no tokens."""
         least = {"max_bytes": (max_bytes, 0), "memory_bytes": (memory_bytes, 0), "queue_bytes": (queue_bytes, 0)}
         for name, (value, smallest) in {**least, "block_tokens": (block_tokens, 1)}.items():
             if not isinstance(value, int) or value < smallest:
                 raise ConfigurationError(f"{name}={value!r} is not an integer from {smallest}")
-        self.block_tokens = block_tokens
+        self.block_tokens, self.repeated_only, self.log_level = block_tokens, repeated_only, log_level
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         files = None if self.folder is None else StoreFolder(self.folder, max_bytes)
         if files is not None:
             files.clean()
-        self._tiers = BlockTiers(files, memory_bytes, queue_bytes)
+        self._tiers = BlockTiers(files, memory_bytes, queue_bytes, log_level)
         self._closing = weakref.finalize(self, self._tiers.close, CLOSE_S)
 
     def __enter__(self) -> Self:
@@ -122,11 +138,21 @@ class PrefixSpace:
         self.block_tokens = store.block_tokens
         self._store, self._tiers = store, tiers  # a space keeps its store open
         self._about = about_space(model or self.name, identity, store.block_tokens)
+        self._seen: set[str] = set()
 
     def find(self, tokens: Sequence[int]) -> Prefix:
         """The longest beginning of `tokens` in whole blocks that is stored, possibly empty."""
         blocks = self._tiers.find(chain(self.name, tokens, self.block_tokens))
         return Prefix(blocks, self.block_tokens, self._tiers.fetch)
+
+    def blocks_to_store(self, tokens: Sequence[int]) -> int:
+        """How many blocks of a prompt to write, from its beginning: with `repeated_only`, those an earlier call had."""
+        names = [key.name for key in chain(self.name, tokens, self.block_tokens)]
+        if not self._store.repeated_only:
+            return len(names)
+        known = next((index for index, name in enumerate(names) if name not in self._seen), len(names))
+        self._seen.update(names[known:])
+        return known
 
     def write(self, tokens: Sequence[int], index: int, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Store a block in the background: `tensors` are those of `tokens[index * block_tokens : (index + 1) * block_tokens]`.

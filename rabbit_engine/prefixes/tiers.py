@@ -31,8 +31,8 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class BlockTiers:
     """The blocks of a store. Without a `folder` they are in memory alone; in a forked child there are none."""
 
-    def __init__(self, folder: StoreFolder | None, memory_bytes: int, queue_bytes: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: StoreFolder | None, memory_bytes: int, queue_bytes: int, log_level: int = logging.WARNING) -> None:
+        self.folder, self._log_level = folder, log_level
         self.memory = BlockMemory(memory_bytes)
         self.writer = BlockWriter(self._write, queue_bytes)
         self._owner: int | None = os.getpid()
@@ -166,12 +166,12 @@ class BlockTiers:
             self.memory.clear()
 
     def _say(self, about: str, text: str) -> None:
-        """Log a warning, once."""
+        """Log it, once."""
         with self._saying:
             if about in self._said:
                 return
             self._said.add(about)
-        logger.warning("%s", text)
+        logger.log(self._log_level, "%s", text)
 
 
 def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ class KnownText:
     def keep(self) -> None:
         """Store the whole blocks of the prompt that were computed. Call it once, after the first pass."""
         size = self._space.block_tokens
-        for index in range(self.tokens // size, len(self._ids) // size):
+        for index in range(self.tokens // size, self._space.blocks_to_store(self._ids)):
             at = slice(index * size, (index + 1) * size)
             block = {name: states[0, :, at].detach() for name, states in _states(self.cache).items()}
             if not self._space.write(self._ids, index, block):
@@ -73,7 +73,7 @@ def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | N
     """The prefixes of a session's model; None, with a line in the log, for one whose caches cannot be cut into blocks."""
     runtime = runtime_of(model)
     if reason := _why_none(model, runtime):
-        logger.warning("prompts are not stored: %s", reason)
+        logger.log(store.log_level, "prompts are not stored: %s", reason)
         return None
     return KnownPrefixes(model, store.space(_identity(model, runtime), runtime.checkpoint.request.repo.name))
 

@@ -66,8 +66,9 @@ class Session(TaskMethods):
         overflow: what to do with a prompt that is too long: "refuse" raises PromptTooLongError, "truncate" drops the oldest
             messages (never the system's) or the beginning of a text, and reports how much in `Reply.cut_tokens`.
         speculate: "auto" or a draft: guess several tokens for each pass to verify; None does what the model was loaded with.
-        prefix_store: keeps what was computed for the beginnings of prompts, also for later sessions. Prompts are then computed
-            in parts of its blocks, where the model can, with the results of `model.generate(ids, prefill_chunk_size=256)`.
+        prefix_store: keeps what was computed for the beginnings of prompts, also for later sessions; with None nothing of them
+            is written to disk. Prompts are then computed in parts of its blocks, where the model can, with the results of
+            `model.generate(ids, prefill_chunk_size=256)`.
         exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
             but results then differ from `model.generate` by rounding.
 
