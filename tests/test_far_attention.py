@@ -133,6 +133,7 @@ def test_any_other_cache_is_attended_to_bit_for_bit(padded: Any) -> None:
 
 class Causal(nn.Module):
     is_causal = True
+    num_key_value_groups = 2
 
 
 def native(name: str) -> Any:
@@ -164,6 +165,19 @@ def test_implementations_with_a_padding_mask_know_what_is_causal(attended: Any, 
     result, weights = attend("flash_attention_2", query, *far_of(keys, values), padding, scaling=None, sliding_window=window)
     assert weights is None
     assert torch.allclose(result, expected, atol=1e-6)
+
+
+def test_sdpa_ignores_a_softcap_and_sinks_or_refuses_them_as_it_does_itself(attended: Any) -> None:
+    query, keys, values = attended
+    expected, _ = attend("sdpa", query, *far_of(keys, values), None)
+    assert attend("sdpa", query, *far_of(keys, values), None, s_aux=torch.ones(4))[0].equal(expected)
+    try:
+        native("sdpa")(Causal(), query, keys, values, None, softcap=2.0)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)[:20]):
+            attend("sdpa", query, *far_of(keys, values), None, softcap=2.0)
+    else:
+        assert attend("sdpa", query, *far_of(keys, values), None, softcap=2.0)[0].equal(expected)
 
 
 def test_without_a_mask_eager_attention_sees_all(attended: Any) -> None:

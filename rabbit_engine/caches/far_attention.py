@@ -40,11 +40,25 @@ def attention_over_blocks(name: str, native: AttentionFunction) -> AttentionFunc
             module_name = str(getattr(native, "__module__", ""))
             if name not in _KNOWN or not module_name.startswith("transformers."):
                 raise FarStatesError(f"attention over blocks does not know what {name} computes by {native!r}")
+            if name == "sdpa":
+                kwargs = _as_sdpa_takes_them(native, module, query, kwargs)
             return _far(name, module, query, key, value, *args, **kwargs), None
         result: tuple[torch.Tensor, torch.Tensor | None] = native(module, query, key, value, *args, **kwargs)
         return result
 
     return attention
+
+
+def _as_sdpa_takes_them(
+    native: AttentionFunction, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Without a softcap and sinks, which transformers' sdpa ignores, as here, or refuses in later releases: it is asked."""
+    ignored = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
+    if ignored:
+        groups = getattr(module, "num_key_value_groups", 1)
+        row = query[:, ::groups, :1]
+        native(module, query[:, :, :1], row, row, None, **ignored)
+    return {name: given for name, given in kwargs.items() if name not in ignored}
 
 
 def _far(
