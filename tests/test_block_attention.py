@@ -164,6 +164,13 @@ def test_autocast_does_not_take_the_float32_away() -> None:
     assert result.equal(attend_by_blocks(query, cut(keys, values, 16), 40))
 
 
+def test_shapes_are_known_on_the_meta_device() -> None:
+    query, keys, values = (tensor.to("meta") for tensor in states(3, 40, torch.bfloat16, value_width=10))
+    result = attend_by_blocks(query, cut(keys, values, 16), 40, window=9)
+    assert (result.shape, result.dtype, result.is_meta) == ((2, 6, 3, 10), torch.bfloat16, True)
+    assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.float32
+
+
 def test_missing_tokens_and_masks_of_others_are_errors() -> None:
     query, keys, values = states(2, 24, torch.float32)
     with pytest.raises(ValueError, match="hold 16 tokens of 24"):

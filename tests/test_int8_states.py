@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rabbit_engine.caches.int8_states import GROUP, decode_states, encode_states, scales_shape
+from rabbit_engine.caches import decode_states, encode_states, scales_shape
+from rabbit_engine.caches.int8_states import GROUP
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

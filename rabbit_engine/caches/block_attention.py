@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -46,7 +48,7 @@ def attend_by_blocks(
     """
     if mask is not None and mask.shape[-1] != tokens:
         raise ValueError(f"the mask is for {mask.shape[-1]} tokens, the keys are of {tokens}")
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         softmax = _OnlineSoftmax(query, scaling, softcap, sinks)
         start, rows = 0, query.shape[2]
         first_seen = tokens - rows - window + 1 if window is not None else 0
@@ -59,6 +61,12 @@ def attend_by_blocks(
         if start != tokens:
             raise ValueError(f"the blocks hold {start} tokens of {tokens}")
         return softmax.result()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products stay in float32. Not every device type has autocast."""
+    is_on = torch.is_autocast_enabled(device_type) if torch.amp.is_autocast_available(device_type) else False
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def _seen(
