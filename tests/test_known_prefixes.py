@@ -15,6 +15,8 @@ from rabbit_engine import Lookup, PrefixStore, Session
 from rabbit_engine.config import Cut
 from rabbit_engine.planning import budget
 from rabbit_engine.planning.parts import layer_ring_bytes
+from rabbit_engine.sessions import known_prefixes
+from rabbit_engine.sessions.known_prefixes import KnownText
 
 BLOCK = 8
 ASKED: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
@@ -252,3 +254,23 @@ def test_a_session_of_a_batch_writes_the_common_beginning_alone(checkpoint: Any,
             assert store.flush(20)
         assert cached == [0, 0, 16]
         assert [model.blocks for model in store.models()] == [2]
+
+
+def test_blocks_that_the_queue_has_no_room_for_are_offered_again(
+    checkpoint: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, keep = load(checkpoint("llama")), KnownText.keep
+    config = model.config
+    block_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * BLOCK * config.head_dim * 4
+    monkeypatch.setattr(known_prefixes, "_RETRY_S", 0.0)
+    monkeypatch.setattr(KnownText, "keep", lambda self: (store.flush(20), keep(self)))
+    with (
+        PrefixStore(tmp_path / "store", 10**8, block_tokens=BLOCK, queue_bytes=block_bytes) as store,
+        Session(model, prefix_store=store) as session,
+    ):
+        session.generate([prompt(33)], max_new_tokens=2, ignore_eos=True)
+        assert store.flush(20)
+        assert [model.blocks for model in store.models()] == [2]
+        assert session.generate([prompt(33)], **ASKED)[0].cached_tokens == 16
+        assert store.flush(20)
+        assert [model.blocks for model in store.models()] == [4]

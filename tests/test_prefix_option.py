@@ -79,12 +79,12 @@ def test_of_a_batch_what_a_second_text_begins_with_is_stored(tmp_path: Path) -> 
     texts = [TEXT, [9, *TEXT[1:]], [*TEXT[: 2 * BLOCK + 1], *range(50)], TEXT]
     with PrefixStore(tmp_path / "store", 10**9, block_tokens=BLOCK, repeated_only=True) as store:
         space = store.space(IDENTITY)
-        counts = [space.blocks_to_store(text) for text in texts]
+        counts = [space.text(text).blocks_to_store() for text in texts]
         assert counts == [0, 0, 2, 4]
         for index in range(counts[2]):
             assert space.write(texts[2], index, block_of(texts[2], index))
         assert store.flush(20)
         assert [count_right(space, text) for text in texts] == [2, 0, 2, 2]
     with PrefixStore(tmp_path / "store", 10**9, block_tokens=BLOCK) as store:
-        assert [store.space(IDENTITY).blocks_to_store(text) for text in texts] == [4, 4, 14, 4]
+        assert [store.space(IDENTITY).text(text).blocks_to_store() for text in texts] == [4, 4, 14, 4]
         assert write(store.space(IDENTITY), TEXT) == [True] * 4

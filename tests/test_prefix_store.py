@@ -122,6 +122,15 @@ def test_a_common_beginning_is_stored_once(space: PrefixSpace, tmp_path: Path, o
     assert (count_right(space, TEXT), count_right(space, OTHER)) == (4, 4)
 
 
+def test_tensors_of_one_shape_are_one(open_store: Any) -> None:
+    store, tensors = open_store(), [torch.full((2, 3), number) for number in range(3)]
+    space = store.space(IDENTITY)
+    assert space.write(TEXT, 0, {"a b c": tensors, "d": torch.ones(1)})
+    flush(store)
+    (block,) = space.find(TEXT).blocks()
+    assert torch.equal(block["a b c"], torch.stack(tensors))
+
+
 def test_blocks_of_another_identity_are_never_seen(space: PrefixSpace, open_store: Any) -> None:
     for other in ({}, {**IDENTITY, "dtype": "float16"}, {**IDENTITY, "device": "cuda"}):
         assert space._store.space(other, "a model").find(TEXT).tokens == 0
@@ -136,6 +145,7 @@ def test_tokens_are_compared_where_names_collide(open_store: Any, monkeypatch: p
     assert space.write(TEXT, 0, block_of(TEXT, 0))
     flush(store)
     assert count_right(space, TEXT[:BLOCK]) == 1
+    assert space.find(OTHER[2 * BLOCK :]).names(0) == ()
     assert count_right(space, OTHER[2 * BLOCK :]) == 0
     assert space.find(TEXT).tokens == 0, "the file was taken for a foreign one"
 
@@ -363,6 +373,14 @@ def test_the_next_turn_of_a_text_reads_nothing(open_store: Any, read: list[str])
     assert (count_right(later, TEXT), len(read)) == (4, 8)
 
 
+def test_a_lookup_reads_no_file(space: PrefixSpace, read: list[str]) -> None:
+    prefix = space.find(TEXT)
+    assert (prefix.tokens, read) == (4 * BLOCK, [])
+    assert prefix.names(3) == ("keys.0", "state")
+    assert prefix.read_block(3) is not None
+    assert read == ["read_block_header", "read_tensors"], "a header once"
+
+
 def test_memory_has_a_limit_and_keeps_beginnings(open_store: Any, space: PrefixSpace, read: list[str]) -> None:
     store = open_store(memory_bytes=3 * 8192)
     small = store.space(IDENTITY)
@@ -452,6 +470,32 @@ def test_a_full_disk_is_said_once_and_stores_again_later(
     assert count_right(space, TEXT) == 4
     store._tiers._resumes_at = time.monotonic() + 60
     assert not space.write(OTHER, 2, block_of(OTHER, 2)), "nothing is tried right after a fault"
+
+
+def test_on_a_full_disk_blocks_take_the_place_of_those_used_least_recently(
+    open_store: Any, space: PrefixSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from rabbit_engine.prefixes import blockfile
+
+    def write_tensor(*arguments: Any) -> str:
+        if len(files_in(tmp_path)) >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(*arguments)
+
+    whole = blockfile._write_tensor
+    monkeypatch.setattr(blockfile, "_write_tensor", write_tensor)
+    long = [*range(5 * BLOCK)]
+    for index in range(5):
+        assert space.write(long, index, block_of(long, index))
+        flush(space._store)
+        if index < 4:
+            assert count_right(space, long) == index + 1
+            assert count_right(space, TEXT) == 3 - index, "the end of the older text went"
+            assert caplog.records == []
+    assert count_right(space, long) == 4, "no block takes the place of those before it"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "No space left on device" in said
+    assert int((tmp_path / "store" / "total").read_text()) >= 4 * FILE_BYTES
 
 
 @contextmanager

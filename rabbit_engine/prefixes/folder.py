@@ -9,6 +9,7 @@ writing/                  files under way, of the process that has the lock: any
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from rabbit_engine.storage.tensorfiles import written_whole
 
 _PRIVATE_FOLDER = 0o700
 _ABOUT = "space.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOCK_S = 60.0
 """How long to wait for another process, which has the lock while it writes a block."""
 
@@ -114,16 +116,26 @@ class StoreFolder:
     def store(self, key: BlockKey, tensors: Mapping[str, torch.Tensor], about: str, clearing: str) -> None:
         """Write a block, after the least recently used ones were deleted to make room for it; `about` is for the space's file.
 
-        Not if the store was cleared since it was offered, if it is stored or the block before it is not, or if there is no
-        room. Raises OSError, or RabbitError for a lock that another process does not release.
+        On a full disk they make room too. Not if the store was cleared since the block was offered, if it is stored or the block
+        before it is not, or if there is no room. Raises OSError, or RabbitError for a lock that another process does not release.
         """
         with self._locked(_LOCK_S):
             reachable = key.index == 0 or os.path.lexists(self.path / key.space / key.before)
             if not reachable or self.clearing() != clearing or self.holds(key, tensors):
                 return
-            if self._make_room(key, block_file_bytes(key, tensors)):
-                self._describe(key.space, about)
-                write_block(self.path_of(key), self._scratch / "block", key, tensors)
+            try:
+                self._put(key, tensors, about)
+            except OSError as error:
+                if error.errno not in _FULL or not self._put(key, tensors, about, is_full=True):
+                    raise
+
+    def _put(self, key: BlockKey, tensors: Mapping[str, torch.Tensor], about: str, *, is_full: bool = False) -> bool:
+        """Write a block; False if there is no room for it."""
+        if not self._make_room(key, block_file_bytes(key, tensors), is_full=is_full):
+            return False
+        self._describe(key.space, about)
+        write_block(self.path_of(key), self._scratch / "block", key, tensors)
+        return True
 
     def models(self) -> list[StoredModel]:
         """What is stored, by model, the last used first."""
@@ -165,15 +177,17 @@ class StoreFolder:
         finally:
             lock.release()
 
-    def _make_room(self, key: BlockKey, nbytes: int) -> bool:
-        """Count a block that will be written; False if it does not fit without deleting those before it."""
+    def _make_room(self, key: BlockKey, nbytes: int, *, is_full: bool) -> bool:
+        """Count a block that will be written; False if it does not fit without deleting those before it. On a disk that `is_full`
+        it takes the place of others."""
         if nbytes > self.max_bytes:
             return False
-        total = self._read_total()
+        total = None if is_full else self._read_total()
         if total is None or total + nbytes > self.max_bytes:
             files = list(self._files())
             total = sum(file.nbytes for file in files)
-            victims = choose_victims(files, total + nbytes - self.max_bytes, (key.space, key.parent))
+            most = min(total, self.max_bytes) if is_full else self.max_bytes
+            victims = choose_victims(files, total + nbytes - most, (key.space, key.parent))
             total -= sum(victim.nbytes for victim in victims or () if _delete(victim.path))
             if victims is None:
                 return False

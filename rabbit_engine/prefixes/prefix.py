@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Protocol
 
 import torch
 
+from rabbit_engine.prefixes.keys import BlockKey
 from rabbit_engine.prefixes.memory import HeldBlock
 
 Wanted = Callable[[int, str], bool]
 """Whether to read the tensor of a name from the block with an index."""
+
+
+class BlockSource(Protocol):
+    """Where blocks are read from."""
+
+    def open(self, key: BlockKey) -> HeldBlock | None:
+        """The block of a key, with its header; None if it is not whole any more."""
+        ...
+
+    def fetch(self, block: HeldBlock, names: Collection[str]) -> HeldBlock | None:
+        """The block with the tensors of these names; None if it is not whole any more."""
+        ...
 
 
 class Prefix:
@@ -22,11 +36,10 @@ class Prefix:
     compute from there. Tensors are on the CPU and shared by all who read them: copy them to change them.
     """
 
-    def __init__(
-        self, blocks: Sequence[HeldBlock], block_tokens: int, fetch: Callable[[HeldBlock, list[str]], HeldBlock | None]
-    ) -> None:
+    def __init__(self, blocks: Sequence[HeldBlock | BlockKey], block_tokens: int, source: BlockSource) -> None:
+        """`blocks` are keys where nothing but the name of a file was looked at."""
         self.block_tokens = block_tokens
-        self._blocks, self._fetch = tuple(blocks), fetch
+        self._blocks, self._source = list(blocks), source
 
     def __len__(self) -> int:
         """The number of blocks."""
@@ -41,20 +54,29 @@ class Prefix:
         return len(self._blocks) * self.block_tokens
 
     def names(self, index: int) -> tuple[str, ...]:
-        """The names of a block's tensors; reads nothing."""
-        return self._blocks[index].names
+        """The names of a block's tensors; none if it is not whole any more. Reads its header, unless it was read before."""
+        block = self._opened(index)
+        return () if block is None else block.names
 
     def cut(self, count: int) -> Prefix:
         """The first `count` blocks."""
-        return Prefix(self._blocks[:count], self.block_tokens, self._fetch)
+        return Prefix(self._blocks[:count], self.block_tokens, self._source)
 
     def read_block(self, index: int, wanted: Wanted | None = None) -> Mapping[str, torch.Tensor] | None:
         """The tensors of one block, or those `wanted` of it; None if it is not whole any more."""
-        block = self._blocks[index]
+        block = self._opened(index)
+        if block is None:
+            return None
         names = [name for name in block.names if wanted is None or wanted(index, name)]
         missing = [name for name in names if name not in block.tensors]
-        whole = self._fetch(block, missing) if missing else block
+        whole = self._source.fetch(block, missing) if missing else block
         return None if whole is None else {name: whole.tensors[name] for name in names}
+
+    def _opened(self, index: int) -> HeldBlock | None:
+        block = self._blocks[index]
+        if isinstance(block, BlockKey) and (found := self._source.open(block)) is not None:
+            self._blocks[index] = block = found
+        return None if isinstance(block, BlockKey) else block
 
     def blocks(self, first: int = 0, wanted: Wanted | None = None, ahead: int = 2) -> Iterator[Mapping[str, torch.Tensor]]:
         """The blocks from `first` on, up to one that is not whole, while threads read the `ahead` next ones, at least one."""

@@ -10,7 +10,6 @@ import os
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,9 +18,9 @@ import torch
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.prefixes.folder import StoredModel, StoreFolder, about_space
-from rabbit_engine.prefixes.keys import chain, name_space
+from rabbit_engine.prefixes.keys import BlockKey, chain, name_space
 from rabbit_engine.prefixes.prefix import Prefix
-from rabbit_engine.prefixes.tiers import BlockTiers
+from rabbit_engine.prefixes.tiers import BlockTiers, Parts
 from rabbit_engine.storage.cached import cache_folder
 from rabbit_engine.storage.jsonvalues import shown
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, PAD_PREFIX
@@ -137,42 +136,64 @@ class PrefixSpace:
         self.name = name_space(identity, store.block_tokens)
         self.block_tokens = store.block_tokens
         self._store, self._tiers = store, tiers  # a space keeps its store open
-        self._about = about_space(model or self.name, identity, store.block_tokens)
+        self.about = about_space(model or self.name, identity, store.block_tokens)
+        """What a store says of the space."""
         self._seen: set[str] = set()
+
+    def text(self, tokens: Sequence[int]) -> StoredText:
+        """The blocks of a text."""
+        return StoredText(self, self._tiers, list(chain(self.name, tokens, self.block_tokens)))
 
     def find(self, tokens: Sequence[int]) -> Prefix:
         """The longest beginning of `tokens` in whole blocks that is stored, possibly empty."""
-        blocks = self._tiers.find(chain(self.name, tokens, self.block_tokens))
-        return Prefix(blocks, self.block_tokens, self._tiers.fetch)
+        return self.text(tokens).find()
 
-    def blocks_to_store(self, tokens: Sequence[int]) -> int:
-        """How many blocks of a prompt to write, from its beginning: with `repeated_only`, those an earlier call had."""
-        names = [key.name for key in chain(self.name, tokens, self.block_tokens)]
+    def write(self, tokens: Sequence[int], index: int, tensors: Mapping[str, Parts]) -> bool:
+        """Store a block of a text: see `StoredText`."""
+        return self.text(tokens).write(index, tensors)
+
+    def take_known(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks of a text to write, from its beginning: with `repeated_only`, those an earlier call had."""
         if not self._store.repeated_only:
-            return len(names)
-        known = next((index for index, name in enumerate(names) if name not in self._seen), len(names))
-        self._seen.update(names[known:])
+            return len(keys)
+        known = next((index for index, key in enumerate(keys) if key.name not in self._seen), len(keys))
+        self._seen.update(key.name for key in keys[known:])
         return known
 
-    def write(self, tokens: Sequence[int], index: int, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Store a block in the background: `tensors` are those of `tokens[index * block_tokens : (index + 1) * block_tokens]`.
+
+class StoredText:
+    """A text in a space, whose blocks are named once."""
+
+    def __init__(self, space: PrefixSpace, tiers: BlockTiers, keys: Sequence[BlockKey]) -> None:
+        self._space, self._tiers, self._keys = space, tiers, keys
+
+    def find(self) -> Prefix:
+        """The longest beginning in whole blocks that is stored, possibly empty."""
+        return Prefix(self._tiers.find(self._keys), self._space.block_tokens, self._tiers)
+
+    def blocks_to_store(self) -> int:
+        """How many blocks to write, from the beginning: all, or with `repeated_only` those that an earlier text had. Call it
+        once."""
+        return self._space.take_known(self._keys)
+
+    def write(self, index: int, tensors: Mapping[str, Parts]) -> bool:
+        """Store the block of an index in the background: `tensors` are those of its tokens, several of a shape being one.
 
         They are copied before this returns. True if the block will be stored, or is already, with at least tensors of these
         names; False if the queue is full, the disk refused a block lately, or the block before this one is not stored. Raises
         ValueError if the text has no such block, or for a name or dtype that cannot be stored.
         """
-        keys = list(islice(chain(self.name, tokens[: (index + 1) * self.block_tokens], self.block_tokens), index + 1))
-        if not 0 <= index < len(keys):
-            raise ValueError(f"{len(tokens)} tokens have no whole block {index} of {self.block_tokens}")
+        if not 0 <= index < len(self._keys):
+            raise ValueError(f"{len(self._keys)} blocks of {self._space.block_tokens} tokens have no whole block {index}")
         _check_storable(tensors)
-        return self._tiers.add(keys, tensors, self._about)
+        return self._tiers.add(self._keys[: index + 1], tensors, self._space.about)
 
 
-def _check_storable(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_storable(tensors: Mapping[str, Parts]) -> None:
     if not tensors:
         raise ValueError("a block needs at least one tensor")
     for name, tensor in tensors.items():
         if not name or name == "__metadata__" or name.startswith(PAD_PREFIX):
             raise ValueError(f"a tensor of a block cannot be named {shown(name)}")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} is {tensor.dtype}, which safetensors files cannot hold")
+        if (dtype := tensor.dtype if isinstance(tensor, torch.Tensor) else tensor[0].dtype) not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {dtype}, which safetensors files cannot hold")

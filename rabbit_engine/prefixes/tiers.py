@@ -28,6 +28,10 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of the process, not of a file: the file stays."""
 
 
+Parts = torch.Tensor | Sequence[torch.Tensor]
+"""A tensor, or several of one shape and dtype that are stored as one with one more dimension, the first."""
+
+
 class BlockTiers:
     """The blocks of a store. Without a `folder` they are in memory alone; in a forked child there are none."""
 
@@ -45,21 +49,23 @@ class BlockTiers:
         """Whether blocks are looked up and stored: in the process that opened the store, until it is closed."""
         return self._owner == os.getpid()
 
-    def find(self, keys: Iterable[BlockKey]) -> list[HeldBlock]:
-        """The blocks of the first keys, up to one that is not stored. They count as used now."""
-        found: list[HeldBlock] = []
+    def find(self, keys: Iterable[BlockKey]) -> list[HeldBlock | BlockKey]:
+        """The blocks of the first keys, up to one that is not stored; only the key of one that is in the folder alone, of which
+        nothing is read. They count as used now."""
+        found: list[HeldBlock | BlockKey] = []
         for key in keys if self.is_open else ():
             block = self._look_up(key)
             if block is None:
                 break
             found.append(block)
         if found:
-            self.memory.use([block.key for block in found])
+            used = [block if isinstance(block, BlockKey) else block.key for block in found]
+            self.memory.use(used)
             if self.folder is not None:
-                self.folder.touch(found[-1].key)
+                self.folder.touch(used[-1])
         return found
 
-    def _look_up(self, key: BlockKey) -> HeldBlock | None:
+    def _look_up(self, key: BlockKey) -> HeldBlock | BlockKey | None:
         waiting = self.writer.pending(key)
         if waiting is not None:
             return waiting
@@ -67,7 +73,11 @@ class BlockTiers:
         if self.folder is None or (held is not None and self.folder.has(key)):
             return held
         self.memory.discard(key)  # evicted or cleared, perhaps by another process
-        if held is not None or not self.folder.has(key):
+        return key if held is None and self.folder.has(key) else None
+
+    def open(self, key: BlockKey) -> HeldBlock | None:
+        """A block in the folder with its header, compared with the key; None if it is not whole."""
+        if self.folder is None or not self.is_open:
             return None
         try:
             return HeldBlock(key, self.folder.read_header(key), {})
@@ -99,9 +109,9 @@ class BlockTiers:
         what = "deleted" if self.folder.discard(key, inode) else "left out, as it cannot be deleted"
         self._say(key.file, f"a stored block is {what}, and its tokens are computed again: {first_line(error)}")
 
-    def add(self, keys: Sequence[BlockKey], tensors: Mapping[str, torch.Tensor], about: str) -> bool:
+    def add(self, keys: Sequence[BlockKey], tensors: Mapping[str, Parts], about: str) -> bool:
         """Store a copy of the block of the last key, which follows those before it; False if there is no room for it now."""
-        key, nbytes = keys[-1], sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        key, nbytes = keys[-1], sum(map(_bytes_of, tensors.values()))
         if not self.is_open:
             return False
         if self.folder is None:
@@ -124,7 +134,7 @@ class BlockTiers:
         """Whether the block before the last is stored, or will be: otherwise no lookup reaches the last."""
         return len(keys) == 1 or self.writer.pending(keys[-2]) is not None or folder.has(keys[-2])
 
-    def _remember(self, keys: Sequence[BlockKey], tensors: Mapping[str, torch.Tensor], nbytes: int) -> bool:
+    def _remember(self, keys: Sequence[BlockKey], tensors: Mapping[str, Parts], nbytes: int) -> bool:
         """Keep a copy in memory alone."""
         held = self.memory.get(keys[-1])
         if held is not None and set(held.names) >= tensors.keys():
@@ -174,9 +184,17 @@ class BlockTiers:
         logger.log(self._log_level, "%s", text)
 
 
-def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _bytes_of(parts: Parts) -> int:
+    return sum(part.numel() * part.itemsize for part in ([parts] if isinstance(parts, torch.Tensor) else parts))
+
+
+def _copied(tensors: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
     """Copies on the CPU, contiguous, with no more memory than they need."""
     with torch.no_grad():
-        return {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor) for name, tensor in tensors.items()
-        }
+        return {name: _copy(parts) for name, parts in tensors.items()}
+
+
+def _copy(parts: Parts) -> torch.Tensor:
+    if isinstance(parts, torch.Tensor):
+        return torch.empty(parts.shape, dtype=parts.dtype, device="cpu").copy_(parts)
+    return torch.stack(tuple(parts)).cpu()

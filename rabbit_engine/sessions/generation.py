@@ -107,11 +107,11 @@ class Generation(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
         """Pass on the newest of `input_ids` [1, length]; True [1] where the answer ends."""
-        if self._known is not None and not self._has_begun:
-            self._known.keep()
         self._has_begun = True
         token = int(input_ids[0, -1])
         stops = self._take(token, None if self._recorder is None else self._recorder.of(token))
+        if self._known is not None:
+            self._known.keep()
         self.is_complete = self._constrained is not None and self._constrained.is_complete(input_ids)[0]
         return torch.full((1,), stops or self.is_complete, dtype=torch.bool, device=input_ids.device)
 

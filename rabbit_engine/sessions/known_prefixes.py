@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,15 @@ from transformers import DynamicCache
 
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import Runtime, runtime_of
-from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore
+from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.caches import growing_layers
 
 logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.1
+"""How long blocks that the store did not take are left to wait."""
 
 
 class KnownPrefixes:
@@ -46,27 +50,41 @@ class KnownPrefixes:
         if not self.are_used:
             return None
         cache = DynamicCache(config=self._model.config.get_text_config())
-        prefix = self._space.find(ids)
+        text = self._space.text(ids)
+        prefix = text.find()
         prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens))
         restored = _fill(cache, prefix, self._model.device) if len(prefix) else 0
-        return KnownText(self._space, ids, cache, restored * self.block_tokens)
+        return KnownText(text, self.block_tokens, cache, restored)
 
 
 class KnownText:
     """A text under way: `cache` holds the first `tokens` of its prompt."""
 
-    def __init__(self, space: PrefixSpace, ids: Sequence[int], cache: DynamicCache, tokens: int) -> None:
-        self._space, self._ids = space, ids
-        self.cache, self.tokens = cache, tokens
+    def __init__(self, text: StoredText, block_tokens: int, cache: DynamicCache, restored: int) -> None:
+        self._text, self._block_tokens, self._next = text, block_tokens, restored
+        self._stop: int | None = None
+        self._tried_s = -_RETRY_S
+        self.cache, self.tokens = cache, restored * block_tokens
 
     def keep(self) -> None:
-        """Store the whole blocks of the prompt that were computed. Call it once, after the first pass."""
-        size = self._space.block_tokens
-        for index in range(self.tokens // size, self._space.blocks_to_store(self._ids)):
-            at = slice(index * size, (index + 1) * size)
-            block = {name: states[0, :, at].detach() for name, states in _states(self.cache).items()}
-            if not self._space.write(self._ids, index, block):
-                return
+        """Store the whole blocks of the prompt that were computed, as many as the store takes now. Call it after each token:
+        blocks that the disk had no time for are offered again."""
+        if self._stop is None:
+            self._stop = self._text.blocks_to_store()
+        if self._next == self._stop or time.monotonic() - self._tried_s < _RETRY_S:
+            return
+        while self._next < self._stop and self._text.write(self._next, self._block(self._next)):
+            self._next += 1
+        self._tried_s = time.monotonic()
+
+    def _block(self, index: int) -> dict[str, list[torch.Tensor]]:
+        """The states of a block, those of one shape together: [heads, tokens, width] of each layer."""
+        at = slice(index * self._block_tokens, (index + 1) * self._block_tokens)
+        cut = {name: states[0, :, at].detach() for name, states in _states(self.cache).items()}
+        alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+        for name, states in cut.items():
+            alike.setdefault((states.shape, states.dtype), []).append(name)
+        return {" ".join(names): [cut[name] for name in names] for names in alike.values()}
 
 
 def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | None:
@@ -101,6 +119,7 @@ def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     config = copy.copy(model.config)
     config.name_or_path = ""
     return {
+        "layout": "tensors of one shape together",
         "class": type(model).__name__,
         "files": _digest(stated),
         "weights": _digest(weights),
@@ -128,7 +147,8 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
     found: dict[str, torch.Tensor] = {}
     count, size = 0, prefix.tokens // len(prefix)
     for block in prefix.blocks():
-        for name, states in block.items():
+        named = ((name, states) for names, group in block.items() for name, states in zip(names.split(), group, strict=True))
+        for name, states in named:
             if name not in found:
                 heads, _, width = states.shape
                 found[name] = torch.empty(1, heads, prefix.tokens, width, dtype=states.dtype, device=device)
