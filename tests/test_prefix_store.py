@@ -27,6 +27,7 @@ from prefixing import BLOCK, IDENTITY, block_of, count_right, write
 from rabbit_engine import errors
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, default_folder, folder, keys, tiers
 from rabbit_engine.prefixes.eviction import BlockFile, choose_victims
+from rabbit_engine.storage.directio import aligned_up
 
 HARNESS = Path(__file__).with_name("prefixing.py")
 FILE_BYTES = 3 * 4096
@@ -377,6 +378,7 @@ def test_a_lookup_reads_no_file(space: PrefixSpace, read: list[str]) -> None:
     prefix = space.find(TEXT)
     assert (prefix.tokens, read) == (4 * BLOCK, [])
     assert prefix.names(3) == ("keys.0", "state")
+    assert prefix.block_bytes(3) == sum(aligned_up(tensor.nbytes) for tensor in block_of(TEXT, 3).values())
     assert prefix.read_block(3) is not None
     assert read == ["read_block_header", "read_tensors"], "a header once"
 

@@ -31,6 +31,11 @@ class HeldBlock:
         """Bytes in memory."""
         return sum(aligned_up(tensor.numel() * tensor.itemsize) for tensor in self.tensors.values())
 
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes with all its tensors in memory."""
+        return self.nbytes if self.header is None else sum(aligned_up(entry.nbytes) for entry in self.header.tensors.values())
+
     def with_tensors(self, more: Mapping[str, torch.Tensor]) -> HeldBlock:
         """The same block with more of its tensors."""
         return replace(self, tensors={**self.tensors, **more})

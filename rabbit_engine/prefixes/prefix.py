@@ -58,6 +58,11 @@ class Prefix:
         block = self._opened(index)
         return () if block is None else block.names
 
+    def block_bytes(self, index: int) -> int:
+        """The memory that a block takes; 0 if it is not whole any more. Reads its header, unless it was read before."""
+        block = self._opened(index)
+        return 0 if block is None else block.whole_bytes
+
     def cut(self, count: int) -> Prefix:
         """The first `count` blocks."""
         return Prefix(self._blocks[:count], self.block_tokens, self._source)

@@ -19,10 +19,12 @@ from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import growing_layers
+from rabbit_engine.transformers_bridge.caches import growing_layers, put_states
 
 logger = logging.getLogger(__name__)
 
+_AHEAD, _AHEAD_BYTES = 4, 256 * 2**20
+"""How many blocks are read at once while one is copied, and the most memory for them, but for a single one."""
 _RETRY_S = 0.1
 """How long blocks that the store did not take are left to wait."""
 
@@ -146,7 +148,8 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
     """Put the blocks of `prefix` into a new cache; how many could be read."""
     found: dict[str, torch.Tensor] = {}
     count, size = 0, prefix.tokens // len(prefix)
-    for block in prefix.blocks():
+    ahead = max(1, min(_AHEAD, _AHEAD_BYTES // max(1, prefix.block_bytes(0))))
+    for block in prefix.blocks(ahead=ahead):
         named = ((name, states) for names, group in block.items() for name, states in zip(names.split(), group, strict=True))
         for name, states in named:
             if name not in found:
@@ -155,7 +158,6 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
             found[name][0, :, count * size : (count + 1) * size] = states
         count += 1
     if count:
-        for index in growing_layers(cache) or {}:
-            keys, values = (found[f"{index}.{kind}"][:, :, : count * size] for kind in ("keys", "values"))
-            cache.update(keys, values, index)
+        for index, layer in (growing_layers(cache) or {}).items():
+            put_states(layer, *(found[f"{index}.{kind}"][:, :, : count * size] for kind in ("keys", "values")))
     return count

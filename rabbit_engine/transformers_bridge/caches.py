@@ -97,6 +97,12 @@ def growing_layers(cache: Cache) -> dict[int, DynamicLayer] | None:
     return plain if plain and len(plain) == len(found) else None
 
 
+def put_states(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a new layer hold these keys and values, [1, heads, tokens, width], as if a pass had added them. They are not copied."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
 def is_recording(cache: Cache) -> bool:
     """Whether a layer keeps what it no longer sees."""
     return any(getattr(layer, "record_past", False) for layer in cache.layers)
