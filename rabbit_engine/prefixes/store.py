@@ -27,7 +27,8 @@ from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, PAD_PREFIX
 
 VARIABLE = "RABBIT_ENGINE_PREFIXES"
 BLOCK_TOKENS = 256
-QUEUE_BYTES = 256 * 2**20
+QUEUE_BYTES = 128 * 2**20
+"""Memory that a plan does not count, so it is small: it holds a block of Llama 3.1 405B, 132 MB in 16 bits."""
 CLOSE_S = 30.0
 DEFAULT_BYTES = 10 * 10**9
 _SHORTEST_NAME = 8

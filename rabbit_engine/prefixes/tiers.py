@@ -197,4 +197,7 @@ def _copied(tensors: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
 def _copy(parts: Parts) -> torch.Tensor:
     if isinstance(parts, torch.Tensor):
         return torch.empty(parts.shape, dtype=parts.dtype, device="cpu").copy_(parts)
-    return torch.stack(tuple(parts)).cpu()
+    copies = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype, device="cpu")
+    for copy, part in zip(copies, parts, strict=True):  # not stacked where they are: a device may have no memory for it
+        copy.copy_(part)
+    return copies

@@ -23,8 +23,8 @@ from rabbit_engine.transformers_bridge.caches import growing_layers, put_states
 
 logger = logging.getLogger(__name__)
 
-_AHEAD, _AHEAD_BYTES = 4, 256 * 2**20
-"""How many blocks are read at once while one is copied, and the most memory for them, but for a single one."""
+_AHEAD, _READ_BYTES = 4, 128 * 2**20
+"""How many blocks are read at once while one is copied, and the most memory for all of them if it holds two."""
 _RETRY_S = 0.1
 """How long blocks that the store did not take are left to wait."""
 
@@ -148,7 +148,7 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
     """Put the blocks of `prefix` into a new cache; how many could be read."""
     found: dict[str, torch.Tensor] = {}
     count, size = 0, prefix.tokens // len(prefix)
-    ahead = max(1, min(_AHEAD, _AHEAD_BYTES // max(1, prefix.block_bytes(0))))
+    ahead = max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1))
     for block in prefix.blocks(ahead=ahead):
         named = ((name, states) for names, group in block.items() for name, states in zip(names.split(), group, strict=True))
         for name, states in named:
