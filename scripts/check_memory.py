@@ -2,11 +2,13 @@
 
     python scripts/check_memory.py limits [--runs 60]   needs root: each run has its own cgroup
     python scripts/check_memory.py plans [--runs 100]
+    python scripts/check_memory.py parts
 
 `limits` passes no max_memory, so that the library judges what is free. A run succeeds, or is refused by name; one that the
 kernel kills fails the check. `plans` loads random models with random budgets and compares the growth of resident memory, up to
 the end of a generation, with the budget and the predicted need of the prompt. What a process allocates once for all models
-(modules that the first load imports, compiled kernels) is allocated before.
+(modules that the first load imports, compiled kernels) is allocated before. `parts` compares the growth during a prompt computed
+in parts with its predicted need, for a few families, each in a process of its own that computed a shorter one before.
 """
 
 from __future__ import annotations
@@ -40,19 +42,35 @@ _MARGIN_BYTES = 5 * 10**6
 """Margin of a plan: the heap of small blocks (kernels that replace others among them), Python's objects for units and views."""
 _WARM_UP = 12
 """The first plans do not count: what a process allocates once, it has after them."""
+_PARTS: dict[str, dict[str, Any]] = {
+    "llama": {"cls": "Llama"},
+    "llama, float32": {"cls": "Llama", "dtype": "float32"},
+    "llama, all heads": {"cls": "Llama", "num_key_value_heads": 8},
+    "llama, eager": {"cls": "Llama", "attention": "eager"},
+    "llama, padded": {"cls": "Llama", "sequences": 3, "padded": True},
+    "llama, batch": {"cls": "Llama", "sequences": 3},
+    "llama, parts of 1024": {"cls": "Llama", "rows": 1024},
+    "llama, 16384 tokens": {"cls": "Llama", "tokens": 16384},
+    "gemma3": {"cls": "Gemma3", "sliding_window": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen3": {"cls": "Qwen3"},
+    "phi3": {"cls": "Phi3", "original_max_position_embeddings": 2**16},
+}
+"""Models and prompts of `parts`; what is not an option is a keyword of the config."""
 _WAYS: tuple[dict[str, Any], ...] = ({}, {"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4})
 
 
 def main() -> int:
     """Run a part, print its figures; 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["limits", "plans", "child"])
+    parser.add_argument("part", choices=["limits", "plans", "parts", "child", "child-parts"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--runs", type=int)
     options = parser.parse_args()
     if options.part == "child":
         return run_child(Path(options.rest[0]), int(options.rest[1]), options.rest[2])
-    check = check_limits if options.part == "limits" else check_plans
+    if options.part == "child-parts":
+        return run_parts(Path(options.rest[0]), options.rest[1])
+    check = {"limits": check_limits, "plans": check_plans, "parts": check_parts}[options.part]
     with tempfile.TemporaryDirectory(prefix="check-memory-") as folder:
         return check(Path(folder), options.runs or (60 if options.part == "limits" else 100))
 
@@ -234,6 +252,73 @@ def run_plan(folder: Path, chosen: random.Random) -> tuple[int, str]:
     beyond = grown - budget - need
     how = f"{tokens} tokens, {answer} to come{', inside' if inside else ''} {way or ''}"
     return beyond, f"budget {budget / 1e6:.1f} MB, {how}: {need / 1e6:.1f}, grew by {grown / 1e6:.1f}: {beyond / 1e6:+.1f} MB"
+
+
+def check_parts(folder: Path, _: int) -> int:
+    """Compute a prompt in parts with each model: 1 if one took more than predicted."""
+    over = 0
+    for name in _PARTS:
+        command = [sys.executable, __file__, "child-parts", str(folder / name.replace(" ", "-")), name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name}: failed: {done.stderr.strip()[-300:]}")
+            return 1
+        grown, need = map(int, done.stdout.split()[-2:])
+        over += grown > need + _MARGIN_BYTES
+        print(f"{name}: predicted {need / 1e6:.1f} MB, grew by {grown / 1e6:.1f}: {need / max(1, grown):.2f} times", flush=True)
+    return int(over > 0)
+
+
+def run_parts(folder: Path, name: str) -> int:
+    """One model and prompt of `_PARTS`; prints the bytes by which memory grew, and those predicted."""
+    import torch
+
+    from rabbit_engine import AutoModel, errors
+    from rabbit_engine.planning.demand import Demand, need_bytes
+    from rabbit_engine.utils.heap import give_free_memory_back
+
+    torch.set_num_threads(1)
+    shape = dict(_PARTS[name])
+    tokens, rows, sequences = (int(shape.pop(key, usual)) for key, usual in (("tokens", 6144), ("rows", 512), ("sequences", 1)))
+    padded, attention = bool(shape.pop("padded", False)), shape.pop("attention", "sdpa")
+    write_random_model(folder, **shape)
+    fill_kernels()
+    fixed: dict[str, Any] = {"device": "cpu", "max_seq_len": 4 * sequences * tokens, "attn_implementation": attention}
+    try:
+        AutoModel.from_pretrained(folder, **fixed, max_memory={"cpu": 1}).close()
+    except errors.BudgetError as error:  # so that weights move, and parts wait for each other
+        fixed["max_memory"] = {"cpu": error.smallest_bytes}
+    with AutoModel.from_pretrained(folder, **fixed) as model:
+        assert runtime_of(model).computes_parts
+        assert model.plan.streamed
+        for length in (2 * rows + 1, tokens):
+            gc.collect()
+            give_free_memory_back()
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _resident("VmRSS")
+            ids = torch.randint(3, 100, (sequences, length))
+            mask = torch.ones_like(ids)
+            if padded:
+                mask[1:, : length // 3] = 0
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, prefill_chunk_size=rows, pad_token_id=0)
+        grown = _resident("VmHWM") - before
+        demand = Demand(tokens, 2, sequences=sequences, padded=padded, chunk=rows)
+        print(grown, need_bytes(runtime_of(model).partition.probe, demand))
+    return 0
+
+
+def write_random_model(folder: Path, cls: str, dtype: str = "bfloat16", **shape: Any) -> None:
+    """A model of that class with random weights."""
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 64,
+        "num_key_value_heads": 2, "vocab_size": 4000, "max_position_embeddings": 2**16, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    config = getattr(transformers, f"{cls}TextConfig" if cls == "Gemma3" else f"{cls}Config")(**sizes | shape)
+    getattr(transformers, f"{cls}ForCausalLM")(config).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def _resident(name: str) -> int:

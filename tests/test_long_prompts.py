@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from tiny import words
-from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
@@ -73,7 +73,7 @@ def parted(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             patch.setattr(
                 budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
             )
-            model = streamed(folder, cut=FINE, max_seq_len=64, **keywords)
+            model = streamed(folder, **({"cut": FINE, "max_seq_len": 64} | keywords))
         assert runtime_of(model).computes_parts
         assert model.plan.streamed
         return model
@@ -253,6 +253,69 @@ def test_other_classes_are_computed_as_transformers_does(checkpoint: Any, stream
     before = model.profile.passes
     assert torch.equal(answer(model, ids, **chunked).sequences, answer(own, ids, **chunked).sequences)
     assert model.profile.passes - before == (11 if chunked else 9)
+
+
+def test_a_class_that_drops_its_cache_at_a_length_is_computed_as_transformers_does(
+    own_checkpoint: Any, streamed: Any, plain: Any
+) -> None:
+    folder = own_checkpoint("phi3", original_max_position_embeddings=30)
+    model, own = streamed(folder), plain(folder)
+    assert not runtime_of(model).computes_parts
+    assert torch.equal(answer(model, prompt(40)).sequences, answer(own, prompt(40)).sequences)
+
+
+@pytest.mark.usefixtures("never_parted")
+def test_after_a_change_of_attention_a_prompt_is_computed_whole(checkpoint: Any, parted: Any, plain: Any) -> None:
+    model = parted(checkpoint("llama"))
+    AttentionInterface.register("tests_own", AttentionInterface()["sdpa"])
+    expected = answer(plain(checkpoint("llama")), prompt()).sequences
+    for name in ("flex_attention", "tests_own"):
+        model.set_attn_implementation(name)
+        assert not runtime_of(model).computes_parts
+    assert torch.equal(answer(model, prompt()).sequences, expected)
+    assert torch.equal(answer(model, prompt(), prefill_chunk_size=64).sequences, expected)
+    model.set_attn_implementation("eager")
+    assert runtime_of(model).computes_parts
+
+
+@pytest.mark.parametrize("way", ["4bit", "blocks"])
+def test_stored_weights_and_a_head_in_blocks_are_used_in_parts(checkpoint: Any, parted: Any, way: str) -> None:
+    chosen = {"compression": "4bit"} if way == "4bit" else {"cut": Cut(least_bytes=1, most_bytes=4096, rest_share=0.0)}
+    model = parted(checkpoint("llama"), **chosen)
+    if way == "blocks":
+        assert any("lm_head[" in name for name in (*model.plan.streamed, *model.plan.host))
+    expected, before = answer(model, prompt()), model.profile.passes
+    found = answer(model, prompt(), prefill_chunk_size=ROWS)
+    assert model.profile.passes - before == 9
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_applied_in_parts(checkpoint: Any, parted: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = parted(checkpoint("llama"))
+    plain_scores = answer(model, prompt(), prefill_chunk_size=ROWS).scores[0]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    expected = answer(adapted, prompt())
+    before = model.profile.passes
+    found = answer(adapted, prompt(), prefill_chunk_size=ROWS)
+    assert model.profile.passes - before == 9
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.scores[0], expected.scores[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found.scores[0], plain_scores, atol=1e-3)
+
+
+def test_the_progress_of_a_pass_in_parts_only_grows(checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = parted(checkpoint("llama")), list[int]()
+    native = model.model.layers[1].mlp.act_fn.forward
+    monkeypatch.setattr(
+        model.model.layers[1].mlp.act_fn, "forward", lambda states: (seen.append(model.progress.layer), native(states))[1]
+    )
+    answer(model, prompt(), max_new_tokens=1, prefill_chunk_size=ROWS)
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
+    assert model.progress is None
 
 
 def free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:

@@ -11,17 +11,20 @@ from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.planning.partition import Partition
-from rabbit_engine.planning.parts import layer_ring_bytes
+from rabbit_engine.planning.parts import MASKED, layer_ring_bytes
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import Binding, Ring, Trace, Transfer
+from rabbit_engine.transformers_bridge.attention import attention_of
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A streamed model's parts: `checkpoint` is its source (class, dtype, files), `assembly` runs it."""
+    """A streamed model's parts: `checkpoint` is its source (class, dtype, files), `assembly` runs it, with the `attention` that
+    its config named when this was asked for."""
 
     checkpoint: Streamable
     assembly: Assembly
+    attention: str | None
 
     @property
     def architecture(self) -> Architecture:
@@ -70,9 +73,10 @@ class Runtime:
 
     @property
     def computes_parts(self) -> bool:
-        """Whether a long prompt may be computed in parts in one pass: the class can, and the ring holds a layer."""
+        """Whether a long prompt may be computed in parts in one pass: the class can, also with the attention that it has now,
+        and the ring holds a layer."""
         plan, partition = self.plan, self.partition
-        if not partition.computes_parts or plan.experts.layers:
+        if not partition.computes_parts or plan.experts.layers or self.attention not in MASKED:
             return False
         moving = {*plan.streamed, *plan.host}
         units = [unit for unit in plan.units if unit.name in moving]
@@ -92,4 +96,4 @@ def runtime_of(model: object) -> Runtime:
     assembly, checkpoint = getattr(model, "_assembly", None), getattr(model, "_checkpoint", None)
     if not isinstance(assembly, Assembly) or checkpoint is None:
         raise ConfigurationError(f"{type(model).__name__} was not loaded by rabbit_engine: load it with rabbit_engine.AutoModel")
-    return Runtime(checkpoint, assembly)
+    return Runtime(checkpoint, assembly, attention_of(getattr(model, "config").get_text_config()))  # noqa: B009 - any model

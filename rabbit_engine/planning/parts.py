@@ -12,8 +12,11 @@ from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.caches import shows_its_keys
 from rabbit_engine.transformers_bridge.forwards import last_logits_argument
 
-_MASKED = ("sdpa", "eager")
+MASKED = ("sdpa", "eager")
 """Attention implementations that take a mask [1, 1, queries, keys]."""
+
+_ANY = 1 << 62
+"""More positions than any config has: Phi-3 drops its cache at a length of its own, if that is less than it has in all."""
 
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 """Rotary embeddings whose angles depend on the last position of a forward."""
@@ -25,9 +28,11 @@ def computes_parts(model: PreTrainedModel) -> bool:
     config = model.config
     if config.is_encoder_decoder or recorded_speculation(type(model), config) != "tree":
         return False
-    if attention_of(config) not in _MASKED or not last_logits_argument(model.forward):
+    if attention_of(config) not in MASKED or not last_logits_argument(model.forward):
         return False
     text = config.get_text_config()
+    if (getattr(text, "original_max_position_embeddings", None) or _ANY) < (getattr(text, "max_position_embeddings", None) or 0):
+        return False
     kinds = getattr(text, "layer_types", None) or ()
     rope = getattr(text, "rope_parameters", None) or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
