@@ -278,6 +278,27 @@ def test_after_a_change_of_attention_a_prompt_is_computed_whole(checkpoint: Any,
     assert runtime_of(model).computes_parts
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_parts_read_the_experts_that_they_are_routed_to(checkpoint: Any, parted: Any, plain: Any, family: str) -> None:
+    model, own = parted(checkpoint(family)), plain(checkpoint(family))
+    assert model.plan.experts.layers
+    ids, before = prompt(), model.profile.passes
+    found, expected = answer(model, ids, prefill_chunk_size=ROWS), answer(own, ids)
+    assert model.profile.passes - before == 9
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    read = [read_by(model, ids, **rows) for rows in ({"prefill_chunk_size": 31}, {})]
+    assert read[0] < 2 * read[1]  # other weights once
+
+
+def read_by(model: Any, ids: torch.Tensor, **keywords: Any) -> int:
+    """Bytes that a pass over the prompt read."""
+    before = model.profile.bytes_read
+    answer(model, ids, max_new_tokens=1, **keywords)
+    return int(model.profile.bytes_read - before)
+
+
 @pytest.mark.parametrize("way", ["4bit", "blocks"])
 def test_stored_weights_and_a_head_in_blocks_are_used_in_parts(checkpoint: Any, parted: Any, way: str) -> None:
     chosen = {"compression": "4bit"} if way == "4bit" else {"cut": Cut(least_bytes=1, most_bytes=4096, rest_share=0.0)}
@@ -420,11 +441,11 @@ def test_what_cannot_be_in_parts_is_refused_if_it_does_not_fit(
         answer(model, prompt(120), **given)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("family", "exact"), [("gemma3", True), ("gemma3", False), ("qwen2_moe", True)])
 def test_a_long_prompt_joins_the_passes_of_a_session(
-    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, exact: bool
+    checkpoint: Any, parted: Any, monkeypatch: pytest.MonkeyPatch, family: str, exact: bool
 ) -> None:
-    model = parted(checkpoint("gemma3"))
+    model = parted(checkpoint(family))
     model.tokenizer = words(96)
     probe = runtime_of(model).partition.probe
     asked = [prompt(120)[0].tolist(), prompt(7)[0].tolist(), prompt(90)[0].tolist()]

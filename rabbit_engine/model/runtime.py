@@ -74,9 +74,10 @@ class Runtime:
     @property
     def computes_parts(self) -> bool:
         """Whether a long prompt may be computed in parts in one pass: the class can, also with the attention that it has now,
-        and the ring holds a layer."""
+        and the ring holds a layer. Each part reads the experts on demand that it is routed to and that its layer has not kept.
+        """
         plan, partition = self.plan, self.partition
-        if not partition.computes_parts or plan.experts.layers or self.attention not in MASKED:
+        if not partition.computes_parts or self.attention not in MASKED:
             return False
         moving = {*plan.streamed, *plan.host}
         units = [unit for unit in plan.units if unit.name in moving]

@@ -123,6 +123,7 @@ class Session(TaskMethods):
         whole = config.max_length if config is not None and config.max_new_tokens is None else None
         self._limits = Limits(self._room.most_tokens, own, whole, apart)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
+        self._stores = parts and not runtime.plan.experts.layers  # small parts would read the same experts many times
         self._prefixes = None if prefix_store is None else known_prefixes(model, prefix_store)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
@@ -379,7 +380,7 @@ class Session(TaskMethods):
                     f"{len(prompt.ids)} tokens and {prompt.answer_tokens} of the answer fit in memory only in parts, but the "
                     f"model's generation config has {setting}: unset it, shorten the prompt, or request a shorter answer"
                 )
-            known = self._prefixes if self._room.parts and self._prefixes is not None and self._prefixes.are_used else None
+            known = self._prefixes if self._stores and self._prefixes is not None and self._prefixes.are_used else None
             stored = known is not None and found.prompt > known.block_tokens
             return replace(found, chunk=known.block_tokens) if stored and known is not None else found
         whole = Demand(len(prompt.ids), prompt.answer_tokens)
