@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import transformers
@@ -19,12 +18,15 @@ from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import growing_layers, put_states
+from rabbit_engine.transformers_bridge.caches import put_states, shows_its_keys, states_of_all, windows_of
 
 logger = logging.getLogger(__name__)
 
 _AHEAD, _READ_BYTES = 4, 128 * 2**20
 """How many blocks are read at once while one is copied, and the most memory for all of them if it holds two."""
+_LEAST_BLOCKS = 8
+"""Blocks that each window must hold: computing prompts in parts costs more than beginnings that are shorter can save."""
+_ANY_NUMBER = 1 << 40
 _RETRY_S = 0.1
 """How long blocks that the store did not take are left to wait."""
 
@@ -38,6 +40,7 @@ class KnownPrefixes:
         self._attention = attention_of(model.config)
         self.block_tokens = space.block_tokens
         """The tokens of a block."""
+        self._most_blocks = _blocks_in_windows(model, space.block_tokens)
 
     @property
     def are_used(self) -> bool:
@@ -54,7 +57,7 @@ class KnownPrefixes:
         cache = DynamicCache(config=self._model.config.get_text_config())
         text = self._space.text(ids)
         prefix = text.find()
-        prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens))
+        prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens, self._most_blocks))
         restored = _fill(cache, prefix, self._model.device) if len(prefix) else 0
         return KnownText(text, self.block_tokens, cache, restored)
 
@@ -73,16 +76,20 @@ class KnownText:
         blocks that the disk had no time for are offered again."""
         if self._stop is None:
             self._stop = self._text.blocks_to_store()
-        if self._next == self._stop or time.monotonic() - self._tried_s < _RETRY_S:
+        if self._next >= self._stop or time.monotonic() - self._tried_s < _RETRY_S:
             return
-        while self._next < self._stop and self._text.write(self._next, self._block(self._next)):
+        states = states_of_all(self.cache)
+        if states is None:  # longer than a window, whose layers have forgotten its beginning
+            self._stop = self._next
+            return
+        while self._next < self._stop and self._text.write(self._next, self._block(states, self._next)):
             self._next += 1
         self._tried_s = time.monotonic()
 
-    def _block(self, index: int) -> dict[str, list[torch.Tensor]]:
+    def _block(self, whole: Mapping[str, torch.Tensor], index: int) -> dict[str, list[torch.Tensor]]:
         """The states of a block, those of one shape together: [heads, tokens, width] of each layer."""
         at = slice(index * self._block_tokens, (index + 1) * self._block_tokens)
-        cut = {name: states[0, :, at].detach() for name, states in _states(self.cache).items()}
+        cut = {name: states[0, :, at].detach() for name, states in whole.items()}
         alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
         for name, states in cut.items():
             alike.setdefault((states.shape, states.dtype), []).append(name)
@@ -92,18 +99,26 @@ class KnownText:
 def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | None:
     """The prefixes of a session's model; None, with a line in the log, for one whose caches cannot be cut into blocks."""
     runtime = runtime_of(model)
-    if reason := _why_none(model, runtime):
+    if reason := _why_none(model, runtime, store.block_tokens):
         logger.log(store.log_level, "prompts are not stored: %s", reason)
         return None
     return KnownPrefixes(model, store.space(_identity(model, runtime), runtime.checkpoint.request.repo.name))
 
 
-def _why_none(model: SessionModel, runtime: Runtime) -> str:
+def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
     if not runtime.partition.computes_parts:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
-    if growing_layers(DynamicCache(config=model.config.get_text_config())) is None:
-        return f"layers of {type(model).__name__} forget tokens, or keep states of the whole text"
+    if not shows_its_keys(DynamicCache(config=model.config.get_text_config())):
+        return f"layers of {type(model).__name__} keep states of the whole text"
+    if _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS:
+        return f"layers of {type(model).__name__} forget tokens before {_LEAST_BLOCKS} blocks of {block_tokens} are full"
     return "an adapter wraps the model" if not isinstance(model, runtime.architecture.cls) else ""
+
+
+def _blocks_in_windows(model: SessionModel, block_tokens: int) -> int:
+    """How many blocks all layers of a new cache remember: those that see a window forget what is before it."""
+    windows = windows_of(DynamicCache(config=model.config.get_text_config())).values()
+    return min(((window - 1) // block_tokens for window in windows if window is not None), default=_ANY_NUMBER)
 
 
 def _has_other_cache(model: SessionModel) -> bool:
@@ -138,12 +153,6 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _states(cache: DynamicCache) -> Mapping[str, torch.Tensor]:
-    """Keys and values [1, heads, tokens, width] of each layer, by name."""
-    layers: Any = growing_layers(cache) or {}
-    return {f"{index}.{kind}": getattr(layer, kind) for index, layer in layers.items() for kind in ("keys", "values")}
-
-
 def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
     """Put the blocks of `prefix` into a new cache; how many could be read."""
     found: dict[str, torch.Tensor] = {}
@@ -158,6 +167,5 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
             found[name][0, :, count * size : (count + 1) * size] = states
         count += 1
     if count:
-        for index, layer in (growing_layers(cache) or {}).items():
-            put_states(layer, *(found[f"{index}.{kind}"][:, :, : count * size] for kind in ("keys", "values")))
+        put_states(cache, {name: states[:, :, : count * size] for name, states in found.items()})
     return count

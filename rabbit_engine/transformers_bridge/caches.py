@@ -90,17 +90,31 @@ def shows_its_keys(cache: Cache) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def growing_layers(cache: Cache) -> dict[int, DynamicLayer] | None:
-    """The layers that hold keys and values of all tokens, by index; None if another layer holds anything."""
-    found = {index: layer for index, layer in enumerate(cache.layers) if not isinstance(layer, _EMPTY)}
-    plain = {index: layer for index, layer in found.items() if type(layer) is DynamicLayer}
-    return plain if plain and len(plain) == len(found) else None
+def states_of_all(cache: Cache) -> dict[str, torch.Tensor] | None:
+    """Keys and values [1, heads, tokens, width] of each layer, by name; None once a layer has forgotten a token."""
+    states: dict[str, torch.Tensor] = {}
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, _EMPTY) and layer.is_initialized:
+            if layer.keys.shape[-2] != layer.get_seq_length():
+                return None
+            states |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+    return states
 
 
-def put_states(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a new layer hold these keys and values, [1, heads, tokens, width], as if a pass had added them. They are not copied."""
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
+    """Let a new cache, which `shows_its_keys`, hold such states, as if a pass had added them. Layers that see all keys do not
+    copy them."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        keys, values = (states.get(f"{index}.{kind}") for kind in ("keys", "values"))
+        if keys is None or values is None:
+            continue
+        if type(layer) is DynamicLayer:
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        else:
+            layer.update(keys, values)
 
 
 def is_recording(cache: Cache) -> bool:
