@@ -199,6 +199,10 @@ class StreamingError(RabbitError, RuntimeError):
     """Something went wrong while a model is loaded."""
 
 
+class CacheStorageError(StreamingError, OSError):
+    """The keys and values of a text cannot be written to the disk or read from it: it is full, or failing."""
+
+
 class WeightNotLoadedError(StreamingError):
     """A weight was used while it was not in memory; the message names it."""
 

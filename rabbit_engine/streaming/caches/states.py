@@ -1,0 +1,268 @@
+"""The keys and values of a text, layer by layer: whole while their layer runs, in blocks elsewhere until its next turn.
+
+A layer's tokens lie in blocks of `block_tokens`, and the newest in a tail in memory, of one to two blocks: what is dropped,
+chosen or reordered there moves nothing. When a layer's turn comes, its blocks are read to one buffer, the tail and the new
+tokens are added, and the next layer's blocks are read ahead; when the next turn begins, new whole blocks are written behind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rabbit_engine.storage.scratchfile import ScratchFile
+from rabbit_engine.streaming.caches.blocks import Block, Pair, StoredBlock
+from rabbit_engine.streaming.caches.buffers import BufferPool, LayerBuffer
+from rabbit_engine.streaming.caches.mover import Arrival, BlockMover
+from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
+
+BLOCK_TOKENS = 256
+
+
+class TextStates:
+    """The layers of one text, or of several computed together, whose blocks lie in a file in `folder`, or in memory if that is
+    None. At most about `expected_tokens` will come; more may."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        expected_tokens: int = 0,
+        block_tokens: int = BLOCK_TOKENS,
+        reader: Reader | None = None,
+    ) -> None:
+        """Raises CacheStorageError if the folder cannot be written."""
+        self.block_tokens, self.expected_tokens = block_tokens, expected_tokens
+        self._pool = BufferPool()
+        self._mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
+        self._layers: list[weakref.ref[LayerStates]] = []
+        self._current: LayerStates | None = None
+        weakref.finalize(self, self._mover.close).atexit = False
+
+    def new_layer(self) -> LayerStates:
+        """The states of the next layer in the order of a pass."""
+        layer = LayerStates(self, len(self._layers))
+        self._layers.append(weakref.ref(layer))
+        return layer
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of blocks read from the file so far."""
+        return self._mover.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of blocks written to the file so far."""
+        return self._mover.bytes_written
+
+    def close(self) -> None:
+        """Free the file and the buffers. Idempotent."""
+        self._current = None
+        self._pool.clear()
+        self._mover.close()
+
+    # For its layers.
+
+    def begin_turn(self, layer: LayerStates) -> None:
+        """`layer` is used now: no other is whole any more, and the next is read ahead."""
+        if self._current is layer:
+            return
+        if self._current is not None:
+            self._current.end_turn()
+        self._current = layer
+        layer.bring()
+        following = self._layers[(layer.index + 1) % len(self._layers)]()
+        if following is not None and following is not layer:
+            following.read_ahead()
+
+    def end_turn_of(self, layer: LayerStates) -> None:
+        """End the turn of `layer`, if it is whole."""
+        if self._current is layer:
+            self._current = None
+            layer.end_turn()
+
+    def forget_turn_of(self, layer: LayerStates) -> None:
+        """`layer` has dropped its buffer."""
+        if self._current is layer:
+            self._current = None
+
+    def buffer_for(self, states: Pair, rows: int, tokens: int) -> LayerBuffer:
+        """One for `tokens` tokens of the shape of `states`, and those that are expected."""
+        wanted = max(tokens, self.expected_tokens)
+        return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._pool)
+
+    @property
+    def mover(self) -> BlockMover:
+        """What moves their blocks."""
+        return self._mover
+
+
+class LayerStates:
+    """Keys [rows, heads, tokens, width] and values [rows, heads, tokens, value width] of the tokens of a layer so far."""
+
+    def __init__(self, text: TextStates, index: int) -> None:
+        self._text, self.index = text, index
+        self._blocks: tuple[Block, ...] = ()
+        self._tail: Pair | None = None
+        self._whole: LayerBuffer | None = None
+        self._ahead: Arrival | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever added: even shapes are unknown."""
+        return self._tail is None and self._whole is None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        if self._whole is not None:
+            return self._whole.tokens
+        return self._stored_tokens + (0 if self._tail is None else self._tail[0].shape[2])
+
+    @property
+    def _stored_tokens(self) -> int:
+        return len(self._blocks) * self._text.block_tokens
+
+    # Growing, and what it shows.
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """Add tokens; all tokens so far, which stay as they are while anyone holds them."""
+        if self.is_empty:
+            self._tail = (keys[:, :, :0], values[:, :, :0])
+        self._text.begin_turn(self)
+        whole = self._require_room(self._buffer(), keys.shape[2])
+        whole.add((keys, values))
+        return whole.view()
+
+    def all(self) -> Pair:
+        """All tokens. Not before the first were added."""
+        self._text.begin_turn(self)
+        return self._buffer().view()
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have these tokens instead of all that it had."""
+        self.clear()
+        self._tail = (keys, values)
+
+    def clear(self) -> None:
+        """Have none, of no shape."""
+        self._text.forget_turn_of(self)
+        self._drop_ahead()
+        self._blocks, self._tail, self._whole = (), None, None
+
+    # Fewer tokens, other rows.
+
+    def drop_last(self, count: int) -> None:
+        """Drop the newest `count` tokens."""
+        self.choose(max(0, self.tokens - count), ())
+
+    def choose(self, kept: int, offsets: Sequence[int]) -> None:
+        """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
+        if self.is_empty:
+            return
+        if kept < self._stored_tokens:
+            self._text.begin_turn(self)
+            self._blocks = self._blocks[: kept // self._text.block_tokens]
+        tail = self._whole is None
+        keys, values = self._tail if tail and self._tail is not None else self._buffer().view()
+        first = kept - (self._stored_tokens if tail else 0)
+        kept_pair = tuple(_chosen(states, first, offsets) for states in (keys, values))
+        if tail:
+            self._tail = (kept_pair[0], kept_pair[1])
+        else:
+            self._buffer().tokens = kept + len(offsets)
+
+    def take_rows(self, indices: Sequence[int]) -> None:
+        """Have the rows at `indices`, which may repeat, in their order."""
+        if self.is_empty:
+            return
+        self._text.end_turn_of(self)
+        assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+        chosen = torch.tensor(list(indices), device=self._tail[0].device)
+        self._tail = (self._tail[0].index_select(0, chosen), self._tail[1].index_select(0, chosen))
+        self._blocks = tuple(block.take(tuple(indices)) for block in self._blocks)
+
+    @property
+    def rows(self) -> int:
+        """How many texts are computed together."""
+        states = self._tail if self._tail is not None else self._buffer().view()
+        return int(states[0].shape[0])
+
+    # Its turn.
+
+    def bring(self) -> None:
+        """Be whole: read what was not read ahead."""
+        arrival = self._ahead if self._ahead is not None and self._ahead.blocks == self._blocks else None
+        if arrival is None:
+            self._drop_ahead()
+            arrival = self._begin_reading()
+        self._ahead = None
+        tail = self._tail
+        assert tail is not None  # noqa: S101 - it is not empty
+        if arrival.blocks:
+            self._text.mover.wait(arrival)
+        arrival.buffer.arrived(arrival.tokens)
+        self._whole, self._tail = self._require_room(arrival.buffer, tail[0].shape[2]), None
+        self._whole.add(tail)
+
+    def read_ahead(self) -> None:
+        """Begin to read its blocks, unless that was begun."""
+        if self._blocks and self._whole is None and self._ahead is None:
+            self._ahead = self._begin_reading()
+
+    def end_turn(self) -> None:
+        """Keep a tail, and put new whole blocks away."""
+        whole, size = self._buffer(), self._text.block_tokens
+        count = max(len(self._blocks), whole.tokens // size - 1)
+        fresh = [_stored(whole.view(index * size, (index + 1) * size)) for index in range(len(self._blocks), count)]
+        self._text.mover.put_away(fresh)
+        keys, values = whole.view(count * size)
+        rows = tuple(range(len(keys)))
+        self._blocks = (*self._blocks, *(Block(stored, rows) for stored in fresh))
+        self._tail, self._whole = (keys.clone(), values.clone()), None
+
+    def _begin_reading(self) -> Arrival:
+        assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+        tokens = self._stored_tokens + self._tail[0].shape[2] + self._text.block_tokens
+        arrival = Arrival(self._blocks, self._text.buffer_for(self._tail, len(self._tail[0]), tokens))
+        if arrival.blocks:
+            self._text.mover.bring(arrival)
+        return arrival
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._text.mover.drop(self._ahead)
+            self._ahead = None
+
+    def _buffer(self) -> LayerBuffer:
+        assert self._whole is not None  # noqa: S101 - its turn has begun
+        return self._whole
+
+    def _require_room(self, buffer: LayerBuffer, tokens: int) -> LayerBuffer:
+        """`buffer`, or a larger one with the same tokens, with room for `tokens` more."""
+        if buffer.tokens + tokens <= buffer.capacity:
+            return buffer
+        states = buffer.view()
+        larger = self._text.buffer_for(states, len(states[0]), (buffer.tokens + tokens) * 9 // 8)
+        larger.add(states)
+        if buffer is self._whole:
+            self._whole = larger
+        return larger
+
+
+def _chosen(states: torch.Tensor, first: int, offsets: Sequence[int]) -> torch.Tensor:
+    """`states` up to token `first`, with those at `offsets` from there moved to it."""
+    if list(offsets) != list(range(len(offsets))):
+        chosen = torch.tensor(list(offsets), device=states.device) + first
+        states[:, :, first : first + len(offsets)] = states.index_select(2, chosen)
+    return states[:, :, : first + len(offsets)]
+
+
+def _stored(states: Pair) -> StoredBlock:
+    """A block of `states`, in the memory of the CPU."""
+    return StoredBlock((states[0].cpu(), states[1].cpu()))
+
+
