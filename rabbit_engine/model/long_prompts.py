@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from rabbit_engine.decoding.verification import KINDS, PER_TOKEN, mask_kinds
 from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.parts import layer_of
 from rabbit_engine.streaming.parts import run_in_parts
-from rabbit_engine.transformers_bridge.caches import PartCache, is_made_for, is_recording, tokens_in, windows_of
+from rabbit_engine.transformers_bridge.caches import PartCache, is_dynamic, is_made_for, is_recording, tokens_in, windows_of
 from rabbit_engine.transformers_bridge.forwards import CACHE_NAMES, cache_of
 from rabbit_engine.transformers_bridge.generation import Asked
 
@@ -119,7 +119,7 @@ def _is_any(kinds: object) -> bool:
 
 def _is_plain(cache: object, runtime: Runtime) -> bool:
     """Whether it is one that `generate` makes by default: a class of the caller's may do more."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    if not isinstance(cache, Cache) or not is_dynamic(cache):
         return False
     return is_made_for(cache, runtime.architecture.config.get_text_config()) and not is_recording(cache)
 

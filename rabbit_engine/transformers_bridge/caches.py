@@ -17,12 +17,17 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
 
+_PLAIN = (DynamicCache, TieredCache)
+"""Caches that hold what their layers hold: other classes may hold states of their own."""
+
 _INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 """Chooses the keys that a token sees by keys of an indexer, which it keeps too."""
-_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, _INDEXED)
+_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, TieredLayer, _INDEXED)
 _GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
 """States of such layers that get longer with the text, and in which dimension."""
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
@@ -32,9 +37,7 @@ _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 def ability_of(cache: Cache) -> Ability:
     """What the cache can do after at least one pass. Static, quantised and offloaded ones can do nothing of it."""
     layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
-    if (
-        type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not layers
-    ):  # others may hold states of their own
+    if not is_dynamic(cache) or not layers:
         return "none"
     if not all(getattr(layer, "is_initialized", True) for layer in layers):  # a module keeps states of its own
         return "none"
@@ -45,6 +48,11 @@ def ability_of(cache: Cache) -> Ability:
     return "none"
 
 
+def is_dynamic(cache: object) -> bool:
+    """Whether it is one that `generate` makes by default, or one of its kind in tiers."""
+    return type(cache) in _PLAIN and not getattr(cache, "offloading", False)
+
+
 def _can_crop(layer: Any) -> bool:
     """Whether `crop` restores the layer: one that grows, not one that is allocated whole or stored quantised.
 
@@ -52,6 +60,8 @@ def _can_crop(layer: Any) -> bool:
     """
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return any(state is not None for state in layer.conv_states.values())
+    if isinstance(layer, TieredLayer):
+        return True
     return isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
 
 
@@ -87,7 +97,7 @@ def windows_of(cache: Cache) -> dict[int, int | None]:
 def shows_its_keys(cache: Cache) -> bool:
     """Whether every layer of a new cache shows a pass the keys of all tokens before it, or those of its window."""
     layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return bool(layers) and all(type(layer) in _ATTENDING[:3] for layer in layers)
 
 
 def states_of_all(cache: Cache) -> dict[str, torch.Tensor] | None:
@@ -124,7 +134,8 @@ def is_recording(cache: Cache) -> bool:
 
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     """Whether the layers are those that `generate` would make for the config. A caller's `DynamicCache()` has no sliding ones."""
-    return [type(layer) for layer in cache.layers] == [type(layer) for layer in DynamicCache(config=config).layers]
+    kinds = [DynamicLayer if type(layer) is TieredLayer else type(layer) for layer in cache.layers]
+    return kinds == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
 class PartCache(DynamicCache):
@@ -196,6 +207,9 @@ def _filled(cache: Cache) -> list[Any]:
 
 
 def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
+    if isinstance(layer, TieredLayer):
+        layer.choose(past, offsets)
+        return
     sliding = isinstance(layer, DynamicSlidingWindowLayer)
     added = (layer.cumulative_length if sliding else layer.keys.shape[-2]) - past
     start = layer.keys.shape[-2] - added
@@ -230,7 +244,17 @@ class States:
 
 def copy_states(cache: Cache) -> States:
     """What `restore_states` needs to undo the passes that follow. Keys and values are not copied: passes replace them."""
-    return States(tuple({name: _copied(value) for name, value in vars(layer).items()} for layer in cache.layers))
+    return States(tuple(_states_of(layer) for layer in cache.layers))
+
+
+_TOKENS = "tokens"
+"""What is copied of a layer in tiers: it only adds tokens, and drops them again."""
+
+
+def _states_of(layer: Any) -> Mapping[str, Any]:
+    if isinstance(layer, TieredLayer):
+        return {_TOKENS: layer.get_seq_length()}
+    return {name: _copied(value) for name, value in vars(layer).items()}
 
 
 def _copied(value: Any) -> Any:
@@ -243,4 +267,7 @@ def _copied(value: Any) -> Any:
 def restore_states(cache: Cache, states: States) -> None:
     """Undo the passes since `copy_states`, once: later passes update the copy."""
     for layer, saved in zip(cache.layers, states.layers, strict=True):
-        vars(layer).update(saved)
+        if isinstance(layer, TieredLayer):
+            layer.choose(saved[_TOKENS], ())
+        else:
+            vars(layer).update(saved)

@@ -65,11 +65,12 @@ class BlockMover:
     def __init__(self, file: ScratchFile | None, reader: Reader) -> None:
         self._file, self._reader = file, reader
         self._arrivals: deque[Arrival] = deque()
-        self._wanted: Arrival | None = None
+        self._wanted: list[Arrival] = []
         self._writes: deque[StoredBlock] = deque()
         self._waits_for_writes = False
         self._writing = 0
         self._write_error: Exception | None = None
+        self._reading = 0
         self._process = os.getpid()
         self._closed = False
         self.bytes_read = self.bytes_written = 0
@@ -91,13 +92,13 @@ class BlockMover:
     def wait(self, arrival: Arrival) -> None:
         """Return when it is there. Raises what a read raised."""
         with self._reader.lock:
-            self._wanted = arrival
+            self._wanted.append(arrival)
             self._reader.changed.notify_all()
             try:
                 while not arrival.is_done:
                     self._wait()
             finally:
-                self._wanted = None
+                self._wanted.remove(arrival)
             self._forget(arrival)
         if arrival.error is not None:
             raise arrival.error
@@ -120,6 +121,11 @@ class BlockMover:
             self._writes.extend(blocks)
             self._reader.changed.notify_all()
 
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file."""
+        return 0 if self._file is None else self._file.nbytes
+
     def close(self) -> None:
         """Stop, and free the file. Idempotent. From any thread, also for a finalizer amid the reader's own work."""
         if os.getpid() != self._process or self._closed:
@@ -135,13 +141,11 @@ class BlockMover:
             self._writes.clear()
             self._arrivals.clear()
             self._reader.changed.notify_all()
-            while self._writing or self._under_way:
+            while self._writing or self._reading:
                 self._reader.changed.wait()
         self._reader.leave(self)
         if self._file is not None:
             self._file.close()
-
-    _under_way = 0
 
     def _wait(self) -> None:
         if os.getpid() != self._process or self._closed:
@@ -158,8 +162,7 @@ class BlockMover:
         """The next read of what is waited for, else of what was asked for first, else a write."""
         if self._closed:
             return None
-        waited = [self._wanted] if self._wanted is not None else []
-        for arrival in waited if wanted else [*waited, *self._arrivals]:
+        for arrival in self._wanted if wanted else [*self._wanted, *self._arrivals]:
             if arrival.parts and arrival.error is None:
                 return self._issue(arrival)
         if self._writes and self._write_error is None and (self._waits_for_writes or not wanted):
@@ -169,7 +172,7 @@ class BlockMover:
 
     def _issue(self, arrival: Arrival) -> Job:
         arrival.under_way += 1
-        self._under_way += 1
+        self._reading += 1
         return partial(self._read, arrival, arrival.parts.popleft())
 
     # In the reader threads, without the lock.
@@ -184,7 +187,7 @@ class BlockMover:
 
         def done() -> None:
             arrival.under_way -= 1
-            self._under_way -= 1
+            self._reading -= 1
             arrival.error = arrival.error or error
             self.bytes_read += nbytes
 
@@ -233,7 +236,8 @@ class BlockMover:
         return done
 
     def _write_block(self, stored: StoredBlock) -> int:
-        assert self._file is not None and stored.states is not None  # noqa: S101 - it is written once, to the file
+        assert self._file is not None  # noqa: S101 - without one, nothing is written
+        assert stored.states is not None  # noqa: S101 - it is written once
         keys, values = stored.states
         offset = self._file.claim(stored.nbytes)
         try:

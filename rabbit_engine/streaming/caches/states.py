@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,24 +22,40 @@ from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
 BLOCK_TOKENS = 256
 
 
-class TextStates:
-    """The layers of one text, or of several computed together, whose blocks lie in a file in `folder`, or in memory if that is
-    None. At most about `expected_tokens` will come; more may."""
+class BlockHome:
+    """Where the blocks of a text lie, and of those forked from it: a file in `folder`, or memory if that is None."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        expected_tokens: int = 0,
-        block_tokens: int = BLOCK_TOKENS,
-        reader: Reader | None = None,
-    ) -> None:
+    def __init__(self, folder: Path | None, block_tokens: int = BLOCK_TOKENS, reader: Reader | None = None) -> None:
         """Raises CacheStorageError if the folder cannot be written."""
-        self.block_tokens, self.expected_tokens = block_tokens, expected_tokens
-        self._pool = BufferPool()
-        self._mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
-        self._layers: list[weakref.ref[LayerStates]] = []
-        self._current: LayerStates | None = None
-        weakref.finalize(self, self._mover.close).atexit = False
+        self.block_tokens = block_tokens
+        self.pool = BufferPool()
+        self.mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
+        weakref.finalize(self, self.mover.close).atexit = False
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file."""
+        return self.mover.file_bytes
+
+    def close(self) -> None:
+        """Free the file and the buffers. Idempotent."""
+        self.pool.clear()
+        self.mover.close()
+
+
+class TextStates:
+    """The layers of one text, or of several computed together. At most about `expected_tokens` will come; more may."""
+
+    def __init__(self, home: BlockHome, expected_tokens: int = 0) -> None:
+        self._home, self.expected_tokens = home, expected_tokens
+        self.block_tokens = home.block_tokens
+        self._layers: list[weakref.ref[LayerStates]] = []  # they refer to this: a cycle would keep files and buffers for a while
+        self._current: weakref.ref[LayerStates] | None = None
+
+    def fork(self) -> tuple[TextStates, list[LayerStates]]:
+        """A text that begins with the same tokens, in the same blocks, and its layers."""
+        text = TextStates(self._home, self.expected_tokens)
+        return text, [layer.fork(text.new_layer()) for found in self._layers if (layer := found()) is not None]
 
     def new_layer(self) -> LayerStates:
         """The states of the next layer in the order of a pass."""
@@ -51,53 +66,57 @@ class TextStates:
     @property
     def bytes_read(self) -> int:
         """Bytes of blocks read from the file so far."""
-        return self._mover.bytes_read
+        return self._home.mover.bytes_read
 
     @property
     def bytes_written(self) -> int:
         """Bytes of blocks written to the file so far."""
-        return self._mover.bytes_written
+        return self._home.mover.bytes_written
 
     def close(self) -> None:
-        """Free the file and the buffers. Idempotent."""
+        """Free the file and the buffers, also those of texts that were forked from it. Idempotent."""
         self._current = None
-        self._pool.clear()
-        self._mover.close()
+        self._home.close()
 
     # For its layers.
 
     def begin_turn(self, layer: LayerStates) -> None:
         """`layer` is used now: no other is whole any more, and the next is read ahead."""
-        if self._current is layer:
+        current = self._whole_layer()
+        if current is layer:
             return
-        if self._current is not None:
-            self._current.end_turn()
-        self._current = layer
+        if current is not None:
+            current.end_turn()
+        self._current = None
         layer.bring()
+        self._current = weakref.ref(layer)
         following = self._layers[(layer.index + 1) % len(self._layers)]()
         if following is not None and following is not layer:
             following.read_ahead()
 
     def end_turn_of(self, layer: LayerStates) -> None:
         """End the turn of `layer`, if it is whole."""
-        if self._current is layer:
+        if self._whole_layer() is layer:
             self._current = None
             layer.end_turn()
 
     def forget_turn_of(self, layer: LayerStates) -> None:
         """`layer` has dropped its buffer."""
-        if self._current is layer:
+        if self._whole_layer() is layer:
             self._current = None
+
+    def _whole_layer(self) -> LayerStates | None:
+        return None if self._current is None else self._current()
 
     def buffer_for(self, states: Pair, rows: int, tokens: int) -> LayerBuffer:
         """One for `tokens` tokens of the shape of `states`, and those that are expected."""
         wanted = max(tokens, self.expected_tokens)
-        return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._pool)
+        return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
 
     @property
     def mover(self) -> BlockMover:
         """What moves their blocks."""
-        return self._mover
+        return self._home.mover
 
 
 class LayerStates:
@@ -185,6 +204,14 @@ class LayerStates:
         self._tail = (self._tail[0].index_select(0, chosen), self._tail[1].index_select(0, chosen))
         self._blocks = tuple(block.take(tuple(indices)) for block in self._blocks)
 
+    def fork(self, other: LayerStates) -> LayerStates:
+        """Let `other`, a new layer, have the same tokens; returns it."""
+        if not self.is_empty:
+            self._text.end_turn_of(self)
+            assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+            other._blocks, other._tail = self._blocks, (self._tail[0].clone(), self._tail[1].clone())
+        return other
+
     @property
     def rows(self) -> int:
         """How many texts are computed together."""
@@ -264,5 +291,3 @@ def _chosen(states: torch.Tensor, first: int, offsets: Sequence[int]) -> torch.T
 def _stored(states: Pair) -> StoredBlock:
     """A block of `states`, in the memory of the CPU."""
     return StoredBlock((states[0].cpu(), states[1].cpu()))
-
-

@@ -1,0 +1,204 @@
+"""A dynamic cache whose growing layers keep their keys and values elsewhere, and have them whole only while they run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class GrowingStates(Protocol):
+    """Keys [rows, heads, tokens, width] and values of a layer, wherever they are."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever added."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many texts are computed together."""
+        ...
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """Add tokens; returns all."""
+        ...
+
+    def all(self) -> Pair:
+        """All tokens."""
+        ...
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have these instead."""
+
+    def clear(self) -> None:
+        """Have none."""
+
+    def choose(self, kept: int, offsets: Sequence[int]) -> None:
+        """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
+
+    def take_rows(self, indices: Sequence[int]) -> None:
+        """Have the rows at `indices`."""
+
+
+class TextLayers(Protocol):
+    """The layers of a text."""
+
+    def new_layer(self) -> GrowingStates:
+        """The states of the next layer."""
+        ...
+
+    def fork(self) -> tuple[TextLayers, Sequence[GrowingStates]]:
+        """A text that begins with the same tokens, and its layers."""
+        ...
+
+
+class TieredLayer(DynamicLayer):
+    """A layer that holds keys and values of all tokens in `states`."""
+
+    def __init__(self, states: GrowingStates) -> None:
+        self._given: list[torch.Tensor | None] = [None, None]
+        self.states = states
+        self._is_made = False
+        super().__init__()
+        self._is_made = True
+
+    # `keys` and `values` are attributes of transformers' layers: read, and assigned one after the other.
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[rows, heads, tokens, width]; None before the first."""
+        return self._shown(0)
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._give(0, states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """[rows, heads, tokens, value width]; None before the first."""
+        return self._shown(1)
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._give(1, states)
+
+    def _shown(self, index: int) -> torch.Tensor | None:
+        if self._given[index] is not None:
+            return self._given[index]
+        return None if self.states.is_empty else self.states.all()[index]
+
+    def _give(self, index: int, states: torch.Tensor | None) -> None:
+        if not self._is_made:
+            return  # transformers' layers begin with none
+        self._given[index] = states
+        keys, values = self._given
+        if states is None:
+            self.states.clear()
+        elif keys is not None and values is not None:
+            self.states.replace(keys, values)
+            self._given = [None, None]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note the device and the dtype."""
+        del value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Add tokens; all so far."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.states.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """The number of tokens."""
+        return self.states.tokens
+
+    def offload(self) -> None:
+        """Do nothing: it moves by itself."""
+
+    def prefetch(self) -> None:
+        """Do nothing: it moves by itself."""
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._given = [None, None]
+        self.states.clear()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens. Raises ValueError for a positive number, as other layers do."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+        self.choose(max(0, self.states.tokens + tokens_to_remove), ())
+
+    def choose(self, kept: int, offsets: Sequence[int]) -> None:
+        """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
+        if not self.states.is_empty:
+            self.states.choose(kept, offsets)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Continue the beams at `beam_idx`."""
+        self._take_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if not self.states.is_empty:
+            self._take_rows([row for row in range(self.states.rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices`, or where they are True."""
+        if not self.states.is_empty:
+            self._take_rows(torch.arange(self.states.rows, device="cpu")[indices.cpu()].tolist())
+
+    def _take_rows(self, indices: Sequence[int]) -> None:
+        if not self.states.is_empty and list(indices) != list(range(self.states.rows)):
+            self.states.take_rows(indices)
+
+
+class TieredCache(DynamicCache):
+    """The cache of `generate`, with the layers at `tiered` in `text`. Others forget tokens or have states of one size: they are
+    what they are by default."""
+
+    def __init__(self, config: PretrainedConfig, tiered: Collection[int], text: TextLayers) -> None:
+        super().__init__(config=config)
+        self.text = text
+        for index in sorted(set(tiered) & set(growing_indices(self.layers))):
+            self.layers[index] = TieredLayer(text.new_layer())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A text that continues the same tokens: what lies elsewhere is shared, not copied."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update({name: value for name, value in vars(self).items() if name not in ("layers", "text")})
+        copied.text, states = self.text.fork()
+        forked = iter(states)
+        copied.layers = [_copy_layer(layer, forked.__next__, memo) for layer in self.layers]
+        return copied
+
+
+def _copy_layer(layer: Any, next_states: Callable[[], GrowingStates], memo: dict[int, Any]) -> Any:
+    if not isinstance(layer, TieredLayer):
+        return copy.deepcopy(layer, memo)
+    copied = TieredLayer(next_states())
+    if layer.is_initialized:
+        copied.dtype, copied.device, copied.is_initialized = layer.dtype, layer.device, True
+    return copied
+
+
+def growing_indices(layers: Sequence[Any]) -> list[int]:
+    """The layers that only add keys and values, and never forget any."""
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]

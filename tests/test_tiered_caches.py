@@ -1,0 +1,142 @@
+"""Caches whose layers lie in blocks elsewhere, compared with transformers' DynamicCache."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache
+
+from rabbit_engine.streaming.caches.states import BlockHome, TextStates
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+
+LAYERS = 4
+CONFIG = LlamaConfig(num_hidden_layers=LAYERS)
+
+
+def tiered(folder: Path | None, block: int, *, which=range(LAYERS), expected: int = 0) -> TieredCache:
+    return TieredCache(CONFIG, which, TextStates(BlockHome(folder, block), expected))
+
+
+def states(rows: int, tokens: int, width: int = 8, dtype: torch.dtype = torch.float32):
+    return torch.randn(rows, 2, tokens, width, dtype=dtype), torch.randn(rows, 2, tokens, width // 2, dtype=dtype)
+
+
+def update(caches, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    """A pass over all layers: both show the same."""
+    for index in range(LAYERS):
+        keys, values = states(rows, tokens, dtype=dtype)
+        shown = [cache.update(keys, values, index) for cache in caches]
+        for found, wanted in zip(*shown, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def require_equal(ours: TieredCache, theirs: DynamicCache) -> None:
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    for mine, its in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(mine.keys, its.keys) and torch.equal(mine.values, its.values)
+        assert mine.get_mask_sizes(3) == its.get_mask_sizes(3)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("which", [range(LAYERS), (1, 3)])
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_shows_what_a_dynamic_cache_shows(tmp_path: Path, place: str, which, block: int) -> None:
+    ours, theirs = tiered(tmp_path if place == "disk" else None, block, which=which), DynamicCache(config=CONFIG)
+    for tokens in (33, 1, 1, 7, 1, 40, 1):
+        update((ours, theirs), 2, tokens)
+    require_equal(ours, theirs)
+    assert (ours.text.bytes_written > 0) == (ours.text.bytes_read > 0) == (place == "disk")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_operation_at_random(tmp_path: Path, seed: int) -> None:
+    draw, rows = random.Random(seed), 2
+    torch.manual_seed(seed)
+    ours, theirs = tiered(tmp_path, 4), DynamicCache(config=CONFIG)
+    update((ours, theirs), rows, draw.randint(1, 40))
+    for _ in range(40):
+        match draw.randrange(8):
+            case 0:
+                count = draw.randint(0, theirs.get_seq_length() - 1)
+                ours.crop(-count), theirs.crop(-count)
+            case 1:
+                order = torch.tensor([draw.randrange(rows) for _ in range(rows)])
+                ours.reorder_cache(order), theirs.reorder_cache(order)
+            case 2 if rows < 5:
+                ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
+                rows *= 2
+            case 3:
+                kept = torch.tensor(sorted(draw.sample(range(rows), draw.randint(1, rows))))
+                ours.batch_select_indices(kept), theirs.batch_select_indices(kept)
+                rows = len(kept)
+            case 4:
+                ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
+            case 5:
+                require_equal(ours, theirs)
+            case _:
+                update((ours, theirs), rows, draw.choice((1, 1, 1, 5, 17)))
+    require_equal(ours, theirs)
+    ours.reset(), theirs.reset()
+    assert ours.get_seq_length() == theirs.get_seq_length() == 0
+    update((ours, theirs), 1, 9)
+    require_equal(ours, theirs)
+
+
+def test_a_fork_shares_blocks_and_goes_on_alone(tmp_path: Path) -> None:
+    first = tiered(tmp_path, 4)
+    for index in range(LAYERS):
+        first.update(*states(1, 50), index)
+    copied = DynamicCache(config=CONFIG)
+    for index, layer in enumerate(first.layers):
+        copied.update(layer.keys, layer.values, index)
+    written = first.text.bytes_written
+    second, other = copy.deepcopy(first), copy.deepcopy(copied)
+    assert first.text.bytes_written == written
+    update((first, copied), 1, 3)
+    update((second, other), 1, 20)
+    require_equal(first, copied)
+    del first, copied
+    gc.collect()
+    require_equal(second, other)
+
+
+def test_views_of_a_pass_stay_as_they_are(tmp_path: Path) -> None:
+    """Layers that share keys read those of an earlier layer while later ones run."""
+    ours = tiered(tmp_path, 4)
+    kept = []
+    for _ in range(6):
+        for index in range(LAYERS):
+            keys, values = ours.update(*states(1, 5), index)
+            kept.append((keys, keys.clone(), values, values.clone()))
+    for keys, were, values, had in kept:
+        assert torch.equal(keys, were) and torch.equal(values, had)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_whole_pages_go_past_the_page_cache(tmp_path: Path, dtype: torch.dtype) -> None:
+    ours, theirs = tiered(tmp_path, 1024), DynamicCache(config=CONFIG)
+    for tokens in (5000, 1, 1200, 1):
+        update((ours, theirs), 1, tokens, dtype)
+    require_equal(ours, theirs)
+    assert ours.text.bytes_read > ours.text.bytes_written > 0
+
+
+def test_space_of_dropped_blocks_is_used_again(tmp_path: Path) -> None:
+    home = BlockHome(tmp_path, 4)
+    ours = TieredCache(CONFIG, range(LAYERS), TextStates(home))
+    sizes = []
+    for _ in range(5):
+        for _ in range(3):
+            for index in range(LAYERS):
+                ours.update(*states(1, 20), index)
+        sizes.append(home.file_bytes)
+        ours.crop(-60)
+        gc.collect()
+    assert 0 < sizes[-1] < 1.2 * sizes[0]
+    assert list(tmp_path.iterdir()) == []  # the file has no name
