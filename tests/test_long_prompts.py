@@ -19,7 +19,7 @@ from rabbit_engine.errors import PromptTooLongError, SessionClosedError
 from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning import budget, demand
-from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, in_parts, need_bytes, work_bytes
+from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, work_bytes
 from rabbit_engine.planning.parts import layer_of, layer_ring_bytes
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.probe import Curve, Probe
@@ -520,9 +520,9 @@ def test_what_parts_take() -> None:
     assert padded == 2 * (work_bytes(probe, Demand(30, 1, chunk=10)) + 4 * 10 * 30)
     assert work_bytes(probe, Demand(30, 1, chunk=10, is_computed=True)) == work_bytes(probe, Demand(30, 1, is_computed=True))
     demand = Demand(30, 1)
-    assert in_parts(probe, demand, need_bytes(probe, demand)) is demand
-    assert in_parts(probe, demand, need_bytes(probe, demand) - 1) == Demand(30, 1, chunk=16)
-    assert in_parts(probe, demand, 100) is demand
+    assert best_way(probe, demand, need_bytes(probe, demand), Ways(parts=True)) == demand
+    assert best_way(probe, demand, need_bytes(probe, demand) - 1, Ways(parts=True)) == Demand(30, 1, chunk=16)
+    assert best_way(probe, demand, 100, Ways(parts=True)) == demand
 
 
 def test_a_ring_for_parts_holds_a_layer_and_two_of_the_largest_units() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from rabbit_engine.model.long_prompts import is_padded, may_part, why_whole
 from rabbit_engine.model.runtime import Runtime
+from rabbit_engine.model.tiered_caches import may_tier, ways_of
 from rabbit_engine.planning.demand import Demand, fitted
 from rabbit_engine.streaming import fiber_on
 from rabbit_engine.transformers_bridge.caches import tokens_in
@@ -21,19 +23,21 @@ _USUAL_ANSWER = 20
 """The default number of new tokens, as in transformers."""
 
 
-def part_rows(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: Asked) -> int | None:
-    """The tokens of each part in which `generate` is to compute `prompt` ([sequences, tokens], or embeddings) in one pass; None
-    if whole, or as transformers does it. Raises PromptTooLongError if it needs more than the free memory.
+def admitted(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: Asked) -> Demand:
+    """How `generate` is to compute `prompt` ([sequences, tokens], or embeddings): in parts of `chunk` tokens in one pass (whole,
+    or as transformers does it, if that is None), with `tiered` layers of its cache in tiers. Raises PromptTooLongError if it
+    needs more than the free memory.
 
     `given` are its keywords, `asked` tells its settings. A session's requests were already checked.
     """
     if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
-        return None
+        return Demand(0, 0)
     demand, parts = demand_of(prompt, given, asked, reading_of(runtime)), may_part(runtime, prompt, given, asked)
     if fiber_on(runtime.binding) is None:
         whole = why_whole(asked) if runtime.computes_parts and not parts else ""
-        demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), parts=parts, why_whole=whole)
-    return demand.chunk if parts else None
+        ways = ways_of(runtime, parts=parts, tiers=may_tier(given, asked))
+        demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), ways, why_whole=whole)
+    return demand if parts else replace(demand, chunk=None)
 
 
 def prompt_of(inputs: object, given: Mapping[str, Any], main_input: str) -> Any:

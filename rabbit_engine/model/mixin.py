@@ -28,17 +28,19 @@ from rabbit_engine.errors import (
     first_line,
 )
 from rabbit_engine.model.adapters import load_checked
-from rabbit_engine.model.admission import part_rows, prompt_of
+from rabbit_engine.model.admission import admitted, prompt_of
 from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.long_prompts import LongPromptMixin
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import SpeculatingMixin, decode, parse_speculate, watched_preparation
+from rabbit_engine.model.tiered_caches import make_cache
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.forwards import cache_argument
 from rabbit_engine.transformers_bridge.generation import around_decoding, settings_of, without_cache_objects
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -149,10 +151,11 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
             speculate, kwargs["use_mtp"] = speculate or self._own_heads, False
         if positions is not None and prompt is not None:
             kwargs |= capped_length(positions, prompt.shape[1], asked)
-        rows = part_rows(runtime_of(self), prompt, kwargs, asked)
-        if rows is not None and asked("prefill_chunk_size") is not None:
+        demand = admitted(runtime_of(self), prompt, kwargs, asked)
+        if demand.chunk is not None and asked("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
-        with self._speculating(speculate), self.computing_parts(rows):
+        kwargs |= cache_argument(self.forward, make_cache(runtime_of(self), demand))  # type: ignore[attr-defined]
+        with self._speculating(speculate), self.computing_parts(demand.chunk):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
             return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.planning.probe import Probe
+from rabbit_engine.streaming import BLOCK_TOKENS
 from rabbit_engine.utils.heap import give_free_memory_back
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -34,7 +35,8 @@ class Demand:
 
     A `padded` batch needs a mask. The prompt is computed in parts of `chunk` tokens, all at once if that is None, and only the
     newest token if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number
-    of its rows of `logits` over the vocabulary.
+    of its rows of `logits` over the vocabulary. `tiered` layers of the cache have their keys and values on disk, and in memory
+    only while they run.
     """
 
     prompt: int
@@ -44,13 +46,31 @@ class Demand:
     chunk: int | None = None
     is_computed: bool = False
     logits: int | None = None
+    tiered: int = 0
+
+
+_WHOLE_LAYERS = 3
+"""Layers in tiers that are in memory at once: the one that runs, the one that is read ahead, the one that is written."""
+
+_TAIL_TOKENS = 768
+"""The newest tokens of each layer in tiers stay in memory: up to two blocks, and one more while it is cut off."""
 
 
 def cache_bytes(probe: Probe, demand: Demand) -> int:
-    """Bytes of the caches of all sequences at full length; a single forward keeps none."""
+    """Bytes in memory of the caches of all sequences at full length; a single forward keeps none."""
     if demand.logits is not None:
         return 0
-    return demand.sequences * (probe.cache_fixed_bytes + probe.cache_token_bytes * (demand.prompt + demand.answer))
+    tokens, layer = demand.prompt + demand.answer, probe.growing_token_bytes
+    whole = probe.cache_fixed_bytes + probe.cache_token_bytes * tokens
+    if demand.tiered:
+        kept = min(demand.tiered, _WHOLE_LAYERS) * (tokens + BLOCK_TOKENS) + demand.tiered * min(tokens, _TAIL_TOKENS)
+        whole = max(0, whole - demand.tiered * layer * tokens) + kept * layer
+    return demand.sequences * whole
+
+
+def tier_bytes(probe: Probe, demand: Demand) -> int:
+    """Bytes on disk of the layers in tiers, of all sequences at full length."""
+    return demand.sequences * demand.tiered * probe.growing_token_bytes * (demand.prompt + demand.answer)
 
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
@@ -74,12 +94,33 @@ def _part_bytes(probe: Probe, prompt: int, rows: int) -> int:
     )
 
 
-def in_parts(probe: Probe, demand: Demand, free_bytes: int) -> Demand:
-    """`demand` with its prompt in the largest parts for which `free_bytes` suffice; as it is if it fits whole, or in none."""
-    if need_bytes(probe, demand) <= free_bytes:
-        return demand
-    parts = (replace(demand, chunk=rows) for rows in PART_ROWS if rows < demand.prompt)
-    return next((part for part in parts if need_bytes(probe, part) <= free_bytes), demand)
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk."""
+
+    parts: bool = False
+    disk_bytes: int = 0
+
+
+AS_IT_IS = Ways()
+
+
+def best_way(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> Demand:
+    """`demand` as it is if `free_bytes` suffice; else in the largest parts with which they do; else with the fewest layers in
+    tiers, and then the largest parts, with which they do; as it is if they never do."""
+    chunks = [demand.chunk, *(rows for rows in PART_ROWS if rows < demand.prompt and ways.parts and demand.chunk is None)]
+    tried = (replace(demand, chunk=rows) for rows in chunks)
+    tried_tiers = (replace(demand, chunk=rows, tiered=probe.growing_layers) for rows in chunks if ways.disk_bytes)
+    for found in (*tried, *tried_tiers):
+        if need_bytes(probe, found) <= free_bytes and tier_bytes(probe, found) <= ways.disk_bytes:
+            return _fewest_tiered(probe, found, free_bytes)
+    return demand
+
+
+def _fewest_tiered(probe: Probe, demand: Demand, free_bytes: int) -> Demand:
+    """`demand`, which fits, with as few layers in tiers as do."""
+    fewer = (replace(demand, tiered=layers) for layers in range(_WHOLE_LAYERS + 1, demand.tiered))
+    return next((found for found in fewer if need_bytes(probe, found) <= free_bytes), demand)
 
 
 def most_rows(probe: Probe, free_bytes: int) -> int:
@@ -103,17 +144,23 @@ def most_prompt(fits: Callable[[int], bool], most: int) -> int:
 
 
 def fitted(
-    probe: Probe, demand: Demand, find_free_bytes: Callable[[], int], place: str, *, parts: bool = False, why_whole: str = ""
+    probe: Probe,
+    demand: Demand,
+    find_free_bytes: Callable[[], int],
+    place: str,
+    ways: Ways = AS_IT_IS,
+    *,
+    why_whole: str = "",
 ) -> Demand:
-    """`demand`, which may be computed in `parts` if it does not fit whole. Raises PromptTooLongError if it needs more than the
-    free memory of `place`; `why_whole` is the setting without which it could be in parts."""
+    """`demand`, in one of the `ways` if it does not fit as it is. Raises PromptTooLongError if it needs more than the free
+    memory of `place`; `why_whole` is the setting without which it could be in parts."""
     free = find_free_bytes()
     if need_bytes(probe, demand) + KEPT_FREE_BYTES > free:
         give_free_memory_back()
         free = find_free_bytes()
 
-    def best(demand: Demand) -> Demand:
-        return in_parts(probe, demand, free - KEPT_FREE_BYTES) if parts and demand.chunk is None else demand
+    def best(demand: Demand, ways: Ways = ways) -> Demand:
+        return best_way(probe, demand, free - KEPT_FREE_BYTES, ways)
 
     demand = best(demand)
     need = need_bytes(probe, demand) + KEPT_FREE_BYTES
@@ -126,7 +173,7 @@ def fitted(
     fits = most_prompt(fits_one, demand.prompt)
     side_by_side = f"{demand.sequences} sequences of " if demand.sequences > 1 else ""
     wanted = demand.sequences * (demand.prompt + demand.answer)
-    fits_parts = why_whole and in_parts(probe, demand, free - KEPT_FREE_BYTES) is not demand
+    fits_parts = why_whole and best(demand, replace(ways, parts=True)) != demand
     leave_out = f"leave out {why_whole}, with which it is not computed in parts, " if fits_parts else ""
     raise PromptTooLongError(
         f"{side_by_side}{demand.prompt} tokens and {demand.answer} new ones need {format_bytes(need)} on top of the weights, "

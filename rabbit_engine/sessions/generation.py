@@ -10,7 +10,10 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate
+from rabbit_engine.model.tiered_caches import make_cache
+from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
 from rabbit_engine.sessions.known_prefixes import KnownPrefixes, KnownText
@@ -40,14 +43,15 @@ class Generation(StoppingCriteria):
         take: TakeToken,
         speculate: Speculate = None,
         constraint: CompiledConstraint | None = None,
-        part_rows: int | None = None,
+        demand: Demand | None = None,
         prefixes: KnownPrefixes | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
         self._speculate = {} if speculate is None else {"speculate": speculate}
-        self._part_rows = {} if part_rows is None else {"prefill_chunk_size": part_rows}
+        self._demand = demand
+        self._part_rows = {} if demand is None or demand.chunk is None else {"prefill_chunk_size": demand.chunk}
         self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
         self._prefixes = None if prompt.inputs else prefixes
@@ -71,8 +75,9 @@ class Generation(StoppingCriteria):
 
     def _generate(self) -> None:
         ids = torch.tensor([self._prompt.ids], device=self._model.device)
-        if self._prefixes is not None:
-            self._known = self._prefixes.begin(self._prompt.ids)
+        cache = None if self._demand is None else make_cache(runtime_of(self._model), self._demand)
+        if self._prefixes is not None and (known := self._prefixes.begin(self._prompt.ids, cache)) is not None:
+            self._known, cache = known, known.cache
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -89,7 +94,7 @@ class Generation(StoppingCriteria):
             **_add_to_checkpoint(self._model, self._options),
             **self._speculate,
             **self._part_rows,
-            **({} if self._known is None else cache_argument(self._model.forward, self._known.cache)),
+            **cache_argument(self._model.forward, cache),
         )
 
     @property

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import put_states, shows_its_keys, states_of_all, windows_of
+from rabbit_engine.transformers_bridge.caches import is_in_tiers, put_states, shows_its_keys, states_between, windows_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ class KnownPrefixes:
         model = self._model
         return not has_adapter(model) and attention_of(model.config) == self._attention and not _has_other_cache(model)
 
-    def begin(self, ids: Sequence[int]) -> KnownText | None:
-        """A text with this prompt, and a cache of the beginning that is stored; at least one token is left to compute. None
-        unless they `are_used`."""
+    def begin(self, ids: Sequence[int], cache: DynamicCache | None = None) -> KnownText | None:
+        """A text with this prompt, and the beginning that is stored in `cache`, which is empty, or in a new one; at least one
+        token is left to compute. None unless they `are_used`."""
         if not self.are_used:
             return None
-        cache = DynamicCache(config=self._model.config.get_text_config())
+        cache = DynamicCache(config=self._model.config.get_text_config()) if cache is None else cache
         text = self._space.text(ids)
         prefix = text.find()
         prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens, self._most_blocks))
@@ -78,18 +78,23 @@ class KnownText:
             self._stop = self._text.blocks_to_store()
         if self._next >= self._stop or time.monotonic() - self._tried_s < _RETRY_S:
             return
-        states = states_of_all(self.cache)
-        if states is None:  # longer than a window, whose layers have forgotten its beginning
-            self._stop = self._next
-            return
-        while self._next < self._stop and self._text.write(self._next, self._block(states, self._next)):
+        while self._next < self._stop:
+            block = self._block(self._next)
+            if block is None:  # longer than a window, whose layers have forgotten its beginning
+                self._stop = self._next
+                return
+            if not self._text.write(self._next, block):
+                break
             self._next += 1
         self._tried_s = time.monotonic()
 
-    def _block(self, whole: Mapping[str, torch.Tensor], index: int) -> dict[str, list[torch.Tensor]]:
-        """The states of a block, those of one shape together: [heads, tokens, width] of each layer."""
-        at = slice(index * self._block_tokens, (index + 1) * self._block_tokens)
-        cut = {name: states[0, :, at].detach() for name, states in whole.items()}
+    def _block(self, index: int) -> dict[str, list[torch.Tensor]] | None:
+        """The states of a block, those of one shape together: [heads, tokens, width] of each layer; None if one has forgotten
+        them."""
+        found = states_between(self.cache, index * self._block_tokens, (index + 1) * self._block_tokens)
+        if found is None:
+            return None
+        cut = {name: states[0].detach() for name, states in found.items()}
         alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
         for name, states in cut.items():
             alike.setdefault((states.shape, states.dtype), []).append(name)
@@ -154,18 +159,21 @@ def _digest(value: object) -> str:
 
 
 def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
-    """Put the blocks of `prefix` into a new cache; how many could be read."""
+    """Put the blocks of `prefix` into a new cache; how many could be read. One in tiers takes them one by one: all may be more
+    than fits in memory."""
     found: dict[str, torch.Tensor] = {}
-    count, size = 0, prefix.tokens // len(prefix)
+    count, size, in_tiers = 0, prefix.tokens // len(prefix), is_in_tiers(cache)
     ahead = max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1))
     for block in prefix.blocks(ahead=ahead):
-        named = ((name, states) for names, group in block.items() for name, states in zip(names.split(), group, strict=True))
-        for name, states in named:
+        named = {name: states for names, group in block.items() for name, states in zip(names.split(), group, strict=True)}
+        count += 1
+        if in_tiers:
+            put_states(cache, {name: states[None].to(device) for name, states in named.items()})
+            continue
+        for name, states in named.items():
             if name not in found:
                 heads, _, width = states.shape
                 found[name] = torch.empty(1, heads, prefix.tokens, width, dtype=states.dtype, device=device)
-            found[name][0, :, count * size : (count + 1) * size] = states
-        count += 1
-    if count:
-        put_states(cache, {name: states[:, :, : count * size] for name, states in found.items()})
+            found[name][0, :, (count - 1) * size : count * size] = states
+    put_states(cache, {name: states[:, :, : count * size] for name, states in found.items()})
     return count

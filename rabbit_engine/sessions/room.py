@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rabbit_engine.planning.demand import Demand, in_parts, most_prompt, need_bytes
+from rabbit_engine.planning.demand import AS_IT_IS, Demand, Ways, best_way, most_prompt, need_bytes
 from rabbit_engine.planning.probe import Probe
 
 _KEPT_FREE = 0.1
@@ -26,12 +26,16 @@ class Room:
     probe: Probe
     positions: int | None = None
     apart: bool = False
-    parts: bool = False
+    ways: Ways = AS_IT_IS
 
     def demand(self, prompt: int, answer: int) -> Demand:
-        """That of a text, whose prompt is computed in parts if it does not fit whole."""
-        whole = Demand(prompt, answer)
-        return in_parts(self.probe, whole, self.nbytes) if self.parts else whole
+        """That of a text, in one of the ways if it does not fit as it is. One whose cache lies in tiers leaves half of the memory
+        to other texts, if it can."""
+        found = best_way(self.probe, Demand(prompt, answer), self.nbytes, self.ways)
+        if not found.tiered:
+            return found
+        smaller = best_way(self.probe, Demand(prompt, answer), self.nbytes // 2, self.ways)
+        return smaller if smaller.tiered else replace(found, tiered=self.probe.growing_layers)
 
     def need(self, demands: Iterable[Demand]) -> int:
         """Bytes: each cache at its full length, and the activations of all texts in a pass, which wait for the same weights."""
@@ -53,6 +57,6 @@ class Room:
         return most_prompt(lambda tokens: self.fits([demand(tokens)]), min(limits, default=_USUAL_POSITIONS))
 
 
-def measure_room(free_bytes: int, probe: Probe, positions: int | None, apart: bool = False, parts: bool = False) -> Room:
+def measure_room(free_bytes: int, probe: Probe, positions: int | None, apart: bool = False, ways: Ways = AS_IT_IS) -> Room:
     """Measure the free memory, less a margin."""
-    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions, apart, parts)
+    return Room(int(free_bytes * (1 - _KEPT_FREE)), probe, positions, apart, ways)

@@ -20,6 +20,7 @@ from rabbit_engine.model.long_prompts import why_whole
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate, parse_speculate
+from rabbit_engine.model.tiered_caches import ways_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.prefixes import PrefixStore
 from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
@@ -114,8 +115,9 @@ class Session(TaskMethods):
         """The number of requests that may be under way or waiting."""
 
         apart = bool(model.config.is_encoder_decoder)
-        parts = runtime.computes_parts and not self._why_whole()
-        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, parts)
+        is_plain = not self._why_whole()
+        ways = ways_of(runtime, parts=runtime.computes_parts and is_plain, tiers=is_plain)
+        self._room = measure_room(runtime.free_bytes(), runtime.partition.probe, _positions(model), apart, ways)
         config = model.generation_config if model.can_generate() else None
         own = max_new_tokens if config is None or config.max_new_tokens is None else config.max_new_tokens
         if config is not None:
@@ -345,7 +347,7 @@ class Session(TaskMethods):
             text.take,
             self._speculate,
             request.constraint,
-            part_rows=demand.chunk,
+            demand=demand,
             prefixes=self._prefixes,
         )
 
@@ -384,7 +386,7 @@ class Session(TaskMethods):
             stored = known is not None and found.prompt > known.block_tokens
             return replace(found, chunk=known.block_tokens) if stored and known is not None else found
         whole = Demand(len(prompt.ids), prompt.answer_tokens)
-        if self._room.parts and not self._room.fits([whole]):
+        if self._room.ways.parts and not self._room.fits([whole]):
             raise PromptTooLongError(
                 f"{len(prompt.ids)} tokens with images and {prompt.answer_tokens} of the answer do not fit in memory at once: "
                 "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"

@@ -13,6 +13,7 @@ from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.tied import TiedRows
 from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import move
+from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, BlockHome, LayerStates, TextStates
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
@@ -27,8 +28,10 @@ from rabbit_engine.streaming.transfer.transfer import Transfer
 from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 
 __all__ = [
+    "BLOCK_TOKENS",
     "STAGING_BYTES",
     "Binding",
+    "BlockHome",
     "Borrow",
     "BoundUnit",
     "EmbeddingRows",
@@ -39,6 +42,7 @@ __all__ = [
     "ExpertsProfile",
     "Fiber",
     "HostPlace",
+    "LayerStates",
     "LinearBlocks",
     "PackedWeight",
     "PassProgress",
@@ -54,6 +58,7 @@ __all__ = [
     "Scratch",
     "Span",
     "SpeculationProfile",
+    "TextStates",
     "TiedRows",
     "Trace",
     "Transfer",

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer, growing_indices, part_of
 
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
@@ -100,31 +100,50 @@ def shows_its_keys(cache: Cache) -> bool:
     return bool(layers) and all(type(layer) in _ATTENDING[:3] for layer in layers)
 
 
-def states_of_all(cache: Cache) -> dict[str, torch.Tensor] | None:
-    """Keys and values [1, heads, tokens, width] of each layer, by name; None once a layer has forgotten a token."""
+def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tensor] | None:
+    """Keys and values [1, heads, tokens, width] of tokens `first` to `stop` of each layer, by name; None once a layer has
+    forgotten a token."""
     states: dict[str, torch.Tensor] = {}
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         if not isinstance(layer, _EMPTY) and layer.is_initialized:
-            if layer.keys.shape[-2] != layer.get_seq_length():
+            if not isinstance(layer, TieredLayer) and layer.keys.shape[-2] != layer.get_seq_length():
                 return None
-            states |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+            keys, values = part_of(layer, first, stop)
+            states |= {f"{index}.keys": keys, f"{index}.values": values}
     return states
 
 
+def is_in_tiers(cache: Cache) -> bool:
+    """Whether a layer is a TieredLayer: all keys and values may be more than fits in memory."""
+    return any(isinstance(layer, TieredLayer) for layer in cache.layers)
+
+
 def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
-    """Let a new cache, which `shows_its_keys`, hold such states, as if a pass had added them. Layers that see all keys do not
-    copy them."""
+    """Add such states to a cache that `shows_its_keys`, as if a pass had. Layers of a new cache that see all keys do not copy
+    them."""
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         keys, values = (states.get(f"{index}.{kind}") for kind in ("keys", "values"))
         if keys is None or values is None:
             continue
-        if type(layer) is DynamicLayer:
+        if isinstance(layer, TieredLayer):
+            layer.extend(keys, values)
+        elif type(layer) is DynamicLayer and not layer.get_seq_length():
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         else:
             layer.update(keys, values)
+
+
+def growing_token_bytes(cache: object) -> list[int]:
+    """Bytes a token of each layer of a dynamic cache that holds keys and values of all tokens and nothing else."""
+    if type(cache) is not DynamicCache:
+        return []
+    layers: list[Any] = [cache.layers[index] for index in growing_indices(cache.layers)]
+    held = [states for layer in layers for states in (layer.keys, layer.values) if layer.get_seq_length()]
+    sizes = [states.numel() // states.shape[-2] * states.element_size() for states in held]
+    return [keys + values for keys, values in zip(sizes[::2], sizes[1::2], strict=True)]
 
 
 def is_recording(cache: Cache) -> bool:

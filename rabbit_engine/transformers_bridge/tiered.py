@@ -39,6 +39,13 @@ class GrowingStates(Protocol):
         """All tokens."""
         ...
 
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens without showing any."""
+
+    def part(self, first: int, stop: int) -> Pair:
+        """Tokens `first` to `stop`."""
+        ...
+
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Have these instead."""
 
@@ -71,7 +78,7 @@ class TieredLayer(DynamicLayer):
         self._given: list[torch.Tensor | None] = [None, None]
         self.states = states
         self._is_made = False
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._is_made = True
 
     # `keys` and `values` are attributes of transformers' layers: read, and assigned one after the other.
@@ -122,6 +129,12 @@ class TieredLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.states.append(key_states, value_states)
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens that were computed earlier."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.states.extend(keys, values)
 
     def get_seq_length(self) -> int:
         """The number of tokens."""
@@ -197,6 +210,15 @@ def _copy_layer(layer: Any, next_states: Callable[[], GrowingStates], memo: dict
     if layer.is_initialized:
         copied.dtype, copied.device, copied.is_initialized = layer.dtype, layer.device, True
     return copied
+
+
+def part_of(layer: DynamicLayer, first: int, stop: int) -> Pair:
+    """Keys and values of tokens `first` to `stop` of a layer that holds all."""
+    if isinstance(layer, TieredLayer):
+        return layer.states.part(first, stop)
+    assert layer.keys is not None  # noqa: S101 - it holds all
+    assert layer.values is not None  # noqa: S101
+    return layer.keys[:, :, first:stop], layer.values[:, :, first:stop]
 
 
 def growing_indices(layers: Sequence[Any]) -> list[int]:

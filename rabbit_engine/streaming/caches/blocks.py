@@ -50,4 +50,4 @@ class Block:
 def planes(states: torch.Tensor, row: int) -> list[memoryview]:
     """The bytes of each head of a row of `states` [rows, heads, tokens, width] on the CPU, whose heads are contiguous."""
     flat = states[row].view(torch.uint8)
-    return [memoryview(head.numpy()).cast("B") for head in flat if head.numel()]  # type: ignore[arg-type]
+    return [memoryview(head.numpy()).cast("B") for head in flat if head.numel()]

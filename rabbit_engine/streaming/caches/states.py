@@ -113,6 +113,20 @@ class TextStates:
         wanted = max(tokens, self.expected_tokens)
         return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
 
+    def cut(self, states: Pair) -> StoredBlock:
+        """A block of the buffer of a layer: without a copy, unless it lies on another device."""
+        return StoredBlock(states) if states[0].device.type == "cpu" else self.new_block(states)
+
+    def small_buffer(self, states: Pair, tokens: int) -> LayerBuffer:
+        """One for exactly `tokens` tokens of the shape of `states`."""
+        return LayerBuffer.like(states, len(states[0]), tokens, self._home.pool)
+
+    def new_block(self, states: Pair) -> StoredBlock:
+        """A copy of a block's states, in whole pages."""
+        buffer = self.small_buffer((states[0].cpu(), states[1].cpu()), states[0].shape[2])
+        buffer.add(states)
+        return StoredBlock(buffer.view())
+
     @property
     def mover(self) -> BlockMover:
         """What moves their blocks."""
@@ -160,6 +174,37 @@ class LayerStates:
         """All tokens. Not before the first were added."""
         self._text.begin_turn(self)
         return self._buffer().view()
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens without a turn of the layer: for tokens that were computed earlier."""
+        self._text.end_turn_of(self)
+        self._drop_ahead()
+        tail = self._tail if self._tail is not None else (keys[:, :, :0], values[:, :, :0])
+        tail = (torch.cat((tail[0], keys), dim=2), torch.cat((tail[1], values), dim=2))
+        size, rows = self._text.block_tokens, tuple(range(len(keys)))
+        count = max(0, tail[0].shape[2] // size - 1)
+        cuts = (slice(at * size, (at + 1) * size) for at in range(count))
+        fresh = [self._text.new_block((tail[0][:, :, cut], tail[1][:, :, cut])) for cut in cuts]
+        self._text.mover.put_away(fresh)
+        self._blocks = (*self._blocks, *(Block(stored, rows) for stored in fresh))
+        self._tail = (tail[0][:, :, count * size :].clone(), tail[1][:, :, count * size :].clone())
+
+    def part(self, first: int, stop: int) -> Pair:
+        """Tokens `first` to `stop`, without a turn of the layer."""
+        if self._whole is not None:
+            return self._whole.view(first, stop)
+        assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+        size, stored = self._text.block_tokens, self._stored_tokens
+        begin = min(first // size, len(self._blocks))
+        blocks = self._blocks[begin : -(-stop // size)]
+        arrival = Arrival(blocks, self._text.small_buffer(self._tail, len(blocks) * size + self._tail[0].shape[2]))
+        if blocks:
+            self._text.mover.bring(arrival)
+            self._text.mover.wait(arrival)
+        arrival.buffer.arrived(arrival.tokens)
+        if stop > stored:
+            arrival.buffer.add(self._tail)
+        return arrival.buffer.view(first - begin * size, stop - begin * size)
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Have these tokens instead of all that it had."""
@@ -244,7 +289,7 @@ class LayerStates:
         """Keep a tail, and put new whole blocks away."""
         whole, size = self._buffer(), self._text.block_tokens
         count = max(len(self._blocks), whole.tokens // size - 1)
-        fresh = [_stored(whole.view(index * size, (index + 1) * size)) for index in range(len(self._blocks), count)]
+        fresh = [self._text.cut(whole.view(at * size, (at + 1) * size)) for at in range(len(self._blocks), count)]
         self._text.mover.put_away(fresh)
         keys, values = whole.view(count * size)
         rows = tuple(range(len(keys)))
@@ -286,8 +331,3 @@ def _chosen(states: torch.Tensor, first: int, offsets: Sequence[int]) -> torch.T
         chosen = torch.tensor(list(offsets), device=states.device) + first
         states[:, :, first : first + len(offsets)] = states.index_select(2, chosen)
     return states[:, :, : first + len(offsets)]
-
-
-def _stored(states: Pair) -> StoredBlock:
-    """A block of `states`, in the memory of the CPU."""
-    return StoredBlock((states[0].cpu(), states[1].cpu()))

@@ -1,0 +1,78 @@
+"""Caches whose keys and values do not fit where the model computes: where they may lie, and how many of their layers do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from rabbit_engine.model.runtime import Runtime
+from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
+from rabbit_engine.storage.cached import cache_folder
+from rabbit_engine.streaming import BlockHome, TextStates
+from rabbit_engine.transformers_bridge.forwards import cache_of
+from rabbit_engine.transformers_bridge.generation import Asked
+from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices
+from rabbit_engine.utils.platform import free_memory_bytes
+
+_CPU = torch.device("cpu")
+
+_KEPT_FREE = 0.1
+"""The fraction of free disk or host memory that caches leave."""
+
+
+def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
+    """How a text that does not fit may be computed, if its prompt may be in `parts` and its cache in `tiers`."""
+    return Ways(parts, tier_room(runtime) if tiers else 0)
+
+
+def may_tier(given: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether `generate` with the keywords `given` and these settings makes a dynamic cache."""
+    if cache_of(given) is not None or asked("use_cache") is False:
+        return False
+    return asked("cache_implementation") in (None, "dynamic")
+
+
+def tier_room(runtime: Runtime) -> int:
+    """Bytes that caches may take beside the device: of host memory if the device has its own, and of disk; 0 for a model whose
+    caches cannot lie there."""
+    if runtime.partition.probe.growing_layers == 0 or runtime.architecture.config.is_encoder_decoder:
+        return 0
+    return max(_host_room(runtime), _disk_room())
+
+
+def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
+    """A cache with `demand.tiered` layers in tiers, spread over the model's depth; None if there are none. Raises
+    CacheStorageError if its file cannot be made."""
+    if not demand.tiered:
+        return None
+    config = runtime.architecture.config.get_text_config()
+    growing = growing_indices(DynamicCache(config=config).layers)
+    count = min(demand.tiered, len(growing))
+    chosen = {growing[index * len(growing) // count] for index in range(count)}
+    in_memory = tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
+    home = BlockHome(None if in_memory else texts_folder())
+    return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
+
+
+def texts_folder() -> Path | None:
+    """Where the files of caches are made, which have no names; None if the caller wants none."""
+    folder = cache_folder()
+    return None if folder is None else folder / "texts"
+
+
+def _host_room(runtime: Runtime) -> int:
+    """Of the host's memory, for a device that has its own."""
+    return 0 if runtime.device.type == "cpu" else int(free_memory_bytes(_CPU) * (1 - _KEPT_FREE))
+
+
+def _disk_room() -> int:
+    folder = texts_folder()
+    if folder is None:
+        return 0
+    there = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), None)
+    return 0 if there is None else int(shutil.disk_usage(there).free * (1 - _KEPT_FREE))
