@@ -33,6 +33,7 @@ RabbitError
 └── StreamingError (RuntimeError)                   while a model is loaded
     ├── WeightNotLoadedError                        a weight was used while it was not in memory
     ├── ModelClosedError                            the model was used after close()
+    ├── CacheStorageError (OSError)                 keys and values of a text cannot be kept on disk
     ├── QueueFullError                              a session's queue of waiting requests is full
     ├── SessionClosedError                          a session was used after close()
     ├── TextTooLongError                            a position past those that a converted model computes exactly

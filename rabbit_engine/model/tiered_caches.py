@@ -54,7 +54,7 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     growing = growing_indices(DynamicCache(config=config).layers)
     count = min(demand.tiered, len(growing))
     chosen = {growing[index * len(growing) // count] for index in range(count)}
-    in_memory = tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
+    in_memory = runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
     home = BlockHome(None if in_memory else texts_folder())
     return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
 

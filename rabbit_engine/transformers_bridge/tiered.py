@@ -66,6 +66,9 @@ class TextLayers(Protocol):
         """The states of the next layer."""
         ...
 
+    def end_turn_before(self, layer: GrowingStates | None) -> None:
+        """End the turn of every layer but `layer`."""
+
     def fork(self) -> tuple[TextLayers, Sequence[GrowingStates]]:
         """A text that begins with the same tokens, and its layers."""
         ...
@@ -191,6 +194,12 @@ class TieredCache(DynamicCache):
         self.text = text
         for index in sorted(set(tiered) & set(growing_indices(self.layers))):
             self.layers[index] = TieredLayer(text.new_layer())
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        """transformers' `update`, with which the turn of the layer before ends."""
+        layer = self.layers[layer_idx]
+        self.text.end_turn_before(layer.states if isinstance(layer, TieredLayer) else None)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A text that continues the same tokens: what lies elsewhere is shared, not copied."""

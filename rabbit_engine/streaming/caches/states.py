@@ -73,6 +73,11 @@ class TextStates:
         """Bytes of blocks written to the file so far."""
         return self._home.mover.bytes_written
 
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file, also of texts forked from it."""
+        return self._home.file_bytes
+
     def close(self) -> None:
         """Free the file and the buffers, also those of texts that were forked from it. Idempotent."""
         self._current = None
@@ -82,23 +87,27 @@ class TextStates:
 
     def begin_turn(self, layer: LayerStates) -> None:
         """`layer` is used now: no other is whole any more, and the next is read ahead."""
-        current = self._whole_layer()
-        if current is layer:
+        if self._whole_layer() is layer:
             return
-        if current is not None:
-            current.end_turn()
-        self._current = None
+        self.end_turn_before(layer)
         layer.bring()
         self._current = weakref.ref(layer)
         following = self._layers[(layer.index + 1) % len(self._layers)]()
-        if following is not None and following is not layer:
+        if following is not None:
             following.read_ahead()
+
+    def end_turn_before(self, layer: object) -> None:
+        """End the turn of every layer but `layer`."""
+        current = self._whole_layer()
+        if current is not None and current is not layer:
+            current.end_turn()
+            self._current = None
 
     def end_turn_of(self, layer: LayerStates) -> None:
         """End the turn of `layer`, if it is whole."""
         if self._whole_layer() is layer:
-            self._current = None
             layer.end_turn()
+            self._current = None
 
     def forget_turn_of(self, layer: LayerStates) -> None:
         """`layer` has dropped its buffer."""

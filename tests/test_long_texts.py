@@ -1,0 +1,273 @@
+"""Texts whose caches lie in tiers: answers of transformers with its DynamicCache, in every way of generating."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from tiny import words
+from transformers import DynamicCache
+
+from rabbit_engine import Session
+from rabbit_engine.decoding.lookup import Lookup
+from rabbit_engine.errors import CacheStorageError, PromptTooLongError
+from rabbit_engine.model import mixin, tiered_caches
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning import demand as demands
+from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, tier_bytes
+from rabbit_engine.planning.probe import Curve, Probe
+from rabbit_engine.sessions.room import Room
+from rabbit_engine.streaming import BlockHome
+from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer, growing_indices
+
+BLOCK = 4
+
+FAMILIES = [
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gemma3n",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "phi3",
+    "deepseek_v3",
+    "cohere2",
+    "mixtral",
+]
+"""Plain, with windows in all or some layers, with keys that layers share, latent attention, learnt positions."""
+
+OTHERS = ["qwen3_next", "qwen3_5", "jamba", "llama4", "mpt", "bloom", "falcon", "gpt_oss"]
+"""Recurrent states beside growing layers, attention in chunks, biases instead of positions, sinks."""
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[TieredCache]]:
+    """The caches that `generate` makes, small blocks in a folder of the test's."""
+    found: list[TieredCache] = []
+    make = tiered_caches.make_cache
+
+    def noted(*args: Any) -> Any:
+        cache = make(*args)
+        if cache is not None:
+            found.append(cache)
+        return cache
+
+    monkeypatch.setattr(tiered_caches, "BlockHome", partial(BlockHome, block_tokens=BLOCK))
+    monkeypatch.setattr(tiered_caches, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(mixin, "make_cache", noted)
+    yield found
+    for cache in found:
+        cache.text.close()
+
+
+@pytest.fixture
+def tiers(made: list[TieredCache], monkeypatch: pytest.MonkeyPatch) -> list[TieredCache]:
+    """Every text of `generate` has all layers that can be in tiers there."""
+    admit = mixin.admitted
+
+    def admitted(runtime: Any, ids: Any, given: Any, asked: Any) -> Demand:
+        layers = DynamicCache(config=runtime.architecture.config.get_text_config()).layers
+        count = len(growing_indices(layers)) if tiered_caches.may_tier(given, asked) else 0
+        return replace(admit(runtime, ids, given, asked), tiered=count)
+
+    monkeypatch.setattr(mixin, "admitted", admitted)
+    return made
+
+
+def prompt(tokens: int = 41, sequences: int = 1) -> torch.Tensor:
+    return torch.randint(5, 90, (sequences, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def answer(model: Any, ids: torch.Tensor, **keywords: Any) -> Any:
+    torch.manual_seed(3)
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    return model.generate(ids, **(settings | keywords))
+
+
+def require_same(found: Any, expected: Any) -> None:
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+ALL_SLIDING = ("mistral", "cohere2")
+
+DEEPER = {"qwen3_next": {"num_hidden_layers": 8}, "qwen3_5": {"num_hidden_layers": 8}}
+"""With more than one growing layer: a single one has no other's turn to make room for."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The checkpoint of a family."""
+    deeper = {name: families.save(name, tmp_path_factory.mktemp(name), **changes) for name, changes in DEEPER.items()}
+    return lambda family: deeper.get(family) or checkpoint(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS)
+def test_answers_have_the_bits_of_a_dynamic_cache(
+    checkpoints: Any, streamed: Any, plain: Any, tiers: list[TieredCache], family: str
+) -> None:
+    folder = checkpoints(family)
+    model, own = streamed(folder), plain(folder)
+    require_same(answer(model, prompt()), answer(own, prompt()))
+    if family in ALL_SLIDING:
+        assert tiers == []
+        return
+    (cache,) = tiers
+    grows = sum(isinstance(layer, TieredLayer) for layer in cache.layers)
+    assert runtime_of(model).partition.probe.growing_layers in (0, grows)  # some do not run on the meta device
+    assert (cache.text.bytes_written > 0) == (cache.text.bytes_read > 0) == (grows > 0)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "drawn beams": {"num_beams": 3, "do_sample": True},
+    "drawn": {"do_sample": True, "temperature": 0.9},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "guessed": {"prompt_lookup_num_tokens": 4},
+    "in chunks": {"prefill_chunk_size": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
+def test_every_way_of_generating(
+    checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache], family: str, way: str
+) -> None:
+    folder = checkpoint(family)
+    found, expected = (answer(model, prompt(), **WAYS[way]) for model in (streamed(folder), plain(folder)))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert tiers[0].text.bytes_written > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "deepseek_v3"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_speculated(checkpoints: Any, streamed: Any, plain: Any, tiers: list[TieredCache], family: str, drawn: bool) -> None:
+    folder = checkpoints(family)
+    ids = torch.cat([prompt(17), prompt(17), prompt(9)], dim=1)
+    found = answer(streamed(folder), ids, speculate=Lookup(nodes=8), do_sample=drawn, max_new_tokens=24)
+    expected = answer(plain(folder), ids, do_sample=drawn, max_new_tokens=24)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert tiers[0].text.bytes_written > 0
+
+
+def test_a_padded_batch(checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache]) -> None:
+    folder, ids = checkpoint("llama"), prompt(41, 3)
+    mask = torch.ones_like(ids)
+    mask[1, :9], mask[2, :30] = 0, 0
+    require_same(*(answer(model, ids, attention_mask=mask) for model in (streamed(folder), plain(folder))))
+    assert tiers[0].text.bytes_written > 0
+
+
+def test_a_returned_cache_goes_on_and_is_copied_without_its_blocks(
+    checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache]
+) -> None:
+    folder = checkpoint("llama")
+    model, own = streamed(folder), plain(folder)
+    first, its = answer(model, prompt()), answer(own, prompt())
+    caches = [first.past_key_values, copy.deepcopy(first.past_key_values)]
+    shared = [[block.stored for block in cache.layers[1].states._blocks] for cache in caches]
+    assert shared[0] == shared[1] != []
+    for more, cache in zip((prompt(5), prompt(11)), caches, strict=True):
+        theirs = copy.deepcopy(its.past_key_values)
+        ids = torch.cat([first.sequences, more], dim=1)
+        require_same(answer(model, ids, past_key_values=cache), answer(own, ids, past_key_values=theirs))
+    assert len(tiers) == 1
+
+
+def test_a_text_that_does_not_fit_lies_in_tiers_unasked(
+    tmp_path: Path, streamed: Any, plain: Any, made: list[TieredCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = families.save("llama", tmp_path / "model", num_hidden_layers=12)
+    model, ids = streamed(folder), prompt(400)
+    monkeypatch.setattr(demands, "_TAIL_TOKENS", 3 * BLOCK)
+    monkeypatch.setattr(demands, "BLOCK_TOKENS", BLOCK)
+    runtime = runtime_of(model)
+    probe = runtime.partition.probe
+    need = need_bytes(probe, Demand(400, 12, tiered=7)) + KEPT_FREE_BYTES
+    monkeypatch.setattr(type(runtime.assembly), "free_bytes", lambda _: need)
+    require_same(answer(model, ids), answer(plain(folder), ids))
+    (cache,) = made
+    assert sum(isinstance(layer, TieredLayer) for layer in cache.layers) == 7
+    monkeypatch.setattr(tiered_caches, "cache_folder", lambda: None)
+    with pytest.raises(PromptTooLongError, match="enough for a prompt of"):
+        answer(model, ids)
+
+
+def test_a_session_has_long_texts_beside_short_ones(
+    tmp_path: Path, streamed: Any, plain: Any, made: list[TieredCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = families.save("llama", tmp_path / "model", num_hidden_layers=12)
+    model, own = streamed(folder), plain(folder)
+    monkeypatch.setattr(demands, "_TAIL_TOKENS", 3 * BLOCK)
+    monkeypatch.setattr(demands, "BLOCK_TOKENS", BLOCK)
+    monkeypatch.setattr("rabbit_engine.sessions.generation.make_cache", mixin.make_cache)
+    long, short = prompt(200)[0].tolist(), prompt(9)[0].tolist()
+    model.tokenizer = words(96)
+    with Session(model, max_requests=3) as session:
+        room = session._room
+        whole = need_bytes(room.probe, Demand(200, 8))
+        monkeypatch.setattr(session, "_room", replace(room, nbytes=whole - 1))
+        monkeypatch.setattr(session._engine, "_room", session._room)
+        assert session._room.demand(200, 8).tiered
+        replies = session.generate([long, short, long], max_new_tokens=8)
+    answers = (answer(own, torch.tensor([ids]), max_new_tokens=8).sequences[0, len(ids) :] for ids in (long, short))
+    expected = [model.tokenizer.decode(ids) for ids in answers]
+    assert [reply.text for reply in replies] == [expected[0], expected[1], expected[0]]
+    assert len(made) == 2
+
+
+def test_a_full_disk_ends_the_answer_and_says_what_to_do(
+    checkpoint: Any, streamed: Any, tiers: list[TieredCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(checkpoint("llama"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rabbit_engine.storage.scratchfile.ScratchFile._move", full)
+        with pytest.raises(CacheStorageError, match=r"No space left on device.*free some of its disk"):
+            answer(model, prompt())
+    answer(model, prompt())  # the model is as it was
+
+
+PROBE = Probe(cache_token_bytes=1000, growing_layers=20, growing_token_bytes=50, layers=Curve(0, 100, 0), vocabulary=1)
+
+
+def test_the_fewest_layers_that_do_are_in_tiers() -> None:
+    text = Demand(100_000, 0)
+    whole, least = (need_bytes(PROBE, replace(text, tiered=layers)) for layers in (0, 20))
+    assert best_way(PROBE, text, whole, Ways(disk_bytes=10**12)) == text
+    assert best_way(PROBE, text, whole - 1, Ways(disk_bytes=10**12)).tiered == 4
+    assert best_way(PROBE, text, least, Ways(disk_bytes=10**12)).tiered == 20
+    assert best_way(PROBE, text, least - 1, Ways(disk_bytes=10**12)) == text
+    assert best_way(PROBE, text, least, Ways(disk_bytes=tier_bytes(PROBE, replace(text, tiered=20)) - 1)) == text
+    for free in range(least, whole, (whole - least) // 7):
+        found = best_way(PROBE, text, free, Ways(disk_bytes=10**12))
+        assert need_bytes(PROBE, found) <= free
+        assert found.tiered == 4 or need_bytes(PROBE, replace(found, tiered=found.tiered - 1)) > free
+
+
+def test_a_long_text_leaves_half_of_the_memory_to_others() -> None:
+    text = Demand(100_000, 0)
+    whole = need_bytes(PROBE, text)
+    room = Room(whole - 1, PROBE, ways=Ways(disk_bytes=10**12))
+    assert room.demand(100_000, 0).tiered > 4
+    assert need_bytes(PROBE, room.demand(100_000, 0)) <= whole // 2
+    assert replace(room, nbytes=whole).demand(100_000, 0) == text
