@@ -125,7 +125,7 @@ class Session(TaskMethods):
         whole = config.max_length if config is not None and config.max_new_tokens is None else None
         self._limits = Limits(self._room.most_tokens, own, whole, apart)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
-        self._stores = parts and not runtime.plan.experts.layers  # small parts would read the same experts many times
+        self._stores = ways.parts and not runtime.plan.experts.layers  # small parts would read the same experts many times
         self._prefixes = None if prefix_store is None else known_prefixes(model, prefix_store)
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
