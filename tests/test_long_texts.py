@@ -21,6 +21,7 @@ from rabbit_engine.errors import CacheStorageError, PromptTooLongError
 from rabbit_engine.model import mixin, tiered_caches
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
+from rabbit_engine.planning import texts
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, tier_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.sessions.room import Room
@@ -62,7 +63,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Tiere
         return cache
 
     monkeypatch.setattr(tiered_caches, "BlockHome", partial(BlockHome, block_tokens=BLOCK))
-    monkeypatch.setattr(tiered_caches, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(texts, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(mixin, "make_cache", noted)
     yield found
     for cache in found:
@@ -204,7 +205,7 @@ def test_a_text_that_does_not_fit_lies_in_tiers_unasked(
     require_same(answer(model, ids), answer(plain(folder), ids))
     (cache,) = made
     assert sum(isinstance(layer, TieredLayer) for layer in cache.layers) == 7
-    monkeypatch.setattr(tiered_caches, "cache_folder", lambda: None)
+    monkeypatch.setattr(texts, "cache_folder", lambda: None)
     with pytest.raises(PromptTooLongError, match="enough for a prompt of"):
         answer(model, ids)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from transformers import DynamicCache
 
 from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
-from rabbit_engine.storage.cached import cache_folder
+from rabbit_engine.planning.texts import disk_room, texts_folder
 from rabbit_engine.streaming import BlockHome, TextStates
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.generation import Asked
@@ -22,7 +20,7 @@ from rabbit_engine.utils.platform import free_memory_bytes
 _CPU = torch.device("cpu")
 
 _KEPT_FREE = 0.1
-"""The fraction of free disk or host memory that caches leave."""
+"""The fraction of free host memory that caches leave."""
 
 
 def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
@@ -42,7 +40,7 @@ def tier_room(runtime: Runtime) -> int:
     caches cannot lie there."""
     if runtime.partition.probe.growing_layers == 0 or runtime.architecture.config.is_encoder_decoder:
         return 0
-    return max(_host_room(runtime), _disk_room())
+    return max(_host_room(runtime), disk_room())
 
 
 def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
@@ -59,20 +57,6 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
 
 
-def texts_folder() -> Path | None:
-    """Where the files of caches are made, which have no names; None if the caller wants none."""
-    folder = cache_folder()
-    return None if folder is None else folder / "texts"
-
-
 def _host_room(runtime: Runtime) -> int:
     """Of the host's memory, for a device that has its own."""
     return 0 if runtime.device.type == "cpu" else int(free_memory_bytes(_CPU) * (1 - _KEPT_FREE))
-
-
-def _disk_room() -> int:
-    folder = texts_folder()
-    if folder is None:
-        return 0
-    there = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), None)
-    return 0 if there is None else int(shutil.disk_usage(there).free * (1 - _KEPT_FREE))

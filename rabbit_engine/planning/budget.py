@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,10 +45,11 @@ def reserved_bytes(probe: Probe, tokens: int) -> int:
     return need_bytes(probe, Demand(tokens, 0))
 
 
-def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> Budget:
+def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, text: Demand | None = None) -> Budget:
     """The given budget, or the free memory, and what a draft has taken of it, minus a margin for the system.
 
-    Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given.
+    Within it, memory is reserved for the cache of `max_seq_len` tokens, or by default of 1,024 if no budget is given; with
+    `text`, for one like that.
     """
     given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
     free_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
@@ -56,7 +57,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory) -> 
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     staging = _staging_bytes(partition, stream.device)
     room = device_bytes - stream.draft_bytes - (staging if on_cpu else 0)
-    reserved, least_ring = _for_texts(partition, tokens, room)
+    reserved, least_ring = _for_texts(partition, tokens, room) if text is None else _for_text(partition, text)
     return Budget(
         device_bytes=device_bytes,
         host_bytes=None if on_cpu else _host_bytes(stream, free),
@@ -80,6 +81,22 @@ def _for_texts(partition: Partition, tokens: int, room: int) -> tuple[int, int]:
     parts = need_bytes(partition.probe, Demand(tokens, 0, chunk=PLANNED_ROWS))
     ring = layer_ring_bytes(partition.sizes, partition.layout.layers)
     return (parts, ring) if parts + ring < whole else (whole, 0)
+
+
+def _for_text(partition: Partition, text: Demand) -> tuple[int, int]:
+    """Bytes to reserve for it, and for the ring at least."""
+    ring = 0 if text.chunk is None else layer_ring_bytes(partition.sizes, partition.layout.layers)
+    return need_bytes(partition.probe, text), ring
+
+
+def text_in_tiers(partition: Partition, tokens: int) -> Demand | None:
+    """A text of `tokens` with all layers that can be in tiers there, and its prompt in parts where the class computes them; None
+    if that takes no less memory than keeping its cache in memory."""
+    probe = partition.probe
+    chunk = PLANNED_ROWS if partition.computes_parts and tokens > PLANNED_ROWS else None
+    kept = Demand(tokens, 0, chunk=chunk)
+    text = replace(kept, tiered=probe.growing_layers)
+    return text if need_bytes(probe, text) < need_bytes(probe, kept) else None
 
 
 def _without_margin(free_bytes: int, share: float) -> int:

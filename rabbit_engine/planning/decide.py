@@ -11,11 +11,13 @@ import torch
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned
+from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned, text_in_tiers
 from rabbit_engine.planning.decoding import decoding_of
+from rabbit_engine.planning.demand import Demand, tier_bytes
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import NO_DECODING, Decoding, Plan
+from rabbit_engine.planning.texts import disk_room, note_on_texts
 from rabbit_engine.planning.tiers import Budget
 from rabbit_engine.quantization.rates import decode_rate
 from rabbit_engine.storage.directio import buffered_reasons
@@ -28,14 +30,29 @@ from rabbit_engine.utils.speeds import Speeds
 def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     """Decide what is resident, within the budget of `stream`. Raises BudgetError before memory is allocated."""
     entries = list(partition.weights.entries.values())
-    budget = budget_for(partition, stream, find_free_memory(stream))
+    free = find_free_memory(stream)
+    budget, tokens = budget_for(partition, stream, free), stream.max_seq_len
     on_cpu = stream.device.type == "cpu"
     notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.weights_bytes if on_cpu else None)
-    plan = _place(partition, stream, budget, speeds, notes)
+    text = None if tokens is None else Demand(tokens, 0)
+    try:
+        plan = _place(partition, stream, budget, speeds, notes)
+    except BudgetError:
+        text = None if tokens is None else text_in_tiers(partition, tokens)
+        if text is None or tier_bytes(partition.probe, text) > _tier_room(stream, free):
+            raise
+        plan = _place(partition, stream, budget_for(partition, stream, free, text), speeds, notes)
+    if text is not None and partition.probe.cache_token_bytes:
+        plan = replace(plan, notes=(*plan.notes, note_on_texts(partition.probe, text, speeds)))
     plan = replace(plan, decoding=_decoding(plan, partition, stream))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
+
+
+def _tier_room(stream: StreamConfig, free: FreeMemory) -> int:
+    """Bytes that caches may take beside the device."""
+    return max(disk_room(), 0 if stream.device.type == "cpu" else free.host_bytes)
 
 
 def _place(partition: Partition, stream: StreamConfig, budget: Budget, speeds: Speeds, notes: Sequence[str]) -> Plan:
