@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from rabbit_engine import Session
 from rabbit_engine.decoding.lookup import Lookup
-from rabbit_engine.errors import CacheStorageError, PromptTooLongError
+from rabbit_engine.errors import BudgetError, CacheStorageError, PromptTooLongError
 from rabbit_engine.model import mixin, tiered_caches
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
@@ -272,3 +272,21 @@ def test_a_long_text_leaves_half_of_the_memory_to_others() -> None:
     assert room.demand(100_000, 0).tiered > 4
     assert need_bytes(PROBE, room.demand(100_000, 0)) <= whole // 2
     assert replace(room, nbytes=whole).demand(100_000, 0) == text
+
+
+def test_max_seq_len_reserves_memory_for_a_text_in_tiers_where_its_cache_does_not_fit(
+    tmp_path: Path, streamed: Any, plain: Any, made: list[TieredCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = families.save("llama", tmp_path / "model", num_hidden_layers=12, max_position_embeddings=4096)
+    with pytest.raises(BudgetError) as small:
+        streamed(folder, max_memory={"cpu": 1})
+    least = small.value.smallest_bytes
+    kept = streamed(folder, max_memory={"cpu": 10**9}, max_seq_len=4000)
+    assert any(note.endswith("for 4,000 tokens, in memory") for note in kept.plan.notes)
+    reserved = least + kept.plan.reserved_bytes * 3 // 4
+    model = streamed(folder, max_memory={"cpu": reserved}, max_seq_len=4000)
+    assert any("lie on disk and are read for each token" in note for note in model.plan.notes)
+    assert model.plan.reserved_bytes < kept.plan.reserved_bytes
+    monkeypatch.setattr(texts, "cache_folder", lambda: None)
+    with pytest.raises(BudgetError, match="for the tokens of max_seq_len"):
+        streamed(folder, max_memory={"cpu": reserved}, max_seq_len=4000)

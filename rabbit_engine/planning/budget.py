@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -93,10 +94,10 @@ def text_in_tiers(partition: Partition, tokens: int) -> Demand | None:
     """A text of `tokens` with all layers that can be in tiers there, and its prompt in parts where the class computes them; None
     if that takes no less memory than keeping its cache in memory."""
     probe = partition.probe
-    chunk = PLANNED_ROWS if partition.computes_parts and tokens > PLANNED_ROWS else None
-    kept = Demand(tokens, 0, chunk=chunk)
-    text = replace(kept, tiered=probe.growing_layers)
-    return text if need_bytes(probe, text) < need_bytes(probe, kept) else None
+    in_parts = partition.computes_parts and tokens > PLANNED_ROWS
+    kept = [Demand(tokens, 0, chunk=chunk) for chunk in ((None, PLANNED_ROWS) if in_parts else (None,))]
+    text = min((replace(one, tiered=probe.growing_layers) for one in kept), key=partial(need_bytes, probe))
+    return text if need_bytes(probe, text) < min(need_bytes(probe, one) for one in kept) else None
 
 
 def _without_margin(free_bytes: int, share: float) -> int:
