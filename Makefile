@@ -34,6 +34,7 @@ OURS := \
   fuzz \
   gguf_kernels \
   hosting \
+  int8_caches \
   int8_states \
   integrity \
   kernels \

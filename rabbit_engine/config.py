@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,8 @@ from rabbit_engine.utils.sizes import parse_bytes
 from rabbit_engine.utils.speeds import Speeds
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+CacheDtype = Literal["int8"]
+CACHE_DTYPES = ("int8",)
 SPLIT_MODES = ("auto", "always", "never")
 COMPUTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes that a model can compute in. Narrower ones only store weights: torch has no arithmetic for them."""
@@ -191,7 +193,8 @@ DEFAULT_CUT = Cut()
 class StreamConfig:
     """How a model is run.
 
-    Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens.
+    Budgets are bytes; None is the free memory less a margin. Memory is reserved for the cache of `max_seq_len` tokens. Texts keep
+    keys and values in `cache_dtype`; None is the dtype that they are computed in.
     `draft_bytes` of the budget are a draft's: one that `draft_is_loaded` has taken them of the free memory already. `speeds` of
     None are measured. `fused_products` True multiplies by stored forms of weights where it can, False never, and None where the
     encoding says so.
@@ -205,6 +208,7 @@ class StreamConfig:
     profiling_mode: bool = False
     show_layer_progress: bool = False
     max_seq_len: int | None = None
+    cache_dtype: CacheDtype | None = None
     draft_bytes: int = 0
     draft_is_loaded: bool = True
     speeds: Speeds | None = None
@@ -216,6 +220,9 @@ class StreamConfig:
             raise ConfigurationError(
                 f"max_seq_len={self.max_seq_len!r} is not a number of tokens: pass an integer from 1, or None"
             )
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            known = " or ".join(map(repr, CACHE_DTYPES))
+            raise ConfigurationError(f"cache_dtype={self.cache_dtype!r} is not {known}, or None for the model's own")
         if self.attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
             raise ConfigurationError(f"attn_implementation={self.attn_implementation!r} is not one of {known}")

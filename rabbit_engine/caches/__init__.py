@@ -3,9 +3,10 @@
 from rabbit_engine.caches.block_attention import attend_by_blocks
 from rabbit_engine.caches.far_attention import attention_over_blocks
 from rabbit_engine.caches.far_states import FarBlocks, FarStates, with_far_blocks
-from rabbit_engine.caches.int8_states import decode_states, encode_states, scales_shape
+from rabbit_engine.caches.int8_states import GROUP, decode_states, encode_states, scales_shape
 
 __all__ = [
+    "GROUP",
     "FarBlocks",
     "FarStates",
     "attend_by_blocks",

@@ -89,6 +89,10 @@ MaxSeqLen = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens, over all running texts, to reserve memory for: 4096, but none with --max-memory."),
 ]
+CacheDtypeName = Annotated[
+    Literal["int8"] | None,
+    typer.Option(help="Keep the keys and values of texts in 8 bits: longer texts, and answers may differ.", case_sensitive=False),
+]
 Attention = Annotated[
     Literal["auto", "flash_attention_2", "sdpa", "eager"], typer.Option(help="How attention is computed.", case_sensitive=False)
 ]
@@ -133,6 +137,7 @@ class Loading:
     dtype: Dtype = None
     max_memory: MaxMemory = None
     max_seq_len: MaxSeqLen = None
+    cache_dtype: CacheDtypeName = None
     attn: Attention = "auto"
     split: Split = "auto"
     compression: Compression = None
@@ -184,6 +189,7 @@ class Loading:
             "dtype": self.dtype,
             "max_memory": self.budget,
             "max_seq_len": self.max_seq_len,
+            "cache_dtype": self.cache_dtype,
             "attn_implementation": self.attn,
             "split": self.split,
             "compression": self.compression,
@@ -197,7 +203,7 @@ class Loading:
 
     def keywords_of_headers(self) -> dict[str, Any]:
         """Those that say what a model is, on any machine: the memory, the device and guesses do not."""
-        left_out = ("max_memory", "max_seq_len", "speculate")
+        left_out = ("max_memory", "max_seq_len", "cache_dtype", "speculate")
         return {**{name: value for name, value in self.keywords().items() if name not in left_out}, "device": "cpu"}
 
 

@@ -9,6 +9,7 @@ import re
 OPTIONS = {
     "attn_implementation": "--attn",
     "cache_dir": "HF_HUB_CACHE",
+    "cache_dtype": "--cache-dtype",
     "compression": "--compression",
     "delete_original": "--delete-original",
     "device": "--device",

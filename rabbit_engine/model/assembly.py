@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import initialize
-from rabbit_engine.config import StreamConfig
+from rabbit_engine.config import CacheDtype, StreamConfig
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.expert_uses import ExpertUses, uses_of
 from rabbit_engine.planning.decide import plan_for
@@ -70,6 +70,7 @@ class Assembly:
     trace: Trace
     ring: Ring
     uses: ExpertUses | None = None
+    cache_dtype: CacheDtype | None = None
 
     def free_bytes(self) -> int:
         """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""
@@ -220,7 +221,7 @@ class _Builder:
         for part in self._model.modules():
             if isinstance(part, PreTrainedModel):
                 guard(part, binding.root_pass, device)
-        return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring, uses)
+        return Assembly(self._plan, partition, device, transfer, binding, self._trace, self._ring, uses, self._stream.cache_dtype)
 
     def _bind(self, binding: Binding, unit: Unit, memory: torch.Tensor | None = None) -> None:
         """Give the unit's module its weights when it runs: as they arrive, or from `memory` if they stay there."""

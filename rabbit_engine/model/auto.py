@@ -58,6 +58,7 @@ class AutoModel:
         profiling_mode: bool = False,
         show_layer_progress: bool = False,
         max_seq_len: int | None = None,
+        cache_dtype: str | None = None,
         cut: Cut = DEFAULT_CUT,
         speculate: Speculate = None,
         token: str | bool | None = None,
@@ -120,6 +121,8 @@ class AutoModel:
             max_seq_len: tokens, of prompts and answers together, to reserve KV cache and activations for, within
                 `max_memory` if that is given; None reserves 1,024 without `max_memory`, else nothing. Longer texts run as
                 long as memory lasts.
+            cache_dtype: "int8" keeps the keys and values of texts in 8.5 bits a number, but the newest 256 to 511 tokens;
+                answers may differ. None keeps them as they are computed.
             cut: how finely the model is cut into units (`rabbit_engine.config.Cut`); the default suits disks and GPUs.
             speculate: the default of `generate`: a draft (`rabbit_engine.Lookup()`, `DraftModel(...)` ...) guesses several tokens
                 for each pass to verify; "auto" takes lookup, and with it a 4-bit copy of the model if one was split, or the

@@ -24,8 +24,10 @@ from rabbit_engine.model.choosing import choose_draft
 from rabbit_engine.model.drafts import DraftLoader, PlannedTarget, assemble_with
 from rabbit_engine.model.generation_config import set_own_generation_config
 from rabbit_engine.model.mixin import streamed_class
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.speculating import AUTO
+from rabbit_engine.model.tiered_caches import require_cache_dtype
 from rabbit_engine.planning.forecast import left_out, why_lossless_gains_nothing
 from rabbit_engine.planning.trial import require_pass
 from rabbit_engine.streaming import Transfer
@@ -57,6 +59,7 @@ def load(name: str | Path, settings: LoadSettings, assemble: Callable[..., Assem
         raise
     with _closed_if_it_fails(model):
         require_pass(checkpoint.architecture, checkpoint.dtype, model._assembly.partition.probe)
+        require_cache_dtype(runtime_of(model))
         model.speculate_by_default(settings.speculate)
     _tell_new_weights(model, checkpoint)
     refuse_past(model, checkpoint.architecture)

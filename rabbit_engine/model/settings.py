@@ -97,6 +97,7 @@ def _stream_of(arguments: Arguments, device: torch.device) -> StreamConfig:
         profiling_mode=arguments["profiling_mode"],
         show_layer_progress=arguments["show_layer_progress"],
         max_seq_len=arguments["max_seq_len"],
+        cache_dtype=arguments["cache_dtype"],
         fused_products=arguments["fused_products"],
         cut=arguments["cut"],
     )

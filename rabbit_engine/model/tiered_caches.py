@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import Runtime
 from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
 from rabbit_engine.planning.texts import disk_room, texts_folder
@@ -24,8 +25,20 @@ _KEPT_FREE = 0.1
 
 
 def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
-    """How a text that does not fit may be computed, if its prompt may be in `parts` and its cache in `tiers`."""
-    return Ways(parts, tier_room(runtime) if tiers else 0)
+    """How a text that does not fit may be computed, if its prompt may be in `parts` and its cache in `tiers`; caches of the dtype
+    that the model was loaded with."""
+    encoded = tiers and runtime.assembly.cache_dtype is not None
+    return Ways(parts, tier_room(runtime) if tiers else 0, encoded, encoded and runtime.device.type == "cpu")
+
+
+def require_cache_dtype(runtime: Runtime) -> None:
+    """Raise ConfigurationError for a `cache_dtype` that the model's caches cannot have."""
+    wanted = runtime.assembly.cache_dtype
+    if wanted is not None and not _can_tier(runtime):
+        raise ConfigurationError(
+            f"cache_dtype={wanted!r} is for layers that keep the keys and values of all tokens, and none is known "
+            f"in the cache of {runtime.architecture.cls.__name__}: leave it out"
+        )
 
 
 def may_tier(given: Mapping[str, Any], asked: Asked) -> bool:
@@ -38,9 +51,11 @@ def may_tier(given: Mapping[str, Any], asked: Asked) -> bool:
 def tier_room(runtime: Runtime) -> int:
     """Bytes that caches may take beside the device: of host memory if the device has its own, and of disk; 0 for a model whose
     caches cannot lie there."""
-    if runtime.partition.probe.growing_layers == 0 or runtime.architecture.config.is_encoder_decoder:
-        return 0
-    return max(_host_room(runtime), disk_room())
+    return max(_host_room(runtime), disk_room()) if _can_tier(runtime) else 0
+
+
+def _can_tier(runtime: Runtime) -> bool:
+    return runtime.partition.probe.growing_layers > 0 and not runtime.architecture.config.is_encoder_decoder
 
 
 def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
@@ -52,8 +67,10 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     growing = growing_indices(DynamicCache(config=config).layers)
     count = min(demand.tiered, len(growing))
     chosen = {growing[index * len(growing) // count] for index in range(count)}
-    in_memory = runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
-    home = BlockHome(None if in_memory else texts_folder())
+    in_memory = demand.held or (
+        runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
+    )
+    home = BlockHome(None if in_memory else texts_folder(), encoded=demand.encoded)
     return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
 
 

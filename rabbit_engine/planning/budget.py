@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.planning.demand import Demand, need_bytes
+from rabbit_engine.planning.demand import Demand, encoded_demand, need_bytes
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.planning.probe import Probe
@@ -41,9 +41,10 @@ class FreeMemory:
     pinned_bytes: int
 
 
-def reserved_bytes(probe: Probe, tokens: int) -> int:
-    """Bytes that a context of `tokens` needs in addition to the weights: its KV cache and the activations of such a prompt."""
-    return need_bytes(probe, Demand(tokens, 0))
+def text_of(probe: Probe, tokens: int, stream: StreamConfig) -> Demand:
+    """A text of `tokens`, with the cache that the model is loaded with."""
+    text = Demand(tokens, 0)
+    return text if stream.cache_dtype is None else encoded_demand(probe, text, held=stream.device.type == "cpu")
 
 
 def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, text: Demand | None = None) -> Budget:
@@ -58,7 +59,10 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, tex
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     staging = _staging_bytes(partition, stream.device)
     room = device_bytes - stream.draft_bytes - (staging if on_cpu else 0)
-    reserved, least_ring = _for_texts(partition, tokens, room) if text is None else _for_text(partition, text)
+    if text is None:
+        reserved, least_ring = _for_texts(partition, text_of(partition.probe, tokens, stream), room)
+    else:
+        reserved, least_ring = _for_text(partition, text)
     return Budget(
         device_bytes=device_bytes,
         host_bytes=None if on_cpu else _host_bytes(stream, free),
@@ -70,16 +74,16 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, tex
     )
 
 
-def _for_texts(partition: Partition, tokens: int, room: int) -> tuple[int, int]:
-    """Bytes to reserve for a text of `tokens`, and for the ring at least: for a prompt at once if `room` holds it beside all
+def _for_texts(partition: Partition, text: Demand, room: int) -> tuple[int, int]:
+    """Bytes to reserve for a `text`, and for the ring at least: for a prompt at once if `room` holds it beside all
     weights; else, if that takes less, for one in parts, during which a layer stays in the ring."""
-    if not tokens:
+    if not text.prompt:
         return 0, 0
-    whole = reserved_bytes(partition.probe, tokens)
+    whole = need_bytes(partition.probe, text)
     weights = sum(size.nbytes for size in partition.sizes)
-    if not partition.computes_parts or tokens <= PLANNED_ROWS or whole + weights <= room:
+    if not partition.computes_parts or text.prompt <= PLANNED_ROWS or whole + weights <= room:
         return whole, 0
-    parts = need_bytes(partition.probe, Demand(tokens, 0, chunk=PLANNED_ROWS))
+    parts = need_bytes(partition.probe, replace(text, chunk=PLANNED_ROWS))
     ring = layer_ring_bytes(partition.sizes, partition.layout.layers)
     return (parts, ring) if parts + ring < whole else (whole, 0)
 
@@ -90,13 +94,14 @@ def _for_text(partition: Partition, text: Demand) -> tuple[int, int]:
     return need_bytes(partition.probe, text), ring
 
 
-def text_in_tiers(partition: Partition, tokens: int) -> Demand | None:
+def text_in_tiers(partition: Partition, tokens: int, stream: StreamConfig) -> Demand | None:
     """A text of `tokens` with all layers that can be in tiers there, and its prompt in parts where the class computes them; None
     if that takes no less memory than keeping its cache in memory."""
     probe = partition.probe
     in_parts = partition.computes_parts and tokens > PLANNED_ROWS
-    kept = [Demand(tokens, 0, chunk=chunk) for chunk in ((None, PLANNED_ROWS) if in_parts else (None,))]
-    text = min((replace(one, tiered=probe.growing_layers) for one in kept), key=partial(need_bytes, probe))
+    whole = text_of(probe, tokens, stream)
+    kept = [replace(whole, chunk=chunk) for chunk in ((None, PLANNED_ROWS) if in_parts else (None,))]
+    text = min((replace(one, tiered=probe.growing_layers, held=False) for one in kept), key=partial(need_bytes, probe))
     return text if need_bytes(probe, text) < min(need_bytes(probe, one) for one in kept) else None
 
 

@@ -11,9 +11,9 @@ import torch
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned, text_in_tiers
+from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned, text_in_tiers, text_of
 from rabbit_engine.planning.decoding import decoding_of
-from rabbit_engine.planning.demand import Demand, tier_bytes
+from rabbit_engine.planning.demand import tier_bytes
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import NO_DECODING, Decoding, Plan
@@ -35,11 +35,11 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     on_cpu = stream.device.type == "cpu"
     notes = _read_notes(partition, stream.device)  # first: measuring reads as the files' systems allow
     speeds = stream.speeds or speeds_for(entries, stream.device, budget.weights_bytes if on_cpu else None)
-    text = None if tokens is None else Demand(tokens, 0)
+    text = None if tokens is None else text_of(partition.probe, tokens, stream)
     try:
         plan = _place(partition, stream, budget, speeds, notes)
     except BudgetError:
-        text = None if tokens is None else text_in_tiers(partition, tokens)
+        text = None if tokens is None else text_in_tiers(partition, tokens, stream)
         if text is None or tier_bytes(partition.probe, text) > _tier_room(stream, free):
             raise
         plan = _place(partition, stream, budget_for(partition, stream, free, text), speeds, notes)

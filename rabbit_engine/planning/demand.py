@@ -36,7 +36,7 @@ class Demand:
     A `padded` batch needs a mask. The prompt is computed in parts of `chunk` tokens, all at once if that is None, and only the
     newest token if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number
     of its rows of `logits` over the vocabulary. `tiered` layers of the cache have their keys and values on disk, and in memory
-    only while they run.
+    only while they run; those that are `encoded`, in eight bits, and in memory too if they are `held` there.
     """
 
     prompt: int
@@ -47,6 +47,8 @@ class Demand:
     is_computed: bool = False
     logits: int | None = None
     tiered: int = 0
+    encoded: bool = False
+    held: bool = False
 
 
 _WHOLE_LAYERS = 3
@@ -65,12 +67,23 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
     if demand.tiered:
         kept = min(demand.tiered, _WHOLE_LAYERS) * (tokens + BLOCK_TOKENS) + demand.tiered * min(tokens, _TAIL_TOKENS)
         whole = max(0, whole - demand.tiered * layer * tokens) + kept * layer
-    return demand.sequences * whole
+    return demand.sequences * whole + (_block_bytes(probe, demand) if demand.held else 0)
 
 
 def tier_bytes(probe: Probe, demand: Demand) -> int:
-    """Bytes on disk of the layers in tiers, of all sequences at full length."""
-    return demand.sequences * demand.tiered * probe.growing_token_bytes * (demand.prompt + demand.answer)
+    """Bytes outside of the device's memory of the layers in tiers, of all sequences at full length."""
+    return 0 if demand.held else _block_bytes(probe, demand)
+
+
+def _block_bytes(probe: Probe, demand: Demand) -> int:
+    """Bytes of the blocks of the layers in tiers, wherever they lie."""
+    token_bytes = probe.int8_token_bytes if demand.encoded else probe.growing_token_bytes
+    return demand.sequences * demand.tiered * token_bytes * (demand.prompt + demand.answer)
+
+
+def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:
+    """`demand` with all layers that grow in eight bits."""
+    return replace(demand, tiered=probe.growing_layers, encoded=True, held=held)
 
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
@@ -96,10 +109,15 @@ def _part_bytes(probe: Probe, prompt: int, rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk."""
+    """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk.
+
+    The caches of all texts are in eight bits if they are `encoded`, in the memory of the device if it `holds` them.
+    """
 
     parts: bool = False
     disk_bytes: int = 0
+    encoded: bool = False
+    holds: bool = False
 
 
 AS_IT_IS = Ways()
@@ -107,14 +125,23 @@ AS_IT_IS = Ways()
 
 def best_way(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> Demand:
     """`demand` as it is if `free_bytes` suffice; else in the largest parts with which they do; else with the fewest layers in
-    tiers, and then the largest parts, with which they do; as it is if they never do."""
+    tiers, and then the largest parts, with which they do; as it is if they never do. An encoded cache lies in memory if it fits
+    there in any parts, else in tiers."""
     chunks = [demand.chunk, *(rows for rows in PART_ROWS if rows < demand.prompt and ways.parts and demand.chunk is None)]
+    if ways.encoded:
+        places = [*([True] if ways.holds else []), *([False] if ways.disk_bytes or not ways.holds else [])]
+        encoded = [encoded_demand(probe, replace(demand, chunk=rows), held=held) for held in places for rows in chunks]
+        return next((found for found in encoded if _fits(probe, found, free_bytes, ways)), encoded[0])
     tried = (replace(demand, chunk=rows) for rows in chunks)
     tried_tiers = (replace(demand, chunk=rows, tiered=probe.growing_layers) for rows in chunks if ways.disk_bytes)
     for found in (*tried, *tried_tiers):
-        if need_bytes(probe, found) <= free_bytes and tier_bytes(probe, found) <= ways.disk_bytes:
+        if _fits(probe, found, free_bytes, ways):
             return _fewest_tiered(probe, found, free_bytes)
     return demand
+
+
+def _fits(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> bool:
+    return need_bytes(probe, demand) <= free_bytes and tier_bytes(probe, demand) <= ways.disk_bytes
 
 
 def _fewest_tiered(probe: Probe, demand: Demand, free_bytes: int) -> Demand:

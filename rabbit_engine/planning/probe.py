@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import stated_positions
+from rabbit_engine.caches import scales_shape
 from rabbit_engine.errors import first_line
 from rabbit_engine.planning.operations import RememberedResults, is_alias
 from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
-from rabbit_engine.transformers_bridge.caches import growing_token_bytes
+from rabbit_engine.transformers_bridge.caches import growing_states
 from rabbit_engine.transformers_bridge.experts import (
     experts_computed_by,
     first_projection,
@@ -81,7 +82,7 @@ class Probe:
     `cache_token_bytes` is the growth of the KV cache per token, and `cache_fixed_bytes` what a text takes of it at any length:
     keys and values of an encoder's image or sound. `routed` maps each experts module to the number of experts per token.
     `growing_layers` layers of the cache hold keys and values of all tokens and nothing else, of `growing_token_bytes` a token and
-    layer at most; none in a cache that is not dynamic.
+    layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic.
     A prompt in parts has `carried_token_bytes` of states for each of its tokens while other parts run, and `span_token_bytes` of
     copies for each token that a part attends to.
     `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
@@ -95,6 +96,7 @@ class Probe:
     cache_fixed_bytes: int = 0
     growing_layers: int = 0
     growing_token_bytes: int = 0
+    int8_token_bytes: int = 0
     carried_token_bytes: int = 0
     span_token_bytes: int = 0
     layers: Curve = Curve()
@@ -191,7 +193,8 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         cache_token_bytes=caches.token,
         cache_fixed_bytes=caches.fixed,
         growing_layers=len(growing),
-        growing_token_bytes=max(growing, default=0),
+        growing_token_bytes=max((nbytes for nbytes, _ in growing), default=0),
+        int8_token_bytes=max((nbytes for _, nbytes in growing), default=0),
         carried_token_bytes=_carried_bytes(model),
         span_token_bytes=_span_bytes(model, caches.token),
         layers=layers,
@@ -208,7 +211,17 @@ def _is_leaf(module: nn.Module) -> bool:
     return alone and any(True for _ in module.parameters(recurse=False))
 
 
-def _run(model: PreTrainedModel, watch: _Watch, prompting: Prompting) -> tuple[Curve, list[int], Curve, Curve, frozenset[str]]:
+def _token_bytes(states: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+    """Bytes a token of keys and values of a layer [1, heads, tokens, width]: as they are, and in eight bits."""
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in states)
+    encoded = sum(tensor.numel() + scales_shape(tensor.shape).numel() * torch.bfloat16.itemsize for tensor in states)
+    tokens = states[0].shape[-2]
+    return nbytes // tokens, encoded // tokens
+
+
+def _run(
+    model: PreTrainedModel, watch: _Watch, prompting: Prompting
+) -> tuple[Curve, list[tuple[int, int]], Curve, Curve, frozenset[str]]:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
     walks through the tokens, two long ones. Returns the cache's bytes, those a token of each layer that grows, the live bytes up
     to the head and after it, and the modules that ran for the prompts only.
@@ -221,7 +234,7 @@ def _run(model: PreTrainedModel, watch: _Watch, prompting: Prompting) -> tuple[C
         prompts = [_prompt(model, watch, prompting, tokens) for tokens in (short, 4 * short)]
         watch.latest = set()
         caches = _caches(model, prompts)
-        growing = growing_token_bytes(cache_of(prompts[-1].output))
+        growing = [_token_bytes(states) for states in growing_states(cache_of(prompts[-1].output))]
         prompt_only = frozenset(watch.ran.keys() - watch.latest if watch.latest else ())
         most = min(_LONG, positions)
         if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * short:

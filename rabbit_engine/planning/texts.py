@@ -33,9 +33,11 @@ def disk_room() -> int:
 def note_on_texts(probe: Probe, text: Demand, speeds: Speeds) -> str:
     """What a token of `text` takes, where it lies, and what its end costs."""
     tokens = text.prompt + text.answer
-    total = cache_bytes(probe, Demand(text.prompt, text.answer))
-    grown = f"keys and values take {format_bytes(probe.cache_token_bytes)} a token, {format_bytes(total)} for {tokens:,} tokens"
-    if not text.tiered:
+    saved = text.tiered * (probe.growing_token_bytes - probe.int8_token_bytes) if text.encoded else 0
+    token_bytes = probe.cache_token_bytes - saved
+    total = cache_bytes(probe, Demand(text.prompt, text.answer)) - saved * tokens
+    grown = f"keys and values take {format_bytes(token_bytes)} a token, {format_bytes(total)} for {tokens:,} tokens"
+    if text.held or not text.tiered:
         return f"{grown}, in memory"
     far = tier_bytes(probe, text)
     return (

@@ -113,6 +113,8 @@ def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | N
 def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
     if not runtime.partition.computes_parts:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
+    if runtime.assembly.cache_dtype is not None:
+        return f"cache_dtype={runtime.assembly.cache_dtype!r} keeps other states than were computed"
     if not shows_its_keys(DynamicCache(config=model.config.get_text_config())):
         return f"layers of {type(model).__name__} keep states of the whole text"
     if _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS:

@@ -32,9 +32,11 @@ class Room:
         """That of a text, in one of the ways if it does not fit as it is. One whose cache lies in tiers leaves half of the memory
         to other texts, if it can."""
         found = best_way(self.probe, Demand(prompt, answer), self.nbytes, self.ways)
-        if not found.tiered:
+        if not found.tiered or found.held:
             return found
         smaller = best_way(self.probe, Demand(prompt, answer), self.nbytes // 2, self.ways)
+        if found.encoded:
+            return smaller if self.fits([smaller]) else found
         return smaller if smaller.tiered else replace(found, tiered=self.probe.growing_layers)
 
     def need(self, demands: Iterable[Demand]) -> int:

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer, growing_indices, part_of
+from rabbit_engine.transformers_bridge.tiered import Pair, TieredCache, TieredLayer, growing_indices, part_of
 
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
@@ -136,14 +136,12 @@ def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
             layer.update(keys, values)
 
 
-def growing_token_bytes(cache: object) -> list[int]:
-    """Bytes a token of each layer of a dynamic cache that holds keys and values of all tokens and nothing else."""
+def growing_states(cache: object) -> list[Pair]:
+    """Keys and values of each layer of a dynamic cache that holds those of all tokens and nothing else."""
     if type(cache) is not DynamicCache:
         return []
     layers: list[Any] = [cache.layers[index] for index in growing_indices(cache.layers)]
-    held = [states for layer in layers for states in (layer.keys, layer.values) if layer.get_seq_length()]
-    sizes = [states.numel() // states.shape[-2] * states.element_size() for states in held]
-    return [keys + values for keys, values in zip(sizes[::2], sizes[1::2], strict=True)]
+    return [(layer.keys, layer.values) for layer in layers if layer.get_seq_length()]
 
 
 def is_recording(cache: Cache) -> bool:

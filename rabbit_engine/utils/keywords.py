@@ -119,6 +119,7 @@ OWN_KEYWORDS = (
     "profiling_mode",
     "show_layer_progress",
     "max_seq_len",
+    "cache_dtype",
     "cut",
     "speculate",
     "hf_token",

@@ -20,13 +20,20 @@ class StoredBlock:
     In the file, a row's keys, head by head, come before its values, and one row lies behind another.
     """
 
+    states: Pair | None = None
+
     def __init__(self, states: Pair) -> None:
-        self.states: Pair | None = states
+        self.states = states
         keys, values = states
         self.tokens = keys.shape[2]
         self.row_bytes = (keys[0].numel() + values[0].numel()) * keys.element_size()
         self.nbytes = len(keys) * self.row_bytes
         self.offset = -1
+
+    def planes(self) -> list[memoryview]:
+        """What is written to the file."""
+        assert self.states is not None  # noqa: S101 - it is written once
+        return [plane for row in range(len(self.states[0])) for of in self.states for plane in planes(of, row)]
 
     def put_away(self, file: ScratchFile, offset: int) -> None:
         """It lies at `offset` of `file` now."""

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from rabbit_engine.errors import ModelClosedError
-from rabbit_engine.storage.directio import CHUNK_BYTES
+from rabbit_engine.storage.directio import CHUNK_BYTES, aligned_up, as_bytes
 from rabbit_engine.storage.scratchfile import ScratchFile
-from rabbit_engine.streaming.caches.blocks import Block, StoredBlock, planes
+from rabbit_engine.streaming.caches.blocks import Block, Pair, StoredBlock, planes
 from rabbit_engine.streaming.caches.buffers import LayerBuffer
+from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.transfer.reader import Job, Reader
 
 
@@ -71,6 +72,7 @@ class BlockMover:
         self._writing = 0
         self._write_error: Exception | None = None
         self._reading = 0
+        self._scratch = threading.local()
         self._process = os.getpid()
         self._closed = False
         self.bytes_read = self.bytes_written = 0
@@ -120,6 +122,11 @@ class BlockMover:
                 raise self._write_error
             self._writes.extend(blocks)
             self._reader.changed.notify_all()
+
+    @property
+    def has_file(self) -> bool:
+        """Whether blocks are written to one."""
+        return self._file is not None
 
     @property
     def file_bytes(self) -> int:
@@ -200,6 +207,9 @@ class BlockMover:
         for first, block in part:
             stored = block.stored
             here = [states[:, :, first : first + stored.tokens] for states in buffer.arriving]
+            if isinstance(stored, EncodedBlock):
+                nbytes += self._decode(stored, block.rows, (here[0], here[1]))
+                continue
             states = stored.states
             for index, row in enumerate(block.rows):
                 if states is not None:
@@ -217,6 +227,21 @@ class BlockMover:
             assert self._file is not None  # noqa: S101 - without one, all are in memory
             self._file.read(offset, buffers)
         return nbytes
+
+    def _decode(self, stored: EncodedBlock, rows: Sequence[int], targets: Pair) -> int:
+        """Bring a block in eight bits to its place. Returns the bytes read."""
+        memory = stored.memory
+        if memory is not None:
+            stored.decode(memory, rows, targets)
+            return 0
+        assert self._file is not None  # noqa: S101 - without one, all are in memory
+        memory = getattr(self._scratch, "memory", None)
+        if memory is None or memory.nbytes < aligned_up(stored.nbytes):
+            memory = self._scratch.memory = stored.new_memory()
+        memory = memory[: aligned_up(stored.nbytes)]
+        self._file.read(stored.offset, [as_bytes(memory)])
+        stored.decode(memory, rows, targets)
+        return stored.nbytes
 
     def _write(self, stored: StoredBlock, lane: int) -> Any:
         del lane
@@ -237,11 +262,9 @@ class BlockMover:
 
     def _write_block(self, stored: StoredBlock) -> int:
         assert self._file is not None  # noqa: S101 - without one, nothing is written
-        assert stored.states is not None  # noqa: S101 - it is written once
-        keys, values = stored.states
         offset = self._file.claim(stored.nbytes)
         try:
-            self._file.write(offset, [plane for row in range(len(keys)) for of in (keys, values) for plane in planes(of, row)])
+            self._file.write(offset, stored.planes())
         except BaseException:
             self._file.give(offset, stored.nbytes)
             raise

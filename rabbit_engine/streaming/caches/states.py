@@ -16,6 +16,7 @@ import torch
 from rabbit_engine.storage.scratchfile import ScratchFile
 from rabbit_engine.streaming.caches.blocks import Block, Pair, StoredBlock
 from rabbit_engine.streaming.caches.buffers import BufferPool, LayerBuffer
+from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.caches.mover import Arrival, BlockMover
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
 
@@ -23,11 +24,14 @@ BLOCK_TOKENS = 256
 
 
 class BlockHome:
-    """Where the blocks of a text lie, and of those forked from it: a file in `folder`, or memory if that is None."""
+    """Where the blocks of a text lie, and of those forked from it: a file in `folder`, or memory if that is None; `encoded`
+    in eight bits, or as they are."""
 
-    def __init__(self, folder: Path | None, block_tokens: int = BLOCK_TOKENS, reader: Reader | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, block_tokens: int = BLOCK_TOKENS, reader: Reader | None = None, *, encoded: bool = False
+    ) -> None:
         """Raises CacheStorageError if the folder cannot be written."""
-        self.block_tokens = block_tokens
+        self.block_tokens, self.encoded = block_tokens, encoded
         self.pool = BufferPool()
         self.mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
         weakref.finalize(self, self.mover.close).atexit = False
@@ -123,7 +127,9 @@ class TextStates:
         return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
 
     def cut(self, states: Pair) -> StoredBlock:
-        """A block of the buffer of a layer: without a copy, unless it lies on another device."""
+        """A block of the buffer of a layer: without a copy, unless it is encoded or lies on another device."""
+        if self._home.encoded:
+            return EncodedBlock(states, aligned=self.mover.has_file)
         return StoredBlock(states) if states[0].device.type == "cpu" else self.new_block(states)
 
     def small_buffer(self, states: Pair, tokens: int) -> LayerBuffer:
@@ -132,6 +138,8 @@ class TextStates:
 
     def new_block(self, states: Pair) -> StoredBlock:
         """A copy of a block's states, in whole pages."""
+        if self._home.encoded:
+            return EncodedBlock(states, aligned=self.mover.has_file)
         buffer = self.small_buffer((states[0].cpu(), states[1].cpu()), states[0].shape[2])
         buffer.add(states)
         return StoredBlock(buffer.view())
