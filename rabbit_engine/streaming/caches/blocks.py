@@ -43,15 +43,15 @@ class StoredBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class TextBlock:
     """A stored block as a text sees it: its row `index` is row `rows[index]` of what is stored."""
 
     stored: StoredBlock
     rows: tuple[int, ...]
 
-    def take(self, indices: tuple[int, ...]) -> Block:
+    def take(self, indices: tuple[int, ...]) -> TextBlock:
         """With the rows at `indices`, which may repeat."""
-        return Block(self.stored, tuple(self.rows[index] for index in indices))
+        return TextBlock(self.stored, tuple(self.rows[index] for index in indices))
 
 
 def planes(states: torch.Tensor, row: int) -> list[memoryview]:

@@ -18,7 +18,7 @@ import torch
 from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.storage.directio import CHUNK_BYTES, aligned_up, as_bytes
 from rabbit_engine.storage.scratchfile import ScratchFile
-from rabbit_engine.streaming.caches.blocks import Block, Pair, StoredBlock, planes
+from rabbit_engine.streaming.caches.blocks import Pair, StoredBlock, TextBlock, planes
 from rabbit_engine.streaming.caches.buffers import LayerBuffer
 from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.transfer.reader import Job, Reader
@@ -27,7 +27,7 @@ from rabbit_engine.streaming.transfer.reader import Job, Reader
 class Arrival:
     """The blocks of a layer on their way to `buffer`."""
 
-    def __init__(self, blocks: tuple[Block, ...], buffer: LayerBuffer) -> None:
+    def __init__(self, blocks: tuple[TextBlock, ...], buffer: LayerBuffer) -> None:
         self.blocks, self.buffer = blocks, buffer
         self.parts = deque(_parts(blocks))
         self.under_way = 0
@@ -44,13 +44,13 @@ class Arrival:
         return not self.under_way and (not self.parts or self.error is not None)
 
 
-Part = list[tuple[int, Block]]
+Part = list[tuple[int, TextBlock]]
 """Blocks that are read as one, each with the index of its first token."""
 
 
-def _parts(blocks: Sequence[Block]) -> list[Part]:
+def _parts(blocks: Sequence[TextBlock]) -> list[Part]:
     """About CHUNK_BYTES each."""
-    placed, first, nbytes = list[tuple[int, int, Block]](), 0, 0
+    placed, first, nbytes = list[tuple[int, int, TextBlock]](), 0, 0
     for block in blocks:
         placed.append((nbytes // CHUNK_BYTES, first, block))
         first, nbytes = first + block.stored.tokens, nbytes + block.stored.nbytes

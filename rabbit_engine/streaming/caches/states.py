@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rabbit_engine.storage.scratchfile import ScratchFile
-from rabbit_engine.streaming.caches.blocks import Block, Pair, StoredBlock
+from rabbit_engine.streaming.caches.blocks import Pair, StoredBlock, TextBlock
 from rabbit_engine.streaming.caches.buffers import BufferPool, LayerBuffer
 from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.caches.mover import Arrival, BlockMover
@@ -155,7 +155,7 @@ class LayerStates:
 
     def __init__(self, text: TextStates, index: int) -> None:
         self._text, self.index = text, index
-        self._blocks: tuple[Block, ...] = ()
+        self._blocks: tuple[TextBlock, ...] = ()
         self._tail: Pair | None = None
         self._whole: LayerBuffer | None = None
         self._ahead: Arrival | None = None
@@ -203,7 +203,7 @@ class LayerStates:
         cuts = (slice(at * size, (at + 1) * size) for at in range(count))
         fresh = [self._text.new_block((tail[0][:, :, cut], tail[1][:, :, cut])) for cut in cuts]
         self._text.mover.put_away(fresh)
-        self._blocks = (*self._blocks, *(Block(stored, rows) for stored in fresh))
+        self._blocks = (*self._blocks, *(TextBlock(stored, rows) for stored in fresh))
         self._tail = (tail[0][:, :, count * size :].clone(), tail[1][:, :, count * size :].clone())
 
     def part(self, first: int, stop: int) -> Pair:
@@ -310,7 +310,7 @@ class LayerStates:
         self._text.mover.put_away(fresh)
         keys, values = whole.view(count * size)
         rows = tuple(range(len(keys)))
-        self._blocks = (*self._blocks, *(Block(stored, rows) for stored in fresh))
+        self._blocks = (*self._blocks, *(TextBlock(stored, rows) for stored in fresh))
         self._tail, self._whole = (keys.clone(), values.clone()), None
 
     def _begin_reading(self) -> Arrival:
