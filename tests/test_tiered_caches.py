@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
+from rabbit_engine.storage.scratchfile import ScratchFile
 from rabbit_engine.streaming.caches.states import BlockHome, TextStates
 from rabbit_engine.transformers_bridge.tiered import TieredCache
 
@@ -127,6 +129,23 @@ def test_whole_pages_go_past_the_page_cache(tmp_path: Path, dtype: torch.dtype) 
         update((ours, theirs), 1, tokens, dtype)
     require_equal(ours, theirs)
     assert ours.text.bytes_read > ours.text.bytes_written > 0
+
+
+def test_a_layer_is_read_as_one_though_layers_grow_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tiered(tmp_path, 128)
+    for _ in range(6):
+        for index in range(LAYERS):
+            cache.update(*states(1, 128), index)
+    reads = []
+    read = ScratchFile.read
+
+    def noted(self: ScratchFile, offset: int, buffers: Sequence[memoryview]) -> None:
+        reads.append(len(buffers))
+        read(self, offset, buffers)
+
+    monkeypatch.setattr(ScratchFile, "read", noted)
+    cache.layers[0].states.part(0, 4 * 128)
+    assert set(reads) <= {5 * 2 * 2, 4 * 2 * 2}  # blocks (all are read ahead), keys and values, heads
 
 
 def test_space_of_dropped_blocks_is_used_again(tmp_path: Path) -> None:

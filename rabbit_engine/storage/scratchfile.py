@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import heapq
 import os
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from rabbit_engine.errors import CacheStorageError
-from rabbit_engine.storage.directio import PAGE, aligned_up
+from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_up
 
 _MOST_BUFFERS = 1024
 """Buffers of one call: POSIX systems take at least as many (IOV_MAX)."""
@@ -36,26 +37,32 @@ class ScratchFile:
         self._is_direct = _make_direct(self._file.fileno())
         self._lock = threading.Lock()
         self._free: dict[int, list[int]] = {}
+        self._room: dict[int, tuple[int, int]] = {}
         self._end = 0
 
     @property
     def nbytes(self) -> int:
         """Its size: that of all extents, those given back too."""
-        return self._end
+        return self._end - sum(end - begin for begin, end in self._room.values())
 
-    def claim(self, nbytes: int) -> int:
-        """The offset of an extent of whole pages for `nbytes`."""
+    def claim(self, nbytes: int, group: int = 0) -> int:
+        """The offset of an extent of whole pages for `nbytes`. Extents of a `group` lie one behind another, in rooms of about
+        CHUNK_BYTES: what is read together is then read as one."""
         size = aligned_up(nbytes)
         with self._lock:
             if free := self._free.get(size):
-                return free.pop()
-            self._end += size
-            return self._end - size
+                return heapq.heappop(free)
+            begin, end = self._room.get(group, (0, 0))
+            if begin + size > end:
+                begin, end = self._end, self._end + max(1, CHUNK_BYTES // size) * size
+                self._end = end
+            self._room[group] = begin + size, end
+            return begin
 
     def give(self, offset: int, nbytes: int) -> None:
         """Take back the extent that `claim(nbytes)` returned."""
         with self._lock:
-            self._free.setdefault(aligned_up(nbytes), []).append(offset)
+            heapq.heappush(self._free.setdefault(aligned_up(nbytes), []), offset)
 
     def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write them one behind another from `offset` on."""

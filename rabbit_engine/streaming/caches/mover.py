@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,12 +48,15 @@ Part = list[tuple[int, TextBlock]]
 
 
 def _parts(blocks: Sequence[TextBlock]) -> list[Part]:
-    """About CHUNK_BYTES each."""
-    placed, first, nbytes = list[tuple[int, int, TextBlock]](), 0, 0
+    """Of at most CHUNK_BYTES each, as they lie in the file, or of one block."""
+    parts, first, room = list[Part](), 0, 0
     for block in blocks:
-        placed.append((nbytes // CHUNK_BYTES, first, block))
-        first, nbytes = first + block.stored.tokens, nbytes + block.stored.nbytes
-    return [[(first, block) for _, first, block in part] for _, part in groupby(placed, key=lambda found: found[0])]
+        if block.stored.nbytes > room:
+            parts.append([])
+            room = CHUNK_BYTES
+        parts[-1].append((first, block))
+        first, room = first + block.stored.tokens, room - block.stored.nbytes
+    return parts
 
 
 class BlockMover:
@@ -67,7 +69,7 @@ class BlockMover:
         self._file, self._reader = file, reader
         self._arrivals: deque[Arrival] = deque()
         self._wanted: list[Arrival] = []
-        self._writes: deque[StoredBlock] = deque()
+        self._writes: deque[tuple[StoredBlock, int]] = deque()
         self._waits_for_writes = False
         self._writing = 0
         self._write_error: Exception | None = None
@@ -105,9 +107,9 @@ class BlockMover:
         if arrival.error is not None:
             raise arrival.error
 
-    def put_away(self, blocks: Sequence[StoredBlock]) -> None:
-        """Write `blocks` in the background, once those of the call before are written: so few wait in memory. Raises what a
-        write raised."""
+    def put_away(self, blocks: Sequence[StoredBlock], layer: int) -> None:
+        """Write `blocks` of `layer` in the background, once those of the call before are written: so few wait in memory. Raises
+        what a write raised."""
         if self._file is None or not blocks:
             return
         with self._reader.lock:
@@ -120,7 +122,7 @@ class BlockMover:
                 self._waits_for_writes = False
             if self._write_error is not None:
                 raise self._write_error
-            self._writes.extend(blocks)
+            self._writes.extend((stored, self._file.claim(stored.nbytes, layer)) for stored in blocks)
             self._reader.changed.notify_all()
 
     @property
@@ -174,7 +176,7 @@ class BlockMover:
                 return self._issue(arrival)
         if self._writes and self._write_error is None and (self._waits_for_writes or not wanted):
             self._writing += 1
-            return partial(self._write, self._writes.popleft())
+            return partial(self._write, *self._writes.popleft())
         return None
 
     def _issue(self, arrival: Arrival) -> Job:
@@ -243,11 +245,11 @@ class BlockMover:
         stored.decode(memory, rows, targets)
         return stored.nbytes
 
-    def _write(self, stored: StoredBlock, lane: int) -> Any:
+    def _write(self, stored: StoredBlock, offset: int, lane: int) -> Any:
         del lane
-        error, offset = None, -1
+        error = None
         try:
-            offset = self._write_block(stored)
+            self._write_block(stored, offset)
         except Exception as caught:  # noqa: BLE001 - raised where the next blocks are put away
             error = caught
 
@@ -260,15 +262,13 @@ class BlockMover:
 
         return done
 
-    def _write_block(self, stored: StoredBlock) -> int:
+    def _write_block(self, stored: StoredBlock, offset: int) -> None:
         assert self._file is not None  # noqa: S101 - without one, nothing is written
-        offset = self._file.claim(stored.nbytes)
         try:
             self._file.write(offset, stored.planes())
         except BaseException:
             self._file.give(offset, stored.nbytes)
             raise
-        return offset
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

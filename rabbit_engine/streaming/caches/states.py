@@ -202,7 +202,7 @@ class LayerStates:
         count = max(0, tail[0].shape[2] // size - 1)
         cuts = (slice(at * size, (at + 1) * size) for at in range(count))
         fresh = [self._text.new_block((tail[0][:, :, cut], tail[1][:, :, cut])) for cut in cuts]
-        self._text.mover.put_away(fresh)
+        self._text.mover.put_away(fresh, self.index)
         self._blocks = (*self._blocks, *(TextBlock(stored, rows) for stored in fresh))
         self._tail = (tail[0][:, :, count * size :].clone(), tail[1][:, :, count * size :].clone())
 
@@ -307,7 +307,7 @@ class LayerStates:
         whole, size = self._buffer(), self._text.block_tokens
         count = max(len(self._blocks), whole.tokens // size - 1)
         fresh = [self._text.cut(whole.view(at * size, (at + 1) * size)) for at in range(len(self._blocks), count)]
-        self._text.mover.put_away(fresh)
+        self._text.mover.put_away(fresh, self.index)
         keys, values = whole.view(count * size)
         rows = tuple(range(len(keys)))
         self._blocks = (*self._blocks, *(TextBlock(stored, rows) for stored in fresh))
