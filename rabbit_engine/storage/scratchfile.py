@@ -35,7 +35,7 @@ class ScratchFile:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="rabbit-", buffering=0)  # noqa: SIM115 - until close
         self._is_direct = _make_direct(self._file.fileno())
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `give` is called by finalizers, which may run in a thread that holds it
         self._free: dict[int, list[int]] = {}
         self._room: dict[int, tuple[int, int]] = {}
         self._end = 0
@@ -89,6 +89,7 @@ class ScratchFile:
                     raise OSError(f"{len(some)} buffers left at {offset}, the end of the file")
                 offset += done
                 some = _rest(some, done)
+                self._require_direct(some)  # what a short transfer leaves may begin within a page
 
     def _seek_and(self, single: object, buffer: memoryview, offset: int) -> int:
         """Where the system has no reads and writes at an offset."""
