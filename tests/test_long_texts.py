@@ -290,3 +290,34 @@ def test_max_seq_len_reserves_memory_for_a_text_in_tiers_where_its_cache_does_no
     monkeypatch.setattr(texts, "cache_folder", lambda: None)
     with pytest.raises(BudgetError, match="for the tokens of max_seq_len"):
         streamed(folder, max_memory={"cpu": reserved}, max_seq_len=4000)
+
+
+def test_a_setting_may_name_the_kind_of_cache(checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache]) -> None:
+    model, own = (load(checkpoint("llama")) for load in (streamed, plain))
+    require_same(*(answer(each, prompt(), cache_implementation="dynamic") for each in (model, own)))
+    model.generation_config.cache_implementation = "dynamic"
+    require_same(answer(model, prompt()), answer(own, prompt()))
+    model.tokenizer = words(96)
+    with Session(model) as session:
+        session.generate([prompt()[0].tolist()], max_new_tokens=2)
+    assert tiers[1].text.bytes_written > 0
+
+
+def test_an_assistant_takes_back_its_guesses(checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache]) -> None:
+    """Its layers with windows record what they forget."""
+    folder = checkpoint("gemma3")
+    own = plain(folder)
+    found, expected = (answer(own, prompt(), assistant_model=load(folder), do_sample=True) for load in (streamed, plain))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert tiers[0].text.bytes_written > 0
+
+
+def test_a_cache_of_inference_mode_goes_on_without_it(
+    checkpoint: Any, streamed: Any, plain: Any, tiers: list[TieredCache]
+) -> None:
+    model, own = (load(checkpoint("llama")) for load in (streamed, plain))
+    with torch.inference_mode():
+        caches = [answer(each, prompt()).past_key_values for each in (model, own)]
+    ids = prompt(60)
+    require_same(*(answer(each, ids, past_key_values=cache) for each, cache in zip((model, own), caches, strict=True)))
+    assert len(tiers) == 1

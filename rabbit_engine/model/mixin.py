@@ -40,8 +40,7 @@ from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.forwards import cache_argument
-from rabbit_engine.transformers_bridge.generation import around_decoding, settings_of, without_cache_objects
+from rabbit_engine.transformers_bridge.generation import around_decoding, own_cache, settings_of, without_cache_objects
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -154,7 +153,8 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
         demand = admitted(runtime_of(self), prompt, kwargs, asked)
         if demand.chunk is not None and asked("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
-        kwargs |= cache_argument(self.forward, make_cache(runtime_of(self), demand))  # type: ignore[attr-defined]
+        cache = make_cache(runtime_of(self), demand)
+        kwargs |= own_cache(self.forward, cache, assists=bool(asked("is_assistant")))  # type: ignore[attr-defined]
         with self._speculating(speculate), self.computing_parts(demand.chunk):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
             return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]

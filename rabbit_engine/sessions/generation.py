@@ -20,8 +20,7 @@ from rabbit_engine.sessions.known_prefixes import KnownPrefixes, KnownText
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
-from rabbit_engine.transformers_bridge.forwards import cache_argument
-from rabbit_engine.transformers_bridge.generation import refused_by_generate
+from rabbit_engine.transformers_bridge.generation import own_cache, refused_by_generate
 
 TakeToken = Callable[[int, TokenLogprob | None], bool]
 """Takes each token, with its log probability if requested, and returns whether the answer ends there."""
@@ -94,7 +93,7 @@ class Generation(StoppingCriteria):
             **_add_to_checkpoint(self._model, self._options),
             **self._speculate,
             **self._part_rows,
-            **cache_argument(self._model.forward, cache),
+            **own_cache(self._model.forward, cache),
         )
 
     @property

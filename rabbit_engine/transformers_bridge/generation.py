@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from rabbit_engine.transformers_bridge.forwards import cache_argument
+
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
 Asked = Callable[[str], Any]
@@ -45,6 +47,15 @@ def settings_of(given: Mapping[str, Any], config: object, own: object) -> Asked:
         return None if name == "cache_implementation" and found == "hybrid" else found  # the former name of the default
 
     return asked
+
+
+def own_cache(forward: Callable[..., Any], cache: Any, *, assists: bool = False) -> dict[str, Any]:
+    """The keywords with which `generate` uses the new `cache` as if it had made it, also where a setting names that kind; empty
+    without a cache, or if the forward takes none. An assistant, which `assists` another model, takes back what it guessed."""
+    found = cache_argument(forward, cache)
+    if found and assists:
+        cache.activate_past_recording()
+    return found | {"cache_implementation": None} if found else {}
 
 
 def without_cache_objects(cls: Class) -> Class:

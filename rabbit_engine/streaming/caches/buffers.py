@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Self
@@ -19,19 +20,24 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
+        self._lock = threading.RLock()  # forked texts may run in several threads; finalizers run in any, also amid `take`
 
     def take(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] on the CPU, page-aligned, with any contents."""
-        fitting = [memory for memory in self._free if nbytes <= memory.nbytes <= 2 * nbytes]
-        if fitting:
-            memory = min(fitting, key=lambda found: found.nbytes)
-            self._free = [other for other in self._free if other is not memory]
-        else:
-            self._free = []
+        memory = self._take_free(nbytes)
+        if memory is None:
             memory = claim_memory(nbytes)
         shown = np.asarray(memory.numpy())[:nbytes]
         weakref.finalize(shown, self._free_again, memory).atexit = False
         return torch.from_numpy(shown)
+
+    def _take_free(self, nbytes: int) -> torch.Tensor | None:
+        """The smallest that is large enough; if none is, return all to the system."""
+        with self._lock:
+            fitting = [memory for memory in self._free if nbytes <= memory.nbytes <= 2 * nbytes]
+            memory = min(fitting, key=lambda found: found.nbytes, default=None)
+            self._free = [] if memory is None else [other for other in self._free if other is not memory]
+            return memory
 
     def _free_again(self, memory: torch.Tensor) -> None:
         self._free.append(memory)
@@ -55,8 +61,10 @@ class LayerBuffer:
     @classmethod
     def like(cls, states: Pair, rows: int, capacity: int, pool: BufferPool) -> Self:
         """A new one for `rows` rows of the shape, dtype and device of `states`."""
-        arriving = [_claim(tensor, rows, capacity, pool) for tensor in states]
-        here = arriving if states[0].device.type == "cpu" else [torch.empty_like(a, device=states[0].device) for a in arriving]
+        device = states[0].device
+        with torch.inference_mode(mode=False):  # a pass in that mode may be followed by one that is not
+            arriving = [_claim(tensor, rows, capacity, pool) for tensor in states]
+            here = arriving if device.type == "cpu" else [torch.empty_like(a, device=device) for a in arriving]
         return cls(here[0], here[1], (arriving[0], arriving[1]))
 
     @property
