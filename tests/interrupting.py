@@ -12,14 +12,15 @@ import rabbit_engine.streaming.transfer
 
 TRANSFER = str(Path(rabbit_engine.streaming.transfer.__file__).parent)
 
-ENDS = ("with ", "return ")
+ENDS = ("with ", "return ", "try:")
 
 
 def interrupt_at(line: int, work: Callable[[], Any], within: str = TRANSFER) -> bool:
     """Raise KeyboardInterrupt before the `line`th line that `work()` runs in this thread, from 1, of the file or folder `within`;
     whether it ran that many.
 
-    Not where a `with` begins or ends, as a `return` out of it does: Python handles no signal between a lock and its block.
+    Not where a `with` begins or ends, as a `return` out of it does, or at a `try:`: Python handles no signal between a lock and
+    its block, and a `try:` in it lies outside of what the `with` guards, but only for a trace.
     """
     remaining = line
 

@@ -76,25 +76,33 @@ class BlockMover:
         self._reading = 0
         self._scratch = threading.local()
         self._process = os.getpid()
-        self._closed = False
+        self._closed = self._ended = False
         self.bytes_read = self.bytes_written = 0
-        reader.join(self)
+
+    def begin(self) -> None:
+        """Have the reader threads work for it until `close`."""
+        self._reader.join(self)
 
     # For the model's thread.
 
     def bring(self, arrival: Arrival) -> None:
-        """Begin to read the blocks of `arrival`."""
+        """Begin to read the blocks of `arrival`. Raises ModelClosedError, as the others do, once it is closed, and in a process
+        that was forked from its own."""
+        self._require_open()
         with self._reader.lock:
             self._arrivals.append(arrival)
             self._reader.changed.notify_all()
 
     def drop(self, arrival: Arrival) -> None:
         """Read no more of it; what is under way arrives in its buffer."""
+        if self._is_forked:
+            return
         with self._reader.lock:
             self._forget(arrival)
 
     def wait(self, arrival: Arrival) -> None:
         """Return when it is there. Raises what a read raised."""
+        self._require_open()
         with self._reader.lock:
             self._wanted.append(arrival)
             self._reader.changed.notify_all()
@@ -112,6 +120,7 @@ class BlockMover:
         what a write raised."""
         if self._file is None or not blocks:
             return
+        self._require_open()
         with self._reader.lock:
             self._waits_for_writes = True
             self._reader.changed.notify_all()
@@ -136,8 +145,9 @@ class BlockMover:
         return 0 if self._file is None else self._file.nbytes
 
     def close(self) -> None:
-        """Stop, and free the file. Idempotent. From any thread, also for a finalizer amid the reader's own work."""
-        if os.getpid() != self._process or self._closed:
+        """Stop, and free the file. Idempotent, also after an interrupt. From any thread, also for a finalizer amid the reader's
+        own work."""
+        if self._is_forked or self._ended:
             return
         if self._reader.is_busy_here():
             threading.Thread(target=self._close, name="rabbit-closer").start()
@@ -155,10 +165,19 @@ class BlockMover:
         self._reader.leave(self)
         if self._file is not None:
             self._file.close()
+        self._ended = True
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this process was forked from its own: it has no reader, and locks may never be released."""
+        return os.getpid() != self._process
+
+    def _require_open(self) -> None:
+        if self._closed or self._is_forked:
+            raise ModelClosedError("the cache of this text was closed, or belongs to the process that this one was forked from")
 
     def _wait(self) -> None:
-        if os.getpid() != self._process or self._closed:
-            raise ModelClosedError("the cache of this text was closed, or belongs to the process that this one was forked from")
+        self._require_open()
         self._reader.changed.wait()
 
     def _forget(self, arrival: Arrival) -> None:

@@ -35,6 +35,7 @@ class BlockHome:
         self.pool = BufferPool()
         self.mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
         weakref.finalize(self, self.mover.close).atexit = False
+        self.mover.begin()  # not before: an interrupt would leave it among the reader's queues
 
     @property
     def file_bytes(self) -> int:
@@ -284,6 +285,8 @@ class LayerStates:
 
     def bring(self) -> None:
         """Be whole: read what was not read ahead."""
+        if self._whole is not None:  # an interrupt struck after that
+            return
         arrival = self._ahead if self._ahead is not None and self._ahead.blocks == self._blocks else None
         if arrival is None:
             self._drop_ahead()
@@ -294,8 +297,9 @@ class LayerStates:
         if arrival.blocks:
             self._text.mover.wait(arrival)
         arrival.buffer.arrived(arrival.tokens)
-        self._whole, self._tail = self._require_room(arrival.buffer, tail[0].shape[2]), None
-        self._whole.add(tail)
+        whole = self._require_room(arrival.buffer, tail[0].shape[2])
+        whole.add(tail)
+        self._whole, self._tail = whole, None
 
     def read_ahead(self) -> None:
         """Begin to read its blocks, unless that was begun."""
@@ -304,7 +308,9 @@ class LayerStates:
 
     def end_turn(self) -> None:
         """Keep a tail, and put new whole blocks away."""
-        whole, size = self._buffer(), self._text.block_tokens
+        if self._whole is None:  # an interrupt struck after that
+            return
+        whole, size = self._whole, self._text.block_tokens
         count = max(len(self._blocks), whole.tokens // size - 1)
         fresh = [self._text.cut(whole.view(at * size, (at + 1) * size)) for at in range(len(self._blocks), count)]
         self._text.mover.put_away(fresh, self.index)

@@ -78,6 +78,7 @@ class Reader:
             with self.lock:
                 finish()
                 self.changed.notify_all()
+            del job, finish  # they hold what was read, which would stay while this thread waits for its next job
 
     def _next_job(self) -> Job | None:
         for wanted in (True, False):
