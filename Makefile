@@ -57,6 +57,7 @@ OURS := \
   quality_script \
   races \
   rule \
+  scratchfile \
   server_access \
   server_answers \
   server_anthropic \
