@@ -1,0 +1,143 @@
+"""Long texts in little memory: tokens behind caches on disk, prompts, and texts with a common beginning (Linux, root).
+
+python scripts/benchmark_long_texts.py tokens MODEL [--behind 1024,4096,16384,65536] [--limit-mb 1000] [--max-memory-mb 150]
+python scripts/benchmark_long_texts.py prompts [--lengths 1024,4096,16384,65536] [--limit-mb 1000]
+python scripts/benchmark_long_texts.py beginnings MODEL [--texts 32] [--common 2000] [--max-memory 150MB]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peers.memory_group import limited_group
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rabbit_engine import AutoModel, PrefixStore, Session
+
+Model = Annotated[str, typer.Argument(help="A model's folder.")]
+LimitMb = Annotated[int, typer.Option(help="The memory group's limit, page cache included.")]
+Found = dict[str, Any] | None
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.command()
+def tokens(
+    model: Model,
+    behind: Annotated[str, typer.Option(help="Tokens in the cache, random states.")] = "1024,4096,16384,65536",
+    limit_mb: LimitMb = 1000,
+    max_memory_mb: Annotated[int, typer.Option(help="Memory for weights; 0 leaves it to the library.")] = 150,
+    rounds: Annotated[int, typer.Option(help="Processes for each length.")] = 3,
+    encoded: Annotated[bool, typer.Option(help="Keep keys and values in eight bits.")] = False,
+) -> None:
+    """Seconds a token behind a cache on disk, and what the disk's rate in the same process allows."""
+    print("| tokens before | s a token | weights MB | cache MB | GB/s | disk GB/s | of the limit | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    options = [f"--max-memory={max_memory_mb * 10**6}"] * bool(max_memory_mb) + ["--encoded"] * encoded
+    for length in behind.split(","):
+        command = ["peers.long_text", str(Path(model).resolve()), "--behind", length, *options]
+        print(f"| {int(length):,} | {token_row([measure(command, limit_mb) for _ in range(rounds)])} |", flush=True)
+
+
+def token_row(found: list[Found]) -> str:
+    """Medians over all tokens of all processes."""
+    alive = [one for one in found if one is not None]
+    if len(alive) < len(found):
+        return "killed | | | | | |"
+    steps = [step for one in alive for step in one["steps"]]
+    seconds, read, cached = (statistics.median(s[key] for s in steps) for key in ("seconds", "read_bytes", "cache_bytes"))
+    disk = statistics.median(one["disk_rate"] for one in alive)
+    peak = max(one["group_bytes"] for one in alive)
+    rates = f"{read / seconds / 1e9:.2f} | {disk / 1e9:.2f} | {read / disk / seconds:.2f}"
+    return f"{seconds:.3f} | {(read - cached) / 1e6:.0f} | {cached / 1e6:.0f} | {rates} | {peak / 1e6:.0f}"
+
+
+@app.command()
+def prompts(
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "1024,4096,16384,65536",
+    limit_mb: LimitMb = 1000,
+    engines: Annotated[str, typer.Option(help="Those of peers/long_prompt.py.")] = "rabbit,transformers,offloaded",
+) -> None:
+    """Seconds to the first token of a random Llama with 16 kB of cache a token, and the peak of its memory group."""
+    print("| tokens | engine | first token s | peak MB | parts | layers on disk | token |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), max(map(int, lengths.split(","))))
+        for length in lengths.split(","):
+            for engine in engines.split(","):
+                found = measure(["peers.long_prompt", folder, "--tokens", length, "--engine", engine], limit_mb)
+                print(f"| {int(length):,} | {engine} | {prompt_row(found)} |", flush=True)
+
+
+def make_model(folder: Path, positions: int) -> None:
+    """Eight layers, hidden 256, four key-value heads of 64, float32."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=4096, num_key_value_heads=4, max_position_embeddings=positions + 64, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def prompt_row(found: Found) -> str:
+    """What a run printed."""
+    if found is None:
+        return "killed | | | |"
+    parts = found["parts"][-1] if found["parts"] else "whole"
+    return f"{found['seconds']:.1f} | {found['group_bytes'] / 1e6:.0f} | {parts} | {found['tiered']} | {found['token']}"
+
+
+@app.command()
+def beginnings(
+    model: Model,
+    texts: Annotated[int, typer.Option(help="Texts.")] = 32,
+    common: Annotated[int, typer.Option(help="Tokens with which all of them begin.")] = 2000,
+    own: Annotated[int, typer.Option(help="Tokens that each adds.")] = 50,
+    new: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    max_memory: Annotated[str | None, typer.Option(help="Memory for weights.")] = None,
+) -> None:
+    """Texts with a common beginning in one session, without a prefix store, with an empty one, and with that one again."""
+    memory: dict[int | str, int | str] | None = {"cpu": max_memory} if max_memory else None
+    print("| store | s | tokens read from it | equal |\n|---|---|---|---|")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PrefixStore(folder, 10**11) as store,
+        AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded,
+    ):
+        ids = torch.randint(5, loaded.config.vocab_size, (common + texts * own,), generator=torch.Generator().manual_seed(1))
+        start, rest = ids[:common].tolist(), ids[common:].view(texts, own).tolist()
+        lanes: dict[str, PrefixStore | None] = {"none": None, "empty": store, "filled": store}
+        wanted: list[Any] = []
+        for name, used in lanes.items():
+            began = time.perf_counter()
+            with Session(loaded, prefix_store=used) as session:
+                replies = session.generate([start + more for more in rest], max_new_tokens=new, ignore_eos=True)
+            seconds = time.perf_counter() - began
+            answers = [reply.tokens for reply in replies]
+            wanted = wanted or answers
+            read = sum(reply.cached_tokens for reply in replies)
+            print(f"| {name} | {seconds:.1f} | {read:,} | {answers == wanted} |", flush=True)
+            store.flush()
+
+
+def measure(command: list[str], limit_mb: int) -> Found:
+    """What the module of peers printed, in a memory group; None if the kernel killed it."""
+    with limited_group("rabbit-long-texts", limit_mb * 10**6) as group:
+        joined = group.joined([sys.executable, "-W", "ignore", "-m", *command])
+        done = subprocess.run(joined, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if done.returncode and group.oom_kills():
+            return None
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found | {"group_bytes": group.peak_bytes()}
+
+
+if __name__ == "__main__":
+    app()
