@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     )
     home = BlockHome(None if in_memory else texts_folder(), encoded=demand.encoded)
     return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
+
+
+def in_shared_blocks(runtime: Runtime, demand: Demand) -> Demand:
+    """`demand` of a text that others are to continue. What fits on a CPU lies in blocks in memory, which its copies share: whole
+    layers are copied with the first token that a copy adds. Other devices keep them whole: blocks would lie apart."""
+    layers = runtime.partition.probe.growing_layers
+    if demand.tiered or not layers or runtime.device.type != "cpu":
+        return demand
+    return replace(demand, tiered=layers, held=True)
+
+
+def make_shared_cache(runtime: Runtime, demand: Demand) -> DynamicCache:
+    """A cache for a text that others are to continue. Raises CacheStorageError if its file cannot be made."""
+    return make_cache(runtime, demand) or DynamicCache(config=runtime.architecture.config.get_text_config())
 
 
 def _host_room(runtime: Runtime) -> int:

@@ -37,6 +37,7 @@ class Demand:
     newest token if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number
     of its rows of `logits` over the vocabulary. `tiered` layers of the cache have their keys and values on disk, and in memory
     only while they run; those that are `encoded`, in eight bits, and in memory too if they are `held` there.
+    The first `begun` tokens of the prompt are computed already, and blocks of them counted with another text.
     """
 
     prompt: int
@@ -49,6 +50,7 @@ class Demand:
     tiered: int = 0
     encoded: bool = False
     held: bool = False
+    begun: int = 0
 
 
 _WHOLE_LAYERS = 3
@@ -78,7 +80,7 @@ def tier_bytes(probe: Probe, demand: Demand) -> int:
 def _block_bytes(probe: Probe, demand: Demand) -> int:
     """Bytes of the blocks of the layers in tiers, wherever they lie."""
     token_bytes = probe.int8_token_bytes if demand.encoded else probe.growing_token_bytes
-    return demand.sequences * demand.tiered * token_bytes * (demand.prompt + demand.answer)
+    return demand.sequences * demand.tiered * token_bytes * (demand.prompt + demand.answer - demand.begun)
 
 
 def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:
@@ -88,7 +90,8 @@ def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
     """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
-    tokens = 1 if demand.is_computed else min(demand.prompt, demand.chunk or demand.prompt)
+    rows = demand.prompt - demand.begun
+    tokens = 1 if demand.is_computed else min(rows, demand.chunk or rows)
     parted = not demand.is_computed and tokens < demand.prompt
     extra = _MASK_BYTES * tokens * (demand.prompt if parted else tokens) if demand.padded else 0
     if parted:

@@ -34,7 +34,7 @@ class Reply:
     reached) or "cancelled". `cut_tokens` were dropped from a prompt that was too long, with truncation on. `first_token_s` and
     `seconds` count from the request and include the time in the queue, `queued_s`. `stop` is the text of `Options.stop` that
     ended the answer, None if none did. `answer` is the text without the reasoning before it, which begins at `answer_begins`.
-    `cached_tokens` of the prompt were read from the prefix store.
+    `cached_tokens` of the prompt were read from the prefix store, or computed once for a fork.
     """
 
     text: str

@@ -8,7 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from typing import NoReturn, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -58,6 +59,12 @@ class Job:
         return self.passes > 0
 
 
+class HoldsMemory(Protocol):
+    """Something in memory beside the texts under way."""
+
+    nbytes: int
+
+
 class Engine:
     """Serves jobs in order: each starts with the next pass that has room for it, at most `most` at a time.
 
@@ -75,6 +82,7 @@ class Engine:
         self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._held: WeakSet[HoldsMemory] = WeakSet()
         self._length = AnswerLength()
         self._changed = threading.Condition()
         self._closed = False
@@ -102,6 +110,17 @@ class Engine:
             raise ConfigurationError(
                 "the session's own thread would wait for itself: call the model there, or the session from another thread"
             )
+
+    def hold(self, held: HoldsMemory) -> None:
+        """Count the memory of `held` as long as anyone refers to it."""
+        with self._changed:
+            self._held.add(held)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are held beside the texts under way."""
+        with self._changed:
+            return sum(held.nbytes for held in self._held)
 
     @property
     def waiting(self) -> int:
@@ -232,7 +251,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Start jobs in order while memory has room for them and for those under way."""
-        used = self._room.need(replace(job.demand, is_computed=job.is_computed) for job in self._running)
+        used = self.held_bytes + self._room.need(replace(job.demand, is_computed=job.is_computed) for job in self._running)
         while (job := self._next(used)) is not None:
             used += self._room.need([job.demand])
             random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
@@ -21,6 +21,9 @@ from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
 from rabbit_engine.transformers_bridge.generation import own_cache, refused_by_generate
+
+if TYPE_CHECKING:
+    from rabbit_engine.sessions.held import HeldPrefix
 
 TakeToken = Callable[[int, TokenLogprob | None], bool]
 """Takes each token, with its log probability if requested, and returns whether the answer ends there."""
@@ -44,16 +47,18 @@ class Generation(StoppingCriteria):
         constraint: CompiledConstraint | None = None,
         demand: Demand | None = None,
         prefixes: KnownPrefixes | None = None,
+        held: HeldPrefix | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
         self._recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs)
-        self._speculate = {} if speculate is None else {"speculate": speculate}
+        self._speculate: dict[str, Speculate] = {} if speculate is None else {"speculate": speculate}
         self._demand = demand
         self._part_rows = {} if demand is None or demand.chunk is None else {"prefill_chunk_size": demand.chunk}
         self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
-        self._prefixes = None if prompt.inputs else prefixes
+        self._held = held
+        self._prefixes = None if prompt.inputs or held is not None else prefixes
         self._known: KnownText | None = None
         self.is_complete = False
         """Whether the constraint allowed nothing after the last token."""
@@ -74,7 +79,7 @@ class Generation(StoppingCriteria):
 
     def _generate(self) -> None:
         ids = torch.tensor([self._prompt.ids], device=self._model.device)
-        cache = None if self._demand is None else make_cache(runtime_of(self._model), self._demand)
+        cache = self.make_cache()
         if self._prefixes is not None and (known := self._prefixes.begin(self._prompt.ids, cache)) is not None:
             self._known, cache = known, known.cache
         self._model.generate(
@@ -96,9 +101,17 @@ class Generation(StoppingCriteria):
             **own_cache(self._model.forward, cache),
         )
 
+    def make_cache(self) -> DynamicCache | None:
+        """The cache to begin with; None leaves it to `generate`."""
+        if self._held is not None:
+            return self._held.copy(len(self._prompt.ids) + self._ends.most)
+        return None if self._demand is None else make_cache(runtime_of(self._model), self._demand)
+
     @property
     def cached_tokens(self) -> int:
-        """The tokens of the prompt that were read from the prefix store."""
+        """The tokens of the prompt that were read from the prefix store, or computed for a fork."""
+        if self._held is not None:
+            return len(self._held.ids)
         return 0 if self._known is None else self._known.tokens
 
     def _processors(self) -> list[LogitsProcessor]:

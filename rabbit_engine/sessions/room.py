@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from rabbit_engine.planning.demand import AS_IT_IS, Demand, Ways, best_way, most_prompt, need_bytes
+from rabbit_engine.errors import PromptTooLongError
+from rabbit_engine.planning.demand import AS_IT_IS, PART_ROWS, Demand, Ways, best_way, most_prompt, need_bytes
 from rabbit_engine.planning.probe import Probe
+from rabbit_engine.utils.sizes import format_bytes
 
 _KEPT_FREE = 0.1
 """The fraction of free memory left for fragmentation and other processes."""
@@ -27,6 +29,29 @@ class Room:
     positions: int | None = None
     apart: bool = False
     ways: Ways = AS_IT_IS
+    held_bytes: int = 0
+
+    def beside(self, held_bytes: int) -> Room:
+        """What is left of it beside the prefixes of forks, which hold so much."""
+        return replace(self, nbytes=self.nbytes - held_bytes, held_bytes=held_bytes) if held_bytes else self
+
+    def require_beside_forks(self, demand: Demand) -> None:
+        """Raise PromptTooLongError if it does not fit, and forks hold memory."""
+        if self.held_bytes and not self.fits([demand]):
+            needed, held, left = (format_bytes(max(0, each)) for each in (self.need([demand]), self.held_bytes, self.nbytes))
+            raise PromptTooLongError(
+                f"{demand.prompt} tokens and {demand.answer} of the answer need {needed}, but forks hold {held} and leave {left}"
+                ": close them, shorten the prompt, or request a shorter answer"
+            )
+
+    def demand_after(self, held: Demand, tokens: int, prompt: int, answer: int) -> Demand:
+        """That of a text whose first `tokens` tokens are held with the demand `held`. Raises PromptTooLongError."""
+        whole = replace(held, prompt=prompt, answer=answer, begun=tokens, chunk=None)
+        chunks = [None, *(rows for rows in PART_ROWS if rows < prompt - tokens and self.ways.parts)]
+        tried = [replace(whole, chunk=rows) for rows in chunks]
+        found = next((demand for demand in tried if self.fits([demand])), tried[-1])
+        self.require_beside_forks(found)
+        return found
 
     def demand(self, prompt: int, answer: int) -> Demand:
         """That of a text, in one of the ways if it does not fit as it is. One whose cache lies in tiers leaves half of the memory

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import queue
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -23,35 +20,36 @@ from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.model.tiered_caches import ways_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.prefixes import PrefixStore
-from rabbit_engine.sessions.answer import AnswerText, Piece, Reply
+from rabbit_engine.sessions.answer import AnswerText, Piece
+from rabbit_engine.sessions.asking import AnswerMethods, Chat
 from rabbit_engine.sessions.constrained import compiled_for
 from rabbit_engine.sessions.encoding import Encoder, require_text_generation
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
 from rabbit_engine.sessions.foreign import refuse_foreign
+from rabbit_engine.sessions.forks import Fork, Prefix
 from rabbit_engine.sessions.forwards import Forwards
 from rabbit_engine.sessions.futures import Promise, computing_job, own_error
 from rabbit_engine.sessions.generation import Generation, ends_of, one_by_one
+from rabbit_engine.sessions.held import HeldPrefix, hold_prefix
 from rabbit_engine.sessions.images import ImageProcessor
 from rabbit_engine.sessions.known_prefixes import known_prefixes
 from rabbit_engine.sessions.messages import has_images, read_messages
 from rabbit_engine.sessions.options import NAMES, Options
-from rabbit_engine.sessions.prompts import Limits, Message, Overflow, Prompt, fit_messages, fit_text
+from rabbit_engine.sessions.prompts import Limits, Overflow, Prompt, fit_messages, fit_text
 from rabbit_engine.sessions.room import measure_room
 from rabbit_engine.sessions.tasks import TaskMethods
 from rabbit_engine.sessions.template import TemplateVariables
 from rabbit_engine.sessions.thinking import thinking_before_form, thinking_of
-from rabbit_engine.sessions.underway import Event, Events, Request, Tell, Ticket, cancel_all
+from rabbit_engine.sessions.underway import Events, Request, Tell, Ticket
 from rabbit_engine.streaming import PassProgress
 from rabbit_engine.transformers_bridge.generation import settings_of
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Chat = str | Message | Sequence[object]
-"""A user's message, or messages as `{"role": "user", "content": "..."}` and in the other forms of `read_messages`."""
 
 
-class Session(TaskMethods):
+class Session(AnswerMethods, TaskMethods):
     """Answers requests for a loaded model: one thread runs it, and any number of threads and coroutines may call.
 
     Each pass over the weights serves every answer under way, and a new request joins the next pass. `max_requests` and the
@@ -130,51 +128,18 @@ class Session(TaskMethods):
         self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
 
-    # The methods for most uses.
+    def fork(self, prefix: Prefix, /, **template: object) -> Fork:
+        """Compute a prefix once, for many continuations: a text or token ids that `Fork.generate` continues, or a list of
+        messages that `Fork.chat` continues. `template` are variables of the chat template, such as `tools`.
 
-    def chat(self, messages: Chat, /, **options: object) -> Reply:
-        """Answer a conversation, or a user's message.
-
-        `options` are those of `Options` (`max_new_tokens`, `temperature`, `stop` ...), and variables of the chat template,
-        such as `tools`. Raises PromptTooLongError, QueueFullError, ConfigurationError, or what the model raises.
+        It waits until the prefix is computed. Close the fork, or use it in a `with` block: it keeps what was computed in memory.
+        Raises PromptTooLongError, QueueFullError, ConfigurationError for a model whose texts cannot be forked, or what the model
+        raises.
         """
-        return self._wait_for([self.request(messages, **options)])[0]
-
-    def stream(self, messages: Chat, /, **options: object) -> Generator[str, None, Reply]:
-        """As `chat`, piece by piece. Leaving the loop cancels the request. The generator's return value is the Reply."""
-        return self._pieces(self.request(messages, **options))
-
-    def generate(self, prompts: str | Sequence[str | Sequence[int]], **options: object) -> list[Reply]:
-        """Continue many texts (or lists of token ids) at once: each pass serves all, and the replies are in the prompts' order.
-
-        If there are more than `max_requests`, the rest wait; `max_queue` does not apply.
-        """
-        return self.answers(self._requests(prompts, options))
-
-    async def achat(self, messages: Chat, /, **options: object) -> Reply:
-        """`chat`, awaited. Cancelling the task cancels the request."""
-        request = await asyncio.to_thread(self.request, messages, **options)
-        async with aclosing(self.events([request])) as events:
-            replies = [event async for _, event in events if isinstance(event, Reply)]
-        return replies[0]
-
-    async def astream(self, messages: Chat, /, **options: object) -> AsyncIterator[str]:
-        """`stream`, awaited."""
-        request = await asyncio.to_thread(self.request, messages, **options)
-        async with aclosing(self.events([request])) as events:
-            async for _, event in events:
-                if isinstance(event, Piece) and event.text:
-                    yield event.text
-
-    async def agenerate(self, prompts: str | Sequence[str | Sequence[int]], **options: object) -> list[Reply]:
-        """`generate`, awaited. Cancelling the task cancels all requests."""
-        requests = await asyncio.to_thread(self._requests, prompts, options)
-        replies: dict[int, Reply] = {}
-        async with aclosing(Events(self, requests, bounded=False)) as events:
-            async for index, event in events:
-                if isinstance(event, Reply):
-                    replies[index] = event
-        return [replies[index] for index in range(len(requests))]
+        if state := keeps_state(self.model):
+            raise ConfigurationError(f"{type(self.model).__name__} keeps {state} in its modules: a prefix cannot be shared")
+        hold = partial(hold_prefix, self.model, self._engine, self._prefixes, self._demand)
+        return Fork(self, self._encoder, hold, prefix, template)
 
     # What a server needs.
 
@@ -234,10 +199,6 @@ class Session(TaskMethods):
         jobs = [self._job(request, index, tell) for index, request in enumerate(requests)]
         self._engine.submit(jobs, bounded=bounded)
         return [Ticket(self._engine, job) for job in jobs]
-
-    def answers(self, requests: Sequence[Request]) -> list[Reply]:
-        """The replies to requests, in their order; as many as there are may wait."""
-        return self._wait_for(requests, bounded=False)
 
     def events(self, requests: Sequence[Request]) -> Events:
         """Queue the requests and return their events for the running event loop. Raises QueueFullError."""
@@ -331,14 +292,11 @@ class Session(TaskMethods):
         """Whether the chat template has a variable of this name."""
         return self._template.reads(name)
 
-    def _requests(self, prompts: str | Sequence[str | Sequence[int]], options: Mapping[str, Any]) -> list[Request]:
-        return [self.request_text(text, **options) for text in _each(prompts)]
-
     def _job(self, request: Request, index: int, tell: Tell) -> Job:
         prompt = request.prompt
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
-        demand = self._demand(prompt)
+        demand = self._demand(prompt, request.held)
         generation = Generation(
             self.model,
             prompt,
@@ -349,6 +307,7 @@ class Session(TaskMethods):
             request.constraint,
             demand=demand,
             prefixes=self._prefixes,
+            held=request.held,
         )
 
         def answer() -> None:
@@ -372,11 +331,15 @@ class Session(TaskMethods):
 
         return Job(answer, end, demand, seed=request.options.seed)
 
-    def _demand(self, prompt: Prompt) -> Demand:
+    def _demand(self, prompt: Prompt, held: HeldPrefix | None = None) -> Demand:
         """That of a prompt, in parts if it does not fit whole or if parts are stored. Raises PromptTooLongError for one with
-        images that does not fit."""
+        images that does not fit, or one that does not fit beside what forks hold."""
+        room = self._room.beside(self._engine.held_bytes)
+        if held is not None:
+            return room.demand_after(held.demand, len(held.ids), len(prompt.ids), prompt.answer_tokens)
         if not prompt.inputs:
-            found = self._room.demand(len(prompt.ids), prompt.answer_tokens)
+            found = room.demand(len(prompt.ids), prompt.answer_tokens)
+            room.require_beside_forks(found)
             if found.chunk is not None and (setting := self._why_whole()):
                 raise PromptTooLongError(
                     f"{len(prompt.ids)} tokens and {prompt.answer_tokens} of the answer fit in memory only in parts, but the "
@@ -386,7 +349,7 @@ class Session(TaskMethods):
             stored = known is not None and found.prompt > known.block_tokens
             return replace(found, chunk=known.block_tokens) if stored and known is not None else found
         whole = Demand(len(prompt.ids), prompt.answer_tokens)
-        if self._room.ways.parts and not self._room.fits([whole]):
+        if room.ways.parts and not room.fits([whole]):
             raise PromptTooLongError(
                 f"{len(prompt.ids)} tokens with images and {prompt.answer_tokens} of the answer do not fit in memory at once: "
                 "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
@@ -399,51 +362,6 @@ class Session(TaskMethods):
             return ""
         own = self.model.generation_config
         return why_whole(settings_of(one_by_one(own), None, own))
-
-    def _wait_for(self, requests: Sequence[Request], *, bounded: bool = True) -> list[Reply]:
-        """All replies, in order; the first failure is raised and cancels the rest."""
-        self.require_other_thread()
-        inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        replies: dict[int, Reply] = {}
-        tickets = self.ask(requests, lambda index, event: inbox.put((index, event)), bounded=bounded)
-        try:
-            while len(replies) < len(requests):
-                index, event = inbox.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, Reply):
-                    replies[index] = event
-        finally:
-            cancel_all(tickets)
-        return [replies[index] for index in range(len(requests))]
-
-    def _pieces(self, request: Request) -> Generator[str, None, Reply]:
-        self.require_other_thread()
-        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        tickets = self.ask([request], lambda _, event: inbox.put(event))
-        try:
-            while not isinstance(event := inbox.get(), Reply):
-                if isinstance(event, BaseException):
-                    raise event
-                if event.text:
-                    yield event.text
-                    self.require_process()  # the caller may have forked in between
-            return event
-        finally:
-            cancel_all(tickets)
-
-
-def _each(prompts: object) -> list[str | Sequence[int]]:
-    """Each prompt separately. Raises ConfigurationError for anything but a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    found = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if isinstance(found, Mapping | bytes) or not isinstance(found, Iterable):
-        raise ConfigurationError(f"expected a text or a list of prompts, not a value of type {type(prompts).__name__}")
-    found = list(found)
-    if found and isinstance(found[0], int):
-        raise ConfigurationError("expected a list of prompts, not one list of token ids: put it in brackets")
-    return found
 
 
 def _tell_what_is_left_out(config: GenerationConfig) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rabbit_engine.sessions.answer import Piece, Reply
 from rabbit_engine.sessions.constraints import CompiledConstraint
@@ -16,7 +16,7 @@ from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.thinking import Thinking
 
 if TYPE_CHECKING:
-    from rabbit_engine.sessions.session import Session
+    from rabbit_engine.sessions.held import HeldPrefix
 
 Event = Piece | Reply | BaseException
 Tell = Callable[[int, Event], None]
@@ -31,6 +31,8 @@ class Request:
     constraint: CompiledConstraint | None = None
     thinking: Thinking | None = None
     """The reasoning that may come before the answer."""
+    held: HeldPrefix | None = None
+    """What was computed of the prompt's beginning."""
 
     def copies(self, count: int) -> list[Request]:
         """`count` of the same; those of a seeded one get different seeds."""
@@ -56,13 +58,27 @@ class Ticket:
         return self._engine.place(self._job)
 
 
+class Asker(Protocol):
+    """A session, or a fork of it."""
+
+    def ask(self, requests: Sequence[Request], tell: Tell, *, bounded: bool = True) -> list[Ticket]:
+        """Queue all requests, or none."""
+        ...
+
+    def require_process(self) -> None:
+        """Raise ModelClosedError in a forked child."""
+
+    def require_other_thread(self) -> None:
+        """Raise ConfigurationError in the session's own thread."""
+
+
 class Events:
     """Events of requests, for one event loop: `(index, Piece)` and finally `(index, Reply)` of each. Failures are raised.
 
     `aclose()` cancels the requests.
     """
 
-    def __init__(self, session: Session, requests: Sequence[Request], *, bounded: bool = True) -> None:
+    def __init__(self, session: Asker, requests: Sequence[Request], *, bounded: bool = True) -> None:
         session.require_other_thread()
         self._loop, self._inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self._session, self._left = session, len(requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -262,6 +263,18 @@ class States:
 def copy_states(cache: Cache) -> States:
     """What `restore_states` needs to undo the passes that follow. Keys and values are not copied: passes replace them."""
     return States(tuple(_states_of(layer) for layer in cache.layers))
+
+
+def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
+    """A cache of the same tokens, for a text of `expected_tokens`. Passes over it leave `cache` as it is: layers of all tokens
+    replace their keys and values, which are shared, and others are copied."""
+    if isinstance(cache, TieredCache):
+        copied = copy.deepcopy(cache)
+        copied.text.expected_tokens = expected_tokens
+        return copied
+    shared = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
+    tensors = [states for layer in shared for states in (layer.keys, layer.values)]
+    return copy.deepcopy(cache, {id(states): states for states in tensors})
 
 
 _TOKENS = "tokens"

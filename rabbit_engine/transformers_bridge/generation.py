@@ -64,6 +64,12 @@ def without_cache_objects(cls: Class) -> Class:
     return cls
 
 
+def takes_cache_objects(model: Any) -> bool:
+    """Whether `generate` passes the model's forward a cache that it made."""
+    takes = getattr(type(model), "_supports_default_dynamic_cache", None)
+    return takes is not None and bool(takes())
+
+
 @dataclass(frozen=True, slots=True)
 class DecodingLoop:
     """A call of the loop of `generate` that decodes token by token, greedily or drawn; `run` runs it.

@@ -60,7 +60,9 @@ class GrowingStates(Protocol):
 
 
 class TextLayers(Protocol):
-    """The layers of a text."""
+    """The layers of a text. At most about `expected_tokens` will come; more may."""
+
+    expected_tokens: int
 
     def new_layer(self) -> GrowingStates:
         """The states of the next layer."""

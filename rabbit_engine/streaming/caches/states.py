@@ -128,10 +128,11 @@ class TextStates:
         return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
 
     def cut(self, states: Pair) -> StoredBlock:
-        """A block of the buffer of a layer: without a copy, unless it is encoded or lies on another device."""
+        """A block of the buffer of a layer: without a copy until it is written, unless it is encoded or lies on another device."""
         if self._home.encoded:
             return EncodedBlock(states, aligned=self.mover.has_file)
-        return StoredBlock(states) if states[0].device.type == "cpu" else self.new_block(states)
+        is_shown = states[0].device.type == "cpu" and self.mover.has_file
+        return StoredBlock(states) if is_shown else self.new_block(states)
 
     def small_buffer(self, states: Pair, tokens: int) -> LayerBuffer:
         """One for exactly `tokens` tokens of the shape of `states`."""
