@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ MORE = [prompt(7, 2), prompt(1, 3), [], prompt(20)]
 @pytest.fixture
 def load(checkpoint: Any, streamed: Any, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A streamed model with a tokenizer of words, and transformers' own; caches in small blocks."""
-    monkeypatch.setattr(tiered_caches, "BlockHome", lambda folder: BlockHome(folder, block_tokens=BLOCK))
+    monkeypatch.setattr(tiered_caches, "BlockHome", partial(BlockHome, block_tokens=BLOCK))
 
     def loaded(family: str) -> Any:
         deeper = family == "qwen3_next"

@@ -128,7 +128,7 @@ class TextStates:
         return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
 
     def cut(self, states: Pair) -> StoredBlock:
-        """A block of the buffer of a layer: without a copy until it is written, unless it is encoded or lies on another device."""
+        """A block of the buffer of a layer: without a copy until it is written, unless encoded or on another device."""
         if self._home.encoded:
             return EncodedBlock(states, aligned=self.mover.has_file)
         is_shown = states[0].device.type == "cpu" and self.mover.has_file
