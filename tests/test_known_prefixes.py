@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from tiny import words
 
 from rabbit_engine import Lookup, PrefixStore, Session
 from rabbit_engine.config import Cut
-from rabbit_engine.planning import budget
+from rabbit_engine.model import tiered_caches
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning import budget, texts
 from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.sessions import known_prefixes
 from rabbit_engine.sessions.known_prefixes import KnownText
+from rabbit_engine.streaming import BlockHome
 
 BLOCK = 8
 ASKED: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
@@ -300,3 +305,40 @@ def test_blocks_that_the_queue_has_no_room_for_are_offered_again(
         assert session.generate([prompt(33)], **ASKED)[0].cached_tokens == 16
         assert store.flush(20)
         assert [model.blocks for model in store.models()] == [4]
+
+
+@pytest.mark.parametrize("block_tokens", [4, BLOCK, 24])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_caches_in_tiers_are_stored_and_read(
+    checkpoint: Any,
+    load: Any,
+    store: PrefixStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    block_tokens: int,
+) -> None:
+    model = load(checkpoint(family))
+    first = prompt(57)
+    second = first[:45] + prompt(12, 2)
+    expected = [alone(model, first), alone(model, second)]
+    made: list[Any] = []
+    layers = runtime_of(model).partition.probe.growing_layers
+
+    def in_tiers(runtime: Any, demand: Any) -> Any:
+        made.append(tiered_caches.make_cache(runtime, replace(demand, tiered=layers)))
+        return made[-1]
+
+    monkeypatch.setattr(texts, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(tiered_caches, "BlockHome", partial(BlockHome, block_tokens=block_tokens))
+    monkeypatch.setattr("rabbit_engine.sessions.generation.make_cache", in_tiers)
+    with Session(model, prefix_store=store) as session:
+        new = session.generate([first], **ASKED)[0]
+        assert store.flush(30)
+        again, other = (session.generate([ids], **ASKED)[0] for ids in (first, second))
+    assert [new.cached_tokens, again.cached_tokens, other.cached_tokens] == [0, 56, 40]
+    assert [new.tokens, again.tokens, other.tokens] == [expected[0], expected[0], expected[1]]
+    assert all(cache.text.bytes_written for cache in made)
+    assert len(made) == 3
+    for cache in made:
+        cache.text.close()

@@ -11,13 +11,19 @@ import heapq
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from rabbit_engine.errors import CacheStorageError
 from rabbit_engine.storage.directio import CHUNK_BYTES, PAGE, aligned_up
+
+Vector = Callable[[int, Sequence[memoryview], int], int]
+"""`os.preadv` or `os.pwritev`: a file's descriptor, buffers, an offset; how many bytes it moved."""
+
+Single = Callable[[memoryview], int | None]
+"""`readinto` or `write` of a file, at its position."""
 
 _MOST_BUFFERS = 1024
 """Buffers of one call: POSIX systems take at least as many (IOV_MAX)."""
@@ -67,38 +73,37 @@ class ScratchFile:
     def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write them one behind another from `offset` on."""
         with self._disk_errors("written"):
-            self._require_direct(buffers)
+            self._suit(buffers)
             self._move(getattr(os, "pwritev", None), self._file.write, offset, buffers)
 
     def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill them one after another with the bytes from `offset` on."""
         with self._disk_errors("read"):
-            self._require_direct(buffers)
+            self._suit(buffers)
             self._move(getattr(os, "preadv", None), self._file.readinto, offset, buffers)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Free its space. Idempotent."""
         self._file.close()
 
-    def _move(self, vector: object, single: object, offset: int, buffers: Sequence[memoryview]) -> None:
+    def _move(self, vector: Vector | None, single: Single, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Move all bytes, with `vector` if the system has it, else one buffer after another with `single`."""
         todo = iter(buffers)
         while some := list(islice(todo, _MOST_BUFFERS)):
             while some:
-                done = vector(self._file.fileno(), some, offset) if callable(vector) else self._seek_and(single, some[0], offset)
+                done = vector(self._file.fileno(), some, offset) if vector else self._move_one(single, some[0], offset)
                 if not done:
                     raise OSError(f"{len(some)} buffers left at {offset}, the end of the file")
                 offset += done
                 some = _rest(some, done)
-                self._require_direct(some)  # what a short transfer leaves may begin within a page
+                self._suit(some)  # what a short transfer leaves may begin within a page
 
-    def _seek_and(self, single: object, buffer: memoryview, offset: int) -> int:
-        """Where the system has no reads and writes at an offset."""
-        assert callable(single)  # noqa: S101 - a method of the file
+    def _move_one(self, single: Single, buffer: memoryview, offset: int) -> int:
         with self._lock:
             self._file.seek(offset)
-            return int(single(buffer) or 0)
+            return single(buffer) or 0
 
-    def _require_direct(self, buffers: Sequence[memoryview]) -> None:
+    def _suit(self, buffers: Sequence[memoryview]) -> None:
         """Go through the page cache from now on, if a buffer is not of whole pages."""
         if self._is_direct and any(buffer.nbytes % PAGE or _address(buffer) % PAGE for buffer in buffers):
             with self._lock:
