@@ -56,9 +56,9 @@ def load(folder: Path, engine: str, tokens: int, parts: list[int], tiered: list[
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     run, make = run_in_parts, make_cache
 
-    def counted(source: Any, works: Any, layer_of: Any) -> None:
+    def counted(source: Any, works: Any, *rest: Any) -> None:
         parts.append(len(works))
-        run(source, works, layer_of)
+        run(source, works, *rest)
 
     def noted(runtime: Any, demand: Demand) -> Any:
         tiered.append(demand.tiered)
