@@ -85,8 +85,9 @@ def test_every_operation_at_random(tmp_path: Path, seed: int) -> None:
             case _:
                 update((ours, theirs), rows, draw.choice((1, 1, 1, 5, 17)))
     require_equal(ours, theirs)
-    ours.reset(), theirs.reset()
-    assert ours.get_seq_length() == theirs.get_seq_length() == 0
+    ours.reset()
+    theirs = DynamicCache(config=CONFIG)  # old releases fill a cache with zeros
+    assert ours.get_seq_length() == 0
     update((ours, theirs), 1, 9)
     require_equal(ours, theirs)
 
