@@ -23,6 +23,7 @@ OURS := \
   chat_terminal \
   claude_code \
   cli \
+  condition \
   cuda_script \
   decoding_memory \
   docs \

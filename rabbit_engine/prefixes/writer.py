@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rabbit_engine.prefixes.keys import BlockKey
 from rabbit_engine.prefixes.memory import HeldBlock
+from rabbit_engine.utils.condition import InterruptibleCondition
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class BlockWriter:
     def __init__(self, write: Callable[[WriteRequest], None], most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self._write = write
-        self._changed = threading.Condition()
+        self._changed = InterruptibleCondition()
         self._queue: dict[str, WriteRequest] = {}
         self._current: WriteRequest | None = None
         self._reserved_bytes = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from rabbit_engine.streaming.transfer.ring import READERS
+from rabbit_engine.utils.condition import InterruptibleCondition
 
 Job = Callable[[int], Callable[[], None]]
 """`job(lane)` reads without the lock; its result is called with the lock held."""
@@ -26,7 +27,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # entered in C code: an interrupt cannot leave it half acquired
-        self.changed = threading.Condition(self.lock)
+        self.changed = InterruptibleCondition(self.lock)
         self._queues: list[ReadQueue] = []
         self._threads: dict[int, threading.Thread] = {}
 
@@ -63,7 +64,7 @@ class Reader:
 
     def is_busy_here(self) -> bool:
         """Whether this thread is a reader, or is in the middle of bookkeeping."""
-        return threading.current_thread() in self._threads.values() or self.changed._is_owned()  # type: ignore[attr-defined]
+        return threading.current_thread() in self._threads.values() or self.changed.is_owned()
 
     def _read_on(self, lane: int) -> None:
         while True:
