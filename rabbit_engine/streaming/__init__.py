@@ -13,7 +13,8 @@ from rabbit_engine.streaming.binding.scratch import Scratch
 from rabbit_engine.streaming.binding.tied import TiedRows
 from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import move
-from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, BlockHome, LayerStates, TextStates
+from rabbit_engine.streaming.caches.layers import LayerStates
+from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, BlockHome, TextStates
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
