@@ -35,12 +35,18 @@ from rabbit_engine.model.long_prompts import LongPromptMixin
 from rabbit_engine.model.protocols import Decoder
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import SpeculatingMixin, decode, parse_speculate, watched_preparation
-from rabbit_engine.model.tiered_caches import make_cache
+from rabbit_engine.model.tiered_caches import make_cache, making_pairs, put_in_tiers
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.generation import around_decoding, own_cache, settings_of, without_cache_objects
+from rabbit_engine.transformers_bridge.generation import (
+    around_decoding,
+    around_new_caches,
+    own_cache,
+    settings_of,
+    without_cache_objects,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -155,7 +161,7 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
         cache = make_cache(runtime_of(self), demand)
         kwargs |= own_cache(self.forward, cache, assists=bool(asked("is_assistant")))  # type: ignore[attr-defined]
-        with self._speculating(speculate), self.computing_parts(demand.chunk):
+        with self._speculating(speculate), self.computing_parts(demand.chunk), making_pairs(self, demand):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
             return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]
 
@@ -360,7 +366,11 @@ def streamed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     Remote code that keeps its cache in tuples creates it itself: `generate` passes it none.
     """
-    own: dict[str, object] = {"__module__": cls.__module__, **around_decoding(cls, decode)}
+    own: dict[str, object] = {
+        "__module__": cls.__module__,
+        **around_decoding(cls, decode),
+        **around_new_caches(cls, put_in_tiers),
+    }
     if hasattr(cls, "prepare_inputs_for_generation"):
         own["prepare_inputs_for_generation"] = watched_preparation(cls)
     made = type(cls.__name__, (StreamingMixin, cls), own)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from rabbit_engine.errors import ConfigurationError
-from rabbit_engine.model.runtime import Runtime
+from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
 from rabbit_engine.planning.texts import disk_room, texts_folder
 from rabbit_engine.streaming import BlockHome, TextStates
 from rabbit_engine.transformers_bridge.forwards import cache_of
-from rabbit_engine.transformers_bridge.generation import Asked
-from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices
+from rabbit_engine.transformers_bridge.generation import Asked, takes_cache_objects
+from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, put_pair_in_tiers, spread
 from rabbit_engine.utils.platform import free_memory_bytes
 
 _CPU = torch.device("cpu")
@@ -35,10 +37,10 @@ def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
 def require_cache_dtype(runtime: Runtime) -> None:
     """Raise ConfigurationError for a `cache_dtype` that the model's caches cannot have."""
     wanted = runtime.assembly.cache_dtype
-    if wanted is not None and not _can_tier(runtime):
+    if wanted is not None and (_has_encoder(runtime) or not _can_tier(runtime)):
         raise ConfigurationError(
-            f"cache_dtype={wanted!r} is for layers that keep the keys and values of all tokens, and none is known "
-            f"in the cache of {runtime.architecture.cls.__name__}: leave it out"
+            f"cache_dtype={wanted!r} is for layers that keep the keys and values of all tokens of a decoder alone, and none is "
+            f"known in the cache of {runtime.architecture.cls.__name__}: leave it out"
         )
 
 
@@ -56,23 +58,58 @@ def tier_room(runtime: Runtime) -> int:
 
 
 def _can_tier(runtime: Runtime) -> bool:
-    return runtime.partition.probe.growing_layers > 0 and not runtime.architecture.config.is_encoder_decoder
+    cls = runtime.architecture.cls
+    return runtime.partition.probe.growing_layers > 0 and (not _has_encoder(runtime) or takes_cache_objects(cls))
+
+
+def _has_encoder(runtime: Runtime) -> bool:
+    return bool(runtime.architecture.config.is_encoder_decoder)
 
 
 def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
-    """A cache with `demand.tiered` layers in tiers, spread over the model's depth; None if there are none. Raises
-    CacheStorageError if its file cannot be made."""
-    if not demand.tiered:
+    """A cache with `demand.tiered` layers in tiers, spread over the model's depth; None if there are none, or the model has an
+    encoder: see `making_pairs`. Raises CacheStorageError if its file cannot be made."""
+    if not demand.tiered or _has_encoder(runtime):
         return None
     config = runtime.architecture.config.get_text_config()
-    growing = growing_indices(DynamicCache(config=config).layers)
-    count = min(demand.tiered, len(growing))
-    chosen = {growing[index * len(growing) // count] for index in range(count)}
+    chosen = spread(growing_indices(DynamicCache(config=config).layers), demand.tiered)
+    return TieredCache(config, chosen, TextStates(_make_home(runtime, demand), demand.prompt + demand.answer))
+
+
+def _make_home(runtime: Runtime, demand: Demand) -> BlockHome:
     in_memory = demand.held or (
         runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
     )
-    home = BlockHome(None if in_memory else texts_folder(), encoded=demand.encoded)
-    return TieredCache(config, chosen, TextStates(home, demand.prompt + demand.answer))
+    return BlockHome(None if in_memory else texts_folder(), encoded=demand.encoded)
+
+
+_PAIRED: ContextVar[tuple[object, Demand] | None] = ContextVar("paired", default=None)
+
+
+@contextmanager
+def making_pairs(model: object, demand: Demand | None) -> Iterator[None]:
+    """A block in which the caches that `generate` of a model with an encoder makes have `demand.tiered` layers in tiers: some
+    classes make several, for parts of a sound. Without such layers, as before."""
+    if demand is None or not demand.tiered or not _has_encoder(runtime_of(model)):
+        yield
+        return
+    token = _PAIRED.set((model, demand))
+    try:
+        yield
+    finally:
+        _PAIRED.reset(token)
+
+
+def put_in_tiers(model: object, cache: object) -> None:
+    """Give a `cache` that `generate` of `model` has just made its layers in tiers, if it is one of a block of `making_pairs`.
+    Raises CacheStorageError if its file cannot be made."""
+    wanted = _PAIRED.get()
+    if wanted is None or wanted[0] is not model or not isinstance(cache, EncoderDecoderCache):
+        return
+    runtime, demand = runtime_of(model), wanted[1]
+    reads_text = not runtime.partition.probe.fixed_layer_bytes  # then the prompt is the encoder's
+    own, read = (demand.answer, demand.prompt) if reads_text else (demand.prompt + demand.answer, 0)
+    put_pair_in_tiers(cache, demand.tiered, TextStates(_make_home(runtime, demand), own), read)
 
 
 def in_shared_blocks(runtime: Runtime, demand: Demand) -> Demand:

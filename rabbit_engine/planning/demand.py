@@ -57,18 +57,21 @@ _WHOLE_LAYERS = 3
 """Layers in tiers that are in memory at once: the one that runs, the one that is read ahead, the one that is written."""
 
 _TAIL_TOKENS = 768
-"""The newest tokens of each layer in tiers stay in memory: up to two blocks, and one more while it is cut off."""
+"""The newest tokens of each layer in tiers, or of each of its caches, stay in memory: up to two blocks, and one more while it is
+cut off."""
 
 
 def cache_bytes(probe: Probe, demand: Demand) -> int:
     """Bytes in memory of the caches of all sequences at full length; a single forward keeps none."""
     if demand.logits is not None:
         return 0
-    tokens, layer = demand.prompt + demand.answer, probe.growing_token_bytes
+    tokens = demand.prompt + demand.answer
     whole = probe.cache_fixed_bytes + probe.cache_token_bytes * tokens
     if demand.tiered:
-        kept = min(demand.tiered, _WHOLE_LAYERS) * (tokens + BLOCK_TOKENS) + demand.tiered * min(tokens, _TAIL_TOKENS)
-        whole = max(0, whole - demand.tiered * layer * tokens) + kept * layer
+        layer = probe.growing_token_bytes * tokens + probe.fixed_layer_bytes
+        block, tails = BLOCK_TOKENS * probe.growing_token_bytes, probe.layer_caches * _TAIL_TOKENS * probe.growing_token_bytes
+        kept = min(demand.tiered, _WHOLE_LAYERS) * (layer + block) + demand.tiered * min(layer, tails)
+        whole = max(0, whole - demand.tiered * layer) + kept
     return demand.sequences * whole + (_block_bytes(probe, demand) if demand.held else 0)
 
 
@@ -80,7 +83,8 @@ def tier_bytes(probe: Probe, demand: Demand) -> int:
 def _block_bytes(probe: Probe, demand: Demand) -> int:
     """Bytes of the blocks of the layers in tiers, wherever they lie."""
     token_bytes = probe.int8_token_bytes if demand.encoded else probe.growing_token_bytes
-    return demand.sequences * demand.tiered * token_bytes * (demand.prompt + demand.answer - demand.begun)
+    layer = token_bytes * (demand.prompt + demand.answer - demand.begun) + probe.fixed_layer_bytes
+    return demand.sequences * demand.tiered * layer
 
 
 def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:

@@ -82,7 +82,8 @@ class Probe:
     `cache_token_bytes` is the growth of the KV cache per token, and `cache_fixed_bytes` what a text takes of it at any length:
     keys and values of an encoder's image or sound. `routed` maps each experts module to the number of experts per token.
     `growing_layers` layers of the cache hold keys and values of all tokens and nothing else, of `growing_token_bytes` a token and
-    layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic.
+    layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic. With an encoder, a layer has
+    `layer_caches` of them, one for what was read: `fixed_layer_bytes` of `cache_fixed_bytes`.
     A prompt in parts has `carried_token_bytes` of states for each of its tokens while other parts run, and `span_token_bytes` of
     copies for each token that a part attends to.
     `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
@@ -97,6 +98,8 @@ class Probe:
     growing_layers: int = 0
     growing_token_bytes: int = 0
     int8_token_bytes: int = 0
+    layer_caches: int = 1
+    fixed_layer_bytes: int = 0
     carried_token_bytes: int = 0
     span_token_bytes: int = 0
     layers: Curve = Curve()
@@ -193,8 +196,10 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         cache_token_bytes=caches.token,
         cache_fixed_bytes=caches.fixed,
         growing_layers=len(growing),
-        growing_token_bytes=max((nbytes for nbytes, _ in growing), default=0),
-        int8_token_bytes=max((nbytes for _, nbytes in growing), default=0),
+        growing_token_bytes=max((nbytes for layer in growing for nbytes, _ in layer), default=0),
+        int8_token_bytes=max((nbytes for layer in growing for _, nbytes in layer), default=0),
+        layer_caches=max(map(len, growing), default=1),
+        fixed_layer_bytes=caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
         carried_token_bytes=_carried_bytes(model),
         span_token_bytes=_span_bytes(model, caches.token),
         layers=layers,
@@ -221,7 +226,7 @@ def _token_bytes(states: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
 
 def _run(
     model: PreTrainedModel, watch: _Watch, prompting: Prompting
-) -> tuple[Curve, list[tuple[int, int]], Curve, Curve, frozenset[str]]:
+) -> tuple[Curve, list[list[tuple[int, int]]], Curve, Curve, frozenset[str]]:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
     walks through the tokens, two long ones. Returns the cache's bytes, those a token of each layer that grows, the live bytes up
     to the head and after it, and the modules that ran for the prompts only.
@@ -234,7 +239,7 @@ def _run(
         prompts = [_prompt(model, watch, prompting, tokens) for tokens in (short, 4 * short)]
         watch.latest = set()
         caches = _caches(model, prompts)
-        growing = [_token_bytes(states) for states in growing_states(cache_of(prompts[-1].output))]
+        growing = [[_token_bytes(one) for one in layer] for layer in growing_states(cache_of(prompts[-1].output))]
         prompt_only = frozenset(watch.ran.keys() - watch.latest if watch.latest else ())
         most = min(_LONG, positions)
         if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * short:

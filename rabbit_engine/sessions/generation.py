@@ -12,7 +12,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate
-from rabbit_engine.model.tiered_caches import make_cache
+from rabbit_engine.model.tiered_caches import make_cache, making_pairs
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
@@ -82,24 +82,25 @@ class Generation(StoppingCriteria):
         cache = self.make_cache()
         if self._prefixes is not None and (known := self._prefixes.begin(self._prompt.ids, cache)) is not None:
             self._known, cache = known, known.cache
-        self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **self._prompt.inputs,
-            max_new_tokens=self._ends.most,
-            max_length=None,  # `max_new_tokens` already includes the checkpoint's
-            eos_token_id=sorted(self._ends.tokens) or None,
-            pad_token_id=_pad_token(self._model, self._ends.tokens),
-            stopping_criteria=[self],
-            logits_processor=self._processors(),
-            **one_by_one(self._model.generation_config),
-            **_cold(self._model.generation_config, self._options),
-            **self._options.keywords(),
-            **_add_to_checkpoint(self._model, self._options),
-            **self._speculate,
-            **self._part_rows,
-            **own_cache(self._model.forward, cache),
-        )
+        with making_pairs(self._model, self._demand):
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **self._prompt.inputs,
+                max_new_tokens=self._ends.most,
+                max_length=None,  # `max_new_tokens` already includes the checkpoint's
+                eos_token_id=sorted(self._ends.tokens) or None,
+                pad_token_id=_pad_token(self._model, self._ends.tokens),
+                stopping_criteria=[self],
+                logits_processor=self._processors(),
+                **one_by_one(self._model.generation_config),
+                **_cold(self._model.generation_config, self._options),
+                **self._options.keywords(),
+                **_add_to_checkpoint(self._model, self._options),
+                **self._speculate,
+                **self._part_rows,
+                **own_cache(self._model.forward, cache),
+            )
 
     def make_cache(self) -> DynamicCache | None:
         """The cache to begin with; None leaves it to `generate`."""

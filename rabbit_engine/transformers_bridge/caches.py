@@ -15,10 +15,11 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
 )
 
-from rabbit_engine.transformers_bridge.tiered import Pair, TieredCache, TieredLayer, growing_indices, part_of
+from rabbit_engine.transformers_bridge.tiered import Pair, TieredCache, TieredLayer, growing_indices, growing_pairs, part_of
 
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
@@ -137,12 +138,17 @@ def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
             layer.update(keys, values)
 
 
-def growing_states(cache: object) -> list[Pair]:
-    """Keys and values of each layer of a dynamic cache that holds those of all tokens and nothing else."""
-    if type(cache) is not DynamicCache:
+def growing_states(cache: object) -> list[list[Pair]]:
+    """Keys and values of each layer of a dynamic cache that holds those of all tokens and nothing else; with an encoder, the
+    decoder's own and those of what was read."""
+    if isinstance(cache, EncoderDecoderCache):
+        both = [cache.self_attention_cache.layers, cache.cross_attention_cache.layers]
+        found: list[list[Any]] = [[layers[index] for layers in both] for index in growing_pairs(cache)]
+    elif type(cache) is DynamicCache:
+        found = [[cache.layers[index]] for index in growing_indices(cache.layers)]
+    else:
         return []
-    layers: list[Any] = [cache.layers[index] for index in growing_indices(cache.layers)]
-    return [(layer.keys, layer.values) for layer in layers if layer.get_seq_length()]
+    return [[(one.keys, one.values) for one in layer] for layer in found if all(one.get_seq_length() for one in layer)]
 
 
 def is_recording(cache: Cache) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from rabbit_engine.transformers_bridge.forwards import cache_argument
+from rabbit_engine.transformers_bridge.forwards import cache_argument, cache_of
 
 Class = TypeVar("Class", bound=type[PreTrainedModel])
 
@@ -65,8 +65,9 @@ def without_cache_objects(cls: Class) -> Class:
 
 
 def takes_cache_objects(model: Any) -> bool:
-    """Whether `generate` passes the model's forward a cache that it made."""
-    takes = getattr(type(model), "_supports_default_dynamic_cache", None)
+    """Whether `generate` passes the forward of a model, or of a class, a cache that it made."""
+    cls = model if isinstance(model, type) else type(model)
+    takes = getattr(cls, "_supports_default_dynamic_cache", None)
     return takes is not None and bool(takes())
 
 
@@ -106,6 +107,26 @@ def around_decoding(cls: type, around: Callable[[Any, DecodingLoop], Any]) -> di
         return around(self, DecodingLoop(input_ids, generation_config, most, keywords, returns_cache, run))
 
     return {"_sample": sample}
+
+
+def around_new_caches(cls: type, adapt: Callable[[Any, Any], None]) -> dict[str, Any]:
+    """Attributes of a subclass of `cls` whose `generate` shows `adapt(model, cache)` each cache that it made, before its use.
+
+    Empty for a class that does not generate.
+    """
+    original = getattr(cls, "_prepare_cache_for_generation", None)
+    if original is None:
+        return {}
+
+    @functools.wraps(original)
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **keywords: Any) -> Any:
+        given = cache_of(model_kwargs)
+        result = original(self, generation_config, model_kwargs, *args, **keywords)
+        if given is None and (made := cache_of(model_kwargs)) is not None:
+            adapt(self, made)
+        return result
+
+    return {"_prepare_cache_for_generation": prepare}
 
 
 def refused_by_generate(error: BaseException) -> bool:

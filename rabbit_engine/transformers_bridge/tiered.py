@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,15 +64,15 @@ class TextLayers(Protocol):
 
     expected_tokens: int
 
-    def new_layer(self) -> GrowingStates:
-        """The states of the next layer."""
+    def new_layer(self, expected_tokens: int | None = None) -> GrowingStates:
+        """The states of the next layer. `expected_tokens` are its own, if they are not the text's."""
         ...
 
     def end_turn_before(self, layer: GrowingStates | None) -> None:
         """End the turn of every layer but `layer`."""
 
-    def fork(self) -> tuple[TextLayers, Sequence[GrowingStates]]:
-        """A text that begins with the same tokens, and its layers."""
+    def fork(self) -> tuple[TextLayers, Mapping[Any, GrowingStates]]:
+        """A text that begins with the same tokens, and for each layer its own."""
         ...
 
 
@@ -197,6 +197,14 @@ class TieredCache(DynamicCache):
         for index in sorted(set(tiered) & set(growing_indices(self.layers))):
             self.layers[index] = TieredLayer(text.new_layer())
 
+    @classmethod
+    def of(cls, cache: DynamicCache, states: Mapping[int, GrowingStates], text: TextLayers) -> Self:
+        """`cache`, which is new, with the layers at the indices of `states` there."""
+        made = object.__new__(cls)
+        vars(made).update(vars(cache), text=text)
+        made.layers = [TieredLayer(states[index]) if index in states else layer for index, layer in enumerate(cache.layers)]
+        return made
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """transformers' `update`, with which the turn of the layer before ends."""
         layer = self.layers[layer_idx]
@@ -208,19 +216,54 @@ class TieredCache(DynamicCache):
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         vars(copied).update({name: value for name, value in vars(self).items() if name not in ("layers", "text")})
-        copied.text, states = self.text.fork()
-        forked = iter(states)
-        copied.layers = [_copy_layer(layer, forked.__next__, memo) for layer in self.layers]
+        copied.text, states = _fork_once(self.text, memo)
+        copied.layers = [_copy_layer(layer, states, memo) for layer in self.layers]
         return copied
 
 
-def _copy_layer(layer: Any, next_states: Callable[[], GrowingStates], memo: dict[int, Any]) -> Any:
+def _fork_once(text: TextLayers, memo: dict[Any, Any]) -> tuple[TextLayers, Mapping[Any, GrowingStates]]:
+    """The fork of a text in one deep copy: the caches of a decoder and of its encoder are of the same."""
+    key = "fork", id(text)
+    if key not in memo:
+        memo[key] = text.fork()
+    forked: tuple[TextLayers, Mapping[Any, GrowingStates]] = memo[key]
+    return forked
+
+
+def _copy_layer(layer: Any, states: Mapping[Any, GrowingStates], memo: dict[int, Any]) -> Any:
     if not isinstance(layer, TieredLayer):
         return copy.deepcopy(layer, memo)
-    copied = TieredLayer(next_states())
+    copied = TieredLayer(states[layer.states])
     if layer.is_initialized:
         copied.dtype, copied.device, copied.is_initialized = layer.dtype, layer.device, True
     return copied
+
+
+def put_pair_in_tiers(cache: EncoderDecoderCache, count: int, text: TextLayers, read_tokens: int) -> None:
+    """Let `count` layers of a new cache have the decoder's own keys and values in `text`, and those of the `read_tokens` that
+    its encoder read, of which none come later; spread over the depth."""
+    own, read = cache.self_attention_cache, cache.cross_attention_cache
+    states: tuple[dict[int, GrowingStates], dict[int, GrowingStates]] = {}, {}
+    for index in spread(growing_pairs(cache), count):
+        states[0][index], states[1][index] = text.new_layer(), text.new_layer(read_tokens)  # in the order of a pass
+    cache.self_attention_cache, cache.cross_attention_cache = (
+        TieredCache.of(each, some, text) for each, some in zip((own, read), states, strict=True)
+    )
+
+
+def growing_pairs(cache: EncoderDecoderCache) -> list[int]:
+    """The layers of which both caches are dynamic, and hold all tokens' keys and values and nothing else."""
+    caches = cache.self_attention_cache, cache.cross_attention_cache
+    if any(type(each) is not DynamicCache or each.offloading for each in caches):
+        return []
+    own, read = (growing_indices(each.layers) for each in caches)
+    return sorted(set(own) & set(read))
+
+
+def spread(indices: Sequence[int], count: int) -> list[int]:
+    """`count` of them, all if they are fewer, evenly."""
+    count = min(count, len(indices))
+    return [indices[at * len(indices) // count] for at in range(count)]
 
 
 def part_of(layer: DynamicLayer, first: int, stop: int) -> Pair:

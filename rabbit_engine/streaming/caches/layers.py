@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class LayerStates:
     """Keys [rows, heads, tokens, width] and values [rows, heads, tokens, value width] of the tokens of a layer so far."""
 
-    def __init__(self, text: TextStates, index: int) -> None:
-        self._text, self.index = text, index
+    def __init__(self, text: TextStates, index: int, expected_tokens: int | None = None) -> None:
+        self._text, self.index, self.expected_tokens = text, index, expected_tokens
         self._blocks: tuple[TextBlock, ...] = ()
         self._tail: Pair | None = None
         self._whole: LayerBuffer | None = None
@@ -186,7 +186,7 @@ class LayerStates:
     def _begin_reading(self) -> Arrival:
         assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
         tokens = self._stored_tokens + self._tail[0].shape[2] + self._text.block_tokens
-        arrival = Arrival(self._blocks, self._text.buffer_for(self._tail, len(self._tail[0]), tokens))
+        arrival = Arrival(self._blocks, self._new_buffer(self._tail, tokens))
         if arrival.blocks:
             self._text.mover.bring(arrival)
         return arrival
@@ -200,12 +200,17 @@ class LayerStates:
         assert self._whole is not None  # noqa: S101 - its turn has begun
         return self._whole
 
+    def _new_buffer(self, states: Pair, tokens: int) -> LayerBuffer:
+        """One for `tokens` tokens of the shape of `states`, and those that are expected."""
+        expected = self._text.expected_tokens if self.expected_tokens is None else self.expected_tokens
+        return self._text.buffer_for(states, len(states[0]), max(tokens, expected))
+
     def _require_room(self, buffer: LayerBuffer, tokens: int) -> LayerBuffer:
         """`buffer`, or a larger one with the same tokens, with room for `tokens` more."""
         if buffer.tokens + tokens <= buffer.capacity:
             return buffer
         states = buffer.view()
-        larger = self._text.buffer_for(states, len(states[0]), (buffer.tokens + tokens) * 9 // 8)
+        larger = self._new_buffer(states, (buffer.tokens + tokens) * 9 // 8)
         larger.add(states)
         if buffer is self._whole:
             self._whole = larger

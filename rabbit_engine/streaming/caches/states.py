@@ -55,14 +55,14 @@ class TextStates:
         self._layers: list[weakref.ref[LayerStates]] = []  # they refer to this: a cycle would keep files and buffers for a while
         self._current: weakref.ref[LayerStates] | None = None
 
-    def fork(self) -> tuple[TextStates, list[LayerStates]]:
-        """A text that begins with the same tokens, in the same blocks, and its layers."""
-        text = TextStates(self._home, self.expected_tokens)
-        return text, [layer.fork(text.new_layer()) for found in self._layers if (layer := found()) is not None]
+    def fork(self) -> tuple[TextStates, dict[LayerStates, LayerStates]]:
+        """A text that begins with the same tokens, in the same blocks, and for each layer its own."""
+        text, layers = TextStates(self._home, self.expected_tokens), (found() for found in self._layers)
+        return text, {layer: layer.fork(text.new_layer(layer.expected_tokens)) for layer in layers if layer is not None}
 
-    def new_layer(self) -> LayerStates:
-        """The states of the next layer in the order of a pass."""
-        layer = LayerStates(self, len(self._layers))
+    def new_layer(self, expected_tokens: int | None = None) -> LayerStates:
+        """The states of the next layer in the order of a pass. `expected_tokens` are its own, if they are not the text's."""
+        layer = LayerStates(self, len(self._layers), expected_tokens)
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -121,9 +121,8 @@ class TextStates:
         return None if self._current is None else self._current()
 
     def buffer_for(self, states: Pair, rows: int, tokens: int) -> LayerBuffer:
-        """One for `tokens` tokens of the shape of `states`, and those that are expected."""
-        wanted = max(tokens, self.expected_tokens)
-        return LayerBuffer.like(states, rows, -(-wanted // self.block_tokens) * self.block_tokens, self._home.pool)
+        """One for `tokens` tokens of the shape of `states`, and those up to a whole block."""
+        return LayerBuffer.like(states, rows, -(-tokens // self.block_tokens) * self.block_tokens, self._home.pool)
 
     def cut(self, states: Pair) -> StoredBlock:
         """A block of the buffer of a layer: without a copy until it is written, unless encoded or on another device."""
