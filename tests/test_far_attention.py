@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from rabbit_engine.caches import FarStates, attend_by_blocks, attention_over_blocks, with_far_blocks
 from rabbit_engine.errors import FarStatesError
+from rabbit_engine.transformers_bridge import attention
 from rabbit_engine.transformers_bridge.attention import wrapped_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning")
@@ -63,8 +64,9 @@ def test_families_that_attend_by_their_own_code_raise(family: str, long_ids: tor
         logits_in_passes(model, far_cache(model.config), long_ids)
 
 
-def test_without_the_wrapper_a_cache_in_blocks_raises(long_ids: torch.Tensor) -> None:
+def test_without_the_wrapper_a_cache_in_blocks_raises(long_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.build("llama")
+    monkeypatch.setattr(attention, "_WRAPPERS", [])  # texts in pieces have wrapped the look-ups for good
     with pytest.raises(FarStatesError, match="only the newest are in memory"):
         logits_in_passes(model, far_cache(model.config), long_ids)
 

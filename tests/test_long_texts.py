@@ -5,30 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+from long_texts import BLOCK, answer, have_all_in_tiers, made_caches, prompt
 from tiny import words
-from transformers import DynamicCache
 
 from rabbit_engine import Session
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.errors import BudgetError, CacheStorageError, PromptTooLongError
-from rabbit_engine.model import mixin, tiered_caches
+from rabbit_engine.model import mixin
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
 from rabbit_engine.planning import texts
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, tier_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.sessions.room import Room
-from rabbit_engine.streaming import BlockHome
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer, growing_indices
-
-BLOCK = 4
+from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
 
 FAMILIES = [
     "llama",
@@ -53,51 +49,15 @@ OTHERS = ["qwen3_next", "qwen3_5", "jamba", "llama4", "mpt", "bloom", "falcon", 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[TieredCache]]:
     """The caches that `generate` makes, small blocks in a folder of the test's."""
-    found: list[TieredCache] = []
-    make = tiered_caches.make_cache
-
-    def noted(*args: Any) -> Any:
-        cache = make(*args)
-        if cache is not None:
-            found.append(cache)
-        return cache
-
-    monkeypatch.setattr(tiered_caches, "BlockHome", partial(BlockHome, block_tokens=BLOCK))
-    monkeypatch.setattr(texts, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(mixin, "make_cache", noted)
-    yield found
-    for cache in found:
-        cache.text.close()
+    with made_caches(monkeypatch, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture
 def tiers(made: list[TieredCache], monkeypatch: pytest.MonkeyPatch) -> list[TieredCache]:
     """Every text of `generate` has all layers that can be in tiers there."""
-    admit = mixin.admitted
-
-    def admitted(runtime: Any, ids: Any, given: Any, asked: Any) -> Demand:
-        layers = DynamicCache(config=runtime.architecture.config.get_text_config()).layers
-        count = len(growing_indices(layers)) if tiered_caches.may_tier(given, asked) else 0
-        return replace(admit(runtime, ids, given, asked), tiered=count)
-
-    monkeypatch.setattr(mixin, "admitted", admitted)
+    have_all_in_tiers(monkeypatch)
     return made
-
-
-def prompt(tokens: int = 41, sequences: int = 1) -> torch.Tensor:
-    return torch.randint(5, 90, (sequences, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def answer(model: Any, ids: torch.Tensor, **keywords: Any) -> Any:
-    torch.manual_seed(3)
-    settings = {
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-    }
-    return model.generate(ids, **(settings | keywords))
 
 
 def require_same(found: Any, expected: Any) -> None:

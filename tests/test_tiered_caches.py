@@ -13,6 +13,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
+from rabbit_engine.caches import FarStates
+from rabbit_engine.errors import FarStatesError
 from rabbit_engine.storage.scratchfile import ScratchFile
 from rabbit_engine.streaming.caches.states import BlockHome, TextStates
 from rabbit_engine.transformers_bridge.tiered import TieredCache
@@ -21,8 +23,19 @@ LAYERS = 4
 CONFIG = LlamaConfig(num_hidden_layers=LAYERS)
 
 
-def tiered(folder: Path | None, block: int, *, which=range(LAYERS), expected: int = 0) -> TieredCache:
-    return TieredCache(CONFIG, which, TextStates(BlockHome(folder, block), expected))
+def tiered(
+    folder: Path | None, block: int, *, which=range(LAYERS), expected: int = 0, piece: int | None = None, encoded: bool = False
+) -> TieredCache:
+    return TieredCache(CONFIG, which, TextStates(BlockHome(folder, block, piece_tokens=piece, encoded=encoded), expected))
+
+
+def whole(shown):
+    """Keys and values of all tokens, also of those in pieces; twice, as layers that share keys ask for them again."""
+    if not isinstance(shown[0], FarStates):
+        return shown
+    for _ in range(2):
+        pieces = [tuple(states.clone() for states in piece) for piece in shown[0].far.blocks()]
+    return tuple(torch.cat([*far, near.near], dim=2) for far, near in zip(zip(*pieces, strict=True), shown, strict=True))
 
 
 def states(rows: int, tokens: int, width: int = 8, dtype: torch.dtype = torch.float32):
@@ -33,7 +46,7 @@ def update(caches, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -
     """A pass over all layers: both show the same."""
     for index in range(LAYERS):
         keys, values = states(rows, tokens, dtype=dtype)
-        shown = [cache.update(keys, values, index) for cache in caches]
+        shown = [whole(cache.update(keys, values, index)) for cache in caches]
         for found, wanted in zip(*shown, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
@@ -48,20 +61,21 @@ def require_equal(ours: TieredCache, theirs: DynamicCache) -> None:
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
 @pytest.mark.parametrize("which", [range(LAYERS), (1, 3)])
-@pytest.mark.parametrize("block", [1, 4, 16])
-def test_shows_what_a_dynamic_cache_shows(tmp_path: Path, place: str, which, block: int) -> None:
-    ours, theirs = tiered(tmp_path if place == "disk" else None, block, which=which), DynamicCache(config=CONFIG)
+@pytest.mark.parametrize(("block", "piece"), [(1, None), (4, None), (16, None), (1, 3), (4, 4), (4, 12)])
+def test_shows_what_a_dynamic_cache_shows(tmp_path: Path, place: str, which, block: int, piece: int | None) -> None:
+    ours, theirs = tiered(tmp_path if place == "disk" else None, block, which=which, piece=piece), DynamicCache(config=CONFIG)
     for tokens in (33, 1, 1, 7, 1, 40, 1):
         update((ours, theirs), 2, tokens)
     require_equal(ours, theirs)
     assert (ours.text.bytes_written > 0) == (ours.text.bytes_read > 0) == (place == "disk")
 
 
+@pytest.mark.parametrize("piece", [None, 12])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_operation_at_random(tmp_path: Path, seed: int) -> None:
+def test_every_operation_at_random(tmp_path: Path, seed: int, piece: int | None) -> None:
     draw, rows = random.Random(seed), 2
     torch.manual_seed(seed)
-    ours, theirs = tiered(tmp_path, 4), DynamicCache(config=CONFIG)
+    ours, theirs = tiered(tmp_path, 4, piece=piece), DynamicCache(config=CONFIG)
     update((ours, theirs), rows, draw.randint(1, 40))
     for _ in range(40):
         match draw.randrange(8):
@@ -147,6 +161,42 @@ def test_a_layer_is_read_as_one_though_layers_grow_in_turn(tmp_path: Path, monke
     monkeypatch.setattr(ScratchFile, "read", noted)
     cache.layers[0].states.part(0, 4 * 128)
     assert set(reads) <= {5 * 2 * 2, 4 * 2 * 2}  # blocks (all are read ahead), keys and values, heads
+
+
+def test_pieces_are_read_once_each_and_ahead(tmp_path: Path) -> None:
+    cache = tiered(tmp_path, 64, piece=128)
+    for index in range(LAYERS):
+        cache.update(*states(1, 64 * 9), index)
+    for index in range(LAYERS):
+        whole(cache.update(*states(1, 1), index))  # twice
+    block = 2 * 64 * (8 + 4) * 4
+    assert cache.text.bytes_read in {LAYERS * 2 * 8 * block, (LAYERS * 2 * 8 + 2) * block}  # and the first piece of the next pass
+
+
+def test_pieces_of_eight_bits_show_what_whole_layers_do(tmp_path: Path) -> None:
+    caches = [tiered(tmp_path, 4, piece=piece, encoded=True) for piece in (None, 12)]
+    for tokens in (33, 1, 7, 1):
+        for index in range(LAYERS):
+            keys, values = states(2, tokens)
+            for cache in caches:
+                cache.update(keys, values, index)
+    require_equal(*caches)
+    for index in range(LAYERS):  # a whole layer has its new tokens as they were computed, until its turn ends
+        shown = whole(caches[1].update(*states(2, 1), index))
+        for found, wanted in zip(shown, caches[1].layers[index].states.all(), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_pieces_that_attention_leaves_are_dropped(tmp_path: Path) -> None:
+    cache = tiered(tmp_path, 4, piece=4)
+    for index in range(LAYERS):
+        keys, _ = cache.update(*states(1, 40), index)
+    left = keys.far.blocks()
+    next(left)
+    left.close()
+    assert [len(list(cache.update(*states(1, 1), index)[0].far.blocks())) for index in range(LAYERS)] == [9] * LAYERS
+    with pytest.raises(FarStatesError):
+        keys + 1
 
 
 def test_space_of_dropped_blocks_is_used_again(tmp_path: Path) -> None:

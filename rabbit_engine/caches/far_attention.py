@@ -19,7 +19,8 @@ _WITH_PADDING_MASKS = ("flash_attention_2", "flash_attention_3", "flash_attentio
 """Implementations whose mask [batch, tokens] tells what is padding; they know windows, and what is causal. The others have a mask
 [batch, heads or 1, rows, tokens] of all that a row sees."""
 
-_KNOWN = ("eager", "sdpa", *_WITH_PADDING_MASKS)
+KNOWN_ATTENTION = ("eager", "sdpa", *_WITH_PADDING_MASKS)
+"""Implementations of transformers that can attend over blocks."""
 
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"}
 """Arguments that pass through attention and do not change it."""
@@ -30,15 +31,18 @@ def attention_over_blocks(name: str, native: AttentionFunction) -> AttentionFunc
 
     `name` is the implementation that the model runs: what its masks mean depends on it. For FarStates the result is that of
     `attend_by_blocks`, [batch, rows, heads, value_width] and no weights. Raises FarStatesError for what it cannot compute, and
-    for a function that is not transformers' own, as remote code's and a caller's may mean anything.
+    for a function that is not transformers' own, as remote code's and a caller's may mean anything. A function that attends over
+    blocks already is returned as it is.
     """
+    if getattr(native, "attends_over_blocks", False):
+        return native
 
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(key, FarStates) or isinstance(value, FarStates):
             module_name = str(getattr(native, "__module__", ""))
-            if name not in _KNOWN or not module_name.startswith("transformers."):
+            if name not in KNOWN_ATTENTION or not module_name.startswith("transformers."):
                 raise FarStatesError(f"attention over blocks does not know what {name} computes by {native!r}")
             if name == "sdpa":
                 kwargs = _as_sdpa_takes_them(native, module, query, kwargs)
@@ -46,6 +50,7 @@ def attention_over_blocks(name: str, native: AttentionFunction) -> AttentionFunc
         result: tuple[torch.Tensor, torch.Tensor | None] = native(module, query, key, value, *args, **kwargs)
         return result
 
+    attention.attends_over_blocks = True  # type: ignore[attr-defined]
     return attention
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from rabbit_engine.caches import KNOWN_ATTENTION, attention_over_blocks
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
 from rabbit_engine.planning.texts import disk_room, texts_folder
-from rabbit_engine.streaming import BlockHome, TextStates
+from rabbit_engine.streaming import PIECE_TOKENS, BlockHome, TextStates
+from rabbit_engine.transformers_bridge.attention import wrap_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.generation import Asked, takes_cache_objects
 from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, put_pair_in_tiers, spread
@@ -31,7 +33,13 @@ def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
     """How a text that does not fit may be computed, if its prompt may be in `parts` and its cache in `tiers`; caches of the dtype
     that the model was loaded with."""
     encoded = tiers and runtime.assembly.cache_dtype is not None
-    return Ways(parts, tier_room(runtime) if tiers else 0, encoded, encoded and runtime.device.type == "cpu")
+    return Ways(
+        parts,
+        tier_room(runtime) if tiers else 0,
+        encoded,
+        holds=encoded and runtime.device.type == "cpu",
+        pieces=tiers and runtime.partition.probe.far_heads > 0 and runtime.attention in KNOWN_ATTENTION,
+    )
 
 
 def require_cache_dtype(runtime: Runtime) -> None:
@@ -80,7 +88,11 @@ def _make_home(runtime: Runtime, demand: Demand) -> BlockHome:
     in_memory = demand.held or (
         runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
     )
-    return BlockHome(None if in_memory else texts_folder(), encoded=demand.encoded)
+    if demand.pieces:
+        wrap_attention(attention_over_blocks)
+    return BlockHome(
+        None if in_memory else texts_folder(), encoded=demand.encoded, piece_tokens=PIECE_TOKENS if demand.pieces else None
+    )
 
 
 _PAIRED: ContextVar[tuple[object, Demand] | None] = ContextVar("paired", default=None)

@@ -94,15 +94,20 @@ def _for_text(partition: Partition, text: Demand) -> tuple[int, int]:
     return need_bytes(partition.probe, text), ring
 
 
-def text_in_tiers(partition: Partition, tokens: int, stream: StreamConfig) -> Demand | None:
-    """A text of `tokens` with all layers that can be in tiers there, and its prompt in parts where the class computes them; None
-    if that takes no less memory than keeping its cache in memory."""
+def texts_in_tiers(partition: Partition, tokens: int, stream: StreamConfig) -> list[Demand]:
+    """A text of `tokens` with all layers that can be in tiers there, whole and in pieces, and its prompt in parts where the class
+    computes them; only those that take less memory than what is before them, or than a cache in memory."""
     probe = partition.probe
     in_parts = partition.computes_parts and tokens > PLANNED_ROWS
     whole = text_of(probe, tokens, stream)
     kept = [replace(whole, chunk=chunk) for chunk in ((None, PLANNED_ROWS) if in_parts else (None,))]
-    text = min((replace(one, tiered=probe.growing_layers, held=False) for one in kept), key=partial(need_bytes, probe))
-    return text if need_bytes(probe, text) < min(need_bytes(probe, one) for one in kept) else None
+    found, least = list[Demand](), min(need_bytes(probe, one) for one in kept)
+    for pieces in (False, True) if probe.far_heads else (False,):
+        ways = [replace(one, tiered=probe.growing_layers, held=False, pieces=pieces) for one in kept]
+        text = min(ways, key=partial(need_bytes, probe))
+        if need_bytes(probe, text) < least:
+            found, least = [*found, text], need_bytes(probe, text)
+    return found
 
 
 def _without_margin(free_bytes: int, share: float) -> int:

@@ -11,9 +11,9 @@ import torch
 
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import BudgetError
-from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned, text_in_tiers, text_of
+from rabbit_engine.planning.budget import FreeMemory, budget_for, misaligned, text_of, texts_in_tiers
 from rabbit_engine.planning.decoding import decoding_of
-from rabbit_engine.planning.demand import tier_bytes
+from rabbit_engine.planning.demand import Demand, tier_bytes
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import NO_DECODING, Decoding, Plan
@@ -38,16 +38,29 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     text = None if tokens is None else text_of(partition.probe, tokens, stream)
     try:
         plan = _place(partition, stream, budget, speeds, notes)
-    except BudgetError:
-        text = None if tokens is None else text_in_tiers(partition, tokens, stream)
-        if text is None or tier_bytes(partition.probe, text) > _tier_room(stream, free):
-            raise
-        plan = _place(partition, stream, budget_for(partition, stream, free, text), speeds, notes)
+    except BudgetError as error:
+        plan, text = _place_in_tiers(partition, stream, free, speeds, notes, error)
     if text is not None and partition.probe.cache_token_bytes:
         plan = replace(plan, notes=(*plan.notes, note_on_texts(partition.probe, text, speeds)))
     plan = replace(plan, decoding=_decoding(plan, partition, stream))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan
+
+
+def _place_in_tiers(
+    partition: Partition, stream: StreamConfig, free: FreeMemory, speeds: Speeds, notes: Sequence[str], error: BudgetError
+) -> tuple[Plan, Demand]:
+    """The first plan that leaves memory for a text of `max_seq_len` tokens in tiers, and that text. Raises the BudgetError of the
+    text that takes the least memory, or `error` if none can be in tiers."""
+    texts = texts_in_tiers(partition, stream.max_seq_len, stream) if stream.max_seq_len else []
+    for text in texts:
+        if tier_bytes(partition.probe, text) > _tier_room(stream, free):
+            continue
+        try:
+            return _place(partition, stream, budget_for(partition, stream, free, text), speeds, notes), text
+        except BudgetError as smaller:
+            error = smaller
+    raise error
 
 
 def _tier_room(stream: StreamConfig, free: FreeMemory) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.planning.probe import Probe
-from rabbit_engine.streaming import BLOCK_TOKENS
+from rabbit_engine.streaming import BLOCK_TOKENS, PIECE_TOKENS
 from rabbit_engine.utils.heap import give_free_memory_back
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -18,6 +18,9 @@ _LOGITS_BYTES = 8
 """Bytes per vocabulary token of a row of logits: in the model's dtype, and while a head in blocks joins them."""
 
 _MOST_ROWS = 1024
+
+_SCORE_BYTES = 8
+"""Bytes per pair of a row and a token of a piece, and head: scores in float32, and what is summed of them."""
 
 _MASK_BYTES = 4
 """Bytes per pair of positions of a padded prompt: the mask as booleans, and as the kernel takes it."""
@@ -36,7 +39,8 @@ class Demand:
     A `padded` batch needs a mask. The prompt is computed in parts of `chunk` tokens, all at once if that is None, and only the
     newest token if the rest `is_computed` already. A single forward, which keeps no cache and samples nothing, has the number
     of its rows of `logits` over the vocabulary. `tiered` layers of the cache have their keys and values on disk, and in memory
-    only while they run; those that are `encoded`, in eight bits, and in memory too if they are `held` there.
+    only while they run, a piece at a time if they are in `pieces`; those that are `encoded`, in eight bits, and in memory too if
+    they are `held` there.
     The first `begun` tokens of the prompt are computed already, and blocks of them counted with another text.
     """
 
@@ -51,10 +55,23 @@ class Demand:
     encoded: bool = False
     held: bool = False
     begun: int = 0
+    pieces: bool = False
+
+    @property
+    def rows(self) -> int:
+        """The most tokens that are computed at once."""
+        rows = self.prompt - self.begun
+        return 1 if self.is_computed else min(rows, self.chunk or rows)
 
 
 _WHOLE_LAYERS = 3
 """Layers in tiers that are in memory at once: the one that runs, the one that is read ahead, the one that is written."""
+
+_PIECES = 5
+"""Pieces in memory at once: the one in use and its copies in float32, those that are read, and the next layer's first."""
+
+_COPIES_OF_NEW = 4
+"""Of the tokens of a part, for a layer in pieces: as computed, behind its tail, in blocks, and in blocks of the part before."""
 
 _TAIL_TOKENS = 768
 """The newest tokens of each layer in tiers, or of each of its caches, stay in memory: up to two blocks, and one more while it is
@@ -69,10 +86,16 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
     whole = probe.cache_fixed_bytes + probe.cache_token_bytes * tokens
     if demand.tiered:
         layer = probe.growing_token_bytes * tokens + probe.fixed_layer_bytes
-        block, tails = BLOCK_TOKENS * probe.growing_token_bytes, probe.layer_caches * _TAIL_TOKENS * probe.growing_token_bytes
-        kept = min(demand.tiered, _WHOLE_LAYERS) * (layer + block) + demand.tiered * min(layer, tails)
-        whole = max(0, whole - demand.tiered * layer) + kept
+        tails = min(layer, probe.layer_caches * _TAIL_TOKENS * probe.growing_token_bytes)
+        whole = max(0, whole - demand.tiered * layer) + _shown_bytes(probe, demand, layer) + demand.tiered * tails
     return demand.sequences * whole + (_block_bytes(probe, demand) if demand.held else 0)
+
+
+def _shown_bytes(probe: Probe, demand: Demand, layer_bytes: int) -> int:
+    """Bytes of what attention sees of layers in tiers at once, if one has `layer_bytes`."""
+    if demand.pieces:
+        return (_COPIES_OF_NEW * demand.rows + _PIECES * PIECE_TOKENS) * probe.growing_token_bytes
+    return min(demand.tiered, _WHOLE_LAYERS) * (layer_bytes + BLOCK_TOKENS * probe.growing_token_bytes)
 
 
 def tier_bytes(probe: Probe, demand: Demand) -> int:
@@ -94,29 +117,31 @@ def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:
 
 def work_bytes(probe: Probe, demand: Demand) -> int:
     """The most bytes live at once in a pass, without the caches: activations, masks, logits and what samples from them."""
-    rows = demand.prompt - demand.begun
-    tokens = 1 if demand.is_computed else min(rows, demand.chunk or rows)
+    tokens = demand.rows
     parted = not demand.is_computed and tokens < demand.prompt
     extra = _MASK_BYTES * tokens * (demand.prompt if parted else tokens) if demand.padded else 0
     if parted:
-        extra += _part_bytes(probe, demand.prompt, tokens)
+        extra += _part_bytes(probe, demand, tokens)
+    if demand.pieces:
+        extra += _SCORE_BYTES * probe.far_heads * tokens * PIECE_TOKENS
     if demand.logits == 0:
         return demand.sequences * (probe.layers.at(tokens) + extra)
     head = _SAMPLING_BYTES if demand.logits is None else demand.logits * _LOGITS_BYTES
     return demand.sequences * (probe.activation_bytes(tokens) + extra + head * probe.vocabulary)
 
 
-def _part_bytes(probe: Probe, prompt: int, rows: int) -> int:
+def _part_bytes(probe: Probe, demand: Demand, rows: int) -> int:
     """What a part of `rows` tokens takes more than a prompt as short: the states of all parts between two layers, copies of the
     keys and values of a layer, and masks or scores for the tokens before it."""
-    return prompt * (probe.carried_token_bytes + probe.span_token_bytes) + rows * (prompt - rows) * (
-        probe.layers.square + _MASK_BYTES
-    )
+    copied = min(demand.prompt, PIECE_TOKENS) if demand.pieces else demand.prompt
+    before = rows * (demand.prompt - rows) * (probe.layers.square + _MASK_BYTES)
+    return demand.prompt * probe.carried_token_bytes + copied * probe.span_token_bytes + before
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk.
+    """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk, whose
+    layers are in memory whole, or in `pieces` too.
 
     The caches of all texts are in eight bits if they are `encoded`, in the memory of the device if it `holds` them.
     """
@@ -125,6 +150,7 @@ class Ways:
     disk_bytes: int = 0
     encoded: bool = False
     holds: bool = False
+    pieces: bool = False
 
 
 AS_IT_IS = Ways()
@@ -132,16 +158,18 @@ AS_IT_IS = Ways()
 
 def best_way(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> Demand:
     """`demand` as it is if `free_bytes` suffice; else in the largest parts with which they do; else with the fewest layers in
-    tiers, and then the largest parts, with which they do; as it is if they never do. An encoded cache lies in memory if it fits
-    there in any parts, else in tiers."""
+    tiers, and then the largest parts, with which they do; then the same with layers in pieces, which compute other bits; as it is
+    if they never do. An encoded cache lies in memory if it fits there in any parts, else in tiers."""
     chunks = [demand.chunk, *(rows for rows in PART_ROWS if rows < demand.prompt and ways.parts and demand.chunk is None)]
     if ways.encoded:
         places = [*([True] if ways.holds else []), *([False] if ways.disk_bytes or not ways.holds else [])]
         encoded = [encoded_demand(probe, replace(demand, chunk=rows), held=held) for held in places for rows in chunks]
+        encoded += [replace(one, pieces=True) for one in encoded if not one.held and ways.pieces]
         return next((found for found in encoded if _fits(probe, found, free_bytes, ways)), encoded[0])
-    tried = (replace(demand, chunk=rows) for rows in chunks)
-    tried_tiers = (replace(demand, chunk=rows, tiered=probe.growing_layers) for rows in chunks if ways.disk_bytes)
-    for found in (*tried, *tried_tiers):
+    shown = [False, *([True] if ways.pieces else [])] if ways.disk_bytes else []
+    tried = [replace(demand, chunk=rows) for rows in chunks]
+    tried += [replace(one, tiered=probe.growing_layers, pieces=pieces) for pieces in shown for one in tried]
+    for found in tried:
         if _fits(probe, found, free_bytes, ways):
             return _fewest_tiered(probe, found, free_bytes)
     return demand
@@ -153,7 +181,8 @@ def _fits(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> bool:
 
 def _fewest_tiered(probe: Probe, demand: Demand, free_bytes: int) -> Demand:
     """`demand`, which fits, with as few layers in tiers as do."""
-    fewer = (replace(demand, tiered=layers) for layers in range(_WHOLE_LAYERS + 1, demand.tiered))
+    least = 1 if demand.pieces else _WHOLE_LAYERS + 1
+    fewer = (replace(demand, tiered=layers) for layers in range(least, demand.tiered))
     return next((found for found in fewer if need_bytes(probe, found) <= free_bytes), demand)
 
 

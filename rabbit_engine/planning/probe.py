@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from rabbit_engine.architectures import stated_positions
 from rabbit_engine.caches import scales_shape
 from rabbit_engine.errors import first_line
+from rabbit_engine.planning.far_attention import far_heads
 from rabbit_engine.planning.operations import RememberedResults, is_alias
 from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
 from rabbit_engine.transformers_bridge.caches import growing_states
@@ -82,8 +83,9 @@ class Probe:
     `cache_token_bytes` is the growth of the KV cache per token, and `cache_fixed_bytes` what a text takes of it at any length:
     keys and values of an encoder's image or sound. `routed` maps each experts module to the number of experts per token.
     `growing_layers` layers of the cache hold keys and values of all tokens and nothing else, of `growing_token_bytes` a token and
-    layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic. With an encoder, a layer has
-    `layer_caches` of them, one for what was read: `fixed_layer_bytes` of `cache_fixed_bytes`.
+    layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic. Their queries have `far_heads` heads, if
+    the class can attend to them over blocks, else 0. With an encoder, a layer has `layer_caches` of them, one for what was read:
+    `fixed_layer_bytes` of `cache_fixed_bytes`.
     A prompt in parts has `carried_token_bytes` of states for each of its tokens while other parts run, and `span_token_bytes` of
     copies for each token that a part attends to.
     `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
@@ -98,6 +100,7 @@ class Probe:
     growing_layers: int = 0
     growing_token_bytes: int = 0
     int8_token_bytes: int = 0
+    far_heads: int = 0
     layer_caches: int = 1
     fixed_layer_bytes: int = 0
     carried_token_bytes: int = 0
@@ -190,7 +193,7 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         torch.device("meta"),
         _Answers(device_type),
     ):
-        caches, growing, layers, head, prompt_only = _run(model, watch, prompting)
+        caches, growing, heads, layers, head, prompt_only = _run(model, watch, prompting)
     return Probe(
         alone=tuple(name for name in watch.ran if name not in watch.reached),
         cache_token_bytes=caches.token,
@@ -198,6 +201,7 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         growing_layers=len(growing),
         growing_token_bytes=max((nbytes for layer in growing for nbytes, _ in layer), default=0),
         int8_token_bytes=max((nbytes for layer in growing for _, nbytes in layer), default=0),
+        far_heads=heads,
         layer_caches=max(map(len, growing), default=1),
         fixed_layer_bytes=caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
         carried_token_bytes=_carried_bytes(model),
@@ -226,10 +230,10 @@ def _token_bytes(states: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
 
 def _run(
     model: PreTrainedModel, watch: _Watch, prompting: Prompting
-) -> tuple[Curve, list[list[tuple[int, int]]], Curve, Curve, frozenset[str]]:
+) -> tuple[Curve, list[list[tuple[int, int]]], int, Curve, Curve, frozenset[str]]:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
-    walks through the tokens, two long ones. Returns the cache's bytes, those a token of each layer that grows, the live bytes up
-    to the head and after it, and the modules that ran for the prompts only.
+    walks through the tokens, two long ones. Returns the cache's bytes, those a token of each layer that grows, the heads that can
+    attend to them over blocks, the live bytes up to the head and after it, and the modules that ran for the prompts only.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
@@ -240,6 +244,7 @@ def _run(
         watch.latest = set()
         caches = _caches(model, prompts)
         growing = [[_token_bytes(one) for one in layer] for layer in growing_states(cache_of(prompts[-1].output))]
+        heads = far_heads(model, prompts[-1].output)
         prompt_only = frozenset(watch.ran.keys() - watch.latest if watch.latest else ())
         most = min(_LONG, positions)
         if prompts[1].operations < 1.5 * prompts[0].operations and most > 4 * short:
@@ -248,7 +253,7 @@ def _run(
         if handle is not None:
             handle.remove()
     layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
-    return caches, growing, layers, after, prompt_only
+    return caches, growing, heads, layers, after, prompt_only
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,8 @@ def note_on_texts(probe: Probe, text: Demand, speeds: Speeds) -> str:
     if text.held or not text.tiered:
         return f"{grown}, in memory"
     far = tier_bytes(probe, text)
+    pieces = "; a layer is never whole in memory, and attention is exact up to rounding" if text.pieces else ""
     return (
         f"{grown}: of a text as long, {format_bytes(far)} lie on disk and are read for each token, in about "
-        f"{format_seconds(far / speeds.disk)} beside the weights"
+        f"{format_seconds(far / speeds.disk)} beside the weights{pieces}"
     )

@@ -14,7 +14,7 @@ from rabbit_engine.streaming.binding.tied import TiedRows
 from rabbit_engine.streaming.binding.unit_weights import UnitWeights
 from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.caches.layers import LayerStates
-from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, BlockHome, TextStates
+from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, PIECE_TOKENS, BlockHome, TextStates
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
@@ -30,6 +30,7 @@ from rabbit_engine.streaming.transfer.unit import Unit, make_unit, row_blocks
 
 __all__ = [
     "BLOCK_TOKENS",
+    "PIECE_TOKENS",
     "STAGING_BYTES",
     "Binding",
     "BlockHome",

@@ -79,6 +79,13 @@ def wrapped_attention(wrap: Wrapper) -> Iterator[None]:
         _WRAPPERS.remove(wrap)
 
 
+def wrap_attention(wrap: Wrapper) -> None:
+    """As `wrapped_attention` for the rest of the process, inside of all others. Idempotent."""
+    _let_look_ups_be_wrapped()
+    if wrap not in _WRAPPERS:
+        _WRAPPERS.insert(0, wrap)
+
+
 @functools.cache
 def _let_look_ups_be_wrapped() -> None:
     """Once for the process. The look-up is wrapped, as eager is not in the registry, but each model's own default."""

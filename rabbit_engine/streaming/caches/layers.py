@@ -61,15 +61,21 @@ class LayerStates:
         """Add tokens without a turn of the layer: for tokens that were computed earlier."""
         self._text.end_turn_of(self)
         self._drop_ahead()
+        self._grow(keys, values)
+
+    def _grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens to the tail, and put new whole blocks away."""
         tail = self._tail if self._tail is not None else (keys[:, :, :0], values[:, :, :0])
         tail = (torch.cat((tail[0], keys), dim=2), torch.cat((tail[1], values), dim=2))
         size, rows = self._text.block_tokens, tuple(range(len(keys)))
-        count = max(0, tail[0].shape[2] // size - 1)
-        cuts = (slice(at * size, (at + 1) * size) for at in range(count))
-        fresh = [self._text.new_block((tail[0][:, :, cut], tail[1][:, :, cut])) for cut in cuts]
-        self._text.mover.put_away(fresh, self.index)
-        self._blocks = (*self._blocks, *(TextBlock(stored, rows) for stored in fresh))
-        self._tail = (tail[0][:, :, count * size :].clone(), tail[1][:, :, count * size :].clone())
+        count, blocks = max(0, tail[0].shape[2] // size - 1), self._blocks
+        if count:
+            cuts = (slice(at * size, (at + 1) * size) for at in range(count))
+            fresh = [self._text.new_block((tail[0][:, :, cut], tail[1][:, :, cut])) for cut in cuts]
+            self._text.mover.put_away(fresh, self.index)
+            blocks = (*blocks, *(TextBlock(stored, rows) for stored in fresh))
+            tail = (tail[0][:, :, count * size :].clone(), tail[1][:, :, count * size :].clone())
+        self._blocks, self._tail = blocks, tail
 
     def part(self, first: int, stop: int) -> Pair:
         """Tokens `first` to `stop`, without a turn of the layer."""
@@ -109,17 +115,24 @@ class LayerStates:
         """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
         if self.is_empty:
             return
+        if self._whole is not None:
+            self._blocks = self._blocks[: min(kept, self._stored_tokens) // self._text.block_tokens]
+            _choose(self._whole.view(), kept, offsets)
+            self._whole.tokens = kept + len(offsets)
+            return
+        first = self._uncover(kept, offsets)
+        assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+        self._tail = _choose(self._tail, kept - first, offsets)
+
+    def _uncover(self, kept: int, offsets: Sequence[int]) -> int:
+        """Have the tokens that are kept in the tail from the last block that is not whole any more. Returns its first token."""
+        size = self._text.block_tokens
         if kept < self._stored_tokens:
-            self._text.begin_turn(self)
-            self._blocks = self._blocks[: kept // self._text.block_tokens]
-        tail = self._whole is None
-        keys, values = self._tail if tail and self._tail is not None else self._buffer().view()
-        first = kept - (self._stored_tokens if tail else 0)
-        kept_pair = tuple(_chosen(states, first, offsets) for states in (keys, values))
-        if tail:
-            self._tail = (kept_pair[0], kept_pair[1])
-        else:
-            self._buffer().tokens = kept + len(offsets)
+            first, stop = kept // size * size, kept + (offsets[-1] + 1 if offsets else 0)
+            keys, values = self.part(first, stop)
+            self._drop_ahead()
+            self._blocks, self._tail = self._blocks[: kept // size], (keys.clone(), values.clone())
+        return self._stored_tokens
 
     def take_rows(self, indices: Sequence[int]) -> None:
         """Have the rows at `indices`, which may repeat, in their order."""
@@ -217,9 +230,11 @@ class LayerStates:
         return larger
 
 
-def _chosen(states: torch.Tensor, first: int, offsets: Sequence[int]) -> torch.Tensor:
-    """`states` up to token `first`, with those at `offsets` from there moved to it."""
+def _choose(states: Pair, first: int, offsets: Sequence[int]) -> Pair:
+    """`states` up to token `first`, with those at `offsets` from there moved to it, in place."""
     if list(offsets) != list(range(len(offsets))):
-        chosen = torch.tensor(list(offsets), device=states.device) + first
-        states[:, :, first : first + len(offsets)] = states.index_select(2, chosen)
-    return states[:, :, : first + len(offsets)]
+        chosen = torch.tensor(list(offsets), device=states[0].device) + first
+        for tensor in states:
+            tensor[:, :, first : first + len(offsets)] = tensor.index_select(2, chosen)
+    stop = first + len(offsets)
+    return states[0][:, :, :stop], states[1][:, :, :stop]

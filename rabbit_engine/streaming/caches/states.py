@@ -16,20 +16,31 @@ from rabbit_engine.streaming.caches.buffers import BufferPool, LayerBuffer
 from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.caches.layers import LayerStates
 from rabbit_engine.streaming.caches.mover import BlockMover
+from rabbit_engine.streaming.caches.pieces import LayerInPieces
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
 
 BLOCK_TOKENS = 256
 
+PIECE_TOKENS = 2048
+"""Of a layer that is not whole in memory: each piece costs some ten calls of torch."""
+
 
 class BlockHome:
     """Where the blocks of a text lie, and of those forked from it: a file in `folder`, or memory if that is None; `encoded`
-    in eight bits, or as they are."""
+    in eight bits, or as they are. Layers show them whole, or in pieces of `piece_tokens`, which blocks divide, if that is set.
+    """
 
     def __init__(
-        self, folder: Path | None, block_tokens: int = BLOCK_TOKENS, reader: Reader | None = None, *, encoded: bool = False
+        self,
+        folder: Path | None,
+        block_tokens: int = BLOCK_TOKENS,
+        reader: Reader | None = None,
+        *,
+        encoded: bool = False,
+        piece_tokens: int | None = None,
     ) -> None:
         """Raises CacheStorageError if the folder cannot be written."""
-        self.block_tokens, self.encoded = block_tokens, encoded
+        self.block_tokens, self.encoded, self.piece_tokens = block_tokens, encoded, piece_tokens
         self.pool = BufferPool()
         self.mover = BlockMover(None if folder is None else ScratchFile(folder), reader or shared_reader())
         weakref.finalize(self, self.mover.close).atexit = False
@@ -62,7 +73,8 @@ class TextStates:
 
     def new_layer(self, expected_tokens: int | None = None) -> LayerStates:
         """The states of the next layer in the order of a pass. `expected_tokens` are its own, if they are not the text's."""
-        layer = LayerStates(self, len(self._layers), expected_tokens)
+        kind = LayerStates if self._home.piece_tokens is None else LayerInPieces
+        layer = kind(self, len(self._layers), expected_tokens)
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -95,6 +107,10 @@ class TextStates:
         self.end_turn_before(layer)
         layer.bring()
         self._current = weakref.ref(layer)
+        self.read_ahead_after(layer)
+
+    def read_ahead_after(self, layer: LayerStates) -> None:
+        """Read ahead for the layer whose turn comes after that of `layer`."""
         following = self._layers[(layer.index + 1) % len(self._layers)]()
         if following is not None:
             following.read_ahead()
@@ -116,6 +132,11 @@ class TextStates:
         """`layer` has dropped its buffer."""
         if self._whole_layer() is layer:
             self._current = None
+
+    @property
+    def piece_blocks(self) -> int:
+        """How many blocks a piece has."""
+        return (self._home.piece_tokens or 0) // self.block_tokens
 
     def _whole_layer(self) -> LayerStates | None:
         return None if self._current is None else self._current()
