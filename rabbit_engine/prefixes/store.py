@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import weakref
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +172,16 @@ class StoredText:
     def find(self) -> Prefix:
         """The longest beginning in whole blocks that is stored, possibly empty."""
         return Prefix(self._tiers.find(self._keys), self._space.block_tokens, self._tiers)
+
+    @property
+    def blocks(self) -> int:
+        """The number of its whole blocks."""
+        return len(self._keys)
+
+    def common_blocks(self, other: StoredText) -> int:
+        """With how many of the same blocks both texts begin."""
+        both = range(min(len(self._keys), len(other._keys)))
+        return bisect_left(both, True, key=lambda index: self._keys[index].name != other._keys[index].name)
 
     def blocks_to_store(self) -> int:
         """How many blocks to write, from the beginning: all, or with `repeated_only` those that an earlier text had. Call it

@@ -18,6 +18,7 @@ from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.quantization.kernels.openmp import release_team
+from rabbit_engine.sessions.beginnings import Beginning
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.sessions.waiting import AnswerLength, passes_until_start
 from rabbit_engine.streaming import Fiber, RandomStream, Scheduler, share_products
@@ -36,7 +37,8 @@ class Cancelled(BaseException):
 class Job:
     """`work` runs in the engine's thread. `on_end` is called once, in any thread, with None or the exception that ended it.
 
-    With `exact`, it does not share matrix products with others, whatever the engine does.
+    With `exact`, it does not share matrix products with others, whatever the engine does. It may wait for a pass in which others
+    compute its `beginning`.
     """
 
     work: Callable[[], None]
@@ -44,6 +46,7 @@ class Job:
     demand: Demand
     seed: int | None = None
     exact: bool = False
+    beginning: Beginning | None = None
     fiber: Fiber | None = field(default=None, repr=False)
     cancelled: bool = False
     passes: int = 0
@@ -58,6 +61,20 @@ class Job:
         """Whether its prompt is: that takes the first pass."""
         return self.passes > 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether others wait to copy its beginning, for which its cache stays."""
+        return self.beginning is not None and self.beginning.is_awaited
+
+    def waits(self) -> bool:
+        """Whether it should begin after the next pass."""
+        return self.beginning is not None and self.beginning.waits()
+
+    def leave(self) -> None:
+        """It will not begin."""
+        if self.beginning is not None:
+            self.beginning.end()
+
 
 class HoldsMemory(Protocol):
     """Something in memory beside the texts under way."""
@@ -68,6 +85,7 @@ class HoldsMemory(Protocol):
 class Engine:
     """Serves jobs in order: each starts with the next pass that has room for it, at most `most` at a time.
 
+    One whose beginning others compute in that pass may wait, and those after it start.
     Of single forwards, which end with a pass, there may be as many as memory holds. With `alone`, one job runs at a time.
     Up to `queue` more may wait. With `exact`, each gets the bits it would get alone; otherwise fibers share matrix products.
     """
@@ -82,6 +100,7 @@ class Engine:
         self._scheduler = Scheduler(binding, shares=not exact)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._kept: list[Job] = []
         self._held: WeakSet[HoldsMemory] = WeakSet()
         self._length = AnswerLength()
         self._changed = threading.Condition()
@@ -184,6 +203,7 @@ class Engine:
             waited = job in self._waiting
             if waited:
                 self._waiting.remove(job)
+                job.leave()
             elif job.fiber is not None:
                 job.fiber.stop(Cancelled())
             self._changed.notify_all()
@@ -244,31 +264,54 @@ class Engine:
         with self._changed:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
+        for job in waiting:
+            job.leave()
         self._scheduler.stop(SessionClosedError("the session was closed before the answer was complete"))
         self._settle()
         for job in waiting:
             _tell(job, SessionClosedError("the session was closed before the answer began"))
 
     def _admit(self) -> None:
-        """Start jobs in order while memory has room for them and for those under way."""
-        used = self.held_bytes + self._room.need(replace(job.demand, is_computed=job.is_computed) for job in self._running)
-        while (job := self._next(used)) is not None:
-            used += self._room.need([job.demand])
-            random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
-            job.fiber = self._scheduler.add(job.work, random_stream, exact=job.exact)
-            if job.cancelled:
-                job.fiber.stop(Cancelled())
-
-    def _next(self, used: int) -> Job | None:
-        """The next job, if it can start while those under way need `used` bytes."""
+        """Start jobs in order while memory has room for them and for those under way, except those that wait for others."""
+        used = self.held_bytes + self._need(self._running)
         with self._changed:
-            if not self._waiting or self._closed:
-                return None
-            job = self._waiting[0]
-            if self._is_full_for(job) or (self._running and used + self._room.need([job.demand]) > self._room.nbytes):
-                return None
-            self._running.append(self._waiting.popleft())
-            return job
+            queued = tuple(self._waiting)
+        for job in queued:
+            need = self._room.need([job.demand])
+            if self._is_full_for(job) or (self._running and used + need > self._room.nbytes):
+                break
+            if used + need + self._need(self._kept) > self._room.nbytes:
+                self._give_up_kept()
+            if self._take(job):
+                used += need
+                self._start(job)
+        self._kept = [job for job in self._kept if job.is_awaited]
+
+    def _need(self, jobs: Sequence[Job]) -> int:
+        """Bytes of jobs that have started."""
+        return self._room.need(replace(job.demand, is_computed=job.is_computed) for job in jobs)
+
+    def _give_up_kept(self) -> None:
+        """Free the memory of jobs that have ended, for which others wait: these compute their beginnings themselves."""
+        for job in self._kept:
+            if job.beginning is not None:
+                job.beginning.give_up()
+        self._kept = []
+
+    def _take(self, job: Job) -> bool:
+        """Take it out of the queue; False if it waits for another one's beginning, or is not wanted any more."""
+        with self._changed:
+            if self._closed or job.cancelled or (self._running and job.waits()):
+                return False
+            self._waiting.remove(job)
+            self._running.append(job)
+            return True
+
+    def _start(self, job: Job) -> None:
+        random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
+        job.fiber = self._scheduler.add(job.work, random_stream, exact=job.exact)
+        if job.cancelled:
+            job.fiber.stop(Cancelled())
 
     def _is_full_for(self, job: Job) -> bool:
         if self._alone:
@@ -291,6 +334,7 @@ class Engine:
         done = [job for job in self._running if job.fiber is not None and job.fiber.dead]
         with self._changed:
             self._running = [job for job in self._running if job not in done]
+        self._kept += [job for job in done if job.is_awaited]
         for job in done:
             if job.demand.answer and not job.cancelled:
                 self._length.add(job.passes)

@@ -15,8 +15,9 @@ from rabbit_engine.model.speculating import Speculate
 from rabbit_engine.model.tiered_caches import make_cache, making_pairs
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Ends
+from rabbit_engine.sessions.beginnings import Beginning
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
-from rabbit_engine.sessions.known_prefixes import KnownPrefixes, KnownText
+from rabbit_engine.sessions.known_prefixes import KnownText
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
@@ -46,7 +47,7 @@ class Generation(StoppingCriteria):
         speculate: Speculate = None,
         constraint: CompiledConstraint | None = None,
         demand: Demand | None = None,
-        prefixes: KnownPrefixes | None = None,
+        beginning: Beginning | None = None,
         held: HeldPrefix | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
@@ -58,7 +59,7 @@ class Generation(StoppingCriteria):
         self._constrained: ConstrainedTokens | None = None if constraint is None else constraint.processor()
         self._has_begun = False
         self._held = held
-        self._prefixes = None if prompt.inputs or held is not None else prefixes
+        self._beginning = beginning
         self._known: KnownText | None = None
         self.is_complete = False
         """Whether the constraint allowed nothing after the last token."""
@@ -76,11 +77,14 @@ class Generation(StoppingCriteria):
                 f"generate rejects these settings: {first_line(error)}; they are the request's and the checkpoint's "
                 "(generation_config.json)"
             ) from error
+        finally:
+            if self._beginning is not None:
+                self._beginning.end()
 
     def _generate(self) -> None:
         ids = torch.tensor([self._prompt.ids], device=self._model.device)
         cache = self.make_cache()
-        if self._prefixes is not None and (known := self._prefixes.begin(self._prompt.ids, cache)) is not None:
+        if self._beginning is not None and (known := self._beginning.begin(cache)) is not None:
             self._known, cache = known, known.cache
         with making_pairs(self._model, self._demand):
             self._model.generate(
@@ -110,7 +114,7 @@ class Generation(StoppingCriteria):
 
     @property
     def cached_tokens(self) -> int:
-        """The tokens of the prompt that were read from the prefix store, or computed for a fork."""
+        """The tokens of the prompt that were read from the prefix store, or computed for another text or a fork."""
         if self._held is not None:
             return len(self._held.ids)
         return 0 if self._known is None else self._known.tokens

@@ -15,6 +15,7 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.tiered_caches import in_shared_blocks, make_shared_cache
 from rabbit_engine.planning.demand import Demand, cache_bytes
 from rabbit_engine.sessions.answer import Ends
+from rabbit_engine.sessions.beginnings import Beginning
 from rabbit_engine.sessions.futures import Promise, computing_job
 from rabbit_engine.sessions.generation import Generation
 from rabbit_engine.sessions.options import Options
@@ -83,7 +84,8 @@ class _PrefixPass(Generation):
 
     def __init__(self, model: SessionModel, held: HeldPrefix, prefixes: KnownPrefixes | None) -> None:
         options, ends = Options(max_new_tokens=1, temperature=0), Ends(1, set(), ())
-        super().__init__(model, Prompt(held.ids, 1), options, ends, lambda *_: True, demand=held.demand, prefixes=prefixes)
+        beginning = None if prefixes is None else Beginning(prefixes, held.ids)
+        super().__init__(model, Prompt(held.ids, 1), options, ends, lambda *_: True, demand=held.demand, beginning=beginning)
         self._speculate = {"speculate": None}
         self.cache = held.empty_cache
 

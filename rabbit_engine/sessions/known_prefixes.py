@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 import transformers
@@ -30,6 +31,9 @@ _ANY_NUMBER = 1 << 40
 _RETRY_S = 0.1
 """How long blocks that the store did not take are left to wait."""
 
+Blocks = Iterator[Mapping[str, Iterable[torch.Tensor]]]
+"""Of each block, tensors of [heads, tokens, width] under their names, which a blank separates."""
+
 
 class KnownPrefixes:
     """The blocks of `model` in `store`. Only those of prompts are written, never of answers: a block has the same bits whenever
@@ -41,6 +45,7 @@ class KnownPrefixes:
         self.block_tokens = space.block_tokens
         """The tokens of a block."""
         self._most_blocks = _blocks_in_windows(model, space.block_tokens)
+        self._under_way: set[KnownText] = set()
 
     @property
     def are_used(self) -> bool:
@@ -50,48 +55,153 @@ class KnownPrefixes:
         return not has_adapter(model) and attention_of(model.config) == self._attention and not _has_other_cache(model)
 
     def begin(self, ids: Sequence[int], cache: DynamicCache | None = None) -> KnownText | None:
-        """A text with this prompt, and the beginning that is stored in `cache`, which is empty, or in a new one; at least one
-        token is left to compute. None unless they `are_used`."""
+        """A text with this prompt, and as much of its beginning in `cache`, which is empty, or in a new one, as is stored or as
+        another text under way has; at least one token is left to compute. None unless they `are_used`."""
         if not self.are_used:
             return None
         cache = DynamicCache(config=self._model.config.get_text_config()) if cache is None else cache
-        text = self._space.text(ids)
+        text, most = self._space.text(ids), self._most_of(ids)
         prefix = text.find()
-        prefix = prefix.cut(min(len(prefix), (len(ids) - 1) // self.block_tokens, self._most_blocks))
-        restored = _fill(cache, prefix, self._model.device) if len(prefix) else 0
-        return KnownText(text, self.block_tokens, cache, restored)
+        prefix = prefix.cut(min(len(prefix), most))
+        other, common = self._most_alike(text, most)
+        stored, blocks = len(prefix), _read(prefix)
+        if other is not None and common >= stored:
+            stored, blocks = max(stored, min(common, other.stored)), other.blocks(common)
+        restored = _fill(cache, blocks, max(common, len(prefix)) * self.block_tokens, self.block_tokens, self._model.device)
+        remembered = text.blocks if len(ids) <= self._most_blocks * self.block_tokens else 0
+        known = KnownText(text, self.block_tokens, cache, restored, min(stored, restored), remembered, self._under_way)
+        self._under_way.add(known)
+        return known
+
+    def computing(self, ids: Sequence[int], least: int) -> KnownText | None:
+        """The text whose prompt is computed in the next pass and begins with the most blocks of this one: at least `least` that
+        are not here yet. None if there is none."""
+        coming = [other for other in tuple(self._under_way) if other.is_computing]
+        if not coming:
+            return None
+        text, most = self._space.text(ids), self._most_of(ids)
+        common, other = max(((min(most, other.coming_blocks(text)), other) for other in coming), key=itemgetter(0))
+        if common < least:
+            return None
+        here = max(min(most, len(text.find())), self._most_alike(text, most)[1])
+        return other if common - here >= least else None
+
+    def _most_of(self, ids: Sequence[int]) -> int:
+        return min((len(ids) - 1) // self.block_tokens, self._most_blocks)
+
+    def _most_alike(self, text: StoredText, most: int) -> tuple[KnownText | None, int]:
+        """The text that has computed the most blocks with which `text` begins, and how many of the first `most` it has."""
+        found = [(min(most, other.common_blocks(text)), other) for other in tuple(self._under_way) if other.is_computed]
+        found.sort(key=itemgetter(0), reverse=True)
+        alike = ((other, common) for common, other in found if common and other.has(common - 1))
+        return next(alike, (None, 0))
 
 
 class KnownText:
-    """A text under way: `cache` holds the first `tokens` of its prompt."""
+    """A text under way: `cache` holds the first `tokens` of its prompt, `stored` blocks are in the store, and `remembered` can be
+    read from the cache once the prompt is computed. Others that begin alike may wait for that, and copy it also after the end
+    of this one."""
 
-    def __init__(self, text: StoredText, block_tokens: int, cache: DynamicCache, restored: int) -> None:
-        self._text, self._block_tokens, self._next = text, block_tokens, restored
+    def __init__(
+        self,
+        text: StoredText,
+        block_tokens: int,
+        cache: DynamicCache,
+        restored: int,
+        stored: int,
+        remembered: int,
+        under_way: set[KnownText],
+    ) -> None:
+        self._text, self._block_tokens, self.stored, self._remembered = text, block_tokens, stored, remembered
         self._stop: int | None = None
         self._tried_s = -_RETRY_S
-        self.cache, self.tokens = cache, restored * block_tokens
+        self._has_begun = self._has_ended = False
+        self._under_way, self._awaited_by = under_way, set[object]()
+        self.cache: DynamicCache | None = cache
+        self.tokens = restored * block_tokens
 
     def keep(self) -> None:
         """Store the whole blocks of the prompt that were computed, as many as the store takes now. Call it after each token:
         blocks that the disk had no time for are offered again."""
+        self._has_begun = True
         if self._stop is None:
             self._stop = self._text.blocks_to_store()
-        if self._next >= self._stop or time.monotonic() - self._tried_s < _RETRY_S:
+        if self.stored >= self._stop or time.monotonic() - self._tried_s < _RETRY_S:
             return
-        while self._next < self._stop:
-            block = self._block(self._next)
+        while self.stored < self._stop:
+            block = self._block(self.stored)
             if block is None:  # longer than a window, whose layers have forgotten its beginning
-                self._stop = self._next
+                self._stop = self.stored
                 return
-            if not self._text.write(self._next, block):
+            if not self._text.write(self.stored, block):
                 break
-            self._next += 1
+            self.stored += 1
         self._tried_s = time.monotonic()
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether its prompt is computed in the next pass."""
+        return self.cache is not None and not self._has_begun
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether its prompt is, and its cache still there."""
+        return self.cache is not None and self._has_begun
+
+    def common_blocks(self, text: StoredText) -> int:
+        """With how many of the same blocks both begin."""
+        return self._text.common_blocks(text)
+
+    def coming_blocks(self, text: StoredText) -> int:
+        """How many of them others can copy after the pass that computes the prompt."""
+        return min(self._remembered, self._text.common_blocks(text))
+
+    def has(self, index: int) -> bool:
+        """Whether others can copy that block."""
+        return self._block(index) is not None
+
+    def blocks(self, count: int) -> Blocks:
+        """The first `count` blocks, up to one that it has forgotten."""
+        for index in range(count):
+            block = self._block(index)
+            if block is None:
+                return
+            yield block
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether others wait to copy it."""
+        return bool(self._awaited_by)
+
+    def await_by(self, other: object) -> None:
+        """Keep the cache for another text, also after the end of this one, until `leave`."""
+        self._awaited_by.add(other)
+
+    def leave(self, other: object) -> None:
+        """It does not wait any more."""
+        self._awaited_by.discard(other)
+        if self._has_ended and not self._awaited_by:
+            self.drop()
+
+    def end(self) -> None:
+        """Its answer has ended: drop the cache, unless others wait to copy it."""
+        self._has_ended = True
+        if not (self._has_begun and self._awaited_by):
+            self.drop()
+
+    def drop(self) -> None:
+        """Drop the cache, whoever waits for it."""
+        self._awaited_by.clear()
+        self._under_way.discard(self)
+        self.cache = None
 
     def _block(self, index: int) -> dict[str, list[torch.Tensor]] | None:
         """The states of a block, those of one shape together: [heads, tokens, width] of each layer; None if one has forgotten
         them."""
-        found = states_between(self.cache, index * self._block_tokens, (index + 1) * self._block_tokens)
+        cache = self.cache
+        if cache is None:
+            return None
+        found = states_between(cache, index * self._block_tokens, (index + 1) * self._block_tokens)
         if found is None:
             return None
         cut = {name: states[0].detach() for name, states in found.items()}
@@ -160,13 +270,18 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
-    """Put the blocks of `prefix` into a new cache; how many could be read. One in tiers takes them one by one: all may be more
-    than fits in memory."""
+def _read(prefix: Prefix) -> Blocks:
+    """The blocks that are stored, read ahead in limited memory."""
+    if len(prefix):
+        yield from prefix.blocks(ahead=max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1)))
+
+
+def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device: torch.device) -> int:
+    """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache; how many came. One in tiers takes them one by
+    one: all may be more than fits in memory."""
     found: dict[str, torch.Tensor] = {}
-    count, size, in_tiers = 0, prefix.tokens // len(prefix), is_in_tiers(cache)
-    ahead = max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1))
-    for block in prefix.blocks(ahead=ahead):
+    count, in_tiers = 0, is_in_tiers(cache)
+    for block in blocks:
         named = {name: states for names, group in block.items() for name, states in zip(names.split(), group, strict=True)}
         count += 1
         if in_tiers:
@@ -175,7 +290,7 @@ def _fill(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
         for name, states in named.items():
             if name not in found:
                 heads, _, width = states.shape
-                found[name] = torch.empty(1, heads, prefix.tokens, width, dtype=states.dtype, device=device)
+                found[name] = torch.empty(1, heads, tokens, width, dtype=states.dtype, device=device)
             found[name][0, :, (count - 1) * size : count * size] = states
     put_states(cache, {name: states[:, :, : count * size] for name, states in found.items()})
     return count

@@ -22,6 +22,7 @@ from rabbit_engine.planning.demand import Demand
 from rabbit_engine.prefixes import PrefixStore
 from rabbit_engine.sessions.answer import AnswerText, Piece
 from rabbit_engine.sessions.asking import AnswerMethods, Chat
+from rabbit_engine.sessions.beginnings import Beginning
 from rabbit_engine.sessions.constrained import compiled_for
 from rabbit_engine.sessions.encoding import Encoder, require_text_generation
 from rabbit_engine.sessions.engine import Cancelled, Engine, Job
@@ -297,6 +298,8 @@ class Session(AnswerMethods, TaskMethods):
         ends = ends_of(self.model, request.options, prompt.answer_tokens)
         text = AnswerText(self.model.tokenizer, request.options, ends, partial(tell, index))
         demand = self._demand(prompt, request.held)
+        is_whole = not prompt.inputs and request.held is None
+        beginning = Beginning(self._prefixes, prompt.ids) if self._prefixes is not None and is_whole else None
         generation = Generation(
             self.model,
             prompt,
@@ -306,7 +309,7 @@ class Session(AnswerMethods, TaskMethods):
             self._speculate,
             request.constraint,
             demand=demand,
-            prefixes=self._prefixes,
+            beginning=beginning,
             held=request.held,
         )
 
@@ -329,7 +332,7 @@ class Session(AnswerMethods, TaskMethods):
             )
             tell(index, replace(reply, cached_tokens=generation.cached_tokens))
 
-        return Job(answer, end, demand, seed=request.options.seed)
+        return Job(answer, end, demand, seed=request.options.seed, beginning=beginning)
 
     def _demand(self, prompt: Prompt, held: HeldPrefix | None = None) -> Demand:
         """That of a prompt, in parts if it does not fit whole or if parts are stored. Raises PromptTooLongError for one with
