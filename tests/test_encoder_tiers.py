@@ -26,7 +26,8 @@ from rabbit_engine.planning import texts
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, cache_bytes, need_bytes, tier_bytes
 from rabbit_engine.planning.probe import Probe, run_probe
 from rabbit_engine.streaming import BlockHome, TextStates
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer, put_pair_in_tiers
+from rabbit_engine.transformers_bridge.tiered import TieredCache, put_pair_in_tiers
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 BLOCK = 4
 _PART = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 8}

@@ -27,7 +27,8 @@ from rabbit_engine.planning.demand import Demand, Ways, best_way, encoded_demand
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.storage.directio import aligned_up
 from rabbit_engine.streaming.caches.states import BlockHome, TextStates
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 LAYERS, BLOCK = 3, 4
 CONFIG = LlamaConfig(num_hidden_layers=LAYERS)

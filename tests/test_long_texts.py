@@ -24,7 +24,8 @@ from rabbit_engine.planning import texts
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, tier_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.sessions.room import Room
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 FAMILIES = [
     "llama",

@@ -23,7 +23,8 @@ from rabbit_engine.planning import demand as demands
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.streaming.caches.pieces import LayerInPieces, LayerPieces
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 ATTENDING = [
     "llama",

@@ -16,7 +16,7 @@ from test_tiered_caches import LAYERS, states, tiered, update
 from transformers.cache_utils import DynamicCache
 
 import rabbit_engine.streaming.caches
-from rabbit_engine.streaming.caches import states as tiered_states
+from rabbit_engine.streaming.caches import layers as tiered_layers
 from rabbit_engine.streaming.caches.mover import Arrival
 from rabbit_engine.streaming.transfer.reader import shared_reader
 from rabbit_engine.transformers_bridge.tiered import TieredCache
@@ -41,7 +41,7 @@ def test_idle_readers_hold_no_buffers(tmp_path: Path, monkeypatch: pytest.Monkey
             super().__init__(*given)
             arrivals.append(weakref.ref(self))
 
-    monkeypatch.setattr(tiered_states, "Arrival", Noted)
+    monkeypatch.setattr(tiered_layers, "Arrival", Noted)
     ours = tiered(tmp_path, 4)
     for _ in range(20):
         grow(ours, 5)

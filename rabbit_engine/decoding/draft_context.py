@@ -19,10 +19,10 @@ from rabbit_engine.transformers_bridge.caches import (
     crop,
     keep,
     record_past,
-    recorded_keys,
     restore_states,
     windows_of,
 )
+from rabbit_engine.transformers_bridge.tiered_layers import recorded_keys
 
 _RAISED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError)
 """What a class may raise for a mask or a cache that it does not know."""

@@ -13,7 +13,8 @@ from rabbit_engine.errors import FarStatesError
 from rabbit_engine.transformers_bridge.attention import wrapped_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.inputs import next_token
-from rabbit_engine.transformers_bridge.tiered import TieredLayer, growing_indices
+from rabbit_engine.transformers_bridge.tiered import growing_indices
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 
 class _FarStates:

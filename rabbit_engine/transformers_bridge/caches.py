@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from rabbit_engine.transformers_bridge.tiered import Pair, TieredCache, TieredLayer, growing_indices, growing_pairs, part_of
+from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, growing_pairs, part_of
+from rabbit_engine.transformers_bridge.tiered_layers import TIERED, Pair, TieredLayer, TieredWindowLayer
 
 Ability = Literal["select", "crop", "restore", "none"]
 """Of the newest positions, a cache can keep any ("select"), drop the last ("crop"), or go back to a copy of its states."""
@@ -29,7 +29,7 @@ _PLAIN = (DynamicCache, TieredCache)
 
 _INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 """Chooses the keys that a token sees by keys of an indexer, which it keeps too."""
-_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, TieredLayer, _INDEXED)
+_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, *TIERED, _INDEXED)
 _GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
 """States of such layers that get longer with the text, and in which dimension."""
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
@@ -62,7 +62,7 @@ def _can_crop(layer: Any) -> bool:
     """
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return any(state is not None for state in layer.conv_states.values())
-    if isinstance(layer, TieredLayer):
+    if isinstance(layer, TIERED):
         return True
     return isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
 
@@ -99,7 +99,7 @@ def windows_of(cache: Cache) -> dict[int, int | None]:
 def shows_its_keys(cache: Cache) -> bool:
     """Whether every layer of a new cache shows a pass the keys of all tokens before it, or those of its window."""
     layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
-    return bool(layers) and all(type(layer) in _ATTENDING[:3] for layer in layers)
+    return bool(layers) and all(type(layer) in _ATTENDING[:-1] for layer in layers)
 
 
 def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tensor] | None:
@@ -109,7 +109,8 @@ def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tenso
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         if not isinstance(layer, _EMPTY) and layer.is_initialized:
-            if not isinstance(layer, TieredLayer) and layer.keys.shape[-2] != layer.get_seq_length():
+            held = layer.states.tokens if isinstance(layer, TIERED) else layer.keys.shape[-2]
+            if held != layer.get_seq_length():
                 return None
             keys, values = part_of(layer, first, stop)
             states |= {f"{index}.keys": keys, f"{index}.values": values}
@@ -117,8 +118,8 @@ def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tenso
 
 
 def is_in_tiers(cache: Cache) -> bool:
-    """Whether a layer is a TieredLayer: all keys and values may be more than fits in memory."""
-    return any(isinstance(layer, TieredLayer) for layer in cache.layers)
+    """Whether a layer is in tiers: all keys and values may be more than fits in memory."""
+    return any(isinstance(layer, TIERED) for layer in cache.layers)
 
 
 def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
@@ -156,9 +157,12 @@ def is_recording(cache: Cache) -> bool:
     return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
+_BY_DEFAULT: dict[type, type] = {TieredLayer: DynamicLayer, TieredWindowLayer: DynamicSlidingWindowLayer}
+
+
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     """Whether the layers are those that `generate` would make for the config. A caller's `DynamicCache()` has no sliding ones."""
-    kinds = [DynamicLayer if type(layer) is TieredLayer else type(layer) for layer in cache.layers]
+    kinds = [_BY_DEFAULT.get(type(layer), type(layer)) for layer in cache.layers]
     return kinds == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
@@ -201,24 +205,6 @@ def record_past(cache: Cache) -> Callable[[], None]:
     return stop
 
 
-def recorded_keys(window: int, rows: int) -> int:
-    """How many of its newest keys a sliding layer that records the past shows to a pass over that many rows, if it has more."""
-    return window - 1 + rows if _shows_its_window() else _ALL
-
-
-_ALL = 1 << 30
-
-
-@functools.cache
-def _shows_its_window() -> bool:
-    """Whether such a layer hides keys before its window in the second of several passes; releases differ."""
-    layer, states = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 2, 1)
-    layer.activate_past_recording()
-    layer.update(states, states)
-    keys, _ = layer.update(states, states)
-    return keys.shape[-2] == 3
-
-
 def keep(cache: Cache, past: int, offsets: Sequence[int]) -> None:
     """Keep the first `past` positions of a cache that can "select", and of those after them the ones at `offsets`, ascending."""
     for layer in _filled(cache):
@@ -231,7 +217,7 @@ def _filled(cache: Cache) -> list[Any]:
 
 
 def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
-    if isinstance(layer, TieredLayer):
+    if isinstance(layer, TIERED):
         layer.choose(past, offsets)
         return
     sliding = isinstance(layer, DynamicSlidingWindowLayer)
@@ -283,13 +269,15 @@ def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
     return copy.deepcopy(cache, {id(states): states for states in tensors})
 
 
-_TOKENS = "tokens"
-"""What is copied of a layer in tiers: it only adds tokens, and drops them again."""
+_TOKENS, _WINDOW = "tokens", "window"
+"""What is copied of a layer in tiers: one that holds all only adds tokens, and drops them again."""
 
 
 def _states_of(layer: Any) -> Mapping[str, Any]:
     if isinstance(layer, TieredLayer):
         return {_TOKENS: layer.get_seq_length()}
+    if isinstance(layer, TieredWindowLayer):
+        return {_WINDOW: layer.saved()}
     return {name: _copied(value) for name, value in vars(layer).items()}
 
 
@@ -305,5 +293,7 @@ def restore_states(cache: Cache, states: States) -> None:
     for layer, saved in zip(cache.layers, states.layers, strict=True):
         if isinstance(layer, TieredLayer):
             layer.choose(saved[_TOKENS], ())
+        elif isinstance(layer, TieredWindowLayer):
+            layer.restore(saved[_WINDOW])
         else:
             vars(layer).update(saved)

@@ -1,201 +1,35 @@
-"""A dynamic cache whose growing layers keep their keys and values elsewhere, and have them whole only while they run."""
+"""A dynamic cache of which some layers keep their keys and values elsewhere, and have them whole only while they run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class GrowingStates(Protocol):
-    """Keys [rows, heads, tokens, width] and values of a layer, wherever they are."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was ever added."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens it has."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """How many texts are computed together."""
-        ...
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """Add tokens; returns all."""
-        ...
-
-    def all(self) -> Pair:
-        """All tokens."""
-        ...
-
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens without showing any."""
-
-    def part(self, first: int, stop: int) -> Pair:
-        """Tokens `first` to `stop`."""
-        ...
-
-    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Have these instead."""
-
-    def clear(self) -> None:
-        """Have none."""
-
-    def choose(self, kept: int, offsets: Sequence[int]) -> None:
-        """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
-
-    def take_rows(self, indices: Sequence[int]) -> None:
-        """Have the rows at `indices`."""
-
-
-class TextLayers(Protocol):
-    """The layers of a text. At most about `expected_tokens` will come; more may."""
-
-    expected_tokens: int
-
-    def new_layer(self, expected_tokens: int | None = None) -> GrowingStates:
-        """The states of the next layer. `expected_tokens` are its own, if they are not the text's."""
-        ...
-
-    def end_turn_before(self, layer: GrowingStates | None) -> None:
-        """End the turn of every layer but `layer`."""
-
-    def fork(self) -> tuple[TextLayers, Mapping[Any, GrowingStates]]:
-        """A text that begins with the same tokens, and for each layer its own."""
-        ...
-
-
-class TieredLayer(DynamicLayer):
-    """A layer that holds keys and values of all tokens in `states`."""
-
-    def __init__(self, states: GrowingStates) -> None:
-        self._given: list[torch.Tensor | None] = [None, None]
-        self.states = states
-        self._is_made = False
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._is_made = True
-
-    # `keys` and `values` are attributes of transformers' layers: read, and assigned one after the other.
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """[rows, heads, tokens, width]; None before the first."""
-        return self._shown(0)
-
-    @keys.setter
-    def keys(self, states: torch.Tensor | None) -> None:
-        self._give(0, states)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """[rows, heads, tokens, value width]; None before the first."""
-        return self._shown(1)
-
-    @values.setter
-    def values(self, states: torch.Tensor | None) -> None:
-        self._give(1, states)
-
-    def _shown(self, index: int) -> torch.Tensor | None:
-        if self._given[index] is not None:
-            return self._given[index]
-        return None if self.states.is_empty else self.states.all()[index]
-
-    def _give(self, index: int, states: torch.Tensor | None) -> None:
-        if not self._is_made:
-            return  # transformers' layers begin with none
-        self._given[index] = states
-        keys, values = self._given
-        if states is None:
-            self.states.clear()
-        elif keys is not None and values is not None:
-            self.states.replace(keys, values)
-            self._given = [None, None]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note the device and the dtype."""
-        del value_states
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """Add tokens; all so far."""
-        del args, kwargs
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self.states.append(key_states, value_states)
-
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens that were computed earlier."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        self.states.extend(keys, values)
-
-    def get_seq_length(self) -> int:
-        """The number of tokens."""
-        return self.states.tokens
-
-    def offload(self) -> None:
-        """Do nothing: it moves by itself."""
-
-    def prefetch(self) -> None:
-        """Do nothing: it moves by itself."""
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._given = [None, None]
-        self.states.clear()
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens. Raises ValueError for a positive number, as other layers do."""
-        if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)
-        self.choose(max(0, self.states.tokens + tokens_to_remove), ())
-
-    def choose(self, kept: int, offsets: Sequence[int]) -> None:
-        """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
-        if not self.states.is_empty:
-            self.states.choose(kept, offsets)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Continue the beams at `beam_idx`."""
-        self._take_rows(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        if not self.states.is_empty:
-            self._take_rows([row for row in range(self.states.rows) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows at `indices`, or where they are True."""
-        if not self.states.is_empty:
-            self._take_rows(torch.arange(self.states.rows, device="cpu")[indices.cpu()].tolist())
-
-    def _take_rows(self, indices: Sequence[int]) -> None:
-        if not self.states.is_empty and list(indices) != list(range(self.states.rows)):
-            self.states.take_rows(indices)
+from rabbit_engine.transformers_bridge.tiered_layers import (
+    TIERED,
+    GrowingStates,
+    LayerInStates,
+    Pair,
+    TextLayers,
+    TieredLayer,
+    TieredWindowLayer,
+)
 
 
 class TieredCache(DynamicCache):
-    """The cache of `generate`, with the layers at `tiered` in `text`. Others forget tokens or have states of one size: they are
+    """The cache of `generate`, with the layers at `tiered` in `text`, if they have keys and values and nothing else. Others are
     what they are by default."""
 
     def __init__(self, config: PretrainedConfig, tiered: Collection[int], text: TextLayers) -> None:
         super().__init__(config=config)
         self.text = text
-        for index in sorted(set(tiered) & set(growing_indices(self.layers))):
-            self.layers[index] = TieredLayer(text.new_layer())
+        for index in sorted(set(tiered) & {*growing_indices(self.layers), *window_indices(self.layers)}):
+            self.layers[index] = _in_tiers(self.layers[index], text)
 
     @classmethod
     def of(cls, cache: DynamicCache, states: Mapping[int, GrowingStates], text: TextLayers) -> Self:
@@ -208,7 +42,7 @@ class TieredCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """transformers' `update`, with which the turn of the layer before ends."""
         layer = self.layers[layer_idx]
-        self.text.end_turn_before(layer.states if isinstance(layer, TieredLayer) else None)
+        self.text.end_turn_before(layer.states if isinstance(layer, LayerInStates) else None)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -231,12 +65,18 @@ def _fork_once(text: TextLayers, memo: dict[Any, Any]) -> tuple[TextLayers, Mapp
 
 
 def _copy_layer(layer: Any, states: Mapping[Any, GrowingStates], memo: dict[int, Any]) -> Any:
-    if not isinstance(layer, TieredLayer):
+    if not isinstance(layer, TIERED):
         return copy.deepcopy(layer, memo)
-    copied = TieredLayer(states[layer.states])
-    if layer.is_initialized:
-        copied.dtype, copied.device, copied.is_initialized = layer.dtype, layer.device, True
+    copied = copy.copy(layer)
+    copied.states, copied._given = states[layer.states], list(layer._given)
     return copied
+
+
+def _in_tiers(layer: Any, text: TextLayers) -> TieredLayer | TieredWindowLayer:
+    """The layer in place of a new one."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return TieredWindowLayer(text.new_window(), layer.sliding_window)
+    return TieredLayer(text.new_layer())
 
 
 def put_pair_in_tiers(cache: EncoderDecoderCache, count: int, text: TextLayers, read_tokens: int) -> None:
@@ -268,7 +108,7 @@ def spread(indices: Sequence[int], count: int) -> list[int]:
 
 def part_of(layer: DynamicLayer, first: int, stop: int) -> Pair:
     """Keys and values of tokens `first` to `stop` of a layer that holds all."""
-    if isinstance(layer, TieredLayer):
+    if isinstance(layer, LayerInStates):
         return layer.states.part(first, stop)
     assert layer.keys is not None  # noqa: S101 - it holds all
     assert layer.values is not None  # noqa: S101
@@ -278,3 +118,8 @@ def part_of(layer: DynamicLayer, first: int, stop: int) -> Pair:
 def growing_indices(layers: Sequence[Any]) -> list[int]:
     """The layers that only add keys and values, and never forget any."""
     return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def window_indices(layers: Sequence[Any]) -> list[int]:
+    """The layers that keep the keys and values of a window, and nothing else."""
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1]

@@ -96,6 +96,12 @@ class LayerBuffer:
         self._values[:, :, self.tokens : stop] = states[1]
         self.tokens = stop
 
+    def without_first(self, tokens: int) -> LayerBuffer:
+        """The same memory, without its first `tokens` tokens and their room."""
+        rest = LayerBuffer(self._keys[:, :, tokens:], self._values[:, :, tokens:], self._arriving)
+        rest.tokens = self.tokens - tokens
+        return rest
+
     def view(self, first: int = 0, stop: int | None = None) -> Pair:
         """Those of tokens `first` to `stop`, or to the last, without a copy."""
         stop = self.tokens if stop is None else stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import TypeVar
 
 from rabbit_engine.storage.scratchfile import ScratchFile
 from rabbit_engine.streaming.caches.blocks import Pair, StoredBlock
@@ -17,12 +18,15 @@ from rabbit_engine.streaming.caches.encoded import EncodedBlock
 from rabbit_engine.streaming.caches.layers import LayerStates
 from rabbit_engine.streaming.caches.mover import BlockMover
 from rabbit_engine.streaming.caches.pieces import LayerInPieces
+from rabbit_engine.streaming.caches.windows import WindowStates
 from rabbit_engine.streaming.transfer.reader import Reader, shared_reader
 
 BLOCK_TOKENS = 256
 
 PIECE_TOKENS = 2048
 """Of a layer that is not whole in memory: each piece costs some ten calls of torch."""
+
+States = TypeVar("States", bound=LayerStates)
 
 
 class BlockHome:
@@ -69,11 +73,17 @@ class TextStates:
     def fork(self) -> tuple[TextStates, dict[LayerStates, LayerStates]]:
         """A text that begins with the same tokens, in the same blocks, and for each layer its own."""
         text, layers = TextStates(self._home, self.expected_tokens), (found() for found in self._layers)
-        return text, {layer: layer.fork(text.new_layer(layer.expected_tokens)) for layer in layers if layer is not None}
+        return text, {layer: layer.fork(text._add(type(layer), layer.expected_tokens)) for layer in layers if layer is not None}
 
     def new_layer(self, expected_tokens: int | None = None) -> LayerStates:
         """The states of the next layer in the order of a pass. `expected_tokens` are its own, if they are not the text's."""
-        kind = LayerStates if self._home.piece_tokens is None else LayerInPieces
+        return self._add(LayerStates if self._home.piece_tokens is None else LayerInPieces, expected_tokens)
+
+    def new_window(self) -> WindowStates:
+        """The states of the next layer, which forgets tokens: none beside those that it has are expected."""
+        return self._add(WindowStates, 0)
+
+    def _add(self, kind: type[States], expected_tokens: int | None) -> States:
         layer = kind(self, len(self._layers), expected_tokens)
         self._layers.append(weakref.ref(layer))
         return layer
