@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import families
 import pytest
+import sampling
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -41,10 +42,12 @@ Loader = Callable[..., Any]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--record FILE`, `--record-encodings FILE`, `--record-tasks FILE`: write what test_matrix, test_encoding_table and
-    test_task_table saw, for COMPATIBILITY.md."""
+    test_task_table saw, for COMPATIBILITY.md. `--sample N --whole NAMES`: see sampling.py."""
     parser.addoption("--record", type=Path, default=None, help="write the families' table to this JSON file")
     parser.addoption("--record-encodings", type=Path, default=None, help="write the table of encodings to this JSON file")
     parser.addoption("--record-tasks", type=Path, default=None, help="write the table of tasks to this JSON file")
+    parser.addoption("--sample", type=int, default=None, help="run at most this many parametrisations of each test")
+    parser.addoption("--whole", default="", help="names of test files that --sample leaves whole, separated by spaces")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -88,15 +91,19 @@ def _write_record(path: Path | None, rows: list[dict[str, str]]) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without CUDA the tests marked `gpu` are deselected, which the summary says; unless it is recorded so is the table of
-    encodings, whose tests repeat others for more families."""
+    encodings, whose tests repeat others for more families; and with `--sample` what it leaves out."""
     if config.getoption("--record-encodings") is None:
-        table = [item for item in items if item.path.name == "test_encoding_table.py"]
-        config.hook.pytest_deselected(items=table)
-        items[:] = [item for item in items if item not in table]
+        _deselect(config, items, [item for item in items if item.path.name == "test_encoding_table.py"])
     if not torch.cuda.is_available():
-        gpu = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+        _deselect(config, items, [item for item in items if item.get_closest_marker("gpu")])
+    if (most := config.getoption("--sample")) is not None:
+        _deselect(config, items, sampling.left_out(items, most, config.getoption("--whole").split()))
+
+
+def _deselect(config: pytest.Config, items: list[pytest.Item], without: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=without)
+    gone = set(without)
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`make test-newest` leaves out only what says nothing new."""
+"""`make test-newest` and `make test-lowest` leave out only what says nothing new."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sampling
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -41,10 +44,11 @@ def test_a_version_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_makefile_names_files_that_exist_and_depend_on_versions() -> None:
     text = (ROOT / "Makefile").read_text().replace("\\\n", "")
-    lists = {name: re.search(rf"^{name} := (.*)$", text, re.MULTILINE)[1].split() for name in ("OURS", "BREADTH", "SMOKE")}  # type: ignore[index]
+    names = ("OURS", "BREADTH", "SMOKE", "WHOLE")
+    lists = {name: re.search(rf"^{name} := (.*)$", text, re.MULTILINE)[1].split() for name in names}  # type: ignore[index]
     assert [name for names in lists.values() for name in names if not (ROOT / f"tests/test_{name}.py").exists()] == []
-    assert lists["OURS"] == sorted(set(lists["OURS"]))
-    assert not set(lists["OURS"]) & {*lists["BREADTH"], *lists["SMOKE"]}
+    assert all(lists[name] == sorted(set(lists[name])) for name in lists)
+    assert not set(lists["OURS"]) & {*lists["BREADTH"], *lists["SMOKE"], *lists["WHOLE"]}
 
 
 def test_the_files_are_printed_alone() -> None:
@@ -52,3 +56,19 @@ def test_the_files_are_printed_alone() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= set(FILES)
     assert done.stderr.startswith("differs from requirements.lock: ")
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "chosen"), [(5, 2, [0, 4]), (9, 3, [0, 4, 8]), (2, 2, [0, 1]), (1, 3, [0]), (7, 1, [0])]
+)
+def test_a_sample_is_spread_from_the_first_to_the_last(number: int, most: int, chosen: list[int]) -> None:
+    assert sampling.spread(number, most) == chosen
+
+
+def test_a_sample_has_a_part_of_every_test_and_the_whole_of_some_files() -> None:
+    ids = ["a.py::one", *(f"{file}.py::{name}[{n}-x]" for file in ("a", "b") for name in ("two", "three") for n in range(4))]
+    items: list[Any] = [
+        SimpleNamespace(nodeid=f"tests/test_{text}", path=Path(f"tests/test_{text.split('::')[0]}")) for text in ids
+    ]
+    gone = {item.nodeid for item in sampling.left_out(items, 2, ["b"])}
+    assert gone == {f"tests/test_a.py::{name}[{n}-x]" for name in ("two", "three") for n in (1, 2)}
