@@ -129,7 +129,7 @@ class LayerStates:
         size = self._text.block_tokens
         if kept < self._stored_tokens:
             first, stop = kept // size * size, kept + (offsets[-1] + 1 if offsets else 0)
-            keys, values = self.part(first, stop)
+            keys, values = LayerStates.part(self, first, stop)  # counted from the first block, also where tokens are hidden
             self._drop_ahead()
             self._blocks, self._tail = self._blocks[: kept // size], (keys.clone(), values.clone())
         return self._stored_tokens
