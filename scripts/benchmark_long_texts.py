@@ -2,7 +2,7 @@
 
 python scripts/benchmark_long_texts.py tokens MODEL [--behind 1024,4096,16384,65536] [--limit-mb 1000] [--max-memory-mb 150]
 python scripts/benchmark_long_texts.py prompts [--lengths 1024,4096,16384,65536] [--limit-mb 1000]
-python scripts/benchmark_long_texts.py beginnings MODEL [--texts 32] [--common 2000] [--max-memory 150MB]
+python scripts/benchmark_long_texts.py beginnings MODEL [--texts 32] [--common 2000] [--max-memory 150MB] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from peers.memory_group import limited_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rabbit_engine import AutoModel, PrefixStore, Session
+from rabbit_engine.model.protocols import SessionModel
 
 Model = Annotated[str, typer.Argument(help="A model's folder.")]
 LimitMb = Annotated[int, typer.Option(help="The memory group's limit, page cache included.")]
@@ -101,29 +103,47 @@ def beginnings(
     own: Annotated[int, typer.Option(help="Tokens that each adds.")] = 50,
     new: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often all stores take turns; medians are printed.")] = 1,
 ) -> None:
     """Texts with a common beginning in one session, without a prefix store, with an empty one, and with that one again."""
     memory: dict[int | str, int | str] | None = {"cpu": max_memory} if max_memory else None
-    print("| store | s | tokens read from it | equal |\n|---|---|---|---|")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PrefixStore(folder, 10**11) as store,
-        AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded,
-    ):
+    taken: dict[str, list[Batch]] = {"none": [], "empty": [], "filled": []}
+    with AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded:
         ids = torch.randint(5, loaded.config.vocab_size, (common + texts * own,), generator=torch.Generator().manual_seed(1))
         start, rest = ids[:common].tolist(), ids[common:].view(texts, own).tolist()
-        lanes: dict[str, PrefixStore | None] = {"none": None, "empty": store, "filled": store}
-        wanted: list[Any] = []
-        for name, used in lanes.items():
-            began = time.perf_counter()
-            with Session(loaded, prefix_store=used) as session:
-                replies = session.generate([start + more for more in rest], max_new_tokens=new, ignore_eos=True)
-            seconds = time.perf_counter() - began
-            answers = [reply.tokens for reply in replies]
-            wanted = wanted or answers
-            read = sum(reply.cached_tokens for reply in replies)
-            print(f"| {name} | {seconds:.1f} | {read:,} | {answers == wanted} |", flush=True)
-            store.flush()
+        for number in range(rounds):
+            with tempfile.TemporaryDirectory() as folder, PrefixStore(folder, 10**11) as store:
+                for name, batches in taken.items():
+                    batches.append(run_batch(loaded, [start + more for more in rest], new, None if name == "none" else store))
+                    print(f"round {number + 1}, {name}: {batches[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+                    store.flush()
+    print("| store | s | s of the CPU | passes | tokens not computed | equal |\n|---|---|---|---|---|---|")
+    wanted = taken["none"][0].answers
+    for name, batches in taken.items():
+        seconds, cpu_s = (statistics.median(getattr(one, kind) for one in batches) for kind in ("seconds", "cpu_s"))
+        last, equal = batches[-1], all(one.answers == wanted for one in batches)
+        print(f"| {name} | {seconds:.1f} | {cpu_s:.1f} | {last.passes} | {last.cached_tokens:,} | {equal} |")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that were answered at once."""
+
+    seconds: float
+    cpu_s: float
+    passes: int
+    cached_tokens: int
+    answers: list[tuple[int, ...]]
+
+
+def run_batch(model: SessionModel, prompts: list[list[int]], new: int, store: PrefixStore | None) -> Batch:
+    """In a session of their own."""
+    began, began_cpu, passes = time.perf_counter(), time.process_time(), model.profile.passes
+    with Session(model, prefix_store=store) as session:
+        replies = session.generate(prompts, max_new_tokens=new, ignore_eos=True)
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
+    cached = sum(reply.cached_tokens for reply in replies)
+    return Batch(seconds, cpu_s, model.profile.passes - passes, cached, [reply.tokens for reply in replies])
 
 
 def measure(command: list[str], limit_mb: int) -> Found:

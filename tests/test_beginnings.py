@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import queue
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,12 +19,14 @@ from tiny import words
 from transformers import DynamicCache
 
 from rabbit_engine import PrefixStore, Reply, Session
+from rabbit_engine.batches.run import BatchJob, Choices
 from rabbit_engine.config import Cut
 from rabbit_engine.model import tiered_caches
 from rabbit_engine.planning import budget, texts
 from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.prefixes.folder import StoreFolder
 from rabbit_engine.sessions import known_prefixes
+from rabbit_engine.sessions.engine import Engine
 from rabbit_engine.streaming import BlockHome
 
 BLOCK = 8
@@ -219,6 +223,51 @@ def test_one_of_a_batch_stores_what_others_have_too(llama: Any, tmp_path: Path) 
         run(llama, store, alike(3))
         assert store.flush(20)
         assert [model.blocks for model in store.models()] == [2]
+
+
+def test_lines_of_a_batch_share_and_their_answers_stay(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the store of `rabbit batch`, which writes what a second line has: empty, and filled by the first run."""
+    lines = [{"custom_id": f"{number}", "prompt": ids, "max_tokens": 1} for number, ids in enumerate(alike(5))]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    admit = Engine._admit
+
+    def admit_all(engine: Engine) -> None:
+        while not llama.rows and engine.waiting < len(lines):
+            time.sleep(0.01)
+        admit(engine)
+
+    monkeypatch.setattr(Engine, "_admit", admit_all)
+    found: list[dict[str, Any]] = []
+    cached: list[int] = []
+    with PrefixStore(tmp_path / "store", 10**8, block_tokens=BLOCK, repeated_only=True) as store:
+        for name in ("empty", "filled"):
+            llama.rows.clear()
+            with BatchJob("tiny", tmp_path / "in.jsonl", tmp_path / name, Choices(task="complete"), {}) as job:
+                assert job.run(llama, prefix_store=store).failed == 0
+            assert store.flush(20)
+            answers = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+            bodies = {answer["custom_id"]: answer["response"]["body"] for answer in answers}
+            found.append({key: body["choices"] for key, body in bodies.items()})
+            details = [body["usage"].get("prompt_tokens_details", {"cached_tokens": 0}) for body in bodies.values()]
+            cached.append(sum(each["cached_tokens"] for each in details))
+    assert cached == [4 * 16, 5 * 16]
+    assert found[0] == found[1]
+
+
+def test_a_request_that_comes_during_the_pass_copies_what_it_computed(llama: Any) -> None:
+    asked = alike(2)
+    with PrefixStore(None, 0, block_tokens=BLOCK) as store, Session(llama, prefix_store=store) as session:
+        others: list[Answers] = []
+
+        def come(*_: object) -> None:
+            if not others:
+                others.append(Answers(session, asked[1:]))
+
+        llama.model.layers[1].mlp.register_forward_pre_hook(come)
+        first = Answers(session, asked[:1]).wait()[0]
+        second = others[0].wait()[0]
+    assert [reply.tokens for reply in (first, second)] == [alone(llama, ids) for ids in asked]
+    assert [reply.cached_tokens for reply in (first, second)] == [0, 16]
 
 
 def caches() -> int:

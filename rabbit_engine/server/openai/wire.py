@@ -100,8 +100,9 @@ def event(body: Mapping[str, object]) -> str:
 
 
 def usage(replies: Sequence[Reply]) -> dict[str, object]:
-    """Token counts. A prompt with several answers counts once."""
-    prompt, cached = (max((getattr(reply, name) for reply in replies), default=0) for name in ("prompt_tokens", "cached_tokens"))
+    """Token counts. A prompt with several answers counts once, and as computed if one of them computed it."""
+    prompt = max((reply.prompt_tokens for reply in replies), default=0)
+    cached = min((reply.cached_tokens for reply in replies), default=0)
     return _usage(prompt, sum(len(reply.tokens) for reply in replies), cached)
 
 
