@@ -114,8 +114,9 @@ def beginnings(
         for number in range(rounds):
             with tempfile.TemporaryDirectory() as folder, PrefixStore(folder, 10**11) as store:
                 for name, batches in taken.items():
-                    batches.append(run_batch(loaded, [start + more for more in rest], new, None if name == "none" else store))
-                    print(f"round {number + 1}, {name}: {batches[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+                    found = run_batch(loaded, [start + more for more in rest], new, None if name == "none" else store)
+                    batches.append(found)
+                    print(f"round {number + 1}, {name}: {found.seconds:.1f} s, {found.cpu_s:.1f} of the CPU", file=sys.stderr)
                     store.flush()
     print("| store | s | s of the CPU | passes | tokens not computed | equal |\n|---|---|---|---|---|---|")
     wanted = taken["none"][0].answers
