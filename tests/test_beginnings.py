@@ -270,6 +270,17 @@ def test_a_request_that_comes_during_the_pass_copies_what_it_computed(llama: Any
     assert [reply.cached_tokens for reply in (first, second)] == [0, 16]
 
 
+def test_texts_that_wait_for_another_count_as_started_when_a_wait_is_estimated(llama: Any, store: PrefixStore) -> None:
+    found: list[float] = []
+    with Session(llama, prefix_store=store, max_requests=4) as session:
+        llama.model.layers[1].mlp.register_forward_pre_hook(lambda *_: found.append(session._engine._passes_until_start()))
+        Answers(session, alike(3)).wait()
+        assert found[0] == 0
+        found.clear()
+        Answers(session, alike(4, seed=2)).wait()
+        assert found[0] > 0
+
+
 def caches() -> int:
     gc.collect()
     return sum(type(one) is DynamicCache for one in gc.get_objects())

@@ -45,6 +45,11 @@ class Beginning:
             self._known.end()
 
     @property
+    def follows(self) -> bool:
+        """Whether it waits for another text."""
+        return self._awaited is not None
+
+    @property
     def is_awaited(self) -> bool:
         """Whether others wait to copy what it computed. Its cache stays in memory until then."""
         return self._known is not None and self._known.is_awaited

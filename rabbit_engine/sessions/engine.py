@@ -66,6 +66,11 @@ class Job:
         """Whether others wait to copy its beginning, for which its cache stays."""
         return self.beginning is not None and self.beginning.is_awaited
 
+    @property
+    def follows(self) -> bool:
+        """Whether it waits only for what another one computes in this pass."""
+        return self.beginning is not None and self.beginning.follows
+
     def waits(self) -> bool:
         """Whether it should begin after the next pass."""
         return self.beginning is not None and self.beginning.waits()
@@ -228,8 +233,10 @@ class Engine:
 
     def _passes_until_start(self) -> float:
         with self._changed:
-            running, waiting = list(self._running), list(self._waiting)
+            running, queued = list(self._running), list(self._waiting)
         most = 1 if self._alone else self._most
+        following = [job for job in queued if job.follows][: max(0, most - len(running))]
+        running, waiting = running + following, [job for job in queued if job not in following]
         return passes_until_start(list(map(self._passes_left, running)), list(map(self._passes_left, waiting)), most)
 
     def _passes_left(self, job: Job) -> float:
