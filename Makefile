@@ -40,6 +40,7 @@ OURS := \
   integrity \
   kernels \
   keywords \
+  killed_splits \
   llm \
   lookup \
   lossless \

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.forecast import forecast
 from rabbit_engine.storage.tensorfiles import read_tensor
 
-HARNESS = Path(__file__).with_name("killed_split.py")
 FAMILIES = ["llama", "llama_tied", "llama_biased", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "jamba"]
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 """Sizes with groups of 64 and of 32."""
@@ -198,20 +195,6 @@ def test_a_gguf_file_is_compressed_too(smollm: Path, tmp_path: Path, rabbit: Any
     told = rabbit(*arguments, "--compression", "4bit").out
     assert "split first, into" in told
     assert "-4bit" in told
-
-
-@pytest.mark.parametrize("mode", ["events", "timer"])
-def test_a_killed_split_ends_with_identical_files(mode: str, tmp_path: Path) -> None:
-    folder = families.save("llama_tied", tmp_path / "model", torch.bfloat16, **WIDE)
-    for place, how in (("at once", "none"), ("killed", mode)):
-        command = [sys.executable, str(HARNESS), str(folder), str(tmp_path / place), how, "4bit"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1
-    once, killed = (tmp_path / place for place in ("at once", "killed"))
-    files = [{p.name: p.read_bytes() for p in folder.rglob("[!.]*.*") if p.name != "journal.json"} for folder in (once, killed)]
-    assert len(files[0]) > 5
-    assert files[0] == files[1]
 
 
 def test_each_compression_has_a_folder_and_leaves_the_others_valid(

@@ -70,12 +70,12 @@ def alone(model: Any, seed: int | None = None) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_continuations_have_the_bits_of_copies_of_the_prefixs_cache(load: Any, family: str, speculate: Any) -> None:
     model, own = load(family)
+    likeliest, drawn = alone(own), alone(own, seed=4)
     with Session(model, speculate=speculate) as session, session.fork(PREFIX) as fork:
         for _ in range(2):
             replies = fork.generate(MORE, temperature=0, **ASKED)
-            assert [reply.tokens for reply in replies] == alone(own)
-            drawn = fork.generate(MORE, seed=4, temperature=0.8, **ASKED)
-            assert [reply.tokens for reply in drawn] == alone(own, seed=4)
+            assert [reply.tokens for reply in replies] == likeliest
+            assert [reply.tokens for reply in fork.generate(MORE, seed=4, temperature=0.8, **ASKED)] == drawn
         assert [reply.cached_tokens for reply in replies] == [39] * 4
         assert [reply.prompt_tokens for reply in replies] == [len(PREFIX + more) for more in MORE]
         assert fork.tokens == 39

@@ -14,7 +14,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from serving import NAME, extras, get, post, serving
-from smol import QUESTIONS, alone, user
+from smol import QUESTIONS, alone, saying, user
 
 from rabbit_engine import Lookup, Session
 from rabbit_engine.server.app import create_app
@@ -180,17 +180,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"ty
 def test_tool_calls_are_parsed_from_the_text(url: str, client: openai.OpenAI, monkeypatch: Any, smollm_model: Any) -> None:
     """A model this small calls nothing by itself: its template is made to, and what it writes is replaced, token by token."""
     wanted = 'I look. <tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-    tokens = [*smollm_model.tokenizer(wanted)["input_ids"], smollm_model.tokenizer.eos_token_id]
-    forward = smollm_model.lm_head.forward
-    sent: list[int] = []
-
-    def say(states: torch.Tensor) -> torch.Tensor:
-        logits = forward(states)
-        logits[..., tokens[min(len(sent), len(tokens) - 1)]] = 1e4
-        sent.append(1)
-        return logits
-
-    monkeypatch.setattr(smollm_model.lm_head, "forward", say)
+    sent = saying(smollm_model, wanted, monkeypatch)
     keywords: dict[str, Any] = {"model": NAME, "messages": user("Weather?"), "tools": TOOLS, "max_tokens": 64}
     whole = client.chat.completions.create(**keywords).choices[0]
     assert whole.finish_reason == "tool_calls"

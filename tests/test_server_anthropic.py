@@ -17,7 +17,7 @@ import torch
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 from serving import NAME, extras, get, post, serving
-from smol import QUESTIONS, alone, user
+from smol import QUESTIONS, alone, saying, user
 from waiting import wait_until
 
 from rabbit_engine import AutoModel, Session
@@ -37,23 +37,9 @@ def asking(url: str) -> anthropic.Anthropic:
 
 
 @pytest.fixture
-def say(monkeypatch: Any, smollm_model: Any) -> Callable[[str], None]:
+def say(monkeypatch: Any, smollm_model: Any) -> Callable[[str], Any]:
     """Makes the model say a text: one this small calls no tool and reasons about nothing by itself."""
-    forward = smollm_model.lm_head.forward
-
-    def made_to(text: str) -> None:
-        tokens = [*smollm_model.tokenizer(text)["input_ids"], smollm_model.tokenizer.eos_token_id]
-        sent: list[int] = []
-
-        def replaced(states: torch.Tensor) -> torch.Tensor:
-            logits = forward(states)
-            logits[..., tokens[min(len(sent), len(tokens) - 1)]] = 1e4
-            sent.append(1)
-            return logits
-
-        monkeypatch.setattr(smollm_model.lm_head, "forward", replaced)
-
-    return made_to
+    return lambda text: saying(smollm_model, text, monkeypatch)
 
 
 def said(found: Any) -> Any:

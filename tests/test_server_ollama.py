@@ -13,7 +13,7 @@ import ollama
 import pytest
 import torch
 from serving import NAME, post
-from smol import QUESTIONS, alone, user
+from smol import QUESTIONS, alone, saying, user
 from waiting import wait_until
 
 from rabbit_engine import Session
@@ -33,21 +33,9 @@ def own(url: str) -> ollama.Client:
 
 
 @pytest.fixture
-def say(smollm_model: Any, monkeypatch: Any) -> Callable[[str], None]:
+def say(smollm_model: Any, monkeypatch: Any) -> Callable[[str], Any]:
     """`say(text)`: what the model writes from now on, token by token."""
-    forward = smollm_model.lm_head.forward
-
-    def begin(text: str) -> None:
-        tokens = iter(smollm_model.tokenizer(text)["input_ids"])
-
-        def spoken(states: torch.Tensor) -> torch.Tensor:
-            logits = forward(states)
-            logits[..., next(tokens, smollm_model.tokenizer.eos_token_id)] = 1e4
-            return logits
-
-        monkeypatch.setattr(smollm_model.lm_head, "forward", spoken)
-
-    return begin
+    return lambda text: saying(smollm_model, text, monkeypatch)
 
 
 def text_of(parts: list[Any]) -> str:

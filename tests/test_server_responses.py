@@ -10,26 +10,12 @@ import pytest
 import torch
 from openai.types.responses import Response
 from serving import NAME, extras, get, post, serving
-from smol import QUESTIONS, alone
+from smol import QUESTIONS, alone, saying
 
 from rabbit_engine import Session
 from rabbit_engine.server.responses.items import read_items
 
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
-
-
-def saying(model: Any, text: str, monkeypatch: Any, sent: list[int]) -> None:
-    """Make the model write a text, token by token, again whenever `sent` is cleared."""
-    tokens = [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]
-    forward = model.lm_head.forward
-
-    def say(states: torch.Tensor) -> torch.Tensor:
-        logits = forward(states)
-        logits[..., tokens[min(len(sent), len(tokens) - 1)]] = 1e4
-        sent.append(1)
-        return logits
-
-    monkeypatch.setattr(model.lm_head, "forward", say)
 
 
 def without_ids(found: Any) -> Any:
@@ -112,9 +98,8 @@ def post_response(client: openai.OpenAI, asked: dict[str, Any]) -> Any:
 
 def test_calls_are_items_and_their_outputs_go_back(client: openai.OpenAI, monkeypatch: Any, smollm_model: Any) -> None:
     """A model this small calls nothing by itself: what it writes is replaced, token by token."""
-    sent: list[int] = []
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-    saying(smollm_model, f"I look. {call}\n{call}", monkeypatch, sent)
+    sent = saying(smollm_model, f"I look. {call}\n{call}", monkeypatch)
     asked: dict[str, Any] = {"model": NAME, "input": "Weather?", "tools": [WEATHER], "max_output_tokens": 96}
     whole = client.responses.create(**asked)
     assert whole.output_text == "I look."
@@ -142,10 +127,9 @@ def test_calls_are_items_and_their_outputs_go_back(client: openai.OpenAI, monkey
 
 
 def test_reasoning_is_an_item_of_its_own(smollm_model: Any, monkeypatch: Any) -> None:
-    sent: list[int] = []
     monkeypatch.setattr(smollm_model.tokenizer, "chat_template", smollm_model.tokenizer.chat_template + "{# </think> #}")
     thought = "<think>\nIt is Paris.\n</think>"
-    saying(smollm_model, f"{thought}\n\nParis.", monkeypatch, sent)
+    sent = saying(smollm_model, f"{thought}\n\nParis.", monkeypatch)
     with Session(smollm_model) as session, serving(session) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         found: Any = client.responses.create(model=NAME, input="Capital?", max_output_tokens=64)

@@ -1,4 +1,4 @@
-"""A split is whole or resumes: kills, full disks, flipped bits, cut files, read-only folders, two at once."""
+"""A split is whole or resumes: full disks, flipped bits, cut files, read-only folders."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ def streamed(streamed: Any) -> Any:
     return lambda folder, **keywords: streamed(folder, **{"split": "always", **keywords})
 
 
-HARNESS = Path(__file__).with_name("killed_split.py")
-
-
 def split(folder: Path, saving_path: Path | None = None, **keywords: Any) -> Any:
     repair = keywords.pop("repair", False)
     return prepare(
@@ -45,35 +42,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below, but the lock."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
-
-def run_harness(*arguments: object) -> int:
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), *map(str, arguments)], capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-@pytest.mark.parametrize(("mode", "family"), [("events", "llama_tied"), ("timer", "mixtral")])
-def test_split_killed_again_and_again_ends_with_identical_files(mode: str, family: str, checkpoint: Any, tmp_path: Path) -> None:
-    split(checkpoint(family), tmp_path / "at once")
-    kills = run_harness(checkpoint(family), tmp_path / "killed", mode)
-    assert kills > (25 if mode == "events" else 1)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
-
-
-def test_killed_while_deleting_originals_loses_nothing(
-    own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any
-) -> None:
-    folder = own_checkpoint("llama", num_hidden_layers=5)
-    expected = plain(folder)(ids).logits
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    kills = run_harness(folder, tmp_path / "shards", "events", "delete")
-    assert kills > 25
-    assert list(folder.glob("*.safetensors")) == []
-    with torch.no_grad():
-        assert torch.equal(streamed(folder, layer_shards_saving_path=tmp_path / "shards")(ids).logits, expected)
 
 
 def interrupted_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -100,16 +68,6 @@ def test_finished_shards_are_not_made_again(own_checkpoint: Any, monkeypatch: py
     assert written == [
         "model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.1", "model.layers.2", "model.norm", "lm_head",
     ]  # fmt: skip
-
-
-def test_two_processes_at_once_end_with_one_good_split(own_checkpoint: Any, tmp_path: Path) -> None:
-    folder = own_checkpoint("qwen3_moe")
-    code = "from rabbit_engine.cli import main; main()"
-    command = [sys.executable, "-c", code, "split", str(folder), "--saving-path", str(tmp_path / "both")]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.wait(200) for process in both] == [0, 0], [process.stderr.read() for process in both if process.stderr]
-    split(folder, tmp_path / "alone")
-    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
 def test_weights_are_those_that_transformers_loads(checkpoint: Any, plain: Any, tmp_path: Path) -> None:
