@@ -39,7 +39,7 @@ from rabbit_engine.model.tiered_caches import make_cache, making_pairs, put_in_t
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.streaming import PassProgress, Placeholder, Profile, move
 from rabbit_engine.tokenization import build_tokenizer, load_gguf_tokenizer
-from rabbit_engine.transformers_bridge.attention import attention_of
+from rabbit_engine.transformers_bridge.attention import attention_of, wrapped_attention
 from rabbit_engine.transformers_bridge.generation import (
     around_decoding,
     around_new_caches,
@@ -47,6 +47,7 @@ from rabbit_engine.transformers_bridge.generation import (
     settings_of,
     without_cache_objects,
 )
+from rabbit_engine.transformers_bridge.grouped_heads import with_shared_keys
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -161,7 +162,12 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
             kwargs["prefill_chunk_size"] = None  # transformers would read the weights for each chunk
         cache = make_cache(runtime_of(self), demand)
         kwargs |= own_cache(self.forward, cache, assists=bool(asked("is_assistant")))  # type: ignore[attr-defined]
-        with self._speculating(speculate), self.computing_parts(demand.chunk), making_pairs(self, demand):
+        with (
+            self._speculating(speculate),
+            self.computing_parts(demand.chunk),
+            making_pairs(self, demand),
+            wrapped_attention(with_shared_keys),
+        ):
             positional = () if inputs is None and not args else (move(inputs, device), *args)  # some classes name it otherwise
             return super().generate(*positional, **move(kwargs, device))  # type: ignore[misc]
 
