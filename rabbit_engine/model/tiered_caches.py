@@ -20,6 +20,7 @@ from rabbit_engine.streaming import PIECE_TOKENS, BlockHome, TextStates
 from rabbit_engine.transformers_bridge.attention import wrap_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.generation import Asked, takes_cache_objects
+from rabbit_engine.transformers_bridge.growing import growing_cache
 from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, put_pair_in_tiers, spread
 from rabbit_engine.utils.platform import free_memory_bytes
 
@@ -82,6 +83,15 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     config = runtime.architecture.config.get_text_config()
     chosen = spread(growing_indices(DynamicCache(config=config).layers), demand.tiered)
     return TieredCache(config, chosen, TextStates(_make_home(runtime, demand), demand.prompt + demand.answer))
+
+
+def make_growing_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
+    """A cache in memory with room for the tokens of `demand`, so that none is copied for another; None for a model whose own
+    caches have no layer that only grows. On a device with memory of its own, `generate` makes it: room would take that."""
+    if demand.tiered or runtime.device.type != "cpu" or not _can_tier(runtime) or _has_encoder(runtime):
+        return None
+    config = runtime.architecture.config.get_text_config()
+    return growing_cache(config, demand.prompt, demand.prompt + demand.answer)
 
 
 def _make_home(runtime: Runtime, demand: Demand) -> BlockHome:

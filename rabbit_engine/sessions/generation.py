@@ -12,7 +12,7 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.speculating import Speculate
-from rabbit_engine.model.tiered_caches import make_cache, making_pairs
+from rabbit_engine.model.tiered_caches import make_cache, make_growing_cache, making_pairs
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.beginnings import Beginning
@@ -21,7 +21,7 @@ from rabbit_engine.sessions.known_prefixes import KnownText
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
-from rabbit_engine.transformers_bridge.generation import own_cache, refused_by_generate
+from rabbit_engine.transformers_bridge.generation import makes_dynamic_cache, own_cache, refused_by_generate
 
 if TYPE_CHECKING:
     from rabbit_engine.sessions.held import HeldPrefix
@@ -110,7 +110,13 @@ class Generation(StoppingCriteria):
         """The cache to begin with; None leaves it to `generate`."""
         if self._held is not None:
             return self._held.copy(len(self._prompt.ids) + self._ends.most)
-        return None if self._demand is None else make_cache(runtime_of(self._model), self._demand)
+        if self._demand is None:
+            return None
+        runtime = runtime_of(self._model)
+        found = make_cache(runtime, self._demand)
+        if found is None and not self._prompt.inputs and makes_dynamic_cache(self._model.generation_config):
+            found = make_growing_cache(runtime, self._demand)
+        return found
 
     @property
     def cached_tokens(self) -> int:

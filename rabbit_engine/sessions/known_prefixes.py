@@ -19,7 +19,7 @@ from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import is_in_tiers, put_states, shows_its_keys, states_between, windows_of
+from rabbit_engine.transformers_bridge.caches import adds_in_place, put_states, shows_its_keys, states_between, windows_of
 
 logger = logging.getLogger(__name__)
 
@@ -277,14 +277,14 @@ def _read(prefix: Prefix) -> Blocks:
 
 
 def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device: torch.device) -> int:
-    """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache; how many came. One in tiers takes them one by
-    one: all may be more than fits in memory."""
+    """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache; how many came. Some take them one by one:
+    all may be more than fits in memory."""
     found: dict[str, torch.Tensor] = {}
-    count, in_tiers = 0, is_in_tiers(cache)
+    count, adds = 0, adds_in_place(cache)
     for block in blocks:
         named = {name: states for names, group in block.items() for name, states in zip(names.split(), group, strict=True)}
         count += 1
-        if in_tiers:
+        if adds:
             put_states(cache, {name: states[None].to(device) for name, states in named.items()})
             continue
         for name, states in named.items():

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from rabbit_engine.transformers_bridge.growing import GrowingLayer
 from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, growing_pairs, part_of
 from rabbit_engine.transformers_bridge.tiered_layers import TIERED, Pair, TieredLayer, TieredWindowLayer
 
@@ -29,7 +30,7 @@ _PLAIN = (DynamicCache, TieredCache)
 
 _INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 """Chooses the keys that a token sees by keys of an indexer, which it keeps too."""
-_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, *TIERED, _INDEXED)
+_ATTENDING = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer, *TIERED, _INDEXED)
 _GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
 """States of such layers that get longer with the text, and in which dimension."""
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
@@ -62,7 +63,7 @@ def _can_crop(layer: Any) -> bool:
     """
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return any(state is not None for state in layer.conv_states.values())
-    if isinstance(layer, TIERED):
+    if isinstance(layer, (*TIERED, GrowingLayer)):
         return True
     return isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
 
@@ -117,9 +118,9 @@ def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tenso
     return states
 
 
-def is_in_tiers(cache: Cache) -> bool:
-    """Whether a layer is in tiers: all keys and values may be more than fits in memory."""
-    return any(isinstance(layer, TIERED) for layer in cache.layers)
+def adds_in_place(cache: Cache) -> bool:
+    """Whether a layer takes few tokens at a time as cheaply as many: all keys and values may be more than fits in memory."""
+    return any(isinstance(layer, (*TIERED, GrowingLayer)) for layer in cache.layers)
 
 
 def put_states(cache: Cache, states: Mapping[str, torch.Tensor]) -> None:
@@ -157,7 +158,7 @@ def is_recording(cache: Cache) -> bool:
     return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
-_BY_DEFAULT: dict[type, type] = {TieredLayer: DynamicLayer, TieredWindowLayer: DynamicSlidingWindowLayer}
+_BY_DEFAULT: dict[type, type] = {TieredLayer: DynamicLayer, GrowingLayer: DynamicLayer, TieredWindowLayer: DynamicSlidingWindowLayer}
 
 
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
@@ -264,7 +265,7 @@ def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
         copied = copy.deepcopy(cache)
         copied.text.expected_tokens = expected_tokens
         return copied
-    shared = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
+    shared = [layer for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized]
     tensors = [states for layer in shared for states in (layer.keys, layer.values)]
     return copy.deepcopy(cache, {id(states): states for states in tensors})
 

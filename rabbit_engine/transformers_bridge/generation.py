@@ -49,6 +49,11 @@ def settings_of(given: Mapping[str, Any], config: object, own: object) -> Asked:
     return asked
 
 
+def makes_dynamic_cache(config: GenerationConfig) -> bool:
+    """Whether `generate` with this config makes the default kind of cache."""
+    return config.use_cache is not False and config.cache_implementation in (None, "dynamic", "hybrid")
+
+
 def own_cache(forward: Callable[..., Any], cache: Any, *, assists: bool = False) -> dict[str, Any]:
     """The keywords with which `generate` uses the new `cache` as if it had made it, also where a setting names that kind; empty
     without a cache, or if the forward takes none. An assistant, which `assists` another model, takes back what it guessed."""

@@ -42,7 +42,7 @@ def _attention(
 
 
 def _takes_views(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether transformers would copy keys for `query`, and the mask is the same for all heads. One token it does not copy for."""
+    """Whether transformers would copy keys, which it does not for one token, and the mask is the same for all heads."""
     if mask is None or query.device.type != "cpu" or len(query) != 1 or query.shape[2] == 1:
         return False
     return mask.dim() == 4 and mask.shape[:2] == (1, 1)
