@@ -1,16 +1,21 @@
-"""An agent's turns with and without a prefix store: seconds to the first token of each.
+"""An agent's turns without a prefix store, with one, and with one in a session that continues its last text: seconds to the
+first token of each turn, and seconds of processor time in all threads until then.
 
-    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--max-memory 150MB]
+    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--max-memory 150MB] [--rounds 1]
 
-Each turn's prompt is the last one with its answer and `--new` tokens more, as an agent's is. The two sessions take turns, and
-every answer must be the same token for token.
+Each turn's prompt is the last one with its answer and `--new` tokens more, as an agent's is. The sessions take turns; in each
+round the stores are empty at first. Answers of the first two must be the same token for token; those of the third may differ by
+rounding.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from typing import Annotated
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,6 +23,8 @@ import typer
 from rabbit_engine import AutoModel, PrefixStore, Reply, Session
 
 BLOCK_TOKENS = 256
+ANSWER_TOKENS = 30
+KINDS = ("none", "store", "continued")
 
 
 def main(
@@ -26,31 +33,75 @@ def main(
     first: Annotated[int, typer.Option(help="Tokens of the first prompt.")] = 3000,
     new: Annotated[int, typer.Option(help="Tokens that each further turn adds.")] = 60,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the table has medians.")] = 1,
 ) -> None:
     """Print a table."""
     memory: dict[int | str, int | str] | None = {"cpu": max_memory} if max_memory else None
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PrefixStore(folder, 10**11, block_tokens=BLOCK_TOKENS) as store,
-        AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded,
-        Session(loaded, max_requests=1) as without,
-        Session(loaded, max_requests=1, prefix_store=store) as stored,
-    ):
+    with AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded:
         numbers = torch.randint(5, loaded.config.vocab_size, (first + turns * new,), generator=torch.Generator().manual_seed(1))
         tokens = [int(number) for number in numbers]
-        print("| turn | prompt | without s | with s | read | equal |\n|---|---|---|---|---|---|")
-        ids = tokens[:first]
+        found = [one_round(loaded, tokens, turns, first, new) for _ in range(rounds)]
+    print("| turn | prompt | none s | store s | continued s | none CPU | store CPU | continued CPU | read | equal |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for turn in range(turns):
+        of_turn = [each[turn] for each in found]
+        times = [median(row[kind][what] for row in of_turn) for what in (1, 2) for kind in KINDS]
+        replies = {kind: of_turn[0][kind][0] for kind in KINDS}
+        equal = all(row["store"][0].tokens == row["none"][0].tokens for row in of_turn)
+        same = all(row["continued"][0].tokens == row["none"][0].tokens for row in of_turn)
+        read = f"{replies['store'].cached_tokens}, {replies['continued'].cached_tokens}"
+        shown = " | ".join(f"{value:.2f}" for value in times)
+        print(f"| {turn + 1} | {replies['none'].prompt_tokens} | {shown} | {read} | {equal}, {same} |")
+
+
+def one_round(
+    loaded: Any, tokens: Sequence[int], turns: int, first: int, new: int
+) -> list[dict[str, tuple[Reply, float, float]]]:
+    """Of each turn the reply, the seconds to its first token and those of the processor, by kind of session."""
+    found = []
+    with opened(loaded) as (sessions, stores):
+        ids = list(tokens[:first])
         for turn in range(1, turns + 1):
-            plain, read = (answer(session, ids) for session in (without, stored))
-            store.flush()
-            seconds = f"{plain.first_token_s:.2f} | {read.first_token_s:.2f}"
-            print(f"| {turn} | {len(ids)} | {seconds} | {read.cached_tokens} | {plain.tokens == read.tokens} |", flush=True)
-            ids = [*ids, *read.tokens, *tokens[first + (turn - 1) * new :][:new]]
+            found.append({kind: timed(session, ids) for kind, session in sessions.items()})
+            for store in stores:
+                store.flush()
+            ids = [*ids, *found[-1]["none"][0].tokens, *tokens[first + (turn - 1) * new :][:new]]
+    return found
 
 
-def answer(session: Session, ids: Sequence[int]) -> Reply:
-    """Thirty tokens."""
-    return session.generate([list(ids)], max_new_tokens=30, ignore_eos=True)[0]
+@contextmanager
+def opened(loaded: Any) -> Iterator[tuple[dict[str, Session], list[PrefixStore]]]:
+    """A session of each kind, and two empty stores."""
+    with ExitStack() as stack:
+        folders = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2)]
+        stores = [stack.enter_context(PrefixStore(folder, 10**11, block_tokens=BLOCK_TOKENS)) for folder in folders]
+        options = ({}, {"prefix_store": stores[0]}, {"prefix_store": stores[1], "continue_last": True})
+        sessions = [stack.enter_context(Session(loaded, max_requests=1, **each)) for each in options]
+        yield dict(zip(KINDS, sessions, strict=True)), stores
+
+
+def timed(session: Session, ids: Sequence[int]) -> tuple[Reply, float, float]:
+    """An answer, its seconds to the first token, and those of the processor."""
+    began, first = time.process_time(), 0.0
+    events: list[object] = []
+
+    def tell(_: int, event: object) -> None:
+        nonlocal first
+        first = first or time.process_time() - began
+        events.append(event)
+
+    options = {"max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    session.ask([session.request_text(list(ids), **options)], tell)
+    while not (events and not_a_piece(events[-1])):
+        time.sleep(0.005)
+    reply = events[-1]
+    assert isinstance(reply, Reply), reply
+    return reply, reply.first_token_s, first
+
+
+def not_a_piece(event: object) -> bool:
+    """Whether the answer has ended."""
+    return isinstance(event, Reply | BaseException)
 
 
 if __name__ == "__main__":

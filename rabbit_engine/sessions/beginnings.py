@@ -32,11 +32,16 @@ class Beginning:
         self._await(other)
         return True
 
-    def begin(self, cache: DynamicCache | None) -> KnownText | None:
+    def begin(self, cache: DynamicCache | None, begun: int = 0) -> KnownText | None:
         """`KnownPrefixes.begin`: what it waited for is copied."""
-        self._known = self._prefixes.begin(self._ids, cache)
+        self._known = self._prefixes.begin(self._ids, cache, begun)
         self._await(None)
         return self._known
+
+    @property
+    def stored_tokens(self) -> int:
+        """`KnownPrefixes.stored_tokens`."""
+        return self._prefixes.stored_tokens(self._ids)
 
     def end(self) -> None:
         """The answer has ended, or will not begin."""

@@ -38,7 +38,7 @@ class Job:
     """`work` runs in the engine's thread. `on_end` is called once, in any thread, with None or the exception that ended it.
 
     With `exact`, it does not share matrix products with others, whatever the engine does. It may wait for a pass in which others
-    compute its `beginning`.
+    compute its `beginning`. If it `continues` the text that ended last, it frees what that left itself.
     """
 
     work: Callable[[], None]
@@ -47,6 +47,7 @@ class Job:
     seed: int | None = None
     exact: bool = False
     beginning: Beginning | None = None
+    continues: bool = False
     fiber: Fiber | None = field(default=None, repr=False)
     cancelled: bool = False
     passes: int = 0
@@ -93,13 +94,22 @@ class Engine:
     One whose beginning others compute in that pass may wait, and those after it start.
     Of single forwards, which end with a pass, there may be as many as memory holds. With `alone`, one job runs at a time.
     Up to `queue` more may wait. With `exact`, each gets the bits it would get alone; otherwise fibers share matrix products.
+    `free_last` frees what the text that ended last left, for a job that does not continue it.
     """
 
     def __init__(
-        self, model: SessionModel, room: Room, *, most: int, queue: int, exact: bool = True, alone: bool = False
+        self,
+        model: SessionModel,
+        room: Room,
+        *,
+        most: int,
+        queue: int,
+        exact: bool = True,
+        alone: bool = False,
+        free_last: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._room = model, room
-        self._most, self._queue, self._alone = most, queue, alone
+        self._most, self._queue, self._alone, self._free_last = most, queue, alone, free_last
         runtime = runtime_of(model)
         self._transfer, binding = runtime.transfer, runtime.binding
         self._scheduler = Scheduler(binding, shares=not exact)
@@ -315,6 +325,8 @@ class Engine:
             return True
 
     def _start(self, job: Job) -> None:
+        if not job.continues:
+            self._free_last()
         random_stream = RandomStream(job.seed, self._model.device) if job.seed is not None else None
         job.fiber = self._scheduler.add(job.work, random_stream, exact=job.exact)
         if job.cancelled:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from rabbit_engine.sessions.answer import Ends
 from rabbit_engine.sessions.beginnings import Beginning
 from rabbit_engine.sessions.constraints import CompiledConstraint, ConstrainedTokens
 from rabbit_engine.sessions.known_prefixes import KnownText
+from rabbit_engine.sessions.last_text import LastText
 from rabbit_engine.sessions.options import Options
 from rabbit_engine.sessions.prompts import Prompt
 from rabbit_engine.sessions.sampling import LogprobRecorder, Penalties, TokenLogprob
@@ -49,6 +51,7 @@ class Generation(StoppingCriteria):
         demand: Demand | None = None,
         beginning: Beginning | None = None,
         held: HeldPrefix | None = None,
+        last: LastText | None = None,
     ) -> None:
         self._model, self._prompt, self._options = model, prompt, options
         self._ends, self._take = ends, take
@@ -61,6 +64,8 @@ class Generation(StoppingCriteria):
         self._held = held
         self._beginning = beginning
         self._known: KnownText | None = None
+        self._last, self._begun = last, 0
+        self._ids: torch.Tensor | None = None
         self.is_complete = False
         """Whether the constraint allowed nothing after the last token."""
 
@@ -83,10 +88,11 @@ class Generation(StoppingCriteria):
 
     def _generate(self) -> None:
         ids = torch.tensor([self._prompt.ids], device=self._model.device)
-        cache = self.make_cache()
-        if self._beginning is not None and (known := self._beginning.begin(cache)) is not None:
+        cache = self._continue_last()
+        cache = self.make_cache() if cache is None else cache
+        if self._beginning is not None and (known := self._beginning.begin(cache, self._begun)) is not None:
             self._known, cache = known, known.cache
-        with making_pairs(self._model, self._demand):
+        with self._leaving(cache), making_pairs(self._model, self._demand):
             self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -116,14 +122,38 @@ class Generation(StoppingCriteria):
         found = make_cache(runtime, self._demand)
         if found is None and not self._prompt.inputs and makes_dynamic_cache(self._model.generation_config):
             found = make_growing_cache(runtime, self._demand)
+            if found is None and self._last is not None:  # to have it afterwards
+                found = DynamicCache(config=self._model.config.get_text_config())
         return found
+
+    def _continue_last(self) -> DynamicCache | None:
+        """The cache of the text that ended last, if the prompt begins with more of it than is stored."""
+        if self._last is None or self._demand is None:
+            return None
+        stored = 0 if self._beginning is None else self._beginning.stored_tokens
+        found = self._last.take(self._prompt.ids, self._demand, stored)
+        cache, self._begun = (None, 0) if found is None else found
+        return cache
+
+    @contextmanager
+    def _leaving(self, cache: DynamicCache | None) -> Iterator[None]:
+        """A block that leaves the cache to the next text."""
+        is_whole = False
+        try:
+            yield
+            is_whole = True
+        finally:
+            is_free = self._known is None or not self._known.is_awaited
+            if self._last is not None and self._demand is not None and is_free:
+                ids = self._prompt.ids if self._ids is None else self._ids[0].tolist()
+                self._last.put(ids, cache, self._demand, is_whole=is_whole)
 
     @property
     def cached_tokens(self) -> int:
         """The tokens of the prompt that were read from the prefix store, or computed for another text or a fork."""
         if self._held is not None:
             return len(self._held.ids)
-        return 0 if self._known is None else self._known.tokens
+        return self._begun if self._known is None else self._known.tokens
 
     def _processors(self) -> list[LogitsProcessor]:
         options = self._options
@@ -135,7 +165,7 @@ class Generation(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG002
         """Pass on the newest of `input_ids` [1, length]; True [1] where the answer ends."""
-        self._has_begun = True
+        self._has_begun, self._ids = True, input_ids
         token = int(input_ids[0, -1])
         stops = self._take(token, None if self._recorder is None else self._recorder.of(token))
         if self._known is not None:

@@ -37,7 +37,7 @@ Blocks = Iterator[Mapping[str, Iterable[torch.Tensor]]]
 
 class KnownPrefixes:
     """The blocks of `model` in `store`. Only those of prompts are written, never of answers: a block has the same bits whenever
-    it is computed, if prompts are computed in parts of `block_tokens`."""
+    it is computed, if prompts are computed in parts of `block_tokens`, and do not continue answers."""
 
     def __init__(self, model: SessionModel, space: PrefixSpace) -> None:
         self._model, self._space = model, space
@@ -54,24 +54,34 @@ class KnownPrefixes:
         model = self._model
         return not has_adapter(model) and attention_of(model.config) == self._attention and not _has_other_cache(model)
 
-    def begin(self, ids: Sequence[int], cache: DynamicCache | None = None) -> KnownText | None:
+    def begin(self, ids: Sequence[int], cache: DynamicCache | None = None, begun: int = 0) -> KnownText | None:
         """A text with this prompt, and as much of its beginning in `cache`, which is empty, or in a new one, as is stored or as
-        another text under way has; at least one token is left to compute. None unless they `are_used`."""
+        another text under way has; at least one token is left to compute. A cache that has `begun` tokens of it stays as it is.
+        None unless they `are_used`."""
         if not self.are_used:
             return None
         cache = DynamicCache(config=self._model.config.get_text_config()) if cache is None else cache
         text, most = self._space.text(ids), self._most_of(ids)
         prefix = text.find()
         prefix = prefix.cut(min(len(prefix), most))
+        if begun:
+            return self._under_way_with(ids, text, cache, begun, min(len(prefix), begun // self.block_tokens))
         other, common = self._most_alike(text, most)
         stored, blocks = len(prefix), _read(prefix)
         if other is not None and common >= stored:
             stored, blocks = max(stored, min(common, other.stored)), other.blocks(common)
         restored = _fill(cache, blocks, max(common, len(prefix)) * self.block_tokens, self.block_tokens, self._model.device)
+        return self._under_way_with(ids, text, cache, restored * self.block_tokens, min(stored, restored))
+
+    def _under_way_with(self, ids: Sequence[int], text: StoredText, cache: DynamicCache, begun: int, stored: int) -> KnownText:
         remembered = text.blocks if len(ids) <= self._most_blocks * self.block_tokens else 0
-        known = KnownText(text, self.block_tokens, cache, restored, min(stored, restored), remembered, self._under_way)
+        known = KnownText(text, self.block_tokens, cache, begun, stored, remembered, self._under_way)
         self._under_way.add(known)
         return known
+
+    def stored_tokens(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt `begin` would read from the store; 0 unless they `are_used`."""
+        return min(len(self._space.text(ids).find()), self._most_of(ids)) * self.block_tokens if self.are_used else 0
 
     def computing(self, ids: Sequence[int], least: int) -> KnownText | None:
         """The text whose prompt is computed in the next pass and begins with the most blocks of this one: at least `least` that
@@ -107,7 +117,7 @@ class KnownText:
         text: StoredText,
         block_tokens: int,
         cache: DynamicCache,
-        restored: int,
+        tokens: int,
         stored: int,
         remembered: int,
         under_way: set[KnownText],
@@ -118,7 +128,7 @@ class KnownText:
         self._has_begun = self._has_ended = False
         self._under_way, self._awaited_by = under_way, set[object]()
         self.cache: DynamicCache | None = cache
-        self.tokens = restored * block_tokens
+        self.tokens = tokens
 
     def keep(self) -> None:
         """Store the whole blocks of the prompt that were computed, as many as the store takes now. Call it after each token:
@@ -211,13 +221,15 @@ class KnownText:
         return {" ".join(names): [cut[name] for name in names] for names in alike.values()}
 
 
-def known_prefixes(model: SessionModel, store: PrefixStore) -> KnownPrefixes | None:
-    """The prefixes of a session's model; None, with a line in the log, for one whose caches cannot be cut into blocks."""
+def known_prefixes(model: SessionModel, store: PrefixStore, *, exact: bool = True) -> KnownPrefixes | None:
+    """The prefixes of a session's model; None, with a line in the log, for one whose caches cannot be cut into blocks. Without
+    `exact` states may also be those of answers, or of prompts that continue them."""
     runtime = runtime_of(model)
     if reason := _why_none(model, runtime, store.block_tokens):
         logger.log(store.log_level, "prompts are not stored: %s", reason)
         return None
-    return KnownPrefixes(model, store.space(_identity(model, runtime), runtime.checkpoint.request.repo.name))
+    identity = _identity(model, runtime) | ({} if exact else {"states": "of continued texts"})
+    return KnownPrefixes(model, store.space(identity, runtime.checkpoint.request.repo.name))
 
 
 def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:

@@ -34,6 +34,7 @@ from rabbit_engine.sessions.generation import Generation, ends_of, one_by_one
 from rabbit_engine.sessions.held import HeldPrefix, hold_prefix
 from rabbit_engine.sessions.images import ImageProcessor
 from rabbit_engine.sessions.known_prefixes import known_prefixes
+from rabbit_engine.sessions.last_text import LastText, continues
 from rabbit_engine.sessions.messages import has_images, read_messages
 from rabbit_engine.sessions.options import NAMES, Options
 from rabbit_engine.sessions.prompts import Limits, Overflow, Prompt, fit_messages, fit_text
@@ -69,6 +70,10 @@ class Session(AnswerMethods, TaskMethods):
         prefix_store: keeps what was computed for the beginnings of prompts, also for later sessions; with None nothing of them
             is written to disk. Prompts are then computed in parts of its blocks, where the model can, with the results of
             `model.generate(ids, prefill_chunk_size=256)`.
+        continue_last: keep what was computed of the text that ended last, for a prompt that begins with its tokens, as the next
+            turn of a chat does: only what is new is computed. Results are then those of `model.generate` with the cache of that
+            text, which differ by rounding from those of the whole prompt. The prefix store then keeps such states, too, apart
+            from those of other sessions.
         exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
             but results then differ from `model.generate` by rounding.
 
@@ -91,6 +96,7 @@ class Session(AnswerMethods, TaskMethods):
         speculate: Speculate = None,
         exact: bool = True,
         prefix_store: PrefixStore | None = None,
+        continue_last: bool = False,
     ) -> None:
         runtime = runtime_of(model)
         if overflow not in ("refuse", "truncate"):
@@ -125,8 +131,11 @@ class Session(AnswerMethods, TaskMethods):
         self._limits = Limits(self._room.most_tokens, own, whole, apart)
         self._encoder = Encoder(model, self._vocabulary, self._limits.most if overflow == "refuse" else None)
         self._stores = ways.parts and not runtime.plan.experts.layers  # small parts would read the same experts many times
-        self._prefixes = None if prefix_store is None else known_prefixes(model, prefix_store)
-        self._engine = Engine(model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None)
+        self._last = LastText(model) if continue_last and continues(model) else None
+        self._prefixes = None if prefix_store is None else known_prefixes(model, prefix_store, exact=self._last is None)
+        self._engine = Engine(
+            model, self._room, most=max_requests, queue=max_queue, exact=exact, alone=state is not None, free_last=self._free_last
+        )
         self._forwards = Forwards(model, self._room, self._engine, self._vocabulary, exact=exact)
 
     def fork(self, prefix: Prefix, /, **template: object) -> Fork:
@@ -267,6 +276,7 @@ class Session(AnswerMethods, TaskMethods):
     def close(self) -> None:
         """Cancel what is under way and end the thread. The model stays open, as it was before. Idempotent."""
         self._engine.close()
+        self._free_last()
 
     def __enter__(self) -> Self:
         return self
@@ -311,6 +321,7 @@ class Session(AnswerMethods, TaskMethods):
             demand=demand,
             beginning=beginning,
             held=request.held,
+            last=self._last if is_whole else None,
         )
 
         def answer() -> None:
@@ -332,7 +343,7 @@ class Session(AnswerMethods, TaskMethods):
             )
             tell(index, replace(reply, cached_tokens=generation.cached_tokens))
 
-        return Job(answer, end, demand, seed=request.options.seed, beginning=beginning)
+        return Job(answer, end, demand, seed=request.options.seed, beginning=beginning, continues=is_whole)
 
     def _demand(self, prompt: Prompt, held: HeldPrefix | None = None) -> Demand:
         """That of a prompt, in parts if it does not fit whole or if parts are stored. Raises PromptTooLongError for one with
@@ -358,6 +369,10 @@ class Session(AnswerMethods, TaskMethods):
                 "send fewer or smaller images, request a shorter answer, or load the model with a larger max_seq_len"
             )
         return whole
+
+    def _free_last(self) -> None:
+        if self._last is not None:
+            self._last.drop()
 
     def _why_whole(self) -> str:
         """The setting of the model's generation config with which no prompt is computed in parts."""

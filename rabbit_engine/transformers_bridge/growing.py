@@ -26,9 +26,13 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, soon: int, most: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._soon, self._most = soon, most
+        self.expect(soon, most)
         self._room: Pair | None = None
         self._shared = 0
+
+    def expect(self, soon: int, most: int) -> None:
+        """Up to `most` tokens will come, the first `soon` of them at once."""
+        self._soon, self._most = soon, most
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Add tokens; all so far."""
