@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any
 
@@ -45,27 +46,34 @@ def main(
     print("|---|---|---|---|---|---|---|---|---|---|")
     for turn in range(turns):
         of_turn = [each[turn] for each in found]
-        times = [median(row[kind][what] for row in of_turn) for what in (1, 2) for kind in KINDS]
-        replies = {kind: of_turn[0][kind][0] for kind in KINDS}
-        equal = all(row["store"][0].tokens == row["none"][0].tokens for row in of_turn)
-        same = all(row["continued"][0].tokens == row["none"][0].tokens for row in of_turn)
-        read = f"{replies['store'].cached_tokens}, {replies['continued'].cached_tokens}"
-        shown = " | ".join(f"{value:.2f}" for value in times)
-        print(f"| {turn + 1} | {replies['none'].prompt_tokens} | {shown} | {read} | {equal}, {same} |")
+        times = [median(row[kind].first_s for row in of_turn) for kind in KINDS]
+        cpu = [median(row[kind].cpu_s for row in of_turn) for kind in KINDS]
+        replies = {kind: of_turn[0][kind].reply for kind in KINDS}
+        equal = [all(row[kind].reply.tokens == row["none"].reply.tokens for row in of_turn) for kind in KINDS[1:]]
+        read = ", ".join(str(replies[kind].cached_tokens) for kind in KINDS[1:])
+        shown = " | ".join(f"{value:.2f}" for value in (*times, *cpu))
+        print(f"| {turn + 1} | {replies['none'].prompt_tokens} | {shown} | {read} | {', '.join(map(str, equal))} |")
 
 
-def one_round(
-    loaded: Any, tokens: Sequence[int], turns: int, first: int, new: int
-) -> list[dict[str, tuple[Reply, float, float]]]:
-    """Of each turn the reply, the seconds to its first token and those of the processor, by kind of session."""
-    found = []
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A reply, the seconds to its first token, and those of the processor."""
+
+    reply: Reply
+    first_s: float
+    cpu_s: float
+
+
+def one_round(loaded: Any, tokens: Sequence[int], turns: int, first: int, new: int) -> list[dict[str, Timed]]:
+    """The turns of each kind of session, with new stores at first."""
+    found: list[dict[str, Timed]] = []
     with opened(loaded) as (sessions, stores):
         ids = list(tokens[:first])
         for turn in range(1, turns + 1):
             found.append({kind: timed(session, ids) for kind, session in sessions.items()})
             for store in stores:
                 store.flush()
-            ids = [*ids, *found[-1]["none"][0].tokens, *tokens[first + (turn - 1) * new :][:new]]
+            ids = [*ids, *found[-1]["none"].reply.tokens, *tokens[first + (turn - 1) * new :][:new]]
     return found
 
 
@@ -75,12 +83,16 @@ def opened(loaded: Any) -> Iterator[tuple[dict[str, Session], list[PrefixStore]]
     with ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2)]
         stores = [stack.enter_context(PrefixStore(folder, 10**11, block_tokens=BLOCK_TOKENS)) for folder in folders]
-        options = ({}, {"prefix_store": stores[0]}, {"prefix_store": stores[1], "continue_last": True})
+        options: tuple[dict[str, Any], ...] = (
+            {},
+            {"prefix_store": stores[0]},
+            {"prefix_store": stores[1], "continue_last": True},
+        )
         sessions = [stack.enter_context(Session(loaded, max_requests=1, **each)) for each in options]
         yield dict(zip(KINDS, sessions, strict=True)), stores
 
 
-def timed(session: Session, ids: Sequence[int]) -> tuple[Reply, float, float]:
+def timed(session: Session, ids: Sequence[int]) -> Timed:
     """An answer, its seconds to the first token, and those of the processor."""
     began, first = time.process_time(), 0.0
     events: list[object] = []
@@ -90,13 +102,12 @@ def timed(session: Session, ids: Sequence[int]) -> tuple[Reply, float, float]:
         first = first or time.process_time() - began
         events.append(event)
 
-    options = {"max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
-    session.ask([session.request_text(list(ids), **options)], tell)
+    session.ask([session.request_text(list(ids), max_new_tokens=ANSWER_TOKENS, ignore_eos=True)], tell)
     while not (events and not_a_piece(events[-1])):
         time.sleep(0.005)
     reply = events[-1]
     assert isinstance(reply, Reply), reply
-    return reply, reply.first_token_s, first
+    return Timed(reply, reply.first_token_s, first)
 
 
 def not_a_piece(event: object) -> bool:

@@ -30,6 +30,16 @@ def chat(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     prefix_store: PrefixStoreSize = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help=(
+                "Compute the last question and answer again with each new one: answers are then, bit for bit, those of the whole "
+                "conversation as one prompt."
+            ),
+        ),
+    ] = False,
     history: Annotated[bool, typer.Option(help="Save a history of typed lines to a file.")] = True,
     *,
     loading: Annotated[Loading, CONVERSATION],
@@ -47,7 +57,9 @@ def chat(
     with (
         engine.model.AutoModel.from_pretrained(model, **loading.for_conversations().keywords()) as streamed,
         opened_store(prefix_store) as store,
-        engine.sessions.Session(streamed, max_requests=1, overflow="truncate", prefix_store=store) as session,
+        engine.sessions.Session(
+            streamed, max_requests=1, overflow="truncate", prefix_store=store, continue_last=not exact
+        ) as session,
     ):
         require_template(streamed, model)
         screen.note(streamed.plan.reason + ("\n/help lists the commands" if at_terminal else ""))

@@ -265,7 +265,8 @@ def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
         copied = copy.deepcopy(cache)
         copied.text.expected_tokens = expected_tokens
         return copied
-    shared = [layer for layer in cache.layers if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized]
+    layers: list[Any] = cache.layers
+    shared = [layer for layer in layers if type(layer) in (DynamicLayer, GrowingLayer) and layer.is_initialized]
     tensors = [states for layer in shared for states in (layer.keys, layer.values)]
     return copy.deepcopy(cache, {id(states): states for states in tensors})
 

@@ -25,7 +25,7 @@ def cut_to(cache: object, tokens: int) -> bool:
         return True
     if not layers or not all(type(layer) in _WHOLE for layer in layers):
         return False
-    kept = min(tokens, *lengths)
+    kept: int = min(tokens, *lengths)
     for layer in layers:
         if (dropped := layer.get_seq_length() - kept) > 0:
             layer.crop(-dropped)
