@@ -158,7 +158,11 @@ def is_recording(cache: Cache) -> bool:
     return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
-_BY_DEFAULT: dict[type, type] = {TieredLayer: DynamicLayer, GrowingLayer: DynamicLayer, TieredWindowLayer: DynamicSlidingWindowLayer}
+_BY_DEFAULT: dict[type, type] = {
+    TieredLayer: DynamicLayer,
+    GrowingLayer: DynamicLayer,
+    TieredWindowLayer: DynamicSlidingWindowLayer,
+}
 
 
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:

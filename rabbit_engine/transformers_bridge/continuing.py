@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rabbit_engine.transformers_bridge.caches import is_dynamic
 from rabbit_engine.transformers_bridge.growing import GrowingLayer
-from rabbit_engine.transformers_bridge.tiered import TieredCache, TieredLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 _WHOLE = (DynamicLayer, GrowingLayer, TieredLayer)
 """Layers that hold all tokens, the last of which they can drop."""

@@ -53,8 +53,12 @@ class GrowingLayer(DynamicLayer):
         """Whether the tokens are those in the room, with place behind them that nobody shares."""
         if self._room is None or first < self._shared or stop > self._room[0].shape[2] or len(self._room[0]) != rows:
             return False
-        shown = (self.keys, self.values)
-        return all(_begins(room, states) for room, states in zip(self._room, shown, strict=True)) if first else True
+        return not first or all(_begins(room, states) for room, states in zip(self._room, self._shown(), strict=True))
+
+    def _shown(self) -> Pair:
+        assert self.keys is not None  # noqa: S101 - it has tokens
+        assert self.values is not None  # noqa: S101
+        return self.keys, self.values
 
     def _make_room(self, first: int, stop: int, added: Pair) -> None:
         """Claim memory like that of the tokens to be `added`, and copy those that are there."""
@@ -67,7 +71,7 @@ class GrowingLayer(DynamicLayer):
             ]
         self._room, self._shared = (made[0], made[1]), 0
         if first:
-            for room, states in zip(made, (self.keys, self.values), strict=True):
+            for room, states in zip(made, self._shown(), strict=True):
                 room[:, :, :first] = states
 
     def reset(self) -> None:
@@ -82,11 +86,13 @@ class GrowingLayer(DynamicLayer):
         vars(copied).update(vars(self))
         copied._room = None
         for name in ("keys", "values"):
-            states = getattr(self, name)
-            if states is not None and memo.get(id(states)) is states:
-                self._shared = max(self._shared, states.shape[-2])
-            elif states is not None:
-                setattr(copied, name, memo.setdefault(id(states), states.clone()))
+            states: Any = getattr(self, name)
+            if states is None:
+                continue
+            if id(states) not in memo:
+                memo[id(states)] = states.clone()
+            setattr(copied, name, memo[id(states)])
+            self._shared = max(self._shared, states.shape[-2])
         return copied
 
 
