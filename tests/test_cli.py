@@ -233,6 +233,21 @@ def test_ctrl_c_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.Monk
     assert (done.code, done.out, done.err.splitlines()[-1]) == (130, "", "interrupted")
 
 
+@pytest.mark.parametrize("exact", [[], ["--exact"]])
+def test_chat_continues_its_last_text_unless_told(
+    exact: list[str], rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def noted(*_: Any, continue_last: bool, **__: Any) -> None:
+        given.append(continue_last)
+        raise errors.ConfigurationError("enough")
+
+    monkeypatch.setattr("rabbit_engine.sessions.Session", noted)
+    assert rabbit("chat", speaker, "--device", "cpu", "--prefix-store", "off", *exact).code == 2
+    assert given == [not exact]
+
+
 def test_an_unexpected_error_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rabbit_engine.cli.run.encode", raising(KeyError("heads\nfeet")))
     done = rabbit("run", speaker, "hi", *RUN)
