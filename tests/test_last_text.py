@@ -15,8 +15,11 @@ from tiny import words
 from transformers import DynamicCache
 
 from rabbit_engine import Lookup, PrefixStore, Session
+from rabbit_engine.config import Cut
 from rabbit_engine.model import tiered_caches
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning import budget
+from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.sessions import last_text
 from rabbit_engine.sessions.answer import Reply
 from rabbit_engine.sessions.last_text import LastText
@@ -33,9 +36,15 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load(streamed: Any) -> Any:
+def load(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load in the smallest budget whose ring holds a layer, with every matrix a unit."""
+
     def loaded(folder: Any, **keywords: Any) -> Any:
-        model = streamed(folder, max_seq_len=96, **keywords)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
+            )
+            model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=96, **keywords)
         model.tokenizer = words(96)
         return model
 
@@ -177,6 +186,19 @@ def test_blocks_of_answers_are_stored_apart(checkpoint: Any, load: Any, store: P
         assert ask(session, [*first[:12], 3, 4]).cached_tokens == 12  # more than a block
     with Session(model, prefix_store=store) as session:
         assert ask(session, second).cached_tokens == 0
+
+
+def test_a_new_text_is_computed_whole_as_without_a_store(checkpoint: Any, load: Any, store: PrefixStore) -> None:
+    model, first = load(checkpoint("llama")), prompt(50)
+    parts = []
+    for continue_last in (True, False):
+        with Session(model, continue_last=continue_last, prefix_store=store) as session:
+            parts.append(session._demand(session.request_text(first).prompt).chunk)
+            found = ask(session, first)
+        if continue_last:
+            with Session(model) as plain:
+                assert found.logprobs == ask(plain, first).logprobs
+    assert parts == [None, BLOCK]
 
 
 def test_more_that_is_stored_wins(checkpoint: Any, load: Any, store: PrefixStore) -> None:

@@ -73,7 +73,7 @@ class Session(AnswerMethods, TaskMethods):
         continue_last: keep what was computed of the text that ended last, for a prompt that begins with its tokens, as the next
             turn of a chat does: only what is new is computed. Results are then those of `model.generate` with the cache of that
             text, which differ by rounding from those of the whole prompt. The prefix store then keeps such states, too, apart
-            from those of other sessions.
+            from those of other sessions, and prompts are computed whole.
         exact: False lets the texts of a pass share matrix products: faster if computing takes longer than moving the weights,
             but results then differ from `model.generate` by rounding.
 
@@ -359,7 +359,8 @@ class Session(AnswerMethods, TaskMethods):
                     f"{len(prompt.ids)} tokens and {prompt.answer_tokens} of the answer fit in memory only in parts, but the "
                     f"model's generation config has {setting}: unset it, shorten the prompt, or request a shorter answer"
                 )
-            known = self._prefixes if self._stores and self._prefixes is not None and self._prefixes.are_used else None
+            in_blocks = self._stores and self._last is None  # blocks of continued texts depend on how they grew anyway
+            known = self._prefixes if in_blocks and self._prefixes is not None and self._prefixes.are_used else None
             stored = known is not None and found.prompt > known.block_tokens
             return replace(found, chunk=known.block_tokens) if stored and known is not None else found
         whole = Demand(len(prompt.ids), prompt.answer_tokens)
