@@ -40,11 +40,12 @@ def tokens(
     max_memory_mb: Annotated[int, typer.Option(help="Memory for weights; 0 leaves it to the library.")] = 150,
     rounds: Annotated[int, typer.Option(help="Processes for each length.")] = 3,
     encoded: Annotated[bool, typer.Option(help="Keep keys and values in eight bits.")] = False,
+    pieces: Annotated[bool, typer.Option(help="Attend to layers in pieces.")] = False,
 ) -> None:
     """Seconds a token behind a cache on disk, and what the disk's rate in the same process allows."""
     print("| tokens before | s a token | weights MB | cache MB | GB/s | disk GB/s | of the limit | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
-    options = [f"--max-memory={max_memory_mb * 10**6}"] * bool(max_memory_mb) + ["--encoded"] * encoded
+    options = [f"--max-memory={max_memory_mb * 10**6}"] * bool(max_memory_mb) + ["--encoded"] * encoded + ["--pieces"] * pieces
     for length in behind.split(","):
         command = ["peers.long_text", str(Path(model).resolve()), "--behind", length, *options]
         print(f"| {int(length):,} | {token_row([measure(command, limit_mb) for _ in range(rounds)])} |", flush=True)

@@ -32,12 +32,14 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=5, help="Tokens decoded and timed, after one that is not.")
     arguments.add_argument("--max-memory", type=int, help="Bytes for weights.")
     arguments.add_argument("--encoded", action="store_true", help="Keep keys and values in eight bits.")
+    arguments.add_argument("--pieces", action="store_true", help="Attend to layers in pieces.")
     options = arguments.parse_args()
     memory: dict[int | str, int | str] | None = {"cpu": options.max_memory} if options.max_memory else None
     with AutoModel.from_pretrained(options.model, device="cpu", max_memory=memory, dtype="auto") as model:
         runtime = runtime_of(model)
         layers = runtime.partition.probe.growing_layers
-        cache: Any = make_cache(runtime, Demand(options.behind, 64, tiered=layers, encoded=options.encoded))
+        demand = Demand(options.behind, 64, tiered=layers, encoded=options.encoded, pieces=options.pieces)
+        cache: Any = make_cache(runtime, demand)
         fill(cache, model.config, model.dtype, options.behind)
         decode(model, cache)
         steps = [timed(model, cache) for _ in range(options.tokens)]
