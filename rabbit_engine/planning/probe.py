@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.caches import scales_shape
+from rabbit_engine.caches import KNOWN_ATTENTION, scales_shape
 from rabbit_engine.errors import first_line
 from rabbit_engine.planning.far_attention import far_heads
 from rabbit_engine.planning.operations import RememberedResults, is_alias
-from rabbit_engine.transformers_bridge.attention import sdpa_for_flash_attention
+from rabbit_engine.transformers_bridge.attention import attention_of, sdpa_for_flash_attention
 from rabbit_engine.transformers_bridge.caches import growing_states
 from rabbit_engine.transformers_bridge.experts import (
     experts_computed_by,
@@ -201,7 +201,7 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         growing_layers=len(growing),
         growing_token_bytes=max((nbytes for layer in growing for nbytes, _ in layer), default=0),
         int8_token_bytes=max((nbytes for layer in growing for _, nbytes in layer), default=0),
-        far_heads=heads,
+        far_heads=heads if attention_of(model.config.get_text_config()) in (None, *KNOWN_ATTENTION) else 0,
         layer_caches=max(map(len, growing), default=1),
         fixed_layer_bytes=caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
         carried_token_bytes=_carried_bytes(model),
