@@ -16,7 +16,7 @@ from tiny import words
 
 from rabbit_engine import Session
 from rabbit_engine.decoding.lookup import Lookup
-from rabbit_engine.errors import BudgetError
+from rabbit_engine.errors import BudgetError, PromptTooLongError
 from rabbit_engine.model import mixin
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
@@ -180,6 +180,8 @@ def test_a_text_is_in_pieces_only_where_whole_layers_do_not_fit(
         layers = [layer.states for layer in made.pop().layers if isinstance(layer, TieredLayer)]
         assert len(layers) == found.tiered
         assert (len(uses) > 0) == isinstance(layers[0], LayerInPieces) == found.pieces
+    with pytest.raises(PromptTooLongError):  # attention over blocks has no weights to show
+        answer(model, ids, output_attentions=True, **asked)
 
 
 def test_a_session_has_texts_in_pieces(

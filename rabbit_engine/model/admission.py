@@ -36,6 +36,9 @@ def admitted(runtime: Runtime, prompt: object, given: Mapping[str, Any], asked: 
     if fiber_on(runtime.binding) is None:
         whole = why_whole(asked) if runtime.computes_parts and not parts else ""
         ways = ways_of(runtime, parts=parts, tiers=may_tier(given, asked))
+        ways = replace(
+            ways, pieces=ways.pieces and not asked("output_attentions")
+        )  # attention over blocks has no weights to show
         demand = fitted(runtime.partition.probe, demand, runtime.free_bytes, str(runtime.device), ways, why_whole=whole)
     return demand if parts else replace(demand, chunk=None)
 
