@@ -2,10 +2,12 @@
 
     .venv-newest/bin/python scripts/newest_tests.py --breadth matrix --smoke session tests/test_*.py
 
-Prints the files on stdout, and what it decided and why on stderr. `make test` has already run every test on the locked versions:
+Prints arguments of pytest on stdout, and what it decided and why on stderr. `make test` has already run every test on the locked
+versions:
 
 - transformers, or a package that reads checkpoints for it, differs: all files;
-- only others, such as torch, differ: all but `--breadth`, which run one mechanism over every model or task;
+- only others, such as torch, differ: all but `--breadth`, which run one mechanism over every model or task, and of each test
+  the first parametrisation;
 - none differs: only `--smoke`, for the sake of the newer Python.
 """
 
@@ -40,11 +42,12 @@ def changed_versions() -> dict[str, str]:
 def choose(
     changed: Collection[str], files: Sequence[str], breadth: Collection[str], smoke: Collection[str]
 ) -> tuple[str, list[str]]:
-    """What was decided, and the files that run."""
+    """What was decided, and the arguments of pytest."""
     if set(changed) & OF_MODELS:
         return "all tests that depend on versions", list(files)
     if changed:
-        return f"all tests that depend on versions but {', '.join(breadth)}", [f for f in files if _name(f) not in breadth]
+        told = f"all tests that depend on versions but {', '.join(breadth)}, each with its first parametrisation"
+        return told, ["--sample=1", *(f for f in files if _name(f) not in breadth)]
     return f"only {', '.join(smoke)}", [f for f in files if _name(f) in smoke]
 
 
@@ -65,9 +68,9 @@ def main() -> None:
     parser.add_argument("--smoke", required=True, help="the same")
     given = parser.parse_args()
     changed = changed_versions()
-    decided, files = choose(changed, given.files, given.breadth.split(), given.smoke.split())
+    decided, arguments = choose(changed, given.files, given.breadth.split(), given.smoke.split())
     print(f"differs from requirements.lock: {told(changed)}; runs {decided}", file=sys.stderr)
-    print(*files)
+    print(*arguments)
 
 
 if __name__ == "__main__":

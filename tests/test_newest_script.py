@@ -25,13 +25,13 @@ FILES = [f"tests/test_{name}.py" for name in ("bridge", "matrix", "session")]
     [
         ({"transformers", "torch"}, ["bridge", "matrix", "session"]),
         ({"huggingface-hub"}, ["bridge", "matrix", "session"]),
-        ({"torch", "pydantic"}, ["bridge", "session"]),
+        ({"torch", "pydantic"}, ["--sample=1", "bridge", "session"]),
         (set(), ["session"]),
     ],
 )
 def test_what_runs_follows_from_what_differs(changed: set[str], runs: list[str]) -> None:
-    told, files = newest_tests.choose(changed, FILES, ["matrix"], ["session"])
-    assert files == [f"tests/test_{name}.py" for name in runs]
+    told, arguments = newest_tests.choose(changed, FILES, ["matrix"], ["session"])
+    assert [argument.removeprefix("tests/test_").removesuffix(".py") for argument in arguments] == runs
     assert told.startswith(("all", "only session"))
 
 
@@ -51,10 +51,10 @@ def test_the_makefile_names_files_that_exist_and_depend_on_versions() -> None:
     assert not set(lists["OURS"]) & {*lists["BREADTH"], *lists["SMOKE"], *lists["WHOLE"]}
 
 
-def test_the_files_are_printed_alone() -> None:
+def test_the_arguments_are_printed_alone() -> None:
     command = [sys.executable, "scripts/newest_tests.py", "--breadth", "matrix", "--smoke", "bridge session", *FILES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= set(FILES)
+    assert set(done.stdout.split()) <= {"--sample=1", *FILES}
     assert done.stderr.startswith("differs from requirements.lock: ")
 
 
