@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,20 +21,24 @@ def encoded(model: Any, text: str) -> torch.Tensor:
     return found["input_ids"]
 
 
-_ANSWERS: dict[Any, str] = {}
+_ANSWERS: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
+"""What each model said to greedy questions, by their ids."""
 
 
 def alone(model: Any, text: str, **keywords: Any) -> str:
     """The answer of `generate`; a greedy one is computed once for all tests of a process."""
     ids = encoded(model, text)
-    key = (id(model), *ids[0].tolist())
-    if not keywords and key in _ANSWERS:
-        return _ANSWERS[key]
+    if keywords:
+        return _answered(model, ids, **keywords)
+    known, key = _ANSWERS.setdefault(model, {}), tuple(ids[0].tolist())
+    if key not in known:
+        known[key] = _answered(model, ids)
+    return known[key]
+
+
+def _answered(model: Any, ids: torch.Tensor, **keywords: Any) -> str:
     tokens = model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, **keywords})[0, ids.shape[1] :]
-    answer = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-    if not keywords:
-        _ANSWERS[key] = answer
-    return answer
+    return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def saying(model: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
