@@ -1,7 +1,7 @@
 """An agent's turns without a prefix store, with one, and with one in a session that continues its last text: seconds to the
 first token of each turn, and seconds of processor time in all threads until then.
 
-    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--max-memory 150MB] [--rounds 1]
+    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--max-memory 150MB] [--answer 30] [--rounds 1]
 
 Each turn's prompt is the last one with its answer and `--new` tokens more, as an agent's is. The sessions take turns; in each
 round the stores are empty at first. Answers of the first two must be the same token for token; those of the third may differ by
@@ -24,7 +24,6 @@ import typer
 from rabbit_engine import AutoModel, PrefixStore, Reply, Session
 
 BLOCK_TOKENS = 256
-ANSWER_TOKENS = 30
 KINDS = ("none", "store", "continued")
 
 
@@ -34,6 +33,7 @@ def main(
     first: Annotated[int, typer.Option(help="Tokens of the first prompt.")] = 3000,
     new: Annotated[int, typer.Option(help="Tokens that each further turn adds.")] = 60,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights.")] = None,
+    answer: Annotated[int, typer.Option(help="Tokens of each answer.")] = 30,
     rounds: Annotated[int, typer.Option(help="Rounds, of which the table has medians.")] = 1,
 ) -> None:
     """Print a table."""
@@ -41,7 +41,7 @@ def main(
     with AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded:
         numbers = torch.randint(5, loaded.config.vocab_size, (first + turns * new,), generator=torch.Generator().manual_seed(1))
         tokens = [int(number) for number in numbers]
-        found = [one_round(loaded, tokens, turns, first, new) for _ in range(rounds)]
+        found = [one_round(loaded, tokens, turns, first, new, answer) for _ in range(rounds)]
     print("| turn | prompt | none s | store s | continued s | none CPU | store CPU | continued CPU | read | equal |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for turn in range(turns):
@@ -64,13 +64,13 @@ class Timed:
     cpu_s: float
 
 
-def one_round(loaded: Any, tokens: Sequence[int], turns: int, first: int, new: int) -> list[dict[str, Timed]]:
+def one_round(loaded: Any, tokens: Sequence[int], turns: int, first: int, new: int, answer: int) -> list[dict[str, Timed]]:
     """The turns of each kind of session, with new stores at first."""
     found: list[dict[str, Timed]] = []
     with opened(loaded) as (sessions, stores):
         ids = list(tokens[:first])
         for turn in range(1, turns + 1):
-            found.append({kind: timed(session, ids) for kind, session in sessions.items()})
+            found.append({kind: timed(session, ids, answer) for kind, session in sessions.items()})
             for store in stores:
                 store.flush()
             ids = [*ids, *found[-1]["none"].reply.tokens, *tokens[first + (turn - 1) * new :][:new]]
@@ -92,7 +92,7 @@ def opened(loaded: Any) -> Iterator[tuple[dict[str, Session], list[PrefixStore]]
         yield dict(zip(KINDS, sessions, strict=True)), stores
 
 
-def timed(session: Session, ids: Sequence[int]) -> Timed:
+def timed(session: Session, ids: Sequence[int], answer: int) -> Timed:
     """An answer, its seconds to the first token, and those of the processor."""
     began, first = time.process_time(), 0.0
     events: list[object] = []
@@ -102,7 +102,7 @@ def timed(session: Session, ids: Sequence[int]) -> Timed:
         first = first or time.process_time() - began
         events.append(event)
 
-    session.ask([session.request_text(list(ids), max_new_tokens=ANSWER_TOKENS, ignore_eos=True)], tell)
+    session.ask([session.request_text(list(ids), max_new_tokens=answer, ignore_eos=True)], tell)
     while not (events and not_a_piece(events[-1])):
         time.sleep(0.005)
     reply = events[-1]

@@ -40,6 +40,15 @@ def serve(
     max_new_tokens: options.MaxNewTokens = 1024,
     overflow: options.Overflow = "refuse",
     share_products: options.ShareProducts = False,
+    continue_last: Annotated[
+        bool,
+        typer.Option(
+            help=(
+                "Keep what was computed for the last text in memory, its answer included, so that its next turn computes only "
+                "what is new: for one conversation or agent at a time, but no longer bit for bit the same."
+            ),
+        ),
+    ] = False,
     prefix_store: PrefixStoreSize = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="An origin whose web pages may use the server.")] = None,
     *,
@@ -63,6 +72,7 @@ def serve(
         "max_new_tokens": max_new_tokens,
         "overflow": overflow,
         "exact": not share_products,
+        "continue_last": continue_last,
     }
     with opened_store(prefix_store) as store:
         offered = _Offered(named, loading, {**answering, "prefix_store": store})
