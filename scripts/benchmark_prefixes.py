@@ -1,7 +1,8 @@
 """An agent's turns without a prefix store, with one, and with one in a session that continues its last text: seconds to the
 first token of each turn, and seconds of processor time in all threads until then.
 
-    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--max-memory 150MB] [--answer 30] [--rounds 1]
+    python scripts/benchmark_prefixes.py MODEL [--turns 10] [--first 3000] [--new 60] [--answer 30] [--rounds 1]
+                                         [--max-memory 150MB]
 
 Each turn's prompt is the last one with its answer and `--new` tokens more, as an agent's is. The sessions take turns; in each
 round the stores are empty at first. Answers of the first two must be the same token for token; those of the third may differ by

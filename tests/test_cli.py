@@ -248,6 +248,21 @@ def test_chat_continues_its_last_text_unless_told(
     assert given == [not exact]
 
 
+@pytest.mark.parametrize("options", [[], ["--continue-last"]])
+def test_serve_continues_its_last_text_if_told(
+    options: list[str], rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def noted(_: Any, __: Any, answering: Any) -> None:
+        given.append(answering["continue_last"])
+        raise errors.ConfigurationError("enough")
+
+    monkeypatch.setattr("rabbit_engine.cli.serve._Offered", noted)
+    assert rabbit("serve", speaker, "--port", "0", "--prefix-store", "off", *options).code == 2
+    assert given == [bool(options)]
+
+
 def test_an_unexpected_error_is_one_line(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rabbit_engine.cli.run.encode", raising(KeyError("heads\nfeet")))
     done = rabbit("run", speaker, "hi", *RUN)
