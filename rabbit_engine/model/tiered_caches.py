@@ -21,7 +21,7 @@ from rabbit_engine.transformers_bridge.attention import wrap_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.generation import Asked, takes_cache_objects
 from rabbit_engine.transformers_bridge.growing import growing_cache
-from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, put_pair_in_tiers, spread
+from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, put_pair_in_tiers, spread, window_indices
 from rabbit_engine.utils.platform import free_memory_bytes
 
 _CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
 def require_cache_dtype(runtime: Runtime) -> None:
     """Raise ConfigurationError for a `cache_dtype` that the model's caches cannot have."""
     wanted = runtime.assembly.cache_dtype
-    if wanted is not None and (_has_encoder(runtime) or not _can_tier(runtime)):
+    if wanted is not None and (_has_encoder(runtime) or not runtime.partition.probe.growing_layers):
         raise ConfigurationError(
             f"cache_dtype={wanted!r} is for layers that keep the keys and values of all tokens of a decoder alone, and none is "
             f"known in the cache of {runtime.architecture.cls.__name__}: leave it out"
@@ -68,7 +68,8 @@ def tier_room(runtime: Runtime) -> int:
 
 def _can_tier(runtime: Runtime) -> bool:
     cls = runtime.architecture.cls
-    return runtime.partition.probe.growing_layers > 0 and (not _has_encoder(runtime) or takes_cache_objects(cls))
+    probe = runtime.partition.probe
+    return (probe.growing_layers > 0 or probe.windows.layers > 0) and (not _has_encoder(runtime) or takes_cache_objects(cls))
 
 
 def _has_encoder(runtime: Runtime) -> bool:
@@ -76,12 +77,13 @@ def _has_encoder(runtime: Runtime) -> bool:
 
 
 def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
-    """A cache with `demand.tiered` layers in tiers, spread over the model's depth; None if there are none, or the model has an
+    """A cache with the layers of `demand` in tiers, spread over the model's depth; None if there are none, or the model has an
     encoder: see `making_pairs`. Raises CacheStorageError if its file cannot be made."""
-    if not demand.tiered or _has_encoder(runtime):
+    if not demand.in_tiers or _has_encoder(runtime):
         return None
     config = runtime.architecture.config.get_text_config()
-    chosen = spread(growing_indices(DynamicCache(config=config).layers), demand.tiered)
+    layers = DynamicCache(config=config).layers
+    chosen = {*spread(growing_indices(layers), demand.tiered), *spread(window_indices(layers), demand.windows)}
     return TieredCache(config, chosen, TextStates(_make_home(runtime, demand), demand.prompt + demand.answer))
 
 
@@ -138,7 +140,7 @@ def in_shared_blocks(runtime: Runtime, demand: Demand) -> Demand:
     """`demand` of a text that others are to continue. What fits on a CPU lies in blocks in memory, which its copies share: whole
     layers are copied with the first token that a copy adds. Other devices keep them whole: blocks would lie apart."""
     layers = runtime.partition.probe.growing_layers
-    if demand.tiered or not layers or runtime.device.type != "cpu":
+    if demand.in_tiers or not layers or runtime.device.type != "cpu":
         return demand
     return replace(demand, tiered=layers, held=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -102,8 +103,9 @@ def texts_in_tiers(partition: Partition, tokens: int, stream: StreamConfig) -> l
     whole = text_of(probe, tokens, stream)
     kept = [replace(whole, chunk=chunk) for chunk in ((None, PLANNED_ROWS) if in_parts else (None,))]
     found, least = list[Demand](), min(need_bytes(probe, one) for one in kept)
-    for pieces in (False, True) if probe.far_heads else (False,):
-        ways = [replace(one, tiered=probe.growing_layers, held=False, pieces=pieces) for one in kept]
+    windows = (0, probe.windows.layers) if probe.windows.layers else (0,)
+    for pieces, count in product((False, True) if probe.far_heads else (False,), windows):
+        ways = [replace(one, tiered=probe.growing_layers, held=False, pieces=pieces, windows=count) for one in kept]
         text = min(ways, key=partial(need_bytes, probe))
         if need_bytes(probe, text) < least:
             found, least = [*found, text], need_bytes(probe, text)

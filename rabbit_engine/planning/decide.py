@@ -40,7 +40,7 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
         plan = _place(partition, stream, budget, speeds, notes)
     except BudgetError as error:
         plan, text = _place_in_tiers(partition, stream, free, speeds, notes, error)
-    if text is not None and partition.probe.cache_token_bytes:
+    if text is not None and partition.probe.keeps_tokens:
         plan = replace(plan, notes=(*plan.notes, note_on_texts(partition.probe, text, speeds)))
     plan = replace(plan, decoding=_decoding(plan, partition, stream))
     moves = plan.bound != "compute"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rabbit_engine.errors import PromptTooLongError
 from rabbit_engine.planning.probe import Probe
@@ -41,7 +42,8 @@ class Demand:
     of its rows of `logits` over the vocabulary. `tiered` layers of the cache have their keys and values on disk, and in memory
     only while they run, a piece at a time if they are in `pieces`; those that are `encoded`, in eight bits, and in memory too if
     they are `held` there.
-    The first `begun` tokens of the prompt are computed already, and blocks of them counted with another text.
+    The first `begun` tokens of the prompt are computed already, and blocks of them counted with another text. `windows` layers
+    that forget tokens are in tiers too.
     """
 
     prompt: int
@@ -56,6 +58,12 @@ class Demand:
     held: bool = False
     begun: int = 0
     pieces: bool = False
+    windows: int = 0
+
+    @property
+    def in_tiers(self) -> bool:
+        """Whether any layer is."""
+        return bool(self.tiered or self.windows)
 
     @property
     def rows(self) -> int:
@@ -88,6 +96,7 @@ def cache_bytes(probe: Probe, demand: Demand) -> int:
         layer = probe.growing_token_bytes * tokens + probe.fixed_layer_bytes
         tails = min(layer, probe.layer_caches * _TAIL_TOKENS * probe.growing_token_bytes)
         whole = max(0, whole - demand.tiered * layer) + _shown_bytes(probe, demand, layer) + demand.tiered * tails
+    whole += _window_bytes(probe, demand)
     return demand.sequences * whole + (_block_bytes(probe, demand) if demand.held else 0)
 
 
@@ -96,6 +105,21 @@ def _shown_bytes(probe: Probe, demand: Demand, layer_bytes: int) -> int:
     if demand.pieces:
         return (_COPIES_OF_NEW * demand.rows + _PIECES * PIECE_TOKENS) * probe.growing_token_bytes
     return min(demand.tiered, _WHOLE_LAYERS) * (layer_bytes + BLOCK_TOKENS * probe.growing_token_bytes)
+
+
+def _window_bytes(probe: Probe, demand: Demand) -> int:
+    """Bytes in memory of the layers with windows: after a prompt, of all tokens that were computed at once."""
+    shown, layer = probe.windows.shown(demand.prompt + demand.answer, demand.rows), _window_layer_bytes(probe)
+    kept = probe.windows.token_bytes * shown
+    if not demand.windows:
+        return kept
+    whole = min(demand.windows, _WHOLE_LAYERS) * (shown + BLOCK_TOKENS)
+    return max(0, kept - demand.windows * layer * shown) + layer * (whole + demand.windows * min(shown, _TAIL_TOKENS))
+
+
+def _window_layer_bytes(probe: Probe) -> int:
+    """Bytes a token of one layer with a window."""
+    return -(-probe.windows.token_bytes // max(1, probe.windows.layers))
 
 
 def tier_bytes(probe: Probe, demand: Demand) -> int:
@@ -107,7 +131,8 @@ def _block_bytes(probe: Probe, demand: Demand) -> int:
     """Bytes of the blocks of the layers in tiers, wherever they lie."""
     token_bytes = probe.int8_token_bytes if demand.encoded else probe.growing_token_bytes
     layer = token_bytes * (demand.prompt + demand.answer - demand.begun) + probe.fixed_layer_bytes
-    return demand.sequences * demand.tiered * layer
+    window = _window_layer_bytes(probe) * min(demand.prompt + demand.answer, probe.windows.tokens + BLOCK_TOKENS)
+    return demand.sequences * (demand.tiered * layer + demand.windows * window)
 
 
 def encoded_demand(probe: Probe, demand: Demand, *, held: bool) -> Demand:
@@ -158,21 +183,27 @@ AS_IT_IS = Ways()
 
 def best_way(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> Demand:
     """`demand` as it is if `free_bytes` suffice; else in the largest parts with which they do; else with the fewest layers in
-    tiers, and then the largest parts, with which they do; then the same with layers in pieces, which compute other bits; as it is
-    if they never do. An encoded cache lies in memory if it fits there in any parts, else in tiers."""
+    tiers, those with windows last, and then the largest parts, with which they do; then the same with layers in pieces, which
+    compute other bits; as it is if they never do. An encoded cache lies in memory if it fits in any parts, else in tiers."""
     chunks = [demand.chunk, *(rows for rows in PART_ROWS if rows < demand.prompt and ways.parts and demand.chunk is None)]
     if ways.encoded:
         places = [*([True] if ways.holds else []), *([False] if ways.disk_bytes or not ways.holds else [])]
         encoded = [encoded_demand(probe, replace(demand, chunk=rows), held=held) for held in places for rows in chunks]
         encoded += [replace(one, pieces=True) for one in encoded if not one.held and ways.pieces]
         return next((found for found in encoded if _fits(probe, found, free_bytes, ways)), encoded[0])
-    shown = [False, *([True] if ways.pieces else [])] if ways.disk_bytes else []
     tried = [replace(demand, chunk=rows) for rows in chunks]
-    tried += [replace(one, tiered=probe.growing_layers, pieces=pieces) for pieces in shown for one in tried]
+    tried += [replace(one, **place) for place in (_places(probe, ways) if ways.disk_bytes else []) for one in tried]
     for found in tried:
         if _fits(probe, found, free_bytes, ways):
             return _fewest_tiered(probe, found, free_bytes)
     return demand
+
+
+def _places(probe: Probe, ways: Ways) -> list[dict[str, Any]]:
+    """Which layers may be in tiers, and how, in the order in which that is tried."""
+    windows = [0, *([probe.windows.layers] if probe.windows.layers else [])]
+    shown = [False, *([True] if ways.pieces else [])]
+    return [{"tiered": probe.growing_layers, "pieces": pieces, "windows": count} for pieces in shown for count in windows]
 
 
 def _fits(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> bool:
@@ -182,13 +213,16 @@ def _fits(probe: Probe, demand: Demand, free_bytes: int, ways: Ways) -> bool:
 def _fewest_tiered(probe: Probe, demand: Demand, free_bytes: int) -> Demand:
     """`demand`, which fits, with as few layers in tiers as do."""
     least = 1 if demand.pieces else _WHOLE_LAYERS + 1
-    fewer = (replace(demand, tiered=layers) for layers in range(least, demand.tiered))
+    most = demand.windows or demand.tiered
+    fewer = (
+        replace(demand, windows=layers) if demand.windows else replace(demand, tiered=layers) for layers in range(least, most)
+    )
     return next((found for found in fewer if need_bytes(probe, found) <= free_bytes), demand)
 
 
 def most_rows(probe: Probe, free_bytes: int) -> int:
     """How many rows of a pass, each with its logits, may take a fourth of the free memory."""
-    row_bytes = probe.cache_token_bytes + _LOGITS_BYTES * probe.vocabulary
+    row_bytes = probe.cache_token_bytes + probe.windows.token_bytes + _LOGITS_BYTES * probe.vocabulary
     return most_prompt(lambda rows: 4 * (probe.activation_bytes(rows) + rows * row_bytes) <= free_bytes, _MOST_ROWS)
 
 

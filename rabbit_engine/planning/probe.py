@@ -26,10 +26,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rabbit_engine.architectures import stated_positions
-from rabbit_engine.caches import KNOWN_ATTENTION, scales_shape
+from rabbit_engine.caches import KNOWN_ATTENTION
 from rabbit_engine.errors import first_line
 from rabbit_engine.planning.far_attention import far_heads
 from rabbit_engine.planning.operations import RememberedResults, is_alias
+from rabbit_engine.planning.windows import (
+    NO_WINDOWS,
+    Windows,
+    bytes_behind_windows,
+    measure_windows,
+    token_bytes_of,
+    window_bytes,
+)
 from rabbit_engine.transformers_bridge.attention import attention_of, sdpa_for_flash_attention
 from rabbit_engine.transformers_bridge.caches import growing_states
 from rabbit_engine.transformers_bridge.experts import (
@@ -85,7 +93,7 @@ class Probe:
     `growing_layers` layers of the cache hold keys and values of all tokens and nothing else, of `growing_token_bytes` a token and
     layer at most, `int8_token_bytes` in eight bits; none in a cache that is not dynamic. Their queries have `far_heads` heads, if
     the class can attend to them over blocks, else 0. With an encoder, a layer has `layer_caches` of them, one for what was read:
-    `fixed_layer_bytes` of `cache_fixed_bytes`.
+    `fixed_layer_bytes` of `cache_fixed_bytes`. Its layers with `windows` are not in those numbers.
     A prompt in parts has `carried_token_bytes` of states for each of its tokens while other parts run, and `span_token_bytes` of
     copies for each token that a part attends to.
     `layers` is the memory of a pass up to the head, `head` that from there on, including logits of `vocabulary` tokens, if the
@@ -103,6 +111,7 @@ class Probe:
     far_heads: int = 0
     layer_caches: int = 1
     fixed_layer_bytes: int = 0
+    windows: Windows = NO_WINDOWS
     carried_token_bytes: int = 0
     span_token_bytes: int = 0
     layers: Curve = Curve()
@@ -112,6 +121,11 @@ class Probe:
     routed: Mapping[str, int] = field(default_factory=dict)
     prompt_only: frozenset[str] = frozenset()
     failure: str = ""
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether a text takes more of the cache with each token, at least up to a window."""
+        return bool(self.cache_token_bytes or self.windows.token_bytes)
 
     def activation_bytes(self, tokens: int) -> int:
         """Peak bytes of a pass over a prompt of `tokens`, without the cache."""
@@ -193,7 +207,7 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         torch.device("meta"),
         _Answers(device_type),
     ):
-        caches, growing, heads, layers, head, prompt_only = _run(model, watch, prompting)
+        caches, windows, growing, heads, layers, head, prompt_only = _run(model, watch, prompting)
     return Probe(
         alone=tuple(name for name in watch.ran if name not in watch.reached),
         cache_token_bytes=caches.token,
@@ -205,7 +219,8 @@ def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults,
         layer_caches=max(map(len, growing), default=1),
         fixed_layer_bytes=caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
         carried_token_bytes=_carried_bytes(model),
-        span_token_bytes=_span_bytes(model, caches.token),
+        windows=windows,
+        span_token_bytes=_span_bytes(model, caches.token + windows.token_bytes),
         layers=layers,
         head=head,
         vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", None) or 0),
@@ -220,20 +235,13 @@ def _is_leaf(module: nn.Module) -> bool:
     return alone and any(True for _ in module.parameters(recurse=False))
 
 
-def _token_bytes(states: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
-    """Bytes a token of keys and values of a layer [1, heads, tokens, width]: as they are, and in eight bits."""
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in states)
-    encoded = sum(tensor.numel() + scales_shape(tensor.shape).numel() * torch.bfloat16.itemsize for tensor in states)
-    tokens = states[0].shape[-2]
-    return nbytes // tokens, encoded // tokens
-
-
 def _run(
     model: PreTrainedModel, watch: _Watch, prompting: Prompting
-) -> tuple[Curve, list[list[tuple[int, int]]], int, Curve, Curve, frozenset[str]]:
+) -> tuple[Curve, Windows, list[list[tuple[int, int]]], int, Curve, Curve, frozenset[str]]:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
-    walks through the tokens, two long ones. Returns the cache's bytes, those a token of each layer that grows, the heads that can
-    attend to them over blocks, the live bytes up to the head and after it, and the modules that ran for the prompts only.
+    walks through the tokens, two long ones. Returns the cache's bytes without windows, these, those a token of each layer that
+    grows, the heads that can attend to them over blocks, the live bytes up to the head and after it, and the modules that ran for
+    the prompts only.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
@@ -243,7 +251,8 @@ def _run(
         prompts = [_prompt(model, watch, prompting, tokens) for tokens in (short, 4 * short)]
         watch.latest = set()
         caches = _caches(model, prompts)
-        growing = [[_token_bytes(one) for one in layer] for layer in growing_states(cache_of(prompts[-1].output))]
+        windows = measure_windows(cache_of(prompts[-1].output))
+        growing = [[token_bytes_of(one) for one in layer] for layer in growing_states(cache_of(prompts[-1].output))]
         heads = far_heads(model, prompts[-1].output)
         prompt_only = frozenset(watch.ran.keys() - watch.latest if watch.latest else ())
         most = min(_LONG, positions)
@@ -253,7 +262,7 @@ def _run(
         if handle is not None:
             handle.remove()
     layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
-    return caches, growing, heads, layers, after, prompt_only
+    return caches, windows, growing, heads, layers, after, prompt_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,21 +280,21 @@ def _prompt(model: PreTrainedModel, watch: _Watch, prompting: Prompting, tokens:
     watch.end_phases()
     before, operations = watch.live_bytes, watch.operations
     output = model(**prompting(tokens))
-    own = before + _cache_bytes(cache_of(output))
+    own = before + _cache_bytes(cache_of(output)) + bytes_behind_windows(cache_of(output))
     layers, *after = (max(0, peak - own) for peak in watch.end_phases())
     return _Prompt(tokens, output, watch.operations - operations, (layers, max(after, default=0)))
 
 
 def _caches(model: PreTrainedModel, prompts: Sequence[_Prompt]) -> Curve:
-    """Bytes of the cache: what the token after the last prompt adds, and of an encoder's states, which it does not change, what
-    they take for a token of a prompt, or for any."""
-    held = [_cache_bytes(cache_of(prompt.output)) for prompt in prompts]
+    """Bytes of the cache, without windows: what the token after the last prompt adds, and of an encoder's states, which it does
+    not change, what they take for a token of a prompt, or for any."""
+    held = [_growing_bytes(cache_of(prompt.output)) for prompt in prompts]
     (few, few_bytes), (many, many_bytes) = ((prompt.tokens, _cross_bytes(cache_of(prompt.output))) for prompt in prompts)
     crossing = (many_bytes - few_bytes) // (many - few) if many > few else 0
     if (inputs := next_token(model, prompts[-1].output)) is None:
         return Curve()
     model(**inputs)
-    grown = _cache_bytes(cache_of(prompts[-1].output)) - held[-1]
+    grown = _growing_bytes(cache_of(prompts[-1].output)) - held[-1]
     token = max(grown, crossing, -(-(held[-1] - many_bytes) // _MOST_TOKENS))
     return Curve(max(0, many_bytes - crossing * many), token)
 
@@ -321,7 +330,11 @@ def _cache_bytes(cache: object) -> int:
         return _cache_bytes(getattr(cache, "self_attention_cache", None)) + _cross_bytes(cache)
     layers = getattr(cache, "layers", None) or []
     held = [leaf for layer in layers for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.dim())  # a number is of any size
+
+
+def _growing_bytes(cache: object) -> int:
+    return _cache_bytes(cache) - window_bytes(cache)
 
 
 def _cross_bytes(cache: object) -> int:

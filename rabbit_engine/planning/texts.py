@@ -35,9 +35,9 @@ def note_on_texts(probe: Probe, text: Demand, speeds: Speeds) -> str:
     tokens = text.prompt + text.answer
     saved = text.tiered * (probe.growing_token_bytes - probe.int8_token_bytes) if text.encoded else 0
     token_bytes = probe.cache_token_bytes - saved
-    total = cache_bytes(probe, Demand(text.prompt, text.answer)) - saved * tokens
+    total = cache_bytes(probe, Demand(text.prompt, text.answer, is_computed=True)) - saved * tokens
     grown = f"keys and values take {format_bytes(token_bytes)} a token, {format_bytes(total)} for {tokens:,} tokens"
-    if text.held or not text.tiered:
+    if text.held or not text.in_tiers:
         return f"{grown}, in memory"
     far = tier_bytes(probe, text)
     pieces = "; a layer is never whole in memory, and attention is exact up to rounding" if text.pieces else ""

@@ -57,12 +57,12 @@ class Room:
         """That of a text, in one of the ways if it does not fit as it is. One whose cache lies in tiers leaves half of the memory
         to other texts, if it can."""
         found = best_way(self.probe, Demand(prompt, answer), self.nbytes, self.ways)
-        if not found.tiered or found.held:
+        if not found.in_tiers or found.held:
             return found
         smaller = best_way(self.probe, Demand(prompt, answer), self.nbytes // 2, self.ways)
         if found.encoded:
             return smaller if self.fits([smaller]) else found
-        return smaller if smaller.tiered else replace(found, tiered=self.probe.growing_layers)
+        return smaller if smaller.in_tiers else replace(found, tiered=self.probe.growing_layers)
 
     def need(self, demands: Iterable[Demand]) -> int:
         """Bytes: each cache at its full length, and the activations of all texts in a pass, which wait for the same weights."""

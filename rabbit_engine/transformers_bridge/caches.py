@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from rabbit_engine.transformers_bridge.growing import GrowingLayer
-from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, growing_pairs, part_of
+from rabbit_engine.transformers_bridge.tiered import TieredCache, growing_indices, growing_pairs, part_of, window_indices
 from rabbit_engine.transformers_bridge.tiered_layers import TIERED, Pair, TieredLayer, TieredWindowLayer
 
 Ability = Literal["select", "crop", "restore", "none"]
@@ -151,6 +151,14 @@ def growing_states(cache: object) -> list[list[Pair]]:
     else:
         return []
     return [[(one.keys, one.values) for one in layer] for layer in found if all(one.get_seq_length() for one in layer)]
+
+
+def window_states(cache: object) -> list[tuple[Pair, int]]:
+    """Keys and values of each layer of a dynamic cache that holds those of a window and nothing else, and its tokens."""
+    if type(cache) is not DynamicCache:
+        return []
+    layers: list[Any] = [cache.layers[index] for index in window_indices(cache.layers)]
+    return [((layer.keys, layer.values), layer.sliding_window) for layer in layers if layer.get_seq_length()]
 
 
 def is_recording(cache: Cache) -> bool:
