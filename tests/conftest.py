@@ -106,6 +106,12 @@ def _deselect(config: pytest.Config, items: list[pytest.Item], without: list[pyt
     items[:] = [item for item in items if item not in gone]
 
 
+@pytest.fixture(autouse=True)
+def _texts_lie_in_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary folders are memory on some systems, where no text lies."""
+    monkeypatch.setattr("rabbit_engine.planning.texts.file_system_of", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoint(family)` is the folder of its tiny model; do not change it, tests share it."""

@@ -26,6 +26,8 @@ from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.transformers_bridge.tiered import TieredCache
 from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
+from rabbit_engine.utils.platform import IN_MEMORY, file_system_of
+from rabbit_engine.utils.speeds import Speeds
 
 FAMILIES = [
     "llama",
@@ -282,3 +284,30 @@ def test_a_cache_of_inference_mode_goes_on_without_it(
     ids = prompt(60)
     require_same(*(answer(each, ids, past_key_values=cache) for each, cache in zip((model, own), caches, strict=True)))
     assert len(tiers) == 1
+
+
+def test_a_folder_in_memory_takes_no_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: Any, checkpoint: Any
+) -> None:
+    monkeypatch.setattr(texts, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(texts, "file_system_of", lambda _: "ext4")
+    assert texts.disk_room() > 0
+    monkeypatch.setattr(texts, "file_system_of", lambda _: "tmpfs")
+    monkeypatch.setattr(texts.sys, "platform", "linux")
+    assert texts.disk_room() == 0
+    model = streamed(checkpoint("llama"))
+    monkeypatch.setattr(type(runtime_of(model).assembly), "free_bytes", lambda _: KEPT_FREE_BYTES)
+    with pytest.raises(PromptTooLongError, match=r"cannot lie on disk, as .*texts is memory \(tmpfs\): name a folder on a disk"):
+        answer(model, prompt())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no folder here is known to be memory")
+def test_shared_memory_is_known_to_be_memory() -> None:
+    assert file_system_of(Path("/dev/shm/not/there")) in IN_MEMORY
+
+
+def test_a_plan_says_where_a_text_lies() -> None:
+    text, speeds = Demand(100_000, 0, tiered=20), Speeds(disk=1e9, link=1e10)
+    far = tier_bytes(PROBE, text)
+    assert "lie on disk and are read for each token, in about 0.1 s" in texts.note_on_texts(PROBE, text, speeds, far - 1)
+    assert "lie in host memory and are read for each token, in about 0.01 s" in texts.note_on_texts(PROBE, text, speeds, far)

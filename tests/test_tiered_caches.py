@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,6 +198,32 @@ def test_pieces_that_attention_leaves_are_dropped(tmp_path: Path) -> None:
     assert [len(list(cache.update(*states(1, 1), index)[0].far.blocks())) for index in range(LAYERS)] == [9] * LAYERS
     with pytest.raises(FarStatesError):
         keys + 1
+
+
+def test_beams_do_not_read_again_what_was_read_ahead(tmp_path: Path) -> None:
+    ours, theirs = tiered(tmp_path, 4), DynamicCache(config=CONFIG)
+    update((ours, theirs), 3, 40)
+    reads = []
+    for order in ([1, 0, 0], [1, 2, 0], [2, 2, 1]):
+        update((ours, theirs), 3, 1)
+        ours.text.mover.wait(ours.layers[0].states._ahead)
+        reads.append(ours.text.bytes_read)
+        for each in (ours, theirs):
+            for _ in range(2):
+                each.reorder_cache(torch.tensor(order))
+    assert 0 < reads[2] - reads[1] <= ours.text.bytes_written
+    require_equal(ours, theirs)
+
+
+def test_a_pickled_cache_is_a_plain_one(tmp_path: Path) -> None:
+    ours, theirs = tiered(tmp_path, 4, which=(0, 2, 3)), DynamicCache(config=CONFIG)
+    update((ours, theirs), 2, 30)
+    found = pickle.loads(pickle.dumps(ours))
+    assert type(found) is DynamicCache
+    assert [type(layer) for layer in found.layers] == [type(layer) for layer in theirs.layers]
+    update((found, theirs), 2, 3)
+    assert copy.copy(ours).layers[0] is ours.layers[0]
+    assert pickle.loads(pickle.dumps(tiered(tmp_path, 4))).get_seq_length() == 0
 
 
 def test_space_of_dropped_blocks_is_used_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,16 @@ def test_views_of_a_pass_stay_as_they_are(tmp_path: Path) -> None:
     for keys, were, values, had in kept:
         assert torch.equal(keys, were)
         assert torch.equal(values, had)
+
+
+def test_a_pickled_window_is_a_plain_one(tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path)
+    update((ours, theirs), 2, 60)
+    update((ours, theirs), 2, 1)
+    found = pickle.loads(pickle.dumps(ours))
+    assert [type(layer) for layer in found.layers] == [type(layer) for layer in theirs.layers]
+    update((found, theirs), 2, 3)
+    assert found.get_seq_length() == 64
 
 
 def test_a_prompt_in_parts_keeps_its_window_alone_in_memory(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.storage.directio import CHUNK_BYTES
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.utils.platform import (
+    IN_MEMORY,
     best_device,
+    file_system_of,
     free_memory_bytes,
     is_accelerator,
     is_flash_attention_available,
@@ -43,7 +45,6 @@ from rabbit_engine.utils.speeds import Speeds
 _DISTRIBUTION = "rabbit_engine"
 _MAIN_PACKAGES = ("torch", "transformers")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 _SLOW_DISK = 1e9
 """Bytes per second. Below this, a bf16 model of 7 billion parameters takes more than a quarter of a minute per token."""
@@ -308,12 +309,12 @@ def check_bitsandbytes() -> Finding:
 
 def check_folder(folder: Path) -> Finding:
     """The disk of the folder, and whether a model fits there."""
-    free, kind, writable = shutil.disk_usage(folder).free, _file_system(folder), os.access(folder, os.W_OK)
+    free, kind, writable = shutil.disk_usage(folder).free, file_system_of(folder), os.access(folder, os.W_OK)
     numbers: dict[str, Number] = {"free_bytes": free, "file_system": kind, "writable": writable}
     value = f"{folder} ({kind or 'unknown file system'}), {format_bytes(free)} free"
     elsewhere = "set HF_HOME to a folder on a local disk, or pass --folder"
     advice = ""
-    if kind in _IN_MEMORY:
+    if kind in IN_MEMORY:
         value, advice = (
             f"{value}: it is memory, not a disk",
             f"weights there use the memory that streaming saves: {elsewhere}",
@@ -323,13 +324,6 @@ def check_folder(folder: Path) -> Finding:
     elif free < _LITTLE_DISK_BYTES:
         advice = f"free some space, a model of 7 billion parameters takes 15 GB: `hf cache prune` helps; or {elsewhere}"
     return Finding(name="folder", status="warn" if advice else "ok", value=value, numbers=numbers, advice=advice)
-
-
-def _file_system(folder: Path) -> str | None:
-    """The file system's type, such as "ext4"."""
-    mounted = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
-    nearest = max(mounted, key=lambda part: len(part.mountpoint), default=None)
-    return nearest.fstype if nearest else None
 
 
 def _try_disk(folder: Path, sample_bytes: int, rounds: int) -> DiskRate | str:

@@ -15,7 +15,7 @@ from rabbit_engine.caches import KNOWN_ATTENTION, attention_over_blocks
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.demand import Demand, Ways, tier_bytes
-from rabbit_engine.planning.texts import disk_room, texts_folder
+from rabbit_engine.planning.texts import disk_room, texts_folder, why_no_disk
 from rabbit_engine.streaming import PIECE_TOKENS, BlockHome, TextStates
 from rabbit_engine.transformers_bridge.attention import wrap_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
@@ -39,6 +39,7 @@ def ways_of(runtime: Runtime, *, parts: bool, tiers: bool) -> Ways:
         tier_room(runtime) if tiers else 0,
         encoded,
         holds=encoded and runtime.device.type == "cpu",
+        no_disk=why_no_disk() if tiers and _can_tier(runtime) else "",
         pieces=tiers and runtime.partition.probe.far_heads > 0 and runtime.attention in KNOWN_ATTENTION,
     )
 
@@ -90,7 +91,8 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
 def make_growing_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     """A cache in memory with room for the tokens of `demand`, so that none is copied for another; None for a model whose own
     caches have no layer that only grows. On a device with memory of its own, `generate` makes it: room would take that."""
-    if demand.tiered or runtime.device.type != "cpu" or not _can_tier(runtime) or _has_encoder(runtime):
+    grows = runtime.partition.probe.growing_layers > 0 and not _has_encoder(runtime)
+    if demand.in_tiers or runtime.device.type != "cpu" or not grows:
         return None
     config = runtime.architecture.config.get_text_config()
     return growing_cache(config, demand.prompt, demand.prompt + demand.answer)

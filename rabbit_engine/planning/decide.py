@@ -41,7 +41,7 @@ def plan_for(partition: Partition, stream: StreamConfig) -> Plan:
     except BudgetError as error:
         plan, text = _place_in_tiers(partition, stream, free, speeds, notes, error)
     if text is not None and partition.probe.keeps_tokens:
-        plan = replace(plan, notes=(*plan.notes, note_on_texts(partition.probe, text, speeds)))
+        plan = replace(plan, notes=(*plan.notes, note_on_texts(partition.probe, text, speeds, 0 if on_cpu else free.host_bytes)))
     plan = replace(plan, decoding=_decoding(plan, partition, stream))
     moves = plan.bound != "compute"
     return replace(plan, notes=(*plan.notes, *_whole_experts_notes(partition))) if moves else plan

@@ -168,7 +168,8 @@ class Ways:
     """How a text that does not fit may be computed: its prompt in `parts`, its cache in tiers with `disk_bytes` of disk, whose
     layers are in memory whole, or in `pieces` too.
 
-    The caches of all texts are in eight bits if they are `encoded`, in the memory of the device if it `holds` them.
+    The caches of all texts are in eight bits if they are `encoded`, in the memory of the device if it `holds` them. `no_disk`
+    says why none may lie on disk.
     """
 
     parts: bool = False
@@ -176,6 +177,7 @@ class Ways:
     encoded: bool = False
     holds: bool = False
     pieces: bool = False
+    no_disk: str = ""
 
 
 AS_IT_IS = Ways()
@@ -276,4 +278,5 @@ def fitted(
         f"{side_by_side}{demand.prompt} tokens and {demand.answer} new ones need {format_bytes(need)} on top of the weights, "
         f"but {place} has {format_bytes(free)} free, enough for a prompt of {fits} tokens: {leave_out}shorten it, "
         f"request fewer new tokens, or load the model with max_seq_len={wanted}, which leaves less memory to the weights"
+        + (f". Its cache cannot lie on disk, as {ways.no_disk}: name a folder on a disk" if ways.no_disk else "")
     )

@@ -45,6 +45,20 @@ class TieredCache(DynamicCache):
         self.text.end_turn_before(layer.states if isinstance(layer, LayerInStates) else None)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def __copy__(self) -> Self:
+        """The same text, of the same layers."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as a plain DynamicCache of the same tokens, all of them in memory."""
+        plain = object.__new__(DynamicCache)
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "text"})
+        plain.layers = [layer.as_plain() if isinstance(layer, TIERED) else layer for layer in self.layers]
+        del protocol
+        return copy.copy, (plain,)  # of which the other side needs no more than transformers
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A text that continues the same tokens: what lies elsewhere is shared, not copied."""
         copied = object.__new__(type(self))

@@ -195,6 +195,11 @@ class TieredLayer(LayerInStates, DynamicLayer):
             self.lazy_initialization(keys, values)
         self.states.extend(keys, values)
 
+    def as_plain(self) -> DynamicLayer:
+        """A layer of transformers with the same tokens, all of them in memory."""
+        plain: DynamicLayer = _fill(DynamicLayer(), self)
+        return plain
+
     def get_seq_length(self) -> int:
         """The number of tokens."""
         return self.states.tokens
@@ -209,6 +214,15 @@ class TieredLayer(LayerInStates, DynamicLayer):
         """Keep the first `kept` tokens, and of those behind them the ones at `offsets`, ascending."""
         if not self.states.is_empty:
             self.states.choose(kept, offsets)
+
+
+def _fill(plain: Any, layer: TieredLayer | TieredWindowLayer) -> Any:
+    """Transformers' own layer, with a copy of what the other holds."""
+    if not layer.states.is_empty:
+        keys, values = layer.states.part(0, layer.states.tokens)
+        plain.lazy_initialization(keys, values)
+        plain.keys, plain.values = keys.clone(), values.clone()
+    return plain
 
 
 class TieredWindowLayer(LayerInStates, DynamicSlidingWindowLayer):
@@ -257,6 +271,12 @@ class TieredWindowLayer(LayerInStates, DynamicSlidingWindowLayer):
             self.states.choose(max(0, kept - forgotten), offsets)
             self.cumulative_length = kept + len(offsets)
             self._forget()
+
+    def as_plain(self) -> DynamicSlidingWindowLayer:
+        """A layer of transformers with the same tokens, all of them in memory."""
+        plain: DynamicSlidingWindowLayer = _fill(DynamicSlidingWindowLayer(self.sliding_window), self)
+        plain.cumulative_length, plain.record_past = self.cumulative_length, self.record_past
+        return plain
 
     def saved(self) -> tuple[int, bool, Any]:
         """What `restore` needs."""

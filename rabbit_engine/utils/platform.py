@@ -99,6 +99,17 @@ def pinned_limit_bytes() -> int:
     return int(psutil.virtual_memory().total * (0.5 if half else 0.9))
 
 
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+"""File systems that are memory."""
+
+
+def file_system_of(folder: Path) -> str | None:
+    """The type of the file system of a folder, which may not exist yet, such as "ext4"; None if unknown."""
+    mounted = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    nearest = max(mounted, key=lambda part: len(part.mountpoint), default=None)
+    return nearest.fstype if nearest else None
+
+
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """File names of limit and usage, for cgroups v2 and v1."""
 

@@ -82,6 +82,14 @@ class LayerBuffer:
         """Where blocks are read to, on the CPU."""
         return self._arriving
 
+    def take_rows(self, indices: Sequence[int], tokens: int) -> None:
+        """Have the rows at `indices` of the first `tokens` tokens that were read, in place, a head at a time."""
+        for states in self._arriving:
+            chosen = torch.tensor(list(indices), device="cpu")
+            for head in range(states.shape[1]):
+                shown = states[:, head, :tokens]
+                shown.copy_(shown.index_select(0, chosen))
+
     def arrived(self, tokens: int) -> None:
         """The first `tokens` tokens were read to `arriving`."""
         if self._keys.device.type != "cpu":

@@ -140,9 +140,16 @@ class LayerStates:
             return
         self._text.end_turn_of(self)
         assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
+        self._take_rows_ahead(indices)
         chosen = torch.tensor(list(indices), device=self._tail[0].device)
         self._tail = (self._tail[0].index_select(0, chosen), self._tail[1].index_select(0, chosen))
         self._blocks = tuple(block.take(tuple(indices)) for block in self._blocks)
+
+    def _take_rows_ahead(self, indices: Sequence[int]) -> None:
+        """Use what is read ahead, as beams do that go on: it is read with the rows that it had. Other counts are read again."""
+        ahead = self._ahead
+        if ahead is not None and len(indices) == self.rows and ahead.blocks == self._blocks[: len(ahead.blocks)]:
+            ahead.take_rows(indices)
 
     def fork(self, other: LayerStates) -> LayerStates:
         """Let `other`, a new layer, have the same tokens; returns it."""

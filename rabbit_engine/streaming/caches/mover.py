@@ -31,6 +31,19 @@ class Arrival:
         self.parts = deque(_parts(blocks))
         self.under_way = 0
         self.error: Exception | None = None
+        self._rows: tuple[int, ...] | None = None
+
+    def take_rows(self, indices: Sequence[int]) -> None:
+        """Bring the blocks with the rows at `indices`, as many as there are."""
+        rows = tuple(indices)
+        self.blocks = tuple(block.take(rows) for block in self.blocks)
+        self._rows = rows if self._rows is None else tuple(self._rows[index] for index in rows)
+
+    def settle(self) -> None:
+        """What was read has its rows. Once all is there."""
+        if self._rows is not None:
+            self.buffer.take_rows(self._rows, self.tokens)
+            self._rows = None
 
     @property
     def tokens(self) -> int:
@@ -114,6 +127,7 @@ class BlockMover:
             self._forget(arrival)
         if arrival.error is not None:
             raise arrival.error
+        arrival.settle()
 
     def put_away(self, blocks: Sequence[StoredBlock], layer: int) -> None:
         """Write `blocks` of `layer` in the background, once those of the call before are written: so few wait in memory. Raises
