@@ -29,6 +29,8 @@ Model = Annotated[str, typer.Argument(help="A model's folder.")]
 LimitMb = Annotated[int, typer.Option(help="The memory group's limit, page cache included.")]
 Found = dict[str, Any] | None
 
+VOCABULARY = 4096
+
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -68,7 +70,9 @@ def token_row(found: list[Found]) -> str:
 def prompts(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "1024,4096,16384,65536",
     limit_mb: LimitMb = 1000,
-    engines: Annotated[str, typer.Option(help="Those of peers/long_prompt.py.")] = "rabbit,transformers,offloaded",
+    engines: Annotated[
+        str, typer.Option(help="Those of peers/long_prompt.py, and llama.cpp (needs xllamacpp and gguf).")
+    ] = "rabbit,transformers,offloaded",
 ) -> None:
     """Seconds to the first token of a random Llama with 16 kB of cache a token, and the peak of its memory group."""
     print("| tokens | engine | first token s | peak MB | parts | layers on disk | token |\n|---|---|---|---|---|---|---|")
@@ -76,15 +80,27 @@ def prompts(
         make_model(Path(folder), max(map(int, lengths.split(","))))
         for length in lengths.split(","):
             for engine in engines.split(","):
-                found = measure(["peers.long_prompt", folder, "--tokens", length, "--engine", engine], limit_mb)
+                found = measure(prompt_command(Path(folder), length, engine), limit_mb)
                 print(f"| {int(length):,} | {engine} | {prompt_row(found)} |", flush=True)
+
+
+def prompt_command(folder: Path, length: str, engine: str) -> list[str]:
+    """The module of peers that measures a prompt, and its arguments."""
+    if engine != "llama.cpp":
+        return ["peers.long_prompt", str(folder), "--tokens", length, "--engine", engine]
+    file = folder / "model.gguf"
+    if not file.exists():
+        from peers.write_gguf import write_gguf
+
+        write_gguf(folder, file)
+    return ["peers.long_prompt_llama", str(file), "--tokens", length, "--vocabulary", str(VOCABULARY)]
 
 
 def make_model(folder: Path, positions: int) -> None:
     """Eight layers, hidden 256, four key-value heads of 64, float32."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=4096, num_key_value_heads=4, max_position_embeddings=positions + 64, **sizes)
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=positions + 64, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
