@@ -122,19 +122,26 @@ def beginnings(
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights.")] = None,
     rounds: Annotated[int, typer.Option(help="How often all stores take turns; medians are printed.")] = 1,
 ) -> None:
-    """Texts with a common beginning in one session, without a prefix store, with an empty one, and with that one again."""
+    """Texts with a common beginning in one session: without a prefix store, with an empty one, with one that has that beginning
+    from another text, and with one that has all of them."""
     memory: dict[int | str, int | str] | None = {"cpu": max_memory} if max_memory else None
-    taken: dict[str, list[Batch]] = {"none": [], "empty": [], "filled": []}
+    taken: dict[str, list[Batch]] = {"none": [], "empty": [], "the beginning": [], "all of them": []}
     with AutoModel.from_pretrained(model, device="cpu", max_memory=memory) as loaded:
         ids = torch.randint(5, loaded.config.vocab_size, (common + texts * own,), generator=torch.Generator().manual_seed(1))
         start, rest = ids[:common].tolist(), ids[common:].view(texts, own).tolist()
         for number in range(rounds):
-            with tempfile.TemporaryDirectory() as folder, PrefixStore(folder, 10**11) as store:
-                for name, batches in taken.items():
-                    found = run_batch(loaded, [start + more for more in rest], new, None if name == "none" else store)
-                    batches.append(found)
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                PrefixStore(Path(folder) / "whole", 10**11) as whole,
+                PrefixStore(Path(folder) / "start", 10**11) as begun,
+            ):
+                stores = {"none": None, "empty": whole, "the beginning": begun, "all of them": whole}
+                run_batch(loaded, [start], 1, begun)
+                for name, store in stores.items():
+                    whole.flush(), begun.flush()
+                    found = run_batch(loaded, [start + more for more in rest], new, store)
+                    taken[name].append(found)
                     print(f"round {number + 1}, {name}: {found.seconds:.1f} s, {found.cpu_s:.1f} of the CPU", file=sys.stderr)
-                    store.flush()
     print("| store | s | s of the CPU | passes | tokens not computed | equal |\n|---|---|---|---|---|---|")
     wanted = taken["none"][0].answers
     for name, batches in taken.items():
