@@ -103,6 +103,9 @@ LONG_ROPE = {
 }
 NOT_IN_MPT = ("head_dim", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
+NOT_IN_MAMBA2 = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 4, "mamba_chunk_size": 4}
+
 # more of them, proved by test_matrix alone
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
@@ -198,9 +201,21 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
             "mamba_d_state": 4,
         },
     ),
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {"head_dim": 8, "num_heads": 8, "state_size": 4, "n_groups": 2, "chunk_size": 4, **dict.fromkeys(NOT_IN_MAMBA2)},
+    ),
+    "bamba": (
+        "BambaConfig",
+        "BambaForCausalLM",
+        {**MAMBA2, "head_dim": None, "num_hidden_layers": 4, "attn_layer_indices": [1]},
+    ),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", {**MAMBA2, "mamba_d_ssm": 64}),
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", {"head_dim": None, "num_hidden_layers": 4, "full_attn_idxs": [1, 3]}),
 }
 
-STATEFUL = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "mamba", "jamba"}
+STATEFUL = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "mamba", "jamba", "mamba2", "bamba", "falcon_h1"}
 """Families whose cache cannot go back: transformers refuses assisted decoding for them."""
 
 

@@ -67,6 +67,10 @@ NATIVE = (
     Row("SmolLM3", "SmolLM3ForCausalLM", "smollm3"),
     Row("Mamba", "MambaForCausalLM", "mamba"),
     Row("Jamba", "JambaForCausalLM", "jamba"),
+    Row("Mamba 2", "Mamba2ForCausalLM", "mamba2"),
+    Row("Bamba", "BambaForCausalLM", "bamba"),
+    Row("Falcon-H1", "FalconH1ForCausalLM", "falcon_h1"),
+    Row("LFM2", "Lfm2ForCausalLM", "lfm2"),
 )
 
 IMAGE_TEXT = (

@@ -146,9 +146,9 @@ def test_drawn_answers_and_speculation_are_those_without_the_store(
     assert all(reply.cached_tokens for reply in found[1])
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("family", ["mamba", "jamba", "llama4"])
 @pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
-def test_models_that_forget_store_nothing_and_say_so(
+def test_classes_that_do_not_continue_what_a_cache_holds_store_nothing_and_say_so(
     checkpoint: Any, streamed: Any, tmp_path: Path, family: str, level: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = streamed(checkpoint(family))
@@ -161,31 +161,6 @@ def test_models_that_forget_store_nothing_and_say_so(
         assert [session.generate([prompt(30)], **ASKED)[0].cached_tokens for _ in range(2)] == [0, 0]
     assert [record.levelno for record in caplog.records if "prompts are not stored: " in record.getMessage()] == [level]
     assert not (tmp_path / "prefixes").exists()
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "ministral"])
-def test_beginnings_that_fit_in_a_window_are_read(
-    own_checkpoint: Any, load: Any, store: PrefixStore, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is longer than the window is computed, and not stored: its layers have forgotten the beginning."""
-    monkeypatch.setattr(known_prefixes, "_LEAST_BLOCKS", 4)
-    model = load(own_checkpoint(family, sliding_window=4 * BLOCK + 1))
-    first = prompt(30)
-    texts = [first[:26] + prompt(32, 2), prompt(32) + prompt(20, 3), prompt(50, 4)]
-    asked = ASKED | {"logprobs": 3}
-    with Session(model, prefix_store=store) as session:
-        cold = session.generate(texts, **asked)
-        assert store.flush(30)
-        assert [reply.cached_tokens for reply in cold] == [0, 0, 0]
-        assert store.models() == []
-        for ids, blocks in ((first, 3), (prompt(32), 4)):
-            session.generate([ids], **ASKED)
-            assert store.flush(30)
-            assert [model.blocks for model in store.models()] == [blocks]
-        warm = session.generate(texts, **asked)
-    assert [reply.cached_tokens for reply in warm] == [24, 32, 0]
-    assert [reply.tokens for reply in warm] == [alone(model, ids) for ids in texts]
-    assert [reply.logprobs for reply in warm] == [reply.logprobs for reply in cold]
 
 
 def test_without_a_ring_for_a_layer_prompts_are_computed_whole_and_stored(

@@ -33,7 +33,10 @@ from rabbit_engine.transformers_bridge.forwards import cache_argument
 FAMILIES = ["llama", "llama_tied", "mistral", "gemma3", "gemma3n", "qwen2", "qwen3", "gpt2", "cohere2", "phi3"]
 """Plain, with windows in all or some layers, with keys that layers share, learnt positions."""
 
-OTHERS = ["mpt", "llama4", "qwen3_next", "mamba", "phi4"]
+WITH_STATES = ["qwen3_next", "qwen3_5", "mamba2", "bamba", "falcon_h1", "lfm2"]
+"""States of the whole text, in all or some layers, alone or beside keys."""
+
+OTHERS = ["mpt", "llama4", "jamba", "mamba", "phi4"]
 """Biases instead of positions, attention in chunks, recurrent states, angles that depend on the length."""
 
 ROWS = 8
@@ -81,7 +84,7 @@ def parted(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_STATES])
 def test_a_prompt_in_parts_takes_one_pass_and_gives_the_answer_of_transformers(
     checkpoint: Any, parted: Any, plain: Any, family: str
 ) -> None:

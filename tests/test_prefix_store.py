@@ -437,10 +437,34 @@ def test_a_full_queue_drops_blocks_and_nobody_waits(open_store: Any, stuck: thre
 
 
 def test_a_block_larger_than_the_queue_is_said_once(open_store: Any, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store(queue_bytes=1000)
+    store = open_store(queue_bytes=700)
     assert [store.space(IDENTITY).write(TEXT, 0, block_of(TEXT, 0)) for _ in range(2)] == [False, False]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said == "prefixes are not stored: a block has 2.85 kB, the queue for them 1.00 kB"
+    assert said == "prefixes are not stored: a block has 2.85 kB, the queue for them 700 B"
+
+
+def test_a_block_larger_than_the_queue_waits_alone(open_store: Any, stuck: threading.Event) -> None:
+    store = open_store(queue_bytes=1000)
+    space = store.space(IDENTITY)
+    assert [space.write(TEXT, index, block_of(TEXT, index)) for index in (0, 1)] == [True, False]
+    stuck.set()
+    flush(store)
+    assert space.write(TEXT, 1, block_of(TEXT, 1))
+    flush(store)
+    assert count_right(space, TEXT) == 2
+
+
+def test_a_block_with_more_tensors_waits_until_the_one_with_fewer_is_written(open_store: Any, stuck: threading.Event) -> None:
+    store = open_store()
+    space, whole = store.space(IDENTITY), block_of(TEXT, 0)
+    assert space.write(TEXT, 0, {"state": whole["state"]})
+    assert not space.write(TEXT, 0, whole)
+    assert space.write(TEXT, 0, {"state": whole["state"]})
+    stuck.set()
+    flush(store)
+    assert space.write(TEXT, 0, whole)
+    flush(store)
+    assert count_right(space, TEXT) == 1
 
 
 # Faults of the disk.

@@ -82,6 +82,10 @@ KNOWN: tuple[Known, ...] = (
     Known("SmolLM3ForCausalLM", "SmolLM3"),
     Known("MambaForCausalLM", "Mamba", "backbone.layers"),
     Known("JambaForCausalLM", "Jamba"),
+    Known("Mamba2ForCausalLM", "Mamba 2", "backbone.layers"),
+    Known("BambaForCausalLM", "Bamba"),
+    Known("FalconH1ForCausalLM", "Falcon-H1"),
+    Known("Lfm2ForCausalLM", "LFM2"),
 )
 """Tested classes of transformers; COMPATIBILITY.md holds the results."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 
 class PartMasks:
     """Masks [sequences or 1, 1, rows, keys] for parts of up to `rows` of `tokens` tokens, one for each of `kinds`: how many
-    tokens its layers see, None for all.
+    tokens its layers see, None for all. Layers of the kinds `without` take none.
 
     Without padding the masks of all parts are views of one that never changes. `padding` (bool [sequences, tokens]) is True for
     padding: then they are views of one that is rewritten by `show`, which must be called whenever another part goes on.
@@ -23,8 +23,9 @@ class PartMasks:
         dtype: torch.dtype,
         device: torch.device,
         padding: torch.Tensor | None = None,
+        without: Collection[str] = (),
     ) -> None:
-        self._kinds, self._padding = kinds, padding
+        self._kinds, self._padding, self._without = kinds, padding, without
         self._least = torch.finfo(dtype).min
         self._plain = {kind: _band(window, min(rows, tokens), tokens, dtype, device) for kind, window in kinds.items()}
         self._masks = {
@@ -32,10 +33,10 @@ class PartMasks:
         }
         self._shown: tuple[int, int] | None = None
 
-    def of(self, past: int, rows: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask of a part of `rows` tokens after `past`: one, or by kind if there are several."""
+    def of(self, past: int, rows: int) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
+        """The mask of a part of `rows` tokens after `past`: one, or by kind if there are several; None if no layer takes any."""
         found = {kind: _part_of(self._masks[kind], window, past, rows) for kind, window in self._kinds.items()}
-        return found if len(found) > 1 else next(iter(found.values()))
+        return {**dict.fromkeys(self._without), **found} if len(found) > 1 else next(iter(found.values()), None)
 
     def show(self, past: int, rows: int) -> None:
         """Let the masks be those of this part."""

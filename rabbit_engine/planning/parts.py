@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rabbit_engine.architectures import recorded_speculation
 from rabbit_engine.planning.tiers import UnitSize
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import shows_its_keys
+from rabbit_engine.transformers_bridge.caches import shows_its_keys, shows_its_states, state_layers
 from rabbit_engine.transformers_bridge.forwards import last_logits_argument
 
 MASKED = ("sdpa", "eager")
@@ -18,15 +18,19 @@ MASKED = ("sdpa", "eager")
 _ANY = 1 << 62
 """More positions than any config has: Phi-3 drops its cache at a length of its own, if that is less than it has in all."""
 
+_STATES = ("chain", "carry")
+"""What the record says of classes that continue states with several tokens; without states, classes that take no such mask."""
+
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 """Rotary embeddings whose angles depend on the last position of a forward."""
 
 
 def computes_parts(model: PreTrainedModel) -> bool:
-    """Whether the class, with this config, is known to compute from keys in its cache and a given mask what it computes from the
-    whole prompt, and keeps nothing but such keys and values."""
+    """Whether the class, with this config, is known to compute from what its cache holds and a given mask what it computes from
+    the whole prompt: keys and values, and states of the whole text that a pass continues."""
     config = model.config
-    if config.is_encoder_decoder or recorded_speculation(type(model), config) != "tree":
+    known = recorded_speculation(type(model), config)
+    if config.is_encoder_decoder or known not in ("tree", *_STATES):
         return False
     if attention_of(config) not in MASKED or not last_logits_argument(model.forward):
         return False
@@ -39,9 +43,10 @@ def computes_parts(model: PreTrainedModel) -> bool:
     if "chunked_attention" in kinds or any(part.get("rope_type") in _LENGTH_DEPENDENT for part in ropes):
         return False
     try:
-        return shows_its_keys(DynamicCache(config=text))
+        cache = DynamicCache(config=text)
     except (TypeError, ValueError, RuntimeError):  # a window that is not a number: the model's own code says more about it
         return False
+    return shows_its_keys(cache) if known == "tree" else bool(state_layers(cache)) and shows_its_states(cache)
 
 
 def layer_ring_bytes(units: Iterable[UnitSize], layers: Sequence[str]) -> int:

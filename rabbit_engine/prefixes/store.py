@@ -58,9 +58,9 @@ class PrefixStore:
     """Blocks of `block_tokens` tokens in `folder`, `max_bytes` of them at most, which several processes may share.
 
     Those used last are also in memory, up to `memory_bytes`; with `folder=None`, only there. Blocks wait for the disk in
-    `queue_bytes` of memory. With `repeated_only`, prompts are stored as far as a second one begins alike. Lookups and writes
-    never raise for a fault of the disk: a block that cannot be read is a miss, one that cannot be written is not stored, and
-    both are logged at `log_level`.
+    `queue_bytes` of memory, or one that is up to four times as large. With `repeated_only`, prompts are stored as far as a
+    second one begins alike. Lookups and writes never raise for a fault of the disk: a block that cannot be read is a miss, one
+    that cannot be written is not stored, and both are logged at `log_level`.
     """
 
     def __init__(

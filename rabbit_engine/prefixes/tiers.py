@@ -116,14 +116,16 @@ class BlockTiers:
             return False
         if self.folder is None:
             return self._remember(keys, tensors, nbytes)
-        if self.writer.pending(key) is not None or self.folder.holds(key, tensors.keys()):
+        if (pending := self.writer.pending(key)) is not None:
+            return tensors.keys() <= set(pending.names)  # one with more of the block's tensors waits until it is written
+        if self.folder.holds(key, tensors.keys()):
             return True
         if time.monotonic() < self._resumes_at or not self._follows(keys, self.folder):
             return False
         clearing = self.folder.clearing()
         request = self.writer.offer(nbytes, lambda: WriteRequest(HeldBlock(key, None, _copied(tensors)), about, clearing, nbytes))
         if request is None:
-            if nbytes > self.writer.most_bytes:
+            if nbytes > self.writer.largest_bytes:
                 limit = format_bytes(self.writer.most_bytes)
                 self._say("size", f"prefixes are not stored: a block has {format_bytes(nbytes)}, the queue for them {limit}")
             return False

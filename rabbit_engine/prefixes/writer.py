@@ -11,6 +11,9 @@ from rabbit_engine.prefixes.keys import BlockKey
 from rabbit_engine.prefixes.memory import HeldBlock
 from rabbit_engine.utils.condition import InterruptibleCondition
 
+_ALONE = 4
+"""How many times as large as the queue a block may be that waits alone: states of a whole text may be large."""
+
 
 @dataclass(frozen=True, slots=True)
 class WriteRequest:
@@ -35,6 +38,11 @@ class BlockWriter:
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
+    @property
+    def largest_bytes(self) -> int:
+        """The size of the largest block that it takes, if nothing else waits."""
+        return _ALONE * self.most_bytes
+
     def pending(self, key: BlockKey) -> HeldBlock | None:
         """A block that is not written yet, if it has the same tokens."""
         with self._changed:
@@ -44,7 +52,8 @@ class BlockWriter:
     def offer(self, nbytes: int, make: Callable[[], WriteRequest]) -> WriteRequest | None:
         """Queue what `make` returns, which is called only if there is room for `nbytes`; None if there is none."""
         with self._changed:
-            if self._is_closed or self._reserved_bytes + nbytes > self.most_bytes:
+            most = self.most_bytes if self._reserved_bytes else self.largest_bytes
+            if self._is_closed or self._reserved_bytes + nbytes > most:
                 return None
             self._reserved_bytes += nbytes
         try:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -17,9 +18,12 @@ from transformers import DynamicCache
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
+from rabbit_engine.sessions.forgetful import choose_ends, groups_of, restorable, restore
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.caches import adds_in_place, put_states, shows_its_keys, states_between, windows_of
+from rabbit_engine.transformers_bridge.block_ends import BlockEnds, short_windows, watch_ends
+from rabbit_engine.transformers_bridge.caches import adds_in_place, put_states, state_layers, states_between, windows_of
+from rabbit_engine.utils.platform import free_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,11 @@ _AHEAD, _READ_BYTES = 4, 128 * 2**20
 """How many blocks are read at once while one is copied, and the most memory for all of them if it holds two."""
 _LEAST_BLOCKS = 8
 """Blocks that each window must hold: computing prompts in parts costs more than beginnings that are shorter can save."""
+_COPIES_BYTES, _COPIES_SHARE = 512 * 2**20, 8
+"""The most memory for copies of what layers forget, until they are stored, and which share of the free memory it is at most."""
+_LEAST_READ_AGAIN = 4
+"""Blocks of a prompt for which experts are read twice, as what its layers forget is kept in the middle."""
+_IN_PARTS = "that takes a ring that holds a layer, so load it with a larger max_seq_len, or with more memory"
 _ANY_NUMBER = 1 << 40
 _RETRY_S = 0.1
 """How long blocks that the store did not take are left to wait."""
@@ -46,6 +55,7 @@ class KnownPrefixes:
         """The tokens of a block."""
         self._most_blocks = _blocks_in_windows(model, space.block_tokens)
         self._under_way: set[KnownText] = set()
+        self._watching: WeakSet[BlockEnds] = WeakSet()
 
     @property
     def are_used(self) -> bool:
@@ -61,27 +71,62 @@ class KnownPrefixes:
         if not self.are_used:
             return None
         cache = DynamicCache(config=self._model.config.get_text_config()) if cache is None else cache
-        text, most = self._space.text(ids), self._most_of(ids)
-        prefix = text.find()
-        prefix = prefix.cut(min(len(prefix), most))
+        text, size = self._space.text(ids), self.block_tokens
+        found = text.find()
+        prefix = self._usable(found, ids, cache)
         if begun:
-            return self._under_way_with(ids, text, cache, begun, min(len(prefix), begun // self.block_tokens))
-        other, common = self._most_alike(text, most)
-        stored, blocks = len(prefix), _read(prefix)
+            return self._under_way_with(ids, text, cache, begun, min(len(prefix), begun // size), len(found))
+        other, common = self._most_alike(text, self._most_of(ids))
+        stored = len(prefix)
         if other is not None and common >= stored:
-            stored, blocks = max(stored, min(common, other.stored)), other.blocks(common)
-        restored = _fill(cache, blocks, max(common, len(prefix)) * self.block_tokens, self.block_tokens, self._model.device)
-        return self._under_way_with(ids, text, cache, restored * self.block_tokens, min(stored, restored))
+            stored = max(stored, min(common, other.stored))
+            restored = _fill(cache, other.blocks(common), common * size, size, self._model.device)
+        elif _forgets(cache):
+            restored = restore(cache, prefix, self._model.device)
+        else:
+            restored = _fill(cache, _read(prefix), prefix.tokens, size, self._model.device)
+        return self._under_way_with(ids, text, cache, restored * size, min(stored, restored), len(found))
 
-    def _under_way_with(self, ids: Sequence[int], text: StoredText, cache: DynamicCache, begun: int, stored: int) -> KnownText:
-        remembered = text.blocks if len(ids) <= self._most_blocks * self.block_tokens else 0
-        known = KnownText(text, self.block_tokens, cache, begun, stored, remembered, self._under_way)
-        self._under_way.add(known)
+    def _usable(self, found: Prefix, ids: Sequence[int], cache: DynamicCache) -> Prefix:
+        """What a text can begin with of the blocks that were found."""
+        prefix = found.cut(min(len(found), (len(ids) - 1) // self.block_tokens))
+        return prefix.cut(restorable(cache, prefix)) if _forgets(cache) else prefix
+
+    def _under_way_with(
+        self, ids: Sequence[int], text: StoredText, cache: DynamicCache, begun: int, stored: int, found: int
+    ) -> KnownText:
+        ends = self._watch(cache, text, len(ids), begun, found)
+        remembered = text.blocks if ends is None and len(ids) <= self._most_blocks * self.block_tokens else 0
+        known = KnownText(text, self.block_tokens, cache, begun, stored, remembered, self._under_way, ends)
+        if ends is None:
+            self._under_way.add(known)
         return known
+
+    def _watch(self, cache: DynamicCache, text: StoredText, tokens: int, begun: int, found: int) -> BlockEnds | None:
+        """Who copies what the layers will forget of a prompt of `tokens`, of which `begun` are in the cache and `found` blocks in
+        the store; None if they forget nothing."""
+        if not (state_layers(cache) or short_windows(cache, tokens)):
+            return None
+        runtime, stop, size = runtime_of(self._model), text.blocks_to_store(), self.block_tokens
+        reads_again = _reads_again(runtime)
+        ends = choose_ends(begun // size, found, stop, few=reads_again)
+        if not runtime.computes_parts or (reads_again and (runtime.device.type != "cpu" or stop < _LEAST_READ_AGAIN)):
+            ends = []
+        watching = BlockEnds(cache, ends, size, tokens, begun, self._copies_are_over)
+        self._watching.add(watching)
+        watch_ends(cache, watching)
+        return watching
+
+    def _copies_are_over(self) -> bool:
+        most = min(_COPIES_BYTES, free_memory_bytes(torch.device("cpu")) // _COPIES_SHARE)
+        return sum(each.nbytes for each in tuple(self._watching)) > most
 
     def stored_tokens(self, ids: Sequence[int]) -> int:
         """How many tokens of a prompt `begin` would read from the store; 0 unless they `are_used`."""
-        return min(len(self._space.text(ids).find()), self._most_of(ids)) * self.block_tokens if self.are_used else 0
+        if not self.are_used:
+            return 0
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        return len(self._usable(self._space.text(ids).find(), ids, cache)) * self.block_tokens
 
     def computing(self, ids: Sequence[int], least: int) -> KnownText | None:
         """The text whose prompt is computed in the next pass and begins with the most blocks of this one: at least `least` that
@@ -110,7 +155,7 @@ class KnownPrefixes:
 class KnownText:
     """A text under way: `cache` holds the first `tokens` of its prompt, `stored` blocks are in the store, and `remembered` can be
     read from the cache once the prompt is computed. Others that begin alike may wait for that, and copy it also after the end
-    of this one."""
+    of this one. `ends` copies what its layers forget, at the ends of some blocks."""
 
     def __init__(
         self,
@@ -121,8 +166,10 @@ class KnownText:
         stored: int,
         remembered: int,
         under_way: set[KnownText],
+        ends: BlockEnds | None = None,
     ) -> None:
         self._text, self._block_tokens, self.stored, self._remembered = text, block_tokens, stored, remembered
+        self._ends, self._windows = ends, windows_of(cache)
         self._stop: int | None = None
         self._tried_s = -_RETRY_S
         self._has_begun = self._has_ended = False
@@ -135,7 +182,7 @@ class KnownText:
         blocks that the disk had no time for are offered again."""
         self._has_begun = True
         if self._stop is None:
-            self._stop = self._text.blocks_to_store()
+            self._stop = self._text.blocks_to_store() if self._ends is None else self._last_end(self._ends)
         if self.stored >= self._stop or time.monotonic() - self._tried_s < _RETRY_S:
             return
         while self.stored < self._stop:
@@ -145,8 +192,16 @@ class KnownText:
                 return
             if not self._text.write(self.stored, block):
                 break
+            if self._ends is not None:
+                self._ends.drop(self.stored)
             self.stored += 1
         self._tried_s = time.monotonic()
+
+    def _last_end(self, ends: BlockEnds) -> int:
+        """At how many blocks the last of the ends is: no text can begin behind it."""
+        if self.cache is not None:
+            watch_ends(self.cache, None)
+        return max(ends.finished(), default=0)
 
     @property
     def is_computing(self) -> bool:
@@ -203,22 +258,19 @@ class KnownText:
         """Drop the cache, whoever waits for it."""
         self._awaited_by.clear()
         self._under_way.discard(self)
-        self.cache = None
+        self.cache = self._ends = None
 
     def _block(self, index: int) -> dict[str, list[torch.Tensor]] | None:
-        """The states of a block, those of one shape together: [heads, tokens, width] of each layer; None if one has forgotten
-        them."""
-        cache = self.cache
+        """The states of a block by groups: [heads, tokens, width] of each layer's keys and values, and what is kept at its end;
+        None if a layer has forgotten them."""
+        cache, ends, first = self.cache, self._ends, index * self._block_tokens
         if cache is None:
             return None
-        found = states_between(cache, index * self._block_tokens, (index + 1) * self._block_tokens)
+        found = states_between(cache, first, first + self._block_tokens, () if ends is None else ends.layers)
         if found is None:
             return None
-        cut = {name: states[0].detach() for name, states in found.items()}
-        alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
-        for name, states in cut.items():
-            alike.setdefault((states.shape, states.dtype), []).append(name)
-        return {" ".join(names): [cut[name] for name in names] for names in alike.values()}
+        kept = {} if ends is None else ends.of(index)
+        return groups_of({name: states[0].detach() for name, states in found.items()} | dict(kept), self._windows)
 
 
 def known_prefixes(model: SessionModel, store: PrefixStore, *, exact: bool = True) -> KnownPrefixes | None:
@@ -237,11 +289,18 @@ def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
     if runtime.assembly.cache_dtype is not None:
         return f"cache_dtype={runtime.assembly.cache_dtype!r} keeps other states than were computed"
-    if not shows_its_keys(DynamicCache(config=model.config.get_text_config())):
-        return f"layers of {type(model).__name__} keep states of the whole text"
-    if _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS:
-        return f"layers of {type(model).__name__} forget tokens before {_LEAST_BLOCKS} blocks of {block_tokens} are full"
+    has_states = bool(state_layers(DynamicCache(config=model.config.get_text_config())))
+    forgets = has_states or _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS
+    if forgets and not runtime.computes_parts:
+        return f"layers of {type(model).__name__} forget tokens of a prompt that is not computed in parts: {_IN_PARTS}"
+    if forgets and _reads_again(runtime) and runtime.device.type != "cpu":
+        return f"layers of {type(model).__name__} forget tokens of a prompt, and experts on demand would be read once more for it"
     return "an adapter wraps the model" if not isinstance(model, runtime.architecture.cls) else ""
+
+
+def _reads_again(runtime: Runtime) -> bool:
+    """Whether each part of a prompt reads experts."""
+    return bool(runtime.plan.experts.layers)
 
 
 def _blocks_in_windows(model: SessionModel, block_tokens: int) -> int:
@@ -265,7 +324,7 @@ def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     config = copy.copy(model.config)
     config.name_or_path = ""
     return {
-        "layout": "tensors of one shape together",
+        "layout": _layout(model),
         "class": type(model).__name__,
         "files": _digest(stated),
         "weights": _digest(weights),
@@ -276,6 +335,16 @@ def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _layout(model: SessionModel) -> str:
+    forgets = _forgets(DynamicCache(config=model.config.get_text_config()))
+    return "tensors of one shape and use together" if forgets else "tensors of one shape together"
+
+
+def _forgets(cache: DynamicCache) -> bool:
+    """Whether layers of a new cache have states, or windows that a text may be longer than."""
+    return bool(state_layers(cache)) or any(windows_of(cache).values())
 
 
 def _digest(value: object) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import Cache, PretrainedConfig, cache_utils
@@ -15,7 +15,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 from rabbit_engine.transformers_bridge.growing import GrowingLayer
@@ -30,6 +32,11 @@ _PLAIN = (DynamicCache, TieredCache)
 
 _INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 """Chooses the keys that a token sees by keys of an indexer, which it keeps too."""
+_WITH_STATES = (
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionLayer),
+)
 _ATTENDING = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer, *TIERED, _INDEXED)
 _GROWING = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}
 """States of such layers that get longer with the text, and in which dimension."""
@@ -89,11 +96,11 @@ def tokens_in(cache: Cache) -> int | None:
 
 
 def windows_of(cache: Cache) -> dict[int, int | None]:
-    """How many tokens each layer that holds keys sees, itself included; None: all. By index, of a cache that can "select"."""
+    """How many tokens each layer that holds keys sees, itself included; None: all. By index, of a dynamic cache."""
     return {
         index: layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         for index, layer in enumerate(cache.layers)
-        if not isinstance(layer, _EMPTY)
+        if isinstance(layer, CacheLayerMixin) and not isinstance(layer, _EMPTY)
     }
 
 
@@ -103,19 +110,34 @@ def shows_its_keys(cache: Cache) -> bool:
     return bool(layers) and all(type(layer) in _ATTENDING[:-1] for layer in layers)
 
 
-def states_between(cache: Cache, first: int, stop: int) -> dict[str, torch.Tensor] | None:
-    """Keys and values [1, heads, tokens, width] of tokens `first` to `stop` of each layer, by name; None once a layer has
-    forgotten a token."""
+def state_layers(cache: Cache) -> list[int]:
+    """The layers with states of the whole text, alone or beside keys."""
+    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+
+def shows_its_states(cache: Cache) -> bool:
+    """Whether every layer of a new cache shows its keys as above, or has states that it shows, or both."""
+    layers = [layer for layer in cache.layers if not isinstance(layer, _EMPTY)]
+    return bool(layers) and all(type(layer) in (*_ATTENDING[:-1], *_WITH_STATES) for layer in layers)
+
+
+def states_between(cache: Cache, first: int, stop: int, without: Collection[int] = ()) -> dict[str, torch.Tensor] | None:
+    """Keys and values [1, heads, tokens, width] of tokens `first` to `stop` of each layer that has any, but those `without`, by
+    name; None once a layer has forgotten a token."""
     states: dict[str, torch.Tensor] = {}
-    layers: list[Any] = cache.layers
+    layers: list[Any] = [None if index in without or not _has_keys(layer) else layer for index, layer in enumerate(cache.layers)]
     for index, layer in enumerate(layers):
-        if not isinstance(layer, _EMPTY) and layer.is_initialized:
+        if layer is not None:
             held = layer.states.tokens if isinstance(layer, TIERED) else layer.keys.shape[-2]
             if held != layer.get_seq_length():
                 return None
             keys, values = part_of(layer, first, stop)
             states |= {f"{index}.keys": keys, f"{index}.values": values}
     return states
+
+
+def _has_keys(layer: object) -> bool:
+    return isinstance(layer, CacheLayerMixin) and not isinstance(layer, _EMPTY) and layer.is_initialized
 
 
 def adds_in_place(cache: Cache) -> bool:
@@ -179,15 +201,25 @@ def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     return kinds == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
+class Watcher(Protocol):
+    """Is told what parts of a prompt add to a cache, before the next part changes it."""
+
+    def take_keys(self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A layer has these keys and values [1, heads, tokens, width] from token `first` on."""
+
+    def take_state(self, layer: int, kind: str, number: int, tokens: int) -> None:
+        """A state of a layer, "conv" or "recurrent", is that after `tokens`."""
+
+
 class PartCache(DynamicCache):
-    """A cache as it was after `tokens` tokens, for the forward over a part of a prompt that begins there.
+    """A cache as it was after `tokens` tokens, for the forward over a part of a prompt that begins there and ends at `stop`.
 
     The layers are those of `cache`: when one runs, the parts before have updated it.
     """
 
-    def __init__(self, cache: Cache, tokens: int) -> None:
+    def __init__(self, cache: Cache, tokens: int, stop: int, watcher: Watcher | None = None) -> None:
         Cache.__init__(self, layers=cache.layers)
-        self._tokens = tokens
+        self._tokens, self._stop, self._watcher = tokens, stop, watcher
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for all layers
         """The tokens before the part."""
@@ -198,6 +230,29 @@ class PartCache(DynamicCache):
         window = windows_of(self).get(layer_idx)
         kept = self._tokens if window is None else min(self._tokens, window - 1)
         return kept + query_length, self._tokens - kept
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        """transformers' `update`, of which the watcher is told."""
+        shown: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._watcher is not None:
+            self._watcher.take_keys(layer_idx, self._tokens, key_states, value_states)
+        return shown
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """transformers' `update_conv_state`, of which the watcher is told."""
+        return self._told("conv", layer_idx, state_idx, super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs))
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """transformers' `update_recurrent_state`, of which the watcher is told."""
+        shown = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return self._told("recurrent", layer_idx, state_idx, shown)
+
+    def _told(self, kind: str, layer: int, number: int, shown: torch.Tensor) -> torch.Tensor:
+        if self._watcher is not None:
+            self._watcher.take_state(layer, kind, number, self._stop)
+        return shown
 
 
 def record_past(cache: Cache) -> Callable[[], None]:
