@@ -80,7 +80,7 @@ def continues(model: SessionModel) -> bool:
 
 def _kind(demand: Demand) -> Demand:
     """Where the cache of a text lies, and in which form."""
-    return replace(Demand(0, 0), tiered=demand.tiered, encoded=demand.encoded, held=demand.held)
+    return replace(demand, prompt=0, answer=0, sequences=1, padded=False, chunk=None, is_computed=False, logits=None, begun=0)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
