@@ -1,7 +1,7 @@
 """Long texts in little memory: tokens behind caches on disk, prompts, and texts with a common beginning (Linux, root).
 
 python scripts/benchmark_long_texts.py tokens MODEL [--behind 1024,4096,16384,65536] [--limit-mb 1000] [--max-memory-mb 150]
-python scripts/benchmark_long_texts.py prompts [--lengths 1024,4096,16384,65536] [--limit-mb 1000]
+python scripts/benchmark_long_texts.py prompts [--lengths 1024,4096,16384,65536] [--limit-mb 1000] [--model MODEL]
 python scripts/benchmark_long_texts.py beginnings MODEL [--texts 32] [--common 2000] [--max-memory 150MB] [--rounds 5]
 """
 
@@ -73,21 +73,27 @@ def prompts(
     engines: Annotated[
         str, typer.Option(help="Those of peers/long_prompt.py, and llama.cpp (needs xllamacpp and gguf).")
     ] = "rabbit,transformers,offloaded",
+    model: Annotated[
+        Path | None, typer.Option(help="A model's folder, in place of a random Llama with 16 kB of cache a token.")
+    ] = None,
+    offload_mb: Annotated[int, typer.Option(help="Memory that transformers' disk offload gets for weights.")] = 30,
 ) -> None:
-    """Seconds to the first token of a random Llama with 16 kB of cache a token, and the peak of its memory group."""
+    """Seconds to the first token, and the peak of the memory group."""
     print("| tokens | engine | first token s | peak MB | parts | layers on disk | token |\n|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), max(map(int, lengths.split(","))))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) if model is None else model.resolve()
+        if model is None:
+            make_model(folder, max(map(int, lengths.split(","))))
         for length in lengths.split(","):
             for engine in engines.split(","):
-                found = measure(prompt_command(Path(folder), length, engine), limit_mb)
+                found = measure(prompt_command(folder, length, engine, offload_mb), limit_mb)
                 print(f"| {int(length):,} | {engine} | {prompt_row(found)} |", flush=True)
 
 
-def prompt_command(folder: Path, length: str, engine: str) -> list[str]:
+def prompt_command(folder: Path, length: str, engine: str, offload_mb: int) -> list[str]:
     """The module of peers that measures a prompt, and its arguments."""
     if engine != "llama.cpp":
-        return ["peers.long_prompt", str(folder), "--tokens", length, "--engine", engine]
+        return ["peers.long_prompt", str(folder), "--tokens", length, "--engine", engine, f"--offload-mb={offload_mb}"]
     file = folder / "model.gguf"
     if not file.exists():
         from peers.write_gguf import write_gguf

@@ -29,10 +29,11 @@ def main() -> None:
     arguments.add_argument("model", type=Path)
     arguments.add_argument("--tokens", type=int, required=True)
     arguments.add_argument("--engine", choices=["rabbit", "transformers", "offloaded"], default="rabbit")
+    arguments.add_argument("--offload-mb", type=int, default=30, help='Memory for weights of the engine "offloaded".')
     options = arguments.parse_args()
     parts: list[int] = []
     tiered: list[int] = []
-    model = load(options.model, options.engine, options.tokens, parts, tiered)
+    model = load(options.model, options, parts, tiered)
     ids = torch.randint(5, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model.generate(ids[:, :16], max_new_tokens=2, do_sample=False, pad_token_id=0)  # kernels are compiled
@@ -43,16 +44,16 @@ def main() -> None:
     print(json.dumps({"seconds": seconds, "grown_bytes": grown, **how, "token": int(found[0, -1])}))
 
 
-def load(folder: Path, engine: str, tokens: int, parts: list[int], tiered: list[int]) -> Any:
+def load(folder: Path, options: argparse.Namespace, parts: list[int], tiered: list[int]) -> Any:
     """The model; `parts` counts what it computes in parts, `tiered` the layers of each cache that are on disk."""
-    if engine == "offloaded":
+    if options.engine == "offloaded":
         offload: dict[str, Any] = {
             "device_map": "auto",
-            "max_memory": {"cpu": 30_000_000},
+            "max_memory": {"cpu": options.offload_mb * 10**6},
             "offload_folder": str(folder / "offload"),
         }
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **offload).eval()
-    if engine == "transformers":
+    if options.engine == "transformers":
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     run, make = run_in_parts, make_cache
 
@@ -66,7 +67,7 @@ def load(folder: Path, engine: str, tokens: int, parts: list[int], tiered: list[
 
     mock.patch("rabbit_engine.model.long_prompts.run_in_parts", counted).start()
     mock.patch("rabbit_engine.model.mixin.make_cache", noted).start()
-    return AutoModel.from_pretrained(folder, device="cpu", max_seq_len=tokens + 1)
+    return AutoModel.from_pretrained(folder, device="cpu", max_seq_len=options.tokens + 1)
 
 
 def peak_bytes() -> int:
