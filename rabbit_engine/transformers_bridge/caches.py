@@ -338,15 +338,13 @@ def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
     return copy.deepcopy(cache, {id(states): states for states in tensors})
 
 
-_TOKENS, _WINDOW = "tokens", "window"
-"""What is copied of a layer in tiers: one that holds all only adds tokens, and drops them again."""
+_SAVED = "saved"
+"""What a layer saved itself: it adds tokens to memory that shows those before."""
 
 
 def _states_of(layer: Any) -> Mapping[str, Any]:
-    if isinstance(layer, TieredLayer):
-        return {_TOKENS: layer.get_seq_length()}
-    if isinstance(layer, TieredWindowLayer):
-        return {_WINDOW: layer.saved()}
+    if isinstance(layer, (*TIERED, GrowingLayer)):
+        return {_SAVED: layer.saved()}
     return {name: _copied(value) for name, value in vars(layer).items()}
 
 
@@ -358,11 +356,10 @@ def _copied(value: Any) -> Any:
 
 
 def restore_states(cache: Cache, states: States) -> None:
-    """Undo the passes since `copy_states`, once: later passes update the copy."""
-    for layer, saved in zip(cache.layers, states.layers, strict=True):
-        if isinstance(layer, TieredLayer):
-            layer.choose(saved[_TOKENS], ())
-        elif isinstance(layer, TieredWindowLayer):
-            layer.restore(saved[_WINDOW])
+    """Have what each layer held at `copy_states`, before or after passes that were undone; once: later passes update the copy."""
+    layers: list[Any] = cache.layers
+    for layer, saved in zip(layers, states.layers, strict=True):
+        if _SAVED in saved:
+            layer.restore(saved[_SAVED])
         else:
             vars(layer).update(saved)

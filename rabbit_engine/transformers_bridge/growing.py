@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -73,6 +74,17 @@ class GrowingLayer(DynamicLayer):
         if first:
             for room, states in zip(made, self._shown(), strict=True):
                 room[:, :, :first] = states
+
+    def saved(self) -> Mapping[str, Any]:
+        """What `restore` needs: its tokens stay as they are, also where others are added after an earlier one."""
+        self._shared = max(self._shared, self.get_seq_length())
+        return dict(vars(self))
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Have the tokens that it had when they were `saved`."""
+        shared = self._shared if self._room is saved["_room"] else 0
+        vars(self).update(saved)
+        self._shared = max(self._shared, shared)
 
     def reset(self) -> None:
         """Forget all."""

@@ -57,19 +57,19 @@ class GrowingStates(Protocol):
     def take_rows(self, indices: Sequence[int]) -> None:
         """Have the rows at `indices`."""
 
-
-class WindowedStates(GrowingStates, Protocol):
-    """Those of the tokens that were not forgotten."""
-
-    def forget(self, count: int) -> None:
-        """Forget the first `count` tokens."""
-
     def saved(self) -> Any:
         """What `restore` needs."""
         ...
 
     def restore(self, saved: Any) -> None:
         """Have the tokens that it had when they were `saved`."""
+
+
+class WindowedStates(GrowingStates, Protocol):
+    """Those of the tokens that were not forgotten."""
+
+    def forget(self, count: int) -> None:
+        """Forget the first `count` tokens."""
 
 
 class TextLayers(Protocol):
@@ -215,6 +215,15 @@ class TieredLayer(LayerInStates, DynamicLayer):
         if not self.states.is_empty:
             self.states.choose(kept, offsets)
 
+    def saved(self) -> tuple[bool, Any]:
+        """What `restore` needs."""
+        return self.is_initialized, self.states.saved()
+
+    def restore(self, saved: tuple[bool, Any]) -> None:
+        """Have the tokens that it had when they were `saved`."""
+        self.is_initialized, states = saved
+        self.states.restore(states)
+
 
 def _fill(plain: Any, layer: TieredLayer | TieredWindowLayer) -> Any:
     """Transformers' own layer, with a copy of what the other holds."""
@@ -283,7 +292,7 @@ class TieredWindowLayer(LayerInStates, DynamicSlidingWindowLayer):
         return self.cumulative_length, self.is_initialized, self.states.saved()
 
     def restore(self, saved: tuple[int, bool, Any]) -> None:
-        """Undo what happened since it was `saved`."""
+        """Have the tokens that it had when they were `saved`."""
         self.cumulative_length, self.is_initialized, states = saved
         self.states.restore(states)
 

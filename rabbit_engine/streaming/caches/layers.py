@@ -14,6 +14,9 @@ from rabbit_engine.streaming.caches.mover import Arrival
 if TYPE_CHECKING:
     from rabbit_engine.streaming.caches.states import TextStates
 
+Saved = tuple[tuple[TextBlock, ...], Pair | None, int]
+"""Blocks, a tail, and how many of the first tokens of both are hidden."""
+
 
 class LayerStates:
     """Keys [rows, heads, tokens, width] and values [rows, heads, tokens, value width] of the tokens of a layer so far."""
@@ -158,6 +161,17 @@ class LayerStates:
             assert self._tail is not None  # noqa: S101 - it is not empty, and not whole
             other._blocks, other._tail = self._blocks, (self._tail[0].clone(), self._tail[1].clone())
         return other
+
+    def saved(self) -> Saved:
+        """What `restore` needs."""
+        self._text.end_turn_of(self)
+        return self._blocks, self._tail, 0
+
+    def restore(self, saved: Saved) -> None:
+        """Have the tokens that it had when they were `saved`, fewer or more than now; once."""
+        self._text.forget_turn_of(self)
+        self._blocks, self._tail, _ = saved
+        self._whole = None
 
     @property
     def rows(self) -> int:

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rabbit_engine.streaming.caches.blocks import Pair, TextBlock
+from rabbit_engine.streaming.caches.blocks import Pair
 from rabbit_engine.streaming.caches.buffers import LayerBuffer
-from rabbit_engine.streaming.caches.layers import LayerStates
+from rabbit_engine.streaming.caches.layers import LayerStates, Saved
 
 if TYPE_CHECKING:
     from rabbit_engine.streaming.caches.states import TextStates
-
-SavedWindow = tuple[tuple[TextBlock, ...], Pair | None, int]
-"""Blocks, a tail, and how many of the first tokens of both are hidden."""
 
 
 class WindowStates(LayerStates):
@@ -65,15 +62,15 @@ class WindowStates(LayerStates):
         other._hidden = self._hidden
         return other
 
-    def saved(self) -> SavedWindow:
+    def saved(self) -> Saved:
         """What `restore` needs."""
-        self._text.end_turn_of(self)
-        return self._blocks, self._tail, self._hidden
+        blocks, tail, _ = super().saved()
+        return blocks, tail, self._hidden
 
-    def restore(self, saved: SavedWindow) -> None:
-        """Have the tokens that it had when they were `saved`, once."""
-        self.clear()
-        self._blocks, self._tail, self._hidden = saved
+    def restore(self, saved: Saved) -> None:
+        """Have the tokens that it had when they were `saved`, fewer or more than now; once."""
+        super().restore(saved)
+        self._hidden = saved[2]
 
     def end_turn(self) -> None:
         """Keep a tail, and put new whole blocks away, but for those that are forgotten."""
