@@ -101,8 +101,11 @@ def test_an_edited_turn_continues_what_is_the_same(checkpoint: Any, load: Any) -
     assert [reply.tokens for reply in replies] == continued(model, prompts, [0, 15, 9, 0])
 
 
-def test_layers_that_forget_are_continued_only_where_they_ended(own_checkpoint: Any, load: Any) -> None:
-    model = load(own_checkpoint("mistral", sliding_window=12))
+@pytest.mark.parametrize(("family", "sizes"), [("mistral", {"sliding_window": 12}), ("qwen3_next", {})])
+def test_layers_that_forget_are_continued_only_where_they_ended(
+    own_checkpoint: Any, load: Any, family: str, sizes: dict[str, int]
+) -> None:
+    model = load(own_checkpoint(family, **sizes))
     first = prompt(20)
     with Session(model, continue_last=True) as session:
         reply = ask(session, first)
@@ -245,3 +248,14 @@ def test_what_cannot_be_cut_is_dropped(checkpoint: Any, load: Any) -> None:
     assert found is not None
     assert [layer.get_seq_length() for layer in found[0].layers] == [7] * len(cache.layers)
     assert found[1] == 7
+
+
+def test_states_are_dropped_with_a_pass_that_was_interrupted(checkpoint: Any, load: Any) -> None:
+    """A state does not tell whether it has the token of that pass."""
+    model, demand, ids = load(checkpoint("qwen3_next")), tiered_caches.Demand(8, 8), prompt(9)
+    last, cache = LastText(model), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([ids[:8]]), **cache_argument(model.forward, cache))
+    for is_whole in (True, False):
+        last.put(ids, cache, demand, is_whole=is_whole)
+        assert (last.take([*ids, 5], demand) is not None) == is_whole

@@ -13,7 +13,7 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.demand import Demand
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.continuing import cut_to, expect, is_in_memory
+from rabbit_engine.transformers_bridge.continuing import cut_to, expect, tells_what_it_has
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class LastText:
         answer was interrupted, perhaps amid a pass."""
         self._kept = None
         known = len(ids) - 1
-        if not isinstance(cache, DynamicCache) or has_adapter(self._model) or not (is_whole or is_in_memory(cache)):
+        if not isinstance(cache, DynamicCache) or has_adapter(self._model) or not (is_whole or tells_what_it_has(cache)):
             return
         if cut_to(cache, known) and LEAST_TOKENS <= (tokens := cache.get_seq_length()) <= known:
             self._kept = _Kept(list(ids[:tokens]), cache, attention_of(self._model.config), _kind(demand))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rabbit_engine.transformers_bridge.caches import is_dynamic
 from rabbit_engine.transformers_bridge.growing import GrowingLayer
@@ -19,12 +19,12 @@ _WHOLE = (DynamicLayer, GrowingLayer, TieredLayer)
 
 def cut_to(cache: object, tokens: int) -> bool:
     """Let every layer of `cache` hold the first `tokens` tokens, or as many as all do. False if a layer cannot: one that forgets
-    tokens only holds what it has."""
+    tokens, or has a state that each of them changes, only holds what it has."""
     layers = _filled(cache)
     lengths = {layer.get_seq_length() for layer in layers}
     if lengths == {tokens}:
         return True
-    if not layers or not all(type(layer) in _WHOLE for layer in layers):
+    if not layers or _has_states(cache) or not all(type(layer) in _WHOLE for layer in layers):
         return False
     kept: int = min(tokens, *lengths)
     for layer in layers:
@@ -33,9 +33,14 @@ def cut_to(cache: object, tokens: int) -> bool:
     return kept > 0
 
 
-def is_in_memory(cache: object) -> bool:
-    """Whether no layer is a TieredLayer, which may have met a fault of the disk."""
-    return type(cache) is DynamicCache
+def tells_what_it_has(cache: object) -> bool:
+    """Whether each layer knows its tokens even if a pass was interrupted: no TieredLayer, which may have met a fault of the disk,
+    and no states, which do not tell whether they have the token of that pass."""
+    return type(cache) is DynamicCache and not _has_states(cache)
+
+
+def _has_states(cache: object) -> bool:
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(cache, "layers", ()))
 
 
 def expect(cache: DynamicCache, prompt: int, most: int) -> None:
