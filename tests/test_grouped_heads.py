@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from far import Blocks
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rabbit_engine.caches import attention_over_blocks, with_far_blocks
 from rabbit_engine.transformers_bridge.attention import AttentionFunction
 from rabbit_engine.transformers_bridge.grouped_heads import with_shared_keys
 
@@ -74,6 +76,20 @@ def test_what_the_heads_differ_in_is_left_to_transformers(copied: list[bool]) ->
         keys = key.repeat(2, 1, 1, 1)
         expected, _ = sdpa_attention_forward(module(2), texts, keys, keys, mask)
         assert shared()(module(2), texts, keys, keys, mask)[0].equal(expected)
+
+
+def test_no_keys_are_copied_where_some_text_of_the_process_is_in_pieces(copied: list[bool]) -> None:
+    """Functions that attend over blocks stay for the rest of the process, inside of others; outside where a class is tried."""
+    query, key = states(6, 5, torch.float32), states(3, TOKENS, torch.float32)
+    mask, far = mask_of(5, torch.float32), Blocks(key[:, :, :70], key[:, :, :70], 20)
+    expected, _ = sdpa_attention_forward(module(2), query, key, key, mask)
+    inside = with_shared_keys("sdpa", attention_over_blocks("sdpa", sdpa_attention_forward))
+    for attend in (inside, attention_over_blocks("sdpa", shared())):
+        copied.clear()
+        assert attend(module(2), query, key, key, mask)[0].equal(expected)
+        assert copied == [False]
+        found, _ = attend(module(2), query, *with_far_blocks(key[:, :, 70:], key[:, :, 70:], far), mask)
+        torch.testing.assert_close(found, expected)
 
 
 def test_other_functions_stay_as_they_are() -> None:

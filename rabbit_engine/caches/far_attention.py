@@ -51,6 +51,7 @@ def attention_over_blocks(name: str, native: AttentionFunction) -> AttentionFunc
         return result
 
     attention.attends_over_blocks = True  # type: ignore[attr-defined]
+    attention.__wrapped__ = native  # type: ignore[attr-defined]
     return attention
 
 

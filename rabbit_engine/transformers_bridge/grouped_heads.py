@@ -6,6 +6,7 @@ kernel as texts of a batch instead, with views of the keys: each head computes t
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +22,31 @@ _OF_HEADS = [name for name in inspect.signature(sdpa_attention_forward).paramete
 
 
 def with_shared_keys(name: str, native: AttentionFunction) -> AttentionFunction:
-    """A `Wrapper`: transformers' sdpa attention over one text copies no keys or values that several heads share."""
+    """A `Wrapper`: transformers' sdpa attention over one text copies no keys or values that several heads share. Other states
+    than tensors are for `native`, which may wrap it."""
     del name
-    return _attention if native is sdpa_attention_forward else native
+    if inspect.unwrap(native) is not sdpa_attention_forward:
+        return native
+
+    @functools.wraps(native)
+    def attention(*args: Any, **keywords: Any) -> Any:
+        return _attention(native, *args, **keywords)
+
+    return attention
 
 
 def _attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **keywords: Any
+    native: AttentionFunction,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **keywords: Any,
 ) -> Any:
     """`sdpa_attention_forward`: [1, heads, tokens, width] -> [1, tokens, heads, value width]."""
+    if type(key) is not torch.Tensor:
+        return native(module, query, key, value, attention_mask, **keywords)
     heads, groups = key.shape[1], getattr(module, "num_key_value_groups", 1)
     is_shared = groups > 1 and query.shape[1] == heads * groups and _takes_views(query, attention_mask)
     if not is_shared or any(keywords.get(name) is not None for name in _OF_HEADS):
