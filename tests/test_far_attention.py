@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning"
 OWN_ATTENTION = {"bloom": "reshape", "falcon": "scaled_dot_product_attention", "mpt": "transpose"}
 LATENT = {"deepseek_v2": "linear", "deepseek_v3": "linear"}
 RAISING = OWN_ATTENTION | LATENT
-OTHERS = sorted({*families.FAMILIES, *families.MORE} - {*RAISING, "mamba"})
+OTHERS = sorted({*families.FAMILIES, *families.MORE} - {*RAISING, "mamba", "mamba2", "falcon_h1"})
+"""All that have a layer of keys and values alone."""
 
 
 def growing(config: Any) -> DynamicCache:
