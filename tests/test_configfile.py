@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from rabbit_engine import AutoModel, errors
 from rabbit_engine.architectures import build_skeleton
+from rabbit_engine.architectures.configfile import read_config
 from rabbit_engine.checkpoints import open_request
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import SourceConfig, SplitConfig
@@ -351,3 +352,8 @@ def test_a_tokenizer_config_of_another_type_is_named(value: Any, llama: Path) ->
     (llama / "tokenizer_config.json").write_text(json.dumps(value), "utf-8")
     with AutoModel.from_pretrained(llama, device="cpu") as model, pytest.raises(errors.TokenizerNotFoundError, match=str(llama)):
         _ = model.tokenizer
+
+
+def test_the_experts_of_doge_are_plausible(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "doge", "num_experts": 16384}', encoding="utf-8")
+    assert read_config(tmp_path)["num_experts"] == 16_384

@@ -22,8 +22,8 @@ from rabbit_engine.errors import (
 )
 
 _COUNT = re.compile(r"(^|_)(layers?|depth|blocks|experts|labels)$")
-_MOST, _MOST_LABELS = 10_000, 1_000_000
-"""Limits for layers and experts, and for labels: ten times what any model has, and still fast to enumerate."""
+_MOST, _MOST_EXPERTS, _MOST_LABELS = 10_000, 100_000, 1_000_000
+"""Limits for layers, for experts (Doge names 16,384) and for labels: more than any model has, and still fast to enumerate."""
 
 _UNUSED = "model_max_length"
 """A tokenizer setting that some configs include; 10**30 stands for no limit there."""
@@ -40,7 +40,8 @@ def read_config(folder: Path) -> RawConfig:
         raise CheckpointNotFoundError(f"{folder} has no config.json: is it a model folder?")
     raw = read_object(path, "download it again")
     for key, value in _numbers(raw):
-        if value > (_MOST_LABELS if key.endswith("labels") else _MOST) and _COUNT.search(key):
+        most = _MOST_LABELS if key.endswith("labels") else _MOST_EXPERTS if key.endswith("experts") else _MOST
+        if value > most and _COUNT.search(key):
             raise UnsupportedArchitectureError(f"{path} has {key}={value}, more than any model has: download it again")
         if isinstance(value, int) and not -(2**63) <= value < 2**63 and not key.endswith(_UNUSED):
             raise UnsupportedArchitectureError(f"{path} has {key}={value}, which does not fit in 64 bits: download it again")
