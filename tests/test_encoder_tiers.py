@@ -138,7 +138,8 @@ def test_guesses_are_taken_back(tmp_path: Path, streamed: Any, tiers: list[Encod
     model, expected = load("bart", tmp_path, streamed)
     found, same = (answer(each, **reads("bart", 1), prompt_lookup_num_tokens=3) for each in (model, expected))
     assert torch.equal(found.sequences, same.sequences)
-    require_tiers(tiers[0])
+    if same.sequences.shape[1] > 1:  # old releases end such answers at once
+        require_tiers(tiers[0])
 
 
 def test_a_long_sound_has_a_cache_for_each_part(tmp_path: Path, streamed: Any, tiers: list[EncoderDecoderCache]) -> None:

@@ -51,6 +51,9 @@ def test_a_layer_does_what_transformers_layer_does(change: str) -> None:
         with torch.inference_mode(mode=change == "inference"):
             layer.update(*states(10, 2))
         CHANGES[change](layer)
+    if change == "reset":
+        found = (found[0], DynamicLayer())  # old releases fill their tokens with zeros, and keep them
+    for layer in found:
         rows = len(layer.keys) if layer.get_seq_length() else 2
         for seed, tokens in enumerate((1, 4, 300, 1)):
             shown = layer.update(*states(tokens, rows, seed))

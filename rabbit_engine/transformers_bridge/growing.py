@@ -87,8 +87,9 @@ class GrowingLayer(DynamicLayer):
         self._shared = max(self._shared, shared)
 
     def reset(self) -> None:
-        """Forget all."""
-        self._room = None
+        """Forget all. In old releases the original fills its tokens with zeros, and keeps them."""
+        self._room = self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
