@@ -92,6 +92,14 @@ def test_the_prefix_is_computed_once_and_continuations_share_passes(load: Any) -
             wait_until(lambda: model.profile.passes - before == 1 + 8)
 
 
+def test_a_prefix_past_the_positions_of_the_model_is_refused(load: Any) -> None:
+    model, _ = load("llama")
+    with Session(model) as session:
+        most = session.most_tokens
+        with pytest.raises(errors.PromptTooLongError, match=rf"a prefix of {most} tokens leaves no room .* the {most} that fit"):
+            session.fork([5] * most)
+
+
 def test_layers_that_stay_whole_are_shared_too(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with memory of its own."""
     monkeypatch.setattr(held, "in_shared_blocks", lambda _, demand: demand)

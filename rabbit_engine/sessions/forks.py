@@ -60,6 +60,11 @@ class Fork(AnswerMethods):
             raise ConfigurationError(
                 f"a prefix of {len(ids)} token saves nothing: its last token is computed with each continuation"
             )
+        if len(ids) >= session.most_tokens:
+            raise PromptTooLongError(
+                f"a prefix of {len(ids)} tokens leaves no room for an answer in the {session.most_tokens} that fit: shorten it, "
+                "or, if memory is the limit, load the model with a larger max_seq_len"
+            )
         self._held = hold(ids[:-1])
 
     @property
