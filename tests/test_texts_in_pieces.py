@@ -20,6 +20,7 @@ from rabbit_engine.errors import BudgetError, PromptTooLongError
 from rabbit_engine.model import mixin
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
+from rabbit_engine.planning import far_attention
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.streaming.caches.pieces import LayerInPieces, LayerPieces
@@ -105,6 +106,17 @@ def test_classes_that_compute_with_keys_themselves_have_whole_layers(
     require_close(answer(model, prompt()), answer(plain(folder), prompt()))
     assert pieces[0].text.bytes_read > 0
     assert uses == []
+
+
+def test_a_class_that_fails_without_its_keys_loads_as_before(
+    checkpoint: Any, streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise TypeError("of the class's own")
+
+    monkeypatch.setattr(far_attention, "attention_over_blocks", fail)
+    probe = runtime_of(streamed(checkpoint("olmo2"))).partition.probe
+    assert (probe.failure, probe.growing_layers, probe.far_heads) == ("", 3, 0)
 
 
 WAYS: dict[str, dict[str, Any]] = {

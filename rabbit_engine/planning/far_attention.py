@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from rabbit_engine.caches import FarStates, attention_over_blocks, with_far_blocks
-from rabbit_engine.errors import FarStatesError
 from rabbit_engine.transformers_bridge.attention import wrapped_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.inputs import next_token
@@ -33,11 +32,13 @@ class _FarStates:
 
 
 def far_heads(model: PreTrainedModel, output: Any) -> int:
-    """The most query heads of the layers that grow, of a model that gave `output` on the meta device; 0 if one of them computes
-    with keys or values before attention does. The cache in `output` is not used any more."""
+    """The most query heads of the layers that grow, of a model that gave `output` on the meta device; 0 if one of them fails
+    without all keys and values. The cache in `output` is not used any more."""
     cache, inputs = cache_of(output), next_token(model, output)
     layers: list[Any] = getattr(cache, "layers", [])
     growing = growing_indices(layers)
+    if any(layers[index].keys is None for index in growing):  # of images, which were not in the pass
+        return 0
     for index in growing:
         states: Any = _FarStates(layers[index].keys, layers[index].values)
         layers[index] = TieredLayer(states)
@@ -47,7 +48,7 @@ def far_heads(model: PreTrainedModel, output: Any) -> int:
     try:
         with wrapped_attention(_noting(heads)):
             model(**inputs)
-    except FarStatesError:
+    except Exception:  # noqa: BLE001 - any class's code may fail with states that are not there, not only by FarStatesError
         return 0
     return max(heads) if len(heads) >= len(growing) else 0
 
