@@ -149,14 +149,16 @@ def test_ctrl_c_at_any_moment_leaves_nothing_loaded(checkpoint: Any, plain: Any,
     expected = plain(checkpoint("llama")).generate(ids, **GREEDY)
     interrupted = 0
     for step in range(40):
-        signal.setitimer(signal.ITIMER_REAL, 0.0005 + step * 0.0006)
-        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)  # first: else the alarm may be the test's time limit
         try:
-            model.generate(ids, **GREEDY)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + step * 0.0006)
+                model.generate(ids, **GREEDY)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             interrupted += 1
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
         assert loaded(model) == []
         assert runtime_of(model).transfer.held == ()
