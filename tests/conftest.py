@@ -24,11 +24,15 @@ import pytest
 import sampling
 import torch
 import transformers
+from long_texts import made_caches
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import AutoModel, Session, errors
 from rabbit_engine.cli import main
+from rabbit_engine.config import Cut
 from rabbit_engine.diagnostics.demo import wheel_file
+from rabbit_engine.planning import budget
+from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.storage.directio import buffered_reasons
 
 os.environ["RABBIT_ENGINE_CACHE"] = ""  # a start depends on nothing that an earlier one kept, but for tests of that
@@ -201,6 +205,28 @@ def streamed() -> Iterator[Loader]:
     yield load
     for model in models:
         model.close()
+
+
+@pytest.fixture
+def parted(streamed: Loader, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    """A streamed load in the smallest budget whose ring holds a layer, with every matrix a unit of its own: prompts may be
+    computed in parts."""
+
+    def load(folder: Path, **keywords: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
+            )
+            return streamed(folder, **({"cut": Cut(least_bytes=1, rest_share=0.0), "max_seq_len": 64} | keywords))
+
+    return load
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """The caches in tiers that `generate` makes, small blocks in a folder of the test's."""
+    with made_caches(monkeypatch, tmp_path) as found:
+        yield found
 
 
 def _readers(found: set[threading.Thread]) -> list[threading.Thread]:

@@ -20,10 +20,8 @@ from transformers import DynamicCache
 
 from rabbit_engine import PrefixStore, Reply, Session
 from rabbit_engine.batches.run import BatchJob, Choices
-from rabbit_engine.config import Cut
 from rabbit_engine.model import tiered_caches
-from rabbit_engine.planning import budget, texts
-from rabbit_engine.planning.parts import layer_ring_bytes
+from rabbit_engine.planning import texts
 from rabbit_engine.prefixes.folder import StoreFolder
 from rabbit_engine.sessions import known_prefixes
 from rabbit_engine.sessions.engine import Engine
@@ -40,17 +38,12 @@ def store(tmp_path: Path) -> Iterator[PrefixStore]:
 
 
 @pytest.fixture
-def load(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Load in the smallest budget whose ring holds a layer, with every matrix a unit. `model.rows` are those that each forward
-    of the first layer computed, also those that failed."""
+def load(parted: Any) -> Callable[..., Any]:
+    """Load so that prompts may be computed in parts. `model.rows` are those that each forward of the first layer computed, also
+    those that failed."""
 
     def loaded(folder: Path) -> Any:
-        def for_texts(partition: Any, *_: object) -> tuple[int, int]:
-            return 0, layer_ring_bytes(partition.sizes, partition.layout.layers)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(budget, "_for_texts", for_texts)
-            model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=64)
+        model = parted(folder)
         model.tokenizer = words(96)
         model.rows = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: model.rows.append(inputs[0].shape[1]))

@@ -17,8 +17,7 @@ from rabbit_engine import Lookup, PrefixStore, Session
 from rabbit_engine.config import Cut
 from rabbit_engine.model import tiered_caches
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.planning import budget, texts
-from rabbit_engine.planning.parts import layer_ring_bytes
+from rabbit_engine.planning import texts
 from rabbit_engine.sessions import known_prefixes
 from rabbit_engine.sessions.known_prefixes import KnownText
 from rabbit_engine.streaming import BlockHome
@@ -34,15 +33,11 @@ def store(tmp_path: Path) -> Iterator[PrefixStore]:
 
 
 @pytest.fixture
-def load(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load in the smallest budget whose ring holds a layer, with every matrix a unit."""
+def load(parted: Any) -> Any:
+    """Load so that prompts may be computed in parts, with a tokenizer."""
 
     def loaded(folder: Any, **keywords: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
-            )
-            model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=64, **keywords)
+        model = parted(folder, **keywords)
         model.tokenizer = words(96)
         return model
 

@@ -15,11 +15,8 @@ from tiny import words
 from transformers import DynamicCache
 
 from rabbit_engine import Lookup, PrefixStore, Session
-from rabbit_engine.config import Cut
 from rabbit_engine.model import tiered_caches
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.planning import budget
-from rabbit_engine.planning.parts import layer_ring_bytes
 from rabbit_engine.sessions import last_text
 from rabbit_engine.sessions.answer import Reply
 from rabbit_engine.sessions.last_text import LastText
@@ -36,15 +33,11 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load in the smallest budget whose ring holds a layer, with every matrix a unit."""
+def load(parted: Any) -> Any:
+    """Load so that prompts may be computed in parts, with a tokenizer."""
 
     def loaded(folder: Any, **keywords: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
-            )
-            model = streamed(folder, cut=Cut(least_bytes=1, rest_share=0.0), max_seq_len=96, **keywords)
+        model = parted(folder, **({"max_seq_len": 96} | keywords))
         model.tokenizer = words(96)
         return model
 

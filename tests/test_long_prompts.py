@@ -64,19 +64,12 @@ def answer(model: Any, ids: torch.Tensor, **keywords: Any) -> Any:
     return model.generate(ids, **(settings | keywords))
 
 
-FINE = Cut(least_bytes=1, rest_share=0.0)
-
-
 @pytest.fixture
-def parted(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load in the smallest budget whose ring holds a layer, with every matrix a unit of its own."""
+def parted(parted: Any) -> Any:
+    """Load so that prompts are computed in parts, and weights move."""
 
     def load(folder: Any, **keywords: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                budget, "_for_texts", lambda partition, *_: (0, layer_ring_bytes(partition.sizes, partition.layout.layers))
-            )
-            model = streamed(folder, **({"cut": FINE, "max_seq_len": 64} | keywords))
+        model = parted(folder, **keywords)
         assert runtime_of(model).computes_parts
         assert model.plan.streamed
         return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from long_texts import BLOCK, answer, have_all_in_tiers, made_caches, prompt
+from long_texts import BLOCK, answer, have_all_in_tiers, prompt
 from tiny import words
 
 from rabbit_engine import Session
@@ -47,13 +46,6 @@ FAMILIES = [
 
 OTHERS = ["qwen3_next", "qwen3_5", "jamba", "llama4", "mpt", "bloom", "falcon", "gpt_oss"]
 """Recurrent states beside growing layers, attention in chunks, biases instead of positions, sinks."""
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[TieredCache]]:
-    """The caches that `generate` makes, small blocks in a folder of the test's."""
-    with made_caches(monkeypatch, tmp_path) as found:
-        yield found
 
 
 @pytest.fixture
