@@ -19,7 +19,7 @@ from rabbit_engine.errors import BudgetError, PromptTooLongError
 from rabbit_engine.model import mixin
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning import demand as demands
-from rabbit_engine.planning import far_attention
+from rabbit_engine.planning import far_attention, known_probes
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes
 from rabbit_engine.planning.probe import Curve, Probe
 from rabbit_engine.streaming.caches.pieces import LayerInPieces, LayerPieces
@@ -106,6 +106,7 @@ def test_a_class_that_fails_without_its_keys_loads_as_before(
     def fail(*_: Any) -> Any:
         raise TypeError("of the class's own")
 
+    monkeypatch.setattr(known_probes, "_known", {})
     monkeypatch.setattr(far_attention, "attention_over_blocks", fail)
     probe = runtime_of(streamed(checkpoint("olmo2"))).partition.probe
     assert (probe.failure, probe.growing_layers, probe.far_heads) == ("", 3, 0)
