@@ -30,6 +30,9 @@ RabbitError
 │   ├── ShardsNotFoundError (FileNotFoundError)     no split where one was requested
 │   └── DamagedShardError (DamagedFileError)        size, header or checksum differ from the manifest
 ├── PrefixStoreError (OSError)                      the folder of stored prefixes cannot be locked or cleared
+├── ClusterError (ConnectionError)                  no cluster answers, or it cannot run the model
+│   ├── MachinesDifferError (ValueError)            machines have other versions of a package or of the model
+│   └── StageLostError                              a machine with layers of the model is gone, and no other can take them
 └── StreamingError (RuntimeError)                   while a model is loaded
     ├── WeightNotLoadedError                        a weight was used while it was not in memory
     ├── ModelClosedError                            the model was used after close()
@@ -194,6 +197,18 @@ class DamagedShardError(ShardError, DamagedFileError):
 
 class PrefixStoreError(RabbitError, OSError):
     """The folder of a prefix store is locked by another process, or cannot be cleared."""
+
+
+class ClusterError(RabbitError, ConnectionError):
+    """No cluster answers at the address, or it cannot run what was asked."""
+
+
+class MachinesDifferError(ClusterError, ValueError):
+    """Machines of a cluster have other versions of a package, or of the model; the message names them."""
+
+
+class StageLostError(ClusterError):
+    """A machine that held layers of a model is gone, and no other can take them; the message says what is missing."""
 
 
 class StreamingError(RabbitError, RuntimeError):
