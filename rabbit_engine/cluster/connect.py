@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from types import ModuleType
 
 from rabbit_engine.errors import ClusterError, first_line
@@ -29,10 +30,12 @@ def connect(address: str) -> ModuleType:
     server, or "local". Requests carry the token of Ray's own authentication, which a cluster must be started with: see
     docs/cluster.md. Raises MissingExtraError without Ray, ClusterError if no cluster answers.
     """
+    if "ray" not in sys.modules:  # which reads them as it is imported; else its own defaults hold
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers
     ray = require_ray()
     if ray.is_initialized():
         return ray
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
