@@ -85,6 +85,7 @@ OURS := \
   speculation_record \
   speculation_script \
   splitting \
+  stages_plan \
   telling \
   thinking \
   transfer \

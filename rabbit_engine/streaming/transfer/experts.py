@@ -20,7 +20,7 @@ from rabbit_engine.errors import RabbitError, StreamingError
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile
 from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.entry import Entry, HostPlace
-from rabbit_engine.streaming.transfer.machine import Machine
+from rabbit_engine.streaming.transfer.machine import UnitMachine
 from rabbit_engine.streaming.transfer.reader import Job
 from rabbit_engine.streaming.transfer.ring import Mark, Ring, fill_all
 from rabbit_engine.streaming.transfer.slots import Expert, ExpertLayer, Stay, who_stays
@@ -53,7 +53,7 @@ class ExpertCache:
     """The experts in `slots`. The model's thread calls `warm` and `lend`, any thread `uses`; everything else is called with the
     lock held."""
 
-    def __init__(self, machine: Machine, slots: ExpertSlots, trace: Trace) -> None:
+    def __init__(self, machine: UnitMachine, slots: ExpertSlots, trace: Trace) -> None:
         self._machine, self._trace = machine, trace
         self.layers = {layer.name: layer for layer in slots.layers}
         self._slots, self._host_slots = slots.on_device(), slots.in_host()

@@ -19,7 +19,7 @@ from rabbit_engine.streaming.transfer.ring import Ring
 from rabbit_engine.streaming.transfer.unit import Extent
 
 
-class Machine:
+class UnitMachine:
     """Brings entries into `ring`. Everything except a job itself is called with the reader's lock held."""
 
     def __init__(self, ring: Ring, profile: Profile, reader: Reader) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from rabbit_engine.errors import StreamingError
 from rabbit_engine.streaming.transfer.arena import Arena
 from rabbit_engine.streaming.transfer.entry import Entry, HostPlace
-from rabbit_engine.streaming.transfer.machine import Machine
+from rabbit_engine.streaming.transfer.machine import UnitMachine
 from rabbit_engine.streaming.transfer.order import PassOrder
 from rabbit_engine.streaming.transfer.reader import Job
 from rabbit_engine.streaming.transfer.ring import Mark
@@ -40,7 +40,7 @@ class RingQueue:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: UnitMachine,
         arena: Arena,
         units: Sequence[Unit],
         *,

@@ -14,7 +14,7 @@ from rabbit_engine.streaming.telemetry.trace import Trace
 from rabbit_engine.streaming.transfer.arena import Arena
 from rabbit_engine.streaming.transfer.entry import HostPlace
 from rabbit_engine.streaming.transfer.experts import ExpertCache, ExpertSlots
-from rabbit_engine.streaming.transfer.machine import Machine
+from rabbit_engine.streaming.transfer.machine import UnitMachine
 from rabbit_engine.streaming.transfer.reader import Job, Reader, shared_reader
 from rabbit_engine.streaming.transfer.ring import Ring
 from rabbit_engine.streaming.transfer.ring_queue import RingQueue
@@ -47,7 +47,7 @@ class Transfer:
         host, self._reader, self._ring = host or {}, reader or shared_reader(), ring
         counts = {unit.name: UnitProfile(unit.name) for unit in units}
         self._profile = Profile(units=counts, disk_rate=rates[0], link_rate=rates[1])
-        self._machine = Machine(ring, self._profile, self._reader)
+        self._machine = UnitMachine(ring, self._profile, self._reader)
         arena = Arena(aligned_down(nbytes), start)  # other units share its edges, and reads cover whole pages
         self._queue = RingQueue(self._machine, arena, units, host=host, rare=rare, prefetching=prefetching)
         self.experts = ExpertCache(self._machine, slots, trace or Trace()) if slots is not None else None
