@@ -23,6 +23,7 @@ OURS := \
   chat_terminal \
   claude_code \
   cli \
+  cluster_files \
   condition \
   cuda_script \
   decoding_memory \

@@ -17,7 +17,7 @@ from rabbit_engine.checkpoints.preparation import prepare
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.quantization.gguf import BLOCKS, PLAIN
 from rabbit_engine.quantization.kernels import torch_operations
-from rabbit_engine.storage.cached import sealed, unsealed
+from rabbit_engine.storage.jsonvalues import sealed, unsealed
 
 Loader = Callable[..., Any]
 

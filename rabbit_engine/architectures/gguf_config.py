@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rabbit_engine.storage.cached import recall, remember, sealed, unsealed
+from rabbit_engine.storage.cached import recall, remember
+from rabbit_engine.storage.jsonvalues import sealed, unsealed
 from rabbit_engine.transformers_bridge.gguf import read_gguf_config
 
 _KIND = "gguf_configs"

@@ -10,7 +10,7 @@ from rabbit_engine.checkpoints.hub import Repo, fetch_weights, read_remote_heade
 from rabbit_engine.config import SourceConfig
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError
 from rabbit_engine.storage.directio import damage_as
-from rabbit_engine.storage.tensorfiles import TensorEntry, same_bytes
+from rabbit_engine.storage.tensorfiles import TensorEntry, is_tied, same_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ def _fetch_tensors(repo: Repo, files: WeightFiles, source: SourceConfig) -> Tens
 
 @damage_as(DamagedCheckpointError)
 def _equal_in_files(first: TensorEntry, second: TensorEntry) -> bool:
+    if first.is_absent or second.is_absent:
+        return is_tied(first, second)
     return same_bytes(first, second)
 
 

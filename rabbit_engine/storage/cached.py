@@ -59,21 +59,6 @@ def remember(kind: str, key: str, value: Any) -> None:
         logger.debug("%s is not kept: %s", path, first_line(error))
 
 
-def sealed(value: Any) -> dict[str, Any]:
-    """A JSON value with its checksum, to be remembered: for what would change an answer if it were damaged."""
-    return {"value": value, "xxh3": _checksum(value)}
-
-
-def unsealed(kept: Any) -> Any:
-    """The value of `sealed`; None for anything else, or if it has changed."""
-    value = kept.get("value") if isinstance(kept, dict) else None
-    return value if isinstance(kept, dict) and kept.get("xxh3") == _checksum(value) else None
-
-
-def _checksum(value: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
 def _path(kind: str, key: str) -> Path | None:
     folder = cache_folder()
     return None if folder is None else folder / kind / f"{xxhash.xxh3_128_hexdigest(key.encode())}.json"

@@ -31,6 +31,12 @@ CHUNK_BYTES = 8 * 2**20
 
 HUGE_PAGE = 2 * 2**20
 
+ABSENT = (-1, -1)
+"""The stamp of bytes that are not on this machine: see `partial`."""
+
+GROWS = -1
+"""In place of the change time in the stamp of a file that others add to."""
+
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _O_BINARY = getattr(os, "O_BINARY", 0)
 _O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -179,7 +185,10 @@ def _answer(cause: OSError) -> str:
 
 
 def open_unchanged(path: Path, stamp: tuple[int, int] | None, *, direct: bool = False) -> io.FileIO:
-    """The file, unbuffered. Raises DamagedFileError if it was replaced after its header was read, or is not a regular file."""
+    """The file, unbuffered. Raises DamagedFileError if it was replaced after its header was read, or is not a regular file, and
+    MissingFileError for bytes that are not on this machine."""
+    if stamp == ABSENT:
+        raise MissingFileError(f"{path} holds only some layers on this machine, and these bytes were not fetched: load it again")
     flags = os.O_RDONLY | _O_BINARY | _O_NONBLOCK | (_O_DIRECT if direct else 0)  # a pipe in its place must not block
     with disk_errors(path):
         file = io.FileIO(os.open(path, flags), "rb")
@@ -195,7 +204,7 @@ def _require_unchanged(file: io.FileIO, path: Path, stamp: tuple[int, int] | Non
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise DamagedFileError(f"{path} is not a regular file: replace it with the model's file")
-    if stamp is not None and stamp != stamp_of(file):
+    if stamp is not None and stamp != (status.st_ino, stamp[1] if stamp[1] == GROWS else status.st_mtime_ns):
         raise DamagedFileError(f"{path} was replaced while in use: load the model again")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+import xxhash
+
 _NAME_BYTES = 255
 """The longest name that a file can have on today's file systems."""
 
@@ -25,6 +27,21 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"it repeats a key, among {', '.join(list(found)[:3])}")
     return found
+
+
+def sealed(value: Any) -> dict[str, Any]:
+    """A JSON value with its checksum, to be written: for what would change an answer if it were damaged."""
+    return {"value": value, "xxh3": _checksum(value)}
+
+
+def unsealed(kept: Any) -> Any:
+    """The value of `sealed`; None for anything else, or if it has changed."""
+    value = kept.get("value") if isinstance(kept, dict) else None
+    return value if isinstance(kept, dict) and kept.get("xxh3") == _checksum(value) else None
+
+
+def _checksum(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 class OutsideError(ValueError):

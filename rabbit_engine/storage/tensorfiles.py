@@ -19,9 +19,10 @@ import torch
 import xxhash
 
 from rabbit_engine.errors import DamagedCheckpointError, DamagedFileError, first_line
-from rabbit_engine.storage.directio import PAGE, as_bytes, disk_errors, open_unchanged, read_into
+from rabbit_engine.storage.directio import ABSENT, PAGE, as_bytes, disk_errors, open_unchanged, read_into
 from rabbit_engine.storage.encoding import Encoding
 from rabbit_engine.storage.jsonvalues import Fields, counts, parse, shown
+from rabbit_engine.storage.partial import read_present
 
 ALIGNMENT = PAGE
 """Every written tensor starts on a multiple of this, as direct reads require."""
@@ -48,7 +49,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class TensorEntry:
     """The location of one tensor: `nbytes` at `offset` from the start of `path`, with `dtype` and `shape`.
 
-    `stamp` is the file's inode and change time when its header was read; None skips the check. A tensor stored in several
+    `stamp` is the file's inode and change time when its header was read; None skips the check, and ABSENT is that of bytes that
+    are not on this machine. A tensor stored in several
     `parts` is their concatenation, and `path` and `offset` are those of the first. With an `encoding`, the `components` are
     what is stored, `nbytes` is their size, and `dtype` and `shape` are those of the decoded tensor.
     """
@@ -69,6 +71,11 @@ class TensorEntry:
         """The entries that its bytes are stored as, in order: its parts and components, or itself."""
         inside = self.parts or self.components
         return tuple(place for part in inside for place in part.places) if inside else (self,)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether some of its bytes are not on this machine."""
+        return any(place.stamp == ABSENT for place in self.places)
 
     @property
     def is_encoded(self) -> bool:
@@ -218,7 +225,7 @@ def read_header(path: Path, advice: str = "") -> Header:
             wanted = f"{status.st_size} bytes, its header would need {8 + size}"
             raise DamagedFileError(f"{path} is not a complete safetensors file ({wanted}): {advice or advice_for(path)}")
         raw = _read_up_to(file, size)
-    start = 8 + size
+    start, present = 8 + size, read_present(path)
     try:
         metadata, tensors = _parse_header(path, raw, start, (status.st_ino, status.st_mtime_ns))
         _require_contiguous(tensors, start)
@@ -229,6 +236,8 @@ def read_header(path: Path, advice: str = "") -> Header:
     problem = _wrong_length(tensors, start, status.st_size)
     if problem is not None:
         raise DamagedFileError(f"{path} {problem}; {advice or 'download it again'}")
+    if present is not None:
+        tensors = tuple(replace(t, stamp=present.stamp(t.offset, t.nbytes, status.st_ino)) for t in tensors)
     return Header(path, tensors, metadata, start, status.st_size, xxhash.xxh3_128_hexdigest(prefix + raw))
 
 
@@ -319,6 +328,12 @@ def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
             if views[0] != views[1]:
                 return False
     return True
+
+
+def is_tied(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two weights that are not both here were equal where they came from, by the record of the first's file."""
+    present = read_present(first.path)
+    return present is not None and present.ties.get(first.name) == second.name
 
 
 def holds(entry: TensorEntry, values: torch.Tensor) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from rabbit_engine.storage.cached import recall, remember, sealed, unsealed
+from rabbit_engine.storage.cached import recall, remember
+from rabbit_engine.storage.jsonvalues import sealed, unsealed
 from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
 
 _KIND = "gguf_tokenizers"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +15,14 @@ from rabbit_engine.storage.directio import (
     CHUNK_BYTES,
     PAGE,
     aligned_down,
+    aligned_up,
     as_bytes,
     claim_memory,
     damage_as,
     is_direct,
     read_pages,
 )
+from rabbit_engine.storage.partial import Span, merged, total_bytes
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming.transfer.accelerator import Accelerator
 from rabbit_engine.streaming.transfer.claim import accelerator_of
@@ -46,19 +47,21 @@ def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes:
 def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) -> float | None:
     """Bytes per second of direct reads from the largest file, as many at once as the readers have, the better of two
     samples; None for small files, or if `most_bytes` are too few for a read at the disk's full speed."""
-    sizes: Counter[Path] = Counter()
-    for place in {place.name: place for entry in entries for place in entry.places}.values():  # tied weights share a file
+    spans: dict[Path, set[Span]] = {}
+    for place in {place for entry in entries for place in entry.places if not place.is_absent}:  # tied weights share a file
         if place.path.is_file():
-            sizes[place.path] += place.nbytes
-    if not sizes:
+            spans.setdefault(place.path, set()).add((place.offset, place.offset + place.nbytes))
+    if not spans:
         return None
-    path, nbytes = sizes.most_common(1)[0]
-    count = min(_SAMPLE_CHUNKS, nbytes // CHUNK_BYTES)
+    path, parts = max(((path, merged(some, PAGE)) for path, some in spans.items()), key=lambda item: total_bytes(item[1]))
     read_bytes = CHUNK_BYTES if most_bytes is None else min(CHUNK_BYTES, aligned_down(most_bytes // READERS) - 2 * PAGE)
-    if count < READERS or read_bytes < _SMALLEST_SAMPLE:
+    if read_bytes < _SMALLEST_SAMPLE:
         return None
-    step = aligned_down(nbytes // count)
-    read = direct_reads([Extent(path, index * step, read_bytes, 0) for index in range(count)])
+    pieces = [start for first, stop in parts for start in range(aligned_up(first), stop - read_bytes + 1, CHUNK_BYTES)]
+    count = min(_SAMPLE_CHUNKS, len(pieces))
+    if count < READERS:
+        return None
+    read = direct_reads([Extent(path, pieces[len(pieces) * index // count], read_bytes, 0) for index in range(count)])
     best = 0.0
     for _ in range(2):  # the first wakes a sleeping disk
         start = time.perf_counter()

@@ -213,7 +213,7 @@ def _grown(last: Extent, entry: TensorEntry, alignment: int) -> Extent | None:
     """`last` with `entry` in it, where it follows in the same file and comes to lie aligned; else None."""
     gap = entry.offset - (last.offset + last.nbytes)
     aligned = (last.place + entry.offset - last.offset) % alignment == 0
-    if last.path != entry.path or not 0 <= gap < PAGE or not aligned:
+    if (last.path, last.stamp) != (entry.path, entry.stamp) or not 0 <= gap < PAGE or not aligned:
         return None
     return replace(last, nbytes=entry.offset + entry.nbytes - last.offset)
 
@@ -224,7 +224,7 @@ def _append(extents: list[Extent], part: TensorEntry, place: int) -> None:
     What it and the last extent have in one page of memory is split off from each: a read of whole pages would spoil the other.
     """
     last, following = extents[-1], _extent(part, place)
-    if last.path == part.path and part.offset - last.offset == place - last.place == last.nbytes:
+    if (last.path, last.stamp) == (part.path, part.stamp) and part.offset - last.offset == place - last.place == last.nbytes:
         extents[-1] = replace(last, nbytes=last.nbytes + part.nbytes)
         return
     shared = place % PAGE
