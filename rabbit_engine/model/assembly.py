@@ -38,6 +38,7 @@ from rabbit_engine.streaming import (
     RoutedExperts,
     RowBlock,
     Scratch,
+    Stage,
     TiedRows,
     Trace,
     Transfer,
@@ -71,6 +72,8 @@ class Assembly:
     ring: Ring
     uses: ExpertUses | None = None
     cache_dtype: CacheDtype | None = None
+    stages: Sequence[Stage] = ()
+    """Those that have layers of the model elsewhere."""
 
     def free_bytes(self) -> int:
         """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""
@@ -82,6 +85,8 @@ class Assembly:
             return
         if self.uses is not None:
             self.uses.save()
+        for stage in self.stages:
+            stage.close()
         self.transfer.close()
         self.binding.forget()
         weights, placeholders = self.partition.weights, Placeholders(self.device)
@@ -97,15 +102,17 @@ def assemble(
     *,
     decide: Callable[[Partition, StreamConfig], Plan] = plan_for,
     claim: Callable[[torch.device, int, Trace], Ring] = claim_ring,
+    part: Callable[[Partition], Partition] = lambda whole: whole,
 ) -> Assembly:
     """Fill the skeleton `model`: residents on the device, the embedding by row, everything else streamed.
 
-    `decide` makes the plan, `claim` the ring of the device: a simulated device provides its own.
+    `decide` makes the plan, `claim` the ring of the device: a simulated device provides its own. `part` takes out what runs
+    elsewhere.
     Raises BudgetError, and ConfigurationError for tiers that cannot keep weights yet, before memory is allocated;
     MismatchedWeightsError if the files do not fit the model.
     """
     give_large_blocks_back()
-    partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
+    partition = part(partition_model(model, entries, ties, stream.cut, stream.device.type))
     plan = decide(partition, stream)
     _require_tiers(plan)
     trace = Trace(on=stream.profiling_mode, device=stream.device)

@@ -8,7 +8,7 @@ demand, if their class has transformers' experts interface.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,23 @@ class Partition:
         """Whether any weight is multiplied by in its stored form, so that decoding it at load would only cost."""
         experts = (units[0] for units in self.experts.values())
         return any(self.packed(unit, fused) for unit in (*self.units.values(), *experts))
+
+    def only(self, has: Callable[[str], bool]) -> Partition:
+        """Without the units of modules that `has` says are elsewhere: their weights are placeholders."""
+
+        def is_here(unit: str) -> bool:
+            return has(unit.partition("[")[0].partition(" ")[0])
+
+        return replace(
+            self,
+            units={name: unit for name, unit in self.units.items() if is_here(name)},
+            sizes=tuple(size for size in self.sizes if is_here(size.name)),
+            modules={unit: module for unit, module in self.modules.items() if is_here(unit)},
+            head=self.head if self.head is not None and has(self.head) else None,
+            blocks=tuple(block for block in self.blocks if is_here(block.unit)),
+            embedding=self.embedding if self.embedding is not None and has(self.embedding) else None,
+            experts={name: units for name, units in self.experts.items() if is_here(name)},
+        )
 
     @property
     def is_encoded(self) -> bool:

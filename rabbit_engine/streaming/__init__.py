@@ -16,6 +16,9 @@ from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.caches.layers import LayerStates
 from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, PIECE_TOKENS, BlockHome, TextStates
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
+from rabbit_engine.streaming.stages.remote import RemoteLayers
+from rabbit_engine.streaming.stages.runner import StageRunner
+from rabbit_engine.streaming.stages.stage import Stage, StageAnswer, StageRequest
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
@@ -52,6 +55,7 @@ __all__ = [
     "Placeholders",
     "Profile",
     "RandomStream",
+    "RemoteLayers",
     "ResidentUnit",
     "Ring",
     "RoutedExperts",
@@ -60,6 +64,10 @@ __all__ = [
     "Scratch",
     "Span",
     "SpeculationProfile",
+    "Stage",
+    "StageAnswer",
+    "StageRequest",
+    "StageRunner",
     "TextStates",
     "TiedRows",
     "Trace",

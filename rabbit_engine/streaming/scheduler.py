@@ -16,9 +16,10 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -98,7 +99,9 @@ class RandomStream:
             torch.get_device_module(self._device).set_rng_state(state)
 
 
-_Stage = Literal["own time", "preparing", "in the pass"]
+_Wanted = str | _Product | Future[Any] | None
+
+_Phase = Literal["own time", "preparing", "in the pass"]
 
 
 class Fiber(greenlet):
@@ -123,9 +126,9 @@ class Fiber(greenlet):
         self._random_stream, self._has_random_stream = random_stream, False
         self.shares = shares
         self._fibers = fibers
-        self._stage: _Stage = "own time"
+        self._phase: _Phase = "own time"
         self._rows = 0
-        self._wants: str | _Product | None = None
+        self._wants: _Wanted = None
         self._stopped_by: BaseException | None = None
 
     def _run(self) -> None:
@@ -140,7 +143,7 @@ class Fiber(greenlet):
 
     def begin_own_time(self) -> None:
         """Called after its pass: until it waits for the next, it runs alone."""
-        self._stage = "own time"
+        self._phase = "own time"
         if self._random_stream is not None and not self._has_random_stream:
             self._has_random_stream = True
             self._random_stream.take()
@@ -151,8 +154,8 @@ class Fiber(greenlet):
             self._random_stream.put_back()
 
     @property
-    def wants(self) -> str | _Product | None:
-        """The unit or product that it waits for within a pass."""
+    def wants(self) -> _Wanted:
+        """The unit, product or future that it waits for within a pass."""
         return self._wants
 
     @property
@@ -182,10 +185,10 @@ class Fiber(greenlet):
 
         The number of other unfinished fibers, which share the pass.
         """
-        if self._stage == "own time":
+        if self._phase == "own time":
             self._end_own_time()
             self._wait(None)
-            self._stage, self._rows = "preparing", 0
+            self._phase, self._rows = "preparing", 0
         return max(0, len(self._fibers()) - 1)
 
     def await_start(self, rows: int = 0) -> int:
@@ -194,10 +197,10 @@ class Fiber(greenlet):
         It computes `rows` tokens if it tells. Returns the rows of all, 1 for a fiber that does not.
         """
         self.await_pass()
-        if self._stage == "preparing":
+        if self._phase == "preparing":
             self._rows = rows
             self._wait(_START)
-            self._stage = "in the pass"
+            self._phase = "in the pass"
         return sum(max(1, fiber._rows) for fiber in self._fibers())
 
     def await_unit(self, name: str) -> None:
@@ -211,7 +214,12 @@ class Fiber(greenlet):
         assert product.result is not None  # noqa: S101 - otherwise its scheduler stopped it
         return product.result
 
-    def _wait(self, wanted: str | _Product | None) -> None:
+    def await_future(self, future: Future[Any]) -> None:
+        """Wait until the future is done; other fibers go on. Called by its work."""
+        if not future.done():
+            self._wait(future)
+
+    def _wait(self, wanted: _Wanted) -> None:
         self._wants = wanted
         try:
             self.parent.switch()  # type: ignore[union-attr]
@@ -263,10 +271,12 @@ class Scheduler:
                 if fiber.wants == _START:
                     fiber.resume()
             while waiting := [fiber for fiber in aboard if fiber.wants is not None]:
-                if isinstance(waiting[0].wants, _Product):
-                    _multiply(waiting)
-                else:
-                    self._bring(waiting)
+                _resume_the_answered(waiting)
+                here = [fiber for fiber in waiting if not isinstance(fiber.wants, Future) and fiber.wants is not None]
+                if here and isinstance(here[0].wants, _Product):
+                    _multiply(here)
+                elif here:
+                    self._bring(here)
         self._forget_the_done()
 
     def _bring(self, waiting: list[Fiber]) -> None:
@@ -289,6 +299,16 @@ class Scheduler:
 
     def _forget_the_done(self) -> None:
         self._fibers = [fiber for fiber in self._fibers if not fiber.dead]
+
+
+def _resume_the_answered(waiting: list[Fiber]) -> None:
+    """Resume those whose futures are done, in order; if all wait for futures, the first that are."""
+    futures = [fiber.wants for fiber in waiting if isinstance(fiber.wants, Future)]
+    if len(futures) == len(waiting):
+        wait(futures, return_when=FIRST_COMPLETED)
+    for fiber in waiting:
+        if isinstance(fiber.wants, Future) and fiber.wants.done():
+            fiber.resume()
 
 
 def _multiply(waiting: list[Fiber]) -> None:

@@ -51,11 +51,18 @@ def ability_of(cache: Cache) -> Ability:
         return "none"
     if not all(getattr(layer, "is_initialized", True) for layer in layers):  # a module keeps states of its own
         return "none"
-    if all(type(layer) in _ATTENDING for layer in layers):
+    if all(_kind(layer) in _ATTENDING for layer in layers):
         return "select"
-    if all(_is_recurrent(layer) or _can_crop(layer) for layer in layers):
-        return "restore" if any(_is_recurrent(layer) for layer in layers) else "crop"
-    return "none"
+    if not all(_is_recurrent(layer) or _can_crop(layer) for layer in layers):
+        return "none"
+    if any(_is_recurrent(layer) for layer in layers):
+        return "none" if any(_kind(layer) is not type(layer) for layer in layers) else "restore"
+    return "crop"
+
+
+def _kind(layer: object) -> Any:
+    """The class of a layer, also of one that is mirrored: its states are on another device."""
+    return getattr(layer, "mirrors", type(layer))
 
 
 def is_dynamic(cache: object) -> bool:
@@ -72,7 +79,7 @@ def _can_crop(layer: Any) -> bool:
         return any(state is not None for state in layer.conv_states.values())
     if isinstance(layer, (*TIERED, GrowingLayer)):
         return True
-    return isinstance(layer, DynamicLayer) and type(layer).update is _update_of(type(layer))
+    return isinstance(layer, DynamicLayer) and _kind(layer).update is _update_of(_kind(layer))
 
 
 def _update_of(kind: type[DynamicLayer]) -> object:
@@ -276,7 +283,7 @@ def record_past(cache: Cache) -> Callable[[], None]:
 def keep(cache: Cache, past: int, offsets: Sequence[int]) -> None:
     """Keep the first `past` positions of a cache that can "select", and of those after them the ones at `offsets`, ascending."""
     for layer in _filled(cache):
-        _keep(layer, past, offsets)
+        layer.keep(past, offsets) if hasattr(layer, "keep") else keep_in_layer(layer, past, offsets)
 
 
 def _filled(cache: Cache) -> list[Any]:
@@ -284,7 +291,8 @@ def _filled(cache: Cache) -> list[Any]:
     return [layer for layer in cache.layers if not isinstance(layer, _EMPTY) and getattr(layer, "is_initialized", True)]
 
 
-def _keep(layer: Any, past: int, offsets: Sequence[int]) -> None:
+def keep_in_layer(layer: Any, past: int, offsets: Sequence[int]) -> None:
+    """`keep` in one layer."""
     if isinstance(layer, TIERED):
         layer.choose(past, offsets)
         return

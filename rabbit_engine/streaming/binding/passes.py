@@ -86,8 +86,12 @@ class Passes:
 
     def length_of(self, tokens: int) -> int:
         """The length of each sequence in this flow's pass, given the `tokens` of all."""
-        sequences = self._sequences.get(getcurrent(), 1)
+        sequences = self.sequences()
         return tokens // sequences if tokens % sequences == 0 else tokens
+
+    def sequences(self) -> int:
+        """The number of sequences in this flow's pass."""
+        return self._sequences.get(getcurrent(), 1)
 
     def progress(self) -> PassProgress | None:
         """The progress of the running pass; None between passes. Thread-safe."""

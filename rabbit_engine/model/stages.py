@@ -1,0 +1,122 @@
+"""A model in stages: the first layers, with all that is not a layer, in this process, the others where `Stage`s have them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rabbit_engine.config import StreamConfig
+from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.model.assembly import Assembly, assemble
+from rabbit_engine.model.loading import load
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.planning.partition import Partition, partition_model
+from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.streaming import RemoteLayers, Stage, StageAnswer, StageRequest, StageRunner
+
+OpenStages = Callable[[Partition], Sequence[Stage]]
+"""Decides on the stages of a model and opens them. Layers that none of them has run in this process."""
+
+
+def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: OpenStages) -> Any:
+    """`load`, with the layers of the stages that `open_stages` gives elsewhere."""
+    return load(name, settings, functools.partial(_assemble_rest, open_stages=open_stages))
+
+
+def _assemble_rest(
+    model: PreTrainedModel,
+    entries: Mapping[str, TensorEntry],
+    ties: Mapping[str, str],
+    stream: StreamConfig,
+    *,
+    open_stages: OpenStages,
+    **keywords: Any,
+) -> Assembly:
+    """Assemble what no stage has, and connect the stages."""
+    _require_decoder(model)
+    partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
+    stages = open_stages(partition)
+    try:
+        names = partition.layout.layers
+        elsewhere = [names[number] for stage in stages for number in stage.layers]
+        part = functools.partial(Partition.only, has=lambda module: not _is_in(module, elsewhere))
+        assembly = assemble(model, entries, ties, stream, part=part, **keywords)
+    except BaseException:
+        for stage in stages:
+            stage.close()
+        raise
+    assembly.stages = tuple(stages)
+    passes = assembly.binding.passes
+    for stage in stages:
+        layers = {number: model.get_submodule(names[number]) for number in stage.layers}
+        RemoteLayers(stage, layers, assembly.binding, stream.device, passes.sequences, dict(enumerate(names)))
+    return assembly
+
+
+def _is_in(module: str, parents: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{parent}.") for parent in parents)
+
+
+def _require_decoder(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise ConfigurationError(
+            f"{type(model).__name__} has an encoder and a decoder: only the layers of a decoder alone run in stages. "
+            "Load it on one device"
+        )
+
+
+def load_layers(name: str | Path, settings: LoadSettings, layers: range) -> Any:
+    """The model, of which only `layers` can run: what a stage loads."""
+
+    def part(whole: Partition) -> Partition:
+        mine = [whole.layout.layers[number] for number in layers]
+        return whole.only(lambda module: _is_in(module, mine))
+
+    return load(name, replace(settings, speculate=None), functools.partial(assemble, part=part))
+
+
+class LocalStage:
+    """Layers on another device of this machine, with residents, a ring and reads of their own."""
+
+    def __init__(self, name: str | Path, settings: LoadSettings, layers: range) -> None:
+        self.layers = layers
+        self._model = load_layers(name, settings, layers)
+        runtime = runtime_of(self._model)
+        self.name = str(runtime.device)
+        names = runtime.partition.layout.layers
+        modules = {number: self._model.get_submodule(names[number]) for number in layers}
+        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name)
+
+    @property
+    def model(self) -> Any:
+        """The model of which the layers are, for its plan and profile."""
+        return self._model
+
+    @property
+    def texts(self) -> int:
+        """The number of texts with caches here."""
+        return self._runner.texts
+
+    def submit(self, request: StageRequest) -> Future[StageAnswer]:
+        """Run the calls with the next pass."""
+        return self._runner.submit(request)
+
+    def fork(self, text: str, changes: Any, copy: str) -> None:
+        """Copy a text's cache."""
+        self._runner.fork(text, changes, copy)
+
+    def forget(self, text: str) -> None:
+        """Free a text's cache."""
+        self._runner.forget(text)
+
+    def close(self) -> None:
+        """End its thread and free its memory. Idempotent."""
+        self._runner.close()
+        self._model.close()

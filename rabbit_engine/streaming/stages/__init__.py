@@ -1,0 +1,1 @@
+"""Layers that run elsewhere: on another device of this machine, or on another machine."""

@@ -1,0 +1,219 @@
+"""Calls the layers of a stage in their model: layers that follow one another make one request.
+
+Which of them do is learned: in the first pass each layer is a request of its own, and its output is compared with what the next
+layer is given. Where that is the same tensor, nothing between the two computes with it, and from then on the first returns a
+stand-in, `StatesElsewhere`, which raises if anything does.
+"""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from rabbit_engine.errors import UnsupportedOperationError
+from rabbit_engine.streaming.binding.wrapping import move, not_compiled, refuse_gradients
+from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, Stage, StageAnswer, StageRequest, Stands
+from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+class StatesElsewhere(torch.Tensor):
+    """The output of a layer that stays on its stage: shape, dtype and device, no storage. Computing with it raises."""
+
+    stage_name: str
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, where: str) -> Self:
+        """Like a tensor of the same shape."""
+        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self.stage_name = where
+        return self
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"StatesElsewhere({self.stage_name}: {list(self.shape)} {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Raise UnsupportedOperationError."""
+        del types, kwargs
+        if func in _ALIASES:
+            return args[0]
+        where = next((one.stage_name for one in args if isinstance(one, StatesElsewhere)), "a stage")
+        raise UnsupportedOperationError(
+            f"{where} has the output of this layer, and {func} needs it here: a forward hook on the layer, set before the "
+            "pass, brings it"
+        )
+
+
+class RemoteText:
+    """The cache of a text on a stage, by name: freed there with the last layer that refers to it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.name = uuid.uuid4().hex
+        self._stage = stage
+        self._changes: list[Change] = []
+        weakref.finalize(self, stage.forget, self.name)
+
+    def note(self, index: int, change: str, args: tuple[Any, ...]) -> None:
+        """Have this done to layer `index` before the next pass."""
+        self._changes.append(Change(index, change, args))
+
+    def take_changes(self) -> tuple[Change, ...]:
+        """What was noted since the last time."""
+        taken, self._changes = tuple(self._changes), []
+        return taken
+
+    def fork(self) -> RemoteText:
+        """A copy as it is now."""
+        copied = RemoteText(self._stage)
+        self._stage.fork(self.name, self.take_changes(), copied.name)
+        return copied
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What one forward, of which each has a greenlet, has reached in a stage."""
+
+    calls: list[LayerCall] = field(default_factory=list)
+    cache: Any = None
+    last: tuple[int, Any] | None = None
+    """The layer that returned last, and its output."""
+
+
+class RemoteLayers:
+    """The layers of a `stage` in their model, whose modules are `layers` by number. Weights of theirs are placeholders."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        layers: Mapping[int, nn.Module],
+        source: UnitSource,
+        device: torch.device,
+        sequences: Callable[[], int],
+        names: Mapping[int, str],
+    ) -> None:
+        self._stage, self._source, self._device, self._sequences = stage, source, device, sequences
+        self._modules = layers
+        self._flows: weakref.WeakKeyDictionary[greenlet, _Flow] = weakref.WeakKeyDictionary()
+        self._outputs: dict[int, Any] = {}
+        """What each layer that was called returned: its first tensor's place is kept by None, the rest as it is."""
+        self._joined: set[int] = set()
+        """The layers whose output the next one gets unchanged."""
+        for number, module in layers.items():
+            module.forward = not_compiled(self._forward_of(number, names[number], module), module.forward)
+
+    def _forward_of(self, number: int, name: str, module: nn.Module) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            refuse_gradients(name, module, args, kwargs)
+            return self._run(number, args, kwargs)
+
+        return run
+
+    def _run(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        flow = self._flows.setdefault(getcurrent(), _Flow())
+        self._learn(flow, number, args, kwargs)
+        states = self._add(flow, number, args, kwargs)
+        if self._may_wait(number) and isinstance(states, torch.Tensor):
+            awaited = StatesElsewhere(states, self._stage.name)
+            flow.last = number, awaited
+            return _with_states(self._outputs[number], awaited)
+        calls, cache, flow.calls, flow.cache = tuple(flow.calls), flow.cache, [], None
+        output = move(self._send(calls, cache), self._device)
+        flow.last = number, _states_in(output)
+        self._outputs[number] = _without_states(output)
+        return output
+
+    def _learn(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if flow.last is None or flow.last[0] != number - 1 or flow.last[1] is None:
+            flow.calls.clear()  # of a pass that an exception ended
+        elif any(value is flow.last[1] for value in (*args, *kwargs.values())):
+            self._joined.add(number - 1)
+        else:
+            self._joined.discard(number - 1)
+
+    def _may_wait(self, number: int) -> bool:
+        """Whether nothing needs the layer's output here: the next layer of the stage gets it as it is."""
+        module = self._modules[number]
+        return number in self._joined and number in self._outputs and not (module._forward_hooks or module._forward_pre_hooks)
+
+    def _add(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Add the call to those of the next request. The states it is for."""
+        states: Any = None
+        awaited = flow.last[1] if flow.last is not None and flow.calls else None
+
+        def stand_in(value: Any) -> Any:
+            nonlocal states
+            if is_cache(value):
+                flow.cache = value
+                return Stands.CACHE
+            if states is None and isinstance(value, torch.Tensor) and value.is_floating_point():
+                states = value
+            return Stands.OUTPUT if awaited is not None and value is awaited else value
+
+        given = tuple(map(stand_in, args))
+        named = {name: stand_in(value) for name, value in kwargs.items()}
+        flow.calls.append(LayerCall(number, given, named))
+        return states
+
+    def _send(self, calls: tuple[LayerCall, ...], cache: Any) -> Any:
+        text, new = self._text_of(cache)
+        request = StageRequest(
+            calls,
+            self._sequences(),
+            None if text is None else text.name,
+            new,
+            () if text is None else text.take_changes(),
+        )
+        answer = self._await(self._stage.submit(request))
+        if text is not None:
+            take_facts(cache, answer.facts)
+        return answer.output
+
+    def _text_of(self, cache: Any) -> tuple[RemoteText | None, Any]:
+        """The text of a cache on the stage, and its layers if they are still here."""
+        if cache is None:
+            return None, None
+        if not has_layers(cache, self._stage.layers):
+            raise UnsupportedOperationError(
+                f"{type(cache).__name__} cannot lie on {self._stage.name}: a model in stages takes a DynamicCache of a decoder"
+            )
+        if is_mirrored(cache, self._stage.layers):
+            return relay_of(cache, self._stage.layers), None
+        text = RemoteText(self._stage)
+        return text, move_layers(cache, self._stage.layers, text)
+
+    def _await(self, future: Future[StageAnswer]) -> StageAnswer:
+        fiber = fiber_on(self._source)
+        if fiber is not None:
+            fiber.await_future(future)
+        return future.result()
+
+
+def _states_in(output: Any) -> torch.Tensor | None:
+    """The states that a layer returned: its first tensor; None if there are other tensors."""
+    values = list(output) if isinstance(output, tuple | list) else [output]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return tensors[0] if tensors and values[0] is tensors[0] and all(value is None for value in values[1:]) else None
+
+
+def _without_states(output: Any) -> Any:
+    return type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
+
+
+def _with_states(form: Any, states: torch.Tensor) -> Any:
+    return states if form is None else type(form)([states, *form[1:]])

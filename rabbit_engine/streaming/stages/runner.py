@@ -1,0 +1,142 @@
+"""Runs the layers that a stage has: all texts that wait share the transfer of the weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from rabbit_engine.errors import ModelClosedError
+from rabbit_engine.streaming.binding.binding import Binding
+from rabbit_engine.streaming.binding.wrapping import move
+from rabbit_engine.streaming.scheduler import Scheduler
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands
+from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, own_layers
+
+_Work = Callable[[], None]
+
+
+class StageRunner:
+    """The `layers` of a model by number, and the caches of its texts on `device`, in a thread of its own.
+
+    Requests that have come while a pass ran are computed together in the next: each has the bits it has alone.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], binding: Binding, device: torch.device, name: str) -> None:
+        self._layers, self._binding, self._device, self._name = layers, binding, device, name
+        self._texts: dict[str, Any] = {}
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name=f"rabbit-stage-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: StageRequest) -> Future[StageAnswer]:
+        """The calls of `request`, with the next pass."""
+        return self._put(functools.partial(self._run, request))
+
+    def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
+        """Name a copy of the cache of `text` after the changes; between passes."""
+        self._put(functools.partial(self._fork, text, changes, copied)).result()
+
+    def forget(self, text: str) -> None:
+        """Free the cache of `text`."""
+        with suppress(ModelClosedError):
+            self._put(functools.partial(self._texts.pop, text, None))
+
+    @property
+    def texts(self) -> int:
+        """The number of texts with caches here."""
+        return len(self._texts)
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._closed = True
+        self._queue.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._texts.clear()
+
+    def _put(self, work: Callable[[], Any]) -> Future[Any]:
+        if self._closed:
+            raise ModelClosedError(f"the stage on {self._name} is closed")
+        future: Future[Any] = Future()
+        self._queue.put(functools.partial(_settle, future, work))
+        return future
+
+    def _serve(self) -> None:
+        torch.set_grad_enabled(False)
+        scheduler = Scheduler(self._binding)
+        while (works := self._take_all()) is not None:
+            for work in works:
+                scheduler.add(work)
+            while scheduler.fibers:
+                scheduler.run_pass()
+
+    def _take_all(self) -> list[_Work] | None:
+        """Everything that waits, at least one; None at the end."""
+        works = [self._queue.get()]
+        with suppress(queue.Empty):
+            while True:
+                works.append(self._queue.get_nowait())
+        return None if None in works else [work for work in works if work is not None]
+
+    def _run(self, request: StageRequest) -> StageAnswer:
+        """One request, in a fiber."""
+        cache = self._cache_of(request)
+        with self._binding.root_pass(request.sequences):
+            start = time.perf_counter()
+            output: Any = None
+            for call in request.calls:
+                output = self._call(call, cache, output)
+            seconds = time.perf_counter() - start
+        facts = {} if cache is None else {index: facts_of(cache.layers[index]) for index in own_layers(cache)}
+        return StageAnswer(output, facts, seconds)
+
+    def _cache_of(self, request: StageRequest) -> Any:
+        if request.text is None:
+            return None
+        if request.cache is not None:
+            self._texts[request.text] = move(request.cache, self._device)
+        cache = self._texts.get(request.text)
+        if cache is None:
+            raise KeyError(f"the stage on {self._name} has no cache of text {request.text}")
+        _change(cache, request.changes)
+        return cache
+
+    def _call(self, call: LayerCall, cache: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        stands = {Stands.CACHE: cache, Stands.OUTPUT: hidden}
+
+        def given(value: Any) -> Any:
+            return stands[value] if isinstance(value, Stands) else move(value, self._device)
+
+        args = [given(value) for value in call.args]
+        return self._layers[call.layer](*args, **{name: given(value) for name, value in call.kwargs.items()})
+
+    def _fork(self, text: str, changes: Sequence[Change], copied: str) -> None:
+        cache = self._texts[text]
+        _change(cache, changes)
+        self._texts[copied] = copy.deepcopy(cache)
+
+
+def _change(cache: Any, changes: Sequence[Change]) -> None:
+    for change in changes:
+        change_layer(cache.layers[change.layer], change.name, change.args)
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        result = work()
+    except BaseException as error:  # noqa: BLE001 - raised in whoever waits
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,87 @@
+"""What a model and a stage of it say to each other: the calls of its layers in one pass, and their result."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Stands(enum.Enum):
+    """What stands in the arguments of a call for something that the stage has."""
+
+    CACHE = "the cache of the text"
+    OUTPUT = "the output of the call before"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """The arguments of layer number `layer`."""
+
+    layer: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to a layer of a cache beside passes: see `transformers_bridge.mirrored`."""
+
+    layer: int
+    name: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageRequest:
+    """The part of a stage, or some of its layers, in one pass over `sequences` sequences.
+
+    `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls.
+    """
+
+    calls: tuple[LayerCall, ...]
+    sequences: int
+    text: str | None = None
+    cache: Any = None
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageAnswer:
+    """The `output` of the last call, what the layers of the text's cache are now (`facts`), and the `seconds` it took."""
+
+    output: Any
+    facts: Mapping[int, Mapping[str, Any]]
+    seconds: float
+
+
+class Stage(Protocol):
+    """Consecutive layers of a model that run elsewhere. All methods but `close` may be called from any thread."""
+
+    @property
+    def name(self) -> str:
+        """The device or machine, for messages."""
+        ...
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the layers."""
+        ...
+
+    def submit(self, request: StageRequest) -> Future[StageAnswer]:
+        """Run the calls, in turn for each text. The future raises what they raise."""
+        ...
+
+    def fork(self, text: str, changes: tuple[Change, ...], copy: str) -> None:
+        """Do the changes, and name a copy of the text's cache `copy`."""
+        ...
+
+    def forget(self, text: str) -> None:
+        """Free a text's cache. Does not wait; a text that is not there is no error."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        ...

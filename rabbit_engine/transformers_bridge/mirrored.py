@@ -1,0 +1,214 @@
+"""Layers of a cache whose states are on another device or machine: here they have the shapes, and say what is done to them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from rabbit_engine.transformers_bridge.caches import keep_in_layer
+
+_CHANGES = (
+    "crop",
+    "reorder_cache",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "reset",
+    "activate_past_recording",
+)
+"""Methods of layers that change states without those of a pass."""
+_STATES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer", "lazy_initialization")
+"""Methods that add states, which only the stage has."""
+
+
+class Relay(Protocol):
+    """The text of a cache on the stage that has its states."""
+
+    def note(self, index: int, change: str, args: tuple[Any, ...]) -> None:
+        """Have this done to layer `index` before the next pass."""
+        ...
+
+    def fork(self) -> Relay:
+        """A copy of the text as it is now, changes included."""
+        ...
+
+
+class MirroredLayer:
+    """What the mirror of a layer adds to its class, whose methods then run on tensors without memory."""
+
+    mirrors: ClassVar[type]
+    """The class of the layer."""
+    _relay: Relay
+    _index: int
+    _is_changing: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._is_changing:
+            if isinstance(value, torch.Tensor):
+                raise RuntimeError(f"cannot replace {name!r} of a cache's layer {self._index}: its states are on another device")
+            self._relay.note(self._index, "__setattr__", (name, value))
+        object.__setattr__(self, name, value)
+
+    def keep(self, past: int, offsets: Sequence[int]) -> None:
+        """Keep the first `past` positions, and of those after them the ones at `offsets`."""
+        self._relay.note(self._index, "keep", (past, list(offsets)))
+        with _changing(self):
+            keep_in_layer(self, past, offsets)
+
+    def take(self, facts: Mapping[str, Any]) -> None:
+        """Have the attributes that `facts_of` the layer gave on the stage."""
+        with _changing(self):
+            vars(self).update(facts)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Self:
+        """A layer of a copy of the text, which all layers of one deep copy share."""
+        key = "fork", id(self._relay)
+        if key not in memo:
+            memo[key] = self._relay.fork()
+        copied = copy.copy(self)
+        vars(copied)["_relay"] = memo[key]
+        memo[id(self)] = copied
+        return copied
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(f"a cache whose layer {self._index} is on another device cannot be pickled")
+
+
+@contextmanager
+def _changing(layer: MirroredLayer) -> Iterator[None]:
+    vars(layer)["_is_changing"] = True
+    try:
+        yield
+    finally:
+        vars(layer)["_is_changing"] = False
+
+
+def _changes(name: str) -> Callable[..., None]:
+    def change(self: MirroredLayer, *args: Any) -> None:
+        native = functools.partial(getattr(super(MirroredLayer, self), name), *args)
+        if self._is_changing:  # part of another change
+            native()
+            return
+        self._relay.note(self._index, name, args)
+        with _changing(self):
+            native()
+
+    return change
+
+
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(self: MirroredLayer, *_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{name} of a cache's layer {self._index} here: its states are on another device")
+
+    return refuse
+
+
+@functools.cache
+def _mirror_of(kind: type) -> type:
+    own: dict[str, Any] = {"mirrors": kind}
+    own |= {name: _changes(name) for name in _CHANGES if hasattr(kind, name)}
+    own |= {name: _refusal(name) for name in _STATES if hasattr(kind, name)}
+    own |= {name: lambda *_, **__: None for name in ("offload", "prefetch") if hasattr(kind, name)}
+    return type(f"Mirrored{kind.__name__}", (MirroredLayer, kind), own)
+
+
+def facts_of(layer: Any) -> dict[str, Any]:
+    """The attributes of a layer, with tensors on the meta device."""
+    return {name: _without_memory(value) for name, value in vars(layer).items() if name != "_room"}
+
+
+def _without_memory(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, dict):
+        return {key: _without_memory(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_memory(one) for one in value)
+    return value
+
+
+class ElsewhereLayer:
+    """The place of a layer in the cache of a stage that does not have it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(f"a layer of this stage uses layer {self.index} of the cache ({name}), which another stage has")
+
+
+def is_cache(value: object) -> bool:
+    """Whether it is a cache of transformers."""
+    return isinstance(value, Cache | EncoderDecoderCache)
+
+
+def has_layers(cache: object, layers: Collection[int]) -> bool:
+    """Whether the cache is one whose layers can be on a stage: that of a decoder, which has some of them."""
+    return isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache) and bool(_indices(cache, layers))
+
+
+def _indices(cache: Any, layers: Collection[int]) -> list[int]:
+    """Those of `layers` that the cache has, or will: one that was made without a config adds them as they come."""
+    replicated = getattr(cache, "layer_class_to_replicate", None)
+    while replicated is not None and len(cache.layers) <= max(layers):
+        cache.layers.append(replicated())
+    return [index for index in sorted(layers) if index < len(cache.layers)]
+
+
+def is_mirrored(cache: Any, layers: Collection[int]) -> bool:
+    """Whether the stage with `layers` has those of the cache already."""
+    return isinstance(cache.layers[_indices(cache, layers)[0]], MirroredLayer)
+
+
+def relay_of(cache: Any, layers: Collection[int]) -> Any:
+    """The relay of a mirrored cache to the stage with `layers`."""
+    return cache.layers[_indices(cache, layers)[0]]._relay
+
+
+def move_layers(cache: Any, layers: Collection[int], relay: Relay) -> Any:
+    """Mirror the `layers` of a cache. Returns the cache for the stage, with the layers themselves and no others."""
+    moved: Any = DynamicCache()
+    indices = _indices(cache, layers)
+    moved.layers = [cache.layers[at] if at in indices else ElsewhereLayer(at) for at in range(len(cache.layers))]
+    for at in indices:
+        cache.layers[at] = _mirrored(cache.layers[at], relay, at)
+    return moved
+
+
+def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
+    kind: type = type(layer)
+    made: MirroredLayer = object.__new__(_mirror_of(kind))
+    vars(made).update(facts_of(layer), _relay=relay, _index=index, _is_changing=False)
+    return made
+
+
+def change_layer(layer: Any, change: str, args: tuple[Any, ...]) -> None:
+    """Do to a layer what was noted of its mirror."""
+    if change == "keep":
+        keep_in_layer(layer, *args)
+    else:
+        getattr(layer, change)(*args)
+
+
+def own_layers(cache: Any) -> list[int]:
+    """The layers that a stage's cache has."""
+    return [index for index, layer in enumerate(cache.layers) if not isinstance(layer, ElsewhereLayer)]
+
+
+def take_facts(cache: Any, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Have the mirrored layers know what the stage answered of them."""
+    for index, found in facts.items():
+        cache.layers[index].take(found)
