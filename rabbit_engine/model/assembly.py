@@ -32,13 +32,13 @@ from rabbit_engine.streaming import (
     ExpertsPlaceholder,
     HostPlace,
     LinearBlocks,
+    OpenStage,
     Placeholders,
     ResidentUnit,
     Ring,
     RoutedExperts,
     RowBlock,
     Scratch,
-    Stage,
     TiedRows,
     Trace,
     Transfer,
@@ -72,7 +72,7 @@ class Assembly:
     ring: Ring
     uses: ExpertUses | None = None
     cache_dtype: CacheDtype | None = None
-    stages: Sequence[Stage] = ()
+    stages: Sequence[OpenStage] = ()
     """Those that have layers of the model elsewhere."""
 
     def free_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A model in stages: the first layers, with all that is not a layer, in this process, the others where `Stage`s have them."""
+"""A model in stages: the first layers, with all that is not a layer, in this process, the others where `OpenStage`s have them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.storage.tensorfiles import TensorEntry
-from rabbit_engine.streaming import RemoteLayers, Stage, StageAnswer, StageRequest, StageRunner
+from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner
 
-OpenStages = Callable[[Partition], Sequence[Stage]]
+StageOpener = Callable[[Partition], Sequence[OpenStage]]
 """Decides on the stages of a model and opens them. Layers that none of them has run in this process."""
 
 
-def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: OpenStages) -> Any:
+def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: StageOpener) -> Any:
     """`load`, with the layers of the stages that `open_stages` gives elsewhere."""
     return load(name, settings, functools.partial(_assemble_rest, open_stages=open_stages))
 
@@ -36,7 +36,7 @@ def _assemble_rest(
     ties: Mapping[str, str],
     stream: StreamConfig,
     *,
-    open_stages: OpenStages,
+    open_stages: StageOpener,
     **keywords: Any,
 ) -> Assembly:
     """Assemble what no stage has, and connect the stages."""

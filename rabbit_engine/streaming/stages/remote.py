@@ -21,7 +21,7 @@ from torch import nn
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.streaming.binding.wrapping import move, not_compiled, refuse_gradients
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, Stage, StageAnswer, StageRequest, Stands
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands
 from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
@@ -63,7 +63,7 @@ class StatesElsewhere(torch.Tensor):
 class RemoteText:
     """The cache of a text on a stage, by name: freed there with the last layer that refers to it."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: OpenStage) -> None:
         self.name = uuid.uuid4().hex
         self._stage = stage
         self._changes: list[Change] = []
@@ -100,7 +100,7 @@ class RemoteLayers:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: OpenStage,
         layers: Mapping[int, nn.Module],
         source: UnitSource,
         device: torch.device,

@@ -57,7 +57,7 @@ class StageAnswer:
     seconds: float
 
 
-class Stage(Protocol):
+class OpenStage(Protocol):
     """Consecutive layers of a model that run elsewhere. All methods but `close` may be called from any thread."""
 
     @property
