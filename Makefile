@@ -23,6 +23,7 @@ OURS := \
   chat_terminal \
   claude_code \
   cli \
+  cluster_machines \
   cluster_files \
   condition \
   cuda_script \

@@ -19,10 +19,8 @@ from typer.testing import CliRunner
 
 from rabbit_engine.cli.app import app
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.diagnostics import disk_rate as diskrate
 from rabbit_engine.diagnostics import doctor, pace
 from rabbit_engine.diagnostics.device_rates import judge_kernels
-from rabbit_engine.diagnostics.disk_rate import find_large_file, measure_disk_rate, scratch_file
 from rabbit_engine.diagnostics.doctor import (
     Cuda,
     Diagnosis,
@@ -36,6 +34,8 @@ from rabbit_engine.diagnostics.doctor import (
 from rabbit_engine.diagnostics.finding import Finding
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.quantization.kernels import kernels_in_use, torch_operations
+from rabbit_engine.streaming.transfer import disk_rate as diskrate
+from rabbit_engine.streaming.transfer.disk_rate import find_large_file, measure_disk_rate, scratch_file
 from rabbit_engine.utils.speeds import Speeds
 
 SAMPLE = 3 * 2**20
@@ -219,7 +219,7 @@ def test_the_scratch_file_is_random_whole_and_gone_even_when_interrupted(own_fil
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_an_ended_run_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would what it starts
-        "import signal, sys, pathlib, rabbit_engine.diagnostics.disk_rate as d; "
+        "import signal, sys, pathlib, rabbit_engine.streaming.transfer.disk_rate as d; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "d.measure_disk_rate(pathlib.Path(sys.argv[1]), 2**27, 500)"
     )

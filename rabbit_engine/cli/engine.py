@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rabbit_engine import streaming as streaming
     from rabbit_engine.diagnostics import benchmark as benchmark
     from rabbit_engine.diagnostics import demo as demo
-    from rabbit_engine.diagnostics import disk_rate as disk_rate
     from rabbit_engine.diagnostics import doctor as doctor
     from rabbit_engine.diagnostics import finding as finding
     from rabbit_engine.diagnostics import pace as pace
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from rabbit_engine.model import capabilities as capabilities
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.server import listen as listen
+    from rabbit_engine.streaming.transfer import disk_rate as disk_rate
     from rabbit_engine.transformers_bridge import generation as generation
     from rabbit_engine.utils import platform as platform
 
@@ -45,7 +45,7 @@ _MODULES = {
     "config": "rabbit_engine.config",
     "decoding": "rabbit_engine.decoding",
     "demo": "rabbit_engine.diagnostics.demo",
-    "disk_rate": "rabbit_engine.diagnostics.disk_rate",
+    "disk_rate": "rabbit_engine.streaming.transfer.disk_rate",
     "doctor": "rabbit_engine.diagnostics.doctor",
     "finding": "rabbit_engine.diagnostics.finding",
     "forecast": "rabbit_engine.planning.forecast",

@@ -8,10 +8,10 @@ import torch
 
 from rabbit_engine.diagnostics.encodings import FOUR_BIT, EncodingRate
 from rabbit_engine.diagnostics.finding import Finding, Number
-from rabbit_engine.diagnostics.pace import Products, measure_products
+from rabbit_engine.diagnostics.pace import Products
 from rabbit_engine.errors import first_line
 from rabbit_engine.quantization.kernels import TORCH_OPERATIONS, kernels_in_use
-from rabbit_engine.streaming.transfer.measure import measure_link
+from rabbit_engine.streaming.transfer.measure import measure_link, measure_products
 from rabbit_engine.utils.platform import has_streams
 from rabbit_engine.utils.sizes import format_rate
 

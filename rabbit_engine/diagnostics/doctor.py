@@ -23,12 +23,12 @@ from packaging.specifiers import SpecifierSet
 
 from rabbit_engine import __version__
 from rabbit_engine.diagnostics.device_rates import judge_kernels, judge_link, products_of, try_device
-from rabbit_engine.diagnostics.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
 from rabbit_engine.diagnostics.encodings import measure_encodings
 from rabbit_engine.diagnostics.finding import Finding, Number
 from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Shape, estimate_paces
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.storage.directio import CHUNK_BYTES
+from rabbit_engine.streaming.transfer.disk_rate import ROUNDS, SAMPLE_BYTES, DiskRate, measure_disk_rate
 from rabbit_engine.streaming.transfer.ring import READERS
 from rabbit_engine.utils.platform import (
     IN_MEMORY,

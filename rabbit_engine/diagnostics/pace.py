@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,18 +104,6 @@ def estimate_pace(name: str, shape: Shape, stream: StreamConfig, products: Produ
         four_bit_bytes=sum(size.nbytes for size in four_bit.sizes),
         four_bit_token_s=max(four_bit_plan.pass_s, four_bit_s) if four_bit_plan else None,
     )
-
-
-def measure_products(device: torch.device) -> float:
-    """Bytes of bf16 weights per second read by products with one token on `device`: the median of five of 256 MiB."""
-    weight = torch.ones(2**13, 2**14, dtype=torch.bfloat16, device=device)
-    token = torch.ones(1, 2**14, dtype=torch.bfloat16, device=device)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.nn.functional.linear(token, weight)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return weight.nbytes / statistics.median(seconds[1:])
 
 
 def _partitions(config: PretrainedConfig, device_type: str) -> tuple[Partition, Partition]:

@@ -15,10 +15,10 @@ import torch
 
 from peers.timing import peak_rss_bytes, read_bytes
 from rabbit_engine import AutoModel
-from rabbit_engine.diagnostics.disk_rate import measure_disk_rate
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.tiered_caches import make_cache
 from rabbit_engine.planning.demand import Demand
+from rabbit_engine.streaming.transfer.disk_rate import measure_disk_rate
 
 _FILL_TOKENS = 2048
 _SAMPLE_BYTES = 2**28

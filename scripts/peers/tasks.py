@@ -20,8 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rabbit_engine
 from peers.timing import peak_rss_bytes, read_bytes
 from rabbit_engine import Session
-from rabbit_engine.diagnostics.disk_rate import measure_disk_rate
 from rabbit_engine.errors import BudgetError
+from rabbit_engine.streaming.transfer.disk_rate import measure_disk_rate
 
 _SAMPLE_BYTES = 2**28
 
