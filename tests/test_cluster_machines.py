@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from rabbit_engine.cluster import machines
-from rabbit_engine.cluster.connect import connect
+from rabbit_engine.cluster.connection import connect
 from rabbit_engine.cluster.machines import MachineFacts, answers_of, gather_facts, own_versions, require_same_versions
 from rabbit_engine.cluster.measure import MachineLink, disk_name, measure_machines
 from rabbit_engine.errors import ClusterError, MachinesDifferError
@@ -65,10 +66,11 @@ def test_machines_tell_their_facts_with_the_drivers_first(ray: ModuleType, facts
     assert [one.is_driver for one in facts] == [True, False]
     assert facts[0].node_id == ray.get_runtime_context().get_node_id()
     assert facts[0].versions == own_versions()
-    assert all(one.cores == 1 and one.free_bytes > 10**8 and one.authentication for one in facts)
-    assert facts[0].kernel == facts[1].kernel and facts[0].address == facts[1].address
+    for one in facts:
+        assert (one.cores, one.authentication, one.kernel, one.address) == (1, True, facts[0].kernel, facts[0].address)
+        assert one.free_bytes > 10**8
     assert facts[1].name == f"{facts[1].address}/{facts[1].node_id[:6]}" != facts[0].name
-    assert str(facts[1]).startswith(facts[1].name) and f"safetensors {OTHER}" in str(facts[1])
+    assert re.match(rf"{facts[1].name} .*safetensors {OTHER}", str(facts[1]))
 
 
 def test_a_version_that_differs_is_refused_and_named(facts: tuple[MachineFacts, ...]) -> None:
@@ -77,7 +79,7 @@ def test_a_version_that_differs_is_refused_and_named(facts: tuple[MachineFacts, 
         require_same_versions(facts)
     found = str(refused.value)
     assert f"{facts[1].name} has safetensors {OTHER}, the driver {own_versions()['safetensors']}" in found
-    assert facts[0].name not in found.replace(facts[1].name, "") and "torch" not in found
+    assert found.count(" has ") == 1
 
 
 def test_builds_for_other_hardware_are_the_same_version_and_missing_packages_are_not(facts: tuple[MachineFacts, ...]) -> None:
@@ -99,18 +101,20 @@ def test_a_machine_without_this_package_still_tells(ray: ModuleType, tmp_path: P
 def test_every_machine_measures_its_disk_products_and_link(facts: tuple[MachineFacts, ...], tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(os.urandom(2**24))
     driver, other = measure_machines(facts, str(tmp_path / "not" / "yet"), 2**24)
-    assert driver.link is None and other.link is not None
-    assert other.link.round_trip_s > 0 and other.link.rate > 1e6 and other.link.latency_s >= 0
+    assert driver.link is None
+    assert other.link.round_trip_s > 0
+    assert other.link.rate > 1e6
     for machine in (driver, other):
-        assert machine.rates.folder == str(tmp_path) and machine.rates.disk_problem == ""
+        assert (machine.rates.folder, machine.rates.disk_problem) == (str(tmp_path), "")
         assert machine.rates.disk == disk_name(tmp_path, facts[0].kernel)
         planned = machine.as_planned()
-        assert planned.name == machine.facts.name and planned.memory_bytes == machine.facts.free_bytes
+        assert (planned.name, planned.memory_bytes) == (machine.facts.name, machine.facts.free_bytes)
         assert planned.disk_rate == machine.rates.disk_rate > 1e6
         assert planned.seconds_per_byte == 1 / machine.rates.compute_rate < 1e-6
-    assert driver.as_planned().link_rate == math.inf and driver.as_planned(5).memory_bytes == 5
+    assert (driver.as_planned().link_rate, driver.as_planned(5).memory_bytes) == (math.inf, 5)
     assert (other.as_planned().link_rate, other.as_planned().link_latency_s) == (other.link.rate, other.link.latency_s)
-    assert "link to the driver: round trip of 16 KB" in str(other) and "link" not in str(driver)
+    assert "link to the driver: round trip of 16 KB" in str(other)
+    assert "link" not in str(driver)
 
 
 def test_a_disk_that_cannot_be_read_is_told(facts: tuple[MachineFacts, ...]) -> None:

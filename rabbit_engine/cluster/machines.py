@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from rabbit_engine.cluster.connect import require_ray
+from rabbit_engine.cluster.connection import require_ray
 from rabbit_engine.errors import ClusterError, MachinesDifferError, first_line
 from rabbit_engine.utils.sizes import format_bytes
 

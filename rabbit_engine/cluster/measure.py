@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from rabbit_engine.cluster.connect import require_ray
+from rabbit_engine.cluster.connection import require_ray
 from rabbit_engine.cluster.machines import ANSWER_S, MachineFacts, answers_of, pinned_to
 from rabbit_engine.errors import RabbitError, first_line
 from rabbit_engine.planning.machines import Machine

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from rabbit_engine.cluster.connect import require_ray
+from rabbit_engine.cluster.connection import require_ray
 from rabbit_engine.cluster.description import Area, FilesDescription
 from rabbit_engine.errors import ClusterError
 from rabbit_engine.storage.directio import open_unchanged, read_into, stamp_of
