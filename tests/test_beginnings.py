@@ -19,7 +19,7 @@ from tiny import words
 from transformers import DynamicCache
 
 from rabbit_engine import PrefixStore, Reply, Session
-from rabbit_engine.batches.run import BatchJob, Choices
+from rabbit_engine.batches import BatchJob, Choices
 from rabbit_engine.model import tiered_caches
 from rabbit_engine.planning import texts
 from rabbit_engine.prefixes.folder import StoreFolder

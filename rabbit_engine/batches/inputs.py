@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -14,6 +15,18 @@ import xxhash
 from rabbit_engine.batches.lines import MOST_LINE_BYTES, custom_id_of, read_line
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.server.errors import RequestError
+
+
+class Numbered(Protocol):
+    """What ties an answer to a line of the input."""
+
+    @property
+    def number(self) -> int:
+        """Counts from 1."""
+
+    @property
+    def checksum(self) -> int:
+        """The xxh3_64 of the line's bytes."""
 
 
 @dataclass(frozen=True, slots=True)

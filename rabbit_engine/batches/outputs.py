@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from rabbit_engine.batches.inputs import InputFile, InputLine
+from rabbit_engine.batches.inputs import InputFile, Numbered
 from rabbit_engine.batches.settings import BatchSettings
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.storage.tensorfiles import written_whole
@@ -58,11 +58,11 @@ class OutputFile:
             os.close(self._file)
             raise
 
-    def has(self, line: InputLine) -> bool:
+    def has(self, line: Numbered) -> bool:
         """Whether the line is answered."""
         return line.number < len(self._done) and bool(self._done[line.number])
 
-    def append(self, line: InputLine, custom_id: str, response: Mapping[str, object], error: object) -> None:
+    def append(self, line: Numbered, custom_id: str, response: Mapping[str, object], error: object) -> None:
         """Write an answer: a process killed here leaves a part of a line, which the next start cuts off."""
         answer = {
             "id": f"batch_req_{line.number}_{line.checksum:016x}_{self._encoded}",

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rabbit_engine.batches.inputs import InputFile
-from rabbit_engine.batches.lines import TASKS, Task
+from rabbit_engine.batches.answering import answer, open_session, open_window
+from rabbit_engine.batches.choices import Choices, label_of
+from rabbit_engine.batches.cluster import Order, Workers, answer_on_cluster
+from rabbit_engine.batches.inputs import InputFile, InputLine, Numbered
+from rabbit_engine.batches.lines import Task
 from rabbit_engine.batches.outputs import OutputFile
 from rabbit_engine.batches.progress import BatchProgress, BatchReport
 from rabbit_engine.batches.settings import BatchSettings
-from rabbit_engine.batches.tasks import require_task
-from rabbit_engine.batches.window import Answered, Window
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model import AutoModel
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.prefixes import PrefixStore
-from rabbit_engine.server.openai.bodies import Bodies
-from rabbit_engine.sessions import Session
-from rabbit_engine.sessions.encoding import require_text_generation
 from rabbit_engine.sessions.prompts import Overflow
-
-_TELL_S = 0.5
-"""The progress is told this often while no line ends."""
 
 _CHANGES_ANSWERS = ("compression", "revision", "gguf_file")
 """Keywords of `from_pretrained` that an output file must keep, besides the dtype."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choices:
-    """How lines are answered; each is an argument of `batch`."""
-
-    task: Task | None = None
-    max_requests: int = 256
-    max_new_tokens: int = 1024
-    overflow: Overflow = "refuse"
-    exact: bool = True
-    retry_failed: bool = False
-
-    def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
-            raise ConfigurationError(f"task={self.task!r}: expected one of {', '.join(TASKS)}")
 
 
 def batch(
@@ -59,6 +37,8 @@ def batch(
     exact: bool = True,
     retry_failed: bool = False,
     on_progress: Callable[[BatchProgress], None] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
     **loading: Any,
 ) -> BatchReport:
     """Answer every line of a file: each pass over the weights serves as many lines as memory holds.
@@ -78,11 +58,17 @@ def batch(
         exact: as of `Session`.
         retry_failed: take the lines that failed out of the output file, and answer them again.
         on_progress: called as lines end, and about twice a second while none does.
+        cluster: the address of a Ray cluster whose machines answer the lines, each with a model of its own: "auto",
+            "HOST:PORT", "ray://HOST:PORT" or "local". `max_requests` and the keywords for loading are then each worker's.
+        workers: how many load the model; by default one on each machine of the cluster that has the memory.
 
     Raises:
         ConfigurationError: for files that cannot be used: a `custom_id` that two lines share, an output file of other input
             or other options, or one that another process writes.
+        ClusterError: for a cluster that does not answer, or whose machines cannot run the model.
     """
+    if workers is not None and cluster is None:
+        raise ConfigurationError(f"workers={workers} is for a cluster: give its address, or leave it out")
     choices = Choices(
         task=task,
         max_requests=max_requests,
@@ -94,6 +80,9 @@ def batch(
     with BatchJob(_name_of(model), input_file, output_file, choices, loading) as opened:
         if opened.is_done:
             return opened.report()
+        if cluster is not None:
+            name = _require_name(model)
+            return opened.run_on(Workers(cluster, workers), Order.of(name, choices, loading), on_progress)
         if isinstance(model, str | Path):
             with AutoModel.from_pretrained(model, **loading) as loaded:
                 return opened.run(loaded, on_progress)
@@ -108,7 +97,7 @@ class BatchJob:
     def __init__(
         self, name: str, input_file: str | Path, output_file: str | Path, choices: Choices, loading: dict[str, Any]
     ) -> None:
-        self._name, self._choices = _label(name), choices
+        self._name, self._choices = label_of(name), choices
         self._source = InputFile(Path(input_file))
         settings = _settings_of(self._name, choices, loading)
         self._target = OutputFile(Path(output_file), self._source, settings, retry_failed=choices.retry_failed)
@@ -139,25 +128,47 @@ class BatchJob:
         prefix_store: PrefixStore | None = None,
     ) -> BatchReport:
         """Answer the lines that are left."""
-        self._require_task(model)
-        choices, most = self._choices, 2 * self._choices.max_requests
-        with Session(
-            model,
-            max_requests=choices.max_requests,
-            max_queue=most,
-            max_new_tokens=choices.max_new_tokens,
-            overflow=choices.overflow,
-            exact=choices.exact,
-            prefix_store=prefix_store,
-        ) as session:
-            window = Window(session, Bodies(session, self._name), choices.task, self._name, most)
+        with open_session(model, self._choices, prefix_store) as session:
+            window = open_window(session, self._name, self._choices)
             self._began_s = time.monotonic()
+
+            def tell() -> None:
+                self._tokens = window.tokens
+                self._tell(on_progress, session.running)
+
             try:
-                self._answer_all(window, lambda: on_progress and on_progress(self._progress(session, window)))
+                for answered in answer(window, self.lines(), tell):
+                    self.write(answered.line, answered.custom_id, answered.response, answered.error)
             finally:
                 self._tokens = window.tokens
                 window.cancel()
         return self.report()
+
+    def run_on(self, workers: Workers, order: Order, on_progress: Callable[[BatchProgress], None] | None = None) -> BatchReport:
+        """Answer the lines that are left with workers of a cluster, each of which loads the model itself. Raises as
+        `answer_on_cluster` does."""
+        self._began_s = time.monotonic()
+
+        def tell(running: int, tokens: int) -> None:
+            self._tokens += tokens
+            self._tell(on_progress, running)
+
+        answer_on_cluster(workers, order, self, tell)
+        return self.report()
+
+    def lines(self) -> Iterator[InputLine]:
+        """The lines without an answer."""
+        return (line for line in self._source.lines() if not self._target.has(line))
+
+    @property
+    def left(self) -> int:
+        """How many lines have no answer."""
+        return self._source.count - self._target.count
+
+    def write(self, line: Numbered, custom_id: str, response: Mapping[str, object], error: object) -> None:
+        """Write the answer of a line, unless it has one."""
+        if not self._target.has(line):
+            self._target.append(line, custom_id, response, error)
 
     def report(self) -> BatchReport:
         """What was done so far."""
@@ -174,51 +185,22 @@ class BatchJob:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _answer_all(self, window: Window, tell: Callable[[], object]) -> None:
-        for line in self._source.lines():
-            if self._target.has(line):
-                continue
-            while window.is_full:
-                self._collect(window, tell)
-            if (refused := window.submit(line)) is not None:
-                self._write(refused)
-            self._collect(window, tell, timeout_s=0)
-        while len(window):
-            self._collect(window, tell)
-
-    def _collect(self, window: Window, tell: Callable[[], object], timeout_s: float = _TELL_S) -> None:
-        for answered in window.finished(timeout_s):
-            self._write(answered)
-        tell()
-
-    def _write(self, answered: Answered) -> None:
-        self._target.append(answered.line, answered.custom_id, answered.response, answered.error)
-
-    def _progress(self, session: Session, window: Window) -> BatchProgress:
-        seconds, target = time.monotonic() - self._began_s, self._target
-        return BatchProgress(
-            self._source.count, target.count, target.failed, self._resumed, session.running, window.tokens, seconds
-        )
-
-    def _require_task(self, model: SessionModel) -> None:
-        """Refuse a task that every line would fail at."""
-        if self._choices.task in ("chat", "complete"):
-            require_text_generation(model)
-        if self._choices.task == "chat" and getattr(model.tokenizer, "chat_template", None) is None:
-            raise ConfigurationError(
-                f'{type(model).__name__} has no chat template, it only continues texts: give task="complete"'
+    def _tell(self, on_progress: Callable[[BatchProgress], None] | None, running: int) -> None:
+        if on_progress is not None:
+            seconds, target = time.monotonic() - self._began_s, self._target
+            on_progress(
+                BatchProgress(self._source.count, target.count, target.failed, self._resumed, running, self._tokens, seconds)
             )
-        require_task(model, self._choices.task)
+
+
+def _require_name(model: str | Path | SessionModel) -> str | Path:
+    if not isinstance(model, str | Path):
+        raise ConfigurationError("the workers of a cluster load the model themselves: give its name, not a loaded model")
+    return model
 
 
 def _name_of(model: str | Path | SessionModel) -> str:
     return str(model) if isinstance(model, str | Path) else str(model.config.name_or_path)
-
-
-def _label(name: str) -> str:
-    """What answers call the model: a repo id, or the name of the folder or file, wherever it lies."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
 
 
 def _settings_of(name: str, choices: Choices, loading: dict[str, Any]) -> BatchSettings:

@@ -13,10 +13,11 @@ import typer
 
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
-from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
+from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store, require_folder
+from rabbit_engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from rabbit_engine.batches import BatchProgress
+    from rabbit_engine.batches import BatchJob, BatchProgress, Choices, Workers
 
 _DRAW_S, _NOTE_S = 0.2, 10.0
 """How often progress is shown: on a terminal, and as a line elsewhere."""
@@ -37,6 +38,14 @@ def batch(
     share_products: options.ShareProducts = False,
     prefix_store: PrefixStoreSize = None,
     retry_failed: Annotated[bool, typer.Option(help="Answer the lines again that failed before.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Answer on the machines of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, local."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many load the model, each with the options for memory; one on each machine that has it."),
+    ] = None,
     *,
     loading: Annotated[Loading, CONVERSATION],
 ) -> None:
@@ -45,6 +54,8 @@ def batch(
     Killed at any moment and started again, it goes on: OUT says which lines are answered. A line that cannot be answered
     gets an error, and the others go on.
     """
+    if workers is not None and cluster is None:
+        raise ConfigurationError(f"--workers {workers} is for a cluster: give its address with --cluster")
     choices = engine.batches.Choices(
         task=task,
         max_requests=max_requests,
@@ -60,7 +71,9 @@ def batch(
             output.note(f"{output_file} answers {opened.resumed} lines already")
         if opened.retried:
             output.note(f"{opened.retried} failed before: answered again")
-        if not opened.is_done:
+        if not opened.is_done and cluster is not None:
+            _run_on(engine.batches.Workers(cluster, workers), opened, model, choices, loading, prefix_store)
+        elif not opened.is_done:
             with (
                 loaded(model, loading.for_conversations()) as streamed,
                 opened_store(prefix_store, repeated_only=True) as store,
@@ -68,6 +81,15 @@ def batch(
             ):
                 opened.run(streamed, tell, prefix_store=store)
         output.note(str(opened.report()))
+
+
+def _run_on(workers: Workers, opened: BatchJob, model: str, choices: Choices, loading: Loading, prefix_store: str | None) -> None:
+    """Answer with workers on a cluster, whose machines keep prefixes as this one would."""
+    keywords = loading.for_conversations().keywords()
+    order = engine.batches.Order.of(model, choices, keywords, require_folder(prefix_store))
+    output.note(f"loading {model} on the cluster at {workers.address} ...")
+    with _told() as tell:
+        opened.run_on(workers, order, tell)
 
 
 @contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +45,16 @@ PrefixStoreSize = Annotated[
 ]
 
 
+def require_folder(size: str | None) -> int | None:
+    """The bytes that were asked for, as `_asked_bytes`. Raises ConfigurationError for some where there is no folder."""
+    asked = _asked_bytes(size)
+    if asked and engine.prefixes.default_folder() is None:
+        raise ConfigurationError(
+            "--prefix-store needs a folder, and RABBIT_ENGINE_PREFIXES or RABBIT_ENGINE_CACHE is empty: set one, or leave it out"
+        )
+    return asked
+
+
 @contextmanager
 def opened_store(size: str | None, *, repeated_only: bool = False) -> Iterator[engine.prefixes.PrefixStore | None]:
     """The store in the default folder, closed at the end; None if it is off.
@@ -54,25 +62,12 @@ def opened_store(size: str | None, *, repeated_only: bool = False) -> Iterator[e
     One that was not asked for is off where there is no folder, and what goes wrong with it is no warning. Raises
     ConfigurationError if it was asked for and there is no folder.
     """
-    asked = _asked_bytes(size)
-    folder = None if asked == 0 else engine.prefixes.default_folder()
-    if folder is None and asked:
-        raise ConfigurationError(
-            "--prefix-store needs a folder, and RABBIT_ENGINE_PREFIXES or RABBIT_ENGINE_CACHE is empty: set one, or leave it out"
-        )
-    most = _most_bytes(folder, asked)
-    if folder is None or not most:
+    asked = require_folder(size)
+    store = engine.prefixes.open_default(asked, repeated_only=repeated_only)
+    if store is None:
         yield None
         return
-    level = logging.INFO if asked is None else logging.WARNING
-    store = engine.prefixes.PrefixStore(folder, most, repeated_only=repeated_only, log_level=level)
     try:
         yield store
     finally:
         store.close(_CLOSE_S)
-
-
-def _most_bytes(folder: Path | None, asked: int | None) -> int:
-    if folder is None or asked is not None:
-        return asked or 0
-    return engine.prefixes.default_bytes(folder)

@@ -2,6 +2,24 @@
 
 from rabbit_engine.prefixes.folder import StoredModel
 from rabbit_engine.prefixes.prefix import Prefix
-from rabbit_engine.prefixes.store import BLOCK_TOKENS, PrefixSpace, PrefixStore, StoredText, default_bytes, default_folder
+from rabbit_engine.prefixes.store import (
+    BLOCK_TOKENS,
+    PrefixSpace,
+    PrefixStore,
+    StoredText,
+    default_bytes,
+    default_folder,
+    open_default,
+)
 
-__all__ = ["BLOCK_TOKENS", "Prefix", "PrefixSpace", "PrefixStore", "StoredModel", "StoredText", "default_bytes", "default_folder"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "Prefix",
+    "PrefixSpace",
+    "PrefixStore",
+    "StoredModel",
+    "StoredText",
+    "default_bytes",
+    "default_folder",
+    "open_default",
+]

@@ -54,6 +54,17 @@ def default_bytes(folder: Path) -> int:
         return 0
 
 
+def open_default(max_bytes: int | None, *, repeated_only: bool) -> PrefixStore | None:
+    """The store in the default folder; None with 0 bytes, or if there is no folder.
+
+    With `max_bytes=None`, which nobody chose, it has the default size, and what goes wrong with it is no warning.
+    """
+    folder = None if max_bytes == 0 else default_folder()
+    most = 0 if folder is None else default_bytes(folder) if max_bytes is None else max_bytes
+    level = logging.INFO if max_bytes is None else logging.WARNING
+    return PrefixStore(folder, most, repeated_only=repeated_only, log_level=level) if most else None
+
+
 class PrefixStore:
     """Blocks of `block_tokens` tokens in `folder`, `max_bytes` of them at most, which several processes may share.
 
