@@ -15,6 +15,7 @@ OURS := \
   anthropic_requests \
   attention_script \
   batch \
+  batch_cluster \
   benchmark_tasks \
   block_attention \
   call_ids \

@@ -426,7 +426,7 @@ def test_the_command_keeps_beginnings_of_several_lines_unless_told_not_to(
             super().__init__(*arguments, **{**keywords, "block_tokens": 4})
 
     opened: list[bool] = []
-    monkeypatch.setattr(prefixes, "PrefixStore", Opened)
+    monkeypatch.setattr(prefixes.store, "PrefixStore", Opened)
     monkeypatch.setenv("RABBIT_ENGINE_PREFIXES", str(tmp_path / "prefixes"))
     lines = [{"custom_id": f"c{number}", "prompt": f"w5 w6 w7 w8 w{number}", "max_tokens": 1} for number in range(10, 13)]
     source, target = files(*lines)

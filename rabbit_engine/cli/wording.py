@@ -33,6 +33,7 @@ OPTIONS = {
     "top_k": "--top-k",
     "top_p": "--top-p",
     "trust_remote_code": "--trust-remote-code",
+    "workers": "--workers",
 }
 """Options by keyword; where there is no option, the equivalent environment variable."""
 

@@ -104,17 +104,11 @@ def _with_device(nodes: Sequence[Node], order: Order) -> tuple[Sequence[Node], i
     return with_gpu, 1
 
 
-def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> list[Node]:
-    """The machines whose plan of the model holds."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(max_calls=1, num_cpus=0, num_gpus=gpus)(probe)  # its process ends with it, and frees its memory
-    asked = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(order): node
-        for node in nodes
-    }
-    ready = set(ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)[0])
-    found = [(node, _result(ray, ref) if ref in ready else _silent(node)) for ref, node in asked.items()]
+def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> Sequence[Node]:
+    """The machines whose plan of the model holds. One alone is not asked: its workers say what they lack."""
+    if len(nodes) == 1:
+        return nodes
+    found = _asked(ray, order, nodes, gpus)
     able = [(node, result) for node, result in found if isinstance(result, str)]
     unable = [result for _, result in found if isinstance(result, Failure)]
     if not able:
@@ -123,6 +117,19 @@ def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> li
         logger.warning("%s is left out: %s", failure.machine, failure.message)
     _require_equal(able)
     return [node for node, _ in able]
+
+
+def _asked(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> list[tuple[Node, str | Failure]]:
+    """What each machine says."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(max_calls=1, num_cpus=0, num_gpus=gpus)(probe)  # its process ends with it, and frees its memory
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(order): node
+        for node in nodes
+    }
+    ready = set(ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)[0])
+    return [(node, _result(ray, ref) if ref in ready else _silent(node)) for ref, node in asked.items()]
 
 
 def _result(ray: ModuleType, ref: Any) -> str | Failure:

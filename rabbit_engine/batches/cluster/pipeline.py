@@ -114,7 +114,7 @@ class AnswerPipeline:
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.scheduling_strategy = PlacementGroupSchedulingStrategy(group)
-        lines = data.from_blocks(_Fetched(self._blocks, ray))  # type: ignore[arg-type] - it only iterates
+        lines = data.from_blocks(_Fetched(self._blocks, ray))  # type: ignore[arg-type]
         self._blocks.clear()
         answers = lines.map_batches(
             LineWorker,

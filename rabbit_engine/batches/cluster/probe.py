@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import xxhash
 
 from rabbit_engine.batches.cluster.order import Failure, Order
-from rabbit_engine.checkpoints import HEADERS_ONLY, Shards, Source, resolve
-from rabbit_engine.checkpoints.formats import fingerprint
+from rabbit_engine.checkpoints import HEADERS_ONLY, Repo, Shards, Source, checked_files, resolve
 from rabbit_engine.cluster import require_ray
+from rabbit_engine.cluster.description import FileRow, sum_of
 from rabbit_engine.model import read_settings
 from rabbit_engine.planning.forecast import forecast
 
@@ -27,15 +26,18 @@ def probe(order: Order) -> str | Failure:
 
 
 def _digest(source: Source) -> str:
-    """A checksum of names, sizes, headers and the commit: what does not depend on when files were copied."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(_files(source), sort_keys=True, default=str).encode())
-
-
-def _files(source: Source) -> Mapping[str, Any]:
-    if source.repo.commit is not None:
-        return {"commit": source.repo.commit}
+    """A checksum of the commit, or of the files in a folder: of small ones all bytes, of weights headers and samples."""
+    repo = source.repo
+    if repo.commit is not None:
+        return repo.commit
+    found: dict[str, Any] = {name: _sum(repo, name, is_weights=False) for name in checked_files(repo) if name.endswith(".json")}
     if isinstance(source, Shards) and source.manifest.source["deleted"]:
-        rows = source.manifest.source["files"]
+        found |= {row["name"]: row["bytes"] for row in source.manifest.source["files"]}
     else:
-        rows = fingerprint(source.repo.folder, source.request.weight_files(), None)["files"]
-    return {"files": [{name: value for name, value in row.items() if name != "mtime_ns"} for row in rows]}
+        found |= {name: _sum(repo, name, is_weights=True) for name in source.request.weight_files().names}
+    return xxhash.xxh3_128_hexdigest(json.dumps(found, sort_keys=True).encode())
+
+
+def _sum(repo: Repo, name: str, *, is_weights: bool) -> str:
+    path = repo.folder / name
+    return sum_of(FileRow("model", name, str(path), 0, "", is_weights), path)

@@ -57,8 +57,7 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
     ray = connect(workers.address)
     barren = 0
     while before := batch.left:
-        crew = find_crew(ray, order, workers.count)
-        reason = _attempt(ray, order, crew, batch, tell)
+        reason = _attempt(ray, order, workers.count, batch, tell)
         barren = barren + 1 if batch.left == before else 0
         if barren == _MOST_BARREN:
             raise ClusterError(f"{batch.left} lines are left, and no worker answers: {reason}")
@@ -66,11 +65,11 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
             logger.warning("%s: %d lines are handed out again", reason, batch.left)
 
 
-def _attempt(ray: ModuleType, order: Order, crew: Crew, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
+def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
     """Answer what is left with one pipeline; why it ended."""
-    shares = _shares(batch.left, crew.workers, order.choices.max_requests)
     try:
-        with _placed(ray, crew) as group, _started(ray) as pipeline:
+        with _started(ray) as pipeline, _placed(ray, find_crew(ray, order, workers)) as (crew, group):
+            shares = _shares(batch.left, crew.workers, order.choices.max_requests)
             for block in _blocks(batch.lines(), shares.lines):
                 ray.get(pipeline.give.remote(block))
             ray.get(pipeline.start.remote(order, crew, group, shares))
@@ -141,10 +140,10 @@ def _blocks(lines: Iterable[InputLine], size: int) -> Iterator[list[InputLine]]:
 
 
 @contextmanager
-def _placed(ray: ModuleType, crew: Crew) -> Iterator[Any]:
+def _placed(ray: ModuleType, crew: Crew) -> Iterator[tuple[Crew, Any]]:
     group = place(ray, crew)
     try:
-        yield group
+        yield crew, group
     finally:
         ray.util.remove_placement_group(group)
 
