@@ -291,7 +291,7 @@ def test_a_machine_is_given_up_once_nothing_is_left_but_its_lines(monkeypatch: p
         nodes=lambda: alive, util=SimpleNamespace(placement_group_table=lambda _: {"bundles_to_node_id": places})
     )
     monkeypatch.setattr(run.time, "monotonic", lambda: now)
-    watch = run._Watch(ray, None, run.Shares(4, 2))
+    watch = run._LostMachines(ray, None, run.Shares(4, 2))
 
     def looks(until: float, left: int, *, answered: bool = False) -> str | None:
         nonlocal now

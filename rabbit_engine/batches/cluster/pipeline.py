@@ -31,7 +31,7 @@ class Shares(NamedTuple):
     blocks: int
 
 
-class Taken(NamedTuple):
+class TakenAnswers(NamedTuple):
     """What a driver takes: rows, the lines under way, whether it was the last, and why the pipeline ended before."""
 
     rows: list[LineAnswer | Failure]
@@ -69,7 +69,7 @@ class AnswerPipeline:
         own = require_ray().get_runtime_context().current_actor
         threading.Thread(target=self._run, args=(order, crew, group, shares, own), daemon=True).start()
 
-    def take(self, timeout_s: float) -> Taken:
+    def take(self, timeout_s: float) -> TakenAnswers:
         """The next block of answers, and all that have ended; none if none ends within `timeout_s`."""
         rows: list[LineAnswer | Failure] = []
         ended, lost = False, None
@@ -80,7 +80,7 @@ class AnswerPipeline:
                 lost = f"{type(found).__name__}: {first_line(found)}"
             else:
                 rows += read_table(found)
-        return Taken(rows, self._still_running(rows), ended, lost)
+        return TakenAnswers(rows, self._still_running(rows), ended, lost)
 
     def _still_running(self, rows: Sequence[LineAnswer | Failure]) -> int:
         with self._lock:

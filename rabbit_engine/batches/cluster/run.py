@@ -73,18 +73,18 @@ def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswer
             for block in _blocks(batch.lines(), shares.lines):
                 ray.get(pipeline.give.remote(block))
             ray.get(pipeline.start.remote(order, crew, group, shares))
-            return _collect(ray, pipeline, _Watch(ray, group, shares), batch, tell)
+            return _collect(ray, pipeline, _LostMachines(ray, group, shares), batch, tell)
     except ray.exceptions.RayError as error:
         return f"the cluster failed ({type(error).__name__})"
 
 
-def _collect(ray: ModuleType, pipeline: Any, watch: _Watch, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
+def _collect(ray: ModuleType, pipeline: Any, watch: _LostMachines, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
     while True:
         taken = ray.get(pipeline.take.remote(_TAKE_S))
         for row in taken.rows:
             if isinstance(row, Failure):
                 raise error_of(row)
-            line = _Answered(row.number, row.checksum)
+            line = _AnsweredLine(row.number, row.checksum)
             batch.write(line, row.custom_id, json.loads(row.response), None if row.error is None else json.loads(row.error))
         tell(taken.running, sum(row.tokens for row in taken.rows))
         if taken.lost or taken.ended:
@@ -93,14 +93,14 @@ def _collect(ray: ModuleType, pipeline: Any, watch: _Watch, batch: Unanswered, t
             return lost
 
 
-class _Answered(NamedTuple):
+class _AnsweredLine(NamedTuple):
     """A line that a worker answered."""
 
     number: int
     checksum: int
 
 
-class _Watch:
+class _LostMachines:
     """Notices machines that do not come back, once nothing is left but the lines that they may have."""
 
     def __init__(self, ray: ModuleType, group: Any, shares: Shares) -> None:
