@@ -24,8 +24,9 @@ OURS := \
   chat_terminal \
   claude_code \
   cli \
-  cluster_machines \
   cluster_files \
+  cluster_machines \
+  cluster_stages \
   condition \
   cuda_script \
   decoding_memory \

@@ -15,7 +15,7 @@ from long_texts import answer, prompt
 
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.model.stages import LocalStage, load_in_stages
+from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 
 Staged = Callable[..., Any]
 
@@ -28,11 +28,11 @@ def staged() -> Iterator[Staged]:
     def load(folder: Path, bounds: tuple[int, ...] | None = None, **keywords: Any) -> Any:
         settings = read_settings({"device": "cpu", "max_memory": smallest(folder), **keywords})
 
-        def open_stages(partition: Any) -> list[LocalStage]:
+        def open_stages(partition: Any, _: Any) -> Opened:
             layers = len(partition.layout.layers)
             cuts = bounds or (1, (layers + 1) // 2 if layers > 3 else 2, layers)
             ranges = [range(first, stop) for first, stop in itertools.pairwise(cuts) if stop > first]
-            return [LocalStage(folder, settings, each) for each in ranges]
+            return Opened([LocalStage(folder, settings, each) for each in ranges])
 
         models.append(load_in_stages(folder, settings, open_stages))
         return models[-1]

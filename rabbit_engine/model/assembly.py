@@ -19,6 +19,7 @@ from rabbit_engine.model.expert_uses import ExpertUses, uses_of
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.planning.tiers import DISK, HOST, ScratchUse, scratch_shares
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import (
@@ -74,6 +75,7 @@ class Assembly:
     cache_dtype: CacheDtype | None = None
     stages: Sequence[OpenStage] = ()
     """Those that have layers of the model elsewhere."""
+    stages_plan: StagesPlan | None = None
 
     def free_bytes(self) -> int:
         """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""

@@ -15,6 +15,7 @@ from rabbit_engine.config import DEFAULT_CUT, Cut, MaxMemory
 from rabbit_engine.decoding import Draft
 from rabbit_engine.model.adapters import load_own_adapter
 from rabbit_engine.model.choosing import forecast_with, forecast_with_auto
+from rabbit_engine.model.cluster import load_on_cluster
 from rabbit_engine.model.compression import quantization_config_of
 from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.generation_config import set_generation_config
@@ -79,6 +80,7 @@ class AutoModel:
         key_mapping: Mapping[str, str] | None = None,
         code_revision: str | None = None,
         generation_config: Any = None,
+        cluster: str | None = None,
         output_loading_info: Literal[False] = False,
         **other: Any,
     ) -> StreamedModel: ...
@@ -146,6 +148,8 @@ class AutoModel:
             key_mapping: patterns of stored names, and their replacements.
             code_revision: revision of code in another repo.
             generation_config: replaces the checkpoint's.
+            cluster: the address of a Ray cluster over whose machines the layers are divided: "auto", "HOST:PORT" of its head,
+                "ray://HOST:PORT", or "local". `max_memory` then holds for each machine. See docs/cluster.md.
             output_loading_info: return the model and transformers' report on the weights: missing, unexpected, mismatched.
             other: attributes of the config, such as `use_cache=False`; keywords of transformers that have no effect or are
                 refused with the reason (docs/migrating.md lists all); and those of other libraries, each with one warning.
@@ -156,7 +160,9 @@ class AutoModel:
         name = pretrained_model_name_or_path
         arguments = arguments_of(_SIGNATURE, name, **keywords)
         settings = settings_of(arguments)
-        model = load(name, replace(settings, source=replace(settings.source, auto=cls._auto)))
+        settings = replace(settings, source=replace(settings.source, auto=cls._auto))
+        cluster = arguments["cluster"]
+        model = load(name, settings) if cluster is None else load_on_cluster(name, settings, cluster)
         quantization = quantization_config_of(arguments)
         if quantization is not None and model._checkpoint.request.split.compression is not None:
             model.config.quantization_config = quantization  # as in transformers

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.config import StreamConfig
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly, assemble
@@ -18,11 +19,23 @@ from rabbit_engine.model.loading import load
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.planning.partition import Partition, partition_model
+from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner
 
-StageOpener = Callable[[Partition], Sequence[OpenStage]]
-"""Decides on the stages of a model and opens them. Layers that none of them has run in this process."""
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stages of a model; layers that none of them has run in this process, in `device_bytes` of memory for weights, if that
+    is given. `plan` says why."""
+
+    stages: Sequence[OpenStage]
+    device_bytes: int | None = None
+    plan: StagesPlan | None = None
+
+
+StageOpener = Callable[[Partition, Streamable], Opened]
+"""Decides on the stages of a model and opens them."""
 
 
 def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: StageOpener) -> Any:
@@ -42,7 +55,10 @@ def _assemble_rest(
     """Assemble what no stage has, and connect the stages."""
     _require_decoder(model)
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
-    stages = open_stages(partition)
+    opened = open_stages(partition, getattr(model, "_checkpoint"))  # noqa: B009 - of a class that is made at run time
+    stages = opened.stages
+    if opened.device_bytes is not None:
+        stream = replace(stream, device_budget_bytes=opened.device_bytes, max_seq_len=None)
     try:
         names = partition.layout.layers
         elsewhere = [names[number] for stage in stages for number in stage.layers]
@@ -52,7 +68,7 @@ def _assemble_rest(
         for stage in stages:
             stage.close()
         raise
-    assembly.stages = tuple(stages)
+    assembly.stages, assembly.stages_plan = tuple(stages), opened.plan
     passes = assembly.binding.passes
     for stage in stages:
         layers = {number: model.get_submodule(names[number]) for number in stage.layers}
@@ -93,6 +109,9 @@ class LocalStage:
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
         self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name)
+
+    def __repr__(self) -> str:
+        return f"layers {self.layers.start} to {self.layers.stop - 1} on {self.name}: {runtime_of(self._model).plan!r}"
 
     @property
     def model(self) -> Any:

@@ -58,7 +58,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, tex
     free_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
     device_bytes = _without_margin(free_bytes, _SYSTEM_SHARE) if given is None else given
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
-    staging = _staging_bytes(partition, stream.device)
+    staging = staging_bytes(partition, stream.device)
     room = device_bytes - stream.draft_bytes - (staging if on_cpu else 0)
     if text is None:
         reserved, least_ring = _for_texts(partition, text_of(partition.probe, tokens, stream), room)
@@ -116,7 +116,8 @@ def _without_margin(free_bytes: int, share: float) -> int:
     return max(0, free_bytes - _SYSTEM_BYTES - int(free_bytes * share))
 
 
-def _staging_bytes(partition: Partition, device: torch.device) -> int:
+def staging_bytes(partition: Partition, device: torch.device) -> int:
+    """Bytes of the buffers in host memory that reads go through; on a CPU only those of misaligned weights."""
     if device.type == "cpu":
         return READERS * max((chunk.read_bytes for chunk in misaligned(partition, loading=True)), default=0)
     buffers = STREAM_BUFFERS if has_streams(device) else READERS

@@ -23,7 +23,7 @@ from rabbit_engine.planning.stages_plan import Stage, StagesPlan, numbers_of_gro
 from rabbit_engine.planning.tiers import UnitSize
 from rabbit_engine.utils.sizes import format_bytes
 
-__all__ = ["LayeredUnits", "Machine", "Stage", "StagesPlan", "layered_units", "plan_stages", "take_over"]
+__all__ = ["LayeredUnits", "Machine", "Stage", "StagesPlan", "crowd", "layered_units", "plan_stages", "take_over"]
 
 Seconds = np.ndarray[Any, np.dtype[np.float64]]
 """[layers + 1, layers + 1]: of the layers from the first index to the second."""
@@ -68,6 +68,52 @@ def take_over(plan: StagesPlan, lost: str) -> StagesPlan:
         if stage.machine.name == lost:
             found = _taken_over(found, index, stage)
     return found
+
+
+def crowd(plan: StagesPlan, lost: str) -> StagesPlan:
+    """The plan without the machine `lost`: each of its stages goes to that machine which then gives the least seconds, though all
+    of its stages hold less: its memory is divided among them by their bytes. The driver holds what it holds.
+
+    Raises BudgetError if no machine is left that has the memory to stream what it would have.
+    """
+    found = replace(plan, machines=tuple(machine for machine in plan.machines if machine.name != lost))
+    for index, stage in enumerate(plan.stages):
+        if stage.machine.name == lost:
+            found = _crowded(found, index, stage)
+    return found
+
+
+def _crowded(plan: StagesPlan, index: int, orphan: Stage) -> StagesPlan:
+    found, problems = [], []
+    for machine in plan.machines[1:]:
+        stages = [*plan.stages[:index], replace(orphan, machine=machine), *plan.stages[index + 1 :]]
+        try:
+            found.append(replace(plan, stages=_divided(plan.units, machine, stages)))
+        except BudgetError as error:
+            problems.append(str(error))
+    if not found:
+        raise BudgetError(
+            f"no machine is left with memory for layers {orphan.first} to {orphan.stop - 1} of {orphan.machine.name} "
+            f"({'; '.join(problems) or 'the driver holds its own already'}): load the model again with the machines that are left"
+        )
+    return min(found, key=lambda one: one.seconds(plan.texts))
+
+
+def _divided(units: LayeredUnits, machine: Machine, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages, with the memory of `machine` divided among its own. Raises BudgetError."""
+    nbytes = {
+        stage.first: sum(unit.nbytes for unit in units.of(stage.layers)) for stage in stages if stage.machine.name == machine.name
+    }
+    placed = []
+    for stage in stages:
+        if stage.machine.name == machine.name:
+            share = machine.memory_bytes * nbytes.get(stage.first, 0) // max(1, sum(nbytes.values()))
+            sizes = units.of(stage.layers)
+            plan = place_on(replace(machine, memory_bytes=share), sizes, len(stage.layers) * units.cache_bytes)
+            placed.append(replace(stage, machine=machine, plan=plan, work=work_of(sizes, plan, len(stage.layers))))
+        else:
+            placed.append(stage)
+    return tuple(placed)
 
 
 def _taken_over(plan: StagesPlan, index: int, orphan: Stage) -> StagesPlan:

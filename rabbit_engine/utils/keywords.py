@@ -122,6 +122,7 @@ OWN_KEYWORDS = (
     "cache_dtype",
     "cut",
     "speculate",
+    "cluster",
     "hf_token",
 )
 """Keywords that transformers does not have."""

@@ -66,11 +66,14 @@ class StageRunner:
         self._texts.clear()
 
     def _put(self, work: Callable[[], Any]) -> Future[Any]:
-        if self._closed:
-            raise ModelClosedError(f"the stage on {self._name} is closed")
+        self._require_open()
         future: Future[Any] = Future()
         self._queue.put(functools.partial(_settle, future, work))
         return future
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ModelClosedError(f"the stage on {self._name} is closed")
 
     def _serve(self) -> None:
         torch.set_grad_enabled(False)
@@ -82,16 +85,24 @@ class StageRunner:
                 scheduler.run_pass()
 
     def _take_all(self) -> list[_Work] | None:
-        """Everything that waits, at least one; None at the end."""
+        """Everything that waits, at least one; None at the end, when what waits is refused."""
         works = [self._queue.get()]
         with suppress(queue.Empty):
             while True:
                 works.append(self._queue.get_nowait())
-        return None if None in works else [work for work in works if work is not None]
+        found = [work for work in works if work is not None]
+        if len(found) == len(works):
+            return found
+        for work in found:
+            work()
+        return None
 
     def _run(self, request: StageRequest) -> StageAnswer:
         """One request, in a fiber."""
+        self._require_open()
         cache = self._cache_of(request)
+        if not request.calls:
+            return StageAnswer(None, {}, 0.0)
         with self._binding.root_pass(request.sequences):
             start = time.perf_counter()
             output: Any = None

@@ -1,0 +1,157 @@
+"""A stage on another machine. If its worker ends, another takes its place, and is brought to the same state."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+from rabbit_engine.cluster.request_log import RequestLog
+from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, WorkerHandle
+from rabbit_engine.errors import ModelClosedError, StageLostError
+from rabbit_engine.streaming import StageAnswer, StageRequest
+from rabbit_engine.streaming.stages.stage import Change
+
+logger = logging.getLogger(__name__)
+
+_MOST_TRIES = 20
+"""Workers that may end during one request."""
+_SLOW, _PASSES = 2.0, 8
+"""A stage is called slow if it takes this many times what was planned, the middle of so many passes."""
+
+
+class PlacesWorkers(Protocol):
+    """Starts workers where memory is, and knows the machines that are gone."""
+
+    def start(self, layers: range) -> WorkerHandle:
+        """A worker that has opened the stage of these layers, on the machine planned for it, or another if that is gone.
+        Raises StageLostError if none has the memory."""
+        ...
+
+
+class ClusterStage:
+    """The layers `layers` on a worker that `places` starts."""
+
+    def __init__(self, layers: range, places: PlacesWorkers, log: RequestLog, planned_s: float) -> None:
+        self.layers = layers
+        self._places, self._log, self._planned_s = places, log, planned_s
+        self._lock = threading.Lock()
+        self._worker = places.start(layers)
+        self._states: dict[str, str] = {}
+        """The worker that has each text's cache."""
+        self._threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=f"rabbit-{self.name}")
+        self._closed = False
+        self._seconds: deque[float] = deque(maxlen=_PASSES)
+        self._is_slow = False
+
+    @property
+    def name(self) -> str:
+        """The machine."""
+        return self._worker.machine
+
+    def submit(self, request: StageRequest) -> Future[StageAnswer]:
+        """Run the calls on the worker, or on those that follow it."""
+        if self._closed:
+            raise ModelClosedError(f"the stage on {self.name} is closed")
+        return self._threads.submit(self._answer, request)
+
+    def fork(self, text: str, changes: tuple[Change, ...], copy: str) -> None:
+        """Copy a text's cache. The log of the copy has the same requests, under its own name."""
+        payload = pickle.dumps(changes, pickle.HIGHEST_PROTOCOL)
+        if changes:
+            self._log.add(text, pickle.dumps(StageRequest((), 1, text, None, changes), pickle.HIGHEST_PROTOCOL))
+        self._log.copy(text, copy)
+        with suppress(WorkerEndedError):  # then both are computed again
+            worker = self._worker
+            if self._states.get(text) == worker.number:
+                worker.fork(text, payload, copy)
+                self._states[copy] = worker.number
+                return
+        self._states.pop(text, None)
+
+    def forget(self, text: str) -> None:
+        """Free a text's cache and its log."""
+        self._log.forget(text)
+        if self._states.pop(text, None) == self._worker.number and not self._closed:
+            self._worker.forget(text)
+
+    def close(self) -> None:
+        """End the worker. Idempotent."""
+        self._closed = True
+        self._worker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._log.close()
+
+    def _answer(self, request: StageRequest) -> StageAnswer:
+        payload = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
+        start = time.perf_counter()
+        for _ in range(_MOST_TRIES):
+            worker = self._worker
+            try:
+                if request.text is not None and request.cache is None and self._states.get(request.text) != worker.number:
+                    self._bring(worker, request.text)
+                answer: StageAnswer = pickle.loads(worker.run(payload))  # noqa: S301 - of our own worker
+            except WorkerEndedError as error:
+                self._replace(worker, error)
+                continue
+            except BaseException:
+                if request.text is not None:  # some layers may have added to its cache, others not
+                    self._states.pop(request.text, None)
+                raise
+            if request.text is not None:
+                self._log.add(request.text, payload)
+                self._states[request.text] = worker.number
+            self._note(len(request.calls), time.perf_counter() - start)
+            return answer
+        raise StageLostError(f"{_MOST_TRIES} workers for layers {self._span} ended one after another: see Ray's logs for why")
+
+    def _bring(self, worker: WorkerHandle, text: str) -> None:
+        """Compute a text's cache again on a new worker: the same requests give the same bits."""
+        requests = self._log.requests(text)
+        if requests is None:
+            raise StageLostError(f"the cache of a text was on {worker.machine}, and the disk was too full to keep what made it")
+        count = 0
+        for request in requests:
+            worker.run(_for_text(request, text))
+            count += 1
+        self._states[text] = worker.number
+        logger.info("layers %s on %s: a text was computed again, in %d passes", self._span, worker.machine, count)
+
+    def _replace(self, ended: WorkerHandle, error: WorkerEndedError) -> None:
+        """Start another worker; of several threads that ask, the first does."""
+        with self._lock:
+            if self._closed:
+                raise ModelClosedError(f"the stage on {self.name} is closed") from error
+            if self._worker is ended:
+                logger.warning("%s; its layers %s are loaded anew", error, self._span)
+                with suppress(Exception):
+                    ended.close()  # one that cannot be reached may still run
+                self._worker = self._places.start(self.layers)
+
+    @property
+    def _span(self) -> str:
+        return f"{self.layers.start} to {self.layers.stop - 1}"
+
+    def _note(self, calls: int, seconds: float) -> None:
+        """Say once if the machine is slower than planned."""
+        if calls < len(self.layers):
+            return
+        self._seconds.append(seconds)
+        middle = sorted(self._seconds)[len(self._seconds) // 2]
+        if len(self._seconds) == _PASSES and self._planned_s and middle > _SLOW * self._planned_s and not self._is_slow:
+            self._is_slow = True
+            logger.warning("%s is slow: layers %s take %.2f s, planned %.2f s", self.name, self._span, middle, self._planned_s)
+
+
+def _for_text(request: bytes, text: str) -> bytes:
+    """A request of the text that this one was copied from, for this one."""
+    found: StageRequest = pickle.loads(request)  # noqa: S301 - our own
+    if found.text == text:
+        return request
+    return pickle.dumps(replace(found, text=text), pickle.HIGHEST_PROTOCOL)

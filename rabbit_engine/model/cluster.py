@@ -1,0 +1,199 @@
+"""A model over the machines of a Ray cluster: which layers each has, and how it loads them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rabbit_engine.checkpoints import Streamable
+from rabbit_engine.cluster import connect, require_ray
+from rabbit_engine.cluster.files import FileExtent, FilesDescription, chunks_from, describe, ensure, extents_of, serve_files
+from rabbit_engine.cluster.machines import MachineFacts, gather_facts, require_same_versions
+from rabbit_engine.cluster.measure import measure_machines
+from rabbit_engine.cluster.request_log import RequestLog
+from rabbit_engine.cluster.stage import ClusterStage
+from rabbit_engine.cluster.worker import StageFactory, WorkerEndedError, WorkerHandle
+from rabbit_engine.config import StreamConfig
+from rabbit_engine.errors import BudgetError, StageLostError
+from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
+from rabbit_engine.planning.budget import staging_bytes
+from rabbit_engine.planning.machines import Machine
+from rabbit_engine.planning.partition import Partition
+from rabbit_engine.planning.stages import StagesPlan, crowd, layered_units, plan_stages, take_over
+from rabbit_engine.planning.stages_plan import Stage
+from rabbit_engine.planning.texts import texts_folder
+from rabbit_engine.utils.platform import free_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+WORKER_BYTES = 600_000_000
+"""Memory of a worker's process besides the model: Python, torch and transformers."""
+_KEPT_FREE = 0.1
+_USUAL_TOKENS = 1024
+"""Tokens of texts that each machine keeps room for, if `max_seq_len` names no number."""
+
+
+def load_on_cluster(name: str | Path, settings: LoadSettings, address: str) -> Any:
+    """Load a model whose layers are divided among the machines of the cluster at `address`; this one is the first of them.
+
+    Raises what loading raises, ClusterError, and MachinesDifferError before anything is read.
+    """
+    connect(address)
+    facts = gather_facts()
+    require_same_versions(facts)
+    return load_in_stages(name, settings, functools.partial(_open, facts=facts, settings=settings))
+
+
+def plan_on(partition: Partition, machines: Sequence[Machine], stream: StreamConfig, texts: int = 1) -> StagesPlan:
+    """The stages of a model on these machines, the driver first, each with memory for the buffers that reads go through besides.
+    Raises BudgetError."""
+    staging = staging_bytes(partition, stream.device)
+    machines = [replace(one, memory_bytes=max(0, one.memory_bytes - staging)) for one in machines]
+    return plan_stages(layered_units(partition, cached_tokens=stream.max_seq_len or _USUAL_TOKENS), machines, texts=texts)
+
+
+def machines_of(facts: Sequence[MachineFacts], stream: StreamConfig) -> list[Machine]:
+    """The machines as the planner takes them, measured, with the memory that the model may have on each."""
+    measured = measure_machines(facts)
+    return [one.as_planned(_memory_for_model(one.facts, stream)) for one in measured]
+
+
+def _memory_for_model(facts: MachineFacts, stream: StreamConfig) -> int:
+    free = free_memory_bytes(torch.device("cpu")) if facts.is_driver else facts.free_bytes - WORKER_BYTES
+    room = max(0, int(free * (1 - _KEPT_FREE)))
+    return room if stream.device_budget_bytes is None else min(room, stream.device_budget_bytes)
+
+
+def _open(partition: Partition, checkpoint: Streamable, *, facts: Sequence[MachineFacts], settings: LoadSettings) -> Opened:
+    plan = plan_on(partition, machines_of(facts, settings.stream), settings.stream)
+    logger.info("stages:\n%s", plan)
+    description, staging = describe(checkpoint), staging_bytes(partition, settings.stream.device)
+    files = serve_files(description)
+    names = partition.layout.layers
+    places = _Places(
+        plan,
+        {one.name: one for one in facts},
+        functools.partial(_factory, description, checkpoint, names, settings, files, staging),
+    )
+    log = RequestLog(texts_folder())
+    turns = {stage.first: turn for stage, turn in zip(plan.stages, plan.turns()[:-1], strict=True)}
+    there = [stage for stage in plan.stages if stage.machine.name != plan.driver.name]
+    with ThreadPoolExecutor(max(1, len(there))) as pool:
+        opening = [pool.submit(ClusterStage, one.layers, places, log, turns[one.first].seconds) for one in there]
+    stages = [one.result() for one in opening if one.exception() is None]
+    for one in opening:
+        if (error := one.exception()) is not None:
+            for stage in stages:
+                stage.close()
+            raise error
+    return Opened(stages, (plan.ends_plan.budget.weights_bytes or 0) + staging, plan)
+
+
+def _factory(
+    description: FilesDescription,
+    checkpoint: Streamable,
+    names: Sequence[str],
+    settings: LoadSettings,
+    files: Any,
+    staging: int,
+    layers: range,
+    nbytes: int,
+) -> StageFactory:
+    """What opens the stage of `layers` in `nbytes` of memory and `staging` for reads, in another process."""
+    mine = tuple(f"{names[number]}." for number in layers)
+    extents = extents_of(checkpoint, [name for name in checkpoint.entries if name.startswith(mine)])
+    stream = replace(settings.stream, device_budget_bytes=nbytes + staging, max_seq_len=None)
+    return functools.partial(open_there, description, extents, replace(settings, stream=stream, speculate=None), layers, files)
+
+
+def open_there(
+    description: FilesDescription, extents: tuple[FileExtent, ...], settings: LoadSettings, layers: range, files: Any
+) -> LocalStage:
+    """Open a stage on the machine that this runs on, whose files are there, or fetched from the driver."""
+    found = ensure(description, extents, chunks_from(files))
+    return LocalStage(found.name, replace(settings, source=found.source, split=found.split), layers)
+
+
+class _Places:
+    """Where the stages of a plan are, and where they go if a machine ends: see `cluster.stage.PlacesWorkers`. Thread-safe."""
+
+    def __init__(
+        self, plan: StagesPlan, facts: Mapping[str, MachineFacts], factory: Callable[[range, int], StageFactory]
+    ) -> None:
+        self.plan = plan
+        self._facts, self._factory = facts, factory
+        self._lock = threading.Lock()
+        self._workers: dict[range, WorkerHandle] = {}
+
+    def start(self, layers: range) -> WorkerHandle:
+        """A worker that has opened the stage of `layers`."""
+        while True:
+            with self._lock:
+                self._leave_the_dead()
+                stage = next(one for one in self.plan.stages if one.layers == layers)
+            try:
+                return self._start(stage)
+            except WorkerEndedError as error:
+                logger.warning("%s while it loaded layers %d to %d", error, layers.start, layers.stop - 1)
+                if self._is_alive(stage.machine.name):
+                    raise StageLostError(
+                        f"the worker of layers {layers.start} to {layers.stop - 1} ended while it loaded on "
+                        f"{stage.machine.name}, probably for memory: pass a smaller max_memory"
+                    ) from error
+
+    def _start(self, stage: Stage) -> WorkerHandle:
+        facts = self._facts[stage.machine.name]
+        worker = WorkerHandle(stage.machine.name, facts.node_id, facts.cores)
+        self._workers[stage.layers] = worker
+        try:
+            about = worker.open(self._factory(stage.layers, stage.plan.budget.weights_bytes or 0))
+        except BaseException:
+            _end(worker)
+            raise
+        logger.info("%s: %s", stage.machine.name, about)
+        return worker
+
+    def _leave_the_dead(self) -> None:
+        """Plan without the machines that have ended. Raises StageLostError if no other has the memory."""
+        for machine in self.plan.machines[1:]:
+            if self._is_alive(machine.name):
+                continue
+            before = {stage.layers: stage for stage in self.plan.stages}
+            self.plan = _without(self.plan, machine.name)
+            logger.warning("machine %s is gone; its layers go to those that are left:\n%s", machine.name, self.plan)
+            for stage in self.plan.stages:
+                if (
+                    stage.machine.name != machine.name
+                    and stage.plan is not before[stage.layers].plan
+                    and stage.layers in self._workers
+                ):
+                    _end(self._workers[stage.layers])  # it opens again, in the memory that it has now
+
+    def _is_alive(self, name: str) -> bool:
+        nodes = require_ray().nodes()
+        return any(node["NodeID"] == self._facts[name].node_id and node["Alive"] for node in nodes)
+
+
+def _without(plan: StagesPlan, lost: str) -> StagesPlan:
+    """The plan without a machine: its stages go where memory is left, or else where the others then hold less."""
+    try:
+        with suppress(BudgetError):
+            return take_over(plan, lost)
+        return crowd(plan, lost)
+    except BudgetError as error:
+        raise StageLostError(f"machine {lost} is gone: {error}") from error
+
+
+def _end(worker: WorkerHandle) -> None:
+    with suppress(Exception):
+        worker.close()

@@ -1,0 +1,163 @@
+"""A model whose layers are on several Ray nodes of this machine: the answers of transformers, also through their ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from local_cluster import LocalCluster, local_cluster
+from long_texts import answer, prompt
+from tiny import words
+
+from rabbit_engine import AutoModel, Session
+from rabbit_engine.errors import BudgetError, ClusterError, MachinesDifferError, StageLostError
+from rabbit_engine.model import cluster as clusters
+from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.planning.machines import Machine
+
+LAYERS = 9
+NODE_BYTES = 420_000
+"""Of 9 layers with 41 kB each, with room for 64 tokens and 197 kB for misaligned reads."""
+ON: dict[str, Any] = {"device": "cpu", "max_seq_len": 64}
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[LocalCluster]:
+    with local_cluster(nodes=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import families
+
+    return families.save("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def small_machines() -> Iterator[None]:
+    """Every machine has memory for some of the layers, and none is measured."""
+
+    def machines_of(facts: Any, _: Any) -> list[Machine]:
+        return [Machine(name=one.name, memory_bytes=NODE_BYTES, disk=one.name, link_rate=1e8) for one in facts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "machines_of", machines_of)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(ray_cluster: LocalCluster, folder: Path, small_machines: None) -> Iterator[Any]:
+    with AutoModel.from_pretrained(folder, **ON, cluster=ray_cluster.address) as loaded:
+        yield loaded
+
+
+def _stages(model: Any) -> Any:
+    return runtime_of(model).assembly.stages
+
+
+def test_the_answers_of_one_machine(model: Any, folder: Path, plain: Any) -> None:
+    expected = plain(folder)
+    assert len({stage.name for stage in _stages(model)}) == 2
+    ids = prompt(19)
+    for keywords in ({}, {"num_beams": 3}, {"do_sample": True}, {"prompt_lookup_num_tokens": 3}):
+        found, theirs = (answer(one, ids, **keywords) for one in (model, expected))
+        assert torch.equal(found.sequences, theirs.sequences)
+    assert all(torch.equal(mine, other) for mine, other in zip(found.scores, theirs.scores, strict=True))
+
+
+def test_many_texts(model: Any, folder: Path, plain: Any) -> None:
+    model.tokenizer = words(96)
+    with Session(model, prefix_store=None) as session:
+        texts = [prompt(7 + index)[0].tolist() for index in range(6)]
+        found = [list(one.tokens) for one in session.generate(texts, max_new_tokens=5)]
+    expected = plain(folder)
+    for text, tokens in zip(texts, found, strict=True):
+        ids = torch.tensor([text])
+        theirs = expected.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(text) :]
+        assert tokens == theirs.tolist()
+
+
+def test_a_worker_that_is_killed_amid_a_text(model: Any, folder: Path, plain: Any) -> None:
+    expected = answer(plain(folder), prompt(19), max_new_tokens=40).sequences
+    killed = threading.Event()
+
+    def kill_once() -> None:
+        if count.value == 12 and not killed.is_set():
+            killed.set()
+            _kill_a_worker()
+
+    count = _Counter(kill_once)
+    assert torch.equal(answer(model, prompt(19), max_new_tokens=40, streamer=count).sequences, expected)
+    assert killed.is_set()
+
+
+class _Counter:
+    """A streamer that calls `on_token` after each token."""
+
+    def __init__(self, on_token: Any) -> None:
+        self.value, self._on_token = 0, on_token
+
+    def put(self, _: Any) -> None:
+        self.value += 1
+        self._on_token()
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def _kill_a_worker() -> None:
+    workers = [one for one in psutil.process_iter(["cmdline"]) if "ray::StageWorker" in " ".join(one.info["cmdline"] or [])]
+    assert workers
+    workers[0].kill()
+
+
+def test_a_machine_that_ends(model: Any, ray_cluster: LocalCluster, folder: Path, plain: Any) -> None:
+    """Its layers go to the one that is left, which then holds less; a text under way goes on."""
+    ids = prompt(19)
+    expected = answer(plain(folder), ids, max_new_tokens=24).sequences
+    last = ray_cluster.nodes[-1]
+    ended = threading.Event()
+
+    def end() -> None:
+        if count.value == 8 and not ended.is_set():
+            ended.set()
+            ray_cluster.end(last)
+
+    count = _Counter(end)
+    assert torch.equal(answer(model, ids, max_new_tokens=24, streamer=count).sequences, expected)
+    assert ended.is_set()
+    assert len({stage.name for stage in _stages(model)}) == 1
+
+
+def test_nothing_is_left_after_close(model: Any, ray_cluster: LocalCluster) -> None:
+    assert ray_cluster.workers()
+    model.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and ray_cluster.workers():
+        time.sleep(0.1)
+    assert not ray_cluster.workers()
+
+
+def test_too_little_memory_says_what_is_missing(ray_cluster: LocalCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "machines_of", lambda facts, _: [Machine(name=one.name, memory_bytes=9000) for one in facts])
+    with pytest.raises(BudgetError, match="driver"):
+        AutoModel.from_pretrained(folder, **ON, cluster=ray_cluster.address)
+
+
+def test_other_versions_are_refused(ray_cluster: LocalCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rabbit_engine.cluster import machines
+
+    monkeypatch.setattr(machines, "own_versions", lambda: {"torch": "1.0"})
+    with pytest.raises(MachinesDifferError, match="torch"):
+        AutoModel.from_pretrained(folder, **ON, cluster=ray_cluster.address)
+
+
+def test_errors_are_of_one_family() -> None:
+    assert issubclass(StageLostError, ClusterError)
