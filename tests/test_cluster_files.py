@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -276,6 +277,26 @@ def test_shards_are_fetched_and_loaded_as_the_driver_has_them(model_folder: Path
     assert found.manifest == driver.source.manifest
     assert_equal(found, driver.source, mine)
     assert not ensure(driver.here, (), driver.read, folder=tmp_path / "copies").is_copy
+
+
+def test_a_checkpoint_in_several_files_is_known_by_its_headers(tmp_path: Path) -> None:
+    folder = tmp_path / "driver" / "parts"
+    llama(**SIZES).save_pretrained(folder, max_shard_size="4MB")
+    driver = Driver(folder)
+    mine = driver.layers(3)
+    local = driver.ensure(tmp_path / "copies", mine)
+    copied = sorted(Path(local.name).glob("*.safetensors"))
+    assert len(copied) == len(driver.here.weights) > 2
+    assert sum(path.stat().st_blocks * 512 > 2**20 for path in copied) < len(copied) - 1
+    assert_equal(opened(local), driver.source, mine)
+
+
+def test_a_gguf_file_is_fetched_whole(tmp_path: Path) -> None:
+    (tmp_path / "driver").mkdir()
+    driver = Driver(gguf_files.write(tmp_path / "driver" / "tiny.gguf", "llama", "Q4_K"))
+    local = driver.ensure(tmp_path / "copies", [])
+    assert local.is_copy
+    assert_equal(opened(local), driver.source, list(driver.source.entries))
 
 
 def test_a_repo_of_the_hub_is_copied_as_its_cache_has_it(model_folder: Path, tmp_path: Path) -> None:
