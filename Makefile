@@ -88,6 +88,7 @@ OURS := \
   session_options \
   speculation_record \
   speculation_script \
+  split_onto \
   splitting \
   stages_plan \
   telling \

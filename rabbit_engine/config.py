@@ -147,7 +147,8 @@ class CompressionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits next to it.
+    """Whether and how a checkpoint is split: `dtype=None` keeps its own, `saving_path=None` splits next to it. With `more_paths`
+    it is spread over those too.
 
     `mode` "auto" streams from the original files if they hold the weights in the model's form and neither a path for shards
     nor a `compression` is given; "always" splits; "never" does not.
@@ -155,6 +156,7 @@ class SplitConfig:
 
     dtype: torch.dtype | None = None
     saving_path: Path | None = None
+    more_paths: tuple[Path, ...] = ()
     delete_original: bool = False
     mode: str = "auto"
     compression: CompressionConfig | None = None
@@ -168,8 +170,16 @@ class SplitConfig:
             raise ConfigurationError(
                 'split="never" makes no shards, but compressed weights are stored in some: leave out one of them'
             )
+        if self.more_paths and len({path.expanduser().resolve() for path in self.saving_paths}) < len(self.saving_paths):
+            named = ", ".join(map(str, self.saving_paths))
+            raise ConfigurationError(f"layer_shards_saving_path names a folder twice ({named}): name each disk once")
         if not isinstance(self.delete_original, bool):
             raise ConfigurationError(f"delete_original={self.delete_original!r} must be True or False: it deletes files")
+
+    @property
+    def saving_paths(self) -> tuple[Path, ...]:
+        """All of them."""
+        return () if self.saving_path is None else (self.saving_path, *self.more_paths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +267,20 @@ def parse_path(keyword: str, value: object) -> Path | None:
     if not _can_be_file(str(value)):
         raise ConfigurationError(f"{keyword}={shown(value)} cannot be a folder name: pass another, or leave it out")
     return Path(value)
+
+
+def parse_paths(keyword: str, value: object) -> tuple[Path, ...]:
+    """A keyword's value as paths: one, a list of several, or none if it is not given. Raises ConfigurationError.
+
+    Several are in the order of their names: it does not matter in which order they are given.
+    """
+    if not isinstance(value, list | tuple):
+        path = parse_path(keyword, value)
+        return () if path is None else (path,)
+    paths = [parse_path(keyword, item) for item in value]
+    if not paths or None in paths:
+        raise ConfigurationError(f"{keyword}={value!r} names no folder, or an empty one: pass a path, or a list of them")
+    return tuple(sorted((path for path in paths if path is not None), key=lambda path: path.expanduser().resolve()))
 
 
 _AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

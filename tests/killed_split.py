@@ -1,7 +1,7 @@
 """Splits checkpoints in child processes that SIGKILL themselves (or are killed after a while), then lets one finish.
 
 Reads jobs from stdin, a JSON list a line: `[CHECKPOINT, SAVING_PATH, "events" | "timer" | "both", *WORDS]`, where a word is
-"delete" or "4bit"; writes the number of children killed, a line each.
+"delete", "4bit" or "onto" (two folders in SAVING_PATH); writes the number of children killed, a line each.
 
 `events`: child n kills itself at its n-th file operation, over what child n - 1 left, until a child finishes.
 `timer`: 25 children are killed after a random time, then one finishes. `both`: two at once, of which none is killed.
@@ -48,7 +48,10 @@ def kill_at(event_number: int, folders: tuple[str, ...]) -> None:
 def split(checkpoint: Path, saving_path: Path, words: list[str]) -> None:
     compression = CompressionConfig(method="4bit") if "4bit" in words else None
     delete = "delete" in words
-    config = SplitConfig(mode="always", saving_path=saving_path, delete_original=delete, compression=compression)
+    first, *more = [saving_path / disk for disk in "ab"] if "onto" in words else [saving_path]
+    config = SplitConfig(
+        mode="always", saving_path=first, more_paths=tuple(more), delete_original=delete, compression=compression
+    )
     prepare(checkpoint, SourceConfig(), config, progress=False)
 
 

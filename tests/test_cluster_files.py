@@ -299,6 +299,18 @@ def test_a_gguf_file_is_fetched_whole(tmp_path: Path) -> None:
     assert_equal(opened(local), driver.source, list(driver.source.entries))
 
 
+def test_a_split_over_several_folders_is_fetched_with_its_parts(model_folder: Path, tmp_path: Path) -> None:
+    split = SplitConfig(saving_path=tmp_path / "a", more_paths=(tmp_path / "b",))
+    driver = Driver(model_folder, split=split)
+    mine = driver.layers(1, 2)
+    assert {path.parents[2].name for name in mine for path in [driver.source.entries[name].places[-1].path]} == {"a", "b"}
+    local = driver.ensure(tmp_path / "copies", mine)
+    found = opened(local)
+    require_present(found.entries, mine)
+    assert_equal(found, driver.source, mine)
+    assert not ensure(driver.here, (), driver.read, folder=tmp_path / "copies").is_copy
+
+
 def test_a_repo_of_the_hub_is_copied_as_its_cache_has_it(model_folder: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub"

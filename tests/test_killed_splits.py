@@ -48,8 +48,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
         jobs.close()
 
 
-def split(folder: Path, saving_path: Path, compression: CompressionConfig | None = None) -> None:
-    config = SplitConfig(mode="always", saving_path=saving_path, compression=compression)
+def split(folder: Path, saving_path: Path, compression: CompressionConfig | None = None, more: tuple[Path, ...] = ()) -> None:
+    config = SplitConfig(mode="always", saving_path=saving_path, compression=compression, more_paths=more)
     prepare(folder, SourceConfig(), config, progress=False)
 
 
@@ -69,6 +69,16 @@ def test_split_killed_again_and_again_ends_with_identical_files(
     assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
 
 
+@pytest.mark.parametrize(("mode", "kills"), [("events", 25), ("both", -1)])
+def test_a_split_over_two_folders_ends_with_identical_files(
+    mode: str, kills: int, harness: Harness, checkpoint: Any, tmp_path: Path
+) -> None:
+    split(checkpoint("llama_tied"), tmp_path / "at once" / "a", more=(tmp_path / "at once" / "b",))
+    assert harness(checkpoint("llama_tied"), tmp_path / "killed", mode, "onto") > kills
+    once, killed = (contents(tmp_path / place) for place in ("at once", "killed"))
+    assert {name: raw for name, raw in killed.items() if not name.endswith(JOURNAL_NAME)} == once  # the last child left it
+
+
 @pytest.mark.parametrize("mode", ["events", "timer"])
 def test_a_killed_compression_ends_with_identical_files(mode: str, harness: Harness, tmp_path: Path) -> None:
     folder = families.save("llama_tied", tmp_path / "model", torch.bfloat16, **WIDE)
@@ -80,17 +90,19 @@ def test_a_killed_compression_ends_with_identical_files(mode: str, harness: Harn
     assert killed == once
 
 
+@pytest.mark.parametrize("onto", [False, True])
 def test_killed_while_deleting_originals_loses_nothing(
-    harness: Harness, own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any
+    onto: bool, harness: Harness, own_checkpoint: Any, tmp_path: Path, plain: Any, streamed: Any, ids: Any
 ) -> None:
-    folder = own_checkpoint("llama", num_hidden_layers=5)
+    folder = own_checkpoint("llama", num_hidden_layers=3 if onto else 5)
     expected = plain(folder)(ids).logits
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    kills = harness(folder, tmp_path / "shards", "events", "delete")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    kills = harness(folder, tmp_path / "shards", "events", "delete", *(["onto"] if onto else []))
     assert kills > 25
     assert list(folder.glob("*.safetensors")) == []
     with torch.no_grad():
-        model = streamed(folder, split="always", layer_shards_saving_path=tmp_path / "shards")
+        places = [tmp_path / "shards" / disk for disk in "ba"] if onto else tmp_path / "shards"
+        model = streamed(folder, split="always", layer_shards_saving_path=places)
         assert torch.equal(model(ids).logits, expected)
 
 

@@ -19,7 +19,8 @@ from rabbit_engine.checkpoints.formats import (
 )
 from rabbit_engine.checkpoints.reading import Reading
 from rabbit_engine.checkpoints.request import ModelRequest
-from rabbit_engine.checkpoints.shards import Journal, Manifest, read_entries, read_journal, read_manifest
+from rabbit_engine.checkpoints.shards import Journal, Manifest, read_journal
+from rabbit_engine.checkpoints.striping import read_set
 from rabbit_engine.errors import CheckpointNotFoundError, DamagedShardError, HubUnreachableError, ShardError
 from rabbit_engine.storage.tensorfiles import TORCH_DTYPES, TensorEntry
 
@@ -46,10 +47,11 @@ def find_existing(request: ModelRequest, *, repair: bool) -> Existing:
     """
     problem, manifest = "", None
     try:
-        manifest = read_manifest(request.folder)
+        split = read_set(request.folders)
+        manifest = None if split is None else split.manifest
         changed = "" if manifest is None else _difference(request, manifest)
-        if manifest is not None and not changed:
-            return Existing(manifest, read_entries(request.folder, manifest))
+        if split is not None and not changed:
+            return Existing(manifest, split.entries())
         if changed:
             problem = f"the source of {request.folder} has changed ({changed}): splitting again"
     except DamagedShardError as error:

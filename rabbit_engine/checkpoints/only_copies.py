@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,29 @@ from rabbit_engine.errors import DamagedShardError
 
 _QUOTE = '"'
 
+_OVER = re.compile(r"-over([0-9]+)$")
+"""How the name of a folder ends that has a part of a split."""
+
 
 @dataclass(frozen=True, slots=True)
 class OnlyCopy:
     """A split whose originals are deleted, or of which it has deleted some before it was interrupted.
 
-    `dtype` is named as in torch; `compression` is the fingerprint of how weights are stored, if that is not plain.
+    `dtype` is named as in torch; `compression` is the fingerprint of how weights are stored, if that is not plain. It is spread
+    over `folders`, of which `folder` is one.
     """
 
     folder: Path
     dtype: str
     compression: Mapping[str, Any] | None
     finished: bool
+    folders: int = 1
 
-    def keywords(self, dtype: str, *, compressed: bool) -> dict[str, str]:
-        """What to pass in place of this `dtype` and compression, as Python; None is to be left out."""
+    def keywords(self, dtype: str, *, compressed: bool, folders: int = 1) -> dict[str, str]:
+        """What to pass in place of this `dtype` and compression and so many folders, as Python; None is to be left out."""
         found = {} if dtype == self.dtype else {"dtype": f'"{self.dtype}"'}
+        if folders != self.folders:
+            found["layer_shards_saving_path"] = f"[all {self.folders} folders]" if self.folders > 1 else "its folder"
         if self.compression is None:
             return found | ({"compression": "None"} if compressed else {})
         if self.compression["method"] != "bnb":
@@ -47,7 +55,9 @@ def find_only_copies(root: Path, prefix: str = "") -> Iterator[OnlyCopy]:
             made_from = manifest or journal
             assert made_from is not None  # noqa: S101 - for mypy
             dtype = folder.name.removeprefix(prefix).partition("-")[0]
-            yield OnlyCopy(folder, dtype, made_from.source.get("compression"), manifest is not None)
+            over = _OVER.search(folder.name)
+            compression = made_from.source.get("compression")
+            yield OnlyCopy(folder, dtype, compression, manifest is not None, int(over[1]) if over else 1)
 
 
 def _bitsandbytes(made: Mapping[str, Any]) -> str:
@@ -67,7 +77,7 @@ def advice_to_load(copy: OnlyCopy, name: str, keywords: Mapping[str, str], savin
 
 def _command(name: str, keywords: Mapping[str, str], saving_path: Path | None) -> str:
     """Empty if the command line has no such options."""
-    if "quantization_config" in keywords or "None" in keywords.values():
+    if {"quantization_config", "layer_shards_saving_path"} & keywords.keys() or "None" in keywords.values():
         return ""
     place = [] if saving_path is None else [f"--saving-path {saving_path}"]
     options = [f"--{keyword} {value.strip(_QUOTE)}" for keyword, value in keywords.items()]

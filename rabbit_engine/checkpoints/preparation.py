@@ -22,16 +22,16 @@ from rabbit_engine.checkpoints.request import ModelRequest
 from rabbit_engine.checkpoints.resolution import InPlace, MustSplit, Resolution, Shards, Streamable, resolve, with_model
 from rabbit_engine.checkpoints.shards import (
     Journal,
-    Manifest,
     make_folder,
-    read_entries,
     require_no_link,
     verify_shard,
     write_manifest,
 )
 from rabbit_engine.checkpoints.skeleton import Build, build_plain, map_names
 from rabbit_engine.checkpoints.splitter import Split, only_one_process
+from rabbit_engine.checkpoints.striping import read_set
 from rabbit_engine.config import SourceConfig, SplitConfig
+from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.quantization.storable import Storable
 from rabbit_engine.storage.directio import is_file
 
@@ -72,16 +72,19 @@ def _split(source: MustSplit, resolution: Resolution, progress: bool) -> Shards:
     request = source.request
     if not request.asks_for_split and not source.resumes:
         logger.info("%s cannot be streamed as it is: %s", request.repo.name, source.reason)
-    make_folder(request.folder)
-    with only_one_process(request.folder):
+    for folder in request.folders:
+        make_folder(folder)
+    with only_one_process(*request.folders):
         now = find_existing(request, repair=True)
         if now.manifest is not None and now.manifest != source.replaces:
             return Shards(request, now.manifest, now.entries)
         logger.info("converting %s once, into %s", request.repo.name, request.folder)
         mapped = resolution.conversion if now.journal == source.journal else None
         split = _open_split(request, now.journal, mapped, resolution.build)
-        manifest = replace(split, progress=progress).run()
-    return Shards(request, manifest, read_entries(request.folder, manifest))
+        replace(split, progress=progress).run()
+        made = read_set(request.folders)
+        assert made is not None  # noqa: S101 - it was just written
+    return Shards(request, made.manifest, made.entries())
 
 
 def _open_split(request: ModelRequest, journal: Journal | None, mapped: Conversion | None, build: Build) -> Split:
@@ -95,7 +98,7 @@ def _open_split(request: ModelRequest, journal: Journal | None, mapped: Conversi
         conversion = map_names(request.architecture, request.dtype, tensors.tensors, build)
         tensors = replace(tensors, tensors=conversion.tensors)
     return Split(
-        folder=request.folder,
+        folders=request.folders,
         originals=request.repo.folder,
         source=journal.source if journal else source_fingerprint(request, files),
         tensors=tensors,
@@ -150,12 +153,18 @@ def _originals(source: Shards) -> list[Path]:
 
 def _delete_all(source: Shards) -> Shards:
     """Delete the originals of a split that existed already: verify all of it, record the deletion, then delete."""
-    manifest: Manifest = replace(source.manifest, source={**source.manifest.source, "deleted": True})
-    require_no_link(source.folder)
-    with only_one_process(source.folder):
-        for record in manifest.shards:
-            verify_shard(source.folder, record, source.manifest)
-        write_manifest(source.folder, manifest)
+    for folder in source.request.folders:
+        require_no_link(folder)
+    with only_one_process(*source.request.folders):
+        split = read_set(source.request.folders)
+        if split is None:
+            raise DamagedShardError(f"{source.folder} was deleted while it was used: split again")
+        parts = list(zip(split.folders, split.manifests, strict=True))
+        for folder, manifest in parts:
+            for record in manifest.shards:
+                verify_shard(folder, record, manifest)
+        for folder, manifest in parts:
+            write_manifest(folder, replace(manifest, source={**manifest.source, "deleted": True}))
     for path in _originals(source):
         delete_original(path, source.repo)
-    return replace(source, manifest=manifest)
+    return replace(source, manifest=replace(source.manifest, source={**source.manifest.source, "deleted": True}))

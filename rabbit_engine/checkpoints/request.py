@@ -56,6 +56,12 @@ class ModelRequest:
     folder: Path
     split: SplitConfig
     gguf: GgufHeader | None = field(default=None, repr=False)
+    more_folders: tuple[Path, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders of its split: it is spread over them."""
+        return self.folder, *self.more_folders
 
     @property
     def asks_for_split(self) -> bool:
@@ -97,8 +103,9 @@ def open_request(name: str | Path, source: SourceConfig, split: SplitConfig, rea
     architecture = find_architecture(repo.folder, _config_overrides(source), gguf=None if gguf is None else gguf.config)
     split = _allowed(split, architecture, repo)
     dtype = split.dtype or _own_dtype(repo, architecture.config, source, root, reading)
-    folder = root / split_name(dtype, source, repo.names, split.compression)
-    return ModelRequest(repo, source, architecture, dtype, folder, split, gguf)
+    name = split_name(dtype, source, repo.names, split.compression, len(split.saving_paths))
+    more = tuple(shards_root(repo, path) / name for path in split.more_paths)
+    return ModelRequest(repo, source, architecture, dtype, root / name, split, gguf, more)
 
 
 def _allowed(split: SplitConfig, architecture: Architecture, repo: Repo) -> SplitConfig:
@@ -186,10 +193,16 @@ def shards_root(repo: Repo, saving_path: Path | None) -> Path:
 
 
 def split_name(
-    dtype: torch.dtype, source: SourceConfig, names: Sequence[str], compression: CompressionConfig | None = None
+    dtype: torch.dtype,
+    source: SourceConfig,
+    names: Sequence[str],
+    compression: CompressionConfig | None = None,
+    folders: int = 1,
 ) -> str:
-    """The folder name of one of a checkpoint's splits: it identifies the original files, the dtype and the compression."""
+    """The folder name of one of a checkpoint's splits: it identifies the original files, the dtype, the compression, and over
+    how many folders it is spread."""
     end = "" if compression is None else f"-{_compression_name(compression)}"
+    end += f"-over{folders}" if folders > 1 else ""
     return _split_prefix(source, names) + str(dtype).removeprefix("torch.") + end
 
 

@@ -97,6 +97,11 @@ class Shards(_Resolved):
         return self.request.folder
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """All its files."""
+        return tuple(folder / record.file for record in self.manifest.shards for folder in self.request.folders)
+
+    @property
     def ties(self) -> Mapping[str, str]:
         """Weights to the stored ones that they share."""
         return self.manifest.ties
@@ -107,7 +112,7 @@ class Shards(_Resolved):
         return self.manifest.unused_weights
 
     def __str__(self) -> str:
-        return f"streamed from the shards in {self.folder}"
+        return f"streamed from the shards in {' and '.join(map(str, self.request.folders))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ class MustSplit(_Resolved):
         return self.request.folder
 
     def __str__(self) -> str:
-        return f"split first, into {self.folder} ({self.reason})"
+        return f"split first, into {' and '.join(map(str, self.request.folders))} ({self.reason})"
 
 
 Streamable = InPlace | Shards
@@ -185,7 +190,8 @@ def _require_originals(request: ModelRequest) -> None:
     """Raise CheckpointNotFoundError if the original files were deleted after a split with other keywords: it names that."""
     for copy in request.only_copies() if request.lacks_weights() else ():
         compressed = request.split.compression is not None
-        keywords = copy.keywords(str(request.dtype).removeprefix("torch."), compressed=compressed)
+        dtype, count = str(request.dtype).removeprefix("torch."), len(request.folders)
+        keywords = copy.keywords(dtype, compressed=compressed, folders=count)
         if keywords and copy.folder != request.folder:
             raise CheckpointNotFoundError(advice_to_load(copy, request.repo.name, keywords, request.split.saving_path))
 

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +56,19 @@ class ShardRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Stripe:
+    """Which of the folders of a split one is: its number from 0, and how many there are."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The contents of a split folder. Written last, so its presence means that every shard is complete.
 
-    `source` is the fingerprint of the checkpoint the shards were made from; `ties` maps a parameter to the one it shares.
+    `source` is the fingerprint of the checkpoint the shards were made from; `ties` maps a parameter to the one it shares. A
+    split over several folders has a manifest in each, with a `stripe`.
     """
 
     dtype: str
@@ -67,6 +76,7 @@ class Manifest:
     ties: Mapping[str, str]
     shards: tuple[ShardRecord, ...]
     version: int = FORMAT_VERSION
+    stripe: Stripe | None = None
 
     @property
     def unused_weights(self) -> tuple[str, ...]:
@@ -114,8 +124,9 @@ def shard_record(path: Path) -> ShardRecord:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the split."""
     path = folder / MANIFEST_NAME
+    values = {name: value for name, value in asdict(manifest).items() if value is not None}
     with _write_errors(path), written_whole(path) as file:
-        file.write(json.dumps(asdict(manifest), indent=1, sort_keys=True).encode() + b"\n")
+        file.write(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -134,7 +145,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         source.flag("deleted")
         if "unused_weights" in source.values and not all(isinstance(name, str) for name in source.items("unused_weights")):
             raise ValueError(f"source.unused_weights is {shown(source.values['unused_weights'])}, not a list of names")
-        return Manifest(_dtype(fields), source.values, fields.texts("ties"), shards)
+        stripe = _stripe(fields.fields("stripe")) if "stripe" in fields.values else None
+        return Manifest(_dtype(fields), source.values, fields.texts("ties"), shards, stripe=stripe)
     except ValueError as cause:
         raise DamagedShardError(f"{path} cannot be read: {cause}; {_AGAIN}") from cause
 
@@ -163,6 +175,13 @@ def _shard_row(row: Fields) -> ShardRecord:
     if file != f"{name}.safetensors" or Path(file).name != file:
         raise ValueError(f"{row.where}.file is {shown(file)}, expected {shown(name)} and .safetensors")
     return ShardRecord(name, file, row.count("file_bytes"), row.text("header_xxh3_128"), row.text("data_xxh3_128"))
+
+
+def _stripe(row: Fields) -> Stripe:
+    stripe = Stripe(row.count("index"), row.count("count"))
+    if not stripe.index < stripe.count or stripe.count < 2:
+        raise ValueError(f"{row.where} is {shown(row.values)}, not one of several folders")
+    return stripe
 
 
 def _check_source(source: Fields) -> None:
@@ -194,13 +213,23 @@ def _dtype(fields: Fields) -> str:
 
 
 def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
-    """Every weight of a split, from the shards' headers, which are checked against the manifest (sizes and checksums)."""
+    """Every weight of a split in one folder, from the shards' headers, which are checked against the manifest (sizes and
+    checksums). Raises DamagedShardError, also for one folder of several."""
+    if manifest.stripe is not None:
+        raise DamagedShardError(f"{folder} is one of {manifest.stripe.count} folders of a split: name all of them")
+    advice = manifest.advice(folder)
+    found = [(folder / record.file, _weights_of(folder, record, advice)) for record in manifest.shards]
+    return join_entries(found, folder, manifest)
+
+
+def join_entries(found: Iterable[tuple[Path, Sequence[TensorEntry]]], folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
+    """The weights of all shards by name, each of which came from a file. Raises DamagedShardError unless they fit the ties."""
     entries: dict[str, TensorEntry] = {}
     advice = manifest.advice(folder)
-    for record in manifest.shards:
-        for entry in _weights_of(folder, record, advice):
+    for path, some in found:
+        for entry in some:
             if entry.name in entries:
-                raise DamagedShardError(f"{folder / record.file} and another shard both hold {entry.name}; {advice}")
+                raise DamagedShardError(f"{path} and another shard both hold {entry.name}; {advice}")
             entries[entry.name] = entry
     for target, stored in manifest.ties.items():
         if stored not in entries or target in entries:
@@ -211,13 +240,14 @@ def read_entries(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
 
 def _weights_of(folder: Path, record: ShardRecord, advice: str) -> list[TensorEntry]:
     try:
-        return list(weights_in(_checked_header(folder, record, advice)))
+        return list(weights_in(checked_header(folder, record, advice)))
     except ValueError as cause:
         raise DamagedShardError(f"{folder / record.file} cannot be read: {cause}; {advice}") from cause
 
 
 @damage_as(DamagedShardError)
-def _checked_header(folder: Path, record: ShardRecord, advice: str) -> Header:
+def checked_header(folder: Path, record: ShardRecord, advice: str) -> Header:
+    """The header of a shard that has the size and checksum of its record. Raises DamagedShardError."""
     path = folder / record.file
     try:
         header = read_header(path, advice)
@@ -237,7 +267,7 @@ def verify_shard(folder: Path, record: ShardRecord, manifest: Manifest | None = 
     The `manifest` of a finished split tells whether it can be rebuilt.
     """
     advice = _REBUILD if manifest is None else manifest.advice(folder)
-    header = _checked_header(folder, record, advice)
+    header = checked_header(folder, record, advice)
     digest = xxhash.xxh3_128()
     with open_unchanged(header.path, None) as file, disk_errors(header.path):
         file.seek(header.data_start)

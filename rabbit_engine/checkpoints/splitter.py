@@ -7,8 +7,9 @@ some of its originals can resume. The manifest replaces it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from rabbit_engine.checkpoints.hub import require_room
 from rabbit_engine.checkpoints.shard_encodings import Weight
 from rabbit_engine.checkpoints.shards import (
     JOURNAL_NAME,
+    MANIFEST_NAME,
     ORIGIN_KEY,
     Journal,
     Manifest,
     ShardRecord,
+    Stripe,
     finished_shard,
     is_shard,
-    read_entries,
     remove_journal,
     verify_shard,
     without_scratch,
@@ -48,6 +50,7 @@ from rabbit_engine.checkpoints.split_plan import (
     stored_separately,
     tied_together,
 )
+from rabbit_engine.checkpoints.striping import ShardSet, striped
 from rabbit_engine.errors import (
     DamagedShardError,
     MismatchedWeightsError,
@@ -68,10 +71,22 @@ _CONVERTED_TOGETHER = 256 * 2**20
 
 DeleteOriginal = Callable[[Path], None]
 
+Records = tuple[ShardRecord, ...]
+"""Of one shard: that of its file in each folder."""
+
 
 @contextmanager
-def only_one_process(folder: Path) -> Iterator[None]:
-    """Hold the lock of a shards folder; it is released whenever its process ends. Raises ShardsNotWritableError."""
+def only_one_process(*folders: Path) -> Iterator[None]:
+    """Hold the locks of shards folders, which are in order; they are released whenever the process ends. Raises
+    ShardsNotWritableError."""
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(_only_one_process(folder))
+        yield
+
+
+@contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     if path.is_symlink():
         raise ShardsNotWritableError(f"{path} is a link to {path.resolve()}, and nothing is written through it: delete the link")
@@ -96,13 +111,13 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 @dataclass(slots=True)
 class Split:
-    """One split of one checkpoint, from the plan to the manifest.
+    """One split of one checkpoint, from the plan to the manifests of its `folders`, the first of which has the journal.
 
     `source` is the fingerprint of the originals in `originals`; `tensors` reads them, except those that `journal` lists
     as deleted. Weights in `encodings` are stored encoded. `delete` removes an original; None keeps them.
     """
 
-    folder: Path
+    folders: tuple[Path, ...]
     originals: Path
     source: Mapping[str, Any]
     tensors: TensorSource
@@ -117,6 +132,11 @@ class Split:
     """A weight that is stored but has no tensor of its own -> the weight that has its values."""
 
     @property
+    def folder(self) -> Path:
+        """The first of its folders."""
+        return self.folders[0]
+
+    @property
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device."""
         return self.conversion.skeleton
@@ -128,14 +148,14 @@ class Split:
         ties, self._copied = self._without_encoded(settled)
         plans = self._plan(targets, ties)
         journal = self._open_journal(settled)
-        finished = {plan.name: record for plan in plans if (record := finished_shard(self._path(plan), self._origin(plan)))}
+        finished = {plan.name: whole for plan in plans if (whole := self._finished(plan))}
         self._require_originals(plans, frozenset(finished))
         self._require_room(plans, frozenset(finished))
         missing = sum(plan.file_bytes for plan in plans if plan.name not in finished)
         logger.info("writing %s into %s", format_bytes(missing), self.folder)
         records = self._write_all(plans, finished, journal)
         used = sorted({file for plan in plans for file in plan.files})
-        manifest = self._finish(tuple(records.values()), ties, used, self.conversion.unused())
+        manifest = self._finish(list(records.values()), ties, used, self.conversion.unused())
         self._delete_originals(files_done_after(plans)[plans[-1].name], plans, records, journal)
         return manifest
 
@@ -204,7 +224,8 @@ class Split:
     def _open_journal(self, ties: Ties) -> Journal:
         if self.journal is not None:
             return self.journal
-        without_scratch(self.folder)
+        for folder in self.folders:
+            without_scratch(folder)
         journal = Journal(
             self.source, dict(ties.shared), sorted(ties.dropped), journal_rows(self.tensors.tensors, self.originals), []
         )
@@ -217,20 +238,23 @@ class Split:
             gone = next((file for file in sorted(plan.files) if not is_file(self.originals / file)), None)
             if plan.name not in finished and gone is not None:
                 raise DamagedShardError(
-                    f"{self._path(plan)} is damaged or missing, and so is {gone}, which it was made from: "
+                    f"{self._paths(plan)[0]} is damaged or missing, and so is {gone}, which it was made from: "
                     f"download the checkpoint again and delete {self.folder}"
                 )
 
     def _require_room(self, plans: tuple[ShardPlan, ...], finished: frozenset[str]) -> None:
         gone = self.journal.deleted if self.journal else ()
         freed = {row["name"]: row["bytes"] for row in self.source["files"] if row["name"] not in gone} if self.delete else {}
-        require_room(self.folder, peak_extra_bytes(plans, finished, freed), f"splitting {self.originals.name}")
+        if len(self.folders) > 1:  # on other disks than most of what is deleted
+            freed = {}
+        share = -(-peak_extra_bytes(plans, finished, freed) // len(self.folders))
+        disks = Counter(folder.stat().st_dev for folder in self.folders)
+        for folder in self.folders:
+            require_room(folder, share * disks[folder.stat().st_dev], f"splitting {self.originals.name}")
 
-    def _write_all(
-        self, plans: tuple[ShardPlan, ...], finished: Mapping[str, ShardRecord], journal: Journal
-    ) -> dict[str, ShardRecord]:
+    def _write_all(self, plans: tuple[ShardPlan, ...], finished: Mapping[str, Records], journal: Journal) -> dict[str, Records]:
         done_after = files_done_after(plans)
-        records: dict[str, ShardRecord] = {}
+        records: dict[str, Records] = {}
         total = sum(plan.file_bytes for plan in plans)
         with Bar(desc="Splitting", total=total, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
             for plan in plans:
@@ -241,16 +265,24 @@ class Split:
                     self._delete_originals(done_after[plan.name], plans, records, journal)
         return records
 
-    def _write(self, plan: ShardPlan) -> ShardRecord:
+    def _finished(self, plan: ShardPlan) -> Records:
+        """The records of a shard that is complete in all folders; else none."""
+        found = [finished_shard(path, self._origin(plan, index)) for index, path in enumerate(self._paths(plan))]
+        records = tuple(record for record in found if record is not None)
+        return records if len(records) == len(found) else ()
+
+    def _write(self, plan: ShardPlan) -> Records:
         try:
             weights = self._compressed(plan) if self.encodings else self.conversion.convert(plan.keys)
         except MismatchedWeightsError as error:
             files = ", ".join(str(self.originals / file) for file in sorted(plan.files))
             raise MismatchedWeightsError(f"{files}: {error}") from error
-        record = write_shard(self._path(plan), weights, {ORIGIN_KEY: self._origin(plan), "format": "pt"})
+        records = []
+        for index, (path, (part, said)) in enumerate(zip(self._paths(plan), striped(weights, len(self.folders)), strict=True)):
+            records.append(write_shard(path, part, {**said, ORIGIN_KEY: self._origin(plan, index), "format": "pt"}))
         self.tensors.release()
-        logger.debug("wrote %s", record.file)
-        return record
+        logger.debug("wrote %s", records[0].file)
+        return tuple(records)
 
     def _compressed(self, plan: ShardPlan) -> dict[str, Weight]:
         """The weights of a shard; only a few are in memory in full at a time."""
@@ -290,7 +322,7 @@ class Split:
             return weight
 
     def _delete_originals(
-        self, names: list[str], plans: tuple[ShardPlan, ...], records: Mapping[str, ShardRecord], journal: Journal
+        self, names: list[str], plans: tuple[ShardPlan, ...], records: Mapping[str, Records], journal: Journal
     ) -> None:
         if self.delete is None:
             return
@@ -302,36 +334,48 @@ class Split:
                     journal.write(self.folder)  # before the deletion: a killed split must know that the file may be missing
             self.delete(self.originals / name)
 
-    def _verify(self, records: list[ShardRecord]) -> None:
-        for record in records:
-            if record.name not in self._verified:
-                verify_shard(self.folder, record)
-                self._verified.add(record.name)
+    def _verify(self, shards: list[Records]) -> None:
+        for records in shards:
+            if records[0].name not in self._verified:
+                for folder, record in zip(self.folders, records, strict=True):
+                    verify_shard(folder, record)
+                self._verified.add(records[0].name)
 
-    def _finish(self, records: tuple[ShardRecord, ...], ties: Ties, used: list[str], unused: list[str]) -> Manifest:
+    def _finish(self, shards: Sequence[Records], ties: Ties, used: list[str], unused: list[str]) -> Manifest:
         source = {**self.source, "used": used, "deleted": self.delete is not None, "unused_weights": unused}
-        manifest = Manifest(str(self.dtype).removeprefix("torch."), source, dict(ties.shared), records)
-        self._require_all(set(read_entries(self.folder, manifest)), ties)
-        self._remove_strangers(manifest)
-        write_manifest(self.folder, manifest)
+        dtype, ties_made = str(self.dtype).removeprefix("torch."), dict(ties.shared)
+        count = len(self.folders)
+        manifests = tuple(
+            Manifest(dtype, source, ties_made, records, stripe=Stripe(index, count) if count > 1 else None)
+            for index, records in enumerate(zip(*shards, strict=True))
+        )
+        self._require_all(set(ShardSet(self.folders, manifests).entries()), ties)
+        if count > 1:
+            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # no moment has new manifests and old ones
+        for folder, manifest in reversed(list(zip(self.folders, manifests, strict=True))):  # the first completes the split
+            _remove_strangers(folder, manifest)
+            write_manifest(folder, manifest)
         remove_journal(self.folder)
-        return manifest
+        return manifests[0]
 
-    def _remove_strangers(self, manifest: Manifest) -> None:
-        """Delete shards of an earlier split with another layout; files of other origin are kept."""
-        known = {record.file for record in manifest.shards}
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in known and is_shard(path):
-                path.unlink()
+    def _paths(self, plan: ShardPlan) -> list[Path]:
+        """Its file in each folder."""
+        return [folder / f"{plan.name}.safetensors" for folder in self.folders]
 
-    def _path(self, plan: ShardPlan) -> Path:
-        return self.folder / f"{plan.name}.safetensors"
-
-    def _origin(self, plan: ShardPlan) -> str:
+    def _origin(self, plan: ShardPlan, index: int) -> str:
         model = {name: list(t.shape) for name, t in self.skeleton.state_dict().items() if name.startswith(f"{plan.name}.")}
         made_from = {"source": self.source, "keys": plan.keys, "dtype": str(self.dtype), "model": model}
         kinds = {name: self.encodings[name].form for name in sorted(model.keys() & self.encodings)}
-        return digest({**made_from, "encodings": kinds} if self.encodings else made_from)
+        stripe = {"stripe": [index, len(self.folders)]} if len(self.folders) > 1 else {}
+        return digest({**made_from, **stripe, **({"encodings": kinds} if self.encodings else {})})
+
+
+def _remove_strangers(folder: Path, manifest: Manifest) -> None:
+    """Delete shards of an earlier split with another layout; files of other origin are kept."""
+    known = {record.file for record in manifest.shards}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in known and is_shard(path):
+            path.unlink()
 
 
 def file_of(tensor: LazyTensor, originals: Path) -> str:

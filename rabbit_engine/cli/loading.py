@@ -77,6 +77,13 @@ def _parse_folder(text: str) -> Path:
     return Path(text)
 
 
+def _parse_folders(text: str) -> str:
+    """Reject one folder: that is --saving-path. Several are kept as text, which the option's type must be."""
+    if len([_parse_folder(part) for part in text.split(",")]) < 2:
+        raise typer.BadParameter(f"{text} is one folder: name several, separated by commas, or use --saving-path")
+    return text
+
+
 Device = Annotated[str | None, typer.Option(help="cuda:0, xpu:0, mps or cpu; the default is the best available.")]
 Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's own.")]
 MaxMemory = Annotated[
@@ -107,6 +114,14 @@ Compression = Annotated[
 SavingPath = Annotated[
     Path | None,
     typer.Option(parser=_parse_folder, metavar="<dir>", help="Where the shards go; the default is next to the checkpoint."),
+]
+Onto = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parse_folders,
+        metavar="<dir>,<dir>...",
+        help="Spread the shards over folders on several disks, which are read at once. Name the same ones for every command.",
+    ),
 ]
 GgufFile = Annotated[str | None, typer.Option(help="The GGUF file of the folder or repo.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
@@ -142,6 +157,7 @@ class Loading:
     split: Split = "auto"
     compression: Compression = None
     saving_path: SavingPath = None
+    onto: Onto = None
     gguf_file: GgufFile = None
     revision: Revision = None
     token: Token = None
@@ -151,6 +167,8 @@ class Loading:
     draft_compression: DraftCompression = None
 
     def __post_init__(self) -> None:
+        if self.onto is not None and self.saving_path is not None:
+            raise ConfigurationError("--onto and --saving-path both say where shards go: leave out one of them")
         if self.draft_compression is not None and self.draft is None:
             raise ConfigurationError("--draft-compression is for the model of --draft, which is not given")
         if self.draft_compression is not None and self.draft == HEADS:
@@ -193,7 +211,7 @@ class Loading:
             "attn_implementation": self.attn,
             "split": self.split,
             "compression": self.compression,
-            "layer_shards_saving_path": self.saving_path,
+            "layer_shards_saving_path": self.saving_path if self.onto is None else self.onto.split(","),
             "gguf_file": self.gguf_file,
             "revision": self.revision,
             "token": self.token,

@@ -27,6 +27,7 @@ _OPTIONS = Only(
         "split",
         "compression",
         "saving_path",
+        "onto",
         "gguf_file",
         "revision",
         "token",

@@ -10,7 +10,7 @@ from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.utils.report import as_table
 
-_OPTIONS = Only("dtype", "split", "compression", "saving_path", "gguf_file", "revision", "token", "trust_remote_code")
+_OPTIONS = Only("dtype", "split", "compression", "saving_path", "onto", "gguf_file", "revision", "token", "trust_remote_code")
 
 
 @takes_loading

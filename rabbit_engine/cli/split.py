@@ -10,7 +10,7 @@ from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.utils.sizes import format_bytes
 
-_OPTIONS = Only("compression", "saving_path", "dtype", "gguf_file", "revision", "token", "trust_remote_code")
+_OPTIONS = Only("compression", "saving_path", "onto", "dtype", "gguf_file", "revision", "token", "trust_remote_code")
 
 
 @takes_loading
@@ -25,6 +25,7 @@ def split(
     settings = engine.model.read_settings({**loading.keywords(), "split": "always", "delete_original": delete_original})
     prepared = engine.checkpoints.prepare(model, settings.source, settings.split, repair=True)
     assert prepared.manifest is not None  # noqa: S101 - a split was requested
-    total = sum(record.file_bytes for record in prepared.manifest.shards)
+    total = sum(path.stat().st_size for path in prepared.paths)
     kind = f"{prepared.manifest.dtype}{f' in {loading.compression}' if loading.compression else ''}"
-    print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {kind}, in {prepared.folder}")
+    folders = " and ".join(map(str, prepared.request.folders))
+    print(f"{len(prepared.manifest.shards)} shards, {format_bytes(total)}, {kind}, in {folders}")

@@ -75,7 +75,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _path(description: FilesDescription, row: FileRow, folder: Path) -> Path:
-    return folder / description.folders[row.area] / row.name
+    return description.areas_in(folder)[row.area] / row.name
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import xxhash
 
@@ -20,8 +19,16 @@ from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.storage.directio import disk_errors, open_unchanged
 from rabbit_engine.storage.tensorfiles import PAD_PREFIX, read_header
 
-Area = Literal["model", "shards"]
-"""The checkpoint's own folder, or that of its split."""
+Area = str
+"""MODEL, the checkpoint's own folder, or `shards(n)`, a folder of its split."""
+
+MODEL: Area = "model"
+
+
+def shards(number: int) -> Area:
+    """A folder of a split."""
+    return f"shards{number}"
+
 
 ALWAYS_BYTES = 4096
 """Tensors up to this size go to every machine: some of them say how others are stored, and are read as a model is opened."""
@@ -74,8 +81,9 @@ class FileExtent:
 class FilesDescription:
     """The files that a model is loaded from, on the machine `driver`; it may be pickled.
 
-    `name` is a repo id, or the folder on the driver. `folders` are the places of the areas below the folder of a copy; `always`
-    are extents that every machine needs. `source` and `split` load the model where its files are at the driver's places.
+    `name` is a repo id, or the folder on the driver. `place` is where the model's folder is below that of a copy, and
+    `split_folder` the name of its split's. `always` are extents that every machine needs. `source` and `split` load the model
+    where its files are at the driver's places.
     """
 
     driver: str
@@ -83,7 +91,8 @@ class FilesDescription:
     commit: str | None
     source: SourceConfig = field(repr=False)
     split: SplitConfig = field(repr=False)
-    folders: Mapping[Area, str]
+    place: str
+    split_folder: str
     files: tuple[FileRow, ...] = field(repr=False)
     always: tuple[FileExtent, ...] = field(repr=False)
     ties: Mapping[str, str] = field(repr=False)
@@ -91,13 +100,28 @@ class FilesDescription:
     @property
     def fingerprint(self) -> str:
         """The same for the same files."""
-        rows = sorted((self.folders[row.area], row.name, row.nbytes, row.xxh3) for row in self.files)
-        return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
+        rows = sorted((row.area, row.name, row.nbytes, row.xxh3) for row in self.files)
+        return xxhash.xxh3_128_hexdigest(json.dumps([self.place, self.split_folder, rows]).encode())
 
     @property
     def weights(self) -> tuple[FileRow, ...]:
         """The files of weights."""
         return tuple(row for row in self.files if row.is_weights)
+
+    def areas(self, repo: Repo, split: SplitConfig) -> dict[Area, Path]:
+        """Where the areas are for this checkpoint and split on a machine."""
+        places = [shards_root(repo, path) / self.split_folder for path in split.saving_paths or (None,)]
+        return {MODEL: repo.folder} | {shards(number): place for number, place in enumerate(places)}
+
+    def split_in(self, copy: Path) -> SplitConfig:
+        """The split where the files are in the folder `copy`: next to the model's, or each part in a folder of its own."""
+        more = tuple(copy / f"disk{number + 1}" for number in range(len(self.split.more_paths)))
+        return replace(self.split, saving_path=copy / "disk0" if more else None, more_paths=more)
+
+    def areas_in(self, copy: Path) -> dict[Area, Path]:
+        """Where the areas are in the folder `copy`."""
+        folder = (copy / self.place).resolve()
+        return self.areas(Repo(self.name, folder, (), self.commit, subfolder=self.source.subfolder), self.split_in(copy))
 
 
 def describe(source: Streamable) -> FilesDescription:
@@ -105,9 +129,9 @@ def describe(source: Streamable) -> FilesDescription:
     repo, request = source.repo, source.request
     weights, small = _weight_paths(source), {name: repo.folder / name for name in checked_files(repo)}
     originals = {name for name in small if name.endswith((".safetensors", ".bin", ".gguf"))}
-    rows = [_small("model", name, path) for name, path in small.items() if name not in originals]
+    rows = [_small(MODEL, name, path) for name, path in small.items() if name not in originals]
     if isinstance(source, Shards):
-        rows.append(_small("shards", MANIFEST_NAME, source.folder / MANIFEST_NAME))
+        rows += [_small(shards(n), MANIFEST_NAME, place / MANIFEST_NAME) for n, place in enumerate(request.folders)]
     rows += [_weights(area, name, path) for (area, name), path in weights.items()]
     return FilesDescription(
         driver=socket.gethostname(),
@@ -115,7 +139,8 @@ def describe(source: Streamable) -> FilesDescription:
         commit=repo.commit,
         source=_source_elsewhere(request.source, repo),
         split=_split_elsewhere(source),
-        folders=_folders(source, [row.name for row in rows if row.area == "model"]),
+        place=_place(repo),
+        split_folder=_split_folder(source, [row.name for row in rows if row.area == MODEL]),
         files=tuple(rows),
         always=tuple(extent for row in rows if row.is_weights for extent in _always(row)),
         ties=dict(source.ties),
@@ -143,17 +168,15 @@ def sum_of(row: FileRow, path: Path) -> str:
 
 def _weight_paths(source: Streamable) -> dict[tuple[Area, str], Path]:
     """The files that hold the model's weights, by area and name; and the GGUF file that a split takes its config from."""
-    area: Area = "shards" if isinstance(source, Shards) else "model"
-    paths = {place.path for entry in source.entries.values() for place in entry.places}
-    found: dict[tuple[Area, str], Path] = {(area, path.relative_to(source.folder).as_posix()): path for path in sorted(paths)}
-    if source.request.source.gguf_file is not None:
-        name = source.request.source.gguf_file
-        found["model", Path(name).as_posix()] = source.repo.folder / name
-    elif isinstance(source, Shards):
-        found |= {(area, record.file): source.folder / record.file for record in source.manifest.shards}
+    found: dict[tuple[Area, str], Path] = {}
+    if isinstance(source, Shards):
+        files = [record.file for record in source.manifest.shards]
+        found = {(shards(n), file): place / file for n, place in enumerate(source.request.folders) for file in files}
     else:
-        names = source.request.weight_files().names
-        found |= {(area, name): source.folder / name for name in names}
+        found = {(MODEL, name): source.folder / name for name in source.request.weight_files().names}
+    if source.request.source.gguf_file is not None:
+        name = Path(source.request.source.gguf_file).as_posix()
+        found[MODEL, name] = source.repo.folder / name
     return found
 
 
@@ -206,12 +229,13 @@ def _split_elsewhere(source: Streamable) -> SplitConfig:
     return replace(source.request.split, dtype=source.dtype, delete_original=False, mode=mode)
 
 
-def _folders(source: Streamable, names: list[str]) -> dict[Area, str]:
-    """Where the areas are below the folder of a copy, as they are in the Hub cache or next to a local folder's files."""
-    repo, request = source.repo, source.request
-    place = Path(repo.folder.name or "model")
-    if repo.commit is not None:
-        place = Path(f"models--{repo.name.replace('/', '--')}") / "snapshots" / repo.commit / repo.subfolder
-    root = shards_root(replace(repo, folder=place), None)
-    shards = root / split_name(source.dtype, request.source, names, request.split.compression)
-    return {"model": place.as_posix(), "shards": shards.as_posix()}
+def _place(repo: Repo) -> str:
+    """Where a copy of the model's folder is, as in the Hub cache, or under its own name."""
+    if repo.commit is None:
+        return repo.folder.name or "model"
+    return Path(f"models--{repo.name.replace('/', '--')}", "snapshots", repo.commit, repo.subfolder).as_posix()
+
+
+def _split_folder(source: Streamable, names: list[str]) -> str:
+    split = source.request.split
+    return split_name(source.dtype, source.request.source, names, split.compression, len(source.request.folders))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rabbit_engine.checkpoints import Repo, find_repo
 from rabbit_engine.checkpoints.formats import changed_files
-from rabbit_engine.checkpoints.request import shards_root
 from rabbit_engine.checkpoints.shards import read_manifest
 from rabbit_engine.cluster.copies import copy_files
 from rabbit_engine.cluster.description import (
@@ -25,6 +24,7 @@ from rabbit_engine.cluster.description import (
     describe,
     extents_of,
     row_matches,
+    shards,
     sum_of,
 )
 from rabbit_engine.cluster.sending import Chunk, DriverFiles, ReadChunk, chunks_from, serve_files
@@ -108,9 +108,9 @@ def _copies(machine: str) -> Path:
 
 def _copied(description: FilesDescription, copy: Path) -> LocalModel:
     """How the files of a copy are loaded."""
-    split = replace(description.split, saving_path=None)
+    split = description.split_in(copy)
     if description.commit is None:
-        return LocalModel(str(copy / description.folders["model"]), description.source, split, is_copy=True)
+        return LocalModel(str(copy / description.place), description.source, split, is_copy=True)
     return LocalModel(description.name, replace(description.source, cache_dir=copy), split, is_copy=True)
 
 
@@ -120,7 +120,7 @@ def _is_here(description: FilesDescription, machine: str) -> bool:
         repo = find_repo(description.name, description.source)
     except (CheckpointNotFoundError, HubUnreachableError):
         return False
-    folders = _places(description, repo)
+    folders = description.areas(repo, description.split)
     paths = {row: folders[row.area] / row.name for row in description.files}
     present = {row: path for row, path in paths.items() if path.is_file()}
     for row, path in present.items():
@@ -130,11 +130,6 @@ def _is_here(description: FilesDescription, machine: str) -> bool:
         logger.info("%s has no %s: the model's files are fetched from %s", machine, lacking[0], description.driver)
         return False
     return not _would_split(folders, repo)
-
-
-def _places(description: FilesDescription, repo: Repo) -> Mapping[Area, Path]:
-    shards = shards_root(repo, description.split.saving_path) / Path(description.folders["shards"]).name
-    return {"model": repo.folder, "shards": shards}
 
 
 def _require_same(row: FileRow, path: Path, description: FilesDescription, machine: str) -> None:
@@ -152,7 +147,7 @@ def _require_same(row: FileRow, path: Path, description: FilesDescription, machi
 
 def _would_split(folders: Mapping[Area, Path], repo: Repo) -> bool:
     """Whether a split would be made again here: it was made from other files than those next to it."""
-    manifest = read_manifest(folders["shards"])
+    manifest = read_manifest(folders[shards(0)])
     changed = [] if manifest is None else changed_files(repo.folder, manifest.source)
     if changed:
         logger.info("%s is not the file that the split here was made from", changed[0])

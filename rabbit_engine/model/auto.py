@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, overload
@@ -52,7 +52,7 @@ class AutoModel:
         attn_implementation: str | None = "auto",
         compression: str | None = None,
         fused_products: bool | None = None,
-        layer_shards_saving_path: str | Path | None = None,
+        layer_shards_saving_path: str | Path | Sequence[str | Path] | None = None,
         delete_original: bool = False,
         split: str = "auto",
         prefetching: bool = True,
@@ -112,7 +112,8 @@ class AutoModel:
             fused_products: True multiplies few rows by quantised weights in their stored form, which is faster and may differ
                 from the decoded weights by rounding; False always decodes; None decodes a format whose bits transformers
                 defines.
-            layer_shards_saving_path: where the shards go; None puts them next to the checkpoint.
+            layer_shards_saving_path: where the shards go; None puts them next to the checkpoint. A list of folders on several
+                disks spreads every layer over them, and they are read at once: name the same ones whenever it is loaded.
             delete_original: delete each original weight file once every shard made from it is verified.
             split: "auto" streams from the original files if they hold the weights in the model's form (safetensors, the same
                 dtype, at most renamed), and otherwise, or if a path for shards is given, splits; "always" splits, "never"

@@ -91,7 +91,7 @@ def plan_least(partition: Partition, stream: StreamConfig) -> Plan:
 
 
 def _resolve(name: str, settings: LoadSettings, reading: Reading) -> Resolution:
-    split = replace(settings.split, mode="never", compression=None, delete_original=False, saving_path=None)
+    split = replace(settings.split, mode="never", compression=None, delete_original=False, saving_path=None, more_paths=())
     try:
         return resolve(name, settings.source, split, reading=reading, build=partial(_build, name))
     except DraftError:

@@ -16,6 +16,7 @@ from rabbit_engine.config import (
     parse_dtype,
     parse_max_memory,
     parse_path,
+    parse_paths,
     parse_planned_device,
 )
 from rabbit_engine.model.compression import compression_of, other_than_compression
@@ -77,10 +78,12 @@ def _source_of(arguments: Arguments, overrides: Mapping[str, Any]) -> SourceConf
 
 def _split_of(arguments: Arguments, device: torch.device) -> SplitConfig:
     dtype = arguments["dtype"]
+    paths = parse_paths("layer_shards_saving_path", arguments["layer_shards_saving_path"])
     return SplitConfig(
         mode=arguments["split"],
         dtype=parse_dtype(arguments["torch_dtype"] if dtype is None else dtype),
-        saving_path=parse_path("layer_shards_saving_path", arguments["layer_shards_saving_path"]),
+        saving_path=paths[0] if paths else None,
+        more_paths=paths[1:],
         delete_original=arguments["delete_original"],
         compression=compression_of(arguments, device.type),
     )

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rabbit_engine.errors import DamagedShardError
 from rabbit_engine.storage.directio import as_bytes, damage_as, open_unchanged, read_into
-from rabbit_engine.storage.tensorfiles import TensorEntry
+from rabbit_engine.storage.tensorfiles import TensorEntry, read_tensor
 from rabbit_engine.streaming.binding.placeholder import Placeholder
 
 
@@ -50,6 +50,9 @@ class EmbeddingRows(Placeholder):
 def _read_rows(entry: TensorEntry, ids: torch.Tensor) -> torch.Tensor:
     """The bytes of rows `ids` of a plain tensor: uint8 [n, bytes of a row]."""
     row_bytes = entry.nbytes // max(1, entry.shape[0])
+    if len(entry.places) > 1:
+        found = [read_tensor(entry.rows(row, row + 1)).reshape(-1).view(torch.uint8) for row in ids.tolist()]
+        return torch.stack(found) if found else torch.empty(0, row_bytes, dtype=torch.uint8, device="cpu")
     table = torch.empty(len(ids), row_bytes, dtype=torch.uint8, device="cpu")
     with open_unchanged(entry.path, entry.stamp) as file:
         for index, row in enumerate(ids.tolist()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,28 +47,48 @@ def speeds_for(entries: Sequence[TensorEntry], device: torch.device, most_bytes:
 
 def measure_disk(entries: Sequence[TensorEntry], most_bytes: int | None = None) -> float | None:
     """Bytes per second of direct reads from the largest file, as many at once as the readers have, the better of two
-    samples; None for small files, or if `most_bytes` are too few for a read at the disk's full speed."""
-    spans: dict[Path, set[Span]] = {}
-    for place in {place for entry in entries for place in entry.places if not place.is_absent}:  # tied weights share a file
-        if place.path.is_file():
-            spans.setdefault(place.path, set()).add((place.offset, place.offset + place.nbytes))
-    if not spans:
-        return None
-    path, parts = max(((path, merged(some, PAGE)) for path, some in spans.items()), key=lambda item: total_bytes(item[1]))
+    samples; None for small files, or if `most_bytes` are too few for a read at the disk's full speed.
+
+    Of weights on several disks, it is the rate of reads from all of them at once, in proportion to what each holds.
+    """
     read_bytes = CHUNK_BYTES if most_bytes is None else min(CHUNK_BYTES, aligned_down(most_bytes // READERS) - 2 * PAGE)
     if read_bytes < _SMALLEST_SAMPLE:
         return None
-    pieces = [start for first, stop in parts for start in range(aligned_up(first), stop - read_bytes + 1, CHUNK_BYTES)]
-    count = min(_SAMPLE_CHUNKS, len(pieces))
-    if count < READERS:
+    chunks = _sample(_spans_by_disk(entries), read_bytes)
+    if len(chunks) < READERS:
         return None
-    read = direct_reads([Extent(path, pieces[len(pieces) * index // count], read_bytes, 0) for index in range(count)])
+    read = direct_reads(chunks)
     best = 0.0
     for _ in range(2):  # the first wakes a sleeping disk
         start = time.perf_counter()
         read()
-        best = max(best, count * read_bytes / (time.perf_counter() - start))
+        best = max(best, len(chunks) * read_bytes / (time.perf_counter() - start))
     return best
+
+
+def _spans_by_disk(entries: Sequence[TensorEntry]) -> list[dict[Path, tuple[Span, ...]]]:
+    """Where the weights lie that are here: in which parts of the files of each disk."""
+    spans: dict[Path, set[Span]] = {}
+    for place in {place for entry in entries for place in entry.places if not place.is_absent}:  # tied weights share a file
+        spans.setdefault(place.path, set()).add((place.offset, place.offset + place.nbytes))
+    disks: dict[int, dict[Path, tuple[Span, ...]]] = {}
+    for path in sorted(spans):
+        if path.is_file():
+            disks.setdefault(path.stat().st_dev, {})[path] = merged(spans[path], PAGE)
+    return list(disks.values())
+
+
+def _sample(disks: Sequence[Mapping[Path, Sequence[Span]]], read_bytes: int) -> list[Extent]:
+    """Reads in the largest file of each disk, as many as its share of all bytes, by turns."""
+    sizes = [sum(map(total_bytes, files.values())) for files in disks]
+    found: list[tuple[float, Extent]] = []
+    for files, nbytes in zip(disks, sizes, strict=True):
+        path, parts = max(files.items(), key=lambda item: total_bytes(item[1]))
+        pieces = [start for first, stop in parts for start in range(aligned_up(first), stop - read_bytes + 1, CHUNK_BYTES)]
+        count = min(round(_SAMPLE_CHUNKS * nbytes / max(1, sum(sizes))), len(pieces))
+        at = ((index + 0.5) / count for index in range(count))
+        found += [(turn, Extent(path, pieces[int(turn * len(pieces))], read_bytes, 0)) for turn in at]
+    return [extent for _, extent in sorted(found, key=lambda row: row[0])]
 
 
 def direct_reads(chunks: Sequence[Extent]) -> Callable[[], None]:
