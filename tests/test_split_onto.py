@@ -248,7 +248,7 @@ def test_the_commands_take_several_folders(folder: Path, tmp_path: Path, capsys:
     assert "streamed from the shards in" in told("plan", str(folder), "--device", "cpu", "--onto", onto)
     assert "one folder" in told("split", str(folder), "--onto", str(tmp_path), code=2)
     assert "empty" in told("split", str(folder), "--onto", f"{tmp_path},", code=2)
-    assert "leave out one" in told("split", str(folder), "--onto", onto, "--saving-path", str(tmp_path), code=1)
+    assert "leave out one" in told("split", str(folder), "--onto", onto, "--saving-path", str(tmp_path), code=2)
 
 
 def test_a_folder_named_twice_is_refused(folder: Path, tmp_path: Path) -> None:
