@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -207,6 +208,17 @@ def test_what_ends_a_workers_part_is_a_row(talker: Path, no_ray: None) -> None:
     )
     assert "10.0.0.7: MemoryError: full" in str(crew.error_of(Failure("MemoryError", "full", "10.0.0.7")))
     worker._session.close()
+
+
+def test_a_worker_with_other_versions_than_the_driver_refuses_every_line(talker: Path, no_ray: None) -> None:
+    order = order_of(talker)
+    same_build = {**order.versions, "torch": order.versions["torch"].partition("+")[0] + "+cu999"}
+    replace(order, versions=same_build).require_versions()
+    worker = LineWorker(replace(order, versions={**order.versions, "torch": "1.0"}), crew.Claim(9, 0, 1), Pipeline())
+    (failure,) = read_table(worker(table_of_lines([InputLine(1, b"{}")])))
+    assert isinstance(failure, Failure)
+    with pytest.raises(errors.MachinesDifferError, match=r"10\.0\.0\.7: it has torch .*, the driver 1\.0: install that"):
+        raise crew.error_of(failure)
 
 
 def test_a_machine_says_which_files_it_has_and_what_it_lacks(talker: Path, no_ray: None, tmp_path: Path) -> None:

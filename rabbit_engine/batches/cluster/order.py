@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from rabbit_engine.batches.choices import Choices, label_of
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.cluster.machines import own_versions
+from rabbit_engine.errors import ConfigurationError, MachinesDifferError
 
 _PATHS = ("layer_shards_saving_path", "cache_dir")
 """Keywords for loading that name a folder: relative ones mean the driver's."""
@@ -29,13 +30,14 @@ class Workers:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """How a worker loads the model and answers lines. `prefix_bytes` is the size of its machine's store of prefixes: none
-    with 0, the default with None."""
+    with 0, the default with None. `versions` are the driver's, which a worker must have."""
 
     model: str
     label: str
     choices: Choices
     loading: Mapping[str, Any]
     prefix_bytes: int | None
+    versions: Mapping[str, str]
 
     @classmethod
     def of(cls, model: str | Path, choices: Choices, loading: Mapping[str, Any], prefix_bytes: int | None = 0) -> Self:
@@ -43,8 +45,25 @@ class Order:
         path = Path(model).expanduser()
         name = str(path.resolve()) if path.exists() else str(model)
         folders = {key: Path(loading[key]).expanduser().absolute() for key in _PATHS if loading.get(key)}
-        label = label_of(str(model))
-        return cls(model=name, label=label, choices=choices, loading={**loading, **folders}, prefix_bytes=prefix_bytes)
+        return cls(
+            model=name,
+            label=label_of(str(model)),
+            choices=choices,
+            loading={**loading, **folders},
+            prefix_bytes=prefix_bytes,
+            versions=own_versions(),
+        )
+
+    def require_versions(self) -> None:
+        """Raise MachinesDifferError if this process has other versions than the driver: its machine may have joined later."""
+        for package, version in own_versions().items():
+            if _release(version) != _release(self.versions[package]):
+                raise MachinesDifferError(f"it has {package} {version}, the driver {self.versions[package]}: install that")
+
+
+def _release(version: str) -> str:
+    """The version without its build, such as `+cpu`."""
+    return version.partition("+")[0]
 
 
 class LineAnswer(NamedTuple):

@@ -16,6 +16,7 @@ from rabbit_engine.batches.cluster.order import Failure, Order, Workers
 from rabbit_engine.batches.cluster.pipeline import AnswerPipeline, Shares
 from rabbit_engine.batches.inputs import InputLine, Numbered
 from rabbit_engine.cluster import connect
+from rabbit_engine.cluster.machines import gather_facts, require_same_versions
 from rabbit_engine.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
     way, and the tokens generated since the last call.
 
     Ray starts a worker that dies again. If a machine is lost for good, the lines left go to those that remain. Raises
-    MissingExtraError without Ray, ClusterError without a cluster or if no answer comes any more, and as `find_crew` and the
-    model do.
+    MissingExtraError without Ray, ClusterError without a cluster or if no answer comes any more, MachinesDifferError for machines
+    with other versions of packages, and as `find_crew` and the model do.
     """
     ray = connect(workers.address)
     barren = 0
@@ -68,7 +69,7 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
 def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
     """Answer what is left with one pipeline; why it ended."""
     try:
-        with _started(ray) as pipeline, _placed(ray, find_crew(ray, order, workers)) as (crew, group):
+        with _started(ray) as pipeline, _placed(ray, _checked_crew(ray, order, workers)) as (crew, group):
             shares = _shares(batch.left, crew.workers, order.choices.max_requests)
             for block in _blocks(batch.lines(), shares.lines):
                 ray.get(pipeline.give.remote(block))
@@ -76,6 +77,12 @@ def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswer
             return _collect(ray, pipeline, _LostMachines(ray, group, shares), batch, tell)
     except ray.exceptions.RayError as error:
         return f"the cluster failed ({type(error).__name__})"
+
+
+def _checked_crew(ray: ModuleType, order: Order, workers: int | None) -> Crew:
+    """The crew, once all machines have the driver's versions: others may not even read the order."""
+    require_same_versions(gather_facts())
+    return find_crew(ray, order, workers)
 
 
 def _collect(ray: ModuleType, pipeline: Any, watch: _LostMachines, batch: Unanswered, tell: Callable[[int, int], None]) -> str:

@@ -33,6 +33,7 @@ class LineWorker:
     def __init__(self, order: Order, claim: Claim, pipeline: Any) -> None:
         self._order, self._pipeline, self._problem = order, pipeline, None
         try:
+            order.require_versions()
             _use_cores(claim)
             model = AutoModel.from_pretrained(order.model, **order.loading)
             store = open_default(order.prefix_bytes, repeated_only=True)
