@@ -114,10 +114,8 @@ def answers_in(path: Path) -> Answers:
 def write_lines(path: Path, count: int, tokens: int) -> None:
     """Prompts of which one is broken."""
     words = ("sea", "mountain", "river", "city", "forest", "island", "desert")
-    asked = [
-        {"custom_id": f"c{n}", "prompt": f"The {words[n % 7]} number {n} is", "max_tokens": tokens - n % 5}
-        for n in range(count - 1)
-    ]
+    prompts = [f"The {words[number % 7]} number {number} is" for number in range(count - 1)]
+    asked = [{"custom_id": f"c{n}", "prompt": text, "max_tokens": tokens - n % 5} for n, text in enumerate(prompts)]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in asked) + "{broken\n")
 
 
