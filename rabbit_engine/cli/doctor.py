@@ -30,13 +30,22 @@ def doctor(
         typer.Option(help="Where weights would go; the default is the Hugging Face cache.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read 256 MiB three times, not 1 GiB five times.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help='Check the machines of a Ray cluster: "auto", HOST:PORT of its head, or ray://HOST:PORT.'
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check versions, devices and memory, measure the disk and the link, and show what to fix and how fast models would run.
 
     Reads a large file in the folder, or else a scratch file of 1 GiB that it writes there and deletes. Exit code 1 if models
-    cannot run.
+    cannot run. With --cluster, every machine does so, the folder is a path on each, and the links between them are measured.
     """
+    if cluster is not None:
+        _check_cluster(cluster, folder, quick, as_json)
+        return
     place = engine.doctor.find_folder(folder)
     size, rounds = engine.disk_rate.SAMPLE_BYTES, engine.disk_rate.ROUNDS
     with Console(stderr=True).status(f"reading from the disk of {place} ..."):
@@ -45,6 +54,18 @@ def doctor(
         print(json.dumps(found.as_dict(), indent=1))
     else:
         _print(found)
+    if not found.can_run:
+        raise typer.Exit(1)
+
+
+def _check_cluster(address: str, folder: Path | None, quick: bool, as_json: bool) -> None:
+    with Console(stderr=True).status(f"asking the machines of the cluster at {address} ..."):
+        size = _QUICK_BYTES if quick else engine.disk_rate.SAMPLE_BYTES
+        found = engine.cluster.examine_cluster(address, None if folder is None else str(folder), size)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        Console(highlight=False).print(_findings_table(found.findings))
     if not found.can_run:
         raise typer.Exit(1)
 

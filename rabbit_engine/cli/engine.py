@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
     from rabbit_engine.diagnostics import benchmark as benchmark
+    from rabbit_engine.diagnostics import cluster as cluster
     from rabbit_engine.diagnostics import demo as demo
     from rabbit_engine.diagnostics import doctor as doctor
     from rabbit_engine.diagnostics import finding as finding
@@ -41,6 +42,7 @@ _MODULES = {
     "benchmark": "rabbit_engine.diagnostics.benchmark",
     "capabilities": "rabbit_engine.model.capabilities",
     "chat": "rabbit_engine.chat",
+    "cluster": "rabbit_engine.diagnostics.cluster",
     "checkpoints": "rabbit_engine.checkpoints",
     "config": "rabbit_engine.config",
     "decoding": "rabbit_engine.decoding",
