@@ -24,6 +24,8 @@ OURS := \
   chat_terminal \
   claude_code \
   cli \
+  cluster_connection \
+  cluster_doctor \
   cluster_files \
   cluster_machines \
   cluster_stages \

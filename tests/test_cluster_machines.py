@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
+from rabbit_engine.cli.app import app
 from rabbit_engine.cluster import machines
 from rabbit_engine.cluster.connection import connect
 from rabbit_engine.cluster.machines import MachineFacts, answers_of, gather_facts, own_versions, require_same_versions
@@ -80,6 +83,22 @@ def test_a_version_that_differs_is_refused_and_named(facts: tuple[MachineFacts, 
     found = str(refused.value)
     assert f"{facts[1].name} has safetensors {OTHER}, the driver {own_versions()['safetensors']}" in found
     assert found.count(" has ") == 1
+
+
+def test_the_doctor_names_the_machine_that_differs_and_measures_the_others(
+    ray: ModuleType, facts: tuple[MachineFacts, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_bytes(os.urandom(2**24))
+    address = ray.get_runtime_context().gcs_address
+    done = CliRunner().invoke(app, ["doctor", "--cluster", address, "--folder", str(tmp_path), "--quick", "--json"])
+    assert done.exit_code == 1, done.output
+    told = json.loads(done.stdout)
+    found = {finding["name"]: finding for finding in told["findings"]}
+    assert list(found) == ["cluster", "authentication", "versions", facts[0].name]
+    assert found["cluster"]["value"].startswith(f"2 machines at {address}, Ray {ray.__version__}, on 1 kernel, ")
+    assert found["authentication"]["status"] == "ok"
+    assert f"{facts[1].name} has safetensors {OTHER}" in found["versions"]["value"]
+    assert (told["can_run"], len(told["machines"]), len(told["measured"])) == (False, 2, 1)
 
 
 def test_builds_for_other_hardware_are_the_same_version_and_missing_packages_are_not(facts: tuple[MachineFacts, ...]) -> None:

@@ -28,7 +28,7 @@ class MachineFacts:
 
     `cores` are those that Ray gives away and the process may use, `free_bytes` the memory within the limits of its containers.
     `kernel` is equal on nodes that run on one machine. `authentication` is whether its Ray asks for a token, `is_driver` whether
-    this process, or the client server that acts for it, runs on it.
+    this process runs on it. The machine of a process that came by `ray://` is no node: its `node_id` is empty.
     """
 
     name: str
@@ -44,8 +44,9 @@ class MachineFacts:
 
     def __str__(self) -> str:
         driver = ", the driver's" if self.is_driver else ""
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.name} ({self.host}{driver}): {self.cores} cores, {format_bytes(self.free_bytes)} free; {packages}"
+        return f"{self.name} ({self.host}{driver}): {cores}, {format_bytes(self.free_bytes)} free; {packages}"
 
 
 def gather_facts(timeout_s: float = ANSWER_S) -> tuple[MachineFacts, ...]:
@@ -56,12 +57,13 @@ def gather_facts(timeout_s: float = ANSWER_S) -> tuple[MachineFacts, ...]:
     ray = require_ray()
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=_place)
     names = _names(nodes)
-    own = ray.get_runtime_context().get_node_id()
+    is_node = not ray.util.client.ray.is_connected()
+    own = ray.get_runtime_context().get_node_id() if is_node else None
     ask = ray.remote(num_cpus=0, max_retries=1)(_look_around())
     asked = {names[node["NodeID"]]: ask.options(scheduling_strategy=pinned_to(node["NodeID"])).remote() for node in nodes}
     told = answers_of(asked, timeout_s)
     found = [_facts_of(node, names[node["NodeID"]], told[names[node["NodeID"]]], own) for node in nodes]
-    return tuple(sorted(found, key=lambda facts: not facts.is_driver))
+    return tuple(sorted(found if is_node else [_outside(), *found], key=lambda facts: not facts.is_driver))
 
 
 def own_versions() -> dict[str, str]:
@@ -158,7 +160,7 @@ def _look_around() -> Callable[[], dict[str, Any]]:
     return look_around
 
 
-def _facts_of(node: Mapping[str, Any], name: str, told: Mapping[str, Any], own: str) -> MachineFacts:
+def _facts_of(node: Mapping[str, Any], name: str, told: Mapping[str, Any], own: str | None) -> MachineFacts:
     given = max(1, int(node["Resources"].get("CPU", 1)))
     return MachineFacts(
         name=name,
@@ -167,6 +169,12 @@ def _facts_of(node: Mapping[str, Any], name: str, told: Mapping[str, Any], own: 
         is_driver=node["NodeID"] == own,
         **{**told, "cores": min(given, told["cores"])},
     )
+
+
+def _outside() -> MachineFacts:
+    """This process's machine, which is no node."""
+    told = _look_around()()
+    return MachineFacts(name=told["host"], node_id="", address="", is_driver=True, **told)
 
 
 def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:

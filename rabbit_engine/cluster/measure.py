@@ -178,8 +178,10 @@ def _rates_of(machines: Sequence[MachineFacts], folder: str | None, sample_bytes
     asked = {
         one.name: task.options(scheduling_strategy=pinned_to(one.node_id)).remote(folder, one.cores, one.kernel, sample_bytes)
         for one in machines
+        if one.node_id
     }
-    return answers_of(asked, ANSWER_S)
+    outside = {one.name: measure_here(folder, one.cores, one.kernel, sample_bytes) for one in machines if not one.node_id}
+    return answers_of(asked, ANSWER_S) | outside
 
 
 def _turns(machines: Sequence[MachineFacts]) -> Iterator[list[MachineFacts]]:

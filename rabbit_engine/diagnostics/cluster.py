@@ -86,7 +86,7 @@ def judge_machines(machines: Sequence[MachineFacts], place: str) -> Finding:
 
 def judge_authentication(machines: Sequence[MachineFacts]) -> Finding:
     """Whether Ray asks for a token, on every machine."""
-    without = [machine.name for machine in machines if not machine.authentication]
+    without = [machine.name for machine in machines if machine.node_id and not machine.authentication]
     name, numbers = "authentication", {"without": without}
     if not without:
         return Finding(name=name, status="ok", value="every machine asks for the cluster's token", numbers=numbers)
