@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from rabbit_engine import batch, errors
-from rabbit_engine.batches import BatchProgress, Choices, Order, Workers
+from rabbit_engine.batches import BatchJob, BatchProgress, Choices, Order, Workers
 from rabbit_engine.batches.cluster import crew, run
 from rabbit_engine.batches.cluster.blocks import lines_of, read_table, table_of, table_of_lines
 from rabbit_engine.batches.cluster.order import Failure, LineAnswer
@@ -339,3 +339,37 @@ def test_an_order_names_paths_whole_and_travels(talker: Path, monkeypatch: pytes
 def test_rows_are_answers_and_failures() -> None:
     answer, failure = LineAnswer(1, 2**64 - 1, "é\n", "{}", None, 3), Failure("OSError", "x", "m")
     assert list(read_table(table_of([answer], failure))) == [answer, failure]
+
+
+def test_a_line_that_two_workers_answered_is_written_once(source: Path, tmp_path: Path) -> None:
+    with BatchJob("m", source, tmp_path / "out.jsonl", Choices(), {}) as job:
+        first, second, *_ = job.lines()
+        for line, text in ((first, "a"), (second, "b"), (first, "c")):
+            job.write(line, "x", {"body": {}, "request_id": text}, None)
+        assert job.left == LINES - 2
+        assert first not in job.lines()
+    assert [json.loads(text)["response"]["request_id"] for text in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        "a",
+        "b",
+    ]
+
+
+def test_lines_are_handed_out_again_until_no_worker_answers_any(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = [9, 4, 4, 4, 4]
+    job: Any = SimpleNamespace(left=9)
+
+    def attempt(*_: object) -> str:
+        job.left = left.pop(0)
+        return "1 machines are gone"
+
+    monkeypatch.setattr(run, "connect", lambda _: None)
+    monkeypatch.setattr(run, "_attempt", attempt)
+    with pytest.raises(errors.ClusterError, match="4 lines are left, and no worker answers: 1 machines are gone"):
+        run.answer_on_cluster(Workers("auto"), order_of("m"), job, lambda *_: None)
+    assert left == []
+    assert "1 machines are gone: 9 lines are handed out again" in caplog.messages
+    left[:], job.left = [3, 0], 9
+    run.answer_on_cluster(Workers("auto"), order_of("m"), job, lambda *_: None)
+    assert job.left == 0
