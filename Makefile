@@ -92,6 +92,7 @@ OURS := \
   speculation_script \
   split_onto \
   splitting \
+  stage_simulation \
   stages_plan \
   telling \
   thinking \

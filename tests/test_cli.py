@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from rabbit_engine.cli.loading import Loading, parse_memory
 from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
+from rabbit_engine.cluster import connection, machines, measure
 from rabbit_engine.decoding import Merged
 from rabbit_engine.diagnostics import demo
+from rabbit_engine.planning.machines import Machine
 from rabbit_engine.utils.extras import install_command
 from rabbit_engine.utils.sizes import parse_rate
 
@@ -296,6 +299,15 @@ def raising(error: BaseException) -> Any:
         (("plan", "MODEL", "--max-memory", "1kB", "--device", "cpu"), 2, "give --max-memory cpu=1MB or more"),
         (("plan", "MODEL", "--device", "foo", "--max-memory", "1GiB"), 2, "error: --device foo is not a device torch knows"),
         (("plan", "MODEL", "--split", "never", "--saving-path", "/tmp/x"), 2, "leave out --saving-path and --delete-original"),
+        (("plan", "MODEL", "--texts", "4"), 2, "--texts is for plans over several machines"),
+        (("plan", "MODEL", "--machines", "/no/such"), 2, "error: /no/such is no list of machines"),
+        (
+            ("plan", "MODEL", "--machines", "x", "--device", "cpu"),
+            2,
+            "--device is for one machine: leave it out, --machines says",
+        ),
+        (("plan", "MODEL", "--machines", "x", "--cluster", "y"), 2, "give one of them"),
+        (("plan", "MODEL", "--cluster", "y", "--max-memory", "cpu=1GB"), 2, "give one size, for each machine"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: cannot read --api-key-file /no/such"),
         (("chat", "MODEL"), 2, "has no chat template"),
         (("run", "MODEL", "hi", "--draft", "/no/such"), 2, "error: --draft: /no/such does not exist"),
@@ -311,6 +323,36 @@ def test_errors_are_a_line_about_options_and_a_code(arguments: Any, code: int, w
     done = rabbit(*(argument.replace("MODEL", str(speaker)) for argument in arguments))
     assert (done.code, done.out) == (code, "")
     assert words.replace("MODEL", str(speaker)) in done.err.splitlines()[-1]
+
+
+def test_plan_for_machines_of_a_file(rabbit: Any, speaker: Path, tmp_path: Path) -> None:
+    file = tmp_path / "machines.json"
+    file.write_text('[{"name": "pc", "count": 3, "memory": "100kB", "link_latency_s": 0.001}]')
+    done = rabbit("plan", speaker, "--machines", file, "--texts", 6, "--max-seq-len", 8)
+    assert done.code == 0
+    assert all(words in done.out for words in ("pc1", "what stands around", "one text", "6 texts", "bound by"))
+
+
+def test_plan_for_the_machines_of_a_cluster(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the memory that was given, and the rates that were measured."""
+    found = [Machine(name=name, memory_bytes=1, source="measured") for name in ("10.0.0.1", "10.0.0.2")]
+    monkeypatch.setattr(connection, "connect", lambda address: address)
+    monkeypatch.setattr(machines, "gather_facts", lambda: found)
+    monkeypatch.setattr(machines, "require_same_versions", lambda facts: None)
+    monkeypatch.setattr(measure, "measure_machines", lambda facts: [Planned(machine) for machine in facts])
+    done = rabbit("plan", speaker, "--cluster", "auto", "--max-memory", "100kB")
+    assert done.code == 0
+    assert all(words in done.out for words in ("10.0.0.1", "rates measured"))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A machine that somebody measured."""
+
+    machine: Machine
+
+    def as_planned(self, memory_bytes: int) -> Machine:
+        return replace(self.machine, memory_bytes=memory_bytes)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rabbit_engine import prefixes as prefixes
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
+    from rabbit_engine.cluster import connection as connection
+    from rabbit_engine.cluster import measure as measure
     from rabbit_engine.diagnostics import benchmark as benchmark
     from rabbit_engine.diagnostics import cluster as cluster
     from rabbit_engine.diagnostics import demo as demo
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import speculation as speculation
     from rabbit_engine.model import capabilities as capabilities
     from rabbit_engine.planning import forecast as forecast
+    from rabbit_engine.planning import machines as machines
     from rabbit_engine.server import listen as listen
     from rabbit_engine.streaming.transfer import disk_rate as disk_rate
     from rabbit_engine.transformers_bridge import generation as generation
@@ -44,7 +47,9 @@ _MODULES = {
     "chat": "rabbit_engine.chat",
     "cluster": "rabbit_engine.diagnostics.cluster",
     "checkpoints": "rabbit_engine.checkpoints",
+    "cluster_machines": "rabbit_engine.cluster.machines",
     "config": "rabbit_engine.config",
+    "connection": "rabbit_engine.cluster.connection",
     "decoding": "rabbit_engine.decoding",
     "demo": "rabbit_engine.diagnostics.demo",
     "disk_rate": "rabbit_engine.streaming.transfer.disk_rate",
@@ -53,6 +58,8 @@ _MODULES = {
     "forecast": "rabbit_engine.planning.forecast",
     "generation": "rabbit_engine.transformers_bridge.generation",
     "listen": "rabbit_engine.server.listen",
+    "measure": "rabbit_engine.cluster.measure",
+    "machines": "rabbit_engine.planning.machines",
     "model": "rabbit_engine.model",
     "pace": "rabbit_engine.diagnostics.pace",
     "platform": "rabbit_engine.utils.platform",

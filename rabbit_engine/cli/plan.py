@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,12 +13,14 @@ from rich.console import Console
 from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.cli.wording import as_options
+from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.report import as_table
-from rabbit_engine.utils.sizes import parse_rate
+from rabbit_engine.utils.sizes import parse_bytes, parse_rate
 from rabbit_engine.utils.speeds import Speeds
 
 if TYPE_CHECKING:
     from rabbit_engine.model.settings import LoadSettings
+    from rabbit_engine.planning.machines import Machine
     from rabbit_engine.planning.plan import Plan
 
 _OPTIONS = Only(
@@ -50,6 +54,17 @@ def plan(
     link_rate: Annotated[
         str | None, typer.Option(callback=options.check_rate, help="Bytes per second to the device, such as 13GB/s.")
     ] = None,
+    machines: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan for these machines together: a JSON list, described in docs/scale.md."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Measure the machines of a Ray cluster and plan for them; --max-memory is of each."),
+    ] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="With --machines or --cluster: the texts in a pass that the plan is made for.")
+    ] = None,
     *,
     loading: Annotated[Loading, _OPTIONS],
 ) -> None:
@@ -57,6 +72,13 @@ def plan(
 
     With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
     """
+    if machines is not None or cluster is not None:
+        _refuse_beside_machines(loading, machines, cluster, disk_rate=disk_rate, link_rate=link_rate)
+        shared = _listed(machines) if cluster is None else _measured(cluster, loading.max_memory)
+        _print_stages(model, loading, shared, texts or 1, max_seq_len)
+        return
+    if texts is not None:
+        raise ConfigurationError("--texts is for plans over several machines: give --machines or --cluster too")
     output.note(f"reading the headers of {model} ...")
     settings = engine.model.read_settings({**loading.keywords(), "max_seq_len": max_seq_len}, planned=True)
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
@@ -64,6 +86,45 @@ def plan(
     settings = replace(settings, stream=replace(settings.stream, speeds=speeds))
     rows = [(name, as_options(value)) for name, value in _forecast(model, settings, loading).rows()]
     Console(highlight=False).print(as_table(rows, f"{model} on {settings.stream.device}"))
+
+
+def _refuse_beside_machines(loading: Loading, machines: Path | None, cluster: str | None, **rates: str | None) -> None:
+    if machines is not None and cluster is not None:
+        raise ConfigurationError("--machines and --cluster name machines: give one of them")
+    given = {"device": loading.device, **rates, "draft": loading.draft, "speculate": loading.speculate or None}
+    if cluster is None:
+        given["max_memory"] = loading.max_memory
+    if refused := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
+        source = "--machines says" if cluster is None else "--cluster measures"
+        raise ConfigurationError(f"{', '.join(refused)} is for one machine: leave it out, {source} what each has")
+
+
+def _listed(file: Path | None) -> Sequence[Machine]:
+    return engine.machines.read_machines(file) if file is not None else ()
+
+
+def _measured(address: str, max_memory: str | None) -> Sequence[Machine]:
+    """The machines of a cluster, measured, each with all its free memory or with `max_memory`."""
+    try:
+        nbytes = None if max_memory is None else parse_bytes(max_memory)
+    except ValueError as error:
+        raise ConfigurationError(f"--max-memory {max_memory} with --cluster: give one size, for each machine") from error
+    output.note(f"measuring the machines of the cluster at {address} ...")
+    engine.connection.connect(address)
+    facts = engine.cluster_machines.gather_facts()
+    engine.cluster_machines.require_same_versions(facts)
+    found = engine.measure.measure_machines(facts)
+    for machine in found:
+        output.note(str(machine))
+    return [machine.as_planned(nbytes) for machine in found]
+
+
+def _print_stages(model: str, loading: Loading, machines: Sequence[Machine], texts: int, max_seq_len: int | None) -> None:
+    """The plan of a model over `machines`."""
+    output.note(f"reading the headers of {model} ...")
+    settings = engine.model.read_settings({**loading.keywords_of_headers(), "max_seq_len": max_seq_len}, planned=True)
+    found = engine.forecast.forecast_stages(model, settings.source, settings.split, settings.stream, machines, texts=texts)
+    Console(highlight=False).print(as_table(found.rows(), f"{model} on {', '.join(machine.name for machine in machines)}"))
 
 
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:

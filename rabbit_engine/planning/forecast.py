@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from rabbit_engine.checkpoints import HEADERS_ONLY, MustSplit, Shards, Source, b
 from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError, first_line
 from rabbit_engine.planning.decide import plan_for
+from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
 from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.stages import LayeredUnits, layered_units, plan_stages
+from rabbit_engine.planning.stages_plan import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.sizes import format_seconds
 
@@ -33,6 +36,28 @@ def forecast(name: str | Path, source: SourceConfig, split: SplitConfig, stream:
         return _plan_as_asked(name, source, split, stream, decide)
     plan, useless = _plan_with_gain(name, source, split, stream)
     return replace(plan, notes=(*plan.notes, left_out(useless))) if useless else plan
+
+
+def forecast_stages(
+    name: str | Path,
+    source: SourceConfig,
+    split: SplitConfig,
+    stream: StreamConfig,
+    machines: Sequence[Machine],
+    *,
+    texts: int = 1,
+    most_rounds: int = 1,
+) -> StagesPlan:
+    """How `machines` would share the model: see `plan_stages`. `max_seq_len` of `stream` reserves memory for that many tokens of
+    all texts. Reads what `forecast` reads. Raises BudgetError and what loading would raise before it reads a weight.
+    """
+    return plan_stages(layers_of(name, source, split, stream), machines, texts=texts, most_rounds=most_rounds)
+
+
+def layers_of(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> LayeredUnits:
+    """The units of a model by layer, with room for the caches of `max_seq_len` tokens. Reads what `forecast` reads."""
+    partition, _ = _partition(name, source, split, stream)
+    return layered_units(partition, cached_tokens=stream.max_seq_len or 0)
 
 
 def why_lossless_gains_nothing(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> str:
@@ -76,13 +101,19 @@ def _plan_with_gain(name: str | Path, source: SourceConfig, split: SplitConfig, 
 def _plan_as_asked(
     name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig, decide: Decide = plan_for
 ) -> Plan:
+    partition, found = _partition(name, source, split, stream)
+    plan = decide(partition, stream)
+    return replace(plan, notes=(*plan.notes, str(found)))
+
+
+def _partition(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> tuple[Partition, Source]:
+    """The model's units, and where its weights would come from."""
     resolution = resolve(name, source, split, reading=HEADERS_ONLY)
     found, model = resolution.source, resolution.model
     if model is None:
         model = build_plain(found.architecture, found.dtype)
     entries, ties = _entries(found, model)
-    plan = decide(partition_model(model, entries, ties, stream.cut, stream.device.type), stream)
-    return replace(plan, notes=(*plan.notes, str(found)))
+    return partition_model(model, entries, ties, stream.cut, stream.device.type), found
 
 
 def _is_without_originals(found: Source) -> bool:

@@ -3,7 +3,7 @@
 A stage computes with its weights and, if they do not all stay, reads the others from disk meanwhile, through a ring. While other
 stages compute, it fills the ring for its next turn, and no more than the ring: so a turn takes
 
-    max(computing, reading - what was read ahead) + messages to the stage and back
+    max(computing, reading - what was read ahead) + reading of experts that it lacks + messages to the stage and back
 
 and a pass of one text is the sum of the turns, but no shorter than all the reads of any one disk. The states of a text go from
 the driver to a stage and back to the driver, which sends them to the next: two messages a stage, none to the driver's own.
@@ -84,6 +84,11 @@ class StageWork:
     streamed_bytes: int = 0
     experts: tuple[tuple[Routing, int, int], ...] = ()
 
+    @property
+    def streams(self) -> bool:
+        """Whether a pass reads any of it through the ring."""
+        return self.streamed_bytes > 0
+
     def compute_s(self, machine: Machine, texts: int) -> float:
         """Seconds to compute with `texts` in one pass: the first use of a weight in full, each further one for less."""
         further = 1 + (texts - 1) * machine.further_text
@@ -94,17 +99,15 @@ class StageWork:
         return nbytes * machine.seconds_per_byte + self.layers * further * machine.seconds_per_layer
 
     def read_bytes(self, texts: int) -> float:
-        """Bytes from disk in a pass with `texts`, if each expert is as likely as any other."""
-        experts = (
+        """Bytes from disk in a pass with `texts`."""
+        return self.streamed_bytes + self.asked_bytes(texts)
+
+    def asked_bytes(self, texts: int) -> float:
+        """Bytes of experts from disk, if each is as likely as any other. Only the layer knows which: nobody reads them ahead."""
+        return sum(
             layers * routing.read_bytes * different_experts(routing, texts) * (1 - cached / routing.count)
             for routing, cached, layers in self.experts
         )
-        return self.streamed_bytes + sum(experts)
-
-    def read_s(self, machine: Machine, texts: int) -> float:
-        """Seconds the disk is busy in a pass with `texts`."""
-        nbytes = self.read_bytes(texts)
-        return nbytes / machine.disk_rate if nbytes else 0.0
 
 
 def different_experts(routing: Routing, texts: int) -> float:
@@ -148,20 +151,27 @@ def _too_small(machine: Machine, what_for: str, need: int) -> BudgetError:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A stage's part of a pass, in seconds: computing, reading, of that what is read ahead, and messages there and back. Each
-    message keeps the link of its machine busy for `wire_s`, that of the driver for `driver_wire_s`."""
+    """A stage's part of a pass, in seconds: computing, reading while it computes, of that what is read ahead, reading that
+    computing waits for (`asked_s`), and messages there and back. Each message keeps the link of its machine busy for `wire_s`,
+    that of the driver for `driver_wire_s`."""
 
     compute_s: float
     read_s: float = 0.0
     ahead_s: float = 0.0
+    asked_s: float = 0.0
     hop_s: float = 0.0
     wire_s: float = 0.0
     driver_wire_s: float = 0.0
 
     @property
+    def disk_s(self) -> float:
+        """Seconds in which its disk is busy."""
+        return self.read_s + self.asked_s
+
+    @property
     def waiting_s(self) -> float:
         """Seconds in which it waits for its disk and computes nothing."""
-        return max(0.0, self.read_s - self.ahead_s - self.compute_s)
+        return max(0.0, self.read_s - self.ahead_s - self.compute_s) + self.asked_s
 
     @property
     def seconds(self) -> float:
@@ -173,16 +183,16 @@ class Turn:
         """What most of its time goes to."""
         if self.hop_s > self.compute_s + self.waiting_s:
             return "link"
-        return "disk" if self.waiting_s else "computing"
+        return "disk" if max(self.read_s - self.ahead_s, self.asked_s) > self.compute_s else "computing"
 
 
 def turn_of(work: StageWork, plan: Plan, machine: Machine, texts: int, driver: Machine, nbytes: int) -> Turn:
     """The turn of a stage in a pass with `texts`, to which a message of `nbytes` goes from the `driver`; 0 if the states are
     there."""
-    read = work.read_s(machine, texts)
+    read, asked = (moved / machine.disk_rate if moved else 0.0 for moved in (work.streamed_bytes, work.asked_bytes(texts)))
     ahead = min(read, plan.ring_bytes / machine.disk_rate) if read else 0.0
     compute = work.compute_s(machine, texts)
     if not nbytes or machine.name == driver.name:
-        return Turn(compute, read, ahead)
+        return Turn(compute, read, ahead, asked)
     wire, driver_wire = nbytes / min(machine.link_rate, driver.link_rate), nbytes / driver.link_rate
-    return Turn(compute, read, ahead, 2 * (machine.link_latency_s + wire), wire, driver_wire)
+    return Turn(compute, read, ahead, asked, 2 * (machine.link_latency_s + wire), wire, driver_wire)

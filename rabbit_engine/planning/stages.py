@@ -29,6 +29,9 @@ Seconds = np.ndarray[Any, np.dtype[np.float64]]
 """[layers + 1, layers + 1]: of the layers from the first index to the second."""
 
 _MOST_ORDERS = 24
+_READING = 0.01
+"""What reading counts where computing hides it: memory is better, as reads take computing too."""
+
 _BALANCE = 1e-3
 """What squares of the machines' seconds add to the sum, at most: of sums as close as this the most even is taken."""
 
@@ -189,7 +192,7 @@ class _Search:
     def best(self, rounds: int, groups: int, texts: int) -> StagesPlan | None:
         """The plan of `texts` in each of `groups`, with each machine's layers in `rounds` ranges; None if nothing fits."""
         tables = [self._tables(index, rounds, groups, texts) for index in range(len(self._machines))]
-        counts = _shares([sums for sums, _ in tables], [busy for _, busy in tables])
+        counts = _shares(*zip(*tables, strict=True))
         if counts is None:
             return None
         try:
@@ -197,35 +200,36 @@ class _Search:
         except BudgetError:  # with several rounds a machine gets other layers, which may be larger
             return None
 
-    def _tables(self, index: int, rounds: int, groups: int, texts: int) -> tuple[Seconds, Seconds]:
-        """What each range of layers adds to a pass of one group on that machine, and for how long all groups keep it busy."""
+    def _tables(self, index: int, rounds: int, groups: int, texts: int) -> tuple[Seconds, Seconds, Seconds]:
+        """Of each range of layers on that machine: what it adds to a pass of one group, for how long all groups keep the machine
+        busy, and the reading."""
         count = len(self._kinds)
-        sums, busy = (np.full((count + 1, count + 1), math.inf) for _ in range(2))
-        known: dict[object, tuple[float, float]] = {}
+        tables = np.full((3, count + 1, count + 1), math.inf)
+        known: dict[object, tuple[float, float, float]] = {}
         for first in range(count + 1) if index else (0,):
             for stop in range(first, count + 1):
                 key = self._kinds[first:stop]
                 if key not in known:
                     known[key] = self._costs(index, range(first, stop), rounds, groups, texts)
-                sums[first, stop], busy[first, stop] = known[key]
-        return sums, busy
+                tables[:, first, stop] = known[key]
+        return tables[0], tables[1], tables[2]
 
-    def _costs(self, index: int, layers: range, rounds: int, groups: int, texts: int) -> tuple[float, float]:
+    def _costs(self, index: int, layers: range, rounds: int, groups: int, texts: int) -> tuple[float, float, float]:
         machine, driver = self._machines[index], self._machines[0]
         if not layers and index:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         held = self._placed(index, layers)
         if held is None:
-            return math.inf, math.inf
+            return math.inf, math.inf, math.inf
         nbytes, times = texts * self._units.hidden_bytes, min(rounds, max(1, len(layers)))
         turn = turn_of(held.work, held.plan, machine, texts, driver, nbytes)
         ahead = min(turn.read_s, turn.ahead_s * times)
-        seconds = max(turn.compute_s, turn.read_s - ahead) + turn.hop_s * times
-        compute, read = turn.compute_s, turn.read_s
+        seconds = max(turn.compute_s, turn.read_s - ahead) + turn.asked_s + turn.hop_s * times
+        compute, read = turn.compute_s, turn.disk_s
         if held.ends is not None:
             ends = turn_of(held.ends, held.plan, machine, texts, driver, 0)
-            seconds, compute, read = seconds + ends.seconds, compute + ends.compute_s, read + ends.read_s
-        return seconds, groups * max(compute, read, turn.wire_s * times)
+            seconds, compute, read = seconds + ends.seconds, compute + ends.compute_s, read + ends.disk_s
+        return seconds, groups * max(compute, read, turn.wire_s * times), read
 
     def _placed(self, index: int, layers: range) -> _Held | None:
         machine = self._machines[index]
@@ -244,11 +248,14 @@ class _Search:
         return _Held(plan, work_of(own, plan, len(layers)), work_of(ends, plan, 0) if is_driver else None)
 
 
-def _shares(sums: Sequence[Seconds], busy: Sequence[Seconds]) -> list[int] | None:
-    """How many layers each machine takes so that the larger of the sum of `sums` and the most of `busy` is least."""
+def _shares(sums: Sequence[Seconds], busy: Sequence[Seconds], reading: Sequence[Seconds]) -> list[int] | None:
+    """How many layers each machine takes so that the larger of the sum of `sums` and the most of `busy` is least; of choices
+    about as good, one that reads little and is even."""
     finite = np.concatenate([table[np.isfinite(table)] for table in busy])
     scale = max(1e-12, float(finite.max(initial=0.0)))
-    even = [total + _BALANCE * most * (most / scale) for total, most in zip(sums, busy, strict=True)]
+    even = [
+        total + _READING * read + _BALANCE * most * (most / scale) for total, most, read in zip(sums, busy, reading, strict=True)
+    ]
     counts = _least(even)
     if counts is None:
         return None

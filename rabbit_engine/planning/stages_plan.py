@@ -104,13 +104,22 @@ class StagesPlan(Report):
         """Seconds until each of `texts` has one more token, if they go in that many `groups` one behind another; in the best
         number of them by default."""
         if groups is None:
-            return min(self.seconds(texts, each) for each in numbers_of_groups(texts, len(self.machines)))
+            return self.seconds(texts, self.groups(texts))
         turns = self.turns(-(-texts // groups))
         return max(sum(turn.seconds for turn in turns), groups * self._busiest(turns)[0])
 
     def groups(self, texts: int) -> int:
-        """The number of groups that `texts` go in for the least seconds."""
+        """The number of groups that `texts` go in for the least seconds: one if stages share a ring, which reads ahead in the
+        order of one pass."""
+        if self._shares_rings:
+            return 1
         return min(numbers_of_groups(texts, len(self.machines)), key=lambda each: self.seconds(texts, each))
+
+    @property
+    def _shares_rings(self) -> bool:
+        """Whether stages that stream share the ring of their machine."""
+        rings = [id(stage.plan) for stage in self.stages if stage.work.streams]
+        return len(set(rings)) < len(rings)
 
     def token_s(self, texts: int) -> float:
         """Seconds a token, of all texts together."""
@@ -123,7 +132,7 @@ class StagesPlan(Report):
         for turn, machine in zip(turns, owners, strict=True):
             kinds: tuple[tuple[str, StageBound, float], ...] = (
                 (machine.name, "computing", turn.compute_s),
-                (machine.disk_name, "disk", turn.read_s),
+                (machine.disk_name, "disk", turn.disk_s),
                 (machine.name, "link", turn.wire_s),
                 (self.driver.name, "link", turn.driver_wire_s),
             )
