@@ -28,6 +28,7 @@ OURS := \
   cluster_doctor \
   cluster_files \
   cluster_machines \
+  cluster_nodes \
   cluster_stages \
   condition \
   cuda_script \

@@ -39,7 +39,7 @@ from rabbit_engine.utils.sizes import parse_bytes
 
 PORT, CLIENT_PORT = 6379, 10001
 MOST_NODES = 8
-_START_WITHIN_S = 120.0
+_START_WITHIN_S = 240.0
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
 _numbers = itertools.count()
