@@ -1,0 +1,130 @@
+"""Seconds a token of a model over 1, 2 and 4 machines with the same memory each, beside what the plan said.
+
+    python scripts/benchmark_cluster.py MODEL --nodes 1 2 4 --memory 2.2GB --rate 1gbit --rounds 5
+
+Machines are Ray nodes in network namespaces of this one (Linux, root), with shaped links and a limit of memory each; they share
+its processors and its disk. The nodes of a round run one behind another, and rounds alternate. With one node nothing is a
+cluster: the same call without `cluster`. Prints one JSON line a run, and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+OVERHEAD_BYTES = 1_300_000_000
+"""What a node's group may take besides the model: Ray's processes, its object store, Python and torch of driver and worker."""
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--memory", default="2.2GB", help="for the model on each machine")
+    parser.add_argument("--rate", default="1gbit")
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=8, help="of the session")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cluster", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.model, given.memory, given.tokens, given.texts, is_cluster=given.cluster)))
+        return
+    results: dict[int, list[dict[str, Any]]] = {count: [] for count in given.nodes}
+    for _ in range(given.rounds):
+        for count in given.nodes:
+            results[count].append(run_on(count, given))
+            print(json.dumps({"nodes": count, **results[count][-1]}), flush=True)
+    print_table(results)
+
+
+def run_on(count: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One run over `count` nodes."""
+    from cluster.network import Link
+    from cluster.nodes import Shape, cluster_of_nodes
+
+    from rabbit_engine.utils.sizes import parse_bytes
+
+    limit = parse_bytes(given.memory) + OVERHEAD_BYTES
+    shape = Shape(nodes=count, memory_bytes=limit, link=Link(rate=given.rate), cpus=2)
+    command = [sys.executable, __file__, given.model, "--measure", "--memory", given.memory]
+    command += ["--tokens", str(given.tokens), "--texts", str(given.texts), *(["--cluster"] if count > 1 else [])]
+    with cluster_of_nodes(shape) as nodes:
+        done = nodes.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the run over {count} nodes ended with {done.returncode}: {done.stdout[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: bool) -> dict[str, Any]:
+    """Load, generate one text and a session of several, in this process."""
+    import torch
+
+    from rabbit_engine import AutoModel, Session
+    from rabbit_engine.model.runtime import runtime_of
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("rabbit_engine.model.cluster").setLevel(logging.INFO)
+    where = {"cluster": os.environ["RAY_ADDRESS"]} if is_cluster else {}
+    start = time.perf_counter()
+    with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": memory}, **where) as loaded:
+        load_s = time.perf_counter() - start
+        ids = torch.arange(100, 132)[None]
+        times: list[float] = []
+
+        class Clock:
+            def put(self, _: object) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        found = loaded.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=Clock())
+        steps = [after - before for before, after in zip(times[2:], times[3:], strict=False)]  # the first learns the layers
+        with Session(loaded, prefix_store=None, max_requests=texts) as session:
+            prompts = [[100 + text, *range(101, 116)] for text in range(texts)]
+            start = time.perf_counter()
+            answers = session.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens)
+            session_s = time.perf_counter() - start
+        assembly = runtime_of(loaded).assembly
+        plan = assembly.stages_plan
+        return {
+            "load_s": round(load_s, 2),
+            "token_s": round(statistics.median(steps), 4),
+            "planned_s": round(plan.seconds(1) if plan is not None else loaded.plan.pass_s, 4),
+            "session_token_s": round(session_s / tokens, 4),
+            "session_planned_s": round(plan.seconds(texts), 4) if plan is not None else None,
+            "tokens": found[0].tolist()[32:],
+            "session_tokens": [list(answer.tokens) for answer in answers],
+            "pass_bytes": plan.pass_bytes if plan is not None else loaded.plan.pass_bytes,
+        }
+
+
+def print_table(results: dict[int, list[dict[str, Any]]]) -> None:
+    """Medians over the rounds."""
+    first = next(iter(results.values()))[0]
+    print("nodes  s a token  planned  session: s a token of each  planned  equal tokens")
+    for count, runs in results.items():
+        middle = {name: statistics.median(run[name] or 0 for run in runs) for name in ("token_s", "planned_s", "session_token_s")}
+        equal = all(run[name] == first[name] for run in runs for name in ("tokens", "session_tokens"))
+        planned = statistics.median(run["session_planned_s"] or 0 for run in runs)
+        print(
+            f"{count:5}  {middle['token_s']:9.3f}  {middle['planned_s']:7.3f}  {middle['session_token_s']:26.3f}  {planned:7.3f}  {equal}"
+        )
+
+
+if __name__ == "__main__":
+    main()
