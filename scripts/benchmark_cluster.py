@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-OVERHEAD_BYTES = 1_300_000_000
+OVERHEAD_BYTES = 2_000_000_000
 """What a node's group may take besides the model: Ray's processes, its object store, Python and torch of driver and worker."""
 
 
