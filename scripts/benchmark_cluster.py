@@ -10,6 +10,7 @@ cluster: the same call without `cluster`. Prints one JSON line a run, and a tabl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -78,7 +79,7 @@ def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: boo
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("rabbit_engine.model.cluster").setLevel(logging.INFO)
-    where = {"cluster": os.environ["RAY_ADDRESS"]} if is_cluster else {}
+    where: dict[str, Any] = {"cluster": os.environ["RAY_ADDRESS"]} if is_cluster else {}
     start = time.perf_counter()
     with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": memory}, **where) as loaded:
         load_s = time.perf_counter() - start
@@ -93,7 +94,7 @@ def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: boo
                 pass
 
         found = loaded.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=Clock())
-        steps = [after - before for before, after in zip(times[2:], times[3:], strict=False)]  # the first learns the layers
+        steps = [after - before for before, after in itertools.pairwise(times[2:])]  # the first learns the layers
         with Session(loaded, prefix_store=None, max_requests=texts) as session:
             prompts = [[100 + text, *range(101, 116)] for text in range(texts)]
             start = time.perf_counter()
@@ -121,9 +122,8 @@ def print_table(results: dict[int, list[dict[str, Any]]]) -> None:
         middle = {name: statistics.median(run[name] or 0 for run in runs) for name in ("token_s", "planned_s", "session_token_s")}
         equal = all(run[name] == first[name] for run in runs for name in ("tokens", "session_tokens"))
         planned = statistics.median(run["session_planned_s"] or 0 for run in runs)
-        print(
-            f"{count:5}  {middle['token_s']:9.3f}  {middle['planned_s']:7.3f}  {middle['session_token_s']:26.3f}  {planned:7.3f}  {equal}"
-        )
+        session = middle["session_token_s"]
+        print(f"{count:5}  {middle['token_s']:9.3f}  {middle['planned_s']:7.3f}  {session:26.3f}  {planned:7.3f}  {equal}")
 
 
 if __name__ == "__main__":

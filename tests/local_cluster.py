@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 _NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 
@@ -30,10 +28,6 @@ class LocalCluster:
     def end(self, node: Any) -> None:
         self.nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
-
-    def workers(self) -> list[psutil.Process]:
-        mine = psutil.process_iter(["cmdline"])
-        return [one for one in mine if "ray::StageWorker" in " ".join(one.info["cmdline"] or [])]
 
 
 @contextmanager

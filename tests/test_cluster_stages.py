@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_a_worker_that_is_killed_amid_a_text(model: Any, folder: Path, plain: An
     def kill_once() -> None:
         if count.value == 12 and not killed.is_set():
             killed.set()
-            _kill_a_worker()
+            psutil.Process(_stages(model)[0].process).kill()
 
     count = _Counter(kill_once)
     assert torch.equal(answer(model, prompt(19), max_new_tokens=40, streamer=count).sequences, expected)
@@ -110,12 +109,6 @@ class _Counter:
 
     def end(self) -> None:
         """Nothing is left to do."""
-
-
-def _kill_a_worker() -> None:
-    workers = [one for one in psutil.process_iter(["cmdline"]) if "ray::StageWorker" in " ".join(one.info["cmdline"] or [])]
-    assert workers
-    workers[0].kill()
 
 
 def test_a_machine_that_ends(model: Any, ray_cluster: LocalCluster, folder: Path, plain: Any) -> None:
@@ -137,12 +130,10 @@ def test_a_machine_that_ends(model: Any, ray_cluster: LocalCluster, folder: Path
 
 
 def test_nothing_is_left_after_close(model: Any, ray_cluster: LocalCluster) -> None:
-    assert ray_cluster.workers()
+    processes = [psutil.Process(stage.process) for stage in _stages(model)]
     model.close()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and ray_cluster.workers():
-        time.sleep(0.1)
-    assert not ray_cluster.workers()
+    _, left = psutil.wait_procs(processes, timeout=20)
+    assert not left
 
 
 def test_too_little_memory_says_what_is_missing(ray_cluster: LocalCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options
-from rabbit_engine.cli.loading import CONVERSATION, Loading, takes_loading
+from rabbit_engine.cli.loading import CONVERSATION_IN_STAGES, Loading, takes_loading
 from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
 from rabbit_engine.errors import ConfigurationError
 
@@ -42,7 +42,7 @@ def chat(
     ] = False,
     history: Annotated[bool, typer.Option(help="Save a history of typed lines to a file.")] = True,
     *,
-    loading: Annotated[Loading, CONVERSATION],
+    loading: Annotated[Loading, CONVERSATION_IN_STAGES],
 ) -> None:
     """Talk with MODEL in the terminal, streamed from disk layer by layer; /help lists the commands.
 

@@ -142,6 +142,13 @@ DraftName = Annotated[
 DraftCompression = Annotated[
     Literal["4bit", "8bit"] | None, typer.Option(help="Store the draft's weights smaller, once.", case_sensitive=False)
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Divide the layers among the machines of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; -m is for each.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +172,7 @@ class Loading:
     speculate: Speculate = False
     draft: DraftName = None
     draft_compression: DraftCompression = None
+    cluster: Cluster = None
 
     def __post_init__(self) -> None:
         if self.onto is not None and self.saving_path is not None:
@@ -217,11 +225,12 @@ class Loading:
             "token": self.token,
             "trust_remote_code": self.trust_remote_code,
             "speculate": self.guesses,
+            "cluster": self.cluster,
         }
 
     def keywords_of_headers(self) -> dict[str, Any]:
         """Those that say what a model is, on any machine: the memory, the device and guesses do not."""
-        left_out = ("max_memory", "max_seq_len", "cache_dtype", "speculate")
+        left_out = ("max_memory", "max_seq_len", "cache_dtype", "speculate", "cluster")
         return {**{name: value for name, value in self.keywords().items() if name not in left_out}, "device": "cpu"}
 
 
@@ -232,8 +241,10 @@ class Only:
         self.names = names
 
 
-LOADING = Only(*(field.name for field in fields(Loading) if field.name not in ("split", "max_seq_len")))
+LOADING = Only(*(field.name for field in fields(Loading) if field.name not in ("split", "max_seq_len", "cluster")))
 CONVERSATION = Only("max_seq_len", *LOADING.names)
+IN_STAGES = Only("cluster", *LOADING.names)
+CONVERSATION_IN_STAGES = Only("cluster", *CONVERSATION.names)
 
 
 def takes_loading(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import LOADING, Loading, loaded, takes_loading
+from rabbit_engine.cli.loading import IN_STAGES, Loading, loaded, takes_loading
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
@@ -104,7 +104,7 @@ def run(
     regex: options.Regex = None,
     choice: options.Choice = None,
     *,
-    loading: Annotated[Loading, LOADING],
+    loading: Annotated[Loading, IN_STAGES],
     progress: Annotated[bool, typer.Option(help="Show each pass over the layers, on a terminal.")] = False,
 ) -> None:
     """Answer PROMPT with MODEL, streamed from disk layer by layer."""

@@ -55,6 +55,11 @@ class ClusterStage:
         """The machine."""
         return self._worker.machine
 
+    @property
+    def process(self) -> int:
+        """The number of the worker's process on its machine."""
+        return self._worker.process
+
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """Run the calls on the worker, or on those that follow it."""
         if self._closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import uuid
 from collections.abc import Callable
@@ -28,10 +29,10 @@ class StageWorker:
         torch.set_num_threads(threads)  # Ray sets one
         self._stage: OpenStage | None = None
 
-    def open(self, factory: StageFactory) -> str:
-        """Open the stage; a line about it."""
+    def open(self, factory: StageFactory) -> tuple[int, str]:
+        """Open the stage; the number of this process, and a line about the stage."""
         self._stage = factory()
-        return repr(self._stage)
+        return os.getpid(), repr(self._stage)
 
     def run(self, request: bytes) -> bytes:
         """Answer a `StageRequest`. Several run at once."""
@@ -63,13 +64,16 @@ class WorkerHandle:
     def __init__(self, machine: str, node_id: str, cores: int) -> None:
         self.machine = machine
         self.number = uuid.uuid4().hex
+        self.process = 0
+        """Its number on the machine, once it has opened its stage."""
         ray = self._ray = require_ray()
         actor = ray.remote(num_cpus=0, max_concurrency=MOST_REQUESTS, max_restarts=0, max_task_retries=0)(StageWorker)
         self._actor = actor.options(scheduling_strategy=pinned_to(node_id)).remote(cores)
 
     def open(self, factory: StageFactory) -> str:
-        """Open the stage there. Raises what opening raises."""
-        return str(self._get(self._actor.open.remote(factory)))
+        """Open the stage there; a line about it. Raises what opening raises."""
+        self.process, about = self._get(self._actor.open.remote(factory))
+        return str(about)
 
     def run(self, request: bytes) -> bytes:
         """The answer. Raises what the layers raise, WorkerEndedError if the worker ended."""
