@@ -10,7 +10,7 @@ from typing import Any
 
 from rabbit_engine.cluster.connection import require_ray
 from rabbit_engine.cluster.machines import pinned_to
-from rabbit_engine.errors import ClusterError, RabbitError
+from rabbit_engine.errors import ClusterError, RabbitError, first_line
 from rabbit_engine.streaming import OpenStage
 
 StageFactory = Callable[[], OpenStage]
@@ -104,4 +104,4 @@ class WorkerHandle:
                 raise cause from error
             raise
         except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError) as error:
-            raise WorkerEndedError(f"the worker on {self.machine} ended: {error}") from error
+            raise WorkerEndedError(f"the worker on {self.machine} ended: {first_line(error)}") from error

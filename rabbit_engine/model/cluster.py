@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 WORKER_BYTES = 600_000_000
 """Memory of a worker's process besides the model: Python, torch and transformers."""
 _KEPT_FREE = 0.1
+_MOST_FAILURES = 3
+"""Workers that may end while they load on a machine that is alive."""
 _USUAL_TOKENS = 1024
 """Tokens of texts that each machine keeps room for, if `max_seq_len` names no number."""
 
@@ -137,6 +139,7 @@ class _Places:
 
     def start(self, layers: range) -> WorkerHandle:
         """A worker that has opened the stage of `layers`."""
+        failures = 0
         while True:
             with self._lock:
                 self._leave_the_dead()
@@ -145,9 +148,10 @@ class _Places:
                 return self._start(stage)
             except WorkerEndedError as error:
                 logger.warning("%s while it loaded layers %d to %d", error, layers.start, layers.stop - 1)
-                if self._is_alive(stage.machine.name):
+                failures += self._is_alive(stage.machine.name)
+                if failures == _MOST_FAILURES:
                     raise StageLostError(
-                        f"the worker of layers {layers.start} to {layers.stop - 1} ended while it loaded on "
+                        f"{failures} workers ended while they loaded layers {layers.start} to {layers.stop - 1} on "
                         f"{stage.machine.name}, probably for memory: pass a smaller max_memory"
                     ) from error
 
