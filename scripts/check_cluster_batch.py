@@ -5,7 +5,7 @@
 The cluster's nodes are network namespaces of this machine (Linux, root). The n-th kill comes as soon as the output has grown by
 its share of the lines: in turn a worker of each node, every seventh time the actor that runs Ray Data; at half of them the
 driver, which is started again with the same command, and with `--machine` also all processes of the last node, which returns
-after 20 seconds. The last line of the output is JSON.
+after 20 seconds, or is gone. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class Attack:
                 (self.workers if name == _WORKER else self.pipelines).append(lines_in(self.target))
         return bool(found)
 
-    def kill_the_machine(self) -> None:
-        """All of the last node; it returns later."""
+    def kill_the_machine(self, *, returns: bool) -> None:
+        """All of the last node; it may return later."""
         node = self.cluster.nodes[-1]
         node.kill()
         self.machines.append(lines_in(self.target))
-        time.sleep(_AWAY_S)
-        node.start()
+        if returns:
+            time.sleep(_AWAY_S)
+            node.start()
 
 
 def lines_in(path: Path) -> int:
@@ -77,7 +78,7 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run(attack: Attack, lines: int, kills: int, *, machine: bool) -> None:
+def run(attack: Attack, lines: int, kills: int, machine: str | None) -> None:
     """Start the batch, and kill until it ends. Raises RuntimeError if it fails."""
     driver = attack.start()
     share, turns = lines / (kills + 2), 0
@@ -90,11 +91,11 @@ def run(attack: Attack, lines: int, kills: int, *, machine: bool) -> None:
             driver.wait()
             attack.drivers.append(lines_in(attack.target))
             driver = attack.start()
-            if machine:
-                attack.kill_the_machine()
-            continue
-        node = attack.cluster.nodes[turns % len(attack.cluster.nodes)]
-        turns += attack.kill_a_process(node, _PIPELINE if turns % 7 == 6 else _WORKER)
+        elif turns > kills // 2 and machine and not attack.machines:
+            attack.kill_the_machine(returns=machine == "returns")
+        else:
+            node = attack.cluster.nodes[turns % len(attack.cluster.nodes)]
+            turns += attack.kill_a_process(node, _PIPELINE if turns % 7 == 6 else _WORKER)
     if driver.returncode:
         raise RuntimeError(f"the batch ended with {driver.returncode}: {attack.log.read_text()[-2000:]}")
 
@@ -134,7 +135,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--kills", type=int, default=20, help="of workers, the actor of Ray Data included")
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--machine", action="store_true", help="kill a whole machine, too")
+    parser.add_argument("--machine", choices=["returns", "gone"], help="kill a whole machine, too")
     parser.add_argument("--max-memory", default="400MB", help="of each worker")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -148,7 +149,7 @@ def main() -> int:
         local_s, began = time.monotonic() - began, time.monotonic()
         with cluster_of_nodes(Shape(nodes=given.nodes)) as cluster:
             attack = Attack(cluster, [*batch, str(target), *options, "--cluster", "auto"], target, folder / "log")
-            run(attack, given.lines, given.kills, machine=given.machine)
+            run(attack, given.lines, given.kills, given.machine)
             print(attack.log.read_text())
         cluster_s, expected, found = time.monotonic() - began, answers_in(local), answers_in(target)
     equal = found == expected
