@@ -60,6 +60,12 @@ def test_nodes_of_one_machine_are_told() -> None:
     assert "2 machines at a:6379, on 1 kernel, " in judge_machines(facts, "a:6379").value
 
 
+def test_a_driver_outside_of_the_cluster_is_told_what_that_costs() -> None:
+    found = judge_machines([replace(machine("pc").facts, node_id=""), machine("a").facts], "a:6379")
+    assert (found.status, found.numbers["outside"]) == ("info", ["pc"])
+    assert found.advice.startswith("pc is outside of it")
+
+
 def test_machines_that_ask_for_no_token_are_named_but_not_one_outside_the_cluster() -> None:
     facts = [replace(machine(name).facts, authentication=name == "a") for name in "ab"]
     found = judge_authentication(facts)

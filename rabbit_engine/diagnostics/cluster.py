@@ -81,7 +81,12 @@ def judge_machines(machines: Sequence[MachineFacts], place: str) -> Finding:
     shared = "" if hosts == len(machines) else f", on {hosts} kernel{'s' if hosts > 1 else ''}"
     count = f"{len(machines)} machine{'s' if len(machines) > 1 else ''}"
     value = f"{count} at {place}{shared}, {format_bytes(free)} free in all"
-    return Finding(name="cluster", status="ok", value=value, numbers={"machines": len(machines), "free_bytes": free})
+    outside = [machine.name for machine in machines if not machine.node_id]
+    numbers: dict[str, Number] = {"machines": len(machines), "free_bytes": free, "outside": outside}
+    advice = (
+        f"{outside[0]} is outside of it, and all it sends goes through the head: faster on a machine of it" if outside else ""
+    )
+    return Finding(name="cluster", status="info" if outside else "ok", value=value, numbers=numbers, advice=advice)
 
 
 def judge_authentication(machines: Sequence[MachineFacts]) -> Finding:
