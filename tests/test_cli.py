@@ -257,7 +257,7 @@ def test_serve_continues_its_last_text_if_told(
 ) -> None:
     given: list[bool] = []
 
-    def noted(_: Any, __: Any, answering: Any) -> None:
+    def noted(_: Any, __: Any, answering: Any, *___: Any) -> None:
         given.append(answering["continue_last"])
         raise errors.ConfigurationError("enough")
 

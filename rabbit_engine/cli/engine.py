@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.planning import machines as machines
     from rabbit_engine.server import listen as listen
+    from rabbit_engine.server import replicas as replicas
     from rabbit_engine.streaming.transfer import disk_rate as disk_rate
     from rabbit_engine.transformers_bridge import generation as generation
     from rabbit_engine.utils import platform as platform
@@ -66,6 +67,7 @@ _MODULES = {
     "plotting": "rabbit_engine.diagnostics.plotting",
     "prefixes": "rabbit_engine.prefixes",
     "speculation": "rabbit_engine.diagnostics.speculation",
+    "replicas": "rabbit_engine.server.replicas",
     "sessions": "rabbit_engine.sessions",
     "streaming": "rabbit_engine.streaming",
     "torch": "torch",

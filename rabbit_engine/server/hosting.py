@@ -152,6 +152,11 @@ class Host:
         return sorted(self._loaded.values(), key=lambda served: served.used_s)
 
     @property
+    def closed(self) -> bool:
+        """Whether someone closed all that is loaded."""
+        return bool(self._loaded) and all(served.closed for served in self._loaded.values())
+
+    @property
     def loading(self) -> LoadProgress | None:
         """The model that is being loaded."""
         if self._load is None:

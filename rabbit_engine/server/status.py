@@ -38,8 +38,7 @@ class StatusPages:
 
     async def health(self) -> JSONResponse:
         """Whether the server can answer."""
-        loaded, loading = self._host.loaded, self._host.loading
-        closed = bool(loaded) and all(served.closed for served in loaded)
+        loaded, loading, closed = self._host.loaded, self._host.loading, self._host.closed
         body = {
             "status": "closed" if closed else "ok",
             "model": self._host.default,
