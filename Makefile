@@ -67,6 +67,7 @@ OURS := \
   races \
   rule \
   scratchfile \
+  serve_cluster \
   server_access \
   server_answers \
   server_anthropic \

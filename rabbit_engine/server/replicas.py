@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rabbit_engine.cluster import connect
-from rabbit_engine.cluster.connect import LOCAL
+from rabbit_engine.cluster.connection import LOCAL
+from rabbit_engine.cluster.machines import gather_facts, require_same_versions
 from rabbit_engine.errors import ClusterError, ConfigurationError
 from rabbit_engine.server.access import check_exposure, is_loopback
 from rabbit_engine.server.app import create_app
@@ -139,13 +140,15 @@ def deploy(address: str, name: str, offer: Offer, replicas: Replicas, *, host: s
     listens once all of them answer: `route` is the beginning of its paths.
 
     Replicas are replaced one after another: an old one gets no new requests, and ends when it has answered those it has.
-    Raises ConfigurationError, ClusterError if the replicas do not start, MissingExtraError without Ray Serve.
+    Raises ConfigurationError, MachinesDifferError, ClusterError if the replicas do not start, MissingExtraError without Serve.
     """
     if not route.startswith("/"):
         raise ConfigurationError(f"--route {route}: begin it with /")
     if not port:
         raise ConfigurationError("--port 0 is for one machine: those of a cluster listen on the same port, so give one")
     ray, serve = _connected(address)
+    if address != LOCAL:
+        require_same_versions(gather_facts())
     options = replicas.options([node["Resources"] for node in ray.nodes() if node["Alive"]])
     host, port = _listen(serve, host, port)
     check_exposure(host, offer.keys)
