@@ -117,7 +117,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         process = subprocess.Popen(ray, env=environment, stdout=written, stderr=written)
     try:
         line = re.compile(rf"--address='([^']+:{port})'")
-        wait_until(lambda: bool(line.search(log.read_text())))
+        wait_until(lambda: bool(line.search(log.read_text())), 240)
         found = Cluster(line.findall(log.read_text())[0], folder, free_port(), environment)
         done = found.serve("--max-new-tokens", 5)
         assert done.returncode == 0, done.stderr
@@ -208,7 +208,7 @@ def test_when_a_replica_is_killed_its_streams_break_off_and_the_rest_is_answered
         texts = [each.result() for each in streams]
         assert {each.result() for each in wholes} == {right}
     assert set(texts) == {right, None}
-    wait_until(lambda: len(cluster.replicas() - {victim}) == 2)
+    wait_until(lambda: len(cluster.replicas() - {victim}) == 2, 240)
     assert asked(cluster.url, ASKED).status_code == 200
 
 
