@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,8 @@ from rabbit_engine.cli.loading import Loading, parse_memory
 from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
-from rabbit_engine.cluster import connection, machines, measure
 from rabbit_engine.decoding import Merged
 from rabbit_engine.diagnostics import demo
-from rabbit_engine.planning.machines import Machine
 from rabbit_engine.utils.extras import install_command
 from rabbit_engine.utils.sizes import parse_rate
 
@@ -331,28 +328,6 @@ def test_plan_for_machines_of_a_file(rabbit: Any, speaker: Path, tmp_path: Path)
     done = rabbit("plan", speaker, "--machines", file, "--texts", 6, "--max-seq-len", 8)
     assert done.code == 0
     assert all(words in done.out for words in ("pc1", "what stands around", "one text", "6 texts", "bound by"))
-
-
-def test_plan_for_the_machines_of_a_cluster(rabbit: Any, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with the memory that was given, and the rates that were measured."""
-    found = [Machine(name=name, memory_bytes=1, source="measured") for name in ("10.0.0.1", "10.0.0.2")]
-    monkeypatch.setattr(connection, "connect", lambda address: address)
-    monkeypatch.setattr(machines, "gather_facts", lambda: found)
-    monkeypatch.setattr(machines, "require_same_versions", lambda facts: None)
-    monkeypatch.setattr(measure, "measure_machines", lambda facts: [Planned(machine) for machine in facts])
-    done = rabbit("plan", speaker, "--cluster", "auto", "--max-memory", "100kB")
-    assert done.code == 0
-    assert all(words in done.out for words in ("10.0.0.1", "rates measured"))
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A machine that somebody measured."""
-
-    machine: Machine
-
-    def as_planned(self, memory_bytes: int) -> Machine:
-        return replace(self.machine, memory_bytes=memory_bytes)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tiny import words
 from rabbit_engine import AutoModel, Session
 from rabbit_engine.errors import BudgetError, ClusterError, MachinesDifferError, StageLostError
 from rabbit_engine.model import cluster as clusters
+from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.machines import Machine
 
@@ -69,6 +70,15 @@ def test_the_answers_of_one_machine(model: Any, folder: Path, plain: Any) -> Non
         found, theirs = (answer(one, ids, **keywords) for one in (model, expected))
         assert torch.equal(found.sequences, theirs.sequences)
     assert all(torch.equal(mine, other) for mine, other in zip(found.scores, theirs.scores, strict=True))
+
+
+def test_a_plan_says_what_loading_does(model: Any, ray_cluster: LocalCluster, folder: Path, rabbit: Any) -> None:
+    plan = runtime_of(model).assembly.stages_plan
+    found = clusters.forecast_on_cluster(folder, read_settings(ON), ray_cluster.address)
+    assert [(one.layers, one.machine.name) for one in found.stages] == [(one.layers, one.machine.name) for one in plan.stages]
+    done = rabbit("plan", folder, "--cluster", ray_cluster.address, "--max-seq-len", "64")
+    assert done.code == 0, done.err
+    assert all(f"layers {one.first}-{one.stop - 1}" in done.out for one in found.stages)
 
 
 def test_many_texts(model: Any, folder: Path, plain: Any) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rabbit_engine import sessions as sessions
     from rabbit_engine import streaming as streaming
     from rabbit_engine.cluster import connection as connection
-    from rabbit_engine.cluster import measure as measure
     from rabbit_engine.diagnostics import benchmark as benchmark
     from rabbit_engine.diagnostics import cluster as cluster
     from rabbit_engine.diagnostics import demo as demo
@@ -59,9 +58,9 @@ _MODULES = {
     "forecast": "rabbit_engine.planning.forecast",
     "generation": "rabbit_engine.transformers_bridge.generation",
     "listen": "rabbit_engine.server.listen",
-    "measure": "rabbit_engine.cluster.measure",
     "machines": "rabbit_engine.planning.machines",
     "model": "rabbit_engine.model",
+    "model_cluster": "rabbit_engine.model.cluster",
     "pace": "rabbit_engine.diagnostics.pace",
     "platform": "rabbit_engine.utils.platform",
     "plotting": "rabbit_engine.diagnostics.plotting",

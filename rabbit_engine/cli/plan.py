@@ -15,13 +15,14 @@ from rabbit_engine.cli.loading import Loading, Only, takes_loading
 from rabbit_engine.cli.wording import as_options
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.report import as_table
-from rabbit_engine.utils.sizes import parse_bytes, parse_rate
+from rabbit_engine.utils.sizes import parse_rate
 from rabbit_engine.utils.speeds import Speeds
 
 if TYPE_CHECKING:
     from rabbit_engine.model.settings import LoadSettings
     from rabbit_engine.planning.machines import Machine
     from rabbit_engine.planning.plan import Plan
+    from rabbit_engine.planning.stages import StagesPlan
 
 _OPTIONS = Only(
     *(
@@ -74,8 +75,12 @@ def plan(
     """
     if machines is not None or cluster is not None:
         _refuse_beside_machines(loading, machines, cluster, disk_rate=disk_rate, link_rate=link_rate)
-        shared = _listed(machines) if cluster is None else _measured(cluster, loading.max_memory)
-        _print_stages(model, loading, shared, texts or 1, max_seq_len)
+        if cluster is not None:
+            found = _forecast_on(cluster, model, loading, texts or 1, max_seq_len)
+        else:
+            found = _forecast_over(_listed(machines), model, loading, texts or 1, max_seq_len)
+        names = ", ".join(machine.name for machine in found.machines)
+        Console(highlight=False).print(as_table(found.rows(), f"{model} on {names}"))
         return
     if texts is not None:
         raise ConfigurationError("--texts is for plans over several machines: give --machines or --cluster too")
@@ -103,28 +108,20 @@ def _listed(file: Path | None) -> Sequence[Machine]:
     return engine.machines.read_machines(file) if file is not None else ()
 
 
-def _measured(address: str, max_memory: str | None) -> Sequence[Machine]:
-    """The machines of a cluster, measured, each with all its free memory or with `max_memory`."""
-    try:
-        nbytes = None if max_memory is None else parse_bytes(max_memory)
-    except ValueError as error:
-        raise ConfigurationError(f"--max-memory {max_memory} with --cluster: give one size, for each machine") from error
-    output.note(f"measuring the machines of the cluster at {address} ...")
-    engine.connection.connect(address)
-    facts = engine.cluster_machines.gather_facts()
-    engine.cluster_machines.require_same_versions(facts)
-    found = engine.measure.measure_machines(facts)
-    for machine in found:
-        output.note(str(machine))
-    return [machine.as_planned(nbytes) for machine in found]
+def _forecast_on(address: str, model: str, loading: Loading, texts: int, max_seq_len: int | None) -> StagesPlan:
+    """The plan over the machines of a cluster, each with all its free memory or with --max-memory."""
+    if loading.max_memory is not None and "=" in loading.max_memory:
+        raise ConfigurationError(f"--max-memory {loading.max_memory} with --cluster: give one size, for each machine")
+    output.note(f"measuring the machines of the cluster at {address}, reading the headers of {model} ...")
+    settings = engine.model.read_settings({**loading.keywords(), "device": "cpu", "max_seq_len": max_seq_len})
+    found: StagesPlan = engine.model_cluster.forecast_on_cluster(model, settings, address, texts)
+    return found
 
 
-def _print_stages(model: str, loading: Loading, machines: Sequence[Machine], texts: int, max_seq_len: int | None) -> None:
-    """The plan of a model over `machines`."""
+def _forecast_over(machines: Sequence[Machine], model: str, loading: Loading, texts: int, max_seq_len: int | None) -> StagesPlan:
     output.note(f"reading the headers of {model} ...")
     settings = engine.model.read_settings({**loading.keywords_of_headers(), "max_seq_len": max_seq_len}, planned=True)
-    found = engine.forecast.forecast_stages(model, settings.source, settings.split, settings.stream, machines, texts=texts)
-    Console(highlight=False).print(as_table(found.rows(), f"{model} on {', '.join(machine.name for machine in machines)}"))
+    return engine.forecast.forecast_stages(model, settings.source, settings.split, settings.stream, machines, texts=texts)
 
 
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:

@@ -27,6 +27,7 @@ from rabbit_engine.errors import BudgetError, StageLostError
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.planning.budget import staging_bytes
+from rabbit_engine.planning.forecast import partition_of
 from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.partition import Partition
 from rabbit_engine.planning.stages import StagesPlan, crowd, layered_units, plan_stages, take_over
@@ -50,10 +51,25 @@ def load_on_cluster(name: str | Path, settings: LoadSettings, address: str) -> A
 
     Raises what loading raises, ClusterError, and MachinesDifferError before anything is read.
     """
+    return load_in_stages(name, settings, functools.partial(_open, facts=_connected(address), settings=settings))
+
+
+def forecast_on_cluster(name: str | Path, settings: LoadSettings, address: str, texts: int = 1) -> StagesPlan:
+    """The stages that `load_on_cluster` would make now, for a pass of `texts`. Reads headers, and measures the machines.
+
+    Raises what loading would raise before it reads a weight.
+    """
+    facts = _connected(address)
+    partition, _ = partition_of(name, settings.source, settings.split, settings.stream)
+    return plan_on(partition, machines_of(facts, settings.stream), settings.stream, texts)
+
+
+def _connected(address: str) -> tuple[MachineFacts, ...]:
+    """The machines of the cluster, which have the driver's versions."""
     connect(address)
     facts = gather_facts()
     require_same_versions(facts)
-    return load_in_stages(name, settings, functools.partial(_open, facts=facts, settings=settings))
+    return facts
 
 
 def plan_on(partition: Partition, machines: Sequence[Machine], stream: StreamConfig, texts: int = 1) -> StagesPlan:
@@ -67,6 +83,8 @@ def plan_on(partition: Partition, machines: Sequence[Machine], stream: StreamCon
 def machines_of(facts: Sequence[MachineFacts], stream: StreamConfig) -> list[Machine]:
     """The machines as the planner takes them, measured, with the memory that the model may have on each."""
     measured = measure_machines(facts)
+    for one in measured:
+        logger.info("%s", one)
     return [one.as_planned(_memory_for_model(one.facts, stream)) for one in measured]
 
 

@@ -56,7 +56,7 @@ def forecast_stages(
 
 def layers_of(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> LayeredUnits:
     """The units of a model by layer, with room for the caches of `max_seq_len` tokens. Reads what `forecast` reads."""
-    partition, _ = _partition(name, source, split, stream)
+    partition, _ = partition_of(name, source, split, stream)
     return layered_units(partition, cached_tokens=stream.max_seq_len or 0)
 
 
@@ -101,12 +101,12 @@ def _plan_with_gain(name: str | Path, source: SourceConfig, split: SplitConfig, 
 def _plan_as_asked(
     name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig, decide: Decide = plan_for
 ) -> Plan:
-    partition, found = _partition(name, source, split, stream)
+    partition, found = partition_of(name, source, split, stream)
     plan = decide(partition, stream)
     return replace(plan, notes=(*plan.notes, str(found)))
 
 
-def _partition(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> tuple[Partition, Source]:
+def partition_of(name: str | Path, source: SourceConfig, split: SplitConfig, stream: StreamConfig) -> tuple[Partition, Source]:
     """The model's units, and where its weights would come from."""
     resolution = resolve(name, source, split, reading=HEADERS_ONLY)
     found, model = resolution.source, resolution.model
