@@ -100,10 +100,11 @@ class Node:
             raise RuntimeError(f"node {self.index} did not start: {out.read_text().strip()[-2000:]}")
 
     def _place(self) -> list[str]:
+        own = f"--temp-dir={self.folder / 'ray'}"  # nodes that start at once in one folder choose the same names of sockets
         if self.index:
-            return [f"--address={self.head}"]
+            return [f"--address={self.head}", own]
         client = [f"--ray-client-server-port={CLIENT_PORT}"] if self.shape.client_server else []
-        return ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self.folder / 'ray'}", *client]
+        return ["--head", f"--port={PORT}", "--include-dashboard=false", own, *client]
 
     def _limits(self) -> list[str]:
         """Ray counts the machine's memory, not that of the group; one node of several does not have it all."""
