@@ -276,6 +276,7 @@ def test_a_machine_that_cannot_run_the_model_is_left_out_unless_none_can(
     assert (found.workers, found.without, caplog.messages) == (2, ("b",), ["b is left out: too little"])
     with pytest.raises(errors.ConfigurationError, match="workers=3, and 2 machines can run the model: give max_memory"):
         crew.find_crew(ray, order_of("m"), 3)
+    assert crew.find_crew(ray, order_of("m"), 3, fewer=True).workers == 2
     said["c"] = "other"
     with pytest.raises(errors.MachinesDifferError, match="c has other files of the model than a"):
         crew.find_crew(ray, order_of("m"), None)
@@ -357,12 +358,15 @@ def test_a_line_that_two_workers_answered_is_written_once(source: Path, tmp_path
 def test_lines_are_handed_out_again_until_no_worker_answers_any(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    left = [9, 4, 4, 4, 4]
+    left = [9, 4, 4, 4, 4, 4, 4]
     job: Any = SimpleNamespace(left=9)
 
-    def attempt(*_: object) -> str:
+    def attempt(*_: object, is_first: bool) -> str:
         job.left = left.pop(0)
         return "1 machines are gone"
+
+    def no_crew(*_: object, is_first: bool) -> str:
+        raise run._NoCrewError("b is away") from errors.ClusterError("b is away")
 
     monkeypatch.setattr(run, "connect", lambda _: None)
     monkeypatch.setattr(run, "_attempt", attempt)
@@ -370,6 +374,13 @@ def test_lines_are_handed_out_again_until_no_worker_answers_any(
         run.answer_on_cluster(Workers("auto"), order_of("m"), job, lambda *_: None)
     assert left == []
     assert "1 machines are gone: 9 lines are handed out again" in caplog.messages
+    monkeypatch.setattr(run, "_SETTLE_S", 0)
+    attempts = iter([attempt, no_crew, no_crew, attempt])
+    monkeypatch.setattr(run, "_attempt", lambda *given, **named: next(attempts)(*given, **named))
     left[:], job.left = [3, 0], 9
     run.answer_on_cluster(Workers("auto"), order_of("m"), job, lambda *_: None)
     assert job.left == 0
+    monkeypatch.setattr(run, "_attempt", no_crew)
+    job.left = 9
+    with pytest.raises(errors.ClusterError, match="b is away"):
+        run.answer_on_cluster(Workers("auto"), order_of("m"), job, lambda *_: None)

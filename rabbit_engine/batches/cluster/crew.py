@@ -45,10 +45,11 @@ class Crew:
         return {"ray.io/node-id": f"!in({','.join(self.without)})"} if self.without else {}
 
 
-def find_crew(ray: ModuleType, order: Order, workers: int | None) -> Crew:
+def find_crew(ray: ModuleType, order: Order, workers: int | None, *, fewer: bool = False) -> Crew:
     """The machines that can run the model by its plan, and the workers on them: one each, unless `workers` says how many.
 
-    A machine that cannot is left out, with a warning. Raises what the model raises if no machine can run it, ClusterError for
+    A machine that cannot is left out, with a warning. With `fewer`, there is at most one on each machine unless `max_memory` is
+    given. Raises what the model raises if no machine can run it, ClusterError for
     a cluster without machines, MachinesDifferError for other files of the model on one, and ConfigurationError for more workers
     than machines without `max_memory`.
     """
@@ -58,7 +59,10 @@ def find_crew(ray: ModuleType, order: Order, workers: int | None) -> Crew:
         raise ClusterError("no machine of the cluster has CPUs for Ray's workers: join some with `ray start --address=...`")
     able = _able(ray, order, candidates, gpus)
     count = len(able) if workers is None else workers
-    if count > len(able) and order.loading.get("max_memory") is None:
+    is_shared = count > len(able) and order.loading.get("max_memory") is None
+    if is_shared and fewer:
+        count = len(able)
+    elif is_shared:
         raise ConfigurationError(
             f"workers={count}, and {len(able)} machines can run the model: give max_memory for workers that share a machine"
         )

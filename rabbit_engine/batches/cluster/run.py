@@ -17,7 +17,7 @@ from rabbit_engine.batches.cluster.pipeline import AnswerPipeline, Shares
 from rabbit_engine.batches.inputs import InputLine, Numbered
 from rabbit_engine.cluster import connect
 from rabbit_engine.cluster.machines import gather_facts, require_same_versions
-from rabbit_engine.errors import ClusterError
+from rabbit_engine.errors import ClusterError, MachinesDifferError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,9 @@ _TAKE_S, _LOOK_S, _RETURN_S = 0.5, 5.0, 30.0
 """How long a driver waits for answers, how often it looks for machines that are lost, and how long those may take to return."""
 _CALLS = 16
 """Calls of a pipeline that run at once."""
-_MOST_BARREN = 3
+_SETTLE_S = 15.0
+"""How long Ray may take to notice that a machine is gone."""
+_MOST_BARREN = 5
 """Pipelines in a row that end without an answer."""
 
 
@@ -57,8 +59,16 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
     """
     ray = connect(workers.address)
     barren = 0
+    is_first = True
     while before := batch.left:
-        reason = _attempt(ray, order, workers.count, batch, tell)
+        try:
+            reason = _attempt(ray, order, workers, batch, tell, is_first=is_first)
+        except _NoCrewError as error:
+            if is_first and error.__cause__ is not None:
+                raise error.__cause__ from None
+            reason = str(error)
+            time.sleep(_SETTLE_S)
+        is_first = False
         barren = barren + 1 if batch.left == before else 0
         if barren == _MOST_BARREN:
             raise ClusterError(f"{batch.left} lines are left, and no worker answers: {reason}")
@@ -66,10 +76,16 @@ def answer_on_cluster(workers: Workers, order: Order, batch: Unanswered, tell: C
             logger.warning("%s: %d lines are handed out again", reason, batch.left)
 
 
-def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
+class _NoCrewError(Exception):
+    """The machines cannot start workers now; the cause says why."""
+
+
+def _attempt(
+    ray: ModuleType, order: Order, workers: Workers, batch: Unanswered, tell: Callable[[int, int], None], *, is_first: bool
+) -> str:
     """Answer what is left with one pipeline; why it ended."""
     try:
-        with _started(ray) as pipeline, _placed(ray, _checked_crew(ray, order, workers)) as (crew, group):
+        with _started(ray) as pipeline, _placed(ray, order, workers, is_first=is_first) as (crew, group):
             shares = _shares(batch.left, crew.workers, order.choices.max_requests)
             for block in _blocks(batch.lines(), shares.lines):
                 ray.get(pipeline.give.remote(block))
@@ -77,12 +93,6 @@ def _attempt(ray: ModuleType, order: Order, workers: int | None, batch: Unanswer
             return _collect(ray, pipeline, _LostMachines(ray, group, shares), batch, tell)
     except ray.exceptions.RayError as error:
         return f"the cluster failed ({type(error).__name__})"
-
-
-def _checked_crew(ray: ModuleType, order: Order, workers: int | None) -> Crew:
-    """The crew, once all machines have the driver's versions: others may not even read the order."""
-    require_same_versions(gather_facts())
-    return find_crew(ray, order, workers)
 
 
 def _collect(ray: ModuleType, pipeline: Any, watch: _LostMachines, batch: Unanswered, tell: Callable[[int, int], None]) -> str:
@@ -147,8 +157,16 @@ def _blocks(lines: Iterable[InputLine], size: int) -> Iterator[list[InputLine]]:
 
 
 @contextmanager
-def _placed(ray: ModuleType, crew: Crew) -> Iterator[tuple[Crew, Any]]:
-    group = place(ray, crew)
+def _placed(ray: ModuleType, order: Order, workers: Workers, *, is_first: bool) -> Iterator[tuple[Crew, Any]]:
+    """A crew and its places, once all machines have the driver's versions: others may not even read the order."""
+    try:
+        require_same_versions(gather_facts())
+        crew = find_crew(ray, order, workers.count, fewer=not is_first)
+        group = place(ray, crew)
+    except MachinesDifferError:
+        raise
+    except ClusterError as error:
+        raise _NoCrewError(str(error)) from error
     try:
         yield crew, group
     finally:
@@ -157,8 +175,11 @@ def _placed(ray: ModuleType, crew: Crew) -> Iterator[tuple[Crew, Any]]:
 
 @contextmanager
 def _started(ray: ModuleType) -> Iterator[Any]:
-    """A pipeline, which ends with its workers."""
-    pipeline = ray.remote(AnswerPipeline).options(num_cpus=0, max_concurrency=_CALLS).remote()
+    """A pipeline on the driver's machine, which ends with its workers."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    pipeline = ray.remote(AnswerPipeline).options(num_cpus=0, max_concurrency=_CALLS, scheduling_strategy=here).remote()
     try:
         yield pipeline
     finally:
