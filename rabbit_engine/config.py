@@ -15,7 +15,7 @@ import torch
 
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.storage.jsonvalues import shown
-from rabbit_engine.utils.platform import find_device, is_accelerator
+from rabbit_engine.utils.platform import best_device, find_device, is_accelerator
 from rabbit_engine.utils.sizes import parse_bytes
 from rabbit_engine.utils.speeds import Speeds
 
@@ -333,15 +333,7 @@ def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tupl
         return None, None
     if not isinstance(max_memory, Mapping):
         raise ConfigurationError(f'max_memory={max_memory!r} is not a mapping; write {{0: "8GiB", "cpu": "24GiB"}}')
-    budgets: dict[int | str, int] = {}
-    for name, size in max_memory.items():
-        if name == "disk":  # accelerate's offload budget; here weights are always read from disk
-            continue
-        place = _place(name)
-        try:
-            budgets[place] = parse_bytes(size)
-        except ValueError as error:
-            raise ConfigurationError(f"max_memory[{place!r}]: {error}") from error
+    budgets = _budgets(max_memory)
     host = budgets.get("cpu")
     if device.type == "cpu" and host is None:
         warnings.warn(
@@ -353,11 +345,107 @@ def parse_max_memory(max_memory: MaxMemory | None, device: torch.device) -> tupl
     return own, host
 
 
+def _budgets(max_memory: MaxMemory) -> dict[int | str, int]:
+    """Bytes by place, in order. Raises ConfigurationError."""
+    budgets: dict[int | str, int] = {}
+    for name, size in max_memory.items():
+        if name == "disk":  # accelerate's offload budget; here weights are always read from disk
+            continue
+        place = _place(name)
+        try:
+            budgets[place] = parse_bytes(size)
+        except ValueError as error:
+            raise ConfigurationError(f"max_memory[{place!r}]: {error}") from error
+    return budgets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowDevice:
+    """A device of a row: `nbytes` of its memory, or what is free. `name` tells CPUs apart, which share one memory."""
+
+    name: str
+    device: torch.device
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """The devices of a machine that share a model's layers, the model's own first.
+
+    Without `is_named` they are all that the machine has. `sequential` fills one after another; `modules` are the devices of
+    modules by name, if the caller chose them.
+    """
+
+    devices: tuple[RowDevice, ...]
+    is_named: bool = True
+    sequential: bool = False
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_row(
+    device: str | int | torch.device | None, device_map: Any, max_memory: MaxMemory | None, *, planned: bool = False
+) -> DeviceRow | None:
+    """The devices among which `device_map`, or `max_memory` with a `device` without a number or none, divides the layers; None
+    for one device. Planned ones need not be there. Raises ConfigurationError and DeviceUnavailableError."""
+    try:
+        given = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        return None  # `parse_device` explains
+    kind = (given or best_device()).type
+    if device_map is not None and not isinstance(device_map, Mapping) and device_map not in _AUTOMATIC_MAPS:
+        return None
+    budgets = {} if not isinstance(max_memory, Mapping) else {_name_of(place, kind): size for place, size in _budgets(max_memory).items()}
+    modules = {str(name): _name_of(_map_place(place), kind) for name, place in _placed_modules(device_map).items()}
+    own = None if given is None or given.index is None else _name_of(_place(given), kind)
+    if len(set(modules.values())) < 2 and (isinstance(device_map, Mapping) or (own is not None and device_map is None)):
+        return None
+    named = list(dict.fromkeys(modules.values())) or [name for name in budgets if name.partition(":")[0] == kind]
+    is_named = bool(named)
+    if not named and device_map is not None and is_accelerator(torch.device(kind)) and not planned:
+        named = [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+    if own in named:
+        named.sort(key=lambda name: name != own)
+    if len(named) < 2 or own not in (None, named[0]):
+        return None
+    if len({name.partition(":")[0] for name in named}) > 1:
+        raise ConfigurationError(
+            f"device_map names {', '.join(named)}: layers run on devices of one kind. Leave out those of the CPU and the disk: "
+            "what no device has room for is streamed"
+        )
+    devices = [RowDevice(name=name, device=_row_device(name, planned=planned), nbytes=budgets.get(name)) for name in named]
+    return DeviceRow(devices=tuple(devices), is_named=is_named, sequential=device_map == "sequential", modules=modules)
+
+
+def _placed_modules(device_map: Any) -> Mapping[Any, Any]:
+    """Those of a mapping with several places."""
+    return device_map if isinstance(device_map, Mapping) and len(set(map(str, device_map.values()))) > 1 else {}
+
+
+def _map_place(place: Any) -> int | str:
+    if place == "disk":
+        raise ConfigurationError(
+            'device_map places modules on the "disk": leave them out, or name a device. What no device has room for is streamed'
+        )
+    return _place(place)
+
+
+def _name_of(place: int | str, kind: str) -> str:
+    return f"{kind if kind != 'cpu' else 'cuda'}:{place}" if isinstance(place, int) else place
+
+
+def _row_device(name: str, *, planned: bool) -> torch.device:
+    """Raises DeviceUnavailableError."""
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, int(index or 0)) if planned else find_device(name)
+
+
 def _place(place: int | str | torch.device) -> int | str:
-    """0 for `0`, `"0"`, `"cuda:0"`, `"xpu:0"` and `torch.device("cuda:0")`; `"cpu"` and `"mps"` unchanged."""
+    """0 for `0`, `"0"`, `"cuda:0"`, `"xpu:0"` and `torch.device("cuda:0")`; `"cpu"`, `"cpu:1"` and `"mps"` unchanged."""
     name = str(place).removeprefix("cuda:").removeprefix("xpu:").removesuffix(":0")
     if name.isdigit():
         return int(name)
-    if name not in ("cpu", "mps"):
+    if name not in ("cpu", "mps") and not re.fullmatch(r"cpu:\d+", name):
         raise ConfigurationError(f'max_memory[{place!r}] is not a device; write {{0: "8GiB", "cpu": "24GiB"}}')
     return name

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rabbit_engine.config import (
+    DeviceRow,
     SourceConfig,
     SplitConfig,
     StreamConfig,
@@ -18,6 +19,7 @@ from rabbit_engine.config import (
     parse_path,
     parse_paths,
     parse_planned_device,
+    parse_row,
 )
 from rabbit_engine.model.compression import compression_of, other_than_compression
 from rabbit_engine.model.speculating import Speculate, parse_speculate
@@ -30,12 +32,16 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """Where a checkpoint comes from, whether and how it is split, how its model is run, and what guesses its tokens."""
+    """Where a checkpoint comes from, whether and how it is split, how its model is run, and what guesses its tokens.
+
+    `row` are the devices among which the layers are divided; that of `stream` is the first of them.
+    """
 
     source: SourceConfig
     split: SplitConfig
     stream: StreamConfig
     speculate: Speculate = None
+    row: DeviceRow | None = None
 
 
 def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
@@ -44,7 +50,10 @@ def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
     Raises ConfigurationError, CompressionUnavailableError and DeviceUnavailableError.
     """
     overrides = take_keywords(other_than_compression(arguments["other"]))
-    if planned:
+    row = parse_row(arguments["device"], arguments["device_map"], arguments["max_memory"], planned=planned)
+    if row is not None:
+        device = row.devices[0].device
+    elif planned:
         device = parse_planned_device(arguments["device"], arguments["max_memory"])
     else:
         device = parse_device(arguments["device"], arguments["device_map"])
@@ -53,6 +62,7 @@ def settings_of(arguments: Arguments, *, planned: bool = False) -> LoadSettings:
         split=_split_of(arguments, device),
         stream=_stream_of(arguments, device),
         speculate=parse_speculate(arguments["speculate"]),
+        row=row,
     )
 
 

@@ -56,7 +56,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, tex
     """
     given, on_cpu = stream.device_budget_bytes, stream.device.type == "cpu"
     free_bytes = free.device_bytes + (stream.draft_bytes if stream.draft_is_loaded else 0)
-    device_bytes = _without_margin(free_bytes, _SYSTEM_SHARE) if given is None else given
+    device_bytes = without_margin(free_bytes, _SYSTEM_SHARE) if given is None else given
     tokens = stream.max_seq_len or (DEFAULT_TOKENS if given is None else 0)
     staging = staging_bytes(partition, stream.device)
     room = device_bytes - stream.draft_bytes - (staging if on_cpu else 0)
@@ -66,7 +66,7 @@ def budget_for(partition: Partition, stream: StreamConfig, free: FreeMemory, tex
         reserved, least_ring = _for_text(partition, text)
     return Budget(
         device_bytes=device_bytes,
-        host_bytes=None if on_cpu else _host_bytes(stream, free),
+        host_bytes=None if on_cpu else host_bytes_of(stream, free),
         host_staging_bytes=staging,
         reserved_bytes=reserved,
         reserved_by_default=stream.max_seq_len is None,
@@ -112,7 +112,8 @@ def texts_in_tiers(partition: Partition, tokens: int, stream: StreamConfig) -> l
     return found
 
 
-def _without_margin(free_bytes: int, share: float) -> int:
+def without_margin(free_bytes: int, share: float = _SYSTEM_SHARE) -> int:
+    """Free bytes, but those left to the system."""
     return max(0, free_bytes - _SYSTEM_BYTES - int(free_bytes * share))
 
 
@@ -125,9 +126,10 @@ def staging_bytes(partition: Partition, device: torch.device) -> int:
     return buffers * STAGING_BYTES
 
 
-def _host_bytes(stream: StreamConfig, free: FreeMemory) -> int:
+def host_bytes_of(stream: StreamConfig, free: FreeMemory) -> int:
+    """Bytes of host memory for a device that has its own."""
     given = stream.host_budget_bytes
-    host = _without_margin(free.host_bytes, _HOST_SHARE) if given is None else given
+    host = without_margin(free.host_bytes, _HOST_SHARE) if given is None else given
     return min(host, free.pinned_bytes) if has_streams(stream.device) else host
 
 
