@@ -394,7 +394,11 @@ def parse_row(
     kind = (given or best_device()).type
     if device_map is not None and not isinstance(device_map, Mapping) and device_map not in _AUTOMATIC_MAPS:
         return None
-    budgets = {} if not isinstance(max_memory, Mapping) else {_name_of(place, kind): size for place, size in _budgets(max_memory).items()}
+    budgets = (
+        {}
+        if not isinstance(max_memory, Mapping)
+        else {_name_of(place, kind): size for place, size in _budgets(max_memory).items()}
+    )
     modules = {str(name): _name_of(_map_place(place), kind) for name, place in _placed_modules(device_map).items()}
     own = None if given is None or given.index is None else _name_of(_place(given), kind)
     if len(set(modules.values())) < 2 and (isinstance(device_map, Mapping) or (own is not None and device_map is None)):

@@ -31,7 +31,7 @@ SELF, HEADS = "self", "heads"
 _SELF_BITS = "4bit"
 """How the copy is stored by default."""
 
-_PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu|mps(:0)?")
+_PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu(:\d+)?|mps(:0)?")
 
 
 def parse_memory(text: str, device: str) -> dict[int | str, int | str]:
@@ -89,7 +89,10 @@ Dtype = Annotated[str | None, typer.Option(help="The default is the checkpoint's
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        "--max-memory", "-m", callback=_check_memory, help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB."
+        "--max-memory",
+        "-m",
+        callback=_check_memory,
+        help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB. Of several, 0=8GiB,1=6GiB, each takes some of the layers.",
     ),
 ]
 MaxSeqLen = Annotated[

@@ -71,7 +71,8 @@ def plan(
 ) -> None:
     """Print what would stay in memory, what would be streamed, and the cost of a pass; reads headers only.
 
-    With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB.
+    With --max-memory the device need not be present: --device cuda:0 --max-memory 0=8GiB,cpu=24GiB, or, for the layers divided
+    among two, --device cuda --max-memory 0=8GiB,1=6GiB,cpu=24GiB.
     """
     if machines is not None or cluster is not None:
         _refuse_beside_machines(loading, machines, cluster, disk_rate=disk_rate, link_rate=link_rate)
@@ -89,8 +90,9 @@ def plan(
     rates = {link: float(parse_rate(rate)) for link, rate in (("disk", disk_rate), ("link", link_rate)) if rate is not None}
     speeds = Speeds(**rates, source="given") if rates else None
     settings = replace(settings, stream=replace(settings.stream, speeds=speeds))
+    places = settings.stream.device if settings.row is None else ", ".join(one.name for one in settings.row.devices)
     rows = [(name, as_options(value)) for name, value in _forecast(model, settings, loading).rows()]
-    Console(highlight=False).print(as_table(rows, f"{model} on {settings.stream.device}"))
+    Console(highlight=False).print(as_table(rows, f"{model} on {places}"))
 
 
 def _refuse_beside_machines(loading: Loading, machines: Path | None, cluster: str | None, **rates: str | None) -> None:
@@ -127,4 +129,6 @@ def _forecast_over(machines: Sequence[Machine], model: str, loading: Loading, te
 def _forecast(model: str, settings: LoadSettings, loading: Loading) -> Plan:
     if (guesses := loading.guesses) is not None:
         return engine.model.forecast_with_draft(model, settings, guesses)
+    if settings.row is not None:
+        return engine.model.forecast_row(model, settings, settings.row)
     return engine.forecast.forecast(model, settings.source, settings.split, settings.stream)

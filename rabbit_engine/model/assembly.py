@@ -35,6 +35,7 @@ from rabbit_engine.streaming import (
     LinearBlocks,
     OpenStage,
     Placeholders,
+    Profile,
     ResidentUnit,
     Ring,
     RoutedExperts,
@@ -78,8 +79,26 @@ class Assembly:
     stages_plan: StagesPlan | None = None
 
     def free_bytes(self) -> int:
-        """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written."""
-        return max(0, free_memory_bytes(self.device) - self.ring.untouched_bytes)
+        """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written. With
+        stages on other devices of this machine, those of the device that has the least."""
+        untouched = {self.device: self.ring.untouched_bytes}
+        for device, ring in self._rings():
+            untouched[device] = untouched.get(device, 0) + ring.untouched_bytes
+        return max(0, min(free_memory_bytes(device) - nbytes for device, nbytes in untouched.items()))
+
+    def _rings(self) -> Iterator[tuple[torch.device, Ring]]:
+        """Those of stages in this process."""
+        for stage in self.stages:
+            assembly = getattr(stage, "assembly", None)
+            if isinstance(assembly, Assembly):
+                yield assembly.device, assembly.ring
+
+    def profile(self) -> Profile:
+        """The counts of the transfer, with those of stages in this process."""
+        assemblies = (getattr(stage, "assembly", None) for stage in self.stages)
+        beside = [found.profile() for found in assemblies if isinstance(found, Assembly)]
+        own = self.transfer.profile()
+        return own.joined(beside) if beside else own
 
     def close(self) -> None:
         """Stop reading, and free the ring with everything in it. Returns at once in a forked child."""

@@ -17,6 +17,7 @@ from rabbit_engine.model.adapters import load_own_adapter
 from rabbit_engine.model.choosing import forecast_with, forecast_with_auto
 from rabbit_engine.model.cluster import load_on_cluster
 from rabbit_engine.model.compression import quantization_config_of
+from rabbit_engine.model.devices import load_on_devices
 from rabbit_engine.model.drafts import DraftLoader
 from rabbit_engine.model.generation_config import set_generation_config
 from rabbit_engine.model.loading import load
@@ -163,7 +164,10 @@ class AutoModel:
         settings = settings_of(arguments)
         settings = replace(settings, source=replace(settings.source, auto=cls._auto))
         cluster = arguments["cluster"]
-        model = load(name, settings) if cluster is None else load_on_cluster(name, settings, cluster)
+        if cluster is not None:
+            model = load_on_cluster(name, settings, cluster)
+        else:
+            model = load(name, settings) if settings.row is None else load_on_devices(name, settings, settings.row)
         quantization = quantization_config_of(arguments)
         if quantization is not None and model._checkpoint.request.split.compression is not None:
             model.config.quantization_config = quantization  # as in transformers

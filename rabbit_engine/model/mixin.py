@@ -77,8 +77,8 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
 
     @property
     def profile(self) -> Profile:
-        """Passes, units, bytes and seconds since the model was loaded."""
-        return self._assembly.transfer.profile()
+        """Passes, units, bytes and seconds since the model was loaded; those of layers on other devices of this machine too."""
+        return self._assembly.profile()
 
     @property
     def progress(self) -> PassProgress | None:
@@ -185,6 +185,11 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
         adapter of experts that are read one by one, and for one that contains other values of a streamed weight. Raises
         WeightNotLoadedError, which names the kind of adapter (DoRA, PiSSA ...), for one that reads streamed weights.
         """
+        if self._assembly.stages:
+            raise CannotLoadStateError(
+                f"{type(self).__name__} is in stages, whose layers take no adapter: load it on one device, or merge the adapter "
+                "into its base model with transformers and peft, save that, and load the result"
+            )
         load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
 

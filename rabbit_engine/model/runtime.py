@@ -72,12 +72,18 @@ class Runtime:
         return self.assembly.trace
 
     @property
+    def in_stages(self) -> bool:
+        """Whether layers run on other devices or machines."""
+        return bool(self.assembly.stages)
+
+    @property
     def computes_parts(self) -> bool:
         """Whether a long prompt may be computed in parts in one pass: the class can, also with the attention that it has now,
         and the ring holds a layer. Each part reads the experts on demand that it is routed to and that its layer has not kept.
+        In stages a prompt is computed whole: each part would be a message.
         """
         plan, partition = self.plan, self.partition
-        if not partition.computes_parts or self.attention not in MASKED:
+        if self.in_stages or not partition.computes_parts or self.attention not in MASKED:
             return False
         moving = {*plan.streamed, *plan.host}
         units = [unit for unit in plan.units if unit.name in moving]

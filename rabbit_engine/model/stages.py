@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from rabbit_engine.checkpoints import Streamable
@@ -18,29 +19,32 @@ from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.loading import load
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.planning.device_rows import with_probe_share
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
-from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner
+from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner, tell_what_is_shown
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The stages of a model; layers that none of them has run in this process, in `device_bytes` of memory for weights, if that
-    is given. `plan` says why."""
+    """The stages of a model; layers that none of them has run in this process, in `device_bytes` of memory for weights, and
+    `host_bytes` of the host's, if those are given. `plan` says why."""
 
     stages: Sequence[OpenStage]
     device_bytes: int | None = None
     plan: StagesPlan | None = None
+    host_bytes: int | None = None
 
 
 StageOpener = Callable[[Partition, Streamable], Opened]
 """Decides on the stages of a model and opens them."""
 
 
-def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: StageOpener) -> Any:
-    """`load`, with the layers of the stages that `open_stages` gives elsewhere."""
-    return load(name, settings, functools.partial(_assemble_rest, open_stages=open_stages))
+def load_in_stages(name: str | Path, settings: LoadSettings, open_stages: StageOpener, *, required: bool = True) -> Any:
+    """`load`, with the layers of the stages that `open_stages` gives elsewhere. Unless that is `required`, a model that cannot be
+    in stages has none."""
+    return load(name, settings, functools.partial(_assemble_rest, open_stages=open_stages, required=required))
 
 
 def _assemble_rest(
@@ -50,37 +54,64 @@ def _assemble_rest(
     stream: StreamConfig,
     *,
     open_stages: StageOpener,
+    required: bool,
     **keywords: Any,
 ) -> Assembly:
     """Assemble what no stage has, and connect the stages."""
-    _require_decoder(model)
+    if not required and model.config.is_encoder_decoder:
+        return assemble(model, entries, ties, stream, **keywords)
+    _require_decoder(model, stream)
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
     opened = open_stages(partition, getattr(model, "_checkpoint"))  # noqa: B009 - of a class that is made at run time
     stages = opened.stages
+    if not stages and opened.plan is None:
+        return assemble(model, entries, ties, stream, **keywords)
     if opened.device_bytes is not None:
-        stream = replace(stream, device_budget_bytes=opened.device_bytes, max_seq_len=None)
+        stream = replace(stream, device_budget_bytes=opened.device_bytes, host_budget_bytes=opened.host_bytes, max_seq_len=None)
     try:
         names = partition.layout.layers
         elsewhere = [names[number] for stage in stages for number in stage.layers]
-        part = functools.partial(Partition.only, has=lambda module: not _is_in(module, elsewhere))
+        share = _largest_share(stages, len(names), stream.device)
+
+        def part(whole: Partition) -> Partition:
+            return with_probe_share(whole.only(lambda module: not _is_in(module, elsewhere)), share)
+
         assembly = assemble(model, entries, ties, stream, part=part, **keywords)
     except BaseException:
         for stage in stages:
             stage.close()
         raise
     assembly.stages, assembly.stages_plan = tuple(stages), opened.plan
+    assembly.plan = replace(assembly.plan, row=opened.plan)
     passes = assembly.binding.passes
     for stage in stages:
         layers = {number: model.get_submodule(names[number]) for number in stage.layers}
         RemoteLayers(stage, layers, assembly.binding, stream.device, passes.sequences, dict(enumerate(names)))
+    for part_of_model in model.modules():
+        if stages and isinstance(part_of_model, PreTrainedModel):
+            tell_what_is_shown(part_of_model)
     return assembly
+
+
+def _largest_share(stages: Sequence[OpenStage], layers: int, device: torch.device) -> float:
+    """The largest part of a text's cache that lies in one memory: that of this process, a device's, or another machine's."""
+    own = layers - sum(len(stage.layers) for stage in stages)
+    shares = {device: own}
+    for stage in stages:
+        place: Any = stage.device if isinstance(stage, LocalStage) else stage
+        shares[place] = shares.get(place, 0) + len(stage.layers)
+    return max(shares.values()) / layers
 
 
 def _is_in(module: str, parents: Sequence[str]) -> bool:
     return any(f"{module}.".startswith(f"{parent}.") for parent in parents)
 
 
-def _require_decoder(model: PreTrainedModel) -> None:
+def _require_decoder(model: PreTrainedModel, stream: StreamConfig) -> None:
+    if stream.cache_dtype is not None:
+        raise ConfigurationError(
+            f"cache_dtype={stream.cache_dtype!r} is for a model on one device, not for one in stages: leave it out"
+        )
     if model.config.is_encoder_decoder:
         raise ConfigurationError(
             f"{type(model).__name__} has an encoder and a decoder: only the layers of a decoder alone run in stages. "
@@ -101,11 +132,13 @@ def load_layers(name: str | Path, settings: LoadSettings, layers: range) -> Any:
 class LocalStage:
     """Layers on another device of this machine, with residents, a ring and reads of their own."""
 
-    def __init__(self, name: str | Path, settings: LoadSettings, layers: range) -> None:
+    def __init__(self, name: str | Path, settings: LoadSettings, layers: range, place: str | None = None) -> None:
+        """Load the layers; `place` names the device, if its own name does not."""
         self.layers = layers
         self._model = load_layers(name, settings, layers)
         runtime = runtime_of(self._model)
-        self.name = str(runtime.device)
+        self.device = runtime.device
+        self.name = place or str(runtime.device)
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
         self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name)
@@ -117,6 +150,11 @@ class LocalStage:
     def model(self) -> Any:
         """The model of which the layers are, for its plan and profile."""
         return self._model
+
+    @property
+    def assembly(self) -> Assembly:
+        """Its running parts."""
+        return runtime_of(self._model).assembly
 
     @property
     def texts(self) -> int:

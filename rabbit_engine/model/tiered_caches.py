@@ -70,7 +70,8 @@ def tier_room(runtime: Runtime) -> int:
 def _can_tier(runtime: Runtime) -> bool:
     cls = runtime.architecture.cls
     probe = runtime.partition.probe
-    return (probe.growing_layers > 0 or probe.windows.layers > 0) and (not _has_encoder(runtime) or takes_cache_objects(cls))
+    keeps_keys = probe.growing_layers > 0 or probe.windows.layers > 0
+    return not runtime.in_stages and keeps_keys and (not _has_encoder(runtime) or takes_cache_objects(cls))
 
 
 def _has_encoder(runtime: Runtime) -> bool:

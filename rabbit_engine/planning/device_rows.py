@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,16 +29,15 @@ _HOP_S = 5e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowShare:
-    """Bytes of a device's memory for weights and their buffers, and of host memory, if that is apart, for those of its layers that
-    do not stay."""
+    """Bytes of a device's memory for weights and their buffers, and of host memory, if that is apart, for what does not stay."""
 
     device_bytes: int
     host_bytes: int | None
 
 
 def plan_row(partition: Partition, row: DeviceRow, stream: StreamConfig) -> StagesPlan:
-    """The stages of a model on the devices of `row`. Raises BudgetError, and ConfigurationError if a device of the caller's is for
-    no layer, or for layers that do not follow one another."""
+    """The stages of a model on the devices of `row`. Raises BudgetError, and ConfigurationError if the caller's map names no
+    device for a layer, or gives a device layers that do not follow one another."""
     is_given = all(one.nbytes is not None for one in row.devices)
     tokens = stream.max_seq_len or (0 if is_given else DEFAULT_TOKENS)
     units = layered_units(partition, cached_tokens=tokens)
@@ -54,19 +54,21 @@ def shares_of(plan: StagesPlan, partition: Partition, stream: StreamConfig) -> M
     on_cpu, staging = stream.device.type == "cpu", staging_bytes(partition, stream.device)
     missing = {one.name: sum(stage.streamed_bytes for stage in plan.stages_of(one.name)) for one in plan.machines}
     missing[plan.driver.name] += round(plan.ends.read_bytes(1))
-    host = None if on_cpu else host_bytes_of(stream, _free(stream))
+    host = None if on_cpu else host_bytes_of(stream, _free())
     most = max(1, sum(missing.values()))
     return {
         one.name: RowShare(
             device_bytes=(plan.plans_of(one.name)[0].budget.weights_bytes or 0) + (staging if on_cpu else 0),
-            host_bytes=None if host is None else staging + max(0, host - staging * len(plan.machines)) * missing[one.name] // most,
+            host_bytes=None
+            if host is None
+            else staging + max(0, host - staging * len(plan.machines)) * missing[one.name] // most,
         )
         for one in plan.machines
         if plan.plans_of(one.name)
     }
 
 
-def _free(stream: StreamConfig) -> FreeMemory:
+def _free() -> FreeMemory:
     host = free_memory_bytes(torch.device("cpu"))
     return FreeMemory(device_bytes=0, host_bytes=host, pinned_bytes=pinned_limit_bytes())
 
@@ -81,7 +83,7 @@ def _machine(one: RowDevice, units: LayeredUnits, partition: Partition, row: Dev
     nbytes -= staging_bytes(partition, one.device) if on_cpu else 0
     nbytes -= stream.draft_bytes if is_first else 0
     speeds = stream.speeds or speeds_for(list(partition.weights.entries.values()), one.device, nbytes if on_cpu else None)
-    in_host = not on_cpu and units.weights_bytes <= (host_bytes_of(stream, _free(stream)) or 0)
+    in_host = not on_cpu and units.weights_bytes <= (host_bytes_of(stream, _free()) or 0)
     return Machine(
         name=one.name,
         memory_bytes=max(0, nbytes),
@@ -122,10 +124,14 @@ def _mapped(partition: Partition, row: DeviceRow) -> list[tuple[int, range]]:
     names, weights = partition.layout.layers, partition.weights.refs
     unknown = [module for module in row.modules if module and not any(f"{name}.".startswith(f"{module}.") for name in weights)]
     if unknown:
-        raise ConfigurationError(f"device_map names {unknown[0]!r}, and the model has no such module: its layers are {_some(names)}")
+        raise ConfigurationError(
+            f"device_map names {unknown[0]!r}, and the model has no such module: its layers are {_some(names)}"
+        )
     places = [_place_of(name, row.modules) for name in names]
     order = [one.name for one in row.devices]
-    groups = [(place, [number for number, _ in group]) for place, group in itertools.groupby(enumerate(places), lambda pair: pair[1])]
+    groups = [
+        (place, [number for number, _ in group]) for place, group in itertools.groupby(enumerate(places), lambda pair: pair[1])
+    ]
     for place in order:
         if (parts := [layers for owner, layers in groups if owner == place]) and len(parts) > 1:
             listed = " and ".join(f"{layers[0]} to {layers[-1]}" for layers in parts)
@@ -149,12 +155,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def with_probe_share(partition: Partition, share: float) -> Partition:
-    """The partition as a device sees it that keeps `share` of each text's cache."""
+    """The partition as a device sees it that keeps `share` of each text's cache, none of it in tiers."""
     probe = partition.probe
 
     def part(nbytes: int) -> int:
-        return -int(-nbytes * share // 1)
+        return math.ceil(nbytes * share)
 
     windows = replace(probe.windows, token_bytes=part(probe.windows.token_bytes))
-    cache = {"cache_token_bytes": part(probe.cache_token_bytes), "cache_fixed_bytes": part(probe.cache_fixed_bytes)}
-    return replace(partition, probe=replace(probe, windows=windows, growing_layers=0, far_heads=0, **cache))
+    tokens, fixed = part(probe.cache_token_bytes), part(probe.cache_fixed_bytes)
+    shown = replace(probe, cache_token_bytes=tokens, cache_fixed_bytes=fixed, windows=windows, growing_layers=0, far_heads=0)
+    return replace(partition, probe=shown)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rabbit_engine.planning import report
+from rabbit_engine.planning import report, stages_report
 from rabbit_engine.planning.experts import NO_EXPERTS, ExpertsPlan
 from rabbit_engine.planning.tiers import DRAFT, HOST, RING, SCRATCH, STAGING, TEXTS, Budget, Tenant, Tier, UnitSize
 from rabbit_engine.utils.report import Report
 from rabbit_engine.utils.speeds import Speeds
+
+if TYPE_CHECKING:
+    from rabbit_engine.planning.stages_plan import StagesPlan
 
 Bound = Literal["disk", "link", "decoding", "compute"]
 
@@ -36,7 +39,8 @@ class Plan(Report):
     demand.
     All bytes are of memory, except `pass_bytes`, `link_bytes`, `encoder_bytes`, `rare_bytes` and `load_bytes`, which are moved.
     With such experts, `pass_bytes` and `link_bytes` are for a token with none of them cached, `least_pass_bytes` with as many
-    as possible. `source` is the origin of the rates.
+    as possible. `source` is the origin of the rates. Of a model in stages this is the plan of the first device, and `row` that of
+    all, which it prints.
     """
 
     tiers: tuple[Tier, ...]
@@ -47,6 +51,7 @@ class Plan(Report):
     source: str = "assumed"
     notes: tuple[str, ...] = ()
     decoding: Decoding = NO_DECODING
+    row: StagesPlan | None = None
 
     @property
     def device(self) -> str:
@@ -279,14 +284,14 @@ class Plan(Report):
     @property
     def reason(self) -> str:
         """One line: the cost of a pass and its reason."""
-        return report.reason(self)
+        return report.reason(self) if self.row is None else stages_report.reason(self.row)
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (name, value) rows."""
-        return report.rows(self)
+        return report.rows(self) if self.row is None else [*self.row.rows(), *(("note", note) for note in self.notes)]
 
     def __repr__(self) -> str:
-        return report.line(self)
+        return report.line(self) if self.row is None else repr(self.row)
 
 
 def _names(units: Iterable[UnitSize]) -> tuple[str, ...]:

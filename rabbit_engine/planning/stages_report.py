@@ -28,6 +28,11 @@ def rows(plan: StagesPlan) -> list[tuple[str, str]]:
     ]
 
 
+def reason(plan: StagesPlan) -> str:
+    """One line: the devices or machines, and the seconds of a token."""
+    return f"{format_bytes(plan.units.weights_bytes)} over {', '.join(plan.max_memory)}, {_where(plan)}: {_texts(plan, 1)}"
+
+
 def _where(plan: StagesPlan) -> str:
     if not plan.pass_bytes:
         return "all in memory"

@@ -285,6 +285,8 @@ def known_prefixes(model: SessionModel, store: PrefixStore, *, exact: bool = Tru
 
 
 def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
+    if runtime.in_stages:
+        return f"the caches of {type(model).__name__} lie on several devices"
     if not runtime.partition.computes_parts:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
     if runtime.assembly.cache_dtype is not None:

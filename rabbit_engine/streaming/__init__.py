@@ -16,7 +16,7 @@ from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.caches.layers import LayerStates
 from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, PIECE_TOKENS, BlockHome, TextStates
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
-from rabbit_engine.streaming.stages.remote import RemoteLayers
+from rabbit_engine.streaming.stages.remote import RemoteLayers, tell_what_is_shown
 from rabbit_engine.streaming.stages.runner import StageRunner
 from rabbit_engine.streaming.stages.stage import OpenStage, StageAnswer, StageRequest
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
@@ -89,6 +89,7 @@ __all__ = [
     "route",
     "row_blocks",
     "share_products",
+    "tell_what_is_shown",
     "weight_refs",
     "write_chrome_trace",
 ]

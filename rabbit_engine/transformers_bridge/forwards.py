@@ -39,3 +39,9 @@ def no_cache_argument(forward: Callable[..., Any]) -> dict[str, bool]:
 def last_logits_argument(forward: Callable[..., Any], count: int = 1) -> dict[str, int]:
     """The keyword argument that limits the head to the last `count` positions; empty if it always runs on all."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+
+
+def is_capturing(hook: object) -> bool:
+    """Whether it is a hook of transformers, which it leaves on modules once a forward returned what is inside the model; then it
+    does nothing unless another forward does."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -124,11 +124,13 @@ def _mirror_of(kind: type) -> type:
 
 
 def facts_of(layer: Any) -> dict[str, Any]:
-    """The attributes of a layer, with tensors on the meta device."""
+    """The attributes of a layer, with tensors on the meta device, but for lengths."""
     return {name: _without_memory(value) for name, value in vars(layer).items() if name != "_room"}
 
 
 def _without_memory(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_floating_point():
+        return value.cpu().clone()  # a length, which is asked for here
     if isinstance(value, torch.Tensor):
         return torch.empty_like(value, device="meta")
     if isinstance(value, dict):
@@ -193,6 +195,23 @@ def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
     made: MirroredLayer = object.__new__(_mirror_of(kind))
     vars(made).update(facts_of(layer), _relay=relay, _index=index, _is_changing=False)
     return made
+
+
+def move_states(cache: Any, device: torch.device) -> Any:
+    """The stage's cache, with the states of its layers on `device`."""
+    for index in own_layers(cache):
+        states = vars(cache.layers[index])
+        for name, value in states.items():
+            states[name] = device if name.endswith("device") and value is not None else _on(value, device)
+    return cache
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(one, device) for key, one in value.items()}
+    return type(value)(_on(one, device) for one in value) if type(value) in (list, tuple) else value
 
 
 def change_layer(layer: Any, change: str, args: tuple[Any, ...]) -> None:

@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,10 +20,21 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from rabbit_engine.errors import UnsupportedOperationError
-from rabbit_engine.streaming.binding.wrapping import move, not_compiled, refuse_gradients
+from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
+from rabbit_engine.streaming.stages.hops import bring
 from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands
+from rabbit_engine.transformers_bridge.forwards import is_capturing
 from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
+
+_Form = tuple[int, tuple[bool, ...], tuple[tuple[str, bool], ...]]
+"""A layer's number, and the switches that it is called with: they may decide what it returns."""
+
+_SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
+"""Whether the forward that runs returns the states of all layers."""
+
+_INSIDE = ("output_attentions", "output_router_logits")
+"""What is returned of modules inside layers."""
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -91,7 +103,7 @@ class _Flow:
 
     calls: list[LayerCall] = field(default_factory=list)
     cache: Any = None
-    last: tuple[int, Any] | None = None
+    last: tuple[_Form, Any] | None = None
     """The layer that returned last, and its output."""
 
 
@@ -110,10 +122,11 @@ class RemoteLayers:
         self._stage, self._source, self._device, self._sequences = stage, source, device, sequences
         self._modules = layers
         self._flows: weakref.WeakKeyDictionary[greenlet, _Flow] = weakref.WeakKeyDictionary()
-        self._outputs: dict[int, Any] = {}
+        self._outputs: dict[_Form, Any] = {}
         """What each layer that was called returned: its first tensor's place is kept by None, the rest as it is."""
-        self._joined: set[int] = set()
+        self._joined: set[_Form] = set()
         """The layers whose output the next one gets unchanged."""
+        self._parts = {number: tuple(module.modules()) for number, module in layers.items()}
         for number, module in layers.items():
             module.forward = not_compiled(self._forward_of(number, names[number], module), module.forward)
 
@@ -125,31 +138,47 @@ class RemoteLayers:
         return run
 
     def _run(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._require_untouched(number)
+        form = number, tuple(value for value in args if isinstance(value, bool)), _switches(kwargs)
         flow = self._flows.setdefault(getcurrent(), _Flow())
         self._learn(flow, number, args, kwargs)
         states = self._add(flow, number, args, kwargs)
-        if self._may_wait(number) and isinstance(states, torch.Tensor):
+        if self._may_wait(form) and isinstance(states, torch.Tensor):
             awaited = StatesElsewhere(states, self._stage.name)
-            flow.last = number, awaited
-            return _with_states(self._outputs[number], awaited)
+            flow.last = form, awaited
+            return _with_states(self._outputs[form], awaited)
         calls, cache, flow.calls, flow.cache = tuple(flow.calls), flow.cache, [], None
-        output = move(self._send(calls, cache), self._device)
-        flow.last = number, _states_in(output)
-        self._outputs[number] = _without_states(output)
+        output = bring(self._send(calls, cache), self._device)
+        flow.last = form, _states_in(output)
+        self._outputs[form] = _without_states(output)
         return output
 
+    def _require_untouched(self, number: int) -> None:
+        """Raise UnsupportedOperationError if somebody wants to see or change what runs inside the layer."""
+        module = self._modules[number]
+        parts = tuple(module.modules())
+        if parts != self._parts[number]:
+            raise UnsupportedOperationError(
+                f"modules of layer {number} were replaced, as an adapter does, but the layer runs on {self._stage.name}: "
+                "load the model on one device"
+            )
+        if any(map(_own_hooks, parts[1:])):
+            raise UnsupportedOperationError(
+                f"a hook on a module inside layer {number} would not be called: the layer runs on {self._stage.name}. "
+                "A hook on the layer itself is"
+            )
+
     def _learn(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if flow.last is None or flow.last[0] != number - 1 or flow.last[1] is None:
+        if flow.last is None or flow.last[0][0] != number - 1 or flow.last[1] is None:
             flow.calls.clear()  # of a pass that an exception ended
         elif any(value is flow.last[1] for value in (*args, *kwargs.values())):
-            self._joined.add(number - 1)
+            self._joined.add(flow.last[0])
         else:
-            self._joined.discard(number - 1)
+            self._joined.discard(flow.last[0])
 
-    def _may_wait(self, number: int) -> bool:
+    def _may_wait(self, form: _Form) -> bool:
         """Whether nothing needs the layer's output here: the next layer of the stage gets it as it is."""
-        module = self._modules[number]
-        return number in self._joined and number in self._outputs and not (module._forward_hooks or module._forward_pre_hooks)
+        return form in self._joined and form in self._outputs and not (_SHOWN.get() or _own_hooks(self._modules[form[0]]))
 
     def _add(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Add the call to those of the next request. The states it is for."""
@@ -202,6 +231,37 @@ class RemoteLayers:
         if fiber is not None:
             fiber.await_future(future)
         return future.result()
+
+
+def tell_what_is_shown(model: Any) -> None:
+    """Let layers elsewhere know if a forward of `model` returns the states of all layers. One that would return what is inside
+    them raises UnsupportedOperationError."""
+    native, config = model.forward, model.config
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name in _INSIDE:
+            if kwargs.get(name, getattr(config, name, False)):
+                raise UnsupportedOperationError(
+                    f"{name}=True needs what is inside layers that run elsewhere: load {type(model).__name__} on one device"
+                )
+        shown = kwargs.get("output_hidden_states")
+        shown = getattr(config, "output_hidden_states", False) if shown is None else shown
+        token = _SHOWN.set(_SHOWN.get() or not (shown is None or shown is False))
+        try:
+            return native(*args, **kwargs)
+        finally:
+            _SHOWN.reset(token)
+
+    model.forward = not_compiled(run, native)
+
+
+def _switches(kwargs: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    return tuple(sorted((name, value) for name, value in kwargs.items() if isinstance(value, bool)))
+
+
+def _own_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks other than those of transformers for the states that a forward returns."""
+    return any(not is_capturing(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
 
 
 def _states_in(output: Any) -> torch.Tensor | None:

@@ -17,10 +17,10 @@ from torch import nn
 
 from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.streaming.binding.binding import Binding
-from rabbit_engine.streaming.binding.wrapping import move
 from rabbit_engine.streaming.scheduler import Scheduler
+from rabbit_engine.streaming.stages.hops import bring, finish, use_here
 from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands
-from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, own_layers
+from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
 
 _Work = Callable[[], None]
 
@@ -40,11 +40,13 @@ class StageRunner:
         self._thread.start()
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
-        """The calls of `request`, with the next pass."""
+        """The calls of `request`, with the next pass. Waits until its tensors are computed."""
+        finish([[(call.args, dict(call.kwargs)) for call in request.calls], [change.args for change in request.changes]])
         return self._put(functools.partial(self._run, request))
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
         """Name a copy of the cache of `text` after the changes; between passes."""
+        finish([change.args for change in changes])
         self._put(functools.partial(self._fork, text, changes, copied)).result()
 
     def forget(self, text: str) -> None:
@@ -77,6 +79,7 @@ class StageRunner:
 
     def _serve(self) -> None:
         torch.set_grad_enabled(False)
+        use_here(self._device)
         scheduler = Scheduler(self._binding)
         while (works := self._take_all()) is not None:
             for work in works:
@@ -106,8 +109,10 @@ class StageRunner:
         with self._binding.root_pass(request.sequences):
             start = time.perf_counter()
             output: Any = None
+            here: dict[int, Any] = {}
             for call in request.calls:
-                output = self._call(call, cache, output)
+                output = self._call(call, cache, output, here)
+            finish(output)
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(cache.layers[index]) for index in own_layers(cache)}
         return StageAnswer(output, facts, seconds)
@@ -116,32 +121,36 @@ class StageRunner:
         if request.text is None:
             return None
         if request.cache is not None:
-            self._texts[request.text] = move(request.cache, self._device)
+            self._texts[request.text] = move_states(request.cache, self._device)
         cache = self._texts.get(request.text)
         if cache is None:
             raise KeyError(f"the stage on {self._name} has no cache of text {request.text}")
-        _change(cache, request.changes)
+        self._change(cache, request.changes)
         return cache
 
-    def _call(self, call: LayerCall, cache: Any, output: Any) -> Any:
+    def _call(self, call: LayerCall, cache: Any, output: Any, here: dict[int, Any]) -> Any:
+        """Run a layer; `here` are the arguments of the request that were brought to the device, by their identity."""
         hidden = output[0] if isinstance(output, tuple | list) else output
         stands = {Stands.CACHE: cache, Stands.OUTPUT: hidden}
 
         def given(value: Any) -> Any:
-            return stands[value] if isinstance(value, Stands) else move(value, self._device)
+            if isinstance(value, Stands):
+                return stands[value]
+            if id(value) not in here:
+                here[id(value)] = bring(value, self._device)
+            return here[id(value)]
 
         args = [given(value) for value in call.args]
         return self._layers[call.layer](*args, **{name: given(value) for name, value in call.kwargs.items()})
 
     def _fork(self, text: str, changes: Sequence[Change], copied: str) -> None:
         cache = self._texts[text]
-        _change(cache, changes)
+        self._change(cache, changes)
         self._texts[copied] = copy.deepcopy(cache)
 
-
-def _change(cache: Any, changes: Sequence[Change]) -> None:
-    for change in changes:
-        change_layer(cache.layers[change.layer], change.name, change.args)
+    def _change(self, cache: Any, changes: Sequence[Change]) -> None:
+        for change in changes:
+            change_layer(cache.layers[change.layer], change.name, bring(change.args, self._device))
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
@@ -128,6 +129,19 @@ class Profile(Report):
         """The fraction of all used experts that did not come from disk; 0 if there are none."""
         used = sum(layer.used for layer in self.experts.values())
         return 1 - sum(layer.read for layer in self.experts.values()) / used if used else 0.0
+
+    def joined(self, others: Sequence[Profile]) -> Profile:
+        """A snapshot with what others count of their own units in the same passes. Seconds of reads and waits are sums."""
+        found = self.copy()
+        for other in others:
+            found.units |= other.units
+            found.experts |= other.experts
+            found.loads += other.loads
+            found.bytes_read += other.bytes_read
+            found.bytes_copied += other.bytes_copied
+            found.read_s += other.read_s
+            found.wait_s += other.wait_s
+        return found
 
     def copy(self) -> Profile:
         """A snapshot."""

@@ -1,0 +1,259 @@
+"""Models over several devices of a machine, here CPUs of which each has a part of the memory: the answers of transformers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talking
+import torch
+from conftest import smallest
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_tasks import T5, save
+from transformers import AutoConfig, DynamicCache, StaticCache
+
+from rabbit_engine import AutoModel, PrefixStore, Session, errors
+from rabbit_engine.config import parse_row
+from rabbit_engine.decoding import Lookup
+from rabbit_engine.model.runtime import runtime_of
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+ASKED = {"max_new_tokens": 6, "temperature": 0}
+
+
+def halves(folder: Path) -> dict[str, str]:
+    """A `device_map` of two CPUs."""
+    layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+    places = ["cpu:0"] * ((layers + 1) // 2) + ["cpu:1"] * (layers // 2)
+    return {"": "cpu:0", **{f"model.layers.{index}": place for index, place in enumerate(places)}}
+
+
+@pytest.fixture
+def row(checkpoint: Any) -> Iterator[Callable[..., Any]]:
+    """`row(family)` is its model over two CPUs, with weights that stream on the first."""
+    models: list[Any] = []
+
+    def load(family: str = "llama", **keywords: Any) -> Any:
+        folder = checkpoint(family)
+        (nbytes,) = smallest(folder).values()
+        budgets = {"cpu:0": nbytes, "cpu:1": nbytes}
+        models.append(
+            AutoModel.from_pretrained(
+                folder, **{"device_map": halves(folder), "max_memory": budgets, "device": "cpu", **keywords}
+            )
+        )
+        return models[-1]
+
+    yield load
+    for model in models:
+        model.close()
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "top_k": 8},
+    "no cache": {"use_cache": False},
+    "chunks": {"prefill_chunk_size": 5},
+    "lookup of transformers": {"prompt_lookup_num_tokens": 3},
+    "static": {"cache_implementation": "static"},
+    "ours": {"speculate": Lookup(), "max_new_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_ways_to_generate(family: str, row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model, ids = plain(checkpoint(family)), row(family), ids.repeat(1, 2)
+    for name, mode in MODES.items():
+        if family == "qwen3_next" and name in ("static", "lookup of transformers"):  # transformers refuses them
+            continue
+        torch.manual_seed(3)
+        theirs = {**GREEDY, **mode} if name != "ours" else {**GREEDY, "max_new_tokens": 20}
+        expected = whole.generate(ids, **theirs)
+        torch.manual_seed(3)
+        assert torch.equal(model.generate(ids, **{**GREEDY, **mode}), expected), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_states_of_all_layers(family: str, row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint(family)), row(family)
+    with torch.no_grad():
+        for _ in range(2):  # from the second pass on, layers of a stage are one request
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+            mine, theirs = (one(ids, output_hidden_states=True).hidden_states for one in (model, whole))
+            assert all(torch.equal(*both) for both in zip(mine, theirs, strict=True))
+    asked = {**GREEDY, "output_hidden_states": True, "return_dict_in_generate": True}
+    mine, theirs = (one.generate(ids, **asked).hidden_states for one in (model, whole))
+    assert all(torch.equal(*both) for passes in zip(mine, theirs, strict=True) for both in zip(*passes, strict=True))
+
+
+def test_what_is_inside_layers_is_refused(row: Any, ids: Any) -> None:
+    model = row("mixtral")
+    expected = model(ids).logits
+    for name in ("output_attentions", "output_router_logits"):
+        with pytest.raises(errors.UnsupportedOperationError, match=name):
+            model(ids, **{name: True})
+    with pytest.raises(errors.UnsupportedOperationError, match="output_attentions"):
+        model.generate(ids, **GREEDY, output_attentions=True, return_dict_in_generate=True)
+    handle = model.model.layers[-1].self_attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(errors.UnsupportedOperationError, match="inside layer"):
+        model(ids)
+    handle.remove()
+    seen: list[Any] = []
+    handle = model.model.layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    assert torch.equal(model(ids).logits, expected)
+    assert len(seen) == 1
+    handle.remove()
+
+
+def test_adapters_are_refused(row: Any, checkpoint: Any, plain: Any, ids: Any, tmp_path: Path) -> None:
+    get_peft_model(plain(checkpoint("llama")), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = row()
+    with pytest.raises(errors.CannotLoadStateError, match="stages"):
+        model.load_adapter(str(tmp_path))
+    with pytest.raises(errors.UnsupportedOperationError, match="adapter"):
+        PeftModel.from_pretrained(model, tmp_path)(ids)
+
+
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "new": lambda _: DynamicCache(),
+    "of the config": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=40),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_caches_of_the_caller(family: str, kind: str, row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint(family)), row(family)
+    for filled in (False, True):
+        found = []
+        for one in (whole, model):
+            cache = CACHES[kind](one.config.get_text_config())
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", FutureWarning)
+                if filled:
+                    whole(ids[:, :5], past_key_values=cache)
+                first = one.generate(ids, past_key_values=cache, **GREEDY)
+                found.append(one.generate(torch.cat([first, ids[:, :3]], dim=1), past_key_values=cache, **GREEDY))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_copies_of_a_cache(family: str, row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint(family)), row(family)
+    found = []
+    for one in (whole, model):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            cache = one(ids).past_key_values
+            copied = copy.deepcopy(cache)
+            forwards = (ids[:, :2], cache), (ids[:, 4:7], copied), (ids[:, 1:2], copy.deepcopy(copied))
+            found.append([one(given, past_key_values=own).logits for given, own in forwards])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_sessions(family: str, row: Any, checkpoint: Any, plain: Any, tmp_path: Path) -> None:
+    model, whole = row(family), plain(checkpoint(family))
+    model.tokenizer = talking.make_tokenizer()
+    texts = [[5 + index, *range(7, 90)] for index in range(4)]
+    expected = [whole.generate(torch.tensor([text]), **GREEDY)[0, len(text) :].tolist() for text in texts]
+    with Session(model, prefix_store=PrefixStore(tmp_path / "store", 10**9)) as session:
+        replies = session.generate(texts, **ASKED)
+        assert [list(reply.tokens) for reply in replies] == expected
+        with session.fork(texts[0][:50]) as fork:
+            found = fork.generate([texts[0][50:]] * 2, **ASKED)
+            assert [list(one.tokens) for one in found] == [expected[0]] * 2
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+    with Session(model, continue_last=True) as session:
+        for text in (texts[0][:70], texts[0]):
+            (reply,) = session.generate([text], **ASKED)
+        assert list(reply.tokens) == expected[0]
+
+
+def test_admission_counts_what_lies_in_each_memory(row: Any, checkpoint: Any, streamed: Any) -> None:
+    model, whole = runtime_of(row()), runtime_of(streamed(checkpoint("llama")))
+    assert model.partition.probe.cache_token_bytes == whole.partition.probe.cache_token_bytes  # both CPUs have one memory
+    assert model.free_bytes() > 0
+    assert not model.computes_parts
+
+
+def test_plan_profile_and_one_device(row: Any, checkpoint: Any, ids: Any) -> None:
+    model = row()
+    model(ids)
+    text = str(model.plan)
+    assert "layers 0-1 and what stands around the layers" in text
+    assert "cpu:1" in text
+    assert "over cpu, cpu:1" in model.plan.reason
+    (stage,) = runtime_of(model).assembly.stages
+    assert model.profile.loads == runtime_of(model).transfer.profile().loads + stage.model.profile.loads
+    assert runtime_of(row(device_map={"": "cpu"}, max_memory={"cpu": "1GB"})).assembly.stages == ()
+    filled = row(device_map="sequential", max_memory={"cpu:0": "1GB", "cpu:1": "1GB"})
+    assert runtime_of(filled).assembly.stages == ()
+    planned = row(device_map="auto", max_memory={"cpu:0": "1GB", "cpu:1": "1GB"})
+    assert sum(len(one.layers) for one in runtime_of(planned).assembly.stages) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0, "": 0}, "must follow one another"),
+        ({"model.layers.0": 0, "model.layers.1": 1}, "names no device for model.layers.2"),
+        ({"": 0, "model.layers.1": 1, "model.layers.1.mlp": 0}, "a layer stays whole"),
+        ({"": 0, "model.layers.1": 1, "model.blocks": 1}, "no such module"),
+        ({"": 0, "model.layers.2": "disk"}, "disk"),
+    ],
+)
+def test_maps_that_are_wrong(places: dict[str, Any], message: str, row: Any) -> None:
+    named = {module: f"cpu:{place}" if isinstance(place, int) else place for module, place in places.items()}
+    with pytest.raises(errors.ConfigurationError, match=message):
+        row(device_map=named)
+
+
+def test_what_cannot_be_in_stages(row: Any, tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigurationError, match="encoder"):
+        AutoModel.from_pretrained(
+            save("T5ForConditionalGeneration", "T5Config", T5, tmp_path),
+            device="cpu",
+            max_memory={"cpu:0": "1GB", "cpu:1": "1GB"},
+        )
+    with pytest.raises(errors.ConfigurationError, match="cache_dtype"):
+        row(cache_dtype="int8")
+
+
+def test_which_devices_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = lambda *given: [one.name for one in found.devices] if (found := parse_row(*given, planned=True)) else None  # noqa: E731
+    both = {0: "8GiB", 1: "6GiB", "cpu": "24GiB"}
+    assert names("cuda", None, both) == names("cuda:0", "auto", both) == names("cuda", "balanced", both) == ["cuda:0", "cuda:1"]
+    assert names("cuda:1", "auto", both) == ["cuda:1", "cuda:0"]
+    assert names("cuda:0", None, both) is names("cuda", None, {0: "8GiB"}) is names("cpu", None, both) is None
+    assert names("cuda", {"": 0}, both) is names("cuda", 0, both) is None
+    assert names("cuda", {"": 1, "model.layers.0": "cuda:0"}, None) == ["cuda:1", "cuda:0"]
+    with pytest.raises(errors.ConfigurationError, match="one kind"):
+        names("cuda", {"": 0, "model.layers.0": "cpu"}, None)
+    with pytest.raises(errors.DeviceUnavailableError):
+        parse_row("cuda", None, both)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus(checkpoint: Any, plain: Any, ids: Any) -> None:
+    """Greedy tokens, with texts at once, and from a stream of the caller's."""
+    folder = checkpoint("llama")
+    whole = plain(folder).cuda()
+    places = {module: place.replace("cpu", "cuda") for module, place in halves(folder).items()}
+    with AutoModel.from_pretrained(folder, device_map=places) as model:
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream), torch.no_grad():
+                stream.wait_stream(torch.cuda.default_stream())
+                for _ in range(3):
+                    assert torch.equal(model(ids).logits, whole(ids.cuda()).logits)
+                assert torch.equal(model.generate(ids, **GREEDY), whole.generate(ids.cuda(), **GREEDY))
+        with Session(model) as session:
+            found = session.generate([ids[0].tolist()] * 4, **ASKED)
+            expected = whole.generate(ids.cuda(), **GREEDY)[0, ids.shape[1] :].tolist()
+            assert [list(one.tokens) for one in found] == [expected] * 4
