@@ -92,7 +92,7 @@ MaxMemory = Annotated[
         "--max-memory",
         "-m",
         callback=_check_memory,
-        help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB. Of several, 0=8GiB,1=6GiB, each takes some of the layers.",
+        help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB; 0=8GiB,1=6GiB divide the layers.",
     ),
 ]
 MaxSeqLen = Annotated[

@@ -138,7 +138,8 @@ class AutoModel:
             local_files_only: download nothing.
             trust_remote_code: run modelling code from the repository.
             gguf_file: the file to load from a folder or repo with several.
-            device_map: "auto" (also "balanced", "sequential"), or one device.
+            device_map: "auto" (also "balanced", "sequential") divides the layers among the devices that `max_memory` names,
+                or all of the machine; a mapping of modules says which has what; or one device. See docs/devices.md.
             torch_dtype: the older name of dtype.
             quantization_config: a BitsAndBytesConfig: bitsandbytes quantises the weights once, in shards of their own, and
                 computes with them, as transformers has it do. `load_in_4bit=True` and `load_in_8bit=True` are short for one.

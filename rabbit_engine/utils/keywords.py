@@ -52,7 +52,7 @@ KEYWORDS = (
     Keyword("dtype", "done", "dtype of the weights and the computation"),
     Keyword("torch_dtype", "done", "the older name of dtype"),
     Keyword(
-        "device_map", "done", '"auto", "balanced", "balanced_low_0", "sequential", or one device; several devices are refused'
+        "device_map", "done", '"auto", "balanced", "balanced_low_0", "sequential", one device, or a map of layers to several'
     ),
     Keyword("max_memory", "done", 'the memory limit for weights, by device; "disk" is ignored'),
     Keyword("attn_implementation", "done", '"auto", "flash_attention_2", "sdpa" or "eager"; others are refused'),
