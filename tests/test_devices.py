@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,6 +214,20 @@ def test_maps_that_are_wrong(places: dict[str, Any], message: str, row: Any) -> 
     named = {module: f"cpu:{place}" if isinstance(place, int) else place for module, place in places.items()}
     with pytest.raises(errors.ConfigurationError, match=message):
         row(device_map=named)
+
+
+def test_a_dropped_model_ends_its_threads(checkpoint: Any, ids: Any) -> None:
+    (nbytes,) = smallest(checkpoint("llama")).values()
+    budgets = {"cpu:0": nbytes, "cpu:1": nbytes}
+    before = threading.active_count()
+    model = AutoModel.from_pretrained(
+        checkpoint("llama"), device="cpu", device_map=halves(checkpoint("llama")), max_memory=budgets
+    )
+    model(ids)
+    assert any(thread.name == "rabbit-stage-cpu:1" for thread in threading.enumerate())
+    del model
+    gc.collect()
+    assert threading.active_count() <= before
 
 
 def test_what_cannot_be_in_stages(row: Any, tmp_path: Path) -> None:

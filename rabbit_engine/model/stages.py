@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -83,14 +84,21 @@ def _assemble_rest(
         raise
     assembly.stages, assembly.stages_plan = tuple(stages), opened.plan
     assembly.plan = replace(assembly.plan, row=opened.plan)
-    passes = assembly.binding.passes
-    for stage in stages:
-        layers = {number: model.get_submodule(names[number]) for number in stage.layers}
-        RemoteLayers(stage, layers, assembly.binding, stream.device, passes.sequences, dict(enumerate(names)))
-    for part_of_model in model.modules():
-        if stages and isinstance(part_of_model, PreTrainedModel):
-            tell_what_is_shown(part_of_model)
+    _connect(model, assembly, names, stream.device)
     return assembly
+
+
+def _connect(model: PreTrainedModel, assembly: Assembly, names: Sequence[str], device: torch.device) -> None:
+    """Have the layers of the model that stages have run there."""
+    passes = assembly.binding.passes
+    for stage in assembly.stages:
+        layers = {number: model.get_submodule(names[number]) for number in stage.layers}
+        RemoteLayers(stage, layers, assembly.binding, device, passes.sequences, dict(enumerate(names)))
+        if isinstance(stage, LocalStage):
+            weakref.finalize(model, stage.close).atexit = False  # its thread would keep it
+    for part in model.modules():
+        if assembly.stages and isinstance(part, PreTrainedModel):
+            tell_what_is_shown(part)
 
 
 def _largest_share(stages: Sequence[OpenStage], layers: int, device: torch.device) -> float:
