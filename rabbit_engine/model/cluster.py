@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.cluster import connect, require_ray
+from rabbit_engine.cluster.description import Area
 from rabbit_engine.cluster.files import FileExtent, FilesDescription, chunks_from, describe, ensure, extents_of, serve_files
 from rabbit_engine.cluster.machines import MachineFacts, gather_facts, require_same_versions
 from rabbit_engine.cluster.measure import measure_machines
@@ -23,7 +25,7 @@ from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import StageFactory, WorkerEndedError, WorkerHandle
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.errors import BudgetError, StageLostError
+from rabbit_engine.errors import BudgetError, ClusterError, StageLostError
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.planning.budget import staging_bytes
@@ -98,7 +100,7 @@ def _open(partition: Partition, checkpoint: Streamable, *, facts: Sequence[Machi
     plan = plan_on(partition, machines_of(facts, settings.stream), settings.stream)
     logger.info("stages:\n%s", plan)
     description, staging = describe(checkpoint), staging_bytes(partition, settings.stream.device)
-    files = serve_files(description)
+    files = serve_files(description) if facts[0].node_id else None  # a client of the cluster is no machine of it
     names = partition.layout.layers
     places = _Places(
         plan,
@@ -140,8 +142,17 @@ def open_there(
     description: FilesDescription, extents: tuple[FileExtent, ...], settings: LoadSettings, layers: range, files: Any
 ) -> LocalStage:
     """Open a stage on the machine that this runs on, whose files are there, or fetched from the driver."""
-    found = ensure(description, extents, chunks_from(files))
+    found = ensure(description, extents, chunks_from(files) if files is not None else _no_chunks)
     return LocalStage(found.name, replace(settings, source=found.source, split=found.split), layers)
+
+
+def _no_chunks(area: Area, name: str, offset: int, nbytes: int) -> NoReturn:
+    """For `ensure`, where the driver is no machine of the cluster."""
+    del area, offset, nbytes
+    raise ClusterError(
+        f"{socket.gethostname()} has no {name}, and a driver that is connected by ray:// sends no files: put the model where the "
+        "driver has it, or load it from a machine of the cluster"
+    )
 
 
 class _Places:
