@@ -83,6 +83,7 @@ def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: boo
     start = time.perf_counter()
     with AutoModel.from_pretrained(model, device="cpu", max_memory={"cpu": memory}, **where) as loaded:
         load_s = time.perf_counter() - start
+        loaded.tokenizer = no_words()
         ids = torch.arange(100, 132)[None]
         times: list[float] = []
 
@@ -112,6 +113,15 @@ def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: boo
             "session_tokens": [list(answer.tokens) for answer in answers],
             "pass_bytes": plan.pass_bytes if plan is not None else loaded.plan.pass_bytes,
         }
+
+
+def no_words() -> Any:
+    """A tokenizer without words: prompts are token ids, and no answer ends early."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0}, unk_token="x")))
 
 
 def print_table(results: dict[int, list[dict[str, Any]]]) -> None:
