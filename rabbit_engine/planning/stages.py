@@ -29,7 +29,7 @@ Seconds = np.ndarray[Any, np.dtype[np.float64]]
 """[layers + 1, layers + 1]: of the layers from the first index to the second."""
 
 _MOST_ORDERS = 24
-_READING = 0.01
+_READING = 0.25
 """What reading counts where computing hides it: memory is better, as reads take computing too."""
 
 _BALANCE = 1e-3
