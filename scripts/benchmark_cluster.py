@@ -3,16 +3,19 @@
     python scripts/benchmark_cluster.py MODEL --nodes 1 2 4 --memory 2.2GB --rate 1gbit --rounds 5
 
 Machines are Ray nodes in network namespaces of this one (Linux, root), with shaped links and a limit of memory each; they share
-its processors and its disk. The nodes of a round run one behind another, and rounds alternate. With one node nothing is a
-cluster: the same call without `cluster`. Prints one JSON line a run, and a table.
+its processors. With `--disk 500MB/s` each reads its own disk, at that rate; without, they share the machine's. The nodes of a
+round run one behind another, and rounds alternate. With one node nothing is a cluster: the same call without `cluster`. Prints one JSON
+line a run, and a table; `--runs FILE` is for `scale_tables.py --measured`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -37,11 +40,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--texts", type=int, default=8, help="of the session")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--disk", help="the rate of a disk of each machine's own")
+    parser.add_argument("--runs", type=Path, help="where to write the runs of several nodes")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cluster", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.model, given.memory, given.tokens, given.texts, is_cluster=given.cluster)))
+        print(json.dumps(measure(given)))
         return
     results: dict[int, list[dict[str, Any]]] = {count: [] for count in given.nodes}
     for _ in range(given.rounds):
@@ -49,19 +54,36 @@ def main() -> None:
             results[count].append(run_on(count, given))
             print(json.dumps({"nodes": count, **results[count][-1]}), flush=True)
     print_table(results)
+    if given.runs is not None:
+        given.runs.write_text(json.dumps([run for count in results for run in runs_of(given, count, results[count])], indent=1))
+
+
+def runs_of(given: argparse.Namespace, count: int, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The medians of one number of nodes, as `scale_tables.py` takes them."""
+    if count == 1:
+        return []
+    middle = results[len(results) // 2]
+    shared = {"name": f"{count} nodes", "model": given.model, "machines": middle["machines"], "ranges": middle["ranges"]}
+    times = ((1, "token_s"), (given.texts, "session_token_s"))
+    return [
+        {**shared, "texts": texts, "measured_s": statistics.median(result[name] for result in results)} for texts, name in times
+    ]
 
 
 def run_on(count: int, given: argparse.Namespace) -> dict[str, Any]:
     """One run over `count` nodes."""
     from cluster.network import Link
     from cluster.nodes import Shape, cluster_of_nodes
+    from peers.memory_group import ReadLimit
 
-    from rabbit_engine.utils.sizes import parse_bytes
+    from rabbit_engine.utils.sizes import parse_bytes, parse_rate
 
+    disk = None if given.disk is None else ReadLimit(Path(given.model), int(parse_rate(given.disk)))
     limit = parse_bytes(given.memory) + OVERHEAD_BYTES
-    shape = Shape(nodes=count, memory_bytes=limit, link=Link(rate=given.rate), cpus=2)
+    shape = Shape(nodes=count, memory_bytes=limit, read_limit=disk, link=Link(rate=given.rate), cpus=2)
     command = [sys.executable, __file__, given.model, "--measure", "--memory", given.memory]
     command += ["--tokens", str(given.tokens), "--texts", str(given.texts), *(["--cluster"] if count > 1 else [])]
+    command += ["--disk", given.disk] if given.disk else []
     with cluster_of_nodes(shape) as nodes:
         done = nodes.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -70,9 +92,13 @@ def run_on(count: int, given: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: bool) -> dict[str, Any]:
+def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Load, generate one text and a session of several, in this process."""
     import torch
+
+    model, memory, tokens, texts, is_cluster = given.model, given.memory, given.tokens, given.texts, given.cluster
+    if given.disk:
+        have_own_disks()
 
     from rabbit_engine import AutoModel, Session
     from rabbit_engine.model.runtime import runtime_of
@@ -98,21 +124,40 @@ def measure(model: str, memory: str, tokens: int, texts: int, *, is_cluster: boo
         steps = [after - before for before, after in itertools.pairwise(times[2:])]  # the first learns the layers
         with Session(loaded, prefix_store=None, max_requests=texts) as session:
             prompts = [[100 + text, *range(101, 116)] for text in range(texts)]
-            start = time.perf_counter()
-            answers = session.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens)
-            session_s = time.perf_counter() - start
+            seconds = []
+            for count in (1, tokens):  # the first is that of the prompts
+                start = time.perf_counter()
+                answers = session.generate(prompts, max_new_tokens=count, min_new_tokens=count)
+                seconds.append(time.perf_counter() - start)
         assembly = runtime_of(loaded).assembly
         plan = assembly.stages_plan
         return {
             "load_s": round(load_s, 2),
             "token_s": round(statistics.median(steps), 4),
             "planned_s": round(plan.seconds(1) if plan is not None else loaded.plan.pass_s, 4),
-            "session_token_s": round(session_s / tokens, 4),
+            "session_token_s": round((seconds[1] - seconds[0]) / (tokens - 1), 4),
             "session_planned_s": round(plan.seconds(texts), 4) if plan is not None else None,
             "tokens": found[0].tolist()[32:],
             "session_tokens": [list(answer.tokens) for answer in answers],
+            "machines": [as_listed(one) for one in plan.machines] if plan is not None else [],
+            "ranges": [[one.machine.name, one.first, one.stop] for one in plan.stages] if plan is not None else [],
             "pass_bytes": plan.pass_bytes if plan is not None else loaded.plan.pass_bytes,
         }
+
+
+def as_listed(machine: Any) -> dict[str, Any]:
+    """A machine as `rabbit plan --machines` reads it; the driver has no link."""
+    link = {} if machine.link_rate == math.inf else {"link_rate": machine.link_rate, "link_latency_s": machine.link_latency_s}
+    rates = {"disk_rate": machine.disk_rate, "compute_rate": 1 / machine.seconds_per_byte}
+    return {"name": machine.name, "memory": machine.memory_bytes, "disk": machine.disk, **rates, **link}
+
+
+def have_own_disks() -> None:
+    """Machines of this kernel read from disks of their own, which the planner takes for one."""
+    from rabbit_engine.model import cluster
+
+    shared = cluster.machines_of
+    cluster.machines_of = lambda *given: [dataclasses.replace(one, disk="") for one in shared(*given)]
 
 
 def no_words() -> Any:

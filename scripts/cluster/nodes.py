@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from peers.memory_group import MemoryGroup, find_controller, limited_group
+from peers.memory_group import MemoryGroup, ReadLimit, find_controller, limited_group
 
 from cluster.network import Link, Namespace, labels, remove_leftover, switched
 from rabbit_engine.utils.sizes import parse_bytes
@@ -47,10 +47,12 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What each node has. Its memory is that of all its processes, Ray's own included; None does not limit it."""
+    """What each node has. Its memory is that of all its processes, Ray's own included; None does not limit it. With a limit of
+    memory, a disk of its own may be had too: `read_limit` is what it reads from it."""
 
     nodes: int = 2
     memory_bytes: int | None = None
+    read_limit: ReadLimit | None = None
     link: Link = field(default_factory=Link)
     cpus: int = 1
     object_store_bytes: int = 100_000_000
@@ -212,7 +214,7 @@ def _made(folder: Path) -> Path:
 def _group(made: contextlib.ExitStack, label: str, index: int, shape: Shape) -> MemoryGroup | None:
     if shape.memory_bytes is None:
         return None
-    return made.enter_context(limited_group(f"rabbit-{label}-{index}", shape.memory_bytes))
+    return made.enter_context(limited_group(f"rabbit-{label}-{index}", shape.memory_bytes, shape.read_limit))
 
 
 def _environment(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
