@@ -4,8 +4,8 @@
 
 Machines are Ray nodes in network namespaces of this one (Linux, root), with shaped links and a limit of memory each; they share
 its processors. With `--disk 500MB/s` each reads its own disk, at that rate; without, they share the machine's. The nodes
-of a round run one behind another, rounds alternate. With one node nothing is a cluster: the same call without `cluster`. Prints one
-JSON line a run, and a table; `--runs FILE` is for `scale_tables.py --measured`.
+of a round run one behind another, rounds alternate. With one node nothing is a cluster: the same call without `cluster`. Prints
+one JSON line a run, and a table; `--runs FILE` is for `scale_tables.py --measured`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from long_texts import answer, prompt
 from tiny import words
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.errors import BudgetError, ClusterError, MachinesDifferError, StageLostError
+from rabbit_engine.errors import BudgetError, ClusterError, MachinesDifferError, PromptTooLongError, StageLostError
 from rabbit_engine.model import cluster as clusters
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
@@ -79,6 +79,14 @@ def test_a_plan_says_what_loading_does(model: Any, ray_cluster: LocalCluster, fo
     done = rabbit("plan", folder, "--cluster", ray_cluster.address, "--max-seq-len", "64")
     assert done.code == 0, done.err
     assert all(f"layers {one.first}-{one.stop - 1}" in done.out for one in found.stages)
+
+
+def test_a_text_that_a_machine_has_no_memory_for_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = _stages(model)[0]
+    assert 0 < stage.free_bytes() <= psutil.virtual_memory().total
+    monkeypatch.setattr(stage, "free_bytes", lambda: 1000)
+    with pytest.raises(PromptTooLongError):
+        model.generate(prompt(19), max_new_tokens=5)
 
 
 def test_many_texts(model: Any, folder: Path, plain: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 import threading
 import time
 from collections import deque
@@ -85,6 +86,13 @@ class ClusterStage:
         self._log.forget(text)
         if self._states.pop(text, None) == self._worker.number and not self._closed:
             self._worker.forget(text)
+
+    def free_bytes(self) -> int:
+        """Bytes that caches may take on the machine now; no limit if its worker has ended, which the next request finds."""
+        try:
+            return self._worker.free_bytes()
+        except WorkerEndedError:
+            return sys.maxsize
 
     def close(self) -> None:
         """End the worker. Idempotent."""

@@ -43,6 +43,10 @@ class StageWorker:
         """Copy the cache of a text after the changes."""
         self._opened.fork(text, pickle.loads(changes), copy)  # noqa: S301
 
+    def free_bytes(self) -> int:
+        """Bytes that caches may take."""
+        return self._opened.free_bytes()
+
     def forget(self, text: str) -> None:
         """Free the cache of a text."""
         self._opened.forget(text)
@@ -83,6 +87,10 @@ class WorkerHandle:
     def fork(self, text: str, changes: bytes, copy: str) -> None:
         """Copy a text's cache."""
         self._get(self._actor.fork.remote(text, changes, copy))
+
+    def free_bytes(self) -> int:
+        """Bytes that caches may take there."""
+        return int(self._get(self._actor.free_bytes.remote()))
 
     def forget(self, text: str) -> None:
         """Free a text's cache. Does not wait."""

@@ -80,11 +80,13 @@ class Assembly:
 
     def free_bytes(self) -> int:
         """Bytes for caches and activations: free memory, minus the part of the ring that was allocated but never written. With
-        stages on other devices of this machine, those of the device that has the least."""
+        stages elsewhere, those of the device or the machine that has the least."""
         untouched = {self.device: self.ring.untouched_bytes}
         for device, ring in self._rings():
             untouched[device] = untouched.get(device, 0) + ring.untouched_bytes
-        return max(0, min(free_memory_bytes(device) - nbytes for device, nbytes in untouched.items()))
+        here = [free_memory_bytes(device) - nbytes for device, nbytes in untouched.items()]
+        machines = [stage.free_bytes() for stage in self.stages if not isinstance(getattr(stage, "assembly", None), Assembly)]
+        return max(0, min([*here, *machines]))
 
     def _rings(self) -> Iterator[tuple[torch.device, Ring]]:
         """Those of stages in this process."""

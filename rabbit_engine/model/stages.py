@@ -181,6 +181,10 @@ class LocalStage:
         """Free a text's cache."""
         self._runner.forget(text)
 
+    def free_bytes(self) -> int:
+        """Bytes that caches and activations may take on its device now."""
+        return self.assembly.free_bytes()
+
     def close(self) -> None:
         """End its thread and free its memory. Idempotent."""
         self._runner.close()

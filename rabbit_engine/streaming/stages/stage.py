@@ -82,6 +82,10 @@ class OpenStage(Protocol):
         """Free a text's cache. Does not wait; a text that is not there is no error."""
         ...
 
+    def free_bytes(self) -> int:
+        """Bytes that caches and activations may take there now."""
+        ...
+
     def close(self) -> None:
         """Free everything. Idempotent."""
         ...
