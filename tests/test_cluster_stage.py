@@ -1,0 +1,206 @@
+"""What the driver does when workers end, with workers in this process: real layers, requests in bytes, no Ray."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import smallest
+from long_texts import answer, prompt
+from transformers import DynamicCache
+
+from rabbit_engine.cluster import stage as stages
+from rabbit_engine.cluster.request_log import RequestLog
+from rabbit_engine.cluster.stage import ClusterStage
+from rabbit_engine.cluster.worker import WorkerEndedError
+from rabbit_engine.decoding.lookup import Lookup
+from rabbit_engine.errors import StageLostError
+from rabbit_engine.model.auto import read_settings
+from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
+
+
+class WorkerHere:
+    """A stage that is asked in bytes, as one on another machine, and ends when `ends(number of the request)` says so: before it
+    has answered, or with the answer lost."""
+
+    numbers = itertools.count()
+
+    def __init__(self, opened: LocalStage, ends: Callable[[], str]) -> None:
+        self.machine, self.process, self.number = "here", 0, f"{next(self.numbers)}"
+        self._stage, self._ends, self._ended = opened, ends, False
+
+    def run(self, request: bytes) -> bytes:
+        when = self._ends()
+        self._require_alive(ended=when == "before")
+        found = pickle.dumps(self._stage.submit(pickle.loads(request)).result())
+        self._require_alive(ended=when == "after")
+        return found
+
+    def fork(self, text: str, changes: bytes, copied: str) -> None:
+        self._require_alive()
+        self._stage.fork(text, pickle.loads(changes), copied)
+
+    def forget(self, text: str) -> None:
+        self._stage.forget(text)
+
+    def free_bytes(self) -> int:
+        return self._stage.free_bytes()
+
+    def close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._stage.close()
+
+    def _require_alive(self, *, ended: bool = False) -> None:
+        if ended:
+            self.close()
+        if self._ended:
+            raise WorkerEndedError("the worker here ended")
+
+
+class Here:
+    """Starts workers in this process; `ends` decides for each request of all of them."""
+
+    def __init__(self, folder: Path, settings: Any) -> None:
+        self._folder, self._settings = folder, settings
+        self.started = self.requests = 0
+        self.ends: Callable[[int], str] = lambda _: ""
+
+    def start(self, layers: range) -> Any:
+        self.started += 1
+        return WorkerHere(LocalStage(self._folder, self._settings, layers), self._when)
+
+    def _when(self) -> str:
+        self.requests += 1
+        return self.ends(self.requests)
+
+
+Staged = Callable[..., tuple[Any, Here]]
+
+
+@pytest.fixture
+def over_workers() -> Iterator[Staged]:
+    models: list[Any] = []
+
+    def load(folder: Path, planned_s: float = 0.0) -> tuple[Any, Here]:
+        settings = read_settings({"device": "cpu", "max_memory": smallest(folder)})
+        here, log = Here(folder, settings), RequestLog(None)
+
+        def open_stages(partition: Any, _: Any) -> Opened:
+            last = len(partition.layout.layers)
+            return Opened([ClusterStage(each, here, log, planned_s) for each in (range(1, 2), range(2, last))])
+
+        models.append(load_in_stages(folder, settings, open_stages))
+        return models[-1], here
+
+    yield load
+    for model in models:
+        model.close()
+
+
+WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "speculated": {"speculate": Lookup(nodes=6)}}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_workers_that_end_amid_a_text(
+    checkpoint: Any, over_workers: Staged, plain: Any, family: str, way: str, when: str
+) -> None:
+    folder = checkpoint(family)
+    keywords = {"max_new_tokens": 8, **WAYS[way]}
+    theirs = {name: value for name, value in keywords.items() if name != "speculate"}
+    expected = answer(plain(folder), prompt(11), **theirs).sequences
+    model, here = over_workers(folder)
+    here.ends = lambda number: when if number in (3, 9, 25) else ""
+    assert torch.equal(answer(model, prompt(11), **keywords).sequences, expected)
+    assert here.started >= 3
+
+
+def test_states_of_the_whole_text_are_computed_again(checkpoint: Any, over_workers: Staged, plain: Any) -> None:
+    folder = checkpoint("qwen3_next")
+    expected = answer(plain(folder), prompt(11), max_new_tokens=6).sequences
+    model, here = over_workers(folder)
+    here.ends = lambda number: "after" if number == 9 else ""
+    assert torch.equal(answer(model, prompt(11), max_new_tokens=6).sequences, expected)
+    assert here.started == 3
+
+
+def test_a_copy_of_a_text_goes_on_by_itself(checkpoint: Any, over_workers: Staged, plain: Any) -> None:
+    """Both texts are computed again, from what they share and from what they added."""
+    folder = checkpoint("llama")
+    model, here = over_workers(folder)
+    expected = []
+    found = []
+    for one, results in ((plain(folder), expected), (model, found)):
+        cache = DynamicCache(config=one.config.get_text_config())
+        ids = prompt(11)
+        with torch.no_grad():
+            one(ids, past_key_values=cache)
+            cache.crop(-2)
+            other = copy.deepcopy(cache)
+            if one is model:
+                here.ends = lambda number: "before" if number in (9, 30) else ""
+            for step in range(6):
+                for text, token in ((cache, step), (other, 40 + step)):
+                    results.append(one(torch.tensor([[5 + token]]), past_key_values=text).logits)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert here.started == 4
+
+
+def test_workers_that_only_end_are_an_error(checkpoint: Any, over_workers: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_MOST_TRIES", 3)
+    model, here = over_workers(checkpoint("llama"))
+    here.ends = lambda _: "before"
+    with pytest.raises(StageLostError, match="3 workers for layers 1 to 1 ended one after another"):
+        answer(model, prompt(11))
+
+
+def test_a_text_whose_requests_could_not_be_kept_is_an_error_only_if_its_worker_ends(
+    checkpoint: Any, over_workers: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        closed = False
+
+        def seek(self, _: int) -> None:
+            raise OSError("No space left on device")
+
+        def truncate(self, _: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    folder = checkpoint("llama")
+    model, here = over_workers(folder)
+    for stage in model._assembly.stages:
+        monkeypatch.setattr(stage._log, "_file", Full())
+    expected = answer(plain(folder), prompt(11)).sequences
+    assert torch.equal(answer(model, prompt(11)).sequences, expected)
+    assert "No space left on device" in caplog.text
+    here.ends = lambda number: "before" if number == here_now + 9 else ""
+    here_now = here.requests
+    with pytest.raises(StageLostError, match="too full"):
+        answer(model, prompt(11))
+
+
+def test_a_slow_machine_is_named_once(checkpoint: Any, over_workers: Staged, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = over_workers(checkpoint("llama"), planned_s=1e-9)
+    with caplog.at_level(logging.WARNING):
+        answer(model, prompt(11), max_new_tokens=30)
+    assert [record.message for record in caplog.records if "here is slow: layers 2 to" in record.message] != []
+    assert caplog.text.count("is slow") == 2  # one line a stage
+
+
+def test_nothing_is_kept_of_texts_that_ended(checkpoint: Any, over_workers: Staged) -> None:
+    model, _ = over_workers(checkpoint("llama"))
+    answer(model, prompt(11))
+    for stage in model._assembly.stages:
+        assert stage._states == {}
+        assert stage._log._texts == {}
+        assert stage._log._end == 0
