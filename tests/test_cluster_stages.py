@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,15 @@ from long_texts import answer, prompt
 from tiny import words
 
 from rabbit_engine import AutoModel, Session
-from rabbit_engine.errors import BudgetError, ClusterError, MachinesDifferError, PromptTooLongError, StageLostError
+from rabbit_engine.cluster.worker import WorkerHandle
+from rabbit_engine.errors import (
+    BudgetError,
+    ClusterError,
+    ConfigurationError,
+    MachinesDifferError,
+    PromptTooLongError,
+    StageLostError,
+)
 from rabbit_engine.model import cluster as clusters
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
@@ -166,6 +175,26 @@ def test_other_versions_are_refused(ray_cluster: LocalCluster, folder: Path, mon
     monkeypatch.setattr(machines, "own_versions", lambda: {"torch": "1.0"})
     with pytest.raises(MachinesDifferError, match="torch"):
         AutoModel.from_pretrained(folder, **ON, cluster=ray_cluster.address)
+
+
+def test_workers_compute_on_cpus(folder: Path) -> None:
+    settings = read_settings({"device": "cuda:0", "max_memory": {0: "1GB"}}, planned=True)
+    with pytest.raises(ConfigurationError, match='give device="cpu"'):
+        clusters.load_on_cluster(folder, settings, "auto")
+
+
+def test_no_token_travels(ray_cluster: LocalCluster, folder: Path, small_machines: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    def keep(_: Any, factory: Any) -> str:
+        sent.append(pickle.dumps(factory.args[:-1]))
+        raise BudgetError("enough seen")
+
+    monkeypatch.setattr(WorkerHandle, "open", keep)
+    with pytest.raises(BudgetError):
+        AutoModel.from_pretrained(folder, **ON, cluster=ray_cluster.address, token="hf_secret")
+    assert sent
+    assert not any(b"hf_secret" in one for one in sent)
 
 
 def test_errors_are_of_one_family() -> None:

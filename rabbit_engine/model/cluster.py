@@ -25,7 +25,7 @@ from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import StageFactory, WorkerEndedError, WorkerHandle
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.errors import BudgetError, ClusterError, StageLostError
+from rabbit_engine.errors import BudgetError, ClusterError, ConfigurationError, StageLostError
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.planning.budget import staging_bytes
@@ -53,6 +53,7 @@ def load_on_cluster(name: str | Path, settings: LoadSettings, address: str) -> A
 
     Raises what loading raises, ClusterError, and MachinesDifferError before anything is read.
     """
+    _require_cpu(settings.stream)
     return load_in_stages(name, settings, functools.partial(_open, facts=_connected(address), settings=settings))
 
 
@@ -61,9 +62,17 @@ def forecast_on_cluster(name: str | Path, settings: LoadSettings, address: str, 
 
     Raises what loading would raise before it reads a weight.
     """
+    _require_cpu(settings.stream)
     facts = _connected(address)
     partition, _ = partition_of(name, settings.source, settings.split, settings.stream)
     return plan_on(partition, machines_of(facts, settings.stream), settings.stream, texts)
+
+
+def _require_cpu(stream: StreamConfig) -> None:
+    if stream.device.type != "cpu":
+        raise ConfigurationError(
+            f'the machines of a cluster compute on CPUs, not on {stream.device}: give device="cpu", or leave out cluster='
+        )
 
 
 def _connected(address: str) -> tuple[MachineFacts, ...]:
@@ -135,7 +144,8 @@ def _factory(
     mine = tuple(f"{names[number]}." for number in layers)
     extents = extents_of(checkpoint, [name for name in checkpoint.entries if name.startswith(mine)])
     stream = replace(settings.stream, device_budget_bytes=nbytes + staging, max_seq_len=None)
-    return functools.partial(open_there, description, extents, replace(settings, stream=stream, speculate=None), layers, files)
+    settings = replace(settings, source=description.source, split=description.split, stream=stream, speculate=None)  # no token
+    return functools.partial(open_there, description, extents, settings, layers, files)
 
 
 def open_there(
