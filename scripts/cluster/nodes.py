@@ -37,7 +37,7 @@ from peers.memory_group import MemoryGroup, ReadLimit, find_controller, limited_
 from cluster.network import Link, Namespace, labels, remove_leftover, switched
 from rabbit_engine.utils.sizes import parse_bytes
 
-PORT, CLIENT_PORT = 6379, 10001
+PORT, CLIENT_PORT, AGENT_PORT = 6379, 10001, 8790
 MOST_NODES = 8
 _START_WITHIN_S = 240.0
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -105,7 +105,11 @@ class Node:
         own = f"--temp-dir={self.folder / 'ray'}"  # nodes that start at once in one folder choose the same names of sockets
         if self.index:
             return [f"--address={self.head}", own]
-        client = [f"--ray-client-server-port={CLIENT_PORT}"] if self.shape.client_server else []
+        client = (
+            [f"--ray-client-server-port={CLIENT_PORT}", f"--runtime-env-agent-port={AGENT_PORT}"]
+            if self.shape.client_server
+            else []
+        )
         return ["--head", f"--port={PORT}", "--include-dashboard=false", own, *client]
 
     def _limits(self) -> list[str]:
