@@ -41,7 +41,9 @@ def running(server: uvicorn.Server) -> Iterator[int]:
 @contextmanager
 def serving(session: Session, **keywords: Any) -> Iterator[str]:
     """The address of a server of `create_app(session, NAME, **keywords)`."""
-    config = uvicorn.Config(create_app(session, NAME, **keywords), port=0, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        create_app(session, NAME, **keywords), port=0, http="h11", log_level="warning", timeout_graceful_shutdown=3
+    )
     with running(uvicorn.Server(config)) as port:
         yield f"http://127.0.0.1:{port}"
 

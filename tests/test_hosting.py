@@ -163,7 +163,7 @@ def test_models_that_were_never_loaded_are_described(tmp_path: Path, opening: Op
         return capabilities(folder)
 
     host = Host(["a", "broken"], opening, describe=describe)
-    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, http="h11", log_level="warning"))) as port:
         url, own = f"http://127.0.0.1:{port}", ollama.Client(f"http://127.0.0.1:{port}")
         for _ in range(2):
             a, broken = httpx.get(f"{url}/v1/models").json()["data"]
@@ -208,7 +208,7 @@ def test_a_slow_description_delays_no_list_for_long(opening: Opening, monkeypatc
 
 def test_the_server_answers_for_each_of_its_models(opening: Opening, events: list[str]) -> None:
     host = Host(["a", "b"], opening, default="b")
-    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, http="h11", log_level="warning"))) as port:
         url = f"http://127.0.0.1:{port}"
 
         def ask(path: str, **body: object) -> httpx.Response:

@@ -50,7 +50,7 @@ def hosting(folder: Path, names: list[str], **keywords: Any) -> Iterator[tuple[H
 
     host = Host(names, opening, **keywords)
     try:
-        with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+        with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, http="h11", log_level="warning"))) as port:
             yield host, f"http://127.0.0.1:{port}"
     finally:
         host.close()

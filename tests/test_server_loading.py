@@ -71,7 +71,7 @@ def host(slow: Slow) -> Iterator[Host]:
 
 @pytest.fixture
 def url(host: Host) -> Iterator[str]:
-    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="error"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, http="h11", log_level="error"))) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -219,7 +219,7 @@ def test_a_client_that_leaves_while_its_model_loads_waits_no_longer(url: str, sl
 
 def test_the_server_ends_while_a_model_loads(host: Host, slow: Slow) -> None:
     app = create_app(host)
-    with running(uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error"))) as port:
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         with httpx.stream("POST", url, json={**HI, "stream": True}, timeout=30) as answer:
             parts = answer.iter_raw()
@@ -322,7 +322,7 @@ def test_a_client_does_not_unload_the_session_of_the_caller(folder: Path) -> Non
             assert host.loaded
 
         asyncio.run(work(host.unload))
-        with running(uvicorn.Server(uvicorn.Config(create_app(session, "own"), port=0, log_level="error"))) as port:
+        with running(uvicorn.Server(uvicorn.Config(create_app(session, "own"), port=0, http="h11", log_level="error"))) as port:
             client = ollama.Client(f"http://127.0.0.1:{port}", timeout=30)
             assert client.chat("own", [], keep_alive=0).done_reason == "load"
             assert client.chat("own", HI["messages"], keep_alive=0, options=OPTIONS).done

@@ -278,7 +278,7 @@ def test_models_are_loaded_and_unloaded_as_clients_ask(tmp_path: Path) -> None:
         events.append(f"-{name}")
 
     host = Host(["a", "org/b:7b"], opening)
-    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, log_level="warning"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(create_app(host), port=0, http="h11", log_level="warning"))) as port:
         client = ollama.Client(host=f"http://127.0.0.1:{port}")
         assert [card.model for card in client.list().models] == ["a:latest", "org/b:7b"]
         assert client.show("a").capabilities == ["completion"]  # nothing describes it

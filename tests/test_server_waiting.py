@@ -130,7 +130,7 @@ def test_a_late_answer_is_cancelled_with_its_client_and_broken_off_when_it_fails
 def test_a_late_answer_ends_with_the_server(session: Session, monkeypatch: Any) -> None:
     monkeypatch.setattr(streams, "SILENCE_S", 0.05)
     app = create_app(session, NAME)
-    with running(uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))) as port:
+    with running(uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="warning"))) as port:
         url = f"http://127.0.0.1:{port}/v1/completions"
         with httpx.stream("POST", url, json={**ASKED, "max_tokens": 10_000}) as answer:
             parts = answer.iter_raw()
