@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = {"dev", "docs", "browser", "flash"}
-"""Extras that no test imports."""
+TOOLS = {"dev", "docs", "browser", "flash", "cluster"}
+"""Extras that no test of other versions imports."""
 
 OF_MODELS = {"accelerate", "gguf", "huggingface-hub", "safetensors", "sentencepiece", "tokenizers", "transformers"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from long_texts import answer, prompt
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
+from rabbit_engine.streaming.stages import runner
 
 Staged = Callable[..., Any]
 
@@ -51,3 +53,21 @@ def test_families(checkpoint: Any, staged: Staged, plain: Any, family: str) -> N
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.scores, expected.scores, strict=True))
     stages = runtime_of(model).assembly.stages
     assert all(stage.model.profile.passes >= 2 for stage in stages)
+
+
+def test_texts_that_come_soon_after_share_a_pass(checkpoint: Any, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that reads weights waits for them; the first pass tells it for how long."""
+    monkeypatch.setattr(runner, "_LINGER", 1e9)
+    model = staged(checkpoint("gemma3"), (1, 7))
+    answer(model, prompt(5), max_new_tokens=2)
+    stage = runtime_of(model).assembly.stages[0]
+    requests: list[Any] = []
+    monkeypatch.setattr(stage, "submit", lambda request: requests.append(request) or stage._runner.submit(request))
+    answer(model, prompt(5), max_new_tokens=1, use_cache=False)
+    passes = stage.model.profile.passes
+    futures = []
+    for _ in range(2):
+        futures.append(stage._runner.submit(requests[0]))
+        time.sleep(0.05)
+    assert all(future.result() is not None for future in futures)
+    assert stage.model.profile.passes == passes + 1

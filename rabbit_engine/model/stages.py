@@ -149,7 +149,8 @@ class LocalStage:
         self.name = place or str(runtime.device)
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
-        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name)
+        reads = bool(runtime.transfer.units)
+        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, reads=reads)
 
     def __repr__(self) -> str:
         return f"layers {self.layers.start} to {self.layers.stop - 1} on {self.name}: {runtime_of(self._model).plan!r}"

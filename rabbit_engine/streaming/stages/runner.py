@@ -24,6 +24,10 @@ from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, m
 
 _Work = Callable[[], None]
 
+_LINGER, _MOST_LINGER_S = 0.03, 0.25
+"""How long a stage that reads weights waits for another text before its pass: a share of the last one's seconds, which all texts
+aboard share."""
+
 
 class StageRunner:
     """The `layers` of a model by number, and the caches of its texts on `device`, in a thread of its own.
@@ -31,8 +35,12 @@ class StageRunner:
     Requests that have come while a pass ran are computed together in the next: each has the bits it has alone.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], binding: Binding, device: torch.device, name: str) -> None:
+    def __init__(
+        self, layers: Mapping[int, nn.Module], binding: Binding, device: torch.device, name: str, *, reads: bool = True
+    ) -> None:
+        """`reads`: weights move in each pass."""
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
+        self._reads, self._linger_s = reads, 0.0
         self._texts: dict[str, Any] = {}
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed = False
@@ -84,15 +92,18 @@ class StageRunner:
         while (works := self._take_all()) is not None:
             for work in works:
                 scheduler.add(work)
+            start = time.perf_counter()
             while scheduler.fibers:
                 scheduler.run_pass()
+            if self._reads:
+                self._linger_s = min(_MOST_LINGER_S, _LINGER * (time.perf_counter() - start))
 
     def _take_all(self) -> list[_Work] | None:
-        """Everything that waits, at least one; None at the end, when what waits is refused."""
+        """Everything that waits, at least one, and what comes soon after; None at the end, when what waits is refused."""
         works = [self._queue.get()]
         with suppress(queue.Empty):
-            while True:
-                works.append(self._queue.get_nowait())
+            while None not in works:
+                works.append(self._queue.get(timeout=self._linger_s) if self._linger_s else self._queue.get_nowait())
         found = [work for work in works if work is not None]
         if len(found) == len(works):
             return found
