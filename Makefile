@@ -65,6 +65,7 @@ OURS := \
   prompts \
   quality_script \
   races \
+  request_log \
   rule \
   scratchfile \
   serve_cluster \

@@ -166,21 +166,14 @@ def test_workers_that_only_end_are_an_error(checkpoint: Any, over_workers: Stage
 def test_a_text_whose_requests_could_not_be_kept_is_an_error_only_if_its_worker_ends(
     checkpoint: Any, over_workers: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full:
-        closed = False
-
-        def seek(self, _: int) -> None:
-            raise OSError("No space left on device")
-
-        def truncate(self, _: int) -> None: ...
-
-        def close(self) -> None: ...
-
     folder = checkpoint("llama")
     model, here = over_workers(folder)
-    for stage in model._assembly.stages:
-        monkeypatch.setattr(stage._log, "_file", Full())
     expected = answer(plain(folder), prompt(11)).sequences
+
+    def full(*_: object) -> int:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("rabbit_engine.storage.scratchfile.ScratchFile._move", full)
     assert torch.equal(answer(model, prompt(11)).sequences, expected)
     assert "No space left on device" in caplog.text
     here.ends = lambda number: "before" if number == here_now + 9 else ""
@@ -203,4 +196,4 @@ def test_nothing_is_kept_of_texts_that_ended(checkpoint: Any, over_workers: Stag
     for stage in model._assembly.stages:
         assert stage._states == {}
         assert stage._log._texts == {}
-        assert stage._log._end == 0
+        assert stage._log.nbytes == 0

@@ -35,8 +35,9 @@ class ScratchFile:
     Raises CacheStorageError if the folder cannot be written, or the disk is full or fails.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, content: str = "the keys and values of a text") -> None:
+        """`content` says in errors what it holds."""
+        self._folder, self._content = folder, content
         with self._disk_errors("written"):
             folder.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="rabbit-", buffering=0)  # noqa: SIM115 - until close
@@ -115,7 +116,7 @@ class ScratchFile:
             yield
         except OSError as cause:
             raise CacheStorageError(
-                f"the keys and values of a text cannot be {done} in {self._folder} ({cause.strerror or cause}): free some of its "
+                f"{self._content} cannot be {done} in {self._folder} ({cause.strerror or cause}): free some of its "
                 "disk, name another folder with RABBIT_ENGINE_CACHE, or request fewer tokens"
             ) from cause
 
