@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import talking
 import torch
 from conftest import smallest
 from long_texts import answer, prompt
 from transformers import DynamicCache
 
+from rabbit_engine import PrefixStore, Session
 from rabbit_engine.cluster import stage as stages
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
@@ -34,6 +36,7 @@ class WorkerHere:
 
     def __init__(self, opened: LocalStage, ends: Callable[[], str]) -> None:
         self.machine, self.process, self.number = "here", 0, f"{next(self.numbers)}"
+        self.kernels = opened.kernels
         self._stage, self._ends, self._ended = opened, ends, False
 
     def run(self, request: bytes) -> bytes:
@@ -153,6 +156,28 @@ def test_a_copy_of_a_text_goes_on_by_itself(checkpoint: Any, over_workers: Stage
                     results.append(one(torch.tensor([[5 + token]]), past_key_values=text).logits)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     assert here.started == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_beginnings_are_stored_and_read_while_workers_end(
+    checkpoint: Any, over_workers: Staged, plain: Any, tmp_path: Path, when: str
+) -> None:
+    folder = checkpoint("llama")
+    texts = [[5, *range(7, 40)], [5, *range(7, 30), 8, 8]]
+    expected = [
+        answer(plain(folder), torch.tensor([text]), max_new_tokens=6).sequences[0, len(text) :].tolist() for text in texts
+    ]
+    model, here = over_workers(folder)
+    model.tokenizer = talking.make_tokenizer()
+    here.ends = lambda number: when if number in (4, 8, 30, 47) else ""
+    with PrefixStore(tmp_path / "store", 10**8, block_tokens=8) as store:
+        for cached in ([0, 24], [32, 24]):
+            with Session(model, prefix_store=store) as session:
+                replies = [session.generate([text], max_new_tokens=6, temperature=0)[0] for text in texts]
+                assert store.flush(30)
+            assert [list(reply.tokens) for reply in replies] == expected
+            assert [reply.cached_tokens for reply in replies] == cached
+    assert here.started == 6
 
 
 def test_workers_that_only_end_are_an_error(checkpoint: Any, over_workers: Staged, monkeypatch: pytest.MonkeyPatch) -> None:

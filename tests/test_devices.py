@@ -159,22 +159,41 @@ def test_copies_of_a_cache(family: str, row: Any, checkpoint: Any, plain: Any, i
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_sessions(family: str, row: Any, checkpoint: Any, plain: Any, tmp_path: Path) -> None:
+def test_sessions(family: str, row: Any, checkpoint: Any, plain: Any) -> None:
     model, whole = row(family), plain(checkpoint(family))
     model.tokenizer = talking.make_tokenizer()
     texts = [[5 + index, *range(7, 90)] for index in range(4)]
     expected = [whole.generate(torch.tensor([text]), **GREEDY)[0, len(text) :].tolist() for text in texts]
-    with Session(model, prefix_store=PrefixStore(tmp_path / "store", 10**9)) as session:
+    with Session(model) as session:
         replies = session.generate(texts, **ASKED)
         assert [list(reply.tokens) for reply in replies] == expected
         with session.fork(texts[0][:50]) as fork:
             found = fork.generate([texts[0][50:]] * 2, **ASKED)
             assert [list(one.tokens) for one in found] == [expected[0]] * 2
-    assert not list((tmp_path / "store").rglob("*.safetensors"))
     with Session(model, continue_last=True) as session:
         for text in (texts[0][:70], texts[0]):
             (reply,) = session.generate([text], **ASKED)
         assert list(reply.tokens) == expected[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_beginnings_of_prompts_are_stored_and_read(
+    family: str, row: Any, streamed: Any, checkpoint: Any, plain: Any, tmp_path: Path
+) -> None:
+    model, whole, one = row(family), plain(checkpoint(family)), streamed(checkpoint(family))
+    first = [5, *range(7, 60)]
+    texts = [first, [*first[:40], *range(30, 80)], [*first[:20], 6, 9, 8]]
+    expected = [whole.generate(torch.tensor([text]), **GREEDY)[0, len(text) :].tolist() for text in texts]
+    found = []
+    with PrefixStore(tmp_path / "store", 10**8, block_tokens=8) as store:
+        for asked, each in ([model, texts[:1]], [model, texts], [one, texts]):  # a model on one device has the same states
+            asked.tokenizer = talking.make_tokenizer()
+            with Session(asked, prefix_store=store) as session:
+                replies = session.generate(each, **ASKED)
+            assert [list(reply.tokens) for reply in replies] == expected[: len(each)]
+            assert store.flush(30)
+            found.append([reply.cached_tokens for reply in replies])
+    assert found == [[0], [48, 40, 16], [48, 88, 16]]
 
 
 def test_admission_counts_what_lies_in_each_memory(row: Any, checkpoint: Any, streamed: Any) -> None:

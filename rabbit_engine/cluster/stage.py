@@ -57,6 +57,11 @@ class ClusterStage:
         return self._worker.machine
 
     @property
+    def kernels(self) -> str:
+        """Those of its worker."""
+        return self._worker.kernels
+
+    @property
     def process(self) -> int:
         """The number of the worker's process on its machine."""
         return self._worker.process
@@ -118,7 +123,8 @@ class ClusterStage:
                     self._states.pop(request.text, None)
                 raise
             if request.text is not None:
-                self._log.add(request.text, payload)
+                if request.alters:
+                    self._log.add(request.text, payload)
                 self._states[request.text] = worker.number
             self._note(len(request.calls), time.perf_counter() - start)
             return answer

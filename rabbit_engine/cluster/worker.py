@@ -29,10 +29,10 @@ class StageWorker:
         torch.set_num_threads(threads)  # Ray sets one
         self._stage: OpenStage | None = None
 
-    def open(self, factory: StageFactory) -> tuple[int, str]:
-        """Open the stage; the number of this process, and a line about the stage."""
+    def open(self, factory: StageFactory) -> tuple[int, str, str]:
+        """Open the stage; the number of this process, the kernels that it computes with, and a line about the stage."""
         self._stage = factory()
-        return os.getpid(), repr(self._stage)
+        return os.getpid(), self._stage.kernels, repr(self._stage)
 
     def run(self, request: bytes) -> bytes:
         """Answer a `StageRequest`. Several run at once."""
@@ -70,13 +70,15 @@ class WorkerHandle:
         self.number = uuid.uuid4().hex
         self.process = 0
         """Its number on the machine, once it has opened its stage."""
+        self.kernels = ""
+        """The instructions that it computes with, then."""
         ray = self._ray = require_ray()
         actor = ray.remote(num_cpus=0, max_concurrency=MOST_REQUESTS, max_restarts=0, max_task_retries=0)(StageWorker)
         self._actor = actor.options(scheduling_strategy=pinned_to(node_id)).remote(cores)
 
     def open(self, factory: StageFactory) -> str:
         """Open the stage there; a line about it. Raises what opening raises."""
-        self.process, about = self._get(self._actor.open.remote(factory))
+        self.process, self.kernels, about = self._get(self._actor.open.remote(factory))
         return str(about)
 
     def run(self, request: bytes) -> bytes:

@@ -76,6 +76,11 @@ class Runtime:
         """Whether layers run on other devices or machines."""
         return bool(self.assembly.stages)
 
+    def device_of_layer(self, layer: int) -> torch.device:
+        """Where the states of a new text's layer are put: those of a layer elsewhere are in memory of the host until they go
+        there."""
+        return torch.device("cpu") if any(layer in stage.layers for stage in self.assembly.stages) else self.device
+
     @property
     def computes_parts(self) -> bool:
         """Whether a long prompt may be computed in parts in one pass: the class can, also with the attention that it has now,

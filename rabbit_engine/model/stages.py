@@ -25,6 +25,7 @@ from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner, tell_what_is_shown
+from rabbit_engine.utils.platform import kernels_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,7 @@ class LocalStage:
         runtime = runtime_of(self._model)
         self.device = runtime.device
         self.name = place or str(runtime.device)
+        self.kernels = kernels_of(runtime.device)
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
         reads = bool(runtime.transfer.units)

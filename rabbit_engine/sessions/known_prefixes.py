@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from weakref import WeakSet
 
@@ -21,9 +21,16 @@ from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
 from rabbit_engine.sessions.forgetful import choose_ends, groups_of, restorable, restore
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
-from rabbit_engine.transformers_bridge.block_ends import BlockEnds, short_windows, watch_ends
-from rabbit_engine.transformers_bridge.caches import adds_in_place, put_states, state_layers, states_between, windows_of
-from rabbit_engine.utils.platform import free_memory_bytes
+from rabbit_engine.transformers_bridge.block_ends import BlockEnds, layer_of, short_windows, watch_ends
+from rabbit_engine.transformers_bridge.caches import (
+    adds_in_place,
+    put_states,
+    remembers_all,
+    state_layers,
+    states_between,
+    windows_of,
+)
+from rabbit_engine.utils.platform import free_memory_bytes, kernels_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +40,8 @@ _LEAST_BLOCKS = 8
 """Blocks that each window must hold: computing prompts in parts costs more than beginnings that are shorter can save."""
 _COPIES_BYTES, _COPIES_SHARE = 512 * 2**20, 8
 """The most memory for copies of what layers forget, until they are stored, and which share of the free memory it is at most."""
+_WAY_SHARE = 2
+"""Which share of the free memory states may take that are read for layers elsewhere."""
 _LEAST_READ_AGAIN = 4
 """Blocks of a prompt for which experts are read twice, as what its layers forget is kept in the middle."""
 _IN_PARTS = "that takes a ring that holds a layer, so load it with a larger max_seq_len, or with more memory"
@@ -80,17 +89,22 @@ class KnownPrefixes:
         stored = len(prefix)
         if other is not None and common >= stored:
             stored = max(stored, min(common, other.stored))
-            restored = _fill(cache, other.blocks(common), common * size, size, self._model.device)
+            restored = _fill(cache, other.blocks(common), common * size, size, self._device_of)
         elif _forgets(cache):
             restored = restore(cache, prefix, self._model.device)
         else:
-            restored = _fill(cache, _read(prefix), prefix.tokens, size, self._model.device)
+            restored = _fill(cache, _read(prefix), prefix.tokens, size, self._device_of)
         return self._under_way_with(ids, text, cache, restored * size, min(stored, restored), len(found))
 
     def _usable(self, found: Prefix, ids: Sequence[int], cache: DynamicCache) -> Prefix:
         """What a text can begin with of the blocks that were found."""
         prefix = found.cut(min(len(found), (len(ids) - 1) // self.block_tokens))
+        if runtime_of(self._model).in_stages:
+            prefix = prefix.cut(min(len(prefix), _most_on_the_way(prefix)))
         return prefix.cut(restorable(cache, prefix)) if _forgets(cache) else prefix
+
+    def _device_of(self, layer: int) -> torch.device:
+        return runtime_of(self._model).device_of_layer(layer)
 
     def _under_way_with(
         self, ids: Sequence[int], text: StoredText, cache: DynamicCache, begun: int, stored: int, found: int
@@ -148,7 +162,7 @@ class KnownPrefixes:
         """The text that has computed the most blocks with which `text` begins, and how many of the first `most` it has."""
         found = [(min(most, other.common_blocks(text)), other) for other in tuple(self._under_way) if other.is_computed]
         found.sort(key=itemgetter(0), reverse=True)
-        alike = ((other, common) for common, other in found if common and other.has(common - 1))
+        alike = ((other, common) for common, other in found if common and other.remembers_all)
         return next(alike, (None, 0))
 
 
@@ -221,9 +235,10 @@ class KnownText:
         """How many of them others can copy after the pass that computes the prompt."""
         return min(self._remembered, self._text.common_blocks(text))
 
-    def has(self, index: int) -> bool:
-        """Whether others can copy that block."""
-        return self._block(index) is not None
+    @property
+    def remembers_all(self) -> bool:
+        """Whether others can copy any of its blocks."""
+        return self.cache is not None and remembers_all(self.cache, () if self._ends is None else self._ends.layers)
 
     def blocks(self, count: int) -> Blocks:
         """The first `count` blocks, up to one that it has forgotten."""
@@ -285,8 +300,6 @@ def known_prefixes(model: SessionModel, store: PrefixStore, *, exact: bool = Tru
 
 
 def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
-    if runtime.in_stages:
-        return f"the caches of {type(model).__name__} lie on several devices"
     if not runtime.partition.computes_parts:
         return f"{type(model).__name__} is not known to continue a cache with several tokens as it computes the whole text"
     if runtime.assembly.cache_dtype is not None:
@@ -317,6 +330,12 @@ def _has_other_cache(model: SessionModel) -> bool:
     return config.use_cache is False or config.cache_implementation not in (None, "dynamic")
 
 
+def _most_on_the_way(prefix: Prefix) -> int:
+    """How many blocks the host has the memory for until the stages that they are for have them."""
+    free = free_memory_bytes(torch.device("cpu")) // _WAY_SHARE
+    return free // max(1, prefix.block_bytes(0)) if len(prefix) else 0
+
+
 def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     """All that the states of a text depend on: the weights' files, and how the model computes."""
     entries = runtime.partition.weights.entries
@@ -325,7 +344,9 @@ def _identity(model: SessionModel, runtime: Runtime) -> dict[str, str]:
     weights = sorted((name, str(entry.dtype), entry.shape, repr(entry.encoding)) for name, entry in entries.items())
     config = copy.copy(model.config)
     config.name_or_path = ""
-    return {
+    kernels = {stage.kernels for stage in runtime.assembly.stages} - {kernels_of(runtime.device)}
+    elsewhere = {"stages": ", ".join(sorted(kernels))} if kernels else {}
+    return elsewhere | {
         "layout": _layout(model),
         "class": type(model).__name__,
         "files": _digest(stated),
@@ -359,20 +380,21 @@ def _read(prefix: Prefix) -> Blocks:
         yield from prefix.blocks(ahead=max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1)))
 
 
-def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device: torch.device) -> int:
-    """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache; how many came. Some take them one by one:
-    all may be more than fits in memory."""
+def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device_of: Callable[[int], torch.device]) -> int:
+    """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache, each layer's on its device; how many came. Some
+    take them one by one: all may be more than fits in memory."""
     found: dict[str, torch.Tensor] = {}
     count, adds = 0, adds_in_place(cache)
     for block in blocks:
         named = {name: states for names, group in block.items() for name, states in zip(names.split(), group, strict=True)}
         count += 1
         if adds:
-            put_states(cache, {name: states[None].to(device) for name, states in named.items()})
+            put_states(cache, {name: states[None].to(device_of(layer_of(name))) for name, states in named.items()})
             continue
         for name, states in named.items():
             if name not in found:
                 heads, _, width = states.shape
+                device = device_of(layer_of(name))
                 found[name] = torch.empty(1, heads, tokens, width, dtype=states.dtype, device=device)
             found[name][0, :, (count - 1) * size : count * size] = states
     put_states(cache, {name: states[:, :, : count * size] for name, states in found.items()})

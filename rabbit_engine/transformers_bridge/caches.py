@@ -130,17 +130,33 @@ def shows_its_states(cache: Cache) -> bool:
 
 def states_between(cache: Cache, first: int, stop: int, without: Collection[int] = ()) -> dict[str, torch.Tensor] | None:
     """Keys and values [1, heads, tokens, width] of tokens `first` to `stop` of each layer that has any, but those `without`, by
-    name; None once a layer has forgotten a token."""
+    name; None once a layer has forgotten a token. Those of mirrored layers are copies."""
     states: dict[str, torch.Tensor] = {}
-    layers: list[Any] = [None if index in without or not _has_keys(layer) else layer for index, layer in enumerate(cache.layers)]
-    for index, layer in enumerate(layers):
-        if layer is not None:
-            held = layer.states.tokens if isinstance(layer, TIERED) else layer.keys.shape[-2]
-            if held != layer.get_seq_length():
-                return None
+    if not remembers_all(cache, without):
+        return None
+    elsewhere: dict[int, Any] = {}
+    for index, layer in _layers_with_keys(cache, without):
+        if (relay := getattr(layer, "relay", None)) is not None:
+            elsewhere[id(relay)] = relay
+        else:
             keys, values = part_of(layer, first, stop)
             states |= {f"{index}.keys": keys, f"{index}.values": values}
+    for relay in elsewhere.values():
+        states |= relay.read(first, stop, without)
     return states
+
+
+def remembers_all(cache: Cache, without: Collection[int] = ()) -> bool:
+    """Whether no layer of keys has forgotten a token, but those `without`."""
+    return all(_held_tokens(layer) == layer.get_seq_length() for _, layer in _layers_with_keys(cache, without))
+
+
+def _layers_with_keys(cache: Cache, without: Collection[int]) -> list[tuple[int, Any]]:
+    return [(index, layer) for index, layer in enumerate(cache.layers) if index not in without and _has_keys(layer)]
+
+
+def _held_tokens(layer: Any) -> int:
+    return int(layer.states.tokens if isinstance(layer, TIERED) else layer.keys.shape[-2])
 
 
 def _has_keys(layer: object) -> bool:

@@ -34,6 +34,10 @@ class Relay(Protocol):
         """Have this done to layer `index` before the next pass."""
         ...
 
+    def read(self, first: int, stop: int, without: Collection[int]) -> Mapping[str, torch.Tensor]:
+        """What `caches.states_between` finds there, in memory of the host."""
+        ...
+
     def fork(self) -> Relay:
         """A copy of the text as it is now, changes included."""
         ...
@@ -47,6 +51,11 @@ class MirroredLayer:
     _relay: Relay
     _index: int
     _is_changing: bool
+
+    @property
+    def relay(self) -> Relay:
+        """Where its states are."""
+        return self._relay
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._is_changing:

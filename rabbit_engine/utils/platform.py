@@ -57,6 +57,12 @@ def _device_problem(device: torch.device) -> str | None:
     return known if (device.index or 0) >= count else None
 
 
+def kernels_of(device: torch.device) -> str:
+    """The type of a device, and of a processor the instructions that torch uses: with other ones sums may differ in their last
+    bits."""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 def is_available(device: torch.device) -> bool:
     """Whether this machine has the device, and this torch sees it."""
     return _device_problem(device) is None

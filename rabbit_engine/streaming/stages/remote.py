@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
 from rabbit_engine.streaming.stages.hops import bring
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands, Wanted
 from rabbit_engine.transformers_bridge.forwards import is_capturing
 from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
 
@@ -89,6 +89,13 @@ class RemoteText:
         """What was noted since the last time."""
         taken, self._changes = tuple(self._changes), []
         return taken
+
+    def read(self, first: int, stop: int, without: Collection[int]) -> Mapping[str, torch.Tensor]:
+        """Copies of keys and values there."""
+        wanted = Wanted(first, stop, tuple(without))
+        answer = self._stage.submit(StageRequest((), 1, self.name, None, self.take_changes(), wanted)).result()
+        found: Mapping[str, torch.Tensor] = answer.output
+        return found
 
     def fork(self) -> RemoteText:
         """A copy as it is now."""

@@ -19,7 +19,8 @@ from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.scheduler import Scheduler
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.transformers_bridge.caches import states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
 
 _Work = Callable[[], None]
@@ -116,7 +117,7 @@ class StageRunner:
         self._require_open()
         cache = self._cache_of(request)
         if not request.calls:
-            return StageAnswer(None, {}, 0.0)
+            return StageAnswer(None if request.wanted is None else _copies(cache, request.wanted), {}, 0.0)
         with self._binding.root_pass(request.sequences):
             start = time.perf_counter()
             output: Any = None
@@ -162,6 +163,14 @@ class StageRunner:
     def _change(self, cache: Any, changes: Sequence[Change]) -> None:
         for change in changes:
             change_layer(cache.layers[change.layer], change.name, bring(change.args, self._device))
+
+
+def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
+    """Copies in memory of the host of what a cache has between two tokens."""
+    found = states_between(cache, wanted.first, wanted.stop, wanted.without)
+    if found is None:
+        raise KeyError(f"a layer of the cache has forgotten tokens {wanted.first} to {wanted.stop}")
+    return {name: states.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, states in found.items()}
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

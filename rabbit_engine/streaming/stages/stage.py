@@ -35,10 +35,20 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """Keys and values of tokens `first` to `stop` of the layers of a cache, but those `without`."""
+
+    first: int
+    stop: int
+    without: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StageRequest:
     """The part of a stage, or some of its layers, in one pass over `sequences` sequences.
 
-    `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls.
+    `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls. A request
+    without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
     """
 
     calls: tuple[LayerCall, ...]
@@ -46,6 +56,12 @@ class StageRequest:
     text: str | None = None
     cache: Any = None
     changes: tuple[Change, ...] = ()
+    wanted: Wanted | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Whether the text's cache is another one afterwards."""
+        return bool(self.calls or self.changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +84,11 @@ class OpenStage(Protocol):
     @property
     def layers(self) -> range:
         """The numbers of the layers."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """The instructions of the processor that it computes with: the same ones give the same bits."""
         ...
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
