@@ -50,31 +50,36 @@ def doctor(
     size, rounds = engine.disk_rate.SAMPLE_BYTES, engine.disk_rate.ROUNDS
     with Console(stderr=True).status(f"reading from the disk of {place} ..."):
         found = engine.doctor.examine(place, *((_QUICK_BYTES, _QUICK_ROUNDS) if quick else (size, rounds)))
-    if as_json:
-        print(json.dumps(found.as_dict(), indent=1))
-    else:
-        _print(found)
-    if not found.can_run:
-        raise typer.Exit(1)
+    _report(found, as_json)
+    if not as_json:
+        _print_paces(found)
+    _exit_with(found)
 
 
 def _check_cluster(address: str, folder: Path | None, quick: bool, as_json: bool) -> None:
     with Console(stderr=True).status(f"asking the machines of the cluster at {address} ..."):
         size = _QUICK_BYTES if quick else engine.disk_rate.SAMPLE_BYTES
         found = engine.cluster.examine_cluster(address, None if folder is None else str(folder), size)
+    _report(found, as_json)
+    _exit_with(found)
+
+
+def _report(found: engine.finding.Examination, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
         Console(highlight=False).print(_findings_table(found.findings))
+
+
+def _exit_with(found: engine.finding.Examination) -> None:
     if not found.can_run:
         raise typer.Exit(1)
 
 
-def _print(found: engine.doctor.Diagnosis) -> None:
-    console = Console(highlight=False)
-    console.print(_findings_table(found.findings))
+def _print_paces(found: engine.doctor.Diagnosis) -> None:
     if not found.paces:
         return
+    console = Console(highlight=False)
     console.print()
     console.print(_paces_table(found))
     console.print(_NOTES)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rabbit_engine import __version__
 from rabbit_engine.cluster.connection import connect
 from rabbit_engine.cluster.machines import MachineFacts, gather_facts, own_versions, version_differences
 from rabbit_engine.cluster.measure import MachineLink, MeasuredMachine, measure_machines
-from rabbit_engine.diagnostics.finding import Finding, Number
+from rabbit_engine.diagnostics.doctor import SLOW_DISK
+from rabbit_engine.diagnostics.finding import Examination, Finding, Number
 from rabbit_engine.streaming.transfer.disk_rate import SAMPLE_BYTES
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
@@ -24,34 +24,24 @@ _SLOW_LINK = 60e6
 _SLOW_ROUND_TRIP_S = 0.005
 """An idle machine answers in 1 ms; a token makes as many round trips as there are stages."""
 
-_SLOW_DISK = 1e9
 _FAR_BELOW = 0.5
 """A machine with less than this share of the others' median is called slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterDiagnosis:
-    """All findings about the cluster at `address`. Machines with other versions than the driver's are not in `measured`."""
+class ClusterDiagnosis(Examination):
+    """The cluster at `address`. Machines with other versions than the driver's are not in `measured`."""
 
     address: str
     machines: tuple[MachineFacts, ...]
     measured: tuple[MeasuredMachine, ...]
-    findings: tuple[Finding, ...]
 
-    @property
-    def can_run(self) -> bool:
-        """Whether nothing prevents models from running on all machines."""
-        return all(finding.status != "fail" for finding in self.findings)
-
-    def as_dict(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """For JSON; rates are in bytes per second."""
         return {
-            "version": __version__,
-            "can_run": self.can_run,
             "cluster": self.address,
             "machines": [asdict(machine) for machine in self.machines],
             "measured": [asdict(machine) for machine in self.measured],
-            "findings": [asdict(finding) for finding in self.findings],
         }
 
 
@@ -170,7 +160,7 @@ def _disk_problem(machine: MeasuredMachine, disks: Sequence[float]) -> Iterator[
     rate = machine.rates.disk_rate
     if not rate:
         yield "it cannot stream: pass --folder with a path on its disk for weights that has room for a scratch file"
-    elif rate < _SLOW_DISK:
+    elif rate < SLOW_DISK:
         yield "its disk is slow: what does not fit its memory costs a second for each gigabyte or more"
     else:
         yield from _far_below("its disk is", rate, disks, "it gets fewer layers that stream")

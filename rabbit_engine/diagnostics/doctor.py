@@ -21,10 +21,9 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from rabbit_engine import __version__
 from rabbit_engine.diagnostics.device_rates import judge_kernels, judge_link, products_of, try_device
 from rabbit_engine.diagnostics.encodings import measure_encodings
-from rabbit_engine.diagnostics.finding import Finding, Number
+from rabbit_engine.diagnostics.finding import Examination, Finding, Number
 from rabbit_engine.diagnostics.pace import KNOWN_SHAPES, Pace, Shape, estimate_paces
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 from rabbit_engine.storage.directio import CHUNK_BYTES
@@ -46,7 +45,7 @@ _DISTRIBUTION = "rabbit_engine"
 _MAIN_PACKAGES = ("torch", "transformers")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
-_SLOW_DISK = 1e9
+SLOW_DISK = 1e9
 """Bytes per second. Below this, a bf16 model of 7 billion parameters takes more than a quarter of a minute per token."""
 
 _LITTLE_DISK_BYTES = 20 * 10**9
@@ -57,30 +56,21 @@ _LITTLE_MEMORY_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """All findings. The disk is that of `folder`; `paces` are estimates for well-known models on `device`."""
+class Diagnosis(Examination):
+    """This machine. The disk is that of `folder`; `paces` are estimates for well-known models on `device`."""
 
     folder: Path
     device: str
-    findings: tuple[Finding, ...]
     paces: tuple[Pace, ...]
     speeds: Speeds
     disk_free_bytes: int
 
-    @property
-    def can_run(self) -> bool:
-        """Whether nothing prevents models from running."""
-        return all(finding.status != "fail" for finding in self.findings)
-
-    def as_dict(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """For JSON; rates are in bytes per second."""
         return {
-            "version": __version__,
-            "can_run": self.can_run,
             "folder": str(self.folder),
             "disk_free_bytes": self.disk_free_bytes,
             "device": self.device,
-            "findings": [asdict(finding) for finding in self.findings],
             "speeds": asdict(self.speeds),
             "paces": [asdict(pace) for pace in self.paces],
         }
@@ -369,6 +359,6 @@ def judge_disk(disk: DiskRate | str) -> Finding:
         f"{READERS} {what} reads of {CHUNK_BYTES // 2**20} MiB under way, {format_bytes(disk.sample_bytes)} of "
         f"{'an existing file' if disk.file else 'a scratch file'}"
     )
-    slow = disk.median < _SLOW_DISK
+    slow = disk.median < SLOW_DISK
     advice = "an NVMe disk reaches 3 to 14 GB/s: set HF_HOME to a folder on one" if slow else ""
     return Finding(name=name, status="warn" if slow else "ok", value=value, numbers=numbers, advice=advice)
