@@ -258,7 +258,7 @@ def test_serve_continues_its_last_text_if_told(
         given.append(answering["continue_last"])
         raise errors.ConfigurationError("enough")
 
-    monkeypatch.setattr("rabbit_engine.cli.serve._Offered", noted)
+    monkeypatch.setattr("rabbit_engine.cli.serve.Offered", noted)
     assert rabbit("serve", speaker, "--port", "0", "--prefix-store", "off", *options).code == 2
     assert given == [bool(options)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,14 +82,22 @@ def batch(
         if opened.is_done:
             return opened.report()
         if cluster is not None:
-            name = _require_name(model)
-            return opened.run_on(Workers(cluster, workers), Order.of(name, choices, loading), on_progress)
-        if isinstance(model, str | Path):
-            with AutoModel.from_pretrained(model, **loading) as loaded:
-                return opened.run(loaded, on_progress)
-        if loading:
-            raise ConfigurationError(f"the model is loaded: {next(iter(loading))} has no effect")
-        return opened.run(model, on_progress)
+            order = Order.of(_require_name(model), choices, loading)
+            return opened.run_on(Workers(cluster, workers), order, on_progress)
+        with _here(model, loading) as loaded:
+            return opened.run(loaded, on_progress)
+
+
+@contextmanager
+def _here(model: str | Path | SessionModel, loading: dict[str, Any]) -> Iterator[SessionModel]:
+    """The model, loaded on this machine. One that was loaded already stays open."""
+    if isinstance(model, str | Path):
+        with AutoModel.from_pretrained(model, **loading) as loaded:
+            yield loaded
+    elif loading:
+        raise ConfigurationError(f"the model is loaded: {next(iter(loading))} has no effect")
+    else:
+        yield model
 
 
 class BatchJob:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded, takes_loading
+from rabbit_engine.cli.groups import takes_groups
+from rabbit_engine.cli.loading import CONVERSATION, Loading, loaded
 from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store, require_folder
 from rabbit_engine.errors import ConfigurationError
 
@@ -23,7 +24,7 @@ _DRAW_S, _NOTE_S = 0.2, 10.0
 """How often progress is shown: on a terminal, and as a line elsewhere."""
 
 
-@takes_loading
+@takes_groups
 def batch(
     model: options.Model,
     input_file: Annotated[Path, typer.Argument(metavar="IN", help="JSON lines: OpenAI's batch format, or plain bodies.")],

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import Loading, Only, takes_loading
+from rabbit_engine.cli.groups import Only, takes_groups
+from rabbit_engine.cli.loading import Loading
 from rabbit_engine.cli.run import encode
 from rabbit_engine.errors import ConfigurationError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _OPTIONS = Only("max_memory", "device", "dtype", "split", "speculate", "draft", "draft_compression")
 
 
-@takes_loading
+@takes_groups
 def bench(
     model: options.Model,
     *,

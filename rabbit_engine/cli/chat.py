@@ -13,12 +13,13 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options
-from rabbit_engine.cli.loading import CONVERSATION_IN_STAGES, Loading, takes_loading
+from rabbit_engine.cli.groups import takes_groups
+from rabbit_engine.cli.loading import CONVERSATION_IN_STAGES, Loading
 from rabbit_engine.cli.prefixes import PrefixStoreSize, opened_store
 from rabbit_engine.errors import ConfigurationError
 
 
-@takes_loading
+@takes_groups
 def chat(
     model: options.Model,
     system: Annotated[str, typer.Option(help="The system message; /system changes it.", show_default=False)] = "",

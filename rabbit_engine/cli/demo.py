@@ -8,13 +8,14 @@ from typing import Annotated
 from rich.console import Console
 
 from rabbit_engine.cli import engine, output
-from rabbit_engine.cli.loading import Loading, Only, takes_loading
+from rabbit_engine.cli.groups import Only, takes_groups
+from rabbit_engine.cli.loading import Loading
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.utils.report import as_table
 from rabbit_engine.utils.sizes import format_bytes, format_rate
 
 
-@takes_loading
+@takes_groups
 def demo(loading: Annotated[Loading, Only("device", "max_memory")]) -> None:
     """Ask SmolLM2-135M-Instruct for the capital of France, streamed layer by layer, and show the statistics."""
     output.note("loading a small model ...")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os.path
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from rabbit_engine.cli import engine, output
+from rabbit_engine.cli.groups import Only
 from rabbit_engine.errors import ConfigurationError, DraftError, RabbitError
 from rabbit_engine.utils.names import read_name
 from rabbit_engine.utils.sizes import parse_bytes
@@ -237,40 +236,10 @@ class Loading:
         return {**{name: value for name, value in self.keywords().items() if name not in left_out}, "device": "cpu"}
 
 
-class Only:
-    """Names the options of Loading that a command takes."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-
 LOADING = Only(*(field.name for field in fields(Loading) if field.name not in ("split", "max_seq_len", "cluster")))
 CONVERSATION = Only("max_seq_len", *LOADING.names)
 IN_STAGES = Only("cluster", *LOADING.names)
 CONVERSATION_IN_STAGES = Only("cluster", *CONVERSATION.names)
-
-
-def takes_loading(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its parameter `loading` replaced by the options that it names."""
-    hints = get_type_hints(command, include_extras=True)
-    types, defaults = get_type_hints(Loading, include_extras=True), {field.name: field.default for field in fields(Loading)}
-    only: Only = get_args(hints["loading"])[1]
-
-    @functools.wraps(command)
-    def with_options(**given: Any) -> None:
-        command(loading=Loading(**{name: given.pop(name) for name in only.names}), **given)
-
-    parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        own = [(parameter.name, hints[parameter.name], parameter.default)]
-        options = [(name, types[name], defaults[name]) for name in only.names] if parameter.name == "loading" else own
-        parameters += [
-            inspect.Parameter(name, parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-            for name, annotation, default in options
-        ]
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
 
 
 @contextmanager

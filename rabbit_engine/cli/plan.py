@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import Loading, Only, takes_loading
+from rabbit_engine.cli.groups import Only, takes_groups
+from rabbit_engine.cli.loading import Loading
 from rabbit_engine.cli.wording import as_options
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.utils.report import as_table
@@ -44,7 +45,7 @@ _OPTIONS = Only(
 )
 
 
-@takes_loading
+@takes_groups
 def plan(
     model: options.Model,
     max_seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens whose cache must fit in that memory too.")] = None,

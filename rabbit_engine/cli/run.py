@@ -9,7 +9,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import IN_STAGES, Loading, loaded, takes_loading
+from rabbit_engine.cli.groups import takes_groups
+from rabbit_engine.cli.loading import IN_STAGES, Loading, loaded
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
 
 
@@ -87,7 +88,7 @@ def _generate(model: engine.model.StreamedModel, inputs: engine.transformers.Bat
         ) from error
 
 
-@takes_loading
+@takes_groups
 def run(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],

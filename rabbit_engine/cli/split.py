@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from rabbit_engine.cli import engine, options, output
-from rabbit_engine.cli.loading import Loading, Only, takes_loading
+from rabbit_engine.cli.groups import Only, takes_groups
+from rabbit_engine.cli.loading import Loading
 from rabbit_engine.utils.sizes import format_bytes
 
 _OPTIONS = Only("compression", "saving_path", "onto", "dtype", "gguf_file", "revision", "token", "trust_remote_code")
 
 
-@takes_loading
+@takes_groups
 def split(
     model: options.Model,
     delete_original: Annotated[bool, typer.Option(help="Delete each original once its shards are verified.")] = False,
