@@ -17,7 +17,7 @@ class Only:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _OptionGroup:
     """A parameter of a command that stands for options of `kind`, a dataclass."""
 
     kind: Any
@@ -53,9 +53,9 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def _group_of(hint: Any) -> _Group | None:
+def _group_of(hint: Any) -> _OptionGroup | None:
     kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if not is_dataclass(kind):
         return None
     only = next((extra.names for extra in extras if isinstance(extra, Only)), None)
-    return _Group(kind, only or tuple(field.name for field in fields(kind)))
+    return _OptionGroup(kind, only or tuple(field.name for field in fields(kind)))
