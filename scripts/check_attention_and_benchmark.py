@@ -25,7 +25,8 @@ import typer
 from transformers import logging as transformers_logging
 
 from rabbit_engine import AutoModel
-from rabbit_engine.config import ATTENTION_IMPLEMENTATIONS, parse_device
+from rabbit_engine.config import ATTENTION_IMPLEMENTATIONS
+from rabbit_engine.devices import parse_device
 from rabbit_engine.diagnostics.attention_benchmark import PassSample, sample_passes
 from rabbit_engine.diagnostics.benchmark import BenchmarkRow, decode_step, made_up_prompt, prefill
 from rabbit_engine.diagnostics.demo import MODEL, load_small_model

@@ -19,8 +19,8 @@ from test_tasks import T5, save
 from transformers import AutoConfig, DynamicCache, StaticCache
 
 from rabbit_engine import AutoModel, PrefixStore, Session, errors
-from rabbit_engine.config import parse_row
 from rabbit_engine.decoding import Lookup
+from rabbit_engine.devices import parse_row
 from rabbit_engine.model.runtime import runtime_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -270,6 +270,9 @@ def test_which_devices_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("cuda", {"": 1, "model.layers.0": "cuda:0"}, None) == ["cuda:1", "cuda:0"]
     with pytest.raises(errors.ConfigurationError, match="one kind"):
         names("cuda", {"": 0, "model.layers.0": "cpu"}, None)
+    assert names("meta:0", None, both) is None
+    with pytest.raises(errors.ConfigurationError, match=r"device_map\['head'\]='moon' is not a device"):
+        names("cuda", {"": 0, "head": "moon"}, None)
     with pytest.raises(errors.DeviceUnavailableError):
         parse_row("cuda", None, both)
 

@@ -10,7 +10,8 @@ import torch
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 from rabbit_engine import AutoModel, errors
-from rabbit_engine.config import StreamConfig, parse_device, parse_dtype, parse_max_memory, parse_planned_device
+from rabbit_engine.config import StreamConfig, parse_dtype
+from rabbit_engine.devices import parse_device, parse_max_memory, parse_planned_device
 from rabbit_engine.utils import keywords, platform
 
 RABBITLLM = {

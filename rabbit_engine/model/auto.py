@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, NoReturn, overload
 import torch
 
 from rabbit_engine.checkpoints import loading_info
-from rabbit_engine.config import DEFAULT_CUT, Cut, MaxMemory
+from rabbit_engine.config import DEFAULT_CUT, Cut
 from rabbit_engine.decoding import Draft
+from rabbit_engine.devices import MaxMemory
 from rabbit_engine.model.adapters import load_own_adapter
 from rabbit_engine.model.choosing import forecast_with, forecast_with_auto
 from rabbit_engine.model.cluster import load_on_cluster

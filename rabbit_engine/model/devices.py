@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rabbit_engine.checkpoints import Streamable
-from rabbit_engine.config import DeviceRow
+from rabbit_engine.devices import DeviceRow
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.planning.device_rows import plan_row, shares_of

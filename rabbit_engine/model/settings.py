@@ -8,19 +8,8 @@ from typing import Any
 
 import torch
 
-from rabbit_engine.config import (
-    DeviceRow,
-    SourceConfig,
-    SplitConfig,
-    StreamConfig,
-    parse_device,
-    parse_dtype,
-    parse_max_memory,
-    parse_path,
-    parse_paths,
-    parse_planned_device,
-    parse_row,
-)
+from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig, parse_dtype, parse_path, parse_paths
+from rabbit_engine.devices import DeviceRow, parse_device, parse_max_memory, parse_planned_device, parse_row
 from rabbit_engine.model.compression import compression_of, other_than_compression
 from rabbit_engine.model.speculating import Speculate, parse_speculate
 from rabbit_engine.transformers_bridge.attention import attention_of

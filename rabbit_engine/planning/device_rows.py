@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rabbit_engine.config import DeviceRow, RowDevice, StreamConfig
+from rabbit_engine.config import StreamConfig
+from rabbit_engine.devices import DeviceRow, RowDevice
 from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, PLANNED_ROWS, FreeMemory, host_bytes_of, staging_bytes, without_margin
 from rabbit_engine.planning.machines import DEFAULT_SECONDS_PER_BYTE, Machine
