@@ -53,6 +53,13 @@ class WorkerHere:
     def forget(self, text: str) -> None:
         self._stage.forget(text)
 
+    def adapt(self, name: str, modules: bytes) -> None:
+        self._require_alive()
+        self._stage.adapt(name, modules)
+
+    def withdraw(self, name: str) -> None:
+        self._stage.withdraw(name)
+
     def free_bytes(self) -> int:
         return self._stage.free_bytes()
 

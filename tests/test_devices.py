@@ -14,7 +14,6 @@ import pytest
 import talking
 import torch
 from conftest import smallest
-from peft import LoraConfig, PeftModel, get_peft_model
 from test_tasks import T5, save
 from transformers import AutoConfig, DynamicCache, StaticCache
 
@@ -109,15 +108,6 @@ def test_what_is_inside_layers_is_refused(row: Any, ids: Any) -> None:
     assert torch.equal(model(ids).logits, expected)
     assert len(seen) == 1
     handle.remove()
-
-
-def test_adapters_are_refused(row: Any, checkpoint: Any, plain: Any, ids: Any, tmp_path: Path) -> None:
-    get_peft_model(plain(checkpoint("llama")), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    model = row()
-    with pytest.raises(errors.CannotLoadStateError, match="stages"):
-        model.load_adapter(str(tmp_path))
-    with pytest.raises(errors.UnsupportedOperationError, match="adapter"):
-        PeftModel.from_pretrained(model, tmp_path)(ids)
 
 
 CACHES: dict[str, Callable[[Any], Any]] = {

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
+from rabbit_engine.cluster.kept_adapters import KeptAdapters
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, WorkerHandle
 from rabbit_engine.errors import ModelClosedError, StageLostError
@@ -46,6 +47,7 @@ class ClusterStage:
         self._worker = places.start(layers)
         self._states: dict[str, str] = {}
         """The worker that has each text's cache."""
+        self._adapters = KeptAdapters()
         self._threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=f"rabbit-{self.name}")
         self._closed = False
         self._seconds: deque[float] = deque(maxlen=_PASSES)
@@ -70,6 +72,8 @@ class ClusterStage:
         """Run the calls on the worker, or on those that follow it."""
         if self._closed:
             raise ModelClosedError(f"the stage on {self.name} is closed")
+        if request.text is not None:
+            self._adapters.note(request.text, request.adapters)
         return self._threads.submit(self._answer, request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copy: str) -> None:
@@ -78,6 +82,7 @@ class ClusterStage:
         if changes:
             self._log.add(text, pickle.dumps(StageRequest((), 1, text, None, changes), pickle.HIGHEST_PROTOCOL))
         self._log.copy(text, copy)
+        self._adapters.copy(text, copy)
         with suppress(WorkerEndedError):  # then both are computed again
             worker = self._worker
             if self._states.get(text) == worker.number:
@@ -89,8 +94,21 @@ class ClusterStage:
     def forget(self, text: str) -> None:
         """Free a text's cache and its log."""
         self._log.forget(text)
+        self._adapters.forget(text)
         if self._states.pop(text, None) == self._worker.number and not self._closed:
             self._worker.forget(text)
+
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Give the modules of adapters to the worker, and to those that follow it."""
+        with self._lock, suppress(WorkerEndedError):  # then the next one gets them
+            self._adapters.add(name, modules)
+            self._worker.adapt(name, modules)
+
+    def withdraw(self, name: str) -> None:
+        """Drop them, once there is no text that was computed with them."""
+        with self._lock:
+            for unused in self._adapters.withdraw(name):
+                self._worker.withdraw(unused)
 
     def free_bytes(self) -> int:
         """Bytes that caches may take on the machine now; no limit if its worker has ended, which the next request finds."""
@@ -152,6 +170,9 @@ class ClusterStage:
                 with suppress(Exception):
                     ended.close()  # one that cannot be reached may still run
                 self._worker = self._places.start(self.layers)
+                with suppress(WorkerEndedError):  # which its first request finds
+                    for name, modules in self._adapters.all():
+                        self._worker.adapt(name, modules)
 
     @property
     def _span(self) -> str:

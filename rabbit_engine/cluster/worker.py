@@ -51,6 +51,14 @@ class StageWorker:
         """Free the cache of a text."""
         self._opened.forget(text)
 
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Have the modules of adapters."""
+        self._opened.adapt(name, modules)
+
+    def withdraw(self, name: str) -> None:
+        """Drop the modules of adapters."""
+        self._opened.withdraw(name)
+
     @property
     def _opened(self) -> OpenStage:
         if self._stage is None:
@@ -98,6 +106,15 @@ class WorkerHandle:
         """Free a text's cache. Does not wait."""
         if self._ray.is_initialized():
             self._actor.forget.remote(text)
+
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Give it the modules of adapters. Raises MissingExtraError, WorkerEndedError."""
+        self._get(self._actor.adapt.remote(name, modules))
+
+    def withdraw(self, name: str) -> None:
+        """Have it drop them. Does not wait."""
+        if self._ray.is_initialized():
+            self._actor.withdraw.remote(name)
 
     def close(self) -> None:
         """End the process."""

@@ -13,6 +13,7 @@ from rabbit_engine.errors import (
     ConfigurationError,
     DamagedCheckpointError,
     RabbitError,
+    UnsupportedOperationError,
     WeightNotLoadedError,
     first_line,
 )
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _ADAPTER = "adapter_config.json"
 
 _WHOLE = "set max_memory high enough for the whole model"
+_WHOLE_HERE = "load the model on one device that has memory for all of it"
 _INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _READING = ("trainable_token_indices", "modules_to_save", "layer_replication")
 """Settings that make an adapter copy weights."""
@@ -34,21 +36,35 @@ def load_checked(model: Any, load: Callable[[], Any], name: str, source: Any, gi
     """The result of `load`: transformers' `load_adapter` of `source` as `name`, with the keywords `given`.
 
     Raises CannotLoadStateError if the adapter would be applied wrongly, and WeightNotLoadedError if its kind reads the weights
-    it adapts and these are streamed; the model is then unchanged.
+    it adapts and these are streamed or elsewhere; the model is then unchanged.
     """
     placeholders = _placeholders_in(model)
     try:
         info = load()
     except WeightNotLoadedError as error:
+        where = f"on other devices: {_WHOLE_HERE}" if runtime_of(model).in_stages else f"streamed: {_WHOLE}"
         raise WeightNotLoadedError(
-            f"{_kind_of(source, given)} reads weights that are streamed: {_WHOLE}, or merge the adapter into its base model "
+            f"{_kind_of(source, given)} reads weights that are {where}, or merge the adapter into its base model "
             "with transformers and peft, save that, and load the result"
         ) from error
     wrong = _what_is_wrong(model, placeholders, info)
-    if wrong:
+    try:
+        if wrong:
+            raise CannotLoadStateError(wrong)
+        _send_to_stages(model)
+    except RabbitError:
         remove_adapter(model, name)
-        raise CannotLoadStateError(wrong)
+        raise
     return info
+
+
+def _send_to_stages(model: Any) -> None:
+    """Raises what the stages raise, among it CannotLoadStateError for a kind that only one device has."""
+    for layers in runtime_of(model).assembly.remote_layers:
+        try:
+            layers.send_adapters()
+        except UnsupportedOperationError as error:
+            raise CannotLoadStateError(str(error)) from error
 
 
 def load_own_adapter(model: Any) -> None:

@@ -36,6 +36,7 @@ from rabbit_engine.streaming import (
     OpenStage,
     Placeholders,
     Profile,
+    RemoteLayers,
     ResidentUnit,
     Ring,
     RoutedExperts,
@@ -76,6 +77,8 @@ class Assembly:
     cache_dtype: CacheDtype | None = None
     stages: Sequence[OpenStage] = ()
     """Those that have layers of the model elsewhere."""
+    remote_layers: Sequence[RemoteLayers] = ()
+    """What calls them, for each."""
     stages_plan: StagesPlan | None = None
 
     def free_bytes(self) -> int:

@@ -183,13 +183,9 @@ class StreamingMixin(SpeculatingMixin, LongPromptMixin):
 
         Raises CannotLoadStateError if a converted model has other modules than those the adapter was trained on, for an
         adapter of experts that are read one by one, and for one that contains other values of a streamed weight. Raises
-        WeightNotLoadedError, which names the kind of adapter (DoRA, PiSSA ...), for one that reads streamed weights.
+        WeightNotLoadedError, which names the kind of adapter (DoRA, PiSSA ...), for one that reads streamed weights, or those of
+        layers that run elsewhere.
         """
-        if self._assembly.stages:
-            raise CannotLoadStateError(
-                f"{type(self).__name__} is in stages, whose layers take no adapter: load it on one device, or merge the adapter "
-                "into its base model with transformers and peft, save that, and load the result"
-            )
         load = functools.partial(super().load_adapter, peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         return load_checked(self, load, adapter_name or "default", peft_model_id, kwargs)
 

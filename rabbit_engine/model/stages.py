@@ -94,7 +94,8 @@ def _connect(model: PreTrainedModel, assembly: Assembly, names: Sequence[str], d
     passes = assembly.binding.passes
     for stage in assembly.stages:
         layers = {number: model.get_submodule(names[number]) for number in stage.layers}
-        RemoteLayers(stage, layers, assembly.binding, device, passes.sequences, dict(enumerate(names)))
+        remote = RemoteLayers(stage, layers, assembly.binding, device, passes.sequences, dict(enumerate(names)))
+        assembly.remote_layers = *assembly.remote_layers, remote
         if isinstance(stage, LocalStage):
             weakref.finalize(model, stage.close).atexit = False  # its thread would keep it
     for part in model.modules():
@@ -183,6 +184,14 @@ class LocalStage:
     def forget(self, text: str) -> None:
         """Free a text's cache."""
         self._runner.forget(text)
+
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Have the modules of adapters."""
+        self._runner.adapt(name, modules)
+
+    def withdraw(self, name: str) -> None:
+        """Drop the modules of adapters."""
+        self._runner.withdraw(name)
 
     def free_bytes(self) -> int:
         """Bytes that caches and activations may take on its device now."""

@@ -18,7 +18,7 @@ from rabbit_engine.streaming.caches.states import BLOCK_TOKENS, PIECE_TOKENS, Bl
 from rabbit_engine.streaming.scheduler import Fiber, RandomStream, Scheduler, fiber_on, share_products
 from rabbit_engine.streaming.stages.remote import RemoteLayers, tell_what_is_shown
 from rabbit_engine.streaming.stages.runner import StageRunner
-from rabbit_engine.streaming.stages.stage import OpenStage, StageAnswer, StageRequest
+from rabbit_engine.streaming.stages.stage import ActiveAdapters, OpenStage, StageAnswer, StageRequest
 from rabbit_engine.streaming.telemetry.profile import ExpertsProfile, Profile, UnitProfile
 from rabbit_engine.streaming.telemetry.progress import PassProgress
 from rabbit_engine.streaming.telemetry.speculation import SpeculationProfile
@@ -35,6 +35,7 @@ __all__ = [
     "BLOCK_TOKENS",
     "PIECE_TOKENS",
     "STAGING_BYTES",
+    "ActiveAdapters",
     "Binding",
     "BlockHome",
     "Borrow",

@@ -22,6 +22,7 @@ from torch import nn
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
+from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
 from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands, Wanted
 from rabbit_engine.transformers_bridge.forwards import is_capturing
@@ -133,9 +134,14 @@ class RemoteLayers:
         """What each layer that was called returned: its first tensor's place is kept by None, the rest as it is."""
         self._joined: set[_Form] = set()
         """The layers whose output the next one gets unchanged."""
-        self._parts = {number: tuple(module.modules()) for number, module in layers.items()}
+        self._adapters = AdaptersHere(stage, layers)
         for number, module in layers.items():
             module.forward = not_compiled(self._forward_of(number, names[number], module), module.forward)
+
+    def send_adapters(self) -> None:
+        """Give the stage the adapters that the layers have here, which the next pass would do. Raises UnsupportedOperationError,
+        MissingExtraError."""
+        self._adapters.active(self._modules)
 
     def _forward_of(self, number: int, name: str, module: nn.Module) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +151,7 @@ class RemoteLayers:
         return run
 
     def _run(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        self._require_untouched(number)
+        self._require_unseen(number)
         form = number, tuple(value for value in args if isinstance(value, bool)), _switches(kwargs)
         flow = self._flows.setdefault(getcurrent(), _Flow())
         self._learn(flow, number, args, kwargs)
@@ -160,16 +166,9 @@ class RemoteLayers:
         self._outputs[form] = _without_states(output)
         return output
 
-    def _require_untouched(self, number: int) -> None:
-        """Raise UnsupportedOperationError if somebody wants to see or change what runs inside the layer."""
-        module = self._modules[number]
-        parts = tuple(module.modules())
-        if parts != self._parts[number]:
-            raise UnsupportedOperationError(
-                f"modules of layer {number} were replaced, as an adapter does, but the layer runs on {self._stage.name}: "
-                "load the model on one device"
-            )
-        if any(map(_own_hooks, parts[1:])):
+    def _require_unseen(self, number: int) -> None:
+        """Raise UnsupportedOperationError if somebody wants to see what runs inside the layer."""
+        if any(map(_own_hooks, self._adapters.parts(number)[1:])):
             raise UnsupportedOperationError(
                 f"a hook on a module inside layer {number} would not be called: the layer runs on {self._stage.name}. "
                 "A hook on the layer itself is"
@@ -207,6 +206,7 @@ class RemoteLayers:
         return states
 
     def _send(self, calls: tuple[LayerCall, ...], cache: Any) -> Any:
+        adapters = self._adapters.active({call.layer for call in calls})
         text, new = self._text_of(cache)
         request = StageRequest(
             calls,
@@ -214,6 +214,7 @@ class RemoteLayers:
             None if text is None else text.name,
             new,
             () if text is None else text.take_changes(),
+            adapters,
         )
         answer = self._await(self._stage.submit(request))
         if text is not None:

@@ -7,9 +7,10 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from torch import nn
 from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.scheduler import Scheduler
+from rabbit_engine.streaming.stages.adapted import AdaptersThere
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.stage import ActiveAdapters, Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
 from rabbit_engine.transformers_bridge.caches import states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
 
-_Work = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the thread does; if it `is_pass`, with these adapters."""
+
+    run: Callable[[], None]
+    adapters: ActiveAdapters | None = None
+    is_pass: bool = False
+
 
 _LINGER, _MOST_LINGER_S = 0.03, 0.25
 """How long a stage that reads weights waits for another text before its pass: a share of the last one's seconds, which all texts
@@ -33,7 +43,8 @@ aboard share."""
 class StageRunner:
     """The `layers` of a model by number, and the caches of its texts on `device`, in a thread of its own.
 
-    Requests that have come while a pass ran are computed together in the next: each has the bits it has alone.
+    Requests that have come while a pass ran are computed together in the next, if they have the same adapters: each has the bits
+    it has alone.
     """
 
     def __init__(
@@ -43,6 +54,7 @@ class StageRunner:
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
         self._reads, self._linger_s = reads, 0.0
         self._texts: dict[str, Any] = {}
+        self._adapters = AdaptersThere(layers, device)
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"rabbit-stage-{name}", daemon=True)
@@ -51,7 +63,7 @@ class StageRunner:
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
         finish([[(call.args, dict(call.kwargs)) for call in request.calls], [change.args for change in request.changes]])
-        return self._put(functools.partial(self._run, request))
+        return self._put(functools.partial(self._run, request), request.adapters, is_pass=bool(request.calls))
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
         """Name a copy of the cache of `text` after the changes; between passes."""
@@ -62,6 +74,15 @@ class StageRunner:
         """Free the cache of `text`."""
         with suppress(ModelClosedError):
             self._put(functools.partial(self._texts.pop, text, None))
+
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Have the modules of adapters; between passes. Raises MissingExtraError."""
+        self._put(functools.partial(self._adapters.add, name, modules)).result()
+
+    def withdraw(self, name: str) -> None:
+        """Drop them, after the requests that have come."""
+        with suppress(ModelClosedError):
+            self._put(functools.partial(self._adapters.drop, name))
 
     @property
     def texts(self) -> int:
@@ -76,10 +97,10 @@ class StageRunner:
             self._thread.join()
         self._texts.clear()
 
-    def _put(self, work: Callable[[], Any]) -> Future[Any]:
+    def _put(self, work: Callable[[], Any], adapters: ActiveAdapters | None = None, *, is_pass: bool = False) -> Future[Any]:
         self._require_open()
         future: Future[Any] = Future()
-        self._queue.put(functools.partial(_settle, future, work))
+        self._queue.put(_Work(functools.partial(_settle, future, work), adapters, is_pass))
         return future
 
     def _require_open(self) -> None:
@@ -91,13 +112,17 @@ class StageRunner:
         use_here(self._device)
         scheduler = Scheduler(self._binding)
         while (works := self._take_all()) is not None:
-            for work in works:
-                scheduler.add(work)
-            start = time.perf_counter()
-            while scheduler.fibers:
-                scheduler.run_pass()
-            if self._reads:
-                self._linger_s = min(_MOST_LINGER_S, _LINGER * (time.perf_counter() - start))
+            for group in _in_turn(works):
+                self._serve_together(group, scheduler)
+
+    def _serve_together(self, works: Sequence[_Work], scheduler: Scheduler) -> None:
+        for work in works:
+            scheduler.add(work.run)
+        start = time.perf_counter()
+        while scheduler.fibers:
+            scheduler.run_pass()
+        if self._reads:
+            self._linger_s = min(_MOST_LINGER_S, _LINGER * (time.perf_counter() - start))
 
     def _take_all(self) -> list[_Work] | None:
         """Everything that waits, at least one, and what comes soon after; None at the end, when what waits is refused."""
@@ -109,7 +134,7 @@ class StageRunner:
         if len(found) == len(works):
             return found
         for work in found:
-            work()
+            work.run()
         return None
 
     def _run(self, request: StageRequest) -> StageAnswer:
@@ -118,6 +143,7 @@ class StageRunner:
         cache = self._cache_of(request)
         if not request.calls:
             return StageAnswer(None if request.wanted is None else _copies(cache, request.wanted), {}, 0.0)
+        self._adapters.use(request.adapters)  # those of all requests of this pass
         with self._binding.root_pass(request.sequences):
             start = time.perf_counter()
             output: Any = None
@@ -171,6 +197,20 @@ def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
     if found is None:
         raise KeyError(f"a layer of the cache has forgotten tokens {wanted.first} to {wanted.stop}")
     return {name: states.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, states in found.items()}
+
+
+def _in_turn(works: Sequence[_Work]) -> Iterator[list[_Work]]:
+    """What may be done together: requests that follow one another with the same adapters, and what is no request."""
+    group: list[_Work] = []
+    passes: list[_Work] = []
+    for work in works:
+        if work.is_pass and passes and work.adapters != passes[0].adapters:
+            yield group
+            group, passes = [], []
+        group.append(work)
+        if work.is_pass:
+            passes.append(work)
+    yield group
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

@@ -44,11 +44,21 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class ActiveAdapters:
+    """The adapters of one pass: the `modules` that `OpenStage.adapt` was given under this name, and for each of them, or once
+    for all, the names of those that are `active`, and whether they are used at all."""
+
+    modules: str
+    active: tuple[tuple[tuple[str, ...], bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StageRequest:
     """The part of a stage, or some of its layers, in one pass over `sequences` sequences.
 
     `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls. A request
     without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
+    Without `adapters` the layers compute as they were loaded.
     """
 
     calls: tuple[LayerCall, ...]
@@ -57,6 +67,7 @@ class StageRequest:
     cache: Any = None
     changes: tuple[Change, ...] = ()
     wanted: Wanted | None = None
+    adapters: ActiveAdapters | None = None
 
     @property
     def alters(self) -> bool:
@@ -101,6 +112,14 @@ class OpenStage(Protocol):
 
     def forget(self, text: str) -> None:
         """Free a text's cache. Does not wait; a text that is not there is no error."""
+        ...
+
+    def adapt(self, name: str, modules: bytes) -> None:
+        """Have the modules of adapters that `streaming.stages.adapted` has packed. Raises MissingExtraError without peft."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """Drop these modules, which no further request names. Does not wait."""
         ...
 
     def free_bytes(self) -> int:
