@@ -34,13 +34,17 @@ def remove_adapter(model: PreTrainedModel, name: str) -> None:
 def is_adapted(module: nn.Module) -> bool:
     """Whether it is a layer of PEFT around one of the model, with a `base_layer`, `active_adapters`, `disable_adapters`,
     `set_adapter` and `enable_adapters`, whose forward calls the base layer's."""
+    return _is_of_peft(module) and not hasattr(module, "parameter_name")
+
+
+def _is_of_peft(module: nn.Module) -> bool:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer) and not hasattr(module, "parameter_name")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def without_adapters(module: Any) -> nn.Module:
-    """What such a layer is around, if the adapters that it had were deleted; else itself."""
-    while is_adapted(module) and not any(len(getattr(module, name)) for name in module.adapter_layer_names):
+    """What a layer of PEFT is around, if the adapters that it had were deleted; else the module itself."""
+    while _is_of_peft(module) and not any(len(getattr(module, name)) for name in module.adapter_layer_names):
         module = module.base_layer
     return module  # type: ignore[no-any-return]
 

@@ -137,7 +137,7 @@ class AdaptersHere:
         for (number, path), module in replaced.items():
             if not is_adapted(module):
                 raise UnsupportedOperationError(
-                    f"{path} of layer {number} was replaced by {type(module).__name__}, but the layer runs on {self._stage.name}, "
+                    f"{path} of layer {number} was replaced by {type(module).__name__}, but runs on {self._stage.name}, "
                     f"which takes adapters of PEFT around modules of the layer only: {_ONE_DEVICE}"
                 )
         name = uuid.uuid4().hex if replaced else None
