@@ -214,7 +214,7 @@ class RemoteLayers:
             None if text is None else text.name,
             new,
             () if text is None else text.take_changes(),
-            adapters,
+            adapters=adapters,
         )
         answer = self._await(self._stage.submit(request))
         if text is not None:
