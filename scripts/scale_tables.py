@@ -31,10 +31,11 @@ from rabbit_engine.errors import BudgetError, ConfigurationError
 from rabbit_engine.model import read_settings
 from rabbit_engine.planning.forecast import layers_of
 from rabbit_engine.planning.machines import Machine, parse_machines
-from rabbit_engine.planning.partition import partition_model, unread_entries
+from rabbit_engine.planning.partition import partition_model
 from rabbit_engine.planning.stage_simulation import Failures, simulate_plan
 from rabbit_engine.planning.stages import LayeredUnits, StagesPlan, layered_units, plan_stages
 from rabbit_engine.planning.stages_plan import row_of_stages
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.utils.sizes import format_seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"

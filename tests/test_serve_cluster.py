@@ -207,7 +207,7 @@ def test_when_a_replica_is_killed_its_streams_break_off_and_the_rest_is_answered
         os.kill(victim := min(before), 9)
         texts = [each.result() for each in streams]
         assert {each.result() for each in wholes} == {right}
-    assert set(texts) == {right, None}
+    assert set(texts) - {right} == {None}  # all of them may have been that replica's
     wait_until(lambda: len(cluster.replicas() - {victim}) == 2, 240)
     assert asked(cluster.url, ASKED).status_code == 200
 

@@ -18,10 +18,11 @@ from rabbit_engine.errors import BudgetError, CannotGenerateError, PromptTooLong
 from rabbit_engine.model.admission import demand_of
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, need_bytes
-from rabbit_engine.planning.partition import partition_model, unread_entries
+from rabbit_engine.planning.partition import partition_model
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.probe import Curve, Probe, run_probe
 from rabbit_engine.planning.tiers import Budget
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.sessions.prompts import Limits
 from rabbit_engine.transformers_bridge.generation import settings_of
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from rabbit_engine.errors import BudgetError, ConfigurationError
 from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.machines import parse_machines, read_machines
-from rabbit_engine.planning.partition import partition_model, unread_entries
+from rabbit_engine.planning.partition import partition_model
 from rabbit_engine.planning.stage_costs import different_experts
 from rabbit_engine.planning.stages import LayeredUnits, Machine, StagesPlan, layered_units, plan_stages, take_over
 from rabbit_engine.planning.stages_plan import row_of_stages
 from rabbit_engine.planning.tiers import UnitSize
+from rabbit_engine.planning.weights import unread_entries
 
 
 def model(*sizes: int, head: int = 0, experts: int = 0, hidden_bytes: int = 10) -> LayeredUnits:

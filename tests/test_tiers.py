@@ -18,9 +18,9 @@ from rabbit_engine.config import DEFAULT_CUT, Cut, StreamConfig
 from rabbit_engine.diagnostics.benchmark import make_checkpoint
 from rabbit_engine.model.assembly import assemble
 from rabbit_engine.model.runtime import runtime_of
-from rabbit_engine.planning.partition import unread_entries
 from rabbit_engine.planning.placement import place_in
 from rabbit_engine.planning.tiers import Tier
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.streaming import LinearBlocks
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -13,10 +13,11 @@ from rabbit_engine.config import CompressionConfig, StreamConfig
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, FreeMemory, budget_for
 from rabbit_engine.planning.decide import find_free_memory
-from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
+from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.placement import place
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.tiers import Budget, UnitSize
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.utils.speeds import Speeds
 
 Shape = Mapping[str, Any]

@@ -24,7 +24,7 @@ from rabbit_engine.architectures import (
 )
 from rabbit_engine.checkpoints import HEADERS_ONLY, InPlace, ModelRequest, MustSplit, Resolution, Shards, build_plain, resolve
 from rabbit_engine.model.auto import read_settings
-from rabbit_engine.planning.partition import unread_entries
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TensorEntry
 from rabbit_engine.transformers_bridge.attention import attention_implementations
 from rabbit_engine.transformers_bridge.experts import experts_of

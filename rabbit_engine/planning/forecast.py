@@ -14,10 +14,11 @@ from rabbit_engine.config import SourceConfig, SplitConfig, StreamConfig
 from rabbit_engine.errors import BudgetError, first_line
 from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.machines import Machine
-from rabbit_engine.planning.partition import Partition, partition_model, unread_entries
+from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.stages import LayeredUnits, layered_units, plan_stages
 from rabbit_engine.planning.stages_plan import StagesPlan
+from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.utils.sizes import format_seconds
 

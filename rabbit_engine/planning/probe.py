@@ -6,22 +6,14 @@ families (latent and linear attention) the config is wrong about the cache; a ru
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
@@ -29,7 +21,8 @@ from rabbit_engine.architectures import stated_positions
 from rabbit_engine.caches import KNOWN_ATTENTION
 from rabbit_engine.errors import first_line
 from rabbit_engine.planning.far_attention import far_heads
-from rabbit_engine.planning.operations import RememberedResults, is_alias
+from rabbit_engine.planning.operations import RememberedResults
+from rabbit_engine.planning.watching import Watch, watched
 from rabbit_engine.planning.windows import (
     NO_WINDOWS,
     Windows,
@@ -38,17 +31,12 @@ from rabbit_engine.planning.windows import (
     token_bytes_of,
     window_bytes,
 )
-from rabbit_engine.transformers_bridge.attention import attention_of, sdpa_for_flash_attention
+from rabbit_engine.planning.without_values import runs_without_values
+from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.caches import growing_states
-from rabbit_engine.transformers_bridge.experts import (
-    experts_computed_by,
-    first_projection,
-    has_experts_interface,
-    register_experts_function,
-)
+from rabbit_engine.transformers_bridge.experts import has_experts_interface
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.inputs import Prompting, next_token, ways_to_prompt
-from rabbit_engine.transformers_bridge.rotary import fixed_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -132,55 +120,6 @@ class Probe:
         return max(self.layers.at(tokens), self.head.at(tokens))
 
 
-class _Watch(TorchDispatchMode):
-    """Records the weights that every operation takes, and the size of its result."""
-
-    def __init__(self, owners: Mapping[int, str], results: RememberedResults) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._owners, self._results = owners, results
-        self.running: list[str] = []
-        self.ran: dict[str, None] = {}  # in the order of the first run
-        self.latest: set[str] = set()  # since it was last emptied
-        self.reached: set[str] = set()
-        self.routed: dict[str, int] = {}
-        self.operations = 0
-        self.live_bytes = 0
-        self._peak_bytes = 0
-        self._peaks: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation unchanged and record it."""
-        del types
-        self.operations += 1
-        result, operands = self._results.run(func, args, kwargs or {})
-        for tensor in operands:
-            owner = self._owners.get(id(tensor))
-            if owner is not None and owner not in self.running:
-                self.reached.add(owner)
-        if is_alias(func):
-            return result
-        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.numel() * leaf.element_size())
-                weakref.finalize(leaf, self._count, -leaf.numel() * leaf.element_size())
-        return result
-
-    def _count(self, nbytes: int) -> None:
-        self.live_bytes += nbytes
-        self._peak_bytes = max(self._peak_bytes, self.live_bytes)
-
-    def begin_phase(self, *_: object) -> None:
-        """Restart the count of live bytes."""
-        self._peaks.append(self._peak_bytes)
-        self._peak_bytes = self.live_bytes
-
-    def end_phases(self) -> list[int]:
-        """The most live bytes in each phase since the last call."""
-        self.begin_phase()
-        peaks, self._peaks = self._peaks, []
-        return peaks
-
-
 def run_probe(model: PreTrainedModel, device_type: str = "cpu", results: RememberedResults | None = None) -> Probe:
     """Prefill and decode on the meta device, as on a device of that type. If the model cannot run there, log it and return an
     empty Probe. `results` of other probes may be passed, and are added to."""
@@ -197,36 +136,29 @@ def run_probe(model: PreTrainedModel, device_type: str = "cpu", results: Remembe
 def _probe(model: PreTrainedModel, device_type: str, results: RememberedResults, prompting: Prompting) -> Probe:
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     owners = {id(p): name for name, module in leaves.items() for p in module.parameters(recurse=False)}
-    watch = _Watch(owners, results)
-    with (
-        torch.no_grad(),
-        _unchanged(model),
-        fixed_frequencies(model),
-        _chosen_kernels(model),
-        _watched(leaves, watch),
-        torch.device("meta"),
-        _Answers(device_type),
-    ):
-        caches, windows, growing, heads, layers, head, prompt_only = _run(model, watch, prompting)
+    watch = Watch(owners, results)
+    with runs_without_values(model, device_type), watched(leaves, watch):
+        seen = _run(model, watch, prompting)
+    growing = seen.growing
     return Probe(
         alone=tuple(name for name in watch.ran if name not in watch.reached),
-        cache_token_bytes=caches.token,
-        cache_fixed_bytes=caches.fixed,
+        cache_token_bytes=seen.caches.token,
+        cache_fixed_bytes=seen.caches.fixed,
         growing_layers=len(growing),
         growing_token_bytes=max((nbytes for layer in growing for nbytes, _ in layer), default=0),
         int8_token_bytes=max((nbytes for layer in growing for _, nbytes in layer), default=0),
-        far_heads=heads if attention_of(model.config.get_text_config()) in (None, *KNOWN_ATTENTION) else 0,
+        far_heads=seen.far_heads if attention_of(model.config.get_text_config()) in (None, *KNOWN_ATTENTION) else 0,
         layer_caches=max(map(len, growing), default=1),
-        fixed_layer_bytes=caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
+        fixed_layer_bytes=seen.caches.fixed // len(growing) if growing and len(growing[0]) > 1 else 0,
         carried_token_bytes=_carried_bytes(model),
-        windows=windows,
-        span_token_bytes=_span_bytes(model, caches.token + windows.token_bytes),
-        layers=layers,
-        head=head,
+        windows=seen.windows,
+        span_token_bytes=_span_bytes(model, seen.caches.token + seen.windows.token_bytes),
+        layers=seen.layers,
+        head=seen.head,
         vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", None) or 0),
         outside=frozenset(watch.reached),
         routed=watch.routed,
-        prompt_only=prompt_only,
+        prompt_only=seen.prompt_only,
     )
 
 
@@ -235,14 +167,24 @@ def _is_leaf(module: nn.Module) -> bool:
     return alone and any(True for _ in module.parameters(recurse=False))
 
 
-def _run(
-    model: PreTrainedModel, watch: _Watch, prompting: Prompting
-) -> tuple[Curve, Windows, list[list[tuple[int, int]]], int, Curve, Curve, frozenset[str]]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the passes showed: the cache's bytes without windows, these, bytes of a token (and in eight bits) in each cache of
+    each layer that grows, the heads that can attend to them over blocks, the live bytes up to the head and after it, and the
+    modules that ran for the prompts only."""
+
+    caches: Curve
+    windows: Windows
+    growing: Sequence[Sequence[tuple[int, int]]]
+    far_heads: int
+    layers: Curve
+    head: Curve
+    prompt_only: frozenset[str]
+
+
+def _run(model: PreTrainedModel, watch: Watch, prompting: Prompting) -> _Seen:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
-    walks through the tokens, two long ones. Returns the cache's bytes without windows, these, those a token of each layer that
-    grows, the heads that can attend to them over blocks, the live bytes up to the head and after it, and the modules that ran for
-    the prompts only.
-    """
+    walks through the tokens, two long ones."""
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(watch.begin_phase) if head is not None else None
     try:
@@ -262,7 +204,7 @@ def _run(
         if handle is not None:
             handle.remove()
     layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
-    return caches, windows, growing, heads, layers, after, prompt_only
+    return _Seen(caches, windows, growing, heads, layers, after, prompt_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +218,7 @@ class _Prompt:
     peaks: tuple[int, int]
 
 
-def _prompt(model: PreTrainedModel, watch: _Watch, prompting: Prompting, tokens: int) -> _Prompt:
+def _prompt(model: PreTrainedModel, watch: Watch, prompting: Prompting, tokens: int) -> _Prompt:
     watch.end_phases()
     before, operations = watch.live_bytes, watch.operations
     output = model(**prompting(tokens))
@@ -340,136 +282,3 @@ def _growing_bytes(cache: object) -> int:
 def _cross_bytes(cache: object) -> int:
     """Bytes of the keys and values that a decoder takes from its encoder."""
     return _cache_bytes(getattr(cache, "cross_attention_cache", None))
-
-
-@functools.cache
-def _has_fused_kernel(device_type: str, dtype: torch.dtype, width: int, value_width: int, masked: bool) -> bool:
-    """Whether attention with heads of this width runs in one kernel, which never holds all scores: by trying it on a CPU,
-    assumed elsewhere."""
-    if device_type != "cpu":
-        return True
-    query, value = (torch.zeros(1, 1, 2, size, dtype=dtype, device="cpu") for size in (width, value_width))
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="cpu") if masked else None
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            warnings.simplefilter("ignore")  # torch warns about the reason
-            functional.scaled_dot_product_attention(query, query, value, attn_mask=mask)
-    except RuntimeError:  # no kernel for these shapes
-        return False
-    return True
-
-
-_ALL_OR_ANY: Mapping[Any, bool] = {torch.all: True, torch.Tensor.all: True, torch.any: False, torch.Tensor.any: False}
-
-
-class _Answers(TorchFunctionMode):
-    """Answers what the meta device cannot: attention, with the memory of the device's kernel; whether a token is in a prompt
-    (GPT-2 looks for padding); whether all values of a tensor are true (of a mask, of numbers that are finite), or any; and what
-    else a forward asks of a value: no."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__()
-        self._device_type = device_type
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run everything else unchanged."""
-        del types
-        kwargs = kwargs or {}
-        if func is torch.Tensor.__contains__ or (func is torch.Tensor.__bool__ and args[0].is_meta):
-            return False
-        if func in _ALL_OR_ANY and len(args) == 1 and not kwargs and args[0].is_meta:
-            return torch.tensor(_ALL_OR_ANY[func], device="cpu")
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask")
-        query, key, value, mask = (args[index] if index < len(args) else kwargs.get(name) for index, name in enumerate(names))
-        if not _has_fused_kernel(self._device_type, query.dtype, query.shape[-1], value.shape[-1], mask is not None):
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **kwargs)
-        packed = [torch.empty_like(key), torch.empty_like(value)]  # bf16 kernels copy both into a new layout
-        if mask is not None and mask.dtype == torch.bool:
-            packed.append(mask.to(query.dtype))
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-@contextmanager
-def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Restore what forwards keep in their modules: a rotary embedding's frequencies, which would have no values, and the hooks
-    with which transformers captures outputs."""
-    before = {module: (dict(vars(module)), _tables(module)) for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, (attributes, tables) in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, entries in tables.items():  # the same objects: handles of hooks refer to them
-                attributes[name].clear()
-                attributes[name].update(entries)
-
-
-def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """A copy of each dict that a module keeps: its buffers, its hooks."""
-    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
-
-
-def _experts_without_values(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """A function of the experts interface that returns results of the right shapes: grouped kernels fail on the meta device."""
-    tokens, used = top_k_index.shape
-    up = getattr(module, first_projection(module))
-    rows = hidden_states.repeat_interleave(used, dim=0)
-    inner = rows.new_empty(len(rows), up.shape[-1 if module.is_transposed else 1])
-    result = rows.new_empty(rows.shape) * top_k_weights.reshape(-1, 1)
-    del inner
-    return result.view(tokens, used, -1).sum(dim=1).to(hidden_states.dtype)
-
-
-_EXPERTS = "rabbit_engine_probe"
-register_experts_function(_EXPERTS, _experts_without_values)
-
-
-@contextmanager
-def _chosen_kernels(model: PreTrainedModel) -> Iterator[None]:
-    """Use sdpa, which runs on the meta device: flash attention does not, nor do all kernels for experts."""
-    with sdpa_for_flash_attention(model), experts_computed_by(model, _EXPERTS):
-        yield
-
-
-@contextmanager
-def _watched(leaves: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Record which leaves' forwards run."""
-    with ExitStack() as stack:
-        for name, module in leaves.items():
-            stack.callback(module.register_forward_pre_hook(_enter(name, watch)).remove)
-            if has_experts_interface(module):
-                stack.callback(module.register_forward_pre_hook(_note_routing(name, watch)).remove)
-            stack.callback(module.register_forward_hook(_leave(watch)).remove)
-        stack.enter_context(watch)
-        yield
-
-
-def _enter(name: str, watch: _Watch) -> Callable[..., None]:
-    def enter(*_: object) -> None:
-        watch.running.append(name)
-        watch.ran.setdefault(name)
-        watch.latest.add(name)
-
-    return enter
-
-
-def _note_routing(name: str, watch: _Watch) -> Callable[..., None]:
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module
-        if len(args) > 1:
-            watch.routed[name] = args[1].shape[-1]  # the interface's second argument: indices [tokens, experts a token]
-
-    return note
-
-
-def _leave(watch: _Watch) -> Callable[..., None]:
-    def leave(*_: object) -> None:
-        watch.running.pop()
-
-    return leave
