@@ -229,3 +229,16 @@ def test_nothing_is_kept_of_texts_that_ended(checkpoint: Any, over_workers: Stag
         assert stage._states == {}
         assert stage._log._texts == {}
         assert stage._log.nbytes == 0
+
+
+def test_what_is_inside_layers_comes_from_the_worker_that_follows(checkpoint: Any, over_workers: Staged, plain: Any) -> None:
+    whole, (model, here) = plain(checkpoint("llama")), over_workers(checkpoint("llama"))
+    for one in (whole, model):
+        one.set_attn_implementation("eager")
+    asked = {"max_new_tokens": 6, "output_attentions": True, "return_dict_in_generate": True}
+    expected = [one for each in answer(whole, prompt(11), **asked).attentions for one in each]
+    here.ends = lambda number: "after" if number in (5, 11) else ""
+    found = [one for each in answer(model, prompt(11), **asked).attentions for one in each]
+    assert here.started == 4
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))

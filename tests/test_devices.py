@@ -91,14 +91,41 @@ def test_states_of_all_layers(family: str, row: Any, checkpoint: Any, plain: Any
     assert all(torch.equal(*both) for passes in zip(mine, theirs, strict=True) for both in zip(*passes, strict=True))
 
 
-def test_what_is_inside_layers_is_refused(row: Any, ids: Any) -> None:
+SHOWN = {"output_attentions": "attentions", "output_router_logits": "router_logits", "output_hidden_states": "hidden_states"}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ["output_attentions"]),
+        ("gemma3", ["output_attentions", "output_hidden_states"]),
+        ("mixtral", ["output_router_logits"]),
+        ("mixtral", [*SHOWN]),
+        ("qwen3_next", ["output_attentions", "output_router_logits"]),
+    ],
+)
+def test_what_is_inside_layers(family: str, names: list[str], row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint(family)), row(family)
+    for one in (whole, model):
+        one.set_attn_implementation("eager")
+    asked = dict.fromkeys(names, True)
+    with torch.no_grad():
+        for _ in range(2):  # from the second pass on, layers of a stage are one request
+            mine, theirs = (one(ids, **asked) for one in (model, whole))
+            assert torch.equal(mine.logits, theirs.logits)
+            for name in names:
+                found, expected = mine[SHOWN[name]], theirs[SHOWN[name]]
+                assert len(found) == len(expected) > 0
+                assert all(map(torch.equal, found, expected))
+            assert torch.equal(model(ids).logits, theirs.logits)
+    asked = {**GREEDY, "return_dict_in_generate": True, "output_attentions": True}
+    mine, theirs = (one.generate(ids, **asked).attentions for one in (model, whole))
+    assert all(map(torch.equal, *([one for each in found for one in each] for found in (mine, theirs))))
+
+
+def test_hooks_inside_layers_are_refused(row: Any, ids: Any) -> None:
     model = row("mixtral")
     expected = model(ids).logits
-    for name in ("output_attentions", "output_router_logits"):
-        with pytest.raises(errors.UnsupportedOperationError, match=name):
-            model(ids, **{name: True})
-    with pytest.raises(errors.UnsupportedOperationError, match="output_attentions"):
-        model.generate(ids, **GREEDY, output_attentions=True, return_dict_in_generate=True)
     handle = model.model.layers[-1].self_attn.register_forward_hook(lambda *_: None)
     with pytest.raises(errors.UnsupportedOperationError, match="inside layer"):
         model(ids)
@@ -108,6 +135,16 @@ def test_what_is_inside_layers_is_refused(row: Any, ids: Any) -> None:
     assert torch.equal(model(ids).logits, expected)
     assert len(seen) == 1
     handle.remove()
+
+
+def test_another_attention(row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    whole, model = plain(checkpoint("llama")), row()
+    found = []
+    for one in (whole, model):
+        for name in ("sdpa", "eager", "sdpa"):
+            one.set_attn_implementation(name)
+            found.append(one(ids).logits)
+    assert all(map(torch.equal, found[:3], found[3:]))
 
 
 CACHES: dict[str, Callable[[Any], Any]] = {

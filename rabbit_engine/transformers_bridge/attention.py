@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 AttentionFunction = Callable[..., Any]
@@ -17,6 +18,17 @@ Class = TypeVar("Class", bound=type[PreTrainedModel])
 def attention_of(config: PretrainedConfig) -> str | None:
     """The attention implementation that a config names ("sdpa", "eager", ...); None if none has been chosen."""
     return getattr(config, "_attn_implementation", None)
+
+
+def attention_configs(modules: Iterable[nn.Module]) -> list[PretrainedConfig]:
+    """The configs in which these modules look up which attention they run."""
+    configs = (getattr(module, "config", None) for module in modules)
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
+
+
+def set_attention(config: PretrainedConfig, name: str | None) -> None:
+    """Have the modules that look it up in the config run this attention."""
+    config._attn_implementation = name
 
 
 def has_sdpa(cls: type[PreTrainedModel]) -> bool:

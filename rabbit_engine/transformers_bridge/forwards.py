@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "past_key_value")
 """Names of the cache of keys and values, newest first: `cache` in layers since transformers 5.24."""
 
@@ -39,6 +41,11 @@ def no_cache_argument(forward: Callable[..., Any]) -> dict[str, bool]:
 def last_logits_argument(forward: Callable[..., Any], count: int = 1) -> dict[str, int]:
     """The keyword argument that limits the head to the last `count` positions; empty if it always runs on all."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+
+
+def capturing_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of transformers on a module, which take it, anything, and its output, if a forward returns what they look for."""
+    return [hook for hook in module._forward_hooks.values() if is_capturing(hook)]
 
 
 def is_capturing(hook: object) -> bool:

@@ -24,7 +24,9 @@ from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradie
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
 from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
+from rabbit_engine.streaming.stages.shown import ShownHere
 from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of
 from rabbit_engine.transformers_bridge.forwards import is_capturing
 from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
 
@@ -34,8 +36,10 @@ _Form = tuple[int, tuple[bool, ...], tuple[tuple[str, bool], ...]]
 _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 """Whether the forward that runs returns the states of all layers."""
 
-_INSIDE = ("output_attentions", "output_router_logits")
-"""What is returned of modules inside layers."""
+_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+"""Whether it returns outputs of modules inside layers."""
+
+_SHOWS_INSIDE = ("output_attentions", "output_router_logits")
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -134,7 +138,9 @@ class RemoteLayers:
         """What each layer that was called returned: its first tensor's place is kept by None, the rest as it is."""
         self._joined: set[_Form] = set()
         """The layers whose output the next one gets unchanged."""
-        self._adapters = AdaptersHere(stage, layers)
+        self._adapters, self._shown = AdaptersHere(stage, layers), ShownHere(layers)
+        self._configs = attention_configs(part for module in layers.values() for part in module.modules())
+        self._attention = list(map(attention_of, self._configs))
         for number, module in layers.items():
             module.forward = not_compiled(self._forward_of(number, names[number], module), module.forward)
 
@@ -206,7 +212,8 @@ class RemoteLayers:
         return states
 
     def _send(self, calls: tuple[LayerCall, ...], cache: Any) -> Any:
-        adapters = self._adapters.active({call.layer for call in calls})
+        numbers = {call.layer for call in calls}
+        adapters = self._adapters.active(numbers)
         text, new = self._text_of(cache)
         request = StageRequest(
             calls,
@@ -215,11 +222,19 @@ class RemoteLayers:
             new,
             () if text is None else text.take_changes(),
             adapters=adapters,
+            attention=self._changed_attention(),
+            inside=self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
         )
         answer = self._await(self._stage.submit(request))
         if text is not None:
             take_facts(cache, answer.facts)
+        self._shown.give(bring(answer.inside, self._device))
         return answer.output
+
+    def _changed_attention(self) -> str | None:
+        """The attention that was set since the model was loaded."""
+        now = list(map(attention_of, self._configs))
+        return None if now == self._attention else now[0]
 
     def _text_of(self, cache: Any) -> tuple[RemoteText | None, Any]:
         """The text of a cache on the stage, and its layers if they are still here."""
@@ -242,23 +257,22 @@ class RemoteLayers:
 
 
 def tell_what_is_shown(model: Any) -> None:
-    """Let layers elsewhere know if a forward of `model` returns the states of all layers. One that would return what is inside
-    them raises UnsupportedOperationError."""
+    """Let layers elsewhere know if a forward of `model` returns the states of all layers, or what is inside them."""
     native, config = model.forward, model.config
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        for name in _INSIDE:
-            if kwargs.get(name, getattr(config, name, False)):
-                raise UnsupportedOperationError(
-                    f"{name}=True needs what is inside layers that run elsewhere: load {type(model).__name__} on one device"
-                )
-        shown = kwargs.get("output_hidden_states")
-        shown = getattr(config, "output_hidden_states", False) if shown is None else shown
-        token = _SHOWN.set(_SHOWN.get() or not (shown is None or shown is False))
+        def is_asked(name: str) -> bool:
+            asked = kwargs.get(name)
+            asked = getattr(config, name, False) if asked is None else asked
+            return not (asked is None or asked is False)
+
+        states = _SHOWN.set(_SHOWN.get() or is_asked("output_hidden_states"))
+        inside = _INSIDE.set(_INSIDE.get() or any(map(is_asked, _SHOWS_INSIDE)))
         try:
             return native(*args, **kwargs)
         finally:
-            _SHOWN.reset(token)
+            _SHOWN.reset(states)
+            _INSIDE.reset(inside)
 
     model.forward = not_compiled(run, native)
 

@@ -21,18 +21,19 @@ from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.scheduler import Scheduler
 from rabbit_engine.streaming.stages.adapted import AdaptersThere
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
-from rabbit_engine.streaming.stages.stage import ActiveAdapters, Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.shown import ShownThere
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
 from rabbit_engine.transformers_bridge.caches import states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the thread does; if it `is_pass`, with these adapters."""
+    """What the thread does; for a pass of layers, with this `setting`."""
 
     run: Callable[[], None]
-    adapters: ActiveAdapters | None = None
-    is_pass: bool = False
+    setting: tuple[Any, ...] | None = None
 
 
 _LINGER, _MOST_LINGER_S = 0.03, 0.25
@@ -43,8 +44,8 @@ aboard share."""
 class StageRunner:
     """The `layers` of a model by number, and the caches of its texts on `device`, in a thread of its own.
 
-    Requests that have come while a pass ran are computed together in the next, if they have the same adapters: each has the bits
-    it has alone.
+    Requests that have come while a pass ran are computed together in the next, if they have the same adapters and attention:
+    each has the bits it has alone.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class StageRunner:
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
         self._reads, self._linger_s = reads, 0.0
         self._texts: dict[str, Any] = {}
-        self._adapters = AdaptersThere(layers, device)
+        self._adapters, self._shown = AdaptersThere(layers, device), ShownThere(layers)
+        self._configs = attention_configs(part for layer in layers.values() for part in layer.modules())
+        self._attention = list(map(attention_of, self._configs))
+        """As loaded."""
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"rabbit-stage-{name}", daemon=True)
@@ -63,7 +67,7 @@ class StageRunner:
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
         finish([[(call.args, dict(call.kwargs)) for call in request.calls], [change.args for change in request.changes]])
-        return self._put(functools.partial(self._run, request), request.adapters, is_pass=bool(request.calls))
+        return self._put(functools.partial(self._run, request), request.setting if request.calls else None)
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
         """Name a copy of the cache of `text` after the changes; between passes."""
@@ -97,10 +101,10 @@ class StageRunner:
             self._thread.join()
         self._texts.clear()
 
-    def _put(self, work: Callable[[], Any], adapters: ActiveAdapters | None = None, *, is_pass: bool = False) -> Future[Any]:
+    def _put(self, work: Callable[[], Any], setting: tuple[Any, ...] | None = None) -> Future[Any]:
         self._require_open()
         future: Future[Any] = Future()
-        self._queue.put(_Work(functools.partial(_settle, future, work), adapters, is_pass))
+        self._queue.put(_Work(functools.partial(_settle, future, work), setting))
         return future
 
     def _require_open(self) -> None:
@@ -143,17 +147,25 @@ class StageRunner:
         cache = self._cache_of(request)
         if not request.calls:
             return StageAnswer(None if request.wanted is None else _copies(cache, request.wanted), {}, 0.0)
-        self._adapters.use(request.adapters)  # those of all requests of this pass
-        with self._binding.root_pass(request.sequences):
+        self._set(request)
+        with self._binding.root_pass(request.sequences), self._shown.taking(request.inside) as inside:
             start = time.perf_counter()
             output: Any = None
             here: dict[int, Any] = {}
             for call in request.calls:
                 output = self._call(call, cache, output, here)
-            finish(output)
+            finish([output, [found for _, found in inside]])
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(cache.layers[index]) for index in own_layers(cache)}
-        return StageAnswer(output, facts, seconds)
+        return StageAnswer(output, facts, seconds, tuple(inside))
+
+    def _set(self, request: StageRequest) -> None:
+        """Have the layers compute as all requests of this pass ask."""
+        self._adapters.use(request.adapters)
+        for config, loaded in zip(self._configs, self._attention, strict=True):
+            name = loaded if request.attention is None else request.attention
+            if attention_of(config) != name:
+                set_attention(config, name)
 
     def _cache_of(self, request: StageRequest) -> Any:
         if request.text is None:
@@ -200,16 +212,15 @@ def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
 
 
 def _in_turn(works: Sequence[_Work]) -> Iterator[list[_Work]]:
-    """What may be done together: requests that follow one another with the same adapters, and what is no request."""
+    """What may be done together: passes that follow one another with the same setting, and what is no pass."""
     group: list[_Work] = []
-    passes: list[_Work] = []
+    setting: tuple[Any, ...] | None = None
     for work in works:
-        if work.is_pass and passes and work.adapters != passes[0].adapters:
+        if setting is not None and work.setting not in (None, setting):
             yield group
-            group, passes = [], []
+            group, setting = [], None
         group.append(work)
-        if work.is_pass:
-            passes.append(work)
+        setting = setting or work.setting
     yield group
 
 

@@ -58,7 +58,8 @@ class StageRequest:
 
     `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls. A request
     without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
-    Without `adapters` the layers compute as they were loaded.
+    The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has the
+    outputs of the modules `inside`: a layer's number, and a name in it.
     """
 
     calls: tuple[LayerCall, ...]
@@ -68,20 +69,29 @@ class StageRequest:
     changes: tuple[Change, ...] = ()
     wanted: Wanted | None = None
     adapters: ActiveAdapters | None = None
+    attention: str | None = None
+    inside: frozenset[tuple[int, str]] = frozenset()
 
     @property
     def alters(self) -> bool:
         """Whether the text's cache is another one afterwards."""
         return bool(self.calls or self.changes)
 
+    @property
+    def setting(self) -> tuple[ActiveAdapters | None, str | None]:
+        """What requests have in common that one pass computes."""
+        return self.adapters, self.attention
+
 
 @dataclass(frozen=True, slots=True)
 class StageAnswer:
-    """The `output` of the last call, what the layers of the text's cache are now (`facts`), and the `seconds` it took."""
+    """The `output` of the last call, what the layers of the text's cache are now (`facts`), the `seconds` it took, and the
+    outputs of modules `inside` layers, as they came."""
 
     output: Any
     facts: Mapping[int, Mapping[str, Any]]
     seconds: float
+    inside: tuple[tuple[tuple[int, str], Any], ...] = ()
 
 
 class OpenStage(Protocol):
