@@ -58,8 +58,8 @@ class StageRequest:
 
     `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls. A request
     without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
-    The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has the
-    outputs of the modules `inside`: a layer's number, and a name in it.
+    The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has
+    the outputs of the modules `inside`: a layer's number, and a name in it.
     """
 
     calls: tuple[LayerCall, ...]
