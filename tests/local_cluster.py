@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ class LocalCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self) -> None:
-        self.nodes.append(self._cluster.add_node(**_NODE))
+    def add(self, environment: Mapping[str, str] | None = None) -> None:
+        self.nodes.append(self._cluster.add_node(**_NODE, env_vars=dict(environment or {})))
         self._cluster.wait_for_nodes()
 
     def end(self, node: Any) -> None:
@@ -31,17 +31,20 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(nodes: int) -> Iterator[LocalCluster]:
+def local_cluster(nodes: int = 1, environments: Sequence[Mapping[str, str]] = ()) -> Iterator[LocalCluster]:
+    """A head and more nodes, so that there are `nodes`, or one for each of the environments, the head's first."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={**_NODE, "include_dashboard": False})
+    own = [dict(one) for one in environments] or [{}] * nodes
+    head = {**_NODE, "include_dashboard": False, "env_vars": own[0]}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     made = LocalCluster(cluster)
     try:
-        for _ in range(nodes - 1):
-            made.add()
+        for environment in own[1:]:
+            made.add(environment)
         yield made
     finally:
         ray.shutdown()

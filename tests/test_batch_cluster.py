@@ -245,7 +245,7 @@ def test_one_worker_goes_to_each_machine_that_can_run_the_model(
     nodes = [machine("a"), machine("b", CPU=2.0), machine("head", CPU=0.0), {**machine("gone"), "Alive": False}]
     ray: Any = SimpleNamespace(nodes=lambda: nodes)
     monkeypatch.setattr(
-        crew, "_able", lambda ray, order, candidates, gpus: [node for node in candidates if node["NodeID"] != "c"]
+        crew, "_able", lambda ray, order, candidates, gpus: ([node for node in candidates if node["NodeID"] != "c"], None)
     )
     found = crew.find_crew(ray, order_of("m"), None)
     assert found == crew.Crew(2, crew.Claim(2, 0, 1), ("head",))
@@ -271,6 +271,7 @@ def test_a_machine_that_cannot_run_the_model_is_left_out_unless_none_can(
         "c": "same",
     }
     monkeypatch.setattr(crew, "_asked", lambda ray, order, nodes, gpus: [(node, said[node["NodeID"]]) for node in nodes])
+    monkeypatch.setattr(crew, "own_model", lambda ray, order: None)
     ray: Any = SimpleNamespace(nodes=lambda: [machine(name) for name in said])
     found = crew.find_crew(ray, order_of("m"), None)
     assert (found.workers, found.without, caplog.messages) == (2, ("b",), ["b is left out: too little"])

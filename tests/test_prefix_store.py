@@ -780,7 +780,7 @@ def test_the_command_lists_and_clears(space: PrefixSpace, rabbit: Any, tmp_path:
     assert (listed.code, listed.err) == (0, "")
     assert listed.out.startswith(f"49.15 kB in {tmp_path / 'store'}\n")
     assert all(word in listed.out for word in ("a model", space.name[:8], "16", "49.15 kB"))
-    (model,) = json.loads(rabbit("cache", "list", "--json").out)
+    (model,) = json.loads(rabbit("cache", "list", "--json").out)["prefixes"]
     assert (model["model"], model["identity"], model["blocks"], model["tokens"]) == ("a model", IDENTITY, 4, 16)
     assert abs(model["last_used"] - time.time()) < 3600
     refused = rabbit("cache", "clear", "b model")

@@ -68,6 +68,7 @@ _MODULES = {
     "speculation": "rabbit_engine.diagnostics.speculation",
     "replicas": "rabbit_engine.server.replicas",
     "sessions": "rabbit_engine.sessions",
+    "stored_copies": "rabbit_engine.cluster.stored",
     "streaming": "rabbit_engine.streaming",
     "torch": "torch",
     "transformers": "transformers",

@@ -10,18 +10,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock, Timeout
 
 from rabbit_engine.cluster.description import FileExtent, FileRow, FilesDescription, row_matches
 from rabbit_engine.cluster.sending import IN_FLIGHT, ReadChunk, checksum
+from rabbit_engine.cluster.stored import changing, make_room, use
 from rabbit_engine.errors import ClusterError, DamagedFileError, NotEnoughDiskError
 from rabbit_engine.storage.directio import disk_errors
 from rabbit_engine.storage.partial import PresentExtents, Span, merged, read_present, record_path, total_bytes, without
@@ -40,24 +39,36 @@ _GAP = 64 * 2**10
 _ATTEMPTS = 2
 
 
-def copy_files(description: FilesDescription, extents: Collection[FileExtent], read_chunk: ReadChunk, folder: Path) -> None:
-    """Make the copy in `folder` hold the small files and at least `extents` of the weights.
+def copy_files(
+    description: FilesDescription,
+    extents: Collection[FileExtent],
+    read_chunk: ReadChunk,
+    folder: Path,
+    *,
+    later: Collection[FileExtent] = (),
+) -> None:
+    """Make the copy in `folder` hold the small files and at least `extents` of the weights, with room for those of `later`.
 
     Raises NotEnoughDiskError before the first byte, ClusterError for chunks that arrive damaged, and what `read_chunk` raises.
     """
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with _writing(folder):
+            stack.enter_context(changing(folder))
+            folder.mkdir(exist_ok=True)
         missing = {row: _missing(description, row, extents, folder) for row in description.files}
-        needed = sum(map(total_bytes, missing.values()))
+        needed = sum(total_bytes(_missing(description, row, (*extents, *later), folder)) for row in description.files)
         if needed:
-            _require_room(folder, needed, description)
+            make_room(folder, needed, f"fetching {description.name} from {description.driver}")
             logger.info("fetching %s of %s from %s into %s", format_bytes(needed), description.name, description.driver, folder)
         for row, spans in missing.items():
             if spans and row.is_weights:
                 _add(_path(description, row, folder), row, spans, description, read_chunk)
             elif spans:
                 _write_small(_path(description, row, folder), row, read_chunk)
+        with _writing(folder):
+            use(folder, description.name, description.driver)
 
 
 @contextmanager
@@ -76,21 +87,6 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _path(description: FilesDescription, row: FileRow, folder: Path) -> Path:
     return description.areas_in(folder)[row.area] / row.name
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with _writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("another process is fetching into %s: waiting for it", folder)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _missing(description: FilesDescription, row: FileRow, extents: Collection[FileExtent], folder: Path) -> tuple[Span, ...]:
@@ -115,15 +111,6 @@ def _believed(path: Path, row: FileRow) -> PresentExtents:
         logger.warning("%s: it is fetched again", error)
         return PresentExtents()
     return present if head == row.head_xxh3 else PresentExtents()
-
-
-def _require_room(folder: Path, needed: int, description: FilesDescription) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise NotEnoughDiskError(
-            f"fetching {description.name} from {description.driver} needs {format_bytes(needed)} in {folder}, "
-            f"{format_bytes(free)} are free: free some, or name another folder with RABBIT_ENGINE_CACHE on this machine"
-        )
 
 
 def _write_small(path: Path, row: FileRow, read_chunk: ReadChunk) -> None:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rabbit_engine.checkpoints import Repo, find_repo
 from rabbit_engine.checkpoints.formats import changed_files
@@ -28,6 +29,7 @@ from rabbit_engine.cluster.description import (
     sum_of,
 )
 from rabbit_engine.cluster.sending import Chunk, DriverFiles, ReadChunk, chunks_from, serve_files
+from rabbit_engine.cluster.stored import copies_folder
 from rabbit_engine.config import SourceConfig, SplitConfig
 from rabbit_engine.errors import (
     CheckpointNotFoundError,
@@ -37,7 +39,7 @@ from rabbit_engine.errors import (
     MachinesDifferError,
     MissingFileError,
 )
-from rabbit_engine.storage.cached import VARIABLE, cache_folder
+from rabbit_engine.storage.cached import VARIABLE
 from rabbit_engine.storage.tensorfiles import TensorEntry
 
 __all__ = [
@@ -67,6 +69,25 @@ class LocalModel:
     split: SplitConfig
     is_copy: bool
 
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of `AutoModel.from_pretrained` that load it, besides the name."""
+        source, split = self.source, self.split
+        folders = [path for path in (split.saving_path, *split.more_paths) if path is not None]
+        return {
+            "token": None,
+            "hf_token": None,
+            "local_files_only": True,
+            "force_download": False,
+            "revision": source.revision,
+            "cache_dir": source.cache_dir,
+            "subfolder": source.subfolder,
+            "gguf_file": source.gguf_file,
+            "split": split.mode,
+            "dtype": split.dtype,
+            "layer_shards_saving_path": folders or None,
+            "delete_original": False,
+        }
+
 
 def ensure(
     description: FilesDescription,
@@ -75,18 +96,20 @@ def ensure(
     *,
     machine: str | None = None,
     folder: Path | None = None,
+    later: Collection[FileExtent] = (),
 ) -> LocalModel:
     """Find the described files on this machine, or fetch the small ones and `extents` of the weights from the driver.
 
-    Copies are in `folder`, by default in RABBIT_ENGINE_CACHE. Raises MachinesDifferError if the model's place holds other files,
-    NotEnoughDiskError before the first byte, ClusterError for what arrives damaged.
+    Copies are in `folder`, by default in RABBIT_ENGINE_CACHE, whose disk must have room for `later` extents too. Raises
+    MachinesDifferError if the model's place holds other files, NotEnoughDiskError before the first byte, ClusterError for what
+    arrives damaged.
     """
     machine = machine or socket.gethostname()
     if _is_here(description, machine):
         return LocalModel(description.name, description.source, description.split, is_copy=False)
     folder = folder or _copies(machine)
     copy = folder / description.fingerprint
-    copy_files(description, extents, read_chunk, copy)
+    copy_files(description, extents, read_chunk, copy, later=later)
     return _copied(description, copy)
 
 
@@ -100,10 +123,10 @@ def require_present(entries: Mapping[str, TensorEntry], names: Iterable[str]) ->
 
 
 def _copies(machine: str) -> Path:
-    cache = cache_folder()
-    if cache is None:
+    folder = copies_folder()
+    if folder is None:
         raise ClusterError(f"{machine} has no place for the model's files: {VARIABLE} is empty there, name a folder")
-    return cache / "copies"
+    return folder
 
 
 def _copied(description: FilesDescription, copy: Path) -> LocalModel:

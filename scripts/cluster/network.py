@@ -36,6 +36,22 @@ class Namespace:
         """`command`, in this namespace. Unlike `ip netns exec` it leaves /sys mounted, where limits of memory are read."""
         return ["nsenter", f"--net={_FOLDER / self.name}", *command]
 
+    def cut(self) -> None:
+        """Take its cable out of the switch: what it sends or is sent is lost, and nobody is told."""
+        _ip("link", "set", self._cable, "nomaster")
+
+    def mend(self) -> None:
+        """Put its cable back."""
+        _ip("link", "set", self._cable, "master", f"rb{self._label}")
+
+    @property
+    def _label(self) -> str:
+        return self.name.split("-")[1]
+
+    @property
+    def _cable(self) -> str:
+        return f"rv{self._label}.{self.name.split('-')[2]}"
+
     def processes(self) -> list[int]:
         """The process ids in it, those of daemons included."""
         return [int(word) for word in _ip("netns", "pids", self.name).split()]

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from rabbit_engine import errors
+from rabbit_engine.batches.cluster.files import ABSENT, SentFiles, own_model, send_files
 from rabbit_engine.batches.cluster.order import Failure, Order
 from rabbit_engine.batches.cluster.probe import probe
 from rabbit_engine.errors import ClusterError, ConfigurationError, MachinesDifferError, RabbitError, first_line
@@ -33,11 +34,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """`workers` workers with their claim, on any machine but those whose Ray ids are `without`."""
+    """`workers` workers with their claim, on any machine but those whose Ray ids are `without`; `files` are for those that do
+    not have the model."""
 
     workers: int
     claim: Claim
     without: tuple[str, ...]
+    files: SentFiles | None = None
 
     @property
     def label(self) -> dict[str, str]:
@@ -57,7 +60,7 @@ def find_crew(ray: ModuleType, order: Order, workers: int | None, *, fewer: bool
     candidates, gpus = _with_device([node for node in alive if node["Resources"].get("CPU", 0) >= 1], order)
     if not candidates:
         raise ClusterError("no machine of the cluster has CPUs for Ray's workers: join some with `ray start --address=...`")
-    able = _able(ray, order, candidates, gpus)
+    able, files = _able(ray, order, candidates, gpus)
     count = len(able) if workers is None else workers
     is_shared = count > len(able) and order.loading.get("max_memory") is None
     if is_shared and fewer:
@@ -71,7 +74,8 @@ def find_crew(ray: ModuleType, order: Order, workers: int | None, *, fewer: bool
     if not cpus:
         raise ClusterError(f"workers={count} need a CPU each: start fewer")
     ids = {node["NodeID"] for node in able}
-    return Crew(count, Claim(cpus, gpus, each), tuple(node["NodeID"] for node in alive if node["NodeID"] not in ids))
+    without = tuple(node["NodeID"] for node in alive if node["NodeID"] not in ids)
+    return Crew(count, Claim(cpus, gpus, each), without, files)
 
 
 def place(ray: ModuleType, crew: Crew) -> Any:
@@ -108,11 +112,21 @@ def _with_device(nodes: Sequence[Node], order: Order) -> tuple[Sequence[Node], i
     return with_gpu, 1
 
 
-def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> Sequence[Node]:
-    """The machines whose plan of the model holds. One alone is not asked: its workers say what they lack."""
-    if len(nodes) == 1:
-        return nodes
-    found = _asked(ray, order, nodes, gpus)
+def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> tuple[Sequence[Node], SentFiles | None]:
+    """The machines whose plan of the model holds, and the driver's files, if any of them does not have the model. The driver's
+    machine alone is not asked: its workers say what they lack."""
+    own = own_model(ray, order)
+    if len(nodes) == 1 and (own is None or nodes[0]["NodeID"] == ray.get_runtime_context().get_node_id()):
+        return nodes, None
+    files = None
+    if own is None:
+        found = _asked(ray, order, nodes, gpus)
+    else:
+        found = _asked(ray, order.pinned(own.source.repo.commit), nodes, gpus)
+        if absent := [node for node, result in found if isinstance(result, Failure) and result.kind in ABSENT]:
+            files = send_files(own)
+            logger.info("%d machines do not have %s: they fetch it from this one", len(absent), order.model)
+            found = [one for one in found if one[0] not in absent] + _asked(ray, order, absent, gpus, files)
     able = [(node, result) for node, result in found if isinstance(result, str)]
     unable = [result for _, result in found if isinstance(result, Failure)]
     if not able:
@@ -120,16 +134,18 @@ def _able(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> Se
     for failure in unable:
         logger.warning("%s is left out: %s", failure.machine, failure.message)
     _require_equal(able)
-    return [node for node, _ in able]
+    return [node for node, _ in able], files
 
 
-def _asked(ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int) -> list[tuple[Node, str | Failure]]:
-    """What each machine says."""
+def _asked(
+    ray: ModuleType, order: Order, nodes: Sequence[Node], gpus: int, files: SentFiles | None = None
+) -> list[tuple[Node, str | Failure]]:
+    """What each machine says, with the driver's `files` if it has none."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(max_calls=1, num_cpus=0, num_gpus=gpus)(probe)  # its process ends with it, and frees its memory
     asked = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(order): node
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(order, files): node
         for node in nodes
     }
     ready = set(ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)[0])

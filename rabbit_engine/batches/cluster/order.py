@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -53,6 +53,11 @@ class Order:
             prefix_bytes=prefix_bytes,
             versions=own_versions(),
         )
+
+    def pinned(self, commit: str | None) -> Self:
+        """The same, with the files that a machine has: of this commit, if the model is a repo of the Hub."""
+        revision = {} if commit is None else {"revision": commit}
+        return replace(self, loading={**self.loading, **revision, "local_files_only": True})
 
     def require_versions(self) -> None:
         """Raise MachinesDifferError if this process has other versions than the driver: its machine may have joined later."""

@@ -118,7 +118,7 @@ class AnswerPipeline:
         self._blocks.clear()
         answers = lines.map_batches(
             LineWorker,
-            fn_constructor_args=(order, crew.claim, own),
+            fn_constructor_args=(order, crew.claim, own, crew.files),
             batch_size=shares.lines,
             batch_format="pyarrow",
             num_cpus=crew.claim.cpus,

@@ -10,6 +10,7 @@ import torch
 from rabbit_engine.batches.answering import answer, open_session, open_window
 from rabbit_engine.batches.cluster.blocks import answer_of, lines_of, table_of
 from rabbit_engine.batches.cluster.crew import Claim
+from rabbit_engine.batches.cluster.files import SentFiles, located
 from rabbit_engine.batches.cluster.order import Failure, LineAnswer, Order
 from rabbit_engine.batches.inputs import InputLine
 from rabbit_engine.cluster import require_ray
@@ -30,12 +31,13 @@ class LineWorker:
     Raises nothing, since Ray would only start such a worker again: what goes wrong is a row of its first block.
     """
 
-    def __init__(self, order: Order, claim: Claim, pipeline: Any) -> None:
+    def __init__(self, order: Order, claim: Claim, pipeline: Any, files: SentFiles | None = None) -> None:
         self._order, self._pipeline, self._problem = order, pipeline, None
         try:
             order.require_versions()
             _use_cores(claim)
-            model = AutoModel.from_pretrained(order.model, **order.loading)
+            name, loading = located(order, files)
+            model = AutoModel.from_pretrained(name, **loading)
             store = open_default(order.prefix_bytes, repeated_only=True)
             self._session = open_session(model, order.choices, store)
         except Exception as error:  # noqa: BLE001 - told with the first block
