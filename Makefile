@@ -16,6 +16,7 @@ OURS := \
   attention_script \
   batch \
   batch_cluster \
+  batch_files \
   benchmark_tasks \
   block_attention \
   call_ids \
@@ -97,6 +98,7 @@ OURS := \
   splitting \
   stage_simulation \
   stages_plan \
+  stored_copies \
   telling \
   thinking \
   transfer \

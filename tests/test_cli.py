@@ -19,12 +19,12 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import rabbit_engine
 from rabbit_engine import errors
 from rabbit_engine.cli import main
-from rabbit_engine.cli.loading import Loading, parse_memory
+from rabbit_engine.cli.loading import Loading, parse_map, parse_memory
 from rabbit_engine.cli.options import check_rate
 from rabbit_engine.cli.run import sampling
 from rabbit_engine.cli.wording import OPTIONS, as_options
@@ -307,6 +307,17 @@ def raising(error: BaseException) -> Any:
         (("plan", "MODEL", "--cluster", "y", "--max-memory", "cpu=1GB"), 2, "give one size, for each machine"),
         (("serve", "MODEL", "--api-key-file", "/no/such"), 2, "error: cannot read --api-key-file /no/such"),
         (("chat", "MODEL"), 2, "has no chat template"),
+        (
+            ("run", "MODEL", "hi", "--device-map", "model.layers.9-10=cpu:0,lm_head=cpu:1", "--device", "cpu"),
+            2,
+            "error: --device-map names 'model.layers.9', and the model has no such module",
+        ),
+        (("plan", "MODEL", "--cluster", "y", "--device-map", "auto"), 2, "--device-map is for one machine: leave it out"),
+        (
+            ("run", "MODEL", "hi", "--cluster", "127.0.0.1:1", "--device", "cpu", "-m", "cpu:0=1GB,cpu:1=1GB"),
+            2,
+            "not among cpu, cpu:1: leave out --device-map, and give one size for each machine, as --max-memory cpu=8GiB",
+        ),
         (("run", "MODEL", "hi", "--draft", "/no/such"), 2, "error: --draft: /no/such does not exist"),
         (
             ("run", "MODEL", "hi", "--draft", "MODEL", "-m", "1kB", "--device", "cpu"),
@@ -338,6 +349,8 @@ def test_plan_for_machines_of_a_file(rabbit: Any, speaker: Path, tmp_path: Path)
         (("run", "x", "y", "--max-memory", "lots"), "'--max-memory'"),
         (("run", "x", "y", "-m", "foo=8GiB"), "'foo=8GiB' names no device: write 8GiB, or 0=8GiB,cpu=24GiB"),
         (("run", "x", "y", "-m", "8GiB,cpu=3GiB"), "'8GiB' names no device"),
+        (("run", "x", "y", "--device-map", "a=0,b"), "'b' places no module: write auto, or model.layers.0-15=0"),
+        (("chat", "x", "--device-map", "a.5-3=0"), "'a.5-3': the range ends before it begins"),
         (("run", "x", "y", "--temperature", "-1"), "'--temperature'"),
         (("run", "x", "y", "--temperature", "nan"), "'--temperature'"),
         (("chat", "x", "--temperature", "inf"), "'--temperature'"),
@@ -465,6 +478,21 @@ def test_a_rate_is_read_as_the_doctor_prints_it(rate: str) -> None:
 def test_options_as_text() -> None:
     assert parse_memory("0=8GiB,cpu=24GiB", "cpu") == {0: "8GiB", "cpu": "24GiB"}
     assert parse_memory("cuda:1=8GiB, mps=1GB", "mps") == {"cuda:1": "8GiB", "mps": "1GB"}
+
+    assert (parse_map("auto"), parse_map("cuda:1")) == ("auto", "cuda:1")
+    assert parse_map("=0, a.b.0-2=1,a.b.3=cpu:1") == {"": 0, "a.b.0": 1, "a.b.1": 1, "a.b.2": 1, "a.b.3": "cpu:1"}
+
+
+@pytest.mark.parametrize("placing", ["model.layers.0=cpu:0,model.layers.1-20=cpu:1", "auto", "sequential"])
+def test_a_device_map_divides_the_layers(speaker: Path, greedy: str, rabbit: Any, placing: str) -> None:
+    last = AutoConfig.from_pretrained(speaker).num_hidden_layers - 1
+    placing = placing.replace("1-20", f"1-{last}")
+    places = ("--device-map", placing, "-m", "cpu:0=300kB,cpu:1=1GB")
+    done = rabbit("run", speaker, PROMPT, *RUN, *places)
+    assert (done.out, done.code) == (greedy, 0), done.err
+    planned = rabbit("plan", speaker, "--device", "cpu", *places).out
+    assert all(words in planned for words in ("on cpu, cpu:1", "over 2 machines"))
+    assert f"layers 1-{last}" in planned or "=" not in placing
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ SELF, HEADS = "self", "heads"
 _SELF_BITS = "4bit"
 """How the copy is stored by default."""
 
+_NUMBERED = re.compile(r"(.*\.)(\d{1,6})-(\d{1,6})", re.ASCII)
 _PLACE = re.compile(r"((cuda|xpu):)?\d+|cpu(:\d+)?|mps(:0)?")
 
 
@@ -53,6 +54,39 @@ def _check_memory(text: str | None) -> str | None:
     try:
         if text is not None:
             parse_memory(text, "cpu")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+def parse_map(text: str) -> str | dict[str, int | str]:
+    """`"auto"` or a device as it is; `"model.layers.0-15=0,model.layers.16-29=1"` names modules, with ranges of numbers.
+    Raises ValueError."""
+    if "=" not in text:
+        return text
+    places: dict[str, int | str] = {}
+    for part in text.split(","):
+        module, is_named, place = (word.strip() for word in part.partition("="))
+        if not is_named or not _PLACE.fullmatch(place):
+            raise ValueError(f"{part!r} places no module: write auto, or model.layers.0-15=0,model.layers.16-29=1")
+        places |= dict.fromkeys(_modules(module), int(place) if place.isdigit() else place)
+    return places
+
+
+def _modules(name: str) -> list[str]:
+    found = _NUMBERED.fullmatch(name)
+    if found is None:
+        return [name]
+    first, last = int(found[2]), int(found[3])
+    if last < first:
+        raise ValueError(f"{name!r}: the range ends before it begins")
+    return [f"{found[1]}{number}" for number in range(first, last + 1)]
+
+
+def _check_map(text: str | None) -> str | None:
+    try:
+        if text is not None:
+            parse_map(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return text
@@ -92,6 +126,15 @@ MaxMemory = Annotated[
         "-m",
         callback=_check_memory,
         help="Memory for weights: 8GiB of the device, or 0=8GiB,cpu=24GiB; 0=8GiB,1=6GiB divide the layers.",
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|MAP",
+        callback=_check_map,
+        help="Divide the layers among devices: auto (balanced) or sequential over those of --max-memory, or all there are; "
+        "model.layers.0-15=0,model.layers.16-29=1 says which.",
     ),
 ]
 MaxSeqLen = Annotated[
@@ -160,6 +203,7 @@ class Loading:
     device: Device = None
     dtype: Dtype = None
     max_memory: MaxMemory = None
+    device_map: DeviceMap = None
     max_seq_len: MaxSeqLen = None
     cache_dtype: CacheDtypeName = None
     attn: Attention = "auto"
@@ -216,6 +260,7 @@ class Loading:
             "device": self.device,
             "dtype": self.dtype,
             "max_memory": self.budget,
+            "device_map": None if self.device_map is None else parse_map(self.device_map),
             "max_seq_len": self.max_seq_len,
             "cache_dtype": self.cache_dtype,
             "attn_implementation": self.attn,
@@ -232,7 +277,7 @@ class Loading:
 
     def keywords_of_headers(self) -> dict[str, Any]:
         """Those that say what a model is, on any machine: the memory, the device and guesses do not."""
-        left_out = ("max_memory", "max_seq_len", "cache_dtype", "speculate", "cluster")
+        left_out = ("max_memory", "device_map", "max_seq_len", "cache_dtype", "speculate", "cluster")
         return {**{name: value for name, value in self.keywords().items() if name not in left_out}, "device": "cpu"}
 
 

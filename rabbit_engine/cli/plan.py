@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _OPTIONS = Only(
     *(
         "max_memory",
+        "device_map",
         "device",
         "dtype",
         "split",
@@ -99,7 +100,13 @@ def plan(
 def _refuse_beside_machines(loading: Loading, machines: Path | None, cluster: str | None, **rates: str | None) -> None:
     if machines is not None and cluster is not None:
         raise ConfigurationError("--machines and --cluster name machines: give one of them")
-    given = {"device": loading.device, **rates, "draft": loading.draft, "speculate": loading.speculate or None}
+    given = {
+        "device": loading.device,
+        "device_map": loading.device_map,
+        **rates,
+        "draft": loading.draft,
+        "speculate": loading.speculate or None,
+    }
     if cluster is None:
         given["max_memory"] = loading.max_memory
     if refused := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:

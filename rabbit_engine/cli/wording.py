@@ -13,6 +13,7 @@ OPTIONS = {
     "compression": "--compression",
     "delete_original": "--delete-original",
     "device": "--device",
+    "device_map": "--device-map",
     "dtype": "--dtype",
     "gguf_file": "--gguf-file",
     "layer_shards_saving_path": "--saving-path",

@@ -53,7 +53,7 @@ def load_on_cluster(name: str | Path, settings: LoadSettings, address: str) -> A
 
     Raises what loading raises, ClusterError, and MachinesDifferError before anything is read.
     """
-    _require_cpu(settings.stream)
+    _require_one_cpu(settings)
     return load_in_stages(name, settings, functools.partial(_open, facts=_connected(address), settings=settings))
 
 
@@ -62,16 +62,23 @@ def forecast_on_cluster(name: str | Path, settings: LoadSettings, address: str, 
 
     Raises what loading would raise before it reads a weight.
     """
-    _require_cpu(settings.stream)
+    _require_one_cpu(settings)
     facts = _connected(address)
     partition, _ = partition_of(name, settings.source, settings.split, settings.stream)
     return plan_on(partition, machines_of(facts, settings.stream), settings.stream, texts)
 
 
-def _require_cpu(stream: StreamConfig) -> None:
-    if stream.device.type != "cpu":
+def _require_one_cpu(settings: LoadSettings) -> None:
+    device = settings.stream.device
+    if device.type != "cpu":
         raise ConfigurationError(
-            f'the machines of a cluster compute on CPUs, not on {stream.device}: give device="cpu", or leave out cluster='
+            f'the machines of a cluster compute on CPUs, not on {device}: give device="cpu", or leave out cluster='
+        )
+    if settings.row is not None:
+        names = ", ".join(one.name for one in settings.row.devices)
+        raise ConfigurationError(
+            f"a cluster divides the layers among its machines, not among {names}: leave out device_map, and give one size for "
+            'each machine, as max_memory={"cpu": "8GiB"}'
         )
 
 
