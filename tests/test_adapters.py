@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rabbit_engine import errors
+from rabbit_engine.model.adapters import load_own_adapter
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -137,3 +140,14 @@ def test_an_adapter_of_experts_needs_them_in_memory(
         assert torch.equal(model(ids).logits, before)
         with pytest.raises(errors.CannotMergeError, match="its experts are read one by one"):
             get_peft_model(model, config)(ids)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (ValueError("rank"), errors.DamagedCheckpointError)]
+)
+def test_a_model_whose_own_adapter_fails_is_closed(raised: BaseException, seen: type[BaseException], tmp_path: Path) -> None:
+    model, repo = Mock(), SimpleNamespace(names=("adapter_config.json",), folder=tmp_path, commit=None)
+    model._checkpoint, model.load_adapter.side_effect = SimpleNamespace(repo=repo), raised
+    with pytest.raises(seen):
+        load_own_adapter(model)
+    model.close.assert_called_once_with()

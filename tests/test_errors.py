@@ -7,6 +7,7 @@ import re
 import pytest
 
 from rabbit_engine import errors
+from rabbit_engine.utils.foreign import foreign_code
 
 _LINE = re.compile(r"^(?P<indent>[│ ]*)(?:[├└]── )?(?P<name>\w+Error)(?: \((?P<built_in>\w+)\))?(?: |$)")
 
@@ -61,3 +62,22 @@ def test_an_os_error_keeps_its_message_and_has_no_number(name: str) -> None:
 def test_users_of_transformers_catch_them(name: str, caught: type[Exception]) -> None:
     with pytest.raises(caught):
         raise getattr(errors, name)("as transformers raises it")
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (KeyError("head"), errors.DamagedCheckpointError),
+        (OSError("read"), errors.DamagedCheckpointError),
+        (MemoryError(), MemoryError),
+        (errors.ModelClosedError("closed"), errors.ModelClosedError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_foreign_code_is_blamed_for_its_own_errors_alone(raised: BaseException, seen: type[BaseException]) -> None:
+    with (
+        pytest.raises(BaseException) as caught,  # noqa: PT011 - its type is compared
+        foreign_code(lambda error: errors.DamagedCheckpointError(str(error))),
+    ):
+        raise raised
+    assert type(caught.value) is seen

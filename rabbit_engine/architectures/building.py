@@ -18,6 +18,7 @@ from rabbit_engine.transformers_bridge.building import build_without_weights, in
 from rabbit_engine.transformers_bridge.faults import fix_known_bugs
 from rabbit_engine.transformers_bridge.loading import allow_new_weights
 from rabbit_engine.transformers_bridge.remote_code import is_remote
+from rabbit_engine.utils.foreign import foreign_code
 
 
 def build_architecture(
@@ -45,7 +46,7 @@ def build_skeleton(
         return skeleton
     except (MemoryError, RabbitError):
         raise
-    except Exception as error:  # a model class may raise anything
+    except Exception as error:  # a model class may raise anything; what the attention is to blame for stays
         if attn_implementation is not None and _builds(cls, config, dtype):
             raise
         raise _unbuildable(cls, config, dtype, error) from error
@@ -71,23 +72,23 @@ def construct(
 
 def initialize(model: PreTrainedModel) -> None:
     """Let transformers initialise what it marked as not loaded. Raises UnsupportedArchitectureError if the class fails."""
-    try:
-        initialize_the_rest(model)
-    except (MemoryError, RabbitError):
-        raise
-    except Exception as error:  # a model class may raise anything
+
+    def told(error: Exception) -> RabbitError:
         if is_remote(type(model)):
-            raise misfit(written_for(model.config), "while its buffers were created", error) from error
-        raise UnsupportedArchitectureError(
+            return misfit(written_for(model.config), "while its buffers were created", error)
+        return UnsupportedArchitectureError(
             f"{type(model).__name__} cannot create its buffers from {config_path(model.config)}: "
             f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        )
+
+    with foreign_code(told):
+        initialize_the_rest(model)
 
 
 def _builds(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> bool:
     try:
         construct(cls, config, dtype)
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - a model class may raise anything; whether it does is what was asked
         return False
     return True
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rabbit_engine.transformers_bridge.auto_classes import auto_class
 from rabbit_engine.transformers_bridge.quantizers import FORMATS, PACKED_METHODS, method_of
 from rabbit_engine.transformers_bridge.remote_code import as_generating_class, import_class
 from rabbit_engine.utils.extras import missing_extra
+from rabbit_engine.utils.foreign import foreign_code
 from rabbit_engine.utils.keywords import refuse_unknown
 
 logger = logging.getLogger(__name__)
@@ -102,38 +104,37 @@ def _given_config(raw: RawConfig, given: ConfigOverrides) -> PretrainedConfig:
 
 def _converted(family: Family, raw: RawConfig, folder: Path) -> Architecture:
     _refuse_quantized(folder, raw.get("quantization_config"))
-    try:
+    with foreign_code(partial(_not_of_family, family.name, folder)):
         architecture = replace(family.convert(raw, folder), family=family.name, tokenizer=family.tokenizer)
-    except RabbitError:
-        raise
-    except KeyError as error:
-        raise UnsupportedArchitectureError(f"{folder}/config.json is a {family.name} config and lacks {error}") from error
-    except Exception as error:  # a registered family or a config class may raise anything
-        raise UnsupportedArchitectureError(
-            f"{folder}/config.json is not a valid {family.name} config: {first_line(error)}"
-        ) from error
     logger.info("%s is a %s model: converted to %s, none of its own code runs", folder, family.name, architecture.cls.__name__)
     return architecture
 
 
+def _not_of_family(family: str, folder: Path, error: Exception) -> RabbitError:
+    if isinstance(error, KeyError):
+        return UnsupportedArchitectureError(f"{folder}/config.json is a {family} config and lacks {error}")
+    return UnsupportedArchitectureError(f"{folder}/config.json is not a valid {family} config: {first_line(error)}")
+
+
 def _find_config(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, given: ConfigOverrides) -> PretrainedConfig:
     """The checkpoint's config with the caller's overrides, as transformers reads it."""
-    trust_remote_code = given.trust_remote_code
-    try:
+
+    def told(error: Exception) -> RabbitError:
+        if isinstance(error, ImportError):
+            return _import_failed(folder, raw, gguf, error)
+        return UnsupportedArchitectureError(_unsupported(folder, raw, gguf, error, given.trust_remote_code))
+
+    with foreign_code(told):
         with nullcontext(folder) if gguf is None else gguf.as_folder() as place:
             config, unused = AutoConfig.from_pretrained(
                 place,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=given.trust_remote_code,
                 code_revision=given.code_revision,
                 return_unused_kwargs=True,
                 **given.overrides,
             )
         config.name_or_path = str(folder)
         config.get_text_config(decoder=True)
-    except ImportError as error:
-        raise _import_failed(folder, raw, gguf, error) from error
-    except Exception as error:  # a config class may raise anything
-        raise UnsupportedArchitectureError(_unsupported(folder, raw, gguf, error, trust_remote_code)) from error
     _require_default_weights(config, folder)
     refuse_unknown([name for name in unused if name in given.overrides], vars(config))
     return config  # type: ignore[no-any-return]
@@ -149,7 +150,7 @@ def _require_default_weights(config: PretrainedConfig, folder: Path) -> None:
         )
 
 
-def _import_failed(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, error: ImportError) -> Exception:
+def _import_failed(folder: Path, raw: RawConfig, gguf: GgufConfigFile | None, error: ImportError) -> RabbitError:
     """A missing package, as transformers names it; any other failed import means that the code is too old."""
     if gguf is not None:
         return missing_extra(str(gguf.path), "gguf", error)
@@ -211,12 +212,14 @@ def _find_class(config: PretrainedConfig, folder: Path, given: ConfigOverrides) 
 
 def _remote_class(reference: str, folder: Path, config: PretrainedConfig, code_revision: str | None) -> type[PreTrainedModel]:
     repo, _, name = reference.rpartition("--")
-    try:
+
+    def told(error: Exception) -> RabbitError:
+        if isinstance(error, ImportError):
+            return _import_failed(folder, config.to_dict(), None, error)
+        return misfit(written_for(config), "while it was imported", error)
+
+    with foreign_code(told):
         found = import_class(name, repo or folder, code_revision)
-    except ImportError as error:
-        raise _import_failed(folder, config.to_dict(), None, error) from error
-    except Exception as error:  # importing runs the repository's own code
-        raise misfit(written_for(config), "while it was imported", error) from error
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UnsupportedArchitectureError(f"{folder}: {name} is not a transformers model class")
     return as_generating_class(found)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedArchitectureError, first_line
+from rabbit_engine.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    RabbitError,
+    UnsupportedArchitectureError,
+    first_line,
+)
 from rabbit_engine.transformers_bridge.weight_transforms import WeightRenaming
+from rabbit_engine.utils.foreign import foreign_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +46,8 @@ def read_given_config(place: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The config of a file or folder. Raises CheckpointNotFoundError or UnsupportedArchitectureError."""
     if place.is_dir() and not (place / "config.json").is_file():
         raise CheckpointNotFoundError(f"config={str(place)!r} has no config.json")
-    try:
+    with foreign_code(lambda error: UnsupportedArchitectureError(f"config={str(place)!r} cannot be read: {first_line(error)}")):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-    except Exception as error:  # a config class may raise anything
-        raise UnsupportedArchitectureError(f"config={str(place)!r} cannot be read: {first_line(error)}") from error
 
 
 def override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -54,11 +60,13 @@ def override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[Pr
         if name.startswith("_") or not hasattr(changed, name):
             unknown[name] = value
             continue
-        present = getattr(changed, name)
-        try:
+        with foreign_code(partial(_rejected, f"{type(config).__name__} rejects {name}={value!r}")):
+            present = getattr(changed, name)
             if isinstance(present, PretrainedConfig) and isinstance(value, dict):
                 value = type(present)(**{**present.to_dict(), **value})
             setattr(changed, name, value)
-        except Exception as error:  # a config class may raise anything
-            raise ConfigurationError(f"{type(config).__name__} rejects {name}={value!r}: {first_line(error)}") from error
     return changed, unknown
+
+
+def _rejected(told: str, error: Exception) -> RabbitError:
+    return ConfigurationError(f"{told}: {first_line(error)}")

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +27,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.storage.directio import damage_as, disk_errors, is_file, open_unchanged, stamp_of, unreadable
 from rabbit_engine.storage.jsonvalues import Fields, OutsideError, file_name, parse, shown
 from rabbit_engine.storage.tensorfiles import DTYPE_NAMES, TensorEntry, advice_for, read_header, read_tensor, same_bytes
+from rabbit_engine.utils.foreign import foreign_code
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -275,13 +277,9 @@ class PickleFile:
     def _load(self) -> dict[str, Any]:
         with open_unchanged(self.path, self._stamp) as file:  # check that it can be read
             self._stamp = stamp_of(file)
-        try:
+        with foreign_code(partial(_load_error, self.path)):
             _check_members(self.path)
             loaded = self._unpickle()
-        except pickle.UnpicklingError as error:
-            raise _pickle_error(self.path, error) from error
-        except Exception as error:  # torch.load may raise anything for foreign bytes
-            raise _load_error(self.path, error) from error
         if not isinstance(loaded, dict):
             raise DamagedCheckpointError(f"{self.path} holds a {type(loaded).__name__}, not named tensors")
         strange = next((key for key in loaded if not isinstance(key, str)), None)
@@ -324,7 +322,7 @@ def _require_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 @damage_as(DamagedCheckpointError)
-def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
+def _pickle_error(path: Path, error: pickle.UnpicklingError) -> RabbitError:
     with open_unchanged(path, None) as file, disk_errors(path):
         is_pickle = file.read(2).startswith((b"\x80", b"PK"))  # protocol 2 and newer, or torch's zip around one
     if is_pickle and "Unsupported" in str(error):
@@ -337,6 +335,8 @@ def _pickle_error(path: Path, error: pickle.UnpicklingError) -> Exception:
 
 def _load_error(path: Path, error: Exception) -> RabbitError:
     """The error of a failed load: EINVAL comes from bad offsets in a damaged file, other OSErrors from the disk."""
+    if isinstance(error, pickle.UnpicklingError):
+        return _pickle_error(path, error)
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return unreadable(path, error)
     return DamagedCheckpointError(f"{path} is not a complete PyTorch file ({first_line(error)}): {advice_for(path)}")

@@ -12,6 +12,7 @@ from rabbit_engine.cli import engine, options, output
 from rabbit_engine.cli.groups import takes_groups
 from rabbit_engine.cli.loading import IN_STAGES, Loading, loaded
 from rabbit_engine.errors import ConfigurationError, RabbitError, first_line
+from rabbit_engine.utils.foreign import foreign_code
 
 
 def encode(model: engine.model.StreamedModel, prompt: str, chat: bool | None) -> engine.transformers.BatchEncoding:
@@ -35,11 +36,9 @@ def _tokenized(model: engine.model.StreamedModel, prompt: str, chat: bool | None
         plain: engine.transformers.BatchEncoding = model.tokenizer(prompt, return_tensors="pt")
         return plain
     messages = [{"role": "user", "content": prompt}]
-    try:
+    with foreign_code(lambda error: ConfigurationError(f"the model's chat template fails ({first_line(error)}): give --no-chat")):
         found = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         return cast("engine.transformers.BatchEncoding", found)
-    except Exception as error:  # a template is arbitrary code
-        raise ConfigurationError(f"the model's chat template fails ({first_line(error)}): give --no-chat") from error
 
 
 def sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, float | bool]:

@@ -20,6 +20,7 @@ from rabbit_engine.errors import (
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming import ExpertsPlaceholder, Placeholder, adapts_routed
 from rabbit_engine.transformers_bridge.adapters import can_load_adapters, remove_adapter
+from rabbit_engine.utils.foreign import foreign_code
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +86,12 @@ def load_own_adapter(model: Any) -> None:
                 f"{repo.name} holds a model and an adapter: load the base model that its {_ADAPTER} names, then "
                 f"model.load_adapter({repo.name!r})"
             )
-        model.load_adapter(str(repo.folder))
-    except RabbitError:
+        told = f"{repo.folder / _ADAPTER} cannot be applied"
+        with foreign_code(lambda error: DamagedCheckpointError(f"{told}: {first_line(error)}")):
+            model.load_adapter(str(repo.folder))
+    except BaseException:
         model.close()
         raise
-    except Exception as error:  # peft's code sees whatever the files contain
-        model.close()
-        raise DamagedCheckpointError(f"{repo.folder / _ADAPTER} cannot be applied: {first_line(error)}") from error
 
 
 def _what_is_wrong(model: Any, placeholders: list[tuple[nn.Module, str, Placeholder]], info: Any) -> str:

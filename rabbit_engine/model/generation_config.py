@@ -11,17 +11,17 @@ from rabbit_engine.architectures import require_generation_config
 from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.errors import ConfigurationError, DamagedCheckpointError, first_line
 from rabbit_engine.transformers_bridge.generation import read_generation_config
+from rabbit_engine.utils.foreign import foreign_code
 
 
 def set_own_generation_config(model: Any, checkpoint: Streamable) -> None:
     """Set that of the checkpoint's folder, with the ends of its chat template. Raises DamagedCheckpointError."""
     folder, trusts_code = str(checkpoint.repo.folder), checkpoint.request.source.trust_remote_code
     require_generation_config(Path(folder), getattr(model.config.get_text_config(), "vocab_size", None))
-    try:
+    told = f"{folder}/generation_config.json cannot be used"
+    with foreign_code(lambda error: DamagedCheckpointError(f"{told}: {first_line(error)}")):
         read_generation_config(model, folder, trust_remote_code=trusts_code)
         _drop_empty(model.generation_config)
-    except Exception as error:  # the code of a config class sees any value
-        raise DamagedCheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from error
     _end_at(model.generation_config, checkpoint.architecture.chat_ends)
 
 

@@ -48,6 +48,7 @@ from rabbit_engine.transformers_bridge.generation import (
     without_cache_objects,
 )
 from rabbit_engine.transformers_bridge.grouped_heads import with_shared_keys
+from rabbit_engine.utils.foreign import foreign_code
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -337,7 +338,7 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any], header_chec
     MissingExtraError.
     """
     folder = Path(source["pretrained_model_name_or_path"])
-    try:
+    with foreign_code(functools.partial(_no_tokenizer, folder)):
         if header_checksum is not None:
             return _checked(load_gguf_tokenizer(source, header_checksum), folder)
         if converted is None:
@@ -345,15 +346,15 @@ def load_tokenizer(converted: str | None, source: Mapping[str, Any], header_chec
         if (folder / "tokenizer.json").is_file():
             return _checked(AutoTokenizer.from_pretrained(**{**source, "trust_remote_code": False}), folder)
         return build_tokenizer(converted, folder)
-    except RabbitError:
-        raise
-    except ImportError as error:
-        raise MissingExtraError(f"the tokenizer needs a package that is not installed: {error}") from error
-    except Exception as error:  # tokenizer code sees any file, and `tokenizers` itself raises plain Exception
-        raise TokenizerNotFoundError(
-            f"{source['pretrained_model_name_or_path']} has no tokenizer that can be loaded ({first_line(error)}), "
-            "but the model itself runs: set model.tokenizer, or pass token ids"
-        ) from error
+
+
+def _no_tokenizer(folder: Path, error: Exception) -> RabbitError:
+    if isinstance(error, ImportError):
+        return MissingExtraError(f"the tokenizer needs a package that is not installed: {error}")
+    return TokenizerNotFoundError(
+        f"{folder} has no tokenizer that can be loaded ({first_line(error)}), "
+        "but the model itself runs: set model.tokenizer, or pass token ids"
+    )
 
 
 def _checked(tokenizer: object, folder: Path) -> Any:

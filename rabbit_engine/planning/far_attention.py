@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from rabbit_engine.caches import FarStates, attention_over_blocks, with_far_blocks
+from rabbit_engine.errors import first_line
 from rabbit_engine.transformers_bridge.attention import wrapped_attention
 from rabbit_engine.transformers_bridge.forwards import cache_of
 from rabbit_engine.transformers_bridge.inputs import next_token
 from rabbit_engine.transformers_bridge.tiered import growing_indices
 from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
+
+logger = logging.getLogger(__name__)
 
 
 class _FarStates:
@@ -48,7 +52,8 @@ def far_heads(model: PreTrainedModel, output: Any) -> int:
     try:
         with wrapped_attention(_noting(heads)):
             model(**inputs)
-    except Exception:  # noqa: BLE001 - any class's code may fail with states that are not there, not only by FarStatesError
+    except Exception as error:  # noqa: BLE001 - any class's code may fail with states that are not there, not only by FarStatesError
+        logger.info("%s does not attend to keys and values outside memory: %s", type(model).__name__, first_line(error))
         return 0
     return max(heads) if len(heads) >= len(growing) else 0
 

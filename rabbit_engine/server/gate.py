@@ -49,7 +49,7 @@ class Gate:
         try:
             with self._service.access.admitting(scope) as visit.key:
                 await self._until_ending(self._app(scope, incoming.receive, outgoing.send), lambda: bool(visit.status))
-        except Exception as error:
+        except Exception as error:  # whatever a request makes fail is answered, and the server goes on
             if outgoing.has_content or (visit.status and not outgoing.early):
                 logger.exception("an answer was interrupted")
             elif outgoing.early:
@@ -83,7 +83,7 @@ class Gate:
         finally:
             for pending in (task, ended):
                 pending.cancel()
-            with suppress(asyncio.CancelledError, Exception):
+            with suppress(asyncio.CancelledError, Exception):  # its error is on its way already, unless the server ends
                 await task
 
 

@@ -126,7 +126,7 @@ async def awaited(
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for its end."""
+    """Cancel a task and wait for its end. What it raises then is dropped: nobody waits for its result."""
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task

@@ -19,6 +19,7 @@ from rabbit_engine.errors import CannotGenerateError, ConfigurationError, Prompt
 from rabbit_engine.model.protocols import SessionModel, TextTokenizer
 from rabbit_engine.sessions.call_ids import Messages, with_fitting_ids
 from rabbit_engine.tokenization.ranks import byte_characters
+from rabbit_engine.utils.foreign import foreign_code
 
 _PREFIX_CHARACTERS = 4
 """Characters per token of room that are tokenised first when a text is long; doubled until they suffice."""
@@ -66,11 +67,9 @@ class Encoder:
                 copy.deepcopy(list(messages)), tokenize=not plain, return_dict=not plain, **given
             )
 
-        try:
-            with self._turn(tokenizer):
-                found = with_fitting_ids(render, messages)
-        except Exception as error:  # a template is arbitrary code
-            raise ConfigurationError(f"the chat template rejects these messages: {error}") from error
+        rejects = "the chat template rejects these messages"
+        with foreign_code(lambda error: ConfigurationError(f"{rejects}: {error}")), self._turn(tokenizer):
+            found = with_fitting_ids(render, messages)
         if not plain:
             return self._checked([int(token) for token in found["input_ids"]])
         return self._checked(self._tokens(found, special=False) if bounded else self._encode(tokenizer, found, special=False))

@@ -9,6 +9,8 @@ import inspect
 import io
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.sessions.call_ids import Messages, with_fitting_ids
 from rabbit_engine.utils.extras import missing_extra
+from rabbit_engine.utils.foreign import foreign_code
 
 MOST_PIXELS = 50_000_000
 """A small file may claim a huge image."""
@@ -51,18 +54,18 @@ def read_image(given: object, where: str) -> Any:
     if isinstance(given, Image.Image):
         return given.convert("RGB")
     data = given if isinstance(given, bytes) else _decode_url(given, where)
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ConfigurationError(
-                    f"{where}: the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
-                )
-            return image.convert("RGB")
-    except ConfigurationError:
-        raise
-    except Exception as error:  # decoders raise what they like for damaged files
-        known = ", ".join(_FORMATS)
-        raise ConfigurationError(f"{where}: cannot read the image ({first_line(error)}): send one of {known}") from error
+    known = ", ".join(_FORMATS)
+    with (
+        foreign_code(
+            lambda error: ConfigurationError(f"{where}: cannot read the image ({first_line(error)}): send one of {known}")
+        ),
+        Image.open(io.BytesIO(data), formats=_FORMATS) as image,
+    ):
+        if image.width * image.height > MOST_PIXELS:
+            raise ConfigurationError(
+                f"{where}: the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
+            )
+        return image.convert("RGB")
 
 
 def _decode_url(given: object, where: str) -> bytes:
@@ -110,10 +113,9 @@ class ImageProcessor:
                     [dict(message) for message in messages], tokenize=True, return_dict=True, return_tensors="pt", **given
                 )
 
-            try:
+            rejects = "the checkpoint's processor rejects these messages"
+            with foreign_code(lambda error: ConfigurationError(f"{rejects}: {first_line(error)}")):
                 found = with_fitting_ids(render, messages)
-            except Exception as error:  # a template is arbitrary code
-                raise ConfigurationError(f"the checkpoint's processor rejects these messages: {first_line(error)}") from error
         inputs = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
         ids = [int(token) for token in inputs.pop("input_ids")[0]]
         inputs.pop("attention_mask", None)
@@ -125,14 +127,8 @@ class ImageProcessor:
 
     def _load(self) -> Any:
         folder = runtime_of(self._model).checkpoint.repo.folder
-        try:
+        with foreign_code(partial(_no_processor, folder)):
             processor = AutoProcessor.from_pretrained(folder)
-        except RabbitError:
-            raise
-        except ImportError as error:
-            raise missing_extra("the checkpoint's image processor", "vision", error) from error
-        except Exception as error:  # processors are many, and so are their errors
-            raise ConfigurationError(f"{folder}: the image processor cannot be loaded: {first_line(error)}") from error
         if getattr(processor, "image_processor", None) is None:
             raise ConfigurationError(
                 f"{folder} has no image processor (preprocessor_config.json): images cannot be prepared for its model"
@@ -141,3 +137,9 @@ class ImageProcessor:
             processor = copy.copy(processor)
             processor.chat_template = getattr(self._model.tokenizer, "chat_template", None)
         return processor
+
+
+def _no_processor(folder: Path, error: Exception) -> RabbitError:
+    if isinstance(error, ImportError):
+        return missing_extra("the checkpoint's image processor", "vision", error)
+    return ConfigurationError(f"{folder}: the image processor cannot be loaded: {first_line(error)}")

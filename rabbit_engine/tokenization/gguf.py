@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -10,9 +11,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from rabbit_engine.errors import first_line
 from rabbit_engine.storage.cached import recall, remember
 from rabbit_engine.storage.jsonvalues import sealed, unsealed
 from rabbit_engine.transformers_bridge.gguf_reader import quick_reader
+
+logger = logging.getLogger(__name__)
 
 _KIND = "gguf_tokenizers"
 _FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"})
@@ -62,7 +66,8 @@ def _restored(files: Mapping[str, str] | None) -> Any:
             for name, text in files.items():
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             return AutoTokenizer.from_pretrained(folder)
-        except Exception:  # noqa: BLE001 - the file is converted again, whatever is wrong with the kept one
+        except Exception as error:  # noqa: BLE001 - the file is converted again, whatever is wrong with the kept one
+            logger.info("a kept tokenizer cannot be loaded, and is made again: %s", first_line(error))
             return None
 
 

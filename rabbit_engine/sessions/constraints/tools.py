@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rabbit_engine.errors import ConstraintError
+from rabbit_engine.errors import ConstraintError, first_line
 from rabbit_engine.sessions.constraints.schemas import read_schema
 from rabbit_engine.sessions.constraints.spec import Constraint, bounded
+
+logger = logging.getLogger(__name__)
 
 _CALL = re.compile(
     r'(?P<head>\{\s*"name"\s*:\s*)"probe_(?:one|two)"(?P<middle>\s*,\s*"(?:arguments|parameters)"\s*:\s*)'
@@ -75,7 +78,8 @@ def _rendered(tokenizer: Any, calls: Sequence[Mapping[str, Any]], *, called: boo
                 [_USER, answer], tools=[{"type": "function", "function": function} for function in functions], tokenize=False
             )
         )
-    except Exception:  # noqa: BLE001 - a template is arbitrary code
+    except Exception as error:  # noqa: BLE001 - a template is arbitrary code, and many refuse tools
+        logger.info("the chat template does not render tools: %s", first_line(error))
         return ""
 
 
