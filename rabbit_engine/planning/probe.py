@@ -168,7 +168,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Showed:
     """What the passes showed: the cache's bytes without windows, these, bytes of a token (and in eight bits) in each cache of
     each layer that grows, the heads that can attend to them over blocks, the live bytes up to the head and after it, and the
     modules that ran for the prompts only."""
@@ -182,7 +182,7 @@ class _Seen:
     prompt_only: frozenset[str]
 
 
-def _run(model: PreTrainedModel, watch: Watch, prompting: Prompting) -> _Seen:
+def _run(model: PreTrainedModel, watch: Watch, prompting: Prompting) -> _Showed:
     """Run two short prompts, then a token after the second (families choose other kernels for one token), and, unless the model
     walks through the tokens, two long ones."""
     head = model.get_output_embeddings()
@@ -204,7 +204,7 @@ def _run(model: PreTrainedModel, watch: Watch, prompting: Prompting) -> _Seen:
         if handle is not None:
             handle.remove()
     layers, after = (fit_curve(*[(prompt.tokens, prompt.peaks[phase]) for prompt in prompts]) for phase in (0, 1))
-    return _Seen(caches, windows, growing, heads, layers, after, prompt_only)
+    return _Showed(caches, windows, growing, heads, layers, after, prompt_only)
 
 
 @dataclass(frozen=True, slots=True)
