@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import talking
 import torch
 from conftest import smallest
-from long_texts import answer, prompt
+from long_texts import BLOCK, answer, made_caches, prompt
 from transformers import DynamicCache
 
 from rabbit_engine import PrefixStore, Session
@@ -24,8 +25,13 @@ from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import WorkerEndedError
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.errors import StageLostError
+from rabbit_engine.model.assembly import Assembly
 from rabbit_engine.model.auto import read_settings
+from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
+from rabbit_engine.planning import demand as demands
+from rabbit_engine.streaming import StageRunner
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 
 class WorkerHere:
@@ -62,6 +68,9 @@ class WorkerHere:
 
     def free_bytes(self) -> int:
         return self._stage.free_bytes()
+
+    def tier_bytes(self) -> int:
+        return self._stage.tier_bytes()
 
     def close(self) -> None:
         if not self._ended:
@@ -185,6 +194,29 @@ def test_beginnings_are_stored_and_read_while_workers_end(
             assert [list(reply.tokens) for reply in replies] == expected
             assert [reply.cached_tokens for reply in replies] == cached
     assert here.started == 6
+
+
+def test_a_text_that_does_not_fit_on_a_machine_lies_in_tiers_there(
+    tmp_path: Path, over_workers: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = families.save("llama", tmp_path / "model", num_hidden_layers=12)
+    expected = answer(plain(folder), prompt(400)).sequences
+    model, here = over_workers(folder)
+    monkeypatch.setattr(demands, "_TAIL_TOKENS", 3 * BLOCK)
+    monkeypatch.setattr(demands, "BLOCK_TOKENS", BLOCK)
+    probe = runtime_of(model).partition.probe
+    assert probe.growing_layers == 10  # of the largest stage
+    need = demands.need_bytes(probe, demands.Demand(400, 12, tiered=6)) + demands.KEPT_FREE_BYTES
+    monkeypatch.setattr(Assembly, "free_bytes", lambda _: need)
+    here.ends = lambda number: "after" if number == 9 else ""
+    cached: list[Any] = []
+    run = StageRunner._run
+    monkeypatch.setattr(StageRunner, "_run", lambda self, asked: (run(self, asked), cached.extend(self._texts.values()))[0])
+    with made_caches(monkeypatch, tmp_path):
+        assert torch.equal(answer(model, prompt(400)).sequences, expected)
+    assert here.started == 3
+    assert {sum(isinstance(layer, TieredLayer) for layer in cache.layers) for cache in cached} == {1, 6}
+    assert max(cache.text.bytes_written for cache in cached) > 0
 
 
 def test_workers_that_only_end_are_an_error(checkpoint: Any, over_workers: Staged, monkeypatch: pytest.MonkeyPatch) -> None:

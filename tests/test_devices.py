@@ -10,17 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import long_texts
 import pytest
 import talking
 import torch
 from conftest import smallest
 from test_tasks import T5, save
 from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rabbit_engine import AutoModel, PrefixStore, Session, errors
 from rabbit_engine.decoding import Lookup
 from rabbit_engine.devices import parse_row
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.streaming import StageRunner
+from rabbit_engine.transformers_bridge.mirrored import ElsewhereLayer
+from rabbit_engine.transformers_bridge.tiered import TieredCache
+from rabbit_engine.transformers_bridge.tiered_layers import TieredLayer
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 ASKED = {"max_new_tokens": 6, "temperature": 0}
@@ -223,6 +229,42 @@ def test_beginnings_of_prompts_are_stored_and_read(
     assert found == [[0], [48, 40, 16], [48, 88, 16]]
 
 
+@pytest.mark.parametrize("ways", ["whole", "beams", "pieces", "speculated"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_of_a_text_on_disk(
+    family: str, ways: str, row: Any, streamed: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same bits as on one device, whose layers in tiers are those of transformers, or attend in pieces."""
+    folder, keywords = checkpoint(family), {"beams": {"num_beams": 3}, "speculated": {"speculate": Lookup()}}.get(ways, {})
+    one, model = streamed(folder), row(family)
+    if ways == "pieces":
+        for each in (one, model):
+            each.set_attn_implementation("sdpa")
+    expected, cached = long_texts.answer(one, long_texts.prompt(), **keywords), []
+    run = StageRunner._run
+    monkeypatch.setattr(StageRunner, "_run", lambda self, asked: (run(self, asked), cached.extend(self._texts.values()))[0])
+    long_texts.have_all_in_tiers(monkeypatch, pieces=ways == "pieces")
+    with long_texts.made_caches(monkeypatch, tmp_path):
+        if ways == "pieces":
+            expected = long_texts.answer(one, long_texts.prompt())
+        found = long_texts.answer(model, long_texts.prompt(), **keywords)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert ways == "speculated" or all(map(torch.equal, found.scores, expected.scores))  # guesses share products
+    assert {type(cache) for cache in cached} == {TieredCache}
+    kinds = {type(layer) for cache in cached for layer in cache.layers}
+    assert kinds <= {TieredLayer, ElsewhereLayer, *([DynamicSlidingWindowLayer] if family == "gemma3" else [])}
+    assert max(cache.text.bytes_written for cache in cached) > 0
+
+
+def test_texts_in_eight_bits(row: Any, streamed: Any, checkpoint: Any) -> None:
+    one = streamed(checkpoint("llama"), cache_dtype="int8")
+    model = row(cache_dtype="int8")
+    ids = long_texts.prompt(700)
+    expected, found = (long_texts.answer(each, ids) for each in (one, model))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(torch.equal, found.scores, expected.scores))
+
+
 def test_admission_counts_what_lies_in_each_memory(row: Any, checkpoint: Any, streamed: Any) -> None:
     model, whole = runtime_of(row()), runtime_of(streamed(checkpoint("llama")))
     assert model.partition.probe.cache_token_bytes == whole.partition.probe.cache_token_bytes  # both CPUs have one memory
@@ -276,15 +318,13 @@ def test_a_dropped_model_ends_its_threads(checkpoint: Any, ids: Any) -> None:
     assert threading.active_count() <= before
 
 
-def test_what_cannot_be_in_stages(row: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_in_stages(tmp_path: Path) -> None:
     with pytest.raises(errors.ConfigurationError, match="encoder"):
         AutoModel.from_pretrained(
             save("T5ForConditionalGeneration", "T5Config", T5, tmp_path),
             device="cpu",
             max_memory={"cpu:0": "1GB", "cpu:1": "1GB"},
         )
-    with pytest.raises(errors.ConfigurationError, match="cache_dtype"):
-        row(cache_dtype="int8")
 
 
 def test_which_devices_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,13 @@ class ClusterStage:
         except WorkerEndedError:
             return sys.maxsize
 
+    def tier_bytes(self) -> int:
+        """Bytes that caches may take there beside memory; no limit if its worker has ended."""
+        try:
+            return self._worker.tier_bytes()
+        except WorkerEndedError:
+            return sys.maxsize
+
     def close(self) -> None:
         """End the worker. Idempotent."""
         self._closed = True

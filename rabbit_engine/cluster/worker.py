@@ -47,6 +47,10 @@ class StageWorker:
         """Bytes that caches may take."""
         return self._opened.free_bytes()
 
+    def tier_bytes(self) -> int:
+        """Bytes that caches may take beside memory."""
+        return self._opened.tier_bytes()
+
     def forget(self, text: str) -> None:
         """Free the cache of a text."""
         self._opened.forget(text)
@@ -101,6 +105,10 @@ class WorkerHandle:
     def free_bytes(self) -> int:
         """Bytes that caches may take there."""
         return int(self._get(self._actor.free_bytes.remote()))
+
+    def tier_bytes(self) -> int:
+        """Bytes that caches may take there beside memory."""
+        return int(self._get(self._actor.tier_bytes.remote()))
 
     def forget(self, text: str) -> None:
         """Free a text's cache. Does not wait."""

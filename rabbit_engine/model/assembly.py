@@ -88,8 +88,12 @@ class Assembly:
         for device, ring in self._rings():
             untouched[device] = untouched.get(device, 0) + ring.untouched_bytes
         here = [free_memory_bytes(device) - nbytes for device, nbytes in untouched.items()]
-        machines = [stage.free_bytes() for stage in self.stages if not isinstance(getattr(stage, "assembly", None), Assembly)]
-        return max(0, min([*here, *machines]))
+        return max(0, min([*here, *(stage.free_bytes() for stage in self.stages_elsewhere)]))
+
+    @property
+    def stages_elsewhere(self) -> list[OpenStage]:
+        """The stages that are not in this process."""
+        return [stage for stage in self.stages if not isinstance(getattr(stage, "assembly", None), Assembly)]
 
     def _rings(self) -> Iterator[tuple[torch.device, Ring]]:
         """Those of stages in this process."""

@@ -20,6 +20,7 @@ from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.loading import load
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.settings import LoadSettings
+from rabbit_engine.model.tiered_caches import make_text_states, tier_room
 from rabbit_engine.planning.device_rows import with_probe_share
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.stages import StagesPlan
@@ -62,7 +63,7 @@ def _assemble_rest(
     """Assemble what no stage has, and connect the stages."""
     if not required and model.config.is_encoder_decoder:
         return assemble(model, entries, ties, stream, **keywords)
-    _require_decoder(model, stream)
+    _require_decoder(model)
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
     opened = open_stages(partition, getattr(model, "_checkpoint"))  # noqa: B009 - of a class that is made at run time
     stages = opened.stages
@@ -117,11 +118,7 @@ def _is_in(module: str, parents: Sequence[str]) -> bool:
     return any(f"{module}.".startswith(f"{parent}.") for parent in parents)
 
 
-def _require_decoder(model: PreTrainedModel, stream: StreamConfig) -> None:
-    if stream.cache_dtype is not None:
-        raise ConfigurationError(
-            f"cache_dtype={stream.cache_dtype!r} is for a model on one device, not for one in stages: leave it out"
-        )
+def _require_decoder(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise ConfigurationError(
             f"{type(model).__name__} has an encoder and a decoder: only the layers of a decoder alone run in stages. "
@@ -153,7 +150,8 @@ class LocalStage:
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
         reads = bool(runtime.transfer.units)
-        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, reads=reads)
+        make_text = functools.partial(make_text_states, runtime)
+        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, make_text=make_text, reads=reads)
 
     def __repr__(self) -> str:
         return f"layers {self.layers.start} to {self.layers.stop - 1} on {self.name}: {runtime_of(self._model).plan!r}"
@@ -196,6 +194,10 @@ class LocalStage:
     def free_bytes(self) -> int:
         """Bytes that caches and activations may take on its device now."""
         return self.assembly.free_bytes()
+
+    def tier_bytes(self) -> int:
+        """Bytes that caches may take beside it now."""
+        return tier_room(runtime_of(self._model))
 
     def close(self) -> None:
         """End its thread and free its memory. Idempotent."""

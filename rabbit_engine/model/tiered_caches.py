@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,15 +63,19 @@ def may_tier(given: Mapping[str, Any], asked: Asked) -> bool:
 
 def tier_room(runtime: Runtime) -> int:
     """Bytes that caches may take beside the device: of host memory if the device has its own, and of disk; 0 for a model whose
-    caches cannot lie there."""
-    return max(_host_room(runtime), disk_room()) if _can_tier(runtime) else 0
+    caches cannot lie there. Of a model in stages, those of the least of its devices or machines."""
+    if not _can_tier(runtime):
+        return 0
+    assembly = runtime.assembly
+    here = 1 + len(assembly.stages) - len(assembly.stages_elsewhere)  # on one disk
+    return min([max(_host_room(runtime), disk_room()) // here, *(stage.tier_bytes() for stage in assembly.stages_elsewhere)])
 
 
 def _can_tier(runtime: Runtime) -> bool:
     cls = runtime.architecture.cls
     probe = runtime.partition.probe
     keeps_keys = probe.growing_layers > 0 or probe.windows.layers > 0
-    return not runtime.in_stages and keeps_keys and (not _has_encoder(runtime) or takes_cache_objects(cls))
+    return keeps_keys and (not _has_encoder(runtime) or takes_cache_objects(cls))
 
 
 def _has_encoder(runtime: Runtime) -> bool:
@@ -83,10 +87,17 @@ def make_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     encoder: see `making_pairs`. Raises CacheStorageError if its file cannot be made."""
     if not demand.in_tiers or _has_encoder(runtime):
         return None
-    config = runtime.architecture.config.get_text_config()
+    config, probe = runtime.architecture.config.get_text_config(), runtime.partition.probe
     layers = DynamicCache(config=config).layers
-    chosen = {*spread(growing_indices(layers), demand.tiered), *spread(window_indices(layers), demand.windows)}
-    return TieredCache(config, chosen, TextStates(_make_home(runtime, demand), demand.prompt + demand.answer))
+    growing, windows = growing_indices(layers), window_indices(layers)
+    chosen = {*_chosen(growing, demand.tiered, probe.growing_layers), *_chosen(windows, demand.windows, probe.windows.layers)}
+    recipe = _recipe_of(runtime, demand)
+    return TieredCache(config, chosen, make_text_states(runtime, recipe), recipe)
+
+
+def _chosen(indices: Sequence[int], count: int, known: int) -> list[int]:
+    """`count` of the layers for every `known` ones, which are all, or those in the memory of one device in a row of them."""
+    return spread(indices, -(-count * len(indices) // max(1, known)))
 
 
 def make_growing_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
@@ -99,14 +110,34 @@ def make_growing_cache(runtime: Runtime, demand: Demand) -> DynamicCache | None:
     return growing_cache(config, demand.prompt, demand.prompt + demand.answer)
 
 
-def _make_home(runtime: Runtime, demand: Demand) -> BlockHome:
-    in_memory = demand.held or (
-        runtime.device.type != "cpu" and tier_bytes(runtime.partition.probe, demand) <= _host_room(runtime)
-    )
-    if demand.pieces:
+@dataclass(frozen=True, slots=True)
+class TextRecipe:
+    """How layers in tiers are made, here and in stages: in eight bits if they are `encoded`, in `pieces`, `held` in memory, else
+    where `nbytes` of theirs have room, for `tokens` of a text."""
+
+    encoded: bool
+    pieces: bool
+    held: bool
+    nbytes: int
+    tokens: int
+
+
+def _recipe_of(runtime: Runtime, demand: Demand) -> TextRecipe:
+    nbytes = tier_bytes(runtime.partition.probe, demand)
+    return TextRecipe(demand.encoded, demand.pieces, demand.held, nbytes, demand.prompt + demand.answer)
+
+
+def make_text_states(runtime: Runtime, recipe: TextRecipe) -> TextStates:
+    """The states of a new text. Raises CacheStorageError if its file cannot be made."""
+    return TextStates(_make_home(runtime, recipe), recipe.tokens)
+
+
+def _make_home(runtime: Runtime, recipe: TextRecipe) -> BlockHome:
+    in_memory = recipe.held or (runtime.device.type != "cpu" and recipe.nbytes <= _host_room(runtime))
+    if recipe.pieces:
         wrap_attention(attention_over_blocks)
     return BlockHome(
-        None if in_memory else texts_folder(), encoded=demand.encoded, piece_tokens=PIECE_TOKENS if demand.pieces else None
+        None if in_memory else texts_folder(), encoded=recipe.encoded, piece_tokens=PIECE_TOKENS if recipe.pieces else None
     )
 
 
@@ -136,7 +167,7 @@ def put_in_tiers(model: object, cache: object) -> None:
     runtime, demand = runtime_of(model), wanted[1]
     reads_text = not runtime.partition.probe.fixed_layer_bytes  # then the prompt is the encoder's
     own, read = (demand.answer, demand.prompt) if reads_text else (demand.prompt + demand.answer, 0)
-    put_pair_in_tiers(cache, demand.tiered, TextStates(_make_home(runtime, demand), own), read)
+    put_pair_in_tiers(cache, demand.tiered, TextStates(_make_home(runtime, _recipe_of(runtime, demand)), own), read)
 
 
 def in_shared_blocks(runtime: Runtime, demand: Demand) -> Demand:

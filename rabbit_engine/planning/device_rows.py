@@ -156,13 +156,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def with_probe_share(partition: Partition, share: float) -> Partition:
-    """The partition as a device sees it that keeps `share` of each text's cache, none of it in tiers."""
+    """The partition as a device sees it that keeps `share` of each text's cache, and of its layers."""
     probe = partition.probe
 
     def part(nbytes: int) -> int:
         return math.ceil(nbytes * share)
 
-    windows = replace(probe.windows, token_bytes=part(probe.windows.token_bytes))
+    windows = replace(probe.windows, token_bytes=part(probe.windows.token_bytes), layers=part(probe.windows.layers))
     tokens, fixed = part(probe.cache_token_bytes), part(probe.cache_fixed_bytes)
-    shown = replace(probe, cache_token_bytes=tokens, cache_fixed_bytes=fixed, windows=windows, growing_layers=0, far_heads=0)
+    growing = part(probe.growing_layers)
+    shown = replace(probe, cache_token_bytes=tokens, cache_fixed_bytes=fixed, windows=windows, growing_layers=growing)
     return replace(partition, probe=shown)

@@ -13,6 +13,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from rabbit_engine.transformers_bridge.caches import keep_in_layer
+from rabbit_engine.transformers_bridge.tiered import PlainLayer, as_plain
+from rabbit_engine.transformers_bridge.tiered_layers import TIERED, plain_facts
 
 _CHANGES = (
     "crop",
@@ -133,7 +135,9 @@ def _mirror_of(kind: type) -> type:
 
 
 def facts_of(layer: Any) -> dict[str, Any]:
-    """The attributes of a layer, with tensors on the meta device, but for lengths."""
+    """The attributes of a layer, with tensors on the meta device, but for lengths; of one in tiers, those of a plain one."""
+    if isinstance(layer, TIERED):
+        return plain_facts(layer)
     return {name: _without_memory(value) for name, value in vars(layer).items() if name != "_room"}
 
 
@@ -193,13 +197,15 @@ def move_layers(cache: Any, layers: Collection[int], relay: Relay) -> Any:
     """Mirror the `layers` of a cache. Returns the cache for the stage, with the layers themselves and no others."""
     moved: Any = DynamicCache()
     indices = _indices(cache, layers)
-    moved.layers = [cache.layers[at] if at in indices else ElsewhereLayer(at) for at in range(len(cache.layers))]
+    moved.layers = [as_plain(cache, at) if at in indices else ElsewhereLayer(at) for at in range(len(cache.layers))]
     for at in indices:
-        cache.layers[at] = _mirrored(cache.layers[at], relay, at)
+        cache.layers[at] = _mirrored(moved.layers[at], relay, at)
     return moved
 
 
 def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
+    if isinstance(layer, PlainLayer):
+        layer = layer.layer
     kind: type = type(layer)
     made: MirroredLayer = object.__new__(_mirror_of(kind))
     vars(made).update(facts_of(layer), _relay=relay, _index=index, _is_changing=False)
@@ -209,7 +215,8 @@ def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
 def move_states(cache: Any, device: torch.device) -> Any:
     """The stage's cache, with the states of its layers on `device`."""
     for index in own_layers(cache):
-        states = vars(cache.layers[index])
+        layer = cache.layers[index]
+        states = vars(layer.layer if isinstance(layer, PlainLayer) else layer)
         for name, value in states.items():
             states[name] = device if name.endswith("device") and value is not None else _on(value, device)
     return cache

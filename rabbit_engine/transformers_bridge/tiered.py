@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -23,11 +24,11 @@ from rabbit_engine.transformers_bridge.tiered_layers import (
 
 class TieredCache(DynamicCache):
     """The cache of `generate`, with the layers at `tiered` in `text`, if they have keys and values and nothing else. Others are
-    what they are by default."""
+    what they are by default. `recipe` is what a text is made of elsewhere that has some of the layers."""
 
-    def __init__(self, config: PretrainedConfig, tiered: Collection[int], text: TextLayers) -> None:
+    def __init__(self, config: PretrainedConfig, tiered: Collection[int], text: TextLayers, recipe: object = None) -> None:
         super().__init__(config=config)
-        self.text = text
+        self.text, self.recipe = text, recipe
         for index in sorted(set(tiered) & {*growing_indices(self.layers), *window_indices(self.layers)}):
             self.layers[index] = _in_tiers(self.layers[index], text)
 
@@ -35,7 +36,7 @@ class TieredCache(DynamicCache):
     def of(cls, cache: DynamicCache, states: Mapping[int, GrowingStates], text: TextLayers) -> Self:
         """`cache`, which is new, with the layers at the indices of `states` there."""
         made = object.__new__(cls)
-        vars(made).update(vars(cache), text=text)
+        vars(made).update(vars(cache), text=text, recipe=None)
         made.layers = [TieredLayer(states[index]) if index in states else layer for index, layer in enumerate(cache.layers)]
         return made
 
@@ -54,7 +55,7 @@ class TieredCache(DynamicCache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as a plain DynamicCache of the same tokens, all of them in memory."""
         plain = object.__new__(DynamicCache)
-        vars(plain).update({name: value for name, value in vars(self).items() if name != "text"})
+        vars(plain).update({name: value for name, value in vars(self).items() if name not in ("text", "recipe")})
         plain.layers = [layer.as_plain() if isinstance(layer, TIERED) else layer for layer in self.layers]
         del protocol
         return copy.copy, (plain,)  # of which the other side needs no more than transformers
@@ -67,6 +68,45 @@ class TieredCache(DynamicCache):
         copied.text, states = _fork_once(self.text, memo)
         copied.layers = [_copy_layer(layer, states, memo) for layer in self.layers]
         return copied
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """A layer in tiers on its way to where it will be in tiers: transformers' own, with the same tokens."""
+
+    layer: Any
+
+
+def as_plain(cache: Any, index: int) -> Any:
+    """A layer of a cache as it can travel: one in tiers whose text can be made elsewhere as a `PlainLayer`."""
+    layer = cache.layers[index]
+    if not isinstance(layer, TIERED):
+        return layer
+    return PlainLayer(layer.as_plain()) if getattr(cache, "recipe", None) is not None else layer.as_plain()
+
+
+def put_back_in_tiers(cache: DynamicCache, text: TextLayers) -> TieredCache:
+    """A cache whose plain layers are in tiers of `text`, with what they hold."""
+    made = object.__new__(TieredCache)
+    vars(made).update(vars(cache), text=text, recipe=None)
+    made.layers = [_refilled(layer.layer, text) if isinstance(layer, PlainLayer) else layer for layer in cache.layers]
+    return made
+
+
+def end_turns(cache: object) -> None:
+    """Put away the layer that is whole: no other of the cache may run before it does again."""
+    if isinstance(cache, TieredCache):
+        cache.text.end_turn_before(None)
+
+
+def _refilled(plain: Any, text: TextLayers) -> TieredLayer | TieredWindowLayer:
+    layer = _in_tiers(plain, text)
+    if plain.is_initialized:
+        layer.lazy_initialization(plain.keys, plain.values)
+        layer.states.extend(plain.keys, plain.values)
+    if isinstance(layer, TieredWindowLayer):
+        layer.cumulative_length, layer.record_past = plain.cumulative_length, plain.record_past
+    return layer
 
 
 def _fork_once(text: TextLayers, memo: dict[Any, Any]) -> tuple[TextLayers, Mapping[Any, GrowingStates]]:

@@ -225,6 +225,20 @@ class TieredLayer(LayerInStates, DynamicLayer):
         self.states.restore(states)
 
 
+def plain_facts(layer: TieredLayer | TieredWindowLayer) -> dict[str, Any]:
+    """The attributes of `as_plain`, with keys and values that have no memory."""
+    facts: dict[str, Any] = {"is_initialized": layer.is_initialized}
+    if layer.is_initialized:
+        facts |= {"dtype": layer.dtype, "device": layer.device}
+    if not layer.states.is_empty:
+        shapes = [(states.shape, states.dtype) for states in layer.states.part(0, 0)]
+        for name, (shape, dtype) in zip(("keys", "values"), shapes, strict=True):
+            facts[name] = torch.empty((*shape[:2], layer.states.tokens, shape[3]), dtype=dtype, device="meta")
+    if isinstance(layer, TieredWindowLayer):
+        facts |= {"cumulative_length": layer.cumulative_length, "record_past": layer.record_past}
+    return facts
+
+
 def _fill(plain: Any, layer: TieredLayer | TieredWindowLayer) -> Any:
     """Transformers' own layer, with a copy of what the other holds."""
     if not layer.states.is_empty:

@@ -98,7 +98,7 @@ class RemoteText:
     def read(self, first: int, stop: int, without: Collection[int]) -> Mapping[str, torch.Tensor]:
         """Copies of keys and values there."""
         wanted = Wanted(first, stop, tuple(without))
-        answer = self._stage.submit(StageRequest((), 1, self.name, None, self.take_changes(), wanted)).result()
+        answer = self._stage.submit(StageRequest((), 1, self.name, None, self.take_changes(), wanted=wanted)).result()
         found: Mapping[str, torch.Tensor] = answer.output
         return found
 
@@ -224,6 +224,7 @@ class RemoteLayers:
             adapters=adapters,
             attention=self._changed_attention(),
             inside=self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
+            recipe=None if new is None else getattr(cache, "recipe", None),
         )
         answer = self._await(self._stage.submit(request))
         if text is not None:

@@ -26,6 +26,8 @@ from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer,
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
 from rabbit_engine.transformers_bridge.caches import states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
+from rabbit_engine.transformers_bridge.tiered import end_turns, put_back_in_tiers
+from rabbit_engine.transformers_bridge.tiered_layers import TextLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,17 @@ class StageRunner:
     """
 
     def __init__(
-        self, layers: Mapping[int, nn.Module], binding: Binding, device: torch.device, name: str, *, reads: bool = True
+        self,
+        layers: Mapping[int, nn.Module],
+        binding: Binding,
+        device: torch.device,
+        name: str,
+        *,
+        make_text: Callable[[Any], TextLayers],
+        reads: bool = True,
     ) -> None:
-        """`reads`: weights move in each pass."""
+        """`make_text` makes the tiers of a text of their recipe; `reads`: weights move in each pass."""
+        self._make_text = make_text
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
         self._reads, self._linger_s = reads, 0.0
         self._texts: dict[str, Any] = {}
@@ -155,6 +165,7 @@ class StageRunner:
             for call in request.calls:
                 output = self._call(call, cache, output, here)
             finish([output, [found for _, found in inside]])
+            end_turns(cache)
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(cache.layers[index]) for index in own_layers(cache)}
         return StageAnswer(output, facts, seconds, tuple(inside))
@@ -171,7 +182,9 @@ class StageRunner:
         if request.text is None:
             return None
         if request.cache is not None:
-            self._texts[request.text] = move_states(request.cache, self._device)
+            moved = move_states(request.cache, self._device)
+            is_plain = request.recipe is None
+            self._texts[request.text] = moved if is_plain else put_back_in_tiers(moved, self._make_text(request.recipe))
         cache = self._texts.get(request.text)
         if cache is None:
             raise KeyError(f"the stage on {self._name} has no cache of text {request.text}")

@@ -56,7 +56,8 @@ class ActiveAdapters:
 class StageRequest:
     """The part of a stage, or some of its layers, in one pass over `sequences` sequences.
 
-    `text` names the cache, if there is one; `cache` is that of a new text. `changes` are done before the calls. A request
+    `text` names the cache, if there is one; `cache` is that of a new text, whose layers in tiers the stage makes of its `recipe`.
+    `changes` are done before the calls. A request
     without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
     The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has
     the outputs of the modules `inside`: a layer's number, and a name in it.
@@ -67,6 +68,7 @@ class StageRequest:
     text: str | None = None
     cache: Any = None
     changes: tuple[Change, ...] = ()
+    recipe: object = None
     wanted: Wanted | None = None
     adapters: ActiveAdapters | None = None
     attention: str | None = None
@@ -134,6 +136,10 @@ class OpenStage(Protocol):
 
     def free_bytes(self) -> int:
         """Bytes that caches and activations may take there now."""
+        ...
+
+    def tier_bytes(self) -> int:
+        """Bytes that caches may take beside the memory of its device: of disk, or of the host's memory."""
         ...
 
     def close(self) -> None:
