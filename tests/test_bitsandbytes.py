@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from conftest import aligned
 from safetensors.torch import load_file, save_file
+from shared_passes import assert_same_texts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rabbit_engine import AutoModel, errors
@@ -178,22 +179,8 @@ def test_adapters_apply_to_quantised_layers(tmp_path: Path, streamed: Any, ids: 
 
 
 def test_texts_of_a_session_are_those_of_transformers(tmp_path: Path, streamed: Any) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    from rabbit_engine import Session
-
     folder = save("llama", tmp_path, "int8")
-    model, whole = streamed(folder), load(folder)
-    words = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    with Session(model) as session:
-        replies = session.generate(prompts, max_new_tokens=5, temperature=0)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        tokens = whole.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(prompt) :]
-        assert list(reply.tokens) == tokens.tolist()
+    assert_same_texts(streamed(folder), load(folder))
 
 
 def test_every_budget_streams_stored_bytes(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:

@@ -13,11 +13,9 @@ import test_bitsandbytes
 import test_compressed_tensors
 import test_gptq_awq
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from shared_passes import assert_same_texts
 
-from rabbit_engine import AutoModel, Session
+from rabbit_engine import AutoModel
 from rabbit_engine.checkpoints import HEADERS_ONLY, InPlace, resolve
 from rabbit_engine.checkpoints.formats import SafetensorsTensor, TensorSource
 from rabbit_engine.checkpoints.reading import Reading
@@ -134,15 +132,7 @@ def test_fused_products_differ_by_rounding_alone(
 def test_texts_of_a_session_are_those_of_the_decoded_model(
     kind: str, saved: Callable[[str], Path], streamed: Any, plain: Any
 ) -> None:
-    model, whole = streamed(saved(kind)), plain(saved(kind).parent / "plain")
-    words = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    with Session(model) as session:
-        replies = session.generate(prompts, max_new_tokens=5, temperature=0)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        tokens = whole.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(prompt) :]
-        assert list(reply.tokens) == tokens.tolist()
+    assert_same_texts(streamed(saved(kind)), plain(saved(kind).parent / "plain"))
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -14,12 +14,11 @@ import torch
 from conftest import smallest
 from interrupting import interrupt_at
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from shared_passes import assert_same_texts
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from rabbit_engine import AutoModel, Session, errors
+from rabbit_engine import AutoModel, errors
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.streaming.binding import scratch
 
@@ -238,15 +237,7 @@ def test_stored_experts_are_read_one_by_one(family: str, tmp_path: Path, streame
 
 def test_texts_of_a_session_share_decoded_units(tmp_path: Path, streamed: Any) -> None:
     folder, whole = quantised("deepseek_v3", tmp_path / "model")
-    model = streamed(folder)
-    words = Tokenizer(WordLevel({f"w{index}": index for index in range(96)}, unk_token="w0"))
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    with Session(model) as session:
-        replies = session.generate(prompts, max_new_tokens=5, temperature=0)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        tokens = whole.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(prompt) :]
-        assert list(reply.tokens) == tokens.tolist()
+    assert_same_texts(streamed(folder), whole)
 
 
 def test_an_interrupted_pass_leaves_no_wrong_weight(tmp_path: Path, streamed: Any, ids: torch.Tensor) -> None:
