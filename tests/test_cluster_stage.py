@@ -227,6 +227,23 @@ def test_workers_that_only_end_are_an_error(checkpoint: Any, over_workers: Stage
         answer(model, prompt(11))
 
 
+def test_a_worker_that_cannot_be_ended_is_named_and_replaced(
+    checkpoint: Any, over_workers: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, close = checkpoint("llama"), WorkerHere.close
+
+    def unreachable(worker: WorkerHere) -> None:
+        if worker._ended:
+            raise ConnectionError("no route to it")
+        close(worker)
+
+    monkeypatch.setattr(WorkerHere, "close", unreachable)
+    model, here = over_workers(folder)
+    here.ends = lambda number: "before" if number == 3 else ""
+    assert torch.equal(answer(model, prompt(11)).sequences, answer(plain(folder), prompt(11)).sequences)
+    assert "the worker on here may still run: no route to it" in caplog.text
+
+
 def test_a_text_whose_requests_could_not_be_kept_is_an_error_only_if_its_worker_ends(
     checkpoint: Any, over_workers: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

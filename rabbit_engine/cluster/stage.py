@@ -16,7 +16,7 @@ from typing import Protocol
 from rabbit_engine.cluster.kept_adapters import KeptAdapters
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, WorkerHandle
-from rabbit_engine.errors import ModelClosedError, StageLostError
+from rabbit_engine.errors import ModelClosedError, StageLostError, first_line
 from rabbit_engine.streaming import StageAnswer, StageRequest
 from rabbit_engine.streaming.stages.stage import Change
 
@@ -174,8 +174,10 @@ class ClusterStage:
                 raise ModelClosedError(f"the stage on {self.name} is closed") from error
             if self._worker is ended:
                 logger.warning("%s; its layers %s are loaded anew", error, self._span)
-                with suppress(Exception):
-                    ended.close()  # one that cannot be reached may still run
+                try:
+                    ended.close()
+                except Exception as failure:  # noqa: BLE001 - whatever Ray raises for a machine that is gone, others take over
+                    logger.warning("the worker on %s may still run: %s", ended.machine, first_line(failure))
                 self._worker = self._places.start(self.layers)
                 with suppress(WorkerEndedError):  # which its first request finds
                     for name, modules in self._adapters.all():

@@ -25,7 +25,7 @@ from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import StageFactory, WorkerEndedError, WorkerHandle
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.errors import BudgetError, ClusterError, ConfigurationError, StageLostError
+from rabbit_engine.errors import BudgetError, ClusterError, ConfigurationError, StageLostError, first_line
 from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.planning.budget import staging_bytes
@@ -245,5 +245,7 @@ def _without(plan: StagesPlan, lost: str) -> StagesPlan:
 
 
 def _end(worker: WorkerHandle) -> None:
-    with suppress(Exception):
+    try:
         worker.close()
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises for a machine that is gone, the others go on
+        logger.warning("the worker on %s may still run: %s", worker.machine, first_line(error))
