@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import DynamicCache
 
 from rabbit_engine import PrefixStore, Session
 from rabbit_engine.cluster import stage as stages
+from rabbit_engine.cluster.paces import StagePaces
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import WorkerEndedError
@@ -114,7 +116,7 @@ def over_workers() -> Iterator[Staged]:
 
         def open_stages(partition: Any, _: Any) -> Opened:
             last = len(partition.layout.layers)
-            return Opened([ClusterStage(each, here, log, planned_s) for each in (range(1, 2), range(2, last))])
+            return Opened([ClusterStage(each, here, log, StagePaces(), planned_s) for each in (range(1, 2), range(2, last))])
 
         models.append(load_in_stages(folder, settings, open_stages))
         return models[-1], here
@@ -263,12 +265,36 @@ def test_a_text_whose_requests_could_not_be_kept_is_an_error_only_if_its_worker_
         answer(model, prompt(11))
 
 
-def test_a_slow_machine_is_named_once(checkpoint: Any, over_workers: Staged, caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = over_workers(checkpoint("llama"), planned_s=1e-9)
+def test_a_machine_that_becomes_slow_is_named_once(
+    checkpoint: Any, over_workers: Staged, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, here = over_workers(checkpoint("llama"), planned_s=0.04)
     with caplog.at_level(logging.WARNING):
-        answer(model, prompt(11), max_new_tokens=30)
-    assert [record.message for record in caplog.records if "here is slow: layers 2 to" in record.message] != []
-    assert caplog.text.count("is slow") == 2  # one line a stage
+        answer(model, prompt(11), max_new_tokens=10)
+        assert "is slow" not in caplog.text
+        here.ends = lambda _: time.sleep(0.15) or ""
+        answer(model, prompt(11), max_new_tokens=10)
+    named = [message for message in caplog.messages if message.startswith("here is slow: a pass of its layers")]
+    assert len(named) == 2  # one line a stage
+    assert "times what was planned, and at first it took" in named[0]
+
+
+def test_a_stage_is_slow_against_the_others() -> None:
+    paces, (one, two, three) = StagePaces(), (range(2), range(2, 4), range(4, 6))
+
+    def passes(layers: range, ratio: float, count: int = 8) -> list[str]:
+        return [reason for _ in range(count) if (reason := paces.note(layers, ratio)) is not None]
+
+    assert passes(one, 5.0) + passes(two, 6.0) == [], "they share cores"
+    assert passes(three, 11.0) == []
+    (reason,) = passes(three, 12.0)
+    assert reason == "11.5 times what was planned, and the other machines take 5.5 times"
+    assert passes(three, 30.0) == [], "once"
+    assert passes(two, 0.1) + passes(one, 0.1) == []
+    assert passes(one, 1.9) == [], "what is within twice its plan is not slow, whatever the others do"
+    paces.forget(three)
+    assert passes(three, 30.0, count=7) == [], "too few passes of the new worker"
+    assert len(passes(three, 30.0, count=2)) == 1
 
 
 def test_nothing_is_kept_of_texts_that_ended(checkpoint: Any, over_workers: Staged) -> None:

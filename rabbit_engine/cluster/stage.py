@@ -7,13 +7,13 @@ import pickle
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from rabbit_engine.cluster.kept_adapters import KeptAdapters
+from rabbit_engine.cluster.paces import StagePaces
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, WorkerHandle
 from rabbit_engine.errors import ModelClosedError, StageLostError, first_line
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_TRIES = 20
 """Workers that may end during one request."""
-_SLOW, _PASSES = 2.0, 8
-"""A stage is called slow if it takes this many times what was planned, the middle of so many passes."""
 
 
 class PlacesWorkers(Protocol):
@@ -40,9 +38,10 @@ class PlacesWorkers(Protocol):
 class ClusterStage:
     """The layers `layers` on a worker that `places` starts."""
 
-    def __init__(self, layers: range, places: PlacesWorkers, log: RequestLog, planned_s: float) -> None:
+    def __init__(self, layers: range, places: PlacesWorkers, log: RequestLog, paces: StagePaces, planned_s: float) -> None:
+        """`paces` are those of all stages of the model; a pass of this one should take `planned_s`, if that is known."""
         self.layers = layers
-        self._places, self._log, self._planned_s = places, log, planned_s
+        self._places, self._log, self._paces, self._planned_s = places, log, paces, planned_s
         self._lock = threading.Lock()
         self._worker = places.start(layers)
         self._states: dict[str, str] = {}
@@ -50,8 +49,6 @@ class ClusterStage:
         self._adapters = KeptAdapters()
         self._threads = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=f"rabbit-{self.name}")
         self._closed = False
-        self._seconds: deque[float] = deque(maxlen=_PASSES)
-        self._is_slow = False
 
     @property
     def name(self) -> str:
@@ -179,6 +176,7 @@ class ClusterStage:
                 except Exception as failure:  # noqa: BLE001 - whatever Ray raises for a machine that is gone, others take over
                     logger.warning("the worker on %s may still run: %s", ended.machine, first_line(failure))
                 self._worker = self._places.start(self.layers)
+                self._paces.forget(self.layers)
                 with suppress(WorkerEndedError):  # which its first request finds
                     for name, modules in self._adapters.all():
                         self._worker.adapt(name, modules)
@@ -188,14 +186,11 @@ class ClusterStage:
         return f"{self.layers.start} to {self.layers.stop - 1}"
 
     def _note(self, calls: int, seconds: float) -> None:
-        """Say once if the machine is slower than planned."""
-        if calls < len(self.layers):
+        """Say once if the machine is slow."""
+        if calls < len(self.layers) or not self._planned_s:
             return
-        self._seconds.append(seconds)
-        middle = sorted(self._seconds)[len(self._seconds) // 2]
-        if len(self._seconds) == _PASSES and self._planned_s and middle > _SLOW * self._planned_s and not self._is_slow:
-            self._is_slow = True
-            logger.warning("%s is slow: layers %s take %.2f s, planned %.2f s", self.name, self._span, middle, self._planned_s)
+        if (reason := self._paces.note(self.layers, seconds / self._planned_s)) is not None:
+            logger.warning("%s is slow: a pass of its layers %s takes %s", self.name, self._span, reason)
 
 
 def _for_text(request: bytes, text: str) -> bytes:

@@ -21,6 +21,7 @@ from rabbit_engine.cluster.description import Area
 from rabbit_engine.cluster.files import FileExtent, FilesDescription, chunks_from, describe, ensure, extents_of, serve_files
 from rabbit_engine.cluster.machines import MachineFacts, gather_facts, require_same_versions
 from rabbit_engine.cluster.measure import measure_machines
+from rabbit_engine.cluster.paces import StagePaces
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
 from rabbit_engine.cluster.worker import StageFactory, WorkerEndedError, WorkerHandle
@@ -123,11 +124,11 @@ def _open(partition: Partition, checkpoint: Streamable, *, facts: Sequence[Machi
         {one.name: one for one in facts},
         functools.partial(_factory, description, checkpoint, names, settings, files, staging),
     )
-    log = RequestLog(texts_folder())
+    log, paces = RequestLog(texts_folder()), StagePaces()
     turns = {stage.first: turn for stage, turn in zip(plan.stages, plan.turns()[:-1], strict=True)}
     there = [stage for stage in plan.stages if stage.machine.name != plan.driver.name]
     with ThreadPoolExecutor(max(1, len(there))) as pool:
-        opening = [pool.submit(ClusterStage, one.layers, places, log, turns[one.first].seconds) for one in there]
+        opening = [pool.submit(ClusterStage, one.layers, places, log, paces, turns[one.first].seconds) for one in there]
     stages = [one.result() for one in opening if one.exception() is None]
     for one in opening:
         if (error := one.exception()) is not None:
