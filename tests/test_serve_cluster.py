@@ -263,6 +263,15 @@ def test_replicas_get_the_cores_that_let_all_of_them_run(replicas: Replicas, mac
     assert found["max_ongoing_requests"] > replicas.most_requests  # so that the session itself refuses
 
 
+def test_an_update_starts_new_replicas_first_where_a_machine_is_free() -> None:
+    free = {"CPU": 4.0}
+    assert Replicas(count=1).options([CPU, CPU], free)["max_surge_percent"] == 100
+    assert Replicas(count=2).options([CPU, CPU], free)["max_surge_percent"] == 0, "each machine has a replica"
+    assert Replicas(count=1).options([CPU, CPU], {"CPU": 1.0})["max_surge_percent"] == 0, "it has other work"
+    assert Replicas(count=1, share_machines=True).options([CPU, CPU], free)["max_surge_percent"] == 0, "for its memory"
+    assert Replicas(count=1, gpus=1).options([GPU, GPU], {"CPU": 8.0})["max_surge_percent"] == 0
+
+
 @pytest.mark.parametrize(
     ("replicas", "says"),
     [

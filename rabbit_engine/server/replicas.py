@@ -81,8 +81,11 @@ class Replicas:
     most_requests: int = 80
     grace_s: float = 600.0
 
-    def options(self, machines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """The options of Serve for a cluster of machines with these resources. Raises ConfigurationError if there is no room."""
+    def options(self, machines: Sequence[Mapping[str, float]], free: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """The options of Serve for a cluster of machines with these resources, of which `free` are left in all.
+
+        Raises ConfigurationError if there is no room.
+        """
         gpus = self.gpus if self.gpus is not None else float(any(machine.get("GPU", 0) >= 1 for machine in machines))
         able = [machine for machine in machines if machine.get("GPU", 0) >= gpus]
         cpus = self.cpus if self.cpus is not None else self._most_cores(able, gpus)
@@ -95,7 +98,14 @@ class Replicas:
             "max_ongoing_requests": self.most_requests + _OTHER_REQUESTS,
             "max_queued_requests": self.most_requests + _OTHER_REQUESTS,
             "graceful_shutdown_timeout_s": self.grace_s,
+            "max_surge_percent": self._surge(able, free or {}, cpus, gpus),
         }
+
+    def _surge(self, machines: Sequence[Mapping[str, float]], free: Mapping[str, float], cpus: float, gpus: float) -> int:
+        """How many percent more replicas an update may start before it ends old ones: all, on a machine that has none. Those that
+        share machines share memory, which two of them at once may not have."""
+        has_spare = not self.share_machines and self._room(machines, cpus, gpus) > self.count
+        return 100 if has_spare and free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= gpus else 0
 
     def _most_cores(self, machines: Sequence[Mapping[str, float]], gpus: float) -> int:
         most = int(max((machine.get("CPU", 0) for machine in machines), default=0))
@@ -149,7 +159,7 @@ def deploy(address: str, name: str, offer: Offer, replicas: Replicas, *, host: s
     ray, serve = _connected(address)
     if address != LOCAL:
         require_same_versions(gather_facts())
-    options = replicas.options([node["Resources"] for node in ray.nodes() if node["Alive"]])
+    options = replicas.options([node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources())
     host, port = _listen(serve, host, port)
     check_exposure(host, offer.keys)
     target = serve.deployment(
