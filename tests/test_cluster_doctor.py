@@ -30,6 +30,7 @@ def machine(
             address=name,
             host=f"host-{name}",
             kernel=name,
+            processors=2,
             cores=4,
             free_bytes=free,
             versions=OWN,

@@ -27,8 +27,9 @@ class MachineFacts:
     nodes have that address.
 
     `cores` are those that Ray gives away and the process may use, `free_bytes` the memory within the limits of its containers.
-    `kernel` is equal on nodes that run on one machine. `authentication` is whether its Ray asks for a token, `is_driver` whether
-    this process runs on it. The machine of a process that came by `ray://` is no node: its `node_id` is empty.
+    `kernel` is equal on nodes that run on one machine, which has `processors` cores. `authentication` is whether its Ray asks for
+    a token, `is_driver` whether this process runs on it. The machine of a process that came by `ray://` is no node: its `node_id`
+    is empty.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MachineFacts:
     host: str
     kernel: str
     cores: int
+    processors: int
     free_bytes: int
     versions: Mapping[str, str] = field(hash=False)
     authentication: bool
@@ -153,6 +155,7 @@ def _look_around() -> Callable[[], dict[str, Any]]:
             "free_bytes": free,
             "host": host,
             "kernel": boot.read_text().strip() if boot.exists() else host,
+            "processors": os.cpu_count() or 1,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "authentication": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
         }

@@ -85,6 +85,8 @@ class MeasuredMachine:
             link_rate=self.link.rate if self.link else math.inf,
             link_latency_s=self.link.latency_s if self.link else 0.0,
             disk=self.rates.disk,
+            processors=self.facts.kernel,
+            processors_share=min(1.0, self.facts.cores / self.facts.processors),
             source="measured",
         )
 

@@ -194,8 +194,6 @@ class ClusterStage:
 
 
 def _for_text(request: bytes, text: str) -> bytes:
-    """A request of the text that this one was copied from, for this one."""
+    """A request of this text, or of the one that it was copied from, for this one alone."""
     found: StageRequest = pickle.loads(request)  # noqa: S301 - our own
-    if found.text == text:
-        return request
-    return pickle.dumps(replace(found, text=text), pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps(replace(found, text=text, shared=None), pickle.HIGHEST_PROTOCOL)

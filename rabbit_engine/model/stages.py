@@ -149,9 +149,8 @@ class LocalStage:
         self.kernels = kernels_of(runtime.device)
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in layers}
-        reads = bool(runtime.transfer.units)
         make_text = functools.partial(make_text_states, runtime)
-        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, make_text=make_text, reads=reads)
+        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, make_text=make_text)
 
     def __repr__(self) -> str:
         return f"layers {self.layers.start} to {self.layers.stop - 1} on {self.name}: {runtime_of(self._model).plan!r}"

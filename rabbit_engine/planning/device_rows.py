@@ -93,6 +93,7 @@ def _machine(one: RowDevice, units: LayeredUnits, partition: Partition, row: Dev
         link_rate=float("inf") if on_cpu else speeds.link or float("inf"),
         link_latency_s=0.0 if on_cpu else _HOP_S,
         disk=one.name if in_host else "this machine",
+        processors="this machine" if on_cpu else "",
         source=speeds.source,
     )
 

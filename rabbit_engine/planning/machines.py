@@ -24,8 +24,9 @@ class Machine:
     it streams nothing. Devices that read from the same `disk` share its rate. To compute with one text takes
     `seconds_per_byte` of the weights it uses and `seconds_per_layer` besides; each further text of the same pass takes
     `further_text` times as much: 1 if texts are computed one by one, less if their products are shared. Its link to the driver
-    moves `link_rate` bytes per second, and a message takes `link_latency_s` besides, each way. `source` is the origin of the
-    rates. Raises ConfigurationError.
+    moves `link_rate` bytes per second, and a message takes `link_latency_s` besides, each way. Machines that compute on the same
+    `processors` keep `processors_share` of them busy, each, while they compute: with more than all of them they wait for each
+    other. `source` is the origin of the rates. Raises ConfigurationError.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Machine:
     link_rate: float = math.inf
     link_latency_s: float = 0.0
     disk: str = ""
+    processors: str = ""
+    processors_share: float = 1.0
     source: str = "given"
 
     def __post_init__(self) -> None:
@@ -48,16 +51,24 @@ class Machine:
                 raise ConfigurationError(f"{field}={value!r} of machine {self.name!r}: give a number from zero")
         if not self.link_rate > 0:
             raise ConfigurationError(f"link_rate={self.link_rate!r} of machine {self.name!r}: give bytes per second")
+        if not 0 < self.processors_share <= 1:
+            raise ConfigurationError(f"processors_share={self.processors_share!r} of machine {self.name!r}: give a part of 1")
 
     @property
     def disk_name(self) -> str:
         """The disk that it reads from: its own, unless several devices share one."""
         return self.disk or self.name
 
+    @property
+    def processors_name(self) -> str:
+        """The processors that it computes on: its own, unless several machines share them."""
+        return self.processors or self.name
+
 
 _RATES = ("disk_rate", "link_rate")
-_NUMBERS = {"link_latency_s", "seconds_per_byte", "seconds_per_layer", "further_text"}
-_KNOWN = {"name", "count", "memory", "compute_rate", "disk", *_RATES, *_NUMBERS}
+_NUMBERS = {"link_latency_s", "seconds_per_byte", "seconds_per_layer", "further_text", "processors_share"}
+_TEXTS = ("disk", "processors")
+_KNOWN = {"name", "count", "memory", "compute_rate", *_TEXTS, *_RATES, *_NUMBERS}
 
 
 def read_machines(path: Path) -> tuple[Machine, ...]:
@@ -102,4 +113,5 @@ def _parse(item: Mapping[str, Any]) -> list[Machine]:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigurationError(f"machine {name!r}: {told}") from error
     names = [name] if count == 1 else [f"{name}{index + 1}" for index in range(count)]
-    return [Machine(name=each, disk=str(item.get("disk", "")), **fields) for each in names]
+    fields |= {field: str(item.get(field, "")) for field in _TEXTS}
+    return [Machine(name=each, **fields) for each in names]

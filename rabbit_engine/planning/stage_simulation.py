@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -82,10 +83,14 @@ class SimulatedPasses:
         return 1 - sum(self.computing.values()) / len(self.computing)
 
 
-def stations_of(plan: StagesPlan, texts: int = 1) -> tuple[Station, ...]:
-    """The stops of a pass of one group of `texts`. Devices that share a disk have equal parts of its rate."""
+def stations_of(plan: StagesPlan, texts: int = 1, groups: int = 1) -> tuple[Station, ...]:
+    """The stops of a pass of one of `groups` of `texts` each. Devices that share a disk have equal parts of its rate; machines
+    that share processors compute slower by as much as they are too many at once."""
     owners = [*(stage.machine for stage in plan.stages), plan.driver]
     used = {machine.name: machine.disk_name for machine in owners}
+    crowds: Counter[str] = Counter()
+    for machine in {machine.name: machine for machine in owners}.values():
+        crowds[machine.processors_name] += machine.processors_share
     plans = [*(stage.plan for stage in plan.stages), plan.ends_plan]
     found = []
     for turn, machine, own in zip(plan.turns(texts), owners, plans, strict=True):
@@ -93,7 +98,7 @@ def stations_of(plan: StagesPlan, texts: int = 1) -> tuple[Station, ...]:
         found.append(
             Station(
                 machine=machine.name,
-                compute_s=turn.compute_s,
+                compute_s=turn.compute_s * max(1.0, crowds[machine.processors_name] * min(1.0, groups / len(used))),
                 read_s=turn.read_s * sharing,
                 asked_s=turn.asked_s * sharing,
                 pieces=max(1, math.ceil(turn.read_s * RING_PIECES / turn.ahead_s)) if turn.ahead_s else 1,
@@ -112,7 +117,7 @@ def simulate_plan(
 ) -> SimulatedPasses:
     """Simulate `texts` over the plan, in the number of groups that it says is best."""
     groups = plan.groups(texts)
-    stations = stations_of(plan, -(-texts // groups))
+    stations = stations_of(plan, -(-texts // groups), groups)
     driver = plan.driver.name
     return simulate(stations, groups, texts=texts, tokens=tokens, prompt=prompt, failures=failures, driver=driver)
 

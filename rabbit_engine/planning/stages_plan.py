@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rabbit_engine.planning import stages_report
 from rabbit_engine.planning.machines import Machine
@@ -126,12 +127,13 @@ class StagesPlan(Report):
         return self.seconds(texts) / texts
 
     def _busiest(self, turns: Sequence[Turn]) -> tuple[float, str, StageBound]:
-        """The seconds that one group takes from the machine, disk or link that it takes most of, which one, and its kind."""
-        busy: dict[tuple[str, StageBound], float] = {}
+        """The seconds that one group takes from the processors, disk or link that it takes most of, whose, and the kind."""
+        busy: dict[tuple[str, StageBound | Literal["processors"]], float] = {}
         owners = [*(stage.machine for stage in self.stages), self.driver]
         for turn, machine in zip(turns, owners, strict=True):
-            kinds: tuple[tuple[str, StageBound, float], ...] = (
+            kinds: tuple[tuple[str, StageBound | Literal["processors"], float], ...] = (
                 (machine.name, "computing", turn.compute_s),
+                (machine.processors_name, "processors", turn.compute_s * machine.processors_share),
                 (machine.disk_name, "disk", turn.disk_s),
                 (machine.name, "link", turn.wire_s),
                 (self.driver.name, "link", turn.driver_wire_s),
@@ -139,6 +141,8 @@ class StagesPlan(Report):
             for name, kind, seconds in kinds:
                 busy[name, kind] = busy.get((name, kind), 0.0) + seconds
         (name, kind), seconds = max(busy.items(), key=lambda item: item[1])
+        if kind == "processors":
+            return seconds, ", ".join(one.name for one in self.machines if one.processors_name == name), "computing"
         return seconds, name, kind
 
     def bound(self, texts: int = 1) -> tuple[StageBound, str]:

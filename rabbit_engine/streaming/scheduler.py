@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
@@ -28,6 +30,11 @@ from torch import nn
 
 class UnitSource(Protocol):
     """The units of a model, as fibers use them."""
+
+    @property
+    def pass_read_s(self) -> float:
+        """Seconds in which the weights of a pass move; 0 if unknown."""
+        ...
 
     def scheduled_pass(self) -> AbstractContextManager[None]:
         """A block in which one pass runs."""
@@ -99,6 +106,15 @@ class RandomStream:
             torch.get_device_module(self._device).set_rng_state(state)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPass:
+    """Pass `number` of a scheduler, which has a name, and how many `texts` go through it: fibers that have not failed."""
+
+    scheduler: str
+    number: int
+    texts: int
+
+
 _Wanted = str | _Product | Future[Any] | None
 
 _Phase = Literal["own time", "preparing", "in the pass"]
@@ -118,6 +134,7 @@ class Fiber(greenlet):
         *,
         shares: bool = False,
         fibers: Callable[[], Sequence[Fiber]] = tuple,
+        shared: Callable[[], SharedPass | None] = lambda: None,
     ) -> None:
         super().__init__(self._run)
         self.failure: BaseException | None = None
@@ -125,7 +142,7 @@ class Fiber(greenlet):
         self._source = source
         self._random_stream, self._has_random_stream = random_stream, False
         self.shares = shares
-        self._fibers = fibers
+        self._fibers, self._shared = fibers, shared
         self._phase: _Phase = "own time"
         self._rows = 0
         self._wants: _Wanted = None
@@ -162,6 +179,11 @@ class Fiber(greenlet):
     def measures(self) -> bool:
         """Whether it is the one that measures the pass: the last that told its rows, whose time includes all of the others'."""
         return self is next((fiber for fiber in reversed(self._fibers()) if fiber._rows), None)
+
+    @property
+    def shared_pass(self) -> SharedPass | None:
+        """The pass that it is in; None if it has no scheduler."""
+        return self._shared()
 
     def travels_on(self, source: UnitSource) -> bool:
         """Whether this is its scheduler's source, not that of a second model that its work calls."""
@@ -239,6 +261,10 @@ class Scheduler:
     def __init__(self, source: UnitSource, *, shares: bool = False) -> None:
         self._source, self._shares = source, shares
         self._fibers: list[Fiber] = []
+        self._name, self._passes = uuid.uuid4().hex, 0
+        self._aboard: tuple[Fiber, ...] = ()
+        self._met: dict[str, set[Fiber]] = {}
+        """Who has been at which unit in this pass."""
 
     @property
     def fibers(self) -> int:
@@ -248,7 +274,7 @@ class Scheduler:
     def add(self, work: Callable[[], None], random_stream: RandomStream | None = None, *, exact: bool = False) -> Fiber:
         """Add a fiber and run it to its first pass. With `exact`, it meets no others."""
         shares = self._shares and not exact
-        fiber = Fiber(work, self._source, random_stream, shares=shares, fibers=lambda: self._fibers)
+        fiber = Fiber(work, self._source, random_stream, shares=shares, fibers=lambda: self._fibers, shared=self._shared_pass)
         fiber.resume()
         self._fibers.append(fiber)
         self._forget_the_done()
@@ -263,7 +289,10 @@ class Scheduler:
 
     def run_pass(self) -> None:
         """Run one pass of all fibers; one that ends or fails does not stop the others."""
-        aboard = tuple(self._fibers)
+        aboard = self._aboard = tuple(self._fibers)
+        self._passes += 1
+        self._met.clear()
+        until: float | None = None
         with self._source.scheduled_pass():
             for fiber in aboard:
                 fiber.resume()
@@ -276,8 +305,21 @@ class Scheduler:
                 if here and isinstance(here[0].wants, _Product):
                     _multiply(here)
                 elif here:
-                    self._bring(here)
+                    until = time.monotonic() + self._source.pass_read_s if until is None else until
+                    if not self._await_others(here[0].wants, waiting, until):
+                        until = None
+                        self._bring(here)
         self._forget_the_done()
+
+    def _shared_pass(self) -> SharedPass:
+        return SharedPass(self._name, self._passes, sum(fiber.failure is None for fiber in self._aboard))
+
+    def _await_others(self, name: _Wanted, waiting: list[Fiber], until: float) -> bool:
+        """Wait until one is back that was elsewhere and still comes to the unit, so that it is not read once more for it. Not if
+        there is none, or `until` is past: by then reading again is no slower."""
+        met = self._met.get(str(name), ())
+        coming = [fiber.wants for fiber in waiting if isinstance(fiber.wants, Future) and fiber not in met]
+        return bool(coming) and bool(wait(coming, max(0.0, until - time.monotonic()), FIRST_COMPLETED).done)
 
     def _bring(self, waiting: list[Fiber]) -> None:
         """Read the unit that the first fiber waits for, and resume all that wait for it. If the read fails, only the first one
@@ -293,6 +335,7 @@ class Scheduler:
         try:
             for fiber in waiting:
                 if fiber.wants == name:
+                    self._met.setdefault(name, set()).add(fiber)
                     fiber.resume()
         finally:
             self._source.let_go(name)

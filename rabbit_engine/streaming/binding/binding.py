@@ -126,6 +126,11 @@ class Binding:
 
     # For a scheduler: the units of its fibers.
 
+    @property
+    def pass_read_s(self) -> float:
+        """Seconds in which the weights of a pass move."""
+        return self._transfer.pass_read_s
+
     def scheduled_pass(self) -> AbstractContextManager[None]:
         """The pass of all fibers of a scheduler."""
         return self.passes.run()

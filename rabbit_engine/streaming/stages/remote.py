@@ -10,7 +10,6 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -25,7 +24,7 @@ from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
 from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
 from rabbit_engine.streaming.stages.shown import ShownHere
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageRequest, Stands, Wanted
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of
 from rabbit_engine.transformers_bridge.forwards import is_capturing
 from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
@@ -215,6 +214,7 @@ class RemoteLayers:
         numbers = {call.layer for call in calls}
         adapters = self._adapters.active(numbers)
         text, new = self._text_of(cache)
+        fiber = fiber_on(self._source)
         request = StageRequest(
             calls,
             self._sequences(),
@@ -225,8 +225,12 @@ class RemoteLayers:
             attention=self._changed_attention(),
             inside=self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
             recipe=None if new is None else getattr(cache, "recipe", None),
+            shared=None if fiber is None else fiber.shared_pass,
         )
-        answer = self._await(self._stage.submit(request))
+        future = self._stage.submit(request)
+        if fiber is not None:
+            fiber.await_future(future)
+        answer = future.result()
         if text is not None:
             take_facts(cache, answer.facts)
         self._shown.give(bring(answer.inside, self._device))
@@ -249,12 +253,6 @@ class RemoteLayers:
             return relay_of(cache, self._stage.layers), None
         text = RemoteText(self._stage)
         return text, move_layers(cache, self._stage.layers, text)
-
-    def _await(self, future: Future[StageAnswer]) -> StageAnswer:
-        fiber = fiber_on(self._source)
-        if fiber is not None:
-            fiber.await_future(future)
-        return future.result()
 
 
 def tell_what_is_shown(model: Any) -> None:

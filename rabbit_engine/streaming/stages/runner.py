@@ -20,6 +20,7 @@ from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.streaming.binding.binding import Binding
 from rabbit_engine.streaming.scheduler import Scheduler
 from rabbit_engine.streaming.stages.adapted import AdaptersThere
+from rabbit_engine.streaming.stages.arrivals import Arrivals
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
 from rabbit_engine.streaming.stages.shown import ShownThere
 from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
@@ -32,22 +33,24 @@ from rabbit_engine.transformers_bridge.tiered_layers import TextLayers
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the thread does; for a pass of layers, with this `setting`."""
+    """What the thread does; in a pass of layers, for this `request`."""
 
     run: Callable[[], None]
-    setting: tuple[Any, ...] | None = None
+    request: StageRequest | None = None
 
-
-_LINGER, _MOST_LINGER_S = 0.03, 0.25
-"""How long a stage that reads weights waits for another text before its pass: a share of the last one's seconds, which all texts
-aboard share."""
+    @property
+    def setting(self) -> tuple[Any, ...] | None:
+        """What all of a pass have in common; None if it runs no layers."""
+        return self.request.setting if self.request is not None and self.request.calls else None
 
 
 class StageRunner:
     """The `layers` of a model by number, and the caches of its texts on `device`, in a thread of its own.
 
     Requests that have come while a pass ran are computed together in the next, if they have the same adapters and attention:
-    each has the bits it has alone.
+    each has the bits it has alone. Where weights move, a pass begins when all texts have come that share it, as the requests
+    tell. It waits for them no longer than reading again would take for those that come later: so the wait costs at most what it
+    might save.
     """
 
     def __init__(
@@ -58,12 +61,11 @@ class StageRunner:
         name: str,
         *,
         make_text: Callable[[Any], TextLayers],
-        reads: bool = True,
     ) -> None:
-        """`make_text` makes the tiers of a text of their recipe; `reads`: weights move in each pass."""
+        """`make_text` makes the tiers of a text of their recipe."""
         self._make_text = make_text
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
-        self._reads, self._linger_s = reads, 0.0
+        self._arrivals = Arrivals()
         self._texts: dict[str, Any] = {}
         self._adapters, self._shown = AdaptersThere(layers, device), ShownThere(layers)
         self._configs = attention_configs(part for layer in layers.values() for part in layer.modules())
@@ -77,7 +79,7 @@ class StageRunner:
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
         finish([[(call.args, dict(call.kwargs)) for call in request.calls], [change.args for change in request.changes]])
-        return self._put(functools.partial(self._run, request), request.setting if request.calls else None)
+        return self._put(functools.partial(self._run, request), request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
         """Name a copy of the cache of `text` after the changes; between passes."""
@@ -111,10 +113,10 @@ class StageRunner:
             self._thread.join()
         self._texts.clear()
 
-    def _put(self, work: Callable[[], Any], setting: tuple[Any, ...] | None = None) -> Future[Any]:
+    def _put(self, work: Callable[[], Any], request: StageRequest | None = None) -> Future[Any]:
         self._require_open()
         future: Future[Any] = Future()
-        self._queue.put(_Work(functools.partial(_settle, future, work), setting))
+        self._queue.put(_Work(functools.partial(_settle, future, work), request))
         return future
 
     def _require_open(self) -> None:
@@ -132,22 +134,23 @@ class StageRunner:
     def _serve_together(self, works: Sequence[_Work], scheduler: Scheduler) -> None:
         for work in works:
             scheduler.add(work.run)
-        start = time.perf_counter()
         while scheduler.fibers:
             scheduler.run_pass()
-        if self._reads:
-            self._linger_s = min(_MOST_LINGER_S, _LINGER * (time.perf_counter() - start))
 
     def _take_all(self) -> list[_Work] | None:
-        """Everything that waits, at least one, and what comes soon after; None at the end, when what waits is refused."""
-        works = [self._queue.get()]
+        """Everything that waits, at least one, and what else its passes expect; None at the end, when what waits is refused."""
+        works: list[_Work] = []
+        item, until = self._queue.get(), time.monotonic() + self._binding.pass_read_s
         with suppress(queue.Empty):
-            while None not in works:
-                works.append(self._queue.get(timeout=self._linger_s) if self._linger_s else self._queue.get_nowait())
-        found = [work for work in works if work is not None]
-        if len(found) == len(works):
-            return found
-        for work in found:
+            while item is not None:
+                works.append(item)
+                self._arrivals.note(item.request)
+                lacking_s = until - time.monotonic() if self._arrivals.are_lacking else 0.0
+                item = self._queue.get(timeout=lacking_s) if lacking_s > 0 else self._queue.get_nowait()
+        self._arrivals.go()
+        if item is not None:
+            return works
+        for work in works:
             work.run()
         return None
 

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rabbit_engine.streaming.scheduler import SharedPass
+
 
 class Stands(enum.Enum):
     """What stands in the arguments of a call for something that the stage has."""
@@ -60,7 +62,8 @@ class StageRequest:
     `changes` are done before the calls. A request
     without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
     The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has
-    the outputs of the modules `inside`: a layer's number, and a name in it.
+    the outputs of the modules `inside`: a layer's number, and a name in it. `shared` is the pass of several texts that this
+    is part of: each of them is expected to make such a request, beginning with the same layer.
     """
 
     calls: tuple[LayerCall, ...]
@@ -73,6 +76,7 @@ class StageRequest:
     adapters: ActiveAdapters | None = None
     attention: str | None = None
     inside: frozenset[tuple[int, str]] = frozenset()
+    shared: SharedPass | None = None
 
     @property
     def alters(self) -> bool:

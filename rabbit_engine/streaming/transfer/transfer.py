@@ -45,6 +45,8 @@ class Transfer:
         reader: Reader | None = None,
     ) -> None:
         host, self._reader, self._ring = host or {}, reader or shared_reader(), ring
+        self.pass_read_s = _seconds_to_move(units, host, rare, rates)
+        """Seconds in which the units of a pass move, at the links' own rates; 0 if they are unknown."""
         counts = {unit.name: UnitProfile(unit.name) for unit in units}
         self._profile = Profile(units=counts, disk_rate=rates[0], link_rate=rates[1])
         self._machine = UnitMachine(ring, self._profile, self._reader)
@@ -188,3 +190,13 @@ class Transfer:
             return None
         job = self.experts.next_job() if self.experts is not None else None
         return job or self._queue.next_job(wanted=wanted)
+
+
+def _seconds_to_move(
+    units: Sequence[Unit], host: Mapping[str, HostPlace], rare: Collection[str], rates: tuple[float, float]
+) -> float:
+    usual = [unit for unit in units if unit.name not in rare]
+    links = zip(rates, (False, True), strict=True)
+    return max(
+        sum(one.nbytes for one in usual if (one.name in host) == in_host) / rate if rate else 0.0 for rate, in_host in links
+    )
