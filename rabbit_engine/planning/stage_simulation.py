@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -88,7 +88,7 @@ def stations_of(plan: StagesPlan, texts: int = 1, groups: int = 1) -> tuple[Stat
     that share processors compute slower by as much as they are too many at once."""
     owners = [*(stage.machine for stage in plan.stages), plan.driver]
     used = {machine.name: machine.disk_name for machine in owners}
-    crowds: Counter[str] = Counter()
+    crowds: defaultdict[str, float] = defaultdict(float)
     for machine in {machine.name: machine for machine in owners}.values():
         crowds[machine.processors_name] += machine.processors_share
     plans = [*(stage.plan for stage in plan.stages), plan.ends_plan]
