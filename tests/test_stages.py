@@ -142,9 +142,11 @@ def running() -> Iterator[Shared]:
 
     def run(read_s: float) -> tuple[StageRunner, Calls]:
         calls = Calls(read_s)
-        runners.append(StageRunner(
+        runners.append(
+            StageRunner(
                 {0: torch.nn.Identity(), 1: torch.nn.Identity()}, calls, torch.device("cpu"), "here", make_text=lambda _: None
-            ))
+            )
+        )
         return runners[-1], calls
 
     yield run

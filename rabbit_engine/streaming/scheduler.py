@@ -291,7 +291,6 @@ class Scheduler:
         """Run one pass of all fibers; one that ends or fails does not stop the others."""
         aboard = self._aboard = tuple(self._fibers)
         self._passes += 1
-        self._met.clear()
         until: float | None = None
         with self._source.scheduled_pass():
             for fiber in aboard:
@@ -342,6 +341,8 @@ class Scheduler:
 
     def _forget_the_done(self) -> None:
         self._fibers = [fiber for fiber in self._fibers if not fiber.dead]
+        self._aboard = ()  # the dead hold what they worked with
+        self._met.clear()
 
 
 def _resume_the_answered(waiting: list[Fiber]) -> None:
