@@ -141,6 +141,15 @@ def test_what_is_fetched_loads_as_the_drivers_does(
     assert located(there, sent) == (str(copy), there.loading), "a machine that has the model reads its own"
 
 
+def test_a_driver_without_the_files_or_the_device_sends_none(talker: Path) -> None:
+    for order in (
+        Order.of("/nowhere/talker", Choices(), {}),
+        Order.of(NAME, Choices(), {"device": "cpu"}),
+        Order.of(talker, Choices(), {"device": "cuda:99"}),
+    ):
+        assert own_model(NoClient, order) is None  # type: ignore[arg-type]
+
+
 def test_a_machine_that_neither_has_nor_can_hold_the_files_says_so_before_any_weight_is_sent(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,9 +53,8 @@ def own_model(ray: ModuleType, order: Order) -> Resolution | None:
     """The model on the driver's machine; None if its files are not there, or if the driver is no machine of the cluster."""
     if ray.util.client.ray.is_connected():
         return None
-    settings = settings_of(order)
     try:
-        repo = find_repo(order.model, settings.source)
+        repo = find_repo(order.model, settings_of(order).source)
         settings = settings_of(order.pinned(repo.commit))
         return resolve(order.model, settings.source, settings.split)
     except RabbitError:  # the machines say what is wrong
