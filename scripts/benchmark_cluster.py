@@ -149,7 +149,8 @@ def as_listed(machine: Any) -> dict[str, Any]:
     """A machine as `rabbit plan --machines` reads it; the driver has no link."""
     link = {} if machine.link_rate == math.inf else {"link_rate": machine.link_rate, "link_latency_s": machine.link_latency_s}
     rates = {"disk_rate": machine.disk_rate, "compute_rate": 1 / machine.seconds_per_byte}
-    return {"name": machine.name, "memory": machine.memory_bytes, "disk": machine.disk, **rates, **link}
+    processors = {"processors": machine.processors, "processors_share": machine.processors_share}
+    return {"name": machine.name, "memory": machine.memory_bytes, "disk": machine.disk, **processors, **rates, **link}
 
 
 def have_own_disks() -> None:

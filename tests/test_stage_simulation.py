@@ -132,6 +132,19 @@ def test_what_a_plan_adds_up_is_what_happens(given: tuple[LayeredUnits, list[Mac
     assert simulate_plan(plan, texts, tokens=24).pass_s == pytest.approx(plan.seconds(texts), rel=0.25, abs=1e-6)
 
 
+def test_machines_that_share_processors_compute_no_faster_together() -> None:
+    units = LayeredUnits(
+        layers=tuple((UnitSize(f"l{index}", "streamed", 100),) for index in range(8)),
+        ends=(UnitSize("norm", "resident", 1),),
+        hidden_bytes=10,
+    )
+    machines = [Machine(name=name, memory_bytes=450, seconds_per_byte=0.01, processors="here") for name in "abcd"]
+    plan = plan_stages(units, machines, texts=8)
+    for texts in (1, 8):
+        assert simulate_plan(plan, texts, tokens=40).pass_s == pytest.approx(plan.seconds(texts), rel=0.15)
+    assert plan.seconds(8) >= 8 * plan.seconds(1) * (1 - 1e-9)
+
+
 def test_devices_that_share_a_disk_have_parts_of_its_rate() -> None:
     units = LayeredUnits(
         layers=tuple((UnitSize(f"l{index}", "streamed", 100),) for index in range(8)),

@@ -114,6 +114,26 @@ def test_machines_that_take_turns_read_while_the_others_do() -> None:
     assert [layer for stage in in_turns.stages for layer in stage.layers] == list(range(16))
 
 
+def test_machines_that_share_processors_compute_no_faster_together() -> None:
+    """Four nodes on two cores, of which each takes both, or one."""
+    units, texts = model(*[100] * 8), 8
+    own = [Machine(name=name, memory_bytes=1000, seconds_per_byte=0.01) for name in "abcd"]
+    alone = plan_stages(units, own, texts=texts)
+    computing = sum(turn.compute_s for turn in alone.turns())
+    shared = [replace(one, processors="here") for one in own]
+    for machines, seconds in (
+        (own, computing / 4),
+        (shared, computing),
+        ([replace(one, processors_share=0.5) for one in shared], computing / 2),
+    ):
+        plan = plan_stages(units, machines, texts=texts)
+        assert plan.seconds(texts) >= seconds * texts * (1 - 1e-9)
+        assert plan.seconds(texts) <= seconds * (texts + 4)
+        assert plan.seconds(1) == pytest.approx(computing)
+    plan = plan_stages(units, shared, texts=texts)
+    assert plan.bound(texts) == ("computing", "a, b, c, d")
+
+
 def test_several_texts_fill_all_stages() -> None:
     """Everything stays: a text takes as long as ever, and all machines compute at once."""
     machines = [machine(name, 250) for name in "abcd"]
