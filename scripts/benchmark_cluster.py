@@ -1,11 +1,12 @@
 """Seconds a token of a model over 1, 2 and 4 machines with the same memory each, beside what the plan said.
 
-    python scripts/benchmark_cluster.py MODEL --nodes 1 2 4 --memory 2.2GB --rate 1gbit --rounds 5
+    python scripts/benchmark_cluster.py MODEL --nodes 1 2 4 --memory 2.2GB --rate 1gbit --rounds 5 --ranges 1 32
 
 Machines are Ray nodes in network namespaces of this one (Linux, root), with shaped links and a limit of memory each; they share
 its processors. With `--disk 500MB/s` each reads its own disk, at that rate; without, they share the machine's. The nodes
-of a round run one behind another, rounds alternate. With one node nothing is a cluster: the same call without `cluster`. Prints
-one JSON line a run, and a table; `--runs FILE` is for `scale_tables.py --measured`.
+of a round run one behind another, rounds alternate. With `--ranges 1 32` each number of nodes runs twice: with one range of
+layers a machine, and with up to 32 in turn. With one node nothing is a cluster: the same call without `cluster`. Prints one JSON
+line a run, and a table; `--runs FILE` is for `scale_tables.py --measured`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+Kind = tuple[int, int]
+"""Nodes, and the most ranges of layers on each."""
+
 OVERHEAD_BYTES = 2_000_000_000
 """What a node's group may take besides the model: Ray's processes, its object store, Python and torch of driver and worker."""
 
@@ -40,6 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--texts", type=int, default=8, help="of the session")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ranges", type=int, nargs="+", default=[32], help="of layers on a machine, at most")
     parser.add_argument("--disk", help="the rate of a disk of each machine's own")
     parser.add_argument("--runs", type=Path, help="where to write the runs of several nodes")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
@@ -48,30 +53,34 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given)))
         return
-    results: dict[int, list[dict[str, Any]]] = {count: [] for count in given.nodes}
+    results: dict[Kind, list[dict[str, Any]]] = {
+        (count, ranges): [] for count in given.nodes for ranges in (given.ranges if count > 1 else [1])
+    }
     for _ in range(given.rounds):
-        for count in given.nodes:
-            results[count].append(run_on(count, given))
-            print(json.dumps({"nodes": count, **results[count][-1]}), flush=True)
+        for (count, ranges), runs in results.items():
+            runs.append(run_on(count, ranges, given))
+            print(json.dumps({"nodes": count, "most_ranges": ranges, **runs[-1]}), flush=True)
     print_table(results)
     if given.runs is not None:
-        given.runs.write_text(json.dumps([run for count in results for run in runs_of(given, count, results[count])], indent=1))
+        given.runs.write_text(json.dumps([run for kind in results for run in runs_of(given, kind, results[kind])], indent=1))
 
 
-def runs_of(given: argparse.Namespace, count: int, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def runs_of(given: argparse.Namespace, kind: Kind, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The medians of one number of nodes, as `scale_tables.py` takes them."""
+    count, ranges = kind
     if count == 1:
         return []
     middle = results[len(results) // 2]
-    shared = {"name": f"{count} nodes", "model": given.model, "machines": middle["machines"], "ranges": middle["ranges"]}
+    name = f"{count} nodes, {'one range each' if ranges == 1 else 'in turns'}"
+    shared = {"name": name, "model": given.model, "machines": middle["machines"], "ranges": middle["ranges"]}
     times = ((1, "token_s"), (given.texts, "session_token_s"))
     return [
         {**shared, "texts": texts, "measured_s": statistics.median(result[name] for result in results)} for texts, name in times
     ]
 
 
-def run_on(count: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One run over `count` nodes."""
+def run_on(count: int, ranges: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One run over `count` nodes, with at most so many ranges of layers on each."""
     from cluster.network import Link
     from cluster.nodes import Shape, cluster_of_nodes
     from peers.memory_group import ReadLimit
@@ -83,7 +92,7 @@ def run_on(count: int, given: argparse.Namespace) -> dict[str, Any]:
     shape = Shape(nodes=count, memory_bytes=limit, read_limit=disk, link=Link(rate=given.rate), cpus=2)
     command = [sys.executable, __file__, given.model, "--measure", "--memory", given.memory]
     command += ["--tokens", str(given.tokens), "--texts", str(given.texts), *(["--cluster"] if count > 1 else [])]
-    command += ["--disk", given.disk] if given.disk else []
+    command += ["--ranges", str(ranges), *(["--disk", given.disk] if given.disk else [])]
     with cluster_of_nodes(shape) as nodes:
         done = nodes.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -99,6 +108,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     model, memory, tokens, texts, is_cluster = given.model, given.memory, given.tokens, given.texts, given.cluster
     if given.disk:
         have_own_disks()
+    limit_ranges(given.ranges[0])
 
     from rabbit_engine import AutoModel, Session
     from rabbit_engine.model.runtime import runtime_of
@@ -161,6 +171,13 @@ def have_own_disks() -> None:
     cluster.machines_of = lambda *given: [dataclasses.replace(one, disk="") for one in shared(*given)]
 
 
+def limit_ranges(most: int) -> None:
+    """Let the planner give each machine at most so many ranges."""
+    from rabbit_engine.model import cluster
+
+    setattr(cluster, "MOST_ROUNDS", most)  # noqa: B010 - of another module
+
+
 def no_words() -> Any:
     """A tokenizer without words: prompts are token ids, and no answer ends early."""
     from tokenizers import Tokenizer
@@ -170,16 +187,16 @@ def no_words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0}, unk_token="x")))
 
 
-def print_table(results: dict[int, list[dict[str, Any]]]) -> None:
+def print_table(results: dict[Kind, list[dict[str, Any]]]) -> None:
     """Medians over the rounds."""
     first = next(iter(results.values()))[0]
-    print("nodes  s a token  planned  session: s a token of each  planned  equal tokens")
-    for count, runs in results.items():
+    print("nodes  ranges  s a token  planned  session: s a token of each  planned  equal tokens")
+    for (count, _), runs in results.items():
         middle = {name: statistics.median(run[name] or 0 for run in runs) for name in ("token_s", "planned_s", "session_token_s")}
         equal = all(run[name] == first[name] for run in runs for name in ("tokens", "session_tokens"))
         planned = statistics.median(run["session_planned_s"] or 0 for run in runs)
-        session = middle["session_token_s"]
-        print(f"{count:5}  {middle['token_s']:9.3f}  {middle['planned_s']:7.3f}  {session:26.3f}  {planned:7.3f}  {equal}")
+        seconds = f"{middle['token_s']:9.3f}  {middle['planned_s']:7.3f}  {middle['session_token_s']:26.3f}  {planned:7.3f}"
+        print(f"{count:5}  {max(1, len(runs[0]['ranges'])):6}  {seconds}  {equal}")
 
 
 if __name__ == "__main__":

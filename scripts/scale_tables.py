@@ -148,7 +148,7 @@ def seventy() -> str:
                 kind = "NVMe" if disk == PC.disk_rate else "SATA, 0.5 GB/s"
                 for count, rounds in ((1, 1), (4, 1), (4, 32)):
                     how = "alone" if count == 1 else "in turns" if rounds > 1 else "in ranges"
-                    plan = plan_stages(units, copies(count, disk_rate=disk), most_rounds=rounds)
+                    plan = plan_stages(units, copies(count, disk_rate=disk), most_rounds=rounds, several=1)
                     yield [f"{stored}, {kind}", f"{count}, {how}", *passes(plan)]
 
     return table(["weights, disk", "PCs", *COLUMNS], rows())
@@ -165,9 +165,8 @@ def large() -> str:
             ("671B, experts", "4-bit", "4bit"),
         ):
             for count in (8, 16, 32):
-                in_ranges, in_turns = (
-                    plan_stages(units_of(shape, compression), copies(count, **LARGE), most_rounds=rounds) for rounds in (1, 32)
-                )
+                units, machines = units_of(shape, compression), copies(count, **LARGE)
+                in_ranges, in_turns = (plan_stages(units, machines, most_rounds=rounds, several=1) for rounds in (1, 32))
                 yield [f"{shape}, {stored}", f"{count}", *passes(in_ranges)]
                 if in_turns.pass_s < in_ranges.pass_s * 0.99:
                     yield [f"{shape}, {stored}", f"{count}, in turns", *passes(in_turns)]

@@ -39,6 +39,11 @@ def halves(folder: Path) -> dict[str, str]:
     return {"": "cpu:0", **{f"model.layers.{index}": place for index, place in enumerate(places)}}
 
 
+def dealt_layers(layers: int) -> dict[str, str]:
+    """A `device_map` in which two CPUs take turns."""
+    return {"": "cpu:0", **{f"model.layers.{index}": f"cpu:{index % 2}" for index in range(layers)}}
+
+
 @pytest.fixture
 def row(checkpoint: Any) -> Iterator[Callable[..., Any]]:
     """`row(family)` is its model over two CPUs, with weights that stream on the first."""
@@ -288,10 +293,36 @@ def test_plan_profile_and_one_device(row: Any, checkpoint: Any, ids: Any) -> Non
     assert sum(len(one.layers) for one in runtime_of(planned).assembly.stages) in (1, 2)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next", "mixtral"])
+def test_layers_with_others_between_them(family: str, row: Any, checkpoint: Any, plain: Any, ids: Any) -> None:
+    """A map may deal the layers: each device has every second."""
+    whole = plain(checkpoint(family))
+    layers = whole.config.num_hidden_layers
+    model = row(family, device_map=dealt_layers(layers))
+    (stage,) = runtime_of(model).assembly.stages
+    assert stage.layers == tuple(range(1, layers, 2))
+    assert repr(stage).startswith(f"layer{'s' if layers > 3 else ''} 1{', 3' if layers > 3 else ''}")
+    assert dict(model.plan.rows())["cpu:1"].startswith(repr(stage).partition(" on ")[0])
+    for keywords in ({}, {"num_beams": 3}, {"use_cache": False}):
+        assert torch.equal(model.generate(ids, **GREEDY, **keywords), whole.generate(ids, **GREEDY, **keywords)), keywords
+    with torch.no_grad():
+        mine, theirs = (one(ids, output_hidden_states=True).hidden_states for one in (model, whole))
+    assert all(torch.equal(*both) for both in zip(mine, theirs, strict=True))
+
+
+def test_sessions_over_layers_with_others_between_them(row: Any, checkpoint: Any, plain: Any) -> None:
+    model, whole = row("gemma3", device_map=dealt_layers(7)), plain(checkpoint("gemma3"))
+    model.tokenizer = talking.make_tokenizer()
+    texts = [[5 + index, *range(7, 30)] for index in range(4)]
+    with Session(model, prefix_store=None) as session:
+        replies = session.generate(texts, **ASKED)
+    for text, reply in zip(texts, replies, strict=True):
+        assert list(reply.tokens) == whole.generate(torch.tensor([text]), **GREEDY)[0, len(text) :].tolist()
+
+
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({"model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 0, "": 0}, "must follow one another"),
         ({"model.layers.0": 0, "model.layers.1": 1}, "names no device for model.layers.2"),
         ({"": 0, "model.layers.1": 1, "model.layers.1.mlp": 0}, "a layer stays whole"),
         ({"": 0, "model.layers.1": 1, "model.blocks": 1}, "no such module"),

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+import transformers
 from conftest import smallest
 from long_texts import answer, prompt
+from tiny import words
 
 from rabbit_engine import Session
+from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
@@ -30,17 +35,22 @@ Staged = Callable[..., Any]
 
 @pytest.fixture
 def staged() -> Iterator[Staged]:
-    """A model whose layers from the second on are two stages, all in the smallest budget that the whole model runs in."""
+    """A model whose layers from the second on are two stages, each in the smallest budget that it runs in.
+
+    With `turns` of two they take turns with pairs of layers, with three the model takes turns with them.
+    """
     models: list[Any] = []
 
-    def load(folder: Path, bounds: tuple[int, ...] | None = None, **keywords: Any) -> Any:
+    def load(folder: Path, bounds: tuple[int, ...] | None = None, turns: int = 0, **keywords: Any) -> Any:
         settings = read_settings({"device": "cpu", "max_memory": smallest(folder), **keywords})
 
         def open_stages(partition: Any, _: Any) -> Opened:
             layers = len(partition.layout.layers)
             cuts = bounds or (1, (layers + 1) // 2 if layers > 3 else 2, layers)
-            ranges = [range(first, stop) for first, stop in itertools.pairwise(cuts) if stop > first]
-            return Opened([LocalStage(folder, settings, each) for each in ranges])
+            ranges: list[Sequence[int]] = [range(first, stop) for first, stop in itertools.pairwise(cuts) if stop > first]
+            if turns:
+                ranges = [dealt(turn, turns, layers) for turn in (0, 1)]
+            return Opened([_smallest_stage(folder, settings, each) for each in ranges])
 
         models.append(load_in_stages(folder, settings, open_stages))
         return models[-1]
@@ -59,6 +69,121 @@ def test_families(checkpoint: Any, staged: Staged, plain: Any, family: str) -> N
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.scores, expected.scores, strict=True))
     stages = runtime_of(model).assembly.stages
     assert all(stage.model.profile.passes >= 2 for stage in stages)
+
+
+def _smallest_stage(folder: Path, settings: Any, layers: Sequence[int]) -> LocalStage:
+    try:
+        return LocalStage(folder, replace(settings, stream=replace(settings.stream, device_budget_bytes=1)), layers)
+    except BudgetError as error:
+        return LocalStage(
+            folder, replace(settings, stream=replace(settings.stream, device_budget_bytes=error.smallest_bytes)), layers
+        )
+
+
+def dealt(turn: int, turns: int, layers: int) -> list[int]:
+    """Every so many pairs of the layers from the second on."""
+    return [layer for layer in range(1, layers) if (layer - 1) // 2 % turns == turn]
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *[(family, {"num_hidden_layers": 13}) for family in ("llama", "gemma3", "mixtral", "mamba")],
+        ("qwen3_next", {"num_hidden_layers": 12}),
+        ("gemma3n", {}),
+        ("gpt2", {"num_hidden_layers": 13, "n_layer": 13}),
+    ],
+)
+def test_stages_that_take_turns(
+    family: str, changes: dict[str, int], turns: int, own_checkpoint: Any, staged: Staged, plain: Any
+) -> None:
+    folder = own_checkpoint(family, **changes)
+    model = staged(folder, turns=turns)
+    assert all(stage.assembly.transfer.units for stage in runtime_of(model).assembly.stages) or family == "gemma3n"
+    _answers_in_turns(model, plain(folder), turns)
+
+
+def test_stages_that_take_turns_without_a_cache(staged: Staged, plain: Any, tmp_path: Path) -> None:
+    config = transformers.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=9, n_head=4, n_positions=64)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    _answers_in_turns(staged(tmp_path, turns=2), plain(tmp_path), 2)
+
+
+def _answers_in_turns(model: Any, whole: Any, turns: int) -> None:
+    """Both give the same answers; at last each range of layers is one request."""
+    stages, layers = runtime_of(model).assembly.stages, model.config.num_hidden_layers
+    assert [list(stage.layers) for stage in stages] == [dealt(turn, turns, layers) for turn in (0, 1)]
+    asked: list[list[int]] = []
+    for ids in (prompt(19), prompt(5)):
+        found, expected = (answer(one, ids) for one in (model, whole))
+        assert torch.equal(found.sequences, expected.sequences)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.scores, expected.scores, strict=True))
+        with pytest.MonkeyPatch.context() as patch:
+            for stage in stages:
+                patch.setattr(stage, "submit", functools.partial(_noted, stage._runner.submit, asked))
+            asked.clear()
+            answer(model, ids, max_new_tokens=1)
+    pairs = [[first, second] for first, second in zip(range(1, layers, 2), range(2, layers, 2), strict=False)]
+    pairs += [[layers - 1]] if layers % 2 == 0 else []
+    assert asked == [pair for pair in pairs if any(pair[0] in stage.layers for stage in stages)]
+
+
+def _noted(submit: Any, asked: list[list[int]], request: Any) -> Any:
+    asked.append([call.layer for call in request.calls])
+    return submit(request)
+
+
+def test_a_stage_reads_its_next_range_while_others_compute(
+    own_checkpoint: Any, staged: Staged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = staged(own_checkpoint("llama", num_hidden_layers=9), turns=2)
+    answer(model, prompt(5), max_new_tokens=3)
+    stage = runtime_of(model).assembly.stages[0]
+    transfer = stage.assembly.transfer
+    found: list[tuple[int, str]] = []
+
+    def submit(request: Any) -> Any:
+        transfer.wait_until_idle()  # what it reads before it is asked
+        found.append((request.calls[0].layer, transfer._queue._queue[0].unit.name))
+        return stage._runner.submit(request)
+
+    monkeypatch.setattr(stage, "submit", submit)
+    answer(model, prompt(5), max_new_tokens=2)
+    assert [layer for layer, _ in found] == [1, 5, 1, 5]
+    assert all(name.startswith(f"model.layers.{layer}") for layer, name in found)
+
+
+def test_texts_that_return_at_different_times_share_the_reads(
+    own_checkpoint: Any, staged: Staged, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own ranges between those of its stages: each unit is read once a pass for all texts."""
+    folder = own_checkpoint("llama", num_hidden_layers=9)
+    model = staged(folder, turns=3, prefetching=False)
+    model.tokenizer = words(96)
+    runtime = runtime_of(model)
+    texts = [[*range(5, 12), 20 + index] for index in range(3)]
+    for stage in runtime.assembly.stages:
+        monkeypatch.setattr(stage, "submit", functools.partial(_later, stage._runner.submit))
+    with Session(model, prefix_store=None, max_requests=3) as session:
+        for count in (1, 4):
+            before = runtime.transfer.profile()
+            found = [list(one.tokens) for one in session.generate(texts, max_new_tokens=count)]
+    after = runtime.transfer.profile()
+    for text, tokens in zip(texts, found, strict=True):
+        theirs = plain(folder).generate(torch.tensor([text]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert tokens == theirs[0, len(text) :].tolist()
+    passes = after.passes - before.passes
+    assert passes <= 5
+    assert after.loads - before.loads == passes * len(runtime.transfer.units)
+
+
+def _later(submit: Any, request: Any, numbers: Any = itertools.count()) -> Future[Any]:  # noqa: B008 - of all requests
+    """The answer, some earlier, some later."""
+    future: Future[Any] = Future()
+    done = submit(request)
+    threading.Timer(0.01 * (next(numbers) % 3), lambda: future.set_result(done.result())).start()
+    return future
 
 
 def test_texts_of_a_session_share_the_passes_of_a_stage(checkpoint: Any, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from rabbit_engine.planning.experts import Routing
 from rabbit_engine.planning.machines import parse_machines, read_machines
 from rabbit_engine.planning.partition import partition_model
 from rabbit_engine.planning.stage_costs import different_experts
-from rabbit_engine.planning.stages import LayeredUnits, Machine, StagesPlan, layered_units, plan_stages, take_over
+from rabbit_engine.planning.stages import LayeredUnits, Machine, StagesPlan, crowd, layered_units, plan_stages, take_over
 from rabbit_engine.planning.stages_plan import row_of_stages
 from rabbit_engine.planning.tiers import UnitSize
 from rabbit_engine.planning.weights import unread_entries
@@ -132,6 +132,28 @@ def test_machines_that_share_processors_compute_no_faster_together() -> None:
         assert plan.seconds(1) == pytest.approx(computing)
     plan = plan_stages(units, shared, texts=texts)
     assert plan.bound(texts) == ("computing", "a, b, c, d")
+
+
+def test_turns_are_not_planned_where_they_save_nothing() -> None:
+    units, fast = model(*[100] * 16), {"seconds_per_byte": 0.0}
+    few = [machine("a", 201, **fast), machine("b", 200, **fast)]
+    assert len(plan_stages(units, few, most_rounds=8).stages) > 2
+    one_disk = [replace(one, disk="sda") for one in few]
+    assert len(plan_stages(units, one_disk, most_rounds=8).stages) == 2  # it never rests in ranges either
+    slow_links = [replace(one, link_latency_s=1.7) for one in few]
+    assert len(plan_stages(units, slow_links, most_rounds=2).stages) == 2  # each turn is two messages
+    ample = [machine("a", 1000, **fast), machine("b", 1000, **fast)]
+    assert ranges(plan_stages(units, ample, most_rounds=8)) == ranges(plan_stages(units, ample))  # all stay in memory
+
+
+def test_turns_are_not_planned_where_several_texts_lose() -> None:
+    """Four texts compute on both machines at once in ranges, and one behind another in turns."""
+    units = model(*[100] * 16)
+    slow = [machine("a", 201, seconds_per_byte=0.003), machine("b", 200, seconds_per_byte=0.003)]
+    for_one, for_many = (plan_stages(units, slow, most_rounds=8, several=several) for several in (1, 4))
+    assert for_one.pass_s < for_many.pass_s
+    assert for_many.seconds(4) < for_one.seconds(4)
+    assert ranges(for_many) == ranges(plan_stages(units, slow))
 
 
 def test_several_texts_fill_all_stages() -> None:
@@ -250,6 +272,30 @@ def test_an_orphaned_range_goes_where_it_costs_least() -> None:
     assert ranges(take_over(found, "fast")) == [("a", 0, 2), ("slow", 2, 4), ("slow", 4, 6), ("slow", 6, 8)]
 
 
+def test_ranges_that_were_placed_together_go_together() -> None:
+    """A process has all of a machine's ranges: they go to one machine, and share what it has left."""
+    machines = [machine("a", 251), machine("b", 300), machine("c", 350), machine("d", 600)]
+    dealt = [(0, range(1)), (1, range(1, 2)), (2, range(2, 3)), (1, range(3, 5)), (3, range(5, 6)), (2, range(6, 8))]
+    plan = row_of_stages(EIGHT, machines, dealt)
+    assert [(one.machine.name, one.layers) for one in plan.held] == [
+        ("a", (0,)),
+        ("b", (1, 3, 4)),
+        ("c", (2, 6, 7)),
+        ("d", (5,)),
+    ]
+    for leave in (take_over, crowd):
+        found = leave(plan, "b")
+        assert [(one.machine.name, one.layers) for one in found.held] == [
+            ("a", (0,)),
+            ("d", (1, 3, 4)),
+            ("c", (2, 6, 7)),
+            ("d", (5,)),
+        ]
+    assert found.max_memory["d"] <= 600
+    with pytest.raises(BudgetError, match="left for layers 1, 3-4 of b"):
+        take_over(replace(plan, machines=(*machines[:3], machine("d", 150))), "b")
+
+
 def test_one_that_stays_is_better_than_one_that_streams() -> None:
     machines = [machine("a", 201), machine("b", 300), machine("small", 500), machine("large", 600)]
     plan = row_of_stages(EIGHT, machines, [(0, range(1)), (1, range(1, 4)), (2, range(4, 6)), (3, range(6, 8))])
@@ -262,7 +308,7 @@ def test_one_that_stays_is_better_than_one_that_streams() -> None:
 def test_no_room_for_an_orphan_is_an_error_with_what_it_needs() -> None:
     machines = [machine("a", 201), machine("b", 300), machine("c", 399)]
     plan = row_of_stages(EIGHT, machines, [(0, range(2)), (1, range(2, 5)), (2, range(5, 8))])
-    with pytest.raises(BudgetError, match="no machine has 200 B left for layers 2 to 4 of b") as caught:
+    with pytest.raises(BudgetError, match="no machine has 200 B left for layers 2-4 of b") as caught:
         take_over(plan, "b")
     assert caught.value.smallest_bytes == 200
     with pytest.raises(BudgetError, match="a is the driver"):

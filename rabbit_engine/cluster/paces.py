@@ -10,6 +10,9 @@ _SLOW, _PASSES = 2.0, 8
 """A stage is slow if the middle of so many passes took this many times what it would as the others do."""
 
 
+_Layers = tuple[int, ...]
+
+
 class StagePaces:
     """Seconds of passes by the layers of a stage, each as a multiple of what was planned. Thread-safe.
 
@@ -19,11 +22,11 @@ class StagePaces:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._passes: dict[range, deque[float]] = {}
-        self._first: dict[range, float] = {}
-        self._told: set[range] = set()
+        self._passes: dict[_Layers, deque[float]] = {}
+        self._first: dict[_Layers, float] = {}
+        self._told: set[_Layers] = set()
 
-    def note(self, layers: range, ratio: float) -> str | None:
+    def note(self, layers: _Layers, ratio: float) -> str | None:
         """Note a pass; once, why the stage is called slow."""
         with self._lock:
             passes = self._passes.setdefault(layers, deque(maxlen=_PASSES))
@@ -39,13 +42,13 @@ class StagePaces:
             compared = "the other machines take" if others else "at first it took"
             return f"{own:.1f} times what was planned, and {compared} {usual:.1f} times"
 
-    def forget(self, layers: range) -> None:
+    def forget(self, layers: _Layers) -> None:
         """Begin anew: another worker has the layers."""
         with self._lock:
             self._passes.pop(layers, None)
             self._first.pop(layers, None)
             self._told.discard(layers)
 
-    def _middle(self, layers: range) -> float | None:
+    def _middle(self, layers: _Layers) -> float | None:
         passes = self._passes[layers]
         return median(passes) if len(passes) == _PASSES else None

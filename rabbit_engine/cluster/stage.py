@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +21,7 @@ from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, Worker
 from rabbit_engine.errors import ModelClosedError, StageLostError, first_line
 from rabbit_engine.streaming import StageAnswer, StageRequest
 from rabbit_engine.streaming.stages.stage import Change
+from rabbit_engine.utils.spans import format_layers
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +32,24 @@ _MOST_TRIES = 20
 class PlacesWorkers(Protocol):
     """Starts workers where memory is, and knows the machines that are gone."""
 
-    def start(self, layers: range) -> WorkerHandle:
+    def start(self, layers: tuple[int, ...]) -> WorkerHandle:
         """A worker that has opened the stage of these layers, on the machine planned for it, or another if that is gone.
         Raises StageLostError if none has the memory."""
         ...
 
 
 class ClusterStage:
-    """The layers `layers` on a worker that `places` starts."""
+    """The layers `layers`, in one range or several, on a worker that `places` starts."""
 
-    def __init__(self, layers: range, places: PlacesWorkers, log: RequestLog, paces: StagePaces, planned_s: float) -> None:
+    def __init__(
+        self, layers: Iterable[int], places: PlacesWorkers, log: RequestLog, paces: StagePaces, planned_s: float
+    ) -> None:
         """`paces` are those of all stages of the model; a pass of this one should take `planned_s`, if that is known."""
-        self.layers = layers
+        self.layers = tuple(sorted(layers))
+        self._shortest = _shortest_range(self.layers)
         self._places, self._log, self._paces, self._planned_s = places, log, paces, planned_s
         self._lock = threading.Lock()
-        self._worker = places.start(layers)
+        self._worker = places.start(self.layers)
         self._states: dict[str, str] = {}
         """The worker that has each text's cache."""
         self._adapters = KeptAdapters()
@@ -150,7 +156,7 @@ class ClusterStage:
                 self._states[request.text] = worker.number
             self._note(len(request.calls), time.perf_counter() - start)
             return answer
-        raise StageLostError(f"{_MOST_TRIES} workers for layers {self._span} ended one after another: see Ray's logs for why")
+        raise StageLostError(f"{_MOST_TRIES} workers for {self._span} ended one after another: see Ray's logs for why")
 
     def _bring(self, worker: WorkerHandle, text: str) -> None:
         """Compute a text's cache again on a new worker: the same requests give the same bits."""
@@ -162,7 +168,7 @@ class ClusterStage:
             worker.run(_for_text(request, text))
             count += 1
         self._states[text] = worker.number
-        logger.info("layers %s on %s: a text was computed again, in %d passes", self._span, worker.machine, count)
+        logger.info("%s on %s: a text was computed again, in %d passes", self._span, worker.machine, count)
 
     def _replace(self, ended: WorkerHandle, error: WorkerEndedError) -> None:
         """Start another worker; of several threads that ask, the first does."""
@@ -170,7 +176,7 @@ class ClusterStage:
             if self._closed:
                 raise ModelClosedError(f"the stage on {self.name} is closed") from error
             if self._worker is ended:
-                logger.warning("%s; its layers %s are loaded anew", error, self._span)
+                logger.warning("%s; its %s are loaded anew", error, self._span)
                 try:
                     ended.close()
                 except Exception as failure:  # noqa: BLE001 - whatever Ray raises for a machine that is gone, others take over
@@ -183,14 +189,21 @@ class ClusterStage:
 
     @property
     def _span(self) -> str:
-        return f"{self.layers.start} to {self.layers.stop - 1}"
+        return format_layers(self.layers)
 
     def _note(self, calls: int, seconds: float) -> None:
-        """Say once if the machine is slow."""
-        if calls < len(self.layers) or not self._planned_s:
+        """Say once if the machine is slow, by its requests for whole ranges."""
+        if calls < self._shortest or not self._planned_s:
             return
-        if (reason := self._paces.note(self.layers, seconds / self._planned_s)) is not None:
-            logger.warning("%s is slow: a pass of its layers %s takes %s", self.name, self._span, reason)
+        ratio = seconds * len(self.layers) / (calls * self._planned_s)
+        if (reason := self._paces.note(self.layers, ratio)) is not None:
+            logger.warning("%s is slow: a pass of its %s takes %s", self.name, self._span, reason)
+
+
+def _shortest_range(layers: Sequence[int]) -> int:
+    """How many layers the shortest of the ranges has."""
+    starts = [index for index, layer in enumerate(layers) if not index or layers[index - 1] != layer - 1]
+    return min((stop - start for start, stop in itertools.pairwise([*starts, len(layers)])), default=0)
 
 
 def _for_text(request: bytes, text: str) -> bytes:

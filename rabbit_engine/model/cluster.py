@@ -33,10 +33,11 @@ from rabbit_engine.planning.budget import staging_bytes
 from rabbit_engine.planning.forecast import partition_of
 from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.partition import Partition
-from rabbit_engine.planning.stages import StagesPlan, crowd, layered_units, plan_stages, take_over
-from rabbit_engine.planning.stages_plan import Stage
+from rabbit_engine.planning.stages import MOST_ROUNDS, StagesPlan, crowd, layered_units, plan_stages, take_over
+from rabbit_engine.planning.stages_plan import HeldStages
 from rabbit_engine.planning.texts import texts_folder
 from rabbit_engine.utils.platform import free_memory_bytes
+from rabbit_engine.utils.spans import format_layers
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def plan_on(partition: Partition, machines: Sequence[Machine], stream: StreamCon
     Raises BudgetError."""
     staging = staging_bytes(partition, stream.device)
     machines = [replace(one, memory_bytes=max(0, one.memory_bytes - staging)) for one in machines]
-    return plan_stages(layered_units(partition, cached_tokens=stream.max_seq_len or _USUAL_TOKENS), machines, texts=texts)
+    units = layered_units(partition, cached_tokens=stream.max_seq_len or _USUAL_TOKENS)
+    return plan_stages(units, machines, texts=texts, most_rounds=MOST_ROUNDS)
 
 
 def machines_of(facts: Sequence[MachineFacts], stream: StreamConfig) -> list[Machine]:
@@ -126,9 +128,12 @@ def _open(partition: Partition, checkpoint: Streamable, *, facts: Sequence[Machi
     )
     log, paces = RequestLog(texts_folder()), StagePaces()
     turns = {stage.first: turn for stage, turn in zip(plan.stages, plan.turns()[:-1], strict=True)}
-    there = [stage for stage in plan.stages if stage.machine.name != plan.driver.name]
+    there = [one for one in plan.held if one.machine.name != plan.driver.name]
+    seconds = [sum(turns[stage.first].seconds for stage in one.stages) for one in there]
     with ThreadPoolExecutor(max(1, len(there))) as pool:
-        opening = [pool.submit(ClusterStage, one.layers, places, log, paces, turns[one.first].seconds) for one in there]
+        opening = [
+            pool.submit(ClusterStage, one.layers, places, log, paces, own) for one, own in zip(there, seconds, strict=True)
+        ]
     stages = [one.result() for one in opening if one.exception() is None]
     for one in opening:
         if (error := one.exception()) is not None:
@@ -145,7 +150,7 @@ def _factory(
     settings: LoadSettings,
     files: Any,
     staging: int,
-    layers: range,
+    layers: tuple[int, ...],
     nbytes: int,
 ) -> StageFactory:
     """What opens the stage of `layers` in `nbytes` of memory and `staging` for reads, in another process."""
@@ -157,7 +162,7 @@ def _factory(
 
 
 def open_there(
-    description: FilesDescription, extents: tuple[FileExtent, ...], settings: LoadSettings, layers: range, files: Any
+    description: FilesDescription, extents: tuple[FileExtent, ...], settings: LoadSettings, layers: tuple[int, ...], files: Any
 ) -> LocalStage:
     """Open a stage on the machine that this runs on, whose files are there, or fetched from the driver."""
     found = ensure(description, extents, chunks_from(files) if files is not None else _no_chunks)
@@ -174,44 +179,47 @@ def _no_chunks(area: Area, name: str, offset: int, nbytes: int) -> NoReturn:
 
 
 class _Places:
-    """Where the stages of a plan are, and where they go if a machine ends: see `cluster.stage.PlacesWorkers`. Thread-safe."""
+    """Where the stages of a plan are, and where they go if a machine ends: see `cluster.stage.PlacesWorkers`. Thread-safe.
+
+    A worker has what was placed together: a machine's ranges of layers, or those that it took over.
+    """
 
     def __init__(
-        self, plan: StagesPlan, facts: Mapping[str, MachineFacts], factory: Callable[[range, int], StageFactory]
+        self, plan: StagesPlan, facts: Mapping[str, MachineFacts], factory: Callable[[tuple[int, ...], int], StageFactory]
     ) -> None:
         self.plan = plan
         self._facts, self._factory = facts, factory
         self._lock = threading.Lock()
-        self._workers: dict[range, WorkerHandle] = {}
+        self._workers: dict[tuple[int, ...], WorkerHandle] = {}
 
-    def start(self, layers: range) -> WorkerHandle:
+    def start(self, layers: tuple[int, ...]) -> WorkerHandle:
         """A worker that has opened the stage of `layers`."""
         failures = 0
         while True:
             with self._lock:
                 self._leave_the_dead()
-                stage = next(one for one in self.plan.stages if one.layers == layers)
+                held = next(one for one in self.plan.held if one.layers == layers)
             try:
-                return self._start(stage)
+                return self._start(held)
             except WorkerEndedError as error:
-                logger.warning("%s while it loaded layers %d to %d", error, layers.start, layers.stop - 1)
-                failures += self._is_alive(stage.machine.name)
+                logger.warning("%s while it loaded %s", error, format_layers(layers))
+                failures += self._is_alive(held.machine.name)
                 if failures == _MOST_FAILURES:
                     raise StageLostError(
-                        f"{failures} workers ended while they loaded layers {layers.start} to {layers.stop - 1} on "
-                        f"{stage.machine.name}, probably for memory: pass a smaller max_memory"
+                        f"{failures} workers ended while they loaded {format_layers(layers)} on {held.machine.name}, "
+                        "probably for memory: pass a smaller max_memory"
                     ) from error
 
-    def _start(self, stage: Stage) -> WorkerHandle:
-        facts = self._facts[stage.machine.name]
-        worker = WorkerHandle(stage.machine.name, facts.node_id, facts.cores)
-        self._workers[stage.layers] = worker
+    def _start(self, held: HeldStages) -> WorkerHandle:
+        facts = self._facts[held.machine.name]
+        worker = WorkerHandle(held.machine.name, facts.node_id, facts.cores)
+        self._workers[held.layers] = worker
         try:
-            about = worker.open(self._factory(stage.layers, stage.plan.budget.weights_bytes or 0))
+            about = worker.open(self._factory(held.layers, held.plan.budget.weights_bytes or 0))
         except BaseException:
             _end(worker)
             raise
-        logger.info("%s: %s", stage.machine.name, about)
+        logger.info("%s: %s", held.machine.name, about)
         return worker
 
     def _leave_the_dead(self) -> None:
@@ -219,16 +227,12 @@ class _Places:
         for machine in self.plan.machines[1:]:
             if self._is_alive(machine.name):
                 continue
-            before = {stage.layers: stage for stage in self.plan.stages}
+            before = {one.layers: one.plan for one in self.plan.held}
             self.plan = _without(self.plan, machine.name)
             logger.warning("machine %s is gone; its layers go to those that are left:\n%s", machine.name, self.plan)
-            for stage in self.plan.stages:
-                if (
-                    stage.machine.name != machine.name
-                    and stage.plan is not before[stage.layers].plan
-                    and stage.layers in self._workers
-                ):
-                    _end(self._workers[stage.layers])  # it opens again, in the memory that it has now
+            for one in self.plan.held:
+                if one.plan is not before[one.layers] and one.layers in self._workers:
+                    _end(self._workers[one.layers])  # it opens again, in the memory that it has now
 
     def _is_alive(self, name: str) -> bool:
         nodes = require_ray().nodes()

@@ -32,11 +32,11 @@ def _open(partition: Partition, _: Streamable, *, name: str | Path, settings: Lo
     logger.info("devices:\n%s", plan)
     shares, devices = shares_of(plan, partition, settings.stream), {one.name: one.device for one in row.devices}
     driver = shares[plan.driver.name]
-    there = [stage for stage in plan.stages if stage.machine.name != plan.driver.name]
+    there = [one for one in plan.held if one.machine.name != plan.driver.name]
     if not there and not row.is_named:
         return Opened(())
 
-    def open_one(place: str, layers: range) -> LocalStage:
+    def open_one(place: str, layers: tuple[int, ...]) -> LocalStage:
         share = shares[place]
         stream = replace(
             settings.stream,
@@ -49,7 +49,7 @@ def _open(partition: Partition, _: Streamable, *, name: str | Path, settings: Lo
         return LocalStage(name, replace(settings, stream=stream), layers, place)
 
     with ThreadPoolExecutor(max(1, len(there))) as pool:
-        opening = [pool.submit(open_one, stage.machine.name, stage.layers) for stage in there]
+        opening = [pool.submit(open_one, one.machine.name, one.layers) for one in there]
     stages = [one.result() for one in opening if one.exception() is None]
     for one in opening:
         if (error := one.exception()) is not None:

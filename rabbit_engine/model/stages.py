@@ -1,10 +1,10 @@
-"""A model in stages: the first layers, with all that is not a layer, in this process, the others where `OpenStage`s have them."""
+"""A model in stages: some layers, with all that is not a layer, in this process, the others where `OpenStage`s have them."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner, tell_what_is_shown
 from rabbit_engine.utils.platform import kernels_of
+from rabbit_engine.utils.spans import format_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _require_decoder(model: PreTrainedModel) -> None:
         )
 
 
-def load_layers(name: str | Path, settings: LoadSettings, layers: range) -> Any:
+def load_layers(name: str | Path, settings: LoadSettings, layers: Collection[int]) -> Any:
     """The model, of which only `layers` can run: what a stage loads."""
 
     def part(whole: Partition) -> Partition:
@@ -137,23 +138,26 @@ def load_layers(name: str | Path, settings: LoadSettings, layers: range) -> Any:
 
 
 class LocalStage:
-    """Layers on another device of this machine, with residents, a ring and reads of their own."""
+    """Layers on another device of this machine, with residents, a ring and reads of their own.
 
-    def __init__(self, name: str | Path, settings: LoadSettings, layers: range, place: str | None = None) -> None:
+    The ring reads ahead while the stage waits for a request: after one range of layers the next, after the last the first.
+    """
+
+    def __init__(self, name: str | Path, settings: LoadSettings, layers: Iterable[int], place: str | None = None) -> None:
         """Load the layers; `place` names the device, if its own name does not."""
-        self.layers = layers
-        self._model = load_layers(name, settings, layers)
+        self.layers = tuple(sorted(layers))
+        self._model = load_layers(name, settings, self.layers)
         runtime = runtime_of(self._model)
         self.device = runtime.device
         self.name = place or str(runtime.device)
         self.kernels = kernels_of(runtime.device)
         names = runtime.partition.layout.layers
-        modules = {number: self._model.get_submodule(names[number]) for number in layers}
+        modules = {number: self._model.get_submodule(names[number]) for number in self.layers}
         make_text = functools.partial(make_text_states, runtime)
         self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, make_text=make_text)
 
     def __repr__(self) -> str:
-        return f"layers {self.layers.start} to {self.layers.stop - 1} on {self.name}: {runtime_of(self._model).plan!r}"
+        return f"{format_layers(self.layers)} on {self.name}: {runtime_of(self._model).plan!r}"
 
     @property
     def model(self) -> Any:

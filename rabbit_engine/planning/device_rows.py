@@ -15,7 +15,7 @@ from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.planning.budget import DEFAULT_TOKENS, PLANNED_ROWS, FreeMemory, host_bytes_of, staging_bytes, without_margin
 from rabbit_engine.planning.machines import DEFAULT_SECONDS_PER_BYTE, Machine
 from rabbit_engine.planning.partition import Partition
-from rabbit_engine.planning.stages import LayeredUnits, StagesPlan, layered_units, plan_stages
+from rabbit_engine.planning.stages import MOST_ROUNDS, LayeredUnits, StagesPlan, layered_units, plan_stages
 from rabbit_engine.planning.stages_plan import row_of_stages
 from rabbit_engine.streaming.transfer.measure import measure_products, speeds_for
 from rabbit_engine.utils.platform import free_memory_bytes, is_available, pinned_limit_bytes
@@ -38,7 +38,7 @@ class RowShare:
 
 def plan_row(partition: Partition, row: DeviceRow, stream: StreamConfig) -> StagesPlan:
     """The stages of a model on the devices of `row`. Raises BudgetError, and ConfigurationError if the caller's map names no
-    device for a layer, or gives a device layers that do not follow one another."""
+    device for a layer."""
     is_given = all(one.nbytes is not None for one in row.devices)
     tokens = stream.max_seq_len or (0 if is_given else DEFAULT_TOKENS)
     units = layered_units(partition, cached_tokens=tokens)
@@ -47,7 +47,7 @@ def plan_row(partition: Partition, row: DeviceRow, stream: StreamConfig) -> Stag
         return row_of_stages(units, machines, _mapped(partition, row))
     if row.sequential and (filled := _filled(units, machines)) is not None:
         return row_of_stages(units, machines, filled)
-    return plan_stages(units, machines)
+    return plan_stages(units, machines, most_rounds=MOST_ROUNDS)
 
 
 def shares_of(plan: StagesPlan, partition: Partition, stream: StreamConfig) -> Mapping[str, RowShare]:
@@ -134,10 +134,6 @@ def _mapped(partition: Partition, row: DeviceRow) -> list[tuple[int, range]]:
     groups = [
         (place, [number for number, _ in group]) for place, group in itertools.groupby(enumerate(places), lambda pair: pair[1])
     ]
-    for place in order:
-        if (parts := [layers for owner, layers in groups if owner == place]) and len(parts) > 1:
-            listed = " and ".join(f"{layers[0]} to {layers[-1]}" for layers in parts)
-            raise ConfigurationError(f"device_map gives {place} layers {listed}: those of a device must follow one another")
     return [(order.index(place), range(layers[0], layers[-1] + 1)) for place, layers in groups]
 
 

@@ -16,7 +16,7 @@ from rabbit_engine.planning.decide import plan_for
 from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.partition import Partition, partition_model
 from rabbit_engine.planning.plan import Plan
-from rabbit_engine.planning.stages import LayeredUnits, layered_units, plan_stages
+from rabbit_engine.planning.stages import MOST_ROUNDS, LayeredUnits, layered_units, plan_stages
 from rabbit_engine.planning.stages_plan import StagesPlan
 from rabbit_engine.planning.weights import unread_entries
 from rabbit_engine.storage.tensorfiles import TensorEntry
@@ -47,7 +47,7 @@ def forecast_stages(
     machines: Sequence[Machine],
     *,
     texts: int = 1,
-    most_rounds: int = 1,
+    most_rounds: int = MOST_ROUNDS,
 ) -> StagesPlan:
     """How `machines` would share the model: see `plan_stages`. `max_seq_len` of `stream` reserves memory for that many tokens of
     all texts. Reads what `forecast` reads. Raises BudgetError and what loading would raise before it reads a weight.

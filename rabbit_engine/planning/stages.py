@@ -19,9 +19,10 @@ from rabbit_engine.errors import BudgetError, ConfigurationError
 from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.stage_costs import LayeredUnits, StageWork, layered_units, place_on, turn_of, work_of
-from rabbit_engine.planning.stages_plan import Stage, StagesPlan, numbers_of_groups, row_of_stages
+from rabbit_engine.planning.stages_plan import HeldStages, Stage, StagesPlan, numbers_of_groups, row_of_stages
 from rabbit_engine.planning.tiers import UnitSize
 from rabbit_engine.utils.sizes import format_bytes
+from rabbit_engine.utils.spans import format_layers
 
 __all__ = ["LayeredUnits", "Machine", "Stage", "StagesPlan", "crowd", "layered_units", "plan_stages", "take_over"]
 
@@ -32,109 +33,141 @@ _MOST_ORDERS = 24
 _READING = 0.25
 """What reading counts where computing hides it: memory is better, as reads take computing too."""
 
+MOST_ROUNDS = 32
+"""Ranges of layers on a machine, at most, where machines take turns."""
+
+SEVERAL = 4
+"""Texts for which turns must not be slower: with one range a machine, all machines compute at once."""
+
+_LEAST_SAVED = 0.05
+"""The share of the seconds that more ranges a machine must save: rings are not always full in time for them."""
+
 _BALANCE = 1e-3
 """What squares of the machines' seconds add to the sum, at most: of sums as close as this the most even is taken."""
 
 
-def plan_stages(units: LayeredUnits, machines: Sequence[Machine], *, texts: int = 1, most_rounds: int = 1) -> StagesPlan:
+def plan_stages(
+    units: LayeredUnits, machines: Sequence[Machine], *, texts: int = 1, most_rounds: int = 1, several: int = SEVERAL
+) -> StagesPlan:
     """The stages with which a pass of `texts` takes the least seconds.
 
     The first of `machines` is the driver, the first to run. The others follow in the best order, if they are few and layers
-    differ. A machine may get no layers. With `most_rounds` above 1, machines may take turns with several ranges each. Raises
+    differ. A machine may get no layers. With `most_rounds` above 1, machines that read from several disks may take turns with
+    several ranges each, if that saves some percent and a pass of `several` texts takes no longer than with one range each. Raises
     BudgetError, which names what is missing, if the model does not fit even streamed.
     """
     if not machines or len({machine.name for machine in machines}) < len(machines):
         names = ", ".join(machine.name for machine in machines) or "none"
         raise ConfigurationError(f"machines must have different names, and there must be one at least: {names}")
+    searches = [(_Search(units, order), _some_groups(texts, len(order))) for order in _orders(units, machines)]
+    best = _best_of(searches, texts, 1)
+    if best is None:
+        raise _too_little(units, machines)
+    in_ranges = best
+    if not best.pass_bytes or len({machine.disk_name for machine in machines}) < 2:
+        return best
+    for rounds in _doubling(most_rounds)[1:]:
+        found = _best_of(searches, texts, rounds)
+        saves = found is not None and found.seconds(texts) < best.seconds(texts) * (1 - _LEAST_SAVED)
+        if found is not None and saves and found.seconds(several) <= in_ranges.seconds(several) * (1 + _BALANCE):
+            best = found
+    return best
+
+
+def _best_of(searches: Sequence[tuple[_Search, Sequence[int]]], texts: int, rounds: int) -> StagesPlan | None:
+    """The plan with the least seconds, of those that each search finds with its numbers of groups."""
     best: StagesPlan | None = None
-    for order in _orders(units, machines):
-        search = _Search(units, order)
-        for rounds, groups in itertools.product(_doubling(most_rounds), _some_groups(texts, len(order))):
+    for search, numbers in searches:
+        for groups in numbers:
             found = search.best(rounds, groups, -(-texts // groups))
             if found is not None and (best is None or found.seconds(texts) < best.seconds(texts) * (1 - _BALANCE)):
                 best = replace(found, texts=texts)
-    if best is None:
-        raise _too_little(units, machines)
     return best
 
 
 def take_over(plan: StagesPlan, lost: str) -> StagesPlan:
-    """The plan without the machine `lost`: each of its stages goes to that machine with room left which gives the least seconds.
+    """The plan without the machine `lost`: what it had goes to that machine with room left which gives the least seconds.
 
-    Machines keep what they hold. Raises BudgetError if none has room, or if the driver is lost: then plan anew.
+    Machines keep what they hold, and stages that were placed together stay together. Raises BudgetError if none has room, or if
+    the driver is lost: then plan anew.
     """
     if lost == plan.driver.name:
         raise BudgetError(f"{lost} is the driver, which keeps what stands around the layers: load the model anew on another")
     left = tuple(machine for machine in plan.machines if machine.name != lost)
     found = replace(plan, machines=left)
-    for index, stage in enumerate(plan.stages):
-        if stage.machine.name == lost:
-            found = _taken_over(found, index, stage)
+    for orphan in plan.held:
+        if orphan.machine.name == lost:
+            found = _taken_over(found, orphan)
     return found
 
 
 def crowd(plan: StagesPlan, lost: str) -> StagesPlan:
-    """The plan without the machine `lost`: each of its stages goes to that machine which then gives the least seconds, though all
-    of its stages hold less: its memory is divided among them by their bytes. The driver holds what it holds.
+    """The plan without the machine `lost`: what it had goes to that machine which then gives the least seconds, though all of its
+    stages hold less: its memory is divided among what it holds by bytes. The driver holds what it holds.
 
     Raises BudgetError if no machine is left that has the memory to stream what it would have.
     """
     found = replace(plan, machines=tuple(machine for machine in plan.machines if machine.name != lost))
-    for index, stage in enumerate(plan.stages):
-        if stage.machine.name == lost:
-            found = _crowded(found, index, stage)
+    for orphan in plan.held:
+        if orphan.machine.name == lost:
+            found = _crowded(found, orphan)
     return found
 
 
-def _crowded(plan: StagesPlan, index: int, orphan: Stage) -> StagesPlan:
+def _crowded(plan: StagesPlan, orphan: HeldStages) -> StagesPlan:
     found, problems = [], []
     for machine in plan.machines[1:]:
-        stages = [*plan.stages[:index], replace(orphan, machine=machine), *plan.stages[index + 1 :]]
+        moved = HeldStages(tuple(replace(stage, machine=machine) for stage in orphan.stages))
+        there = [moved, *(one for one in plan.held if one.machine.name == machine.name)]
         try:
-            found.append(replace(plan, stages=_divided(plan.units, machine, stages)))
+            found.append(_with(plan, _divided(plan.units, machine, there)))
         except BudgetError as error:
             problems.append(str(error))
     if not found:
         raise BudgetError(
-            f"no machine is left with memory for layers {orphan.first} to {orphan.stop - 1} of {orphan.machine.name} "
+            f"no machine is left with memory for {format_layers(orphan.layers)} of {orphan.machine.name} "
             f"({'; '.join(problems) or 'the driver holds its own already'}): load the model again with the machines that are left"
         )
     return min(found, key=lambda one: one.seconds(plan.texts))
 
 
-def _divided(units: LayeredUnits, machine: Machine, stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages, with the memory of `machine` divided among its own. Raises BudgetError."""
-    nbytes = {
-        stage.first: sum(unit.nbytes for unit in units.of(stage.layers)) for stage in stages if stage.machine.name == machine.name
-    }
-    placed = []
-    for stage in stages:
-        if stage.machine.name == machine.name:
-            share = machine.memory_bytes * nbytes.get(stage.first, 0) // max(1, sum(nbytes.values()))
-            sizes = units.of(stage.layers)
-            plan = place_on(replace(machine, memory_bytes=share), sizes, len(stage.layers) * units.cache_bytes)
-            placed.append(replace(stage, machine=machine, plan=plan, work=work_of(sizes, plan, len(stage.layers))))
-        else:
-            placed.append(stage)
-    return tuple(placed)
+def _divided(units: LayeredUnits, machine: Machine, held: Sequence[HeldStages]) -> list[Stage]:
+    """All those stages, with the memory of `machine` divided among what was placed together. Raises BudgetError."""
+    nbytes = [sum(unit.nbytes for unit in units.of(one.layers)) for one in held]
+    shares = [machine.memory_bytes * own // max(1, sum(nbytes)) for own in nbytes]
+    return [stage for one, share in zip(held, shares, strict=True) for stage in _placed_on(units, machine, one, share)]
 
 
-def _taken_over(plan: StagesPlan, index: int, orphan: Stage) -> StagesPlan:
-    sizes, cache = plan.units.of(orphan.layers), len(orphan.layers) * plan.units.cache_bytes
+def _placed_on(units: LayeredUnits, machine: Machine, held: HeldStages, nbytes: int) -> list[Stage]:
+    """The stages on `machine`, in `nbytes` of its memory. Raises BudgetError."""
+    room = replace(machine, memory_bytes=nbytes)
+    plan = place_on(room, units.of(held.layers), len(held.layers) * units.cache_bytes)
+    return [
+        replace(stage, machine=machine, plan=plan, work=work_of(units.of(stage.layers), plan, len(stage.layers)))
+        for stage in held.stages
+    ]
+
+
+def _with(plan: StagesPlan, stages: Sequence[Stage]) -> StagesPlan:
+    """The plan with these stages in place of those of the same layers."""
+    new = {stage.first: stage for stage in stages}
+    return replace(plan, stages=tuple(new.get(stage.first, stage) for stage in plan.stages))
+
+
+def _taken_over(plan: StagesPlan, orphan: HeldStages) -> StagesPlan:
     found, problems = [], []
     for machine in plan.machines:
         held = sum(one.held_bytes(one.device) for one in plan.plans_of(machine.name))
         try:
-            own = place_on(replace(machine, memory_bytes=max(0, machine.memory_bytes - held)), sizes, cache)
+            stages = _placed_on(plan.units, machine, orphan, max(0, machine.memory_bytes - held))
         except BudgetError as error:
             problems.append(error)
             continue
-        stage = replace(orphan, machine=machine, plan=own, work=work_of(sizes, own, len(orphan.layers)))
-        found.append(replace(plan, stages=(*plan.stages[:index], stage, *plan.stages[index + 1 :])))
+        found.append(_with(plan, stages))
     if not found:
         least = min(problems, key=lambda error: error.smallest_bytes).smallest_bytes
         raise BudgetError(
-            f"no machine has {format_bytes(least)} left for layers {orphan.first} to {orphan.stop - 1} of {orphan.machine.name}: "
+            f"no machine has {format_bytes(least)} left for {format_layers(orphan.layers)} of {orphan.machine.name}: "
             "plan anew with the machines that are left",
             least,
         )

@@ -43,6 +43,28 @@ class Stage:
         return self.plan.resident_bytes + self.plan.experts.device_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class HeldStages:
+    """The stages of a machine that were placed together: one process has them, with one ring for all of their weights."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def machine(self) -> Machine:
+        """Where they are."""
+        return self.stages[0].machine
+
+    @property
+    def plan(self) -> Plan:
+        """Which of their units stay."""
+        return self.stages[0].plan
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Their layers, ascending."""
+        return tuple(layer for stage in self.stages for layer in stage.layers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class StagesPlan(Report):
     """The `stages` of a pass, in order, over `machines`, of which the first is the driver: it keeps what stands around the layers
@@ -59,6 +81,14 @@ class StagesPlan(Report):
     def driver(self) -> Machine:
         """The machine that begins and ends each pass."""
         return self.machines[0]
+
+    @property
+    def held(self) -> tuple[HeldStages, ...]:
+        """The stages by what they were placed with: those of a machine, and beside them those that it took over."""
+        found: dict[int, list[Stage]] = {}
+        for stage in self.stages:
+            found.setdefault(id(stage.plan), []).append(stage)
+        return tuple(HeldStages(tuple(stages)) for stages in found.values())
 
     def stages_of(self, name: str) -> tuple[Stage, ...]:
         """The stages of a machine."""

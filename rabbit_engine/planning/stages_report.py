@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rabbit_engine.utils.sizes import format_bytes, format_seconds
+from rabbit_engine.utils.spans import format_layers
 
 if TYPE_CHECKING:
     from rabbit_engine.planning.machines import Machine
@@ -55,11 +56,10 @@ def _machine(plan: StagesPlan, machine: Machine) -> str:
 
 def _layers(stages: Sequence[Stage]) -> str:
     """The layers of stages, or their number if there are many ranges."""
-    count = sum(len(stage.layers) for stage in stages)
     if len(stages) > _MOST_RANGES:
+        count = sum(len(stage.layers) for stage in stages)
         return f"{count} layers in {len(stages)} turns, the first {stages[0].first}"
-    ranges = ", ".join(f"{stage.first}-{stage.stop - 1}" if len(stage.layers) > 1 else f"{stage.first}" for stage in stages)
-    return f"layer{'s' if count > 1 else ''} {ranges}"
+    return format_layers(layer for stage in stages for layer in stage.layers)
 
 
 def _turns(plan: StagesPlan, machine: Machine) -> str:

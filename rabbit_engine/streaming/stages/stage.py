@@ -101,7 +101,7 @@ class StageAnswer:
 
 
 class OpenStage(Protocol):
-    """Consecutive layers of a model that run elsewhere. All methods but `close` may be called from any thread."""
+    """Layers of a model that run elsewhere, in one range or several. All methods but `close` may be called from any thread."""
 
     @property
     def name(self) -> str:
@@ -109,8 +109,8 @@ class OpenStage(Protocol):
         ...
 
     @property
-    def layers(self) -> range:
-        """The numbers of the layers."""
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers, ascending."""
         ...
 
     @property
