@@ -163,6 +163,7 @@ def test_texts_that_return_at_different_times_share_the_reads(
     model.tokenizer = words(96)
     runtime = runtime_of(model)
     texts = [[*range(5, 12), 20 + index] for index in range(3)]
+    monkeypatch.setattr(runtime.transfer, "pass_read_s", 30.0)
     for stage in runtime.assembly.stages:
         monkeypatch.setattr(stage, "submit", functools.partial(_later, stage._runner.submit))
     with Session(model, prefix_store=None, max_requests=3) as session:
