@@ -28,6 +28,7 @@ from rabbit_engine.cluster.description import describe, extents_of
 from rabbit_engine.cluster.sending import DriverFiles
 from rabbit_engine.cluster.stored import stored_copies
 from rabbit_engine.storage.partial import PresentExtents, read_present
+from rabbit_engine.utils.sizes import format_bytes
 
 NAME, LINES = "someone/tiny", 12
 
@@ -154,11 +155,14 @@ def test_a_machine_that_neither_has_nor_can_hold_the_files_says_so_before_any_we
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RABBIT_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rabbit_engine.cluster.description.ALWAYS_BYTES", 16)  # so that headers of a tiny model are less than it
+    monkeypatch.setattr("rabbit_engine.cluster.copies._GAP", 0)
     order, sent = elsewhere(Order.of(talker, Choices(), {"device": "cpu"}), monkeypatch)
-    monkeypatch.setattr("rabbit_engine.cluster.stored._free", lambda _: 1000)
+    room = int(0.9 * sum(row.nbytes for row in sent.description.files))  # enough for headers
+    monkeypatch.setattr("rabbit_engine.cluster.stored._free", lambda _: room)
     failure = probe(order, sent)
     assert isinstance(failure, Failure)
-    assert (failure.kind, "1.00 kB are free" in failure.message) == (errors.NotEnoughDiskError.__name__, True)
+    assert (failure.kind, f"{format_bytes(room)} are free" in failure.message) == (errors.NotEnoughDiskError.__name__, True)
     failure = probe(order)
     assert isinstance(failure, Failure)
     assert failure.kind in files.ABSENT

@@ -305,7 +305,7 @@ def test_a_stage_is_slow_against_the_others() -> None:
     (reason,) = passes(three, 12.0)
     assert reason == "11.5 times what was planned, and the other machines take 5.5 times"
     assert passes(three, 30.0) == [], "once"
-    assert passes(two, 0.1) + passes(one, 0.1) == []
+    assert passes(two, 0.1) + passes(one, 0.1) + passes(three, 0.1) == []
     assert passes(one, 1.9) == [], "what is within twice its plan is not slow, whatever the others do"
     paces.forget(three)
     assert passes(three, 30.0, count=7) == [], "too few passes of the new worker"
