@@ -16,6 +16,7 @@ import pytest
 import talking
 import torch
 from conftest import smallest
+from guessing import Guided
 from long_texts import BLOCK, answer, made_caches, prompt
 from transformers import DynamicCache
 
@@ -167,6 +168,17 @@ def test_states_of_the_whole_text_are_computed_again(checkpoint: Any, over_worke
     here.ends = lambda number: "after" if number == 9 else ""
     assert torch.equal(answer(model, prompt(11), max_new_tokens=6).sequences, expected)
     assert here.started == 3
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_states_before_a_wrong_guess_are_computed_again(checkpoint: Any, over_workers: Staged, plain: Any, when: str) -> None:
+    folder = checkpoint("qwen3_next")
+    expected = answer(plain(folder), prompt(11), max_new_tokens=20).sequences
+    model, here = over_workers(folder)
+    here.ends = lambda number: when if number in (9, 14, 40) else ""
+    draft = Guided(expected[0].tolist(), agreement=0.6, branches=1, nodes=6)
+    assert torch.equal(answer(model, prompt(11), max_new_tokens=20, speculate=draft).sequences, expected)
+    assert here.started >= 4
 
 
 def test_a_copy_of_a_text_goes_on_by_itself(checkpoint: Any, over_workers: Staged, plain: Any) -> None:

@@ -15,14 +15,16 @@ import pytest
 import talking
 import torch
 from conftest import smallest
+from guessing import Guided
 from test_tasks import T5, save
 from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rabbit_engine import AutoModel, PrefixStore, Session, errors
-from rabbit_engine.decoding import Lookup
+from rabbit_engine.decoding import Findings, Lookup
 from rabbit_engine.devices import parse_row
 from rabbit_engine.model.runtime import runtime_of
+from rabbit_engine.model.speculating import findings_of
 from rabbit_engine.streaming import StageRunner
 from rabbit_engine.transformers_bridge.mirrored import ElsewhereLayer
 from rabbit_engine.transformers_bridge.tiered import TieredCache
@@ -156,6 +158,27 @@ def test_another_attention(row: Any, checkpoint: Any, plain: Any, ids: Any) -> N
             one.set_attn_implementation(name)
             found.append(one(ids).logits)
     assert all(map(torch.equal, found[:3], found[3:]))
+
+
+@pytest.mark.parametrize("agreement", [1.0, 0.6])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("family", "way"), [("qwen3_next", "carry"), ("lfm2", "chain"), ("llama", "tree")])
+def test_drafts_whose_states_are_elsewhere(
+    family: str, way: str, recorded: bool, agreement: float, row: Any, checkpoint: Any, plain: Any, ids: Any
+) -> None:
+    """States that a wrong guess has changed are those before it again; a way that the record does not know is tried first."""
+    asked = {**GREEDY, "max_new_tokens": 30}
+    expected = plain(checkpoint(family)).generate(ids, **asked)
+    model = row(family)
+    if not recorded:
+        model._findings = Findings()
+    draft = Guided(expected[0].tolist(), agreement=agreement, branches=1, nodes=8)
+    assert torch.equal(model.generate(ids, speculate=draft, **asked), expected)
+    assert findings_of(model).used == way
+    assert model.profile.passes < 30
+    (stage,) = runtime_of(model).assembly.stages
+    model(ids, use_cache=False)
+    assert not any(stage._runner._saved.values())
 
 
 CACHES: dict[str, Callable[[Any], Any]] = {

@@ -56,7 +56,7 @@ def ability_of(cache: Cache) -> Ability:
     if not all(_is_recurrent(layer) or _can_crop(layer) for layer in layers):
         return "none"
     if any(_is_recurrent(layer) for layer in layers):
-        return "none" if any(_kind(layer) is not type(layer) for layer in layers) else "restore"
+        return "restore"
     return "crop"
 
 
@@ -220,7 +220,7 @@ _BY_DEFAULT: dict[type, type] = {
 
 def is_made_for(cache: Cache, config: PretrainedConfig) -> bool:
     """Whether the layers are those that `generate` would make for the config. A caller's `DynamicCache()` has no sliding ones."""
-    kinds = [_BY_DEFAULT.get(type(layer), type(layer)) for layer in cache.layers]
+    kinds = [_BY_DEFAULT.get(_kind(layer), _kind(layer)) for layer in cache.layers]
     return kinds == [type(layer) for layer in DynamicCache(config=config).layers]
 
 
@@ -346,7 +346,7 @@ class States:
 
 def copy_states(cache: Cache) -> States:
     """What `restore_states` needs to undo the passes that follow. Keys and values are not copied: passes replace them."""
-    return States(tuple(_states_of(layer) for layer in cache.layers))
+    return States(tuple(states_of_layer(layer) for layer in cache.layers))
 
 
 def copy_to_continue(cache: DynamicCache, expected_tokens: int) -> DynamicCache:
@@ -366,13 +366,14 @@ _SAVED = "saved"
 """What a layer saved itself: it adds tokens to memory that shows those before."""
 
 
-def _states_of(layer: Any) -> Mapping[str, Any]:
-    if isinstance(layer, (*TIERED, GrowingLayer)):
+def states_of_layer(layer: Any) -> Mapping[str, Any]:
+    """`copy_states` of one layer."""
+    if isinstance(layer, (*TIERED, GrowingLayer)) or _kind(layer) is not type(layer):
         return {_SAVED: layer.saved()}
-    return {name: _copied(value) for name, value in vars(layer).items()}
+    return {name: copied_state(value) for name, value in vars(layer).items()}
 
 
-def _copied(value: Any) -> Any:
+def copied_state(value: Any) -> Any:
     """Recurrent states are kept in dicts and updated in place."""
     if not isinstance(value, dict):
         return value
@@ -383,7 +384,12 @@ def restore_states(cache: Cache, states: States) -> None:
     """Have what each layer held at `copy_states`, before or after passes that were undone; once: later passes update the copy."""
     layers: list[Any] = cache.layers
     for layer, saved in zip(layers, states.layers, strict=True):
-        if _SAVED in saved:
-            layer.restore(saved[_SAVED])
-        else:
-            vars(layer).update(saved)
+        restore_layer(layer, saved)
+
+
+def restore_layer(layer: Any, saved: Mapping[str, Any]) -> None:
+    """`restore_states` of one layer."""
+    if _SAVED in saved:
+        layer.restore(saved[_SAVED])
+    else:
+        vars(layer).update(saved)

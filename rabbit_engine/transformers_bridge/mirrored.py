@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, Self
@@ -12,7 +14,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from rabbit_engine.transformers_bridge.caches import keep_in_layer
+from rabbit_engine.transformers_bridge.caches import copied_state, keep_in_layer, restore_layer, states_of_layer
 from rabbit_engine.transformers_bridge.tiered import PlainLayer, as_plain
 from rabbit_engine.transformers_bridge.tiered_layers import TIERED, plain_facts
 
@@ -45,6 +47,21 @@ class Relay(Protocol):
         ...
 
 
+class MirroredStates:
+    """A copy on the stage of what a layer has there, under a `number`; here its attributes."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, relay: Relay, index: int, facts: Mapping[str, Any]) -> None:
+        self.number, self.facts = next(self._numbers), facts
+        relay.note(index, "save", (self.number,))
+        weakref.finalize(self, relay.note, index, "drop", (self.number,)).atexit = False
+
+
+_OWN = ("_relay", "_index", "_is_changing")
+"""Attributes of a mirror that its layer does not have."""
+
+
 class MirroredLayer:
     """What the mirror of a layer adds to its class, whose methods then run on tensors without memory."""
 
@@ -71,6 +88,17 @@ class MirroredLayer:
         self._relay.note(self._index, "keep", (past, list(offsets)))
         with _changing(self):
             keep_in_layer(self, past, offsets)
+
+    def saved(self) -> MirroredStates:
+        """What `restore` needs, which the stage keeps as long as this is referred to."""
+        facts = {name: copied_state(value) for name, value in vars(self).items() if name not in _OWN}
+        return MirroredStates(self._relay, self._index, facts)
+
+    def restore(self, saved: MirroredStates) -> None:
+        """Have what the layer had, once."""
+        self._relay.note(self._index, "restore", (saved.number,))
+        with _changing(self):
+            vars(self).update(saved.facts)
 
     def take(self, facts: Mapping[str, Any]) -> None:
         """Have the attributes that `facts_of` the layer gave on the stage."""
@@ -230,10 +258,16 @@ def _on(value: Any, device: torch.device) -> Any:
     return type(value)(_on(one, device) for one in value) if type(value) in (list, tuple) else value
 
 
-def change_layer(layer: Any, change: str, args: tuple[Any, ...]) -> None:
-    """Do to a layer what was noted of its mirror."""
+def change_layer(layer: Any, change: str, args: tuple[Any, ...], saved: dict[int, Any]) -> None:
+    """Do to a layer what was noted of its mirror. `saved` are copies of states of the text by number."""
     if change == "keep":
         keep_in_layer(layer, *args)
+    elif change == "save":
+        saved[args[0]] = states_of_layer(layer)
+    elif change == "restore":
+        restore_layer(layer, saved.pop(args[0]))
+    elif change == "drop":
+        saved.pop(args[0], None)
     else:
         getattr(layer, change)(*args)
 

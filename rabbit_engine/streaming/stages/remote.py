@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class RemoteText:
     def __init__(self, stage: OpenStage) -> None:
         self.name = uuid.uuid4().hex
         self._stage = stage
-        self._changes: list[Change] = []
+        self._changes: deque[Change] = deque()
         weakref.finalize(self, stage.forget, self.name)
 
     def note(self, index: int, change: str, args: tuple[Any, ...]) -> None:
@@ -91,8 +92,10 @@ class RemoteText:
 
     def take_changes(self) -> tuple[Change, ...]:
         """What was noted since the last time."""
-        taken, self._changes = tuple(self._changes), []
-        return taken
+        taken = []
+        while self._changes:  # finalizers may add some meanwhile
+            taken.append(self._changes.popleft())
+        return tuple(taken)
 
     def read(self, first: int, stop: int, without: Collection[int]) -> Mapping[str, torch.Tensor]:
         """Copies of keys and values there."""

@@ -7,6 +7,7 @@ import functools
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -67,6 +68,8 @@ class StageRunner:
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
         self._arrivals = Arrivals()
         self._texts: dict[str, Any] = {}
+        self._saved: defaultdict[str, dict[int, Any]] = defaultdict(dict)
+        """Copies of states of each text's cache, which it may go back to."""
         self._adapters, self._shown = AdaptersThere(layers, device), ShownThere(layers)
         self._configs = attention_configs(part for layer in layers.values() for part in layer.modules())
         self._attention = list(map(attention_of, self._configs))
@@ -89,7 +92,7 @@ class StageRunner:
     def forget(self, text: str) -> None:
         """Free the cache of `text`."""
         with suppress(ModelClosedError):
-            self._put(functools.partial(self._texts.pop, text, None))
+            self._put(functools.partial(self._forget, text))
 
     def adapt(self, name: str, modules: bytes) -> None:
         """Have the modules of adapters; between passes. Raises MissingExtraError."""
@@ -112,6 +115,7 @@ class StageRunner:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._texts.clear()
+        self._saved.clear()
 
     def _put(self, work: Callable[[], Any], request: StageRequest | None = None) -> Future[Any]:
         self._require_open()
@@ -191,7 +195,7 @@ class StageRunner:
         cache = self._texts.get(request.text)
         if cache is None:
             raise KeyError(f"the stage on {self._name} has no cache of text {request.text}")
-        self._change(cache, request.changes)
+        self._change(request.text, cache, request.changes)
         return cache
 
     def _call(self, call: LayerCall, cache: Any, output: Any, here: dict[int, Any]) -> Any:
@@ -211,12 +215,16 @@ class StageRunner:
 
     def _fork(self, text: str, changes: Sequence[Change], copied: str) -> None:
         cache = self._texts[text]
-        self._change(cache, changes)
+        self._change(text, cache, changes)
         self._texts[copied] = copy.deepcopy(cache)
 
-    def _change(self, cache: Any, changes: Sequence[Change]) -> None:
+    def _forget(self, text: str) -> None:
+        self._texts.pop(text, None)
+        self._saved.pop(text, None)
+
+    def _change(self, text: str, cache: Any, changes: Sequence[Change]) -> None:
         for change in changes:
-            change_layer(cache.layers[change.layer], change.name, bring(change.args, self._device))
+            change_layer(cache.layers[change.layer], change.name, bring(change.args, self._device), self._saved[text])
 
 
 def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
