@@ -16,7 +16,6 @@ import talking
 import torch
 from conftest import smallest
 from guessing import Guided
-from test_tasks import T5, save
 from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -370,15 +369,6 @@ def test_a_dropped_model_ends_its_threads(checkpoint: Any, ids: Any) -> None:
     del model
     gc.collect()
     assert threading.active_count() <= before
-
-
-def test_what_cannot_be_in_stages(tmp_path: Path) -> None:
-    with pytest.raises(errors.ConfigurationError, match="encoder"):
-        AutoModel.from_pretrained(
-            save("T5ForConditionalGeneration", "T5Config", T5, tmp_path),
-            device="cpu",
-            max_memory={"cpu:0": "1GB", "cpu:1": "1GB"},
-        )
 
 
 def test_which_devices_are_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from rabbit_engine.checkpoints import Streamable
 from rabbit_engine.config import StreamConfig
-from rabbit_engine.errors import ConfigurationError
 from rabbit_engine.model.assembly import Assembly, assemble
 from rabbit_engine.model.loading import load
 from rabbit_engine.model.runtime import runtime_of
@@ -64,7 +63,6 @@ def _assemble_rest(
     """Assemble what no stage has, and connect the stages."""
     if not required and model.config.is_encoder_decoder:
         return assemble(model, entries, ties, stream, **keywords)
-    _require_decoder(model)
     partition = partition_model(model, entries, ties, stream.cut, stream.device.type)
     opened = open_stages(partition, getattr(model, "_checkpoint"))  # noqa: B009 - of a class that is made at run time
     stages = opened.stages
@@ -117,14 +115,6 @@ def _largest_share(stages: Sequence[OpenStage], layers: int, device: torch.devic
 
 def _is_in(module: str, parents: Sequence[str]) -> bool:
     return any(f"{module}.".startswith(f"{parent}.") for parent in parents)
-
-
-def _require_decoder(model: PreTrainedModel) -> None:
-    if model.config.is_encoder_decoder:
-        raise ConfigurationError(
-            f"{type(model).__name__} has an encoder and a decoder: only the layers of a decoder alone run in stages. "
-            "Load it on one device"
-        )
 
 
 def load_layers(name: str | Path, settings: LoadSettings, layers: Collection[int]) -> Any:

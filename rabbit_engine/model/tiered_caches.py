@@ -75,7 +75,7 @@ def _can_tier(runtime: Runtime) -> bool:
     cls = runtime.architecture.cls
     probe = runtime.partition.probe
     keeps_keys = probe.growing_layers > 0 or probe.windows.layers > 0
-    return keeps_keys and (not _has_encoder(runtime) or takes_cache_objects(cls))
+    return keeps_keys and (not _has_encoder(runtime) or (takes_cache_objects(cls) and not runtime.in_stages))
 
 
 def _has_encoder(runtime: Runtime) -> bool:

@@ -47,13 +47,15 @@ class Relay(Protocol):
         ...
 
 
+NUMBERS = itertools.count()
+"""Of what stages keep for texts."""
+
+
 class MirroredStates:
     """A copy on the stage of what a layer has there, under a `number`; here its attributes."""
 
-    _numbers = itertools.count()
-
     def __init__(self, relay: Relay, index: int, facts: Mapping[str, Any]) -> None:
-        self.number, self.facts = next(self._numbers), facts
+        self.number, self.facts = next(NUMBERS), facts
         relay.note(index, "save", (self.number,))
         weakref.finalize(self, relay.note, index, "drop", (self.number,)).atexit = False
 
@@ -199,8 +201,15 @@ def is_cache(value: object) -> bool:
 
 
 def has_layers(cache: object, layers: Collection[int]) -> bool:
-    """Whether the cache is one whose layers can be on a stage: that of a decoder, which has some of them."""
-    return isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache) and bool(_indices(cache, layers))
+    """Whether the cache is one whose layers can be on a stage: that of a decoder, with an encoder or without."""
+    parts = _parts(cache) if is_cache(cache) else []
+    return bool(parts) and all(isinstance(part, Cache) and bool(_indices(part, layers)) for part in parts)
+
+
+def _parts(cache: Any) -> list[Any]:
+    """The cache, or with an encoder the decoder's own and that of what was read."""
+    both = isinstance(cache, EncoderDecoderCache)
+    return [cache.self_attention_cache, cache.cross_attention_cache] if both else [cache]
 
 
 def _indices(cache: Any, layers: Collection[int]) -> list[int]:
@@ -211,24 +220,42 @@ def _indices(cache: Any, layers: Collection[int]) -> list[int]:
     return [index for index in sorted(layers) if index < len(cache.layers)]
 
 
+def layer_at(cache: Any, number: int) -> Any:
+    """A layer by what `own_layers` calls it: its index, or -1 less its index in the cache of what an encoder read."""
+    parts = _parts(cache)
+    return parts[0].layers[number] if number >= 0 else parts[1].layers[-1 - number]
+
+
+def _first(cache: Any, layers: Collection[int]) -> Any:
+    part = _parts(cache)[0]
+    return part.layers[_indices(part, layers)[0]]
+
+
 def is_mirrored(cache: Any, layers: Collection[int]) -> bool:
     """Whether the stage with `layers` has those of the cache already."""
-    return isinstance(cache.layers[_indices(cache, layers)[0]], MirroredLayer)
+    return isinstance(_first(cache, layers), MirroredLayer)
 
 
 def relay_of(cache: Any, layers: Collection[int]) -> Any:
     """The relay of a mirrored cache to the stage with `layers`."""
-    return cache.layers[_indices(cache, layers)[0]]._relay
+    return _first(cache, layers)._relay
 
 
 def move_layers(cache: Any, layers: Collection[int], relay: Relay) -> Any:
     """Mirror the `layers` of a cache. Returns the cache for the stage, with the layers themselves and no others."""
-    moved: Any = DynamicCache()
-    indices = _indices(cache, layers)
-    moved.layers = [as_plain(cache, at) if at in indices else ElsewhereLayer(at) for at in range(len(cache.layers))]
-    for at in indices:
-        cache.layers[at] = _mirrored(moved.layers[at], relay, at)
-    return moved
+    parts = _parts(cache)
+    moved: list[Any] = [DynamicCache() for _ in parts]
+    for place, (part, there) in enumerate(zip(parts, moved, strict=True)):
+        indices = _indices(part, layers)
+        there.layers = [as_plain(part, at) if at in indices else ElsewhereLayer(at) for at in range(len(part.layers))]
+        for at in indices:
+            part.layers[at] = _mirrored(there.layers[at], relay, -1 - at if place else at)
+    if len(parts) == 1:
+        return moved[0]
+    both: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    both.self_attention_cache, both.cross_attention_cache = moved
+    both.is_updated = dict(cache.is_updated)
+    return both
 
 
 def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
@@ -243,7 +270,7 @@ def _mirrored(layer: Any, relay: Relay, index: int) -> MirroredLayer:
 def move_states(cache: Any, device: torch.device) -> Any:
     """The stage's cache, with the states of its layers on `device`."""
     for index in own_layers(cache):
-        layer = cache.layers[index]
+        layer = layer_at(cache, index)
         states = vars(layer.layer if isinstance(layer, PlainLayer) else layer)
         for name, value in states.items():
             states[name] = device if name.endswith("device") and value is not None else _on(value, device)
@@ -258,8 +285,9 @@ def _on(value: Any, device: torch.device) -> Any:
     return type(value)(_on(one, device) for one in value) if type(value) in (list, tuple) else value
 
 
-def change_layer(layer: Any, change: str, args: tuple[Any, ...], saved: dict[int, Any]) -> None:
+def change_layer(cache: Any, number: int, change: str, args: tuple[Any, ...], saved: dict[int, Any]) -> None:
     """Do to a layer what was noted of its mirror. `saved` are copies of states of the text by number."""
+    layer = layer_at(cache, number)
     if change == "keep":
         keep_in_layer(layer, *args)
     elif change == "save":
@@ -270,14 +298,21 @@ def change_layer(layer: Any, change: str, args: tuple[Any, ...], saved: dict[int
         saved.pop(args[0], None)
     else:
         getattr(layer, change)(*args)
+    if change == "reset" and number < 0:
+        cache.is_updated[-1 - number] = False
 
 
 def own_layers(cache: Any) -> list[int]:
-    """The layers that a stage's cache has."""
-    return [index for index, layer in enumerate(cache.layers) if not isinstance(layer, ElsewhereLayer)]
+    """The layers that a stage's cache has: see `layer_at`."""
+    numbers = [
+        (-1 - at if place else at, layer) for place, part in enumerate(_parts(cache)) for at, layer in enumerate(part.layers)
+    ]
+    return [number for number, layer in numbers if not isinstance(layer, ElsewhereLayer)]
 
 
 def take_facts(cache: Any, facts: Mapping[int, Mapping[str, Any]]) -> None:
     """Have the mirrored layers know what the stage answered of them."""
-    for index, found in facts.items():
-        cache.layers[index].take(found)
+    for number, found in facts.items():
+        layer_at(cache, number).take(found)
+        if number < 0:
+            cache.is_updated[-1 - number] = bool(found.get("is_initialized"))

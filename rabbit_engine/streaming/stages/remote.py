@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
@@ -25,10 +26,26 @@ from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
 from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
 from rabbit_engine.streaming.stages.shown import ShownHere
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, OpenStage, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.stage import (
+    Change,
+    KeptTensor,
+    LayerCall,
+    OpenStage,
+    StageRequest,
+    Stands,
+    Wanted,
+)
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of
 from rabbit_engine.transformers_bridge.forwards import is_capturing
-from rabbit_engine.transformers_bridge.mirrored import has_layers, is_cache, is_mirrored, move_layers, relay_of, take_facts
+from rabbit_engine.transformers_bridge.mirrored import (
+    NUMBERS,
+    has_layers,
+    is_cache,
+    is_mirrored,
+    move_layers,
+    relay_of,
+    take_facts,
+)
 
 _Form = tuple[int, tuple[bool, ...], tuple[tuple[str, bool], ...]]
 """A layer's number, and the switches that it is called with: they may decide what it returns."""
@@ -38,6 +55,9 @@ _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 
 _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 """Whether it returns outputs of modules inside layers."""
+
+KEPT_BYTES = 65_536
+"""Arguments that take as much are sent twice with a text, and then known."""
 
 _SHOWS_INSIDE = ("output_attentions", "output_router_logits")
 
@@ -77,6 +97,21 @@ class StatesElsewhere(torch.Tensor):
         )
 
 
+@dataclass(slots=True, weakref_slot=True)
+class _Sent:
+    """A tensor that was sent: which version of it, and under which number the stage keeps it."""
+
+    version: int
+    number: int | None = None
+
+
+def _drop(text: weakref.ref[RemoteText], layer: int, number: int) -> None:
+    """Have the stage drop what it keeps; with its text it has."""
+    found = text()
+    if found is not None:
+        found.note(layer, "drop", (number,))
+
+
 class RemoteText:
     """The cache of a text on a stage, by name: freed there with the last layer that refers to it."""
 
@@ -84,11 +119,44 @@ class RemoteText:
         self.name = uuid.uuid4().hex
         self._stage = stage
         self._changes: deque[Change] = deque()
+        self._sent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         weakref.finalize(self, stage.forget, self.name)
 
     def note(self, index: int, change: str, args: tuple[Any, ...]) -> None:
         """Have this done to layer `index` before the next pass."""
         self._changes.append(Change(index, change, args))
+
+    def lighter(self, calls: tuple[LayerCall, ...]) -> tuple[LayerCall, ...]:
+        """The calls, with large tensors that were sent before with this text, such as the states of an encoder, as `KeptTensor`s:
+        the second time with the tensor, and from then on, as long as it is there, with its number alone."""
+        found: dict[int, Any] = {}
+
+        def light(value: Any) -> Any:
+            if type(value) is not torch.Tensor or value.nbytes < KEPT_BYTES or value.is_inference():
+                return value
+            if id(value) not in found:  # the same for all calls
+                found[id(value)] = self._light(value, calls[0].layer)
+            return found[id(value)]
+
+        return tuple(
+            LayerCall(call.layer, tuple(map(light, call.args)), {name: light(value) for name, value in call.kwargs.items()})
+            for call in calls
+        )
+
+    def _light(self, value: torch.Tensor, layer: int) -> torch.Tensor | KeptTensor:
+        sent = self._sent.get(value)
+        if sent is None or sent.version != value._version:
+            self._sent[value] = _Sent(value._version)
+            return value
+        if sent.number is not None:
+            return KeptTensor(sent.number)
+        sent.number = next(NUMBERS)
+        weakref.finalize(sent, _drop, weakref.ref(self), layer, sent.number).atexit = False
+        return KeptTensor(sent.number, value)
+
+    def forget_sent(self) -> None:
+        """Send all tensors anew: a request failed, and nobody knows what of it the stage has."""
+        self._sent.clear()
 
     def take_changes(self) -> tuple[Change, ...]:
         """What was noted since the last time."""
@@ -219,7 +287,7 @@ class RemoteLayers:
         text, new = self._text_of(cache)
         fiber = fiber_on(self._source)
         request = StageRequest(
-            calls,
+            calls if text is None else text.lighter(calls),
             self._sequences(),
             None if text is None else text.name,
             new,
@@ -230,10 +298,15 @@ class RemoteLayers:
             recipe=None if new is None else getattr(cache, "recipe", None),
             shared=None if fiber is None else fiber.shared_pass,
         )
-        future = self._stage.submit(request)
-        if fiber is not None:
-            fiber.await_future(future)
-        answer = future.result()
+        try:
+            future = self._stage.submit(request)
+            if fiber is not None:
+                fiber.await_future(future)
+            answer = future.result()
+        except BaseException:
+            if text is not None:
+                text.forget_sent()
+            raise
         if text is not None:
             take_facts(cache, answer.facts)
         self._shown.give(bring(answer.inside, self._device))
@@ -250,7 +323,7 @@ class RemoteLayers:
             return None, None
         if not has_layers(cache, self._stage.layers):
             raise UnsupportedOperationError(
-                f"{type(cache).__name__} cannot lie on {self._stage.name}: a model in stages takes a DynamicCache of a decoder"
+                f"{type(cache).__name__} cannot lie on {self._stage.name}: it takes a DynamicCache, or two of them"
             )
         if is_mirrored(cache, self._stage.layers):
             return relay_of(cache, self._stage.layers), None

@@ -24,10 +24,10 @@ from rabbit_engine.streaming.stages.adapted import AdaptersThere
 from rabbit_engine.streaming.stages.arrivals import Arrivals
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
 from rabbit_engine.streaming.stages.shown import ShownThere
-from rabbit_engine.streaming.stages.stage import Change, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.stage import Change, KeptTensor, LayerCall, StageAnswer, StageRequest, Stands, Wanted
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
 from rabbit_engine.transformers_bridge.caches import states_between
-from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, move_states, own_layers
+from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, layer_at, move_states, own_layers
 from rabbit_engine.transformers_bridge.tiered import end_turns, put_back_in_tiers
 from rabbit_engine.transformers_bridge.tiered_layers import TextLayers
 
@@ -81,7 +81,7 @@ class StageRunner:
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
-        finish([[(call.args, dict(call.kwargs)) for call in request.calls], [change.args for change in request.changes]])
+        finish([[_tensors_of(call) for call in request.calls], [change.args for change in request.changes]])
         return self._put(functools.partial(self._run, request), request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
@@ -169,12 +169,13 @@ class StageRunner:
             start = time.perf_counter()
             output: Any = None
             here: dict[int, Any] = {}
+            kept = {} if request.text is None else self._saved[request.text]
             for call in request.calls:
-                output = self._call(call, cache, output, here)
+                output = self._call(call, cache, output, here, kept)
             finish([output, [found for _, found in inside]])
             end_turns(cache)
             seconds = time.perf_counter() - start
-        facts = {} if cache is None else {index: facts_of(cache.layers[index]) for index in own_layers(cache)}
+        facts = {} if cache is None else {index: facts_of(layer_at(cache, index)) for index in own_layers(cache)}
         return StageAnswer(output, facts, seconds, tuple(inside))
 
     def _set(self, request: StageRequest) -> None:
@@ -198,14 +199,19 @@ class StageRunner:
         self._change(request.text, cache, request.changes)
         return cache
 
-    def _call(self, call: LayerCall, cache: Any, output: Any, here: dict[int, Any]) -> Any:
-        """Run a layer; `here` are the arguments of the request that were brought to the device, by their identity."""
+    def _call(self, call: LayerCall, cache: Any, output: Any, here: dict[int, Any], kept: dict[int, Any]) -> Any:
+        """Run a layer; `here` are the arguments of the request that were brought to the device, by their identity, `kept` those
+        of earlier requests, by number."""
         hidden = output[0] if isinstance(output, tuple | list) else output
         stands = {Stands.CACHE: cache, Stands.OUTPUT: hidden}
 
         def given(value: Any) -> Any:
             if isinstance(value, Stands):
                 return stands[value]
+            if isinstance(value, KeptTensor):
+                if value.tensor is not None and value.number not in kept:
+                    kept[value.number] = bring(value.tensor, self._device)
+                return kept[value.number]
             if id(value) not in here:
                 here[id(value)] = bring(value, self._device)
             return here[id(value)]
@@ -224,7 +230,7 @@ class StageRunner:
 
     def _change(self, text: str, cache: Any, changes: Sequence[Change]) -> None:
         for change in changes:
-            change_layer(cache.layers[change.layer], change.name, bring(change.args, self._device), self._saved[text])
+            change_layer(cache, change.layer, change.name, bring(change.args, self._device), self._saved[text])
 
 
 def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
@@ -233,6 +239,11 @@ def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
     if found is None:
         raise KeyError(f"a layer of the cache has forgotten tokens {wanted.first} to {wanted.stop}")
     return {name: states.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, states in found.items()}
+
+
+def _tensors_of(call: LayerCall) -> list[Any]:
+    values = [*call.args, *call.kwargs.values()]
+    return [value.tensor if isinstance(value, KeptTensor) else value for value in values]
 
 
 def _in_turn(works: Sequence[_Work]) -> Iterator[list[_Work]]:

@@ -19,6 +19,15 @@ class Stands(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class KeptTensor:
+    """Stands in the arguments of a call for what the stage keeps under this number as long as the text, or until it is dropped.
+    `tensor`: keep this from now on."""
+
+    number: int
+    tensor: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCall:
     """The arguments of layer number `layer`."""
 
