@@ -13,6 +13,7 @@ import pytest
 import torch
 from local_cluster import LocalCluster, local_cluster
 from long_texts import answer, prompt
+from peft import LoraConfig, get_peft_model
 from tiny import words
 
 from rabbit_engine import AutoModel, Session
@@ -29,6 +30,7 @@ from rabbit_engine.model import cluster as clusters
 from rabbit_engine.model.auto import read_settings
 from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.planning.machines import Machine
+from rabbit_engine.transformers_bridge.adapters import remove_adapter
 
 LAYERS = 9
 NODE_BYTES = 420_000
@@ -96,6 +98,30 @@ def test_a_text_that_a_machine_has_no_memory_for_is_refused(model: Any, monkeypa
     monkeypatch.setattr(stage, "free_bytes", lambda: 1000)
     with pytest.raises(PromptTooLongError):
         model.generate(prompt(19), max_new_tokens=5)
+
+
+def test_an_adapter_and_attentions(model: Any, folder: Path, plain: Any, tmp_path: Path) -> None:
+    """The worker gets the adapter's modules, and sends what is inside its layers, as the worker after it does."""
+    adapted = get_peft_model(plain(folder), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    whole, before = plain(folder), model(prompt(9)).logits
+    attentions = []
+    for one in (whole, model):
+        one.load_adapter(str(tmp_path))
+        one.set_attn_implementation("eager")
+        attentions.append(one(prompt(9), output_attentions=True).attentions)
+    assert len(attentions[0]) == len(attentions[1]) == LAYERS
+    assert all(map(torch.equal, *attentions))
+    for one in (whole, model):
+        one.set_attn_implementation("sdpa")
+    expected = answer(whole, prompt(9)).sequences
+    assert torch.equal(answer(model, prompt(9)).sequences, expected)
+    process = psutil.Process(_stages(model)[0].process)
+    process.kill()
+    process.wait(30)
+    assert torch.equal(answer(model, prompt(9)).sequences, expected)
+    remove_adapter(model, "default")
+    assert torch.equal(model(prompt(9)).logits, before)
 
 
 def test_many_texts(model: Any, folder: Path, plain: Any) -> None:
