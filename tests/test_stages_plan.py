@@ -140,6 +140,10 @@ def test_turns_are_not_planned_where_they_save_nothing() -> None:
     assert len(plan_stages(units, few, most_rounds=8).stages) > 2
     one_disk = [replace(one, disk="sda") for one in few]
     assert len(plan_stages(units, one_disk, most_rounds=8).stages) == 2  # it never rests in ranges either
+    uneven = [machine("a", 901, seconds_per_byte=0.01), machine("b", 200, **fast)]
+    assert len(plan_stages(units, uneven, most_rounds=8, several=1).stages) > 2
+    one_disk = [replace(one, disk="sda") for one in uneven]
+    assert len(plan_stages(units, one_disk, most_rounds=8, several=1).stages) == 2  # devices of one machine
     slow_links = [replace(one, link_latency_s=1.7) for one in few]
     assert len(plan_stages(units, slow_links, most_rounds=2).stages) == 2  # each turn is two messages
     ample = [machine("a", 1000, **fast), machine("b", 1000, **fast)]
