@@ -25,7 +25,7 @@ from rabbit_engine.cluster import stage as stages
 from rabbit_engine.cluster.paces import StagePaces
 from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.stage import ClusterStage
-from rabbit_engine.cluster.worker import WorkerEndedError
+from rabbit_engine.cluster.worker import OpenedThere, WorkerEndedError
 from rabbit_engine.decoding.lookup import Lookup
 from rabbit_engine.errors import StageLostError
 from rabbit_engine.model.assembly import Assembly
@@ -44,8 +44,8 @@ class WorkerHere:
     numbers = itertools.count()
 
     def __init__(self, opened: LocalStage, ends: Callable[[], str]) -> None:
-        self.machine, self.process, self.number = "here", 0, f"{next(self.numbers)}"
-        self.kernels = opened.kernels
+        self.machine, self.number = "here", f"{next(self.numbers)}"
+        self.opened = OpenedThere(0, opened.kernels, opened.reads, opened.computes_parts, "")
         self._stage, self._ends, self._ended = opened, ends, False
 
     def run(self, request: bytes) -> bytes:
@@ -201,6 +201,22 @@ def test_a_copy_of_a_text_goes_on_by_itself(checkpoint: Any, over_workers: Stage
                     results.append(one(torch.tensor([[5 + token]]), past_key_values=text).logits)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     assert here.started == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_workers_that_end_amid_the_parts_of_a_prompt(checkpoint: Any, over_workers: Staged, parted: Any, when: str) -> None:
+    folder = checkpoint("llama")
+    expected = answer(parted(folder), prompt(61), prefill_chunk_size=8)
+    model, here = over_workers(folder)
+    assert runtime_of(model).computes_parts
+    answer(model, prompt(5), max_new_tokens=2)
+    begun, here.requests = here.requests, 0
+    here.ends = lambda number: when if number in (3, 9, 25) else ""
+    found = answer(model, prompt(61), prefill_chunk_size=8)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(torch.equal, found.scores, expected.scores))
+    assert here.requests > begun + 2 * 12 + 2 * 7  # a request for each part, as nothing is read there
+    assert here.started == 5
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -16,7 +16,6 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, Dynami
 from rabbit_engine import Session
 from rabbit_engine.config import Cut
 from rabbit_engine.errors import PromptTooLongError, SessionClosedError
-from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning import budget, demand
 from rabbit_engine.planning.demand import KEPT_FREE_BYTES, Demand, Ways, best_way, need_bytes, work_bytes
@@ -27,6 +26,7 @@ from rabbit_engine.planning.tiers import Budget, UnitSize
 from rabbit_engine.sessions.answer import Piece
 from rabbit_engine.sessions.room import Room
 from rabbit_engine.streaming import Placeholder
+from rabbit_engine.streaming.part_masks import PartMasks
 from rabbit_engine.streaming.parts import run_in_parts
 from rabbit_engine.transformers_bridge.forwards import cache_argument
 

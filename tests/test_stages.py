@@ -270,7 +270,12 @@ def running() -> Iterator[Shared]:
         calls = Calls(read_s)
         runners.append(
             StageRunner(
-                {0: torch.nn.Identity(), 1: torch.nn.Identity()}, calls, torch.device("cpu"), "here", make_text=lambda _: None
+                {0: torch.nn.Identity(), 1: torch.nn.Identity()},
+                calls,
+                torch.device("cpu"),
+                "here",
+                make_text=lambda _: None,
+                layer_of=str,
             )
         )
         return runners[-1], calls

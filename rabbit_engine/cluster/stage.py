@@ -64,12 +64,22 @@ class ClusterStage:
     @property
     def kernels(self) -> str:
         """Those of its worker."""
-        return self._worker.kernels
+        return self._worker.opened.kernels
+
+    @property
+    def reads(self) -> bool:
+        """Whether its worker reads weights in each pass."""
+        return self._worker.opened.reads
+
+    @property
+    def computes_parts(self) -> bool:
+        """Whether its worker has the memory to compute parts of a prompt in one pass."""
+        return self._worker.opened.computes_parts
 
     @property
     def process(self) -> int:
         """The number of the worker's process on its machine."""
-        return self._worker.process
+        return self._worker.opened.process
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """Run the calls on the worker, or on those that follow it."""

@@ -6,6 +6,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rabbit_engine.cluster.connection import require_ray
@@ -20,6 +21,17 @@ MOST_REQUESTS = 256
 """Requests under way in one worker: more wait in Ray."""
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedThere:
+    """The number of a worker's process, what its stage is (see `OpenStage`), and a line about that."""
+
+    process: int
+    kernels: str
+    reads: bool
+    computes_parts: bool
+    about: str
+
+
 class StageWorker:
     """What runs in the actor. Requests and answers are pickled by the caller, who keeps the bytes of a request."""
 
@@ -29,10 +41,10 @@ class StageWorker:
         torch.set_num_threads(threads)  # Ray sets one
         self._stage: OpenStage | None = None
 
-    def open(self, factory: StageFactory) -> tuple[int, str, str]:
-        """Open the stage; the number of this process, the kernels that it computes with, and a line about the stage."""
-        self._stage = factory()
-        return os.getpid(), self._stage.kernels, repr(self._stage)
+    def open(self, factory: StageFactory) -> OpenedThere:
+        """Open the stage."""
+        stage = self._stage = factory()
+        return OpenedThere(os.getpid(), stage.kernels, stage.reads, stage.computes_parts, repr(stage))
 
     def run(self, request: bytes) -> bytes:
         """Answer a `StageRequest`. Several run at once."""
@@ -80,18 +92,16 @@ class WorkerHandle:
     def __init__(self, machine: str, node_id: str, cores: int) -> None:
         self.machine = machine
         self.number = uuid.uuid4().hex
-        self.process = 0
-        """Its number on the machine, once it has opened its stage."""
-        self.kernels = ""
-        """The instructions that it computes with, then."""
+        self.opened = OpenedThere(0, "", reads=True, computes_parts=False, about="")
+        """What it is, once it has opened its stage."""
         ray = self._ray = require_ray()
         actor = ray.remote(num_cpus=0, max_concurrency=MOST_REQUESTS, max_restarts=0, max_task_retries=0)(StageWorker)
         self._actor = actor.options(scheduling_strategy=pinned_to(node_id)).remote(cores)
 
     def open(self, factory: StageFactory) -> str:
         """Open the stage there; a line about it. Raises what opening raises."""
-        self.process, self.kernels, about = self._get(self._actor.open.remote(factory))
-        return str(about)
+        self.opened = self._get(self._actor.open.remote(factory))
+        return self.opened.about
 
     def run(self, request: bytes) -> bytes:
         """The answer. Raises what the layers raise, WorkerEndedError if the worker ended."""

@@ -18,10 +18,11 @@ import torch
 from transformers import Cache, DynamicCache
 
 from rabbit_engine.decoding.verification import KINDS, PER_TOKEN, mask_kinds
-from rabbit_engine.model.part_masks import PartMasks
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.planning.parts import layer_of
+from rabbit_engine.streaming.part_masks import PartMasks
 from rabbit_engine.streaming.parts import run_in_parts
+from rabbit_engine.streaming.stages.parts import PartHops
 from rabbit_engine.transformers_bridge.block_ends import ends_of
 from rabbit_engine.transformers_bridge.caches import (
     PartCache,
@@ -206,7 +207,8 @@ def _run_parts(forward: Callable[..., Any], runtime: Runtime, inputs: Mapping[st
         masks.show(past + first, stop - first)
 
     works = [partial(run, *each) for each in bounds]
-    run_in_parts(runtime.binding, works, partial(layer_of, layers=runtime.partition.layout.layers), show)
+    hops = PartHops([(past + first, past + stop) for first, stop in bounds], masks) if runtime.in_stages else None
+    run_in_parts(runtime.binding, works, partial(layer_of, layers=runtime.partition.layout.layers), show, hops)
     output = last[0]
     for name in CACHE_NAMES:
         if name in output:

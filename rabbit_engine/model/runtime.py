@@ -84,11 +84,13 @@ class Runtime:
     @property
     def computes_parts(self) -> bool:
         """Whether a long prompt may be computed in parts in one pass: the class can, also with the attention that it has now,
-        and the ring holds a layer. Each part reads the experts on demand that it is routed to and that its layer has not kept.
-        In stages a prompt is computed whole: each part would be a message.
+        and the ring holds a layer, here and in each stage. Each part reads the experts on demand that it is routed to and that
+        its layer has not kept.
         """
         plan, partition = self.plan, self.partition
-        if self.in_stages or not partition.computes_parts or self.attention not in MASKED:
+        if not partition.computes_parts or self.attention not in MASKED:
+            return False
+        if not all(stage.computes_parts for stage in self.assembly.stages):
             return False
         moving = {*plan.streamed, *plan.host}
         units = [unit for unit in plan.units if unit.name in moving]

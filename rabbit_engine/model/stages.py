@@ -22,6 +22,7 @@ from rabbit_engine.model.settings import LoadSettings
 from rabbit_engine.model.tiered_caches import make_text_states, tier_room
 from rabbit_engine.planning.device_rows import with_probe_share
 from rabbit_engine.planning.partition import Partition, partition_model
+from rabbit_engine.planning.parts import layer_of
 from rabbit_engine.planning.stages import StagesPlan
 from rabbit_engine.storage.tensorfiles import TensorEntry
 from rabbit_engine.streaming import OpenStage, RemoteLayers, StageAnswer, StageRequest, StageRunner, tell_what_is_shown
@@ -143,8 +144,17 @@ class LocalStage:
         self.kernels = kernels_of(runtime.device)
         names = runtime.partition.layout.layers
         modules = {number: self._model.get_submodule(names[number]) for number in self.layers}
+        self.reads, self.computes_parts = bool(runtime.transfer.units), runtime.computes_parts
         make_text = functools.partial(make_text_states, runtime)
-        self._runner = StageRunner(modules, runtime.binding, runtime.device, self.name, make_text=make_text)
+        self._runner = StageRunner(
+            modules,
+            runtime.binding,
+            runtime.device,
+            self.name,
+            make_text=make_text,
+            layer_of=functools.partial(layer_of, layers=names),
+            computes_parts=self.computes_parts,
+        )
 
     def __repr__(self) -> str:
         return f"{format_layers(self.layers)} on {self.name}: {runtime_of(self._model).plan!r}"

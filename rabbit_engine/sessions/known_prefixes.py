@@ -124,7 +124,11 @@ class KnownPrefixes:
         runtime, stop, size = runtime_of(self._model), text.blocks_to_store(), self.block_tokens
         reads_again = _reads_again(runtime)
         ends = choose_ends(begun // size, found, stop, few=reads_again)
-        if not runtime.computes_parts or (reads_again and (runtime.device.type != "cpu" or stop < _LEAST_READ_AGAIN)):
+        if (
+            runtime.in_stages
+            or not runtime.computes_parts
+            or (reads_again and (runtime.device.type != "cpu" or stop < _LEAST_READ_AGAIN))
+        ):
             ends = []
         watching = BlockEnds(cache, ends, size, tokens, begun, self._copies_are_over)
         self._watching.add(watching)
@@ -306,6 +310,8 @@ def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
         return f"cache_dtype={runtime.assembly.cache_dtype!r} keeps other states than were computed"
     has_states = bool(state_layers(DynamicCache(config=model.config.get_text_config())))
     forgets = has_states or _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS
+    if forgets and runtime.in_stages:
+        return f"layers of {type(model).__name__} forget tokens, on other devices or machines"
     if forgets and not runtime.computes_parts:
         return f"layers of {type(model).__name__} forget tokens of a prompt that is not computed in parts: {_IN_PARTS}"
     if forgets and _reads_again(runtime) and runtime.device.type != "cpu":

@@ -7,11 +7,12 @@ turns only between layers, so that what is live inside a layer is that of one pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Protocol
 
 from rabbit_engine.streaming.scheduler import Fiber, UnitSource, fiber_on
+from rabbit_engine.streaming.stages.parts import PartHops, first_of
 
 LayerOf = Callable[[str], str]
 """The layer that a unit belongs to, by their names; a unit outside the layers is one by itself."""
@@ -26,16 +27,26 @@ class PassSource(UnitSource, Protocol):
 
 
 class _ForwardPart(Fiber):
-    """A part of a forward: it is in the pass that its forward is in. `begin_turn` is called whenever it goes on."""
+    """Part number `index` of a forward: it is in the pass that its forward is in. `begin_turn` is called whenever it goes on.
+    Layers that run elsewhere are asked for by its `hops`."""
 
-    def __init__(self, work: Callable[[], None], source: UnitSource, begin_turn: Callable[[], None]) -> None:
-        super().__init__(work, source)
-        self._begin_turn = begin_turn
+    def __init__(
+        self, work: Callable[[], None], source: UnitSource, index: int, begin_turn: Callable[[int], None], hops: PartHops | None
+    ) -> None:
+        outer = fiber_on(source)
+        super().__init__(work, source, shared=lambda: None if outer is None else outer.shared_pass)
+        self.index, self._begin_turn, self._hops = index, begin_turn, hops
 
     def resume(self) -> None:
         """See `Fiber`."""
-        self._begin_turn()
+        self._begin_turn(self.index)
         super().resume()
+
+    @property
+    def hops(self) -> PartHops:
+        """The way of all parts through the stages."""
+        assert self._hops is not None  # noqa: S101 - given to a model with layers elsewhere
+        return self._hops
 
     def begin_own_time(self) -> None:
         """Do nothing: it has no time outside the pass."""
@@ -49,21 +60,31 @@ class _ForwardPart(Fiber):
         return rows
 
 
+def part_on(source: UnitSource) -> _ForwardPart | None:
+    """The part of a forward that runs now, if this is its source."""
+    fiber = fiber_on(source)
+    return fiber if isinstance(fiber, _ForwardPart) else None
+
+
 def run_in_parts(
-    source: PassSource, works: Sequence[Callable[[], None]], layer_of: LayerOf, begin_turn: Callable[[int], None] = lambda _: None
+    source: PassSource,
+    works: Sequence[Callable[[], None]],
+    layer_of: LayerOf,
+    begin_turn: Callable[[int], None] = lambda _: None,
+    hops: PartHops | None = None,
 ) -> None:
     """Run `works`, each a forward over a part of the same text, in order within every layer. Raises what one of them raises.
 
     `begin_turn` is called with the index of a part whenever that one goes on. Called by a fiber, the pass is its scheduler's,
-    and others may share it.
+    and others may share it. A model with layers elsewhere needs `hops`.
     """
     with source.root_pass():
-        parts = [_ForwardPart(work, source, partial(begin_turn, index)) for index, work in enumerate(works)]
+        parts = [_ForwardPart(work, source, index, begin_turn, hops) for index, work in enumerate(works)]
         try:
             for part in parts:
                 _advance(part)
             while waiting := [part for part in parts if part.wants is not None]:
-                _run_layer(source, waiting, layer_of)
+                _go_on(source, waiting, layer_of, hops)
         except BaseException as error:
             for part in parts:
                 if part.wants is not None:
@@ -72,12 +93,34 @@ def run_in_parts(
             raise
 
 
+def _go_on(source: PassSource, waiting: Sequence[_ForwardPart], layer_of: LayerOf, hops: PartHops | None) -> None:
+    """Resume the parts that have an answer; if none has, wait for those that are on the way, so that all parts meet at the next
+    layer here; if there are none, run that layer."""
+    under_way = [] if hops is None else hops.under_way  # before it is seen who has an answer: those may be more by then
+    answered = [part for part in waiting if isinstance(part.wants, Future) and part.wants.done()]
+    for part in answered:
+        _advance(part)
+    if answered and hops is not None:
+        hops.send()
+    elif under_way:
+        _wait_for(source, first_of(under_way))
+    else:
+        _run_layer(source, [part for part in waiting if isinstance(part.wants, str)], layer_of)
+
+
+def _wait_for(source: PassSource, future: Future[None]) -> None:
+    outer = fiber_on(source)
+    if outer is not None:
+        outer.await_future(future)
+    future.result()
+
+
 def _run_layer(source: PassSource, waiting: Sequence[_ForwardPart], layer_of: LayerOf) -> None:
     """Run the parts that wait for a unit of the layer that the first waits for, one after another, until they leave it."""
-    layer, outer, held = layer_of(_wanted(waiting[0])), fiber_on(source), set[str]()
+    layer, outer, held = layer_of(_unit_of(waiting[0])), fiber_on(source), set[str]()
     try:
         for part in waiting:
-            while part.wants is not None and layer_of(name := _wanted(part)) == layer:
+            while isinstance(name := part.wants, str) and layer_of(name) == layer:
                 if name not in held:
                     if outer is not None:
                         outer.await_unit(name)
@@ -96,6 +139,6 @@ def _advance(part: _ForwardPart) -> None:
         raise part.failure
 
 
-def _wanted(part: _ForwardPart) -> str:
+def _unit_of(part: _ForwardPart) -> str:
     assert isinstance(part.wants, str)  # noqa: S101 - parts share no products
     return part.wants

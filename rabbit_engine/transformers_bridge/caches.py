@@ -243,6 +243,7 @@ class PartCache(DynamicCache):
     def __init__(self, cache: Cache, tokens: int, stop: int, watcher: Watcher | None = None) -> None:
         Cache.__init__(self, layers=cache.layers)
         self._tokens, self._stop, self._watcher = tokens, stop, watcher
+        self.recipe = getattr(cache, "recipe", None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for all layers
         """The tokens before the part."""

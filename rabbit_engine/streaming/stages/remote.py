@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rabbit_engine.errors import UnsupportedOperationError
 from rabbit_engine.streaming.binding.wrapping import not_compiled, refuse_gradients
+from rabbit_engine.streaming.parts import part_on
 from rabbit_engine.streaming.scheduler import UnitSource, fiber_on
 from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
@@ -265,6 +266,7 @@ class RemoteLayers:
     def _add(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Add the call to those of the next request. The states it is for."""
         states: Any = None
+        part = part_on(self._source)
         awaited = flow.last[1] if flow.last is not None and flow.calls else None
 
         def stand_in(value: Any) -> Any:
@@ -272,6 +274,9 @@ class RemoteLayers:
             if is_cache(value):
                 flow.cache = value
                 return Stands.CACHE
+            mask = None if part is None else part.hops.stand_of(value)
+            if mask is not None:
+                return mask
             if states is None and isinstance(value, torch.Tensor) and value.is_floating_point():
                 states = value
             return Stands.OUTPUT if awaited is not None and value is awaited else value
@@ -299,7 +304,8 @@ class RemoteLayers:
             shared=None if fiber is None else fiber.shared_pass,
         )
         try:
-            future = self._stage.submit(request)
+            part = part_on(self._source)
+            future = self._stage.submit(request) if part is None else part.hops.submit(self._stage, part.index, request)
             if fiber is not None:
                 fiber.await_future(future)
             answer = future.result()

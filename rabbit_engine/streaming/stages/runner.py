@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,24 @@ from torch import nn
 
 from rabbit_engine.errors import ModelClosedError
 from rabbit_engine.streaming.binding.binding import Binding
+from rabbit_engine.streaming.part_masks import PartMasks
+from rabbit_engine.streaming.parts import LayerOf, run_in_parts
 from rabbit_engine.streaming.scheduler import Scheduler
 from rabbit_engine.streaming.stages.adapted import AdaptersThere
 from rabbit_engine.streaming.stages.arrivals import Arrivals
+from rabbit_engine.streaming.stages.given import GivenArguments
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
 from rabbit_engine.streaming.stages.shown import ShownThere
-from rabbit_engine.streaming.stages.stage import Change, KeptTensor, LayerCall, StageAnswer, StageRequest, Stands, Wanted
+from rabbit_engine.streaming.stages.stage import (
+    Change,
+    KeptTensor,
+    LayerCall,
+    StageAnswer,
+    StageRequest,
+    Wanted,
+)
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
-from rabbit_engine.transformers_bridge.caches import states_between
+from rabbit_engine.transformers_bridge.caches import PartCache, states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, layer_at, move_states, own_layers
 from rabbit_engine.transformers_bridge.tiered import end_turns, put_back_in_tiers
 from rabbit_engine.transformers_bridge.tiered_layers import TextLayers
@@ -42,7 +52,7 @@ class _Work:
     @property
     def setting(self) -> tuple[Any, ...] | None:
         """What all of a pass have in common; None if it runs no layers."""
-        return self.request.setting if self.request is not None and self.request.calls else None
+        return self.request.setting if self.request is not None and self.request.runs else None
 
 
 class StageRunner:
@@ -62,11 +72,14 @@ class StageRunner:
         name: str,
         *,
         make_text: Callable[[Any], TextLayers],
+        layer_of: LayerOf,
+        computes_parts: bool = True,
     ) -> None:
-        """`make_text` makes the tiers of a text of their recipe."""
-        self._make_text = make_text
+        """`make_text` makes the tiers of a text of their recipe, `layer_of` tells the layer of a unit. `computes_parts`: the ring
+        holds a layer, so that all parts of a prompt take one pass, else one each."""
+        self._make_text, self._layer_of = make_text, layer_of
         self._layers, self._binding, self._device, self._name = layers, binding, device, name
-        self._arrivals = Arrivals()
+        self._arrivals, self._computes_parts = Arrivals(), computes_parts
         self._texts: dict[str, Any] = {}
         self._saved: defaultdict[str, dict[int, Any]] = defaultdict(dict)
         """Copies of states of each text's cache, which it may go back to."""
@@ -81,7 +94,8 @@ class StageRunner:
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
-        finish([[_tensors_of(call) for call in request.calls], [change.args for change in request.changes]])
+        calls = (*request.calls, *(call for part in request.parts for call in part.calls))
+        finish([[_tensors_of(call) for call in calls], [change.args for change in request.changes]])
         return self._put(functools.partial(self._run, request), request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
@@ -162,21 +176,55 @@ class StageRunner:
         """One request, in a fiber."""
         self._require_open()
         cache = self._cache_of(request)
-        if not request.calls:
+        if not request.runs:
             return StageAnswer(None if request.wanted is None else _copies(cache, request.wanted), {}, 0.0)
+        if len(request.parts) > 1 and not self._computes_parts:
+            return _joined([self._run(one) for one in _apart(request)])
         self._set(request)
         with self._binding.root_pass(request.sequences), self._shown.taking(request.inside) as inside:
             start = time.perf_counter()
-            output: Any = None
-            here: dict[int, Any] = {}
             kept = {} if request.text is None else self._saved[request.text]
-            for call in request.calls:
-                output = self._call(call, cache, output, here, kept)
+            if request.parts:
+                output = self._run_parts(request, cache, kept)
+            else:
+                output = self._run_calls(request.calls, GivenArguments(self._device, cache, kept))
             finish([output, [found for _, found in inside]])
             end_turns(cache)
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(layer_at(cache, index)) for index in own_layers(cache)}
         return StageAnswer(output, facts, seconds, tuple(inside))
+
+    def _run_calls(self, calls: Sequence[LayerCall], given: GivenArguments) -> Any:
+        """The output of the last of them."""
+        output: Any = None
+        for call in calls:
+            args, kwargs = given.of(call)
+            output = self._layers[call.layer](*args, **kwargs)
+            given.go_on(output)
+        return output
+
+    def _run_parts(self, request: StageRequest, cache: Any, kept: dict[int, Any]) -> list[Any]:
+        """The outputs of all parts, which go through each layer one after another."""
+        assert request.masks is not None  # noqa: S101 - made by `PartHops`
+        masks, parts = PartMasks.made(request.masks, self._device), request.parts
+        outputs: list[Any] = [None] * len(parts)
+
+        def show(index: int) -> None:
+            masks.show(parts[index].first, parts[index].stop - parts[index].first)
+
+        def run(index: int) -> None:
+            part = parts[index]
+            own = PartCache(cache, part.first, part.stop)
+            given = GivenArguments(self._device, own, kept, lambda kind: masks.one(kind, part.first, part.stop - part.first))
+            outputs[index] = self._run_calls(part.calls, given)
+
+        works = [functools.partial(run, index) for index in range(len(parts))]
+        if len(works) == 1:
+            show(0)
+            run(0)
+        else:
+            run_in_parts(self._binding, works, self._layer_of, show)
+        return outputs
 
     def _set(self, request: StageRequest) -> None:
         """Have the layers compute as all requests of this pass ask."""
@@ -199,26 +247,6 @@ class StageRunner:
         self._change(request.text, cache, request.changes)
         return cache
 
-    def _call(self, call: LayerCall, cache: Any, output: Any, here: dict[int, Any], kept: dict[int, Any]) -> Any:
-        """Run a layer; `here` are the arguments of the request that were brought to the device, by their identity, `kept` those
-        of earlier requests, by number."""
-        hidden = output[0] if isinstance(output, tuple | list) else output
-        stands = {Stands.CACHE: cache, Stands.OUTPUT: hidden}
-
-        def given(value: Any) -> Any:
-            if isinstance(value, Stands):
-                return stands[value]
-            if isinstance(value, KeptTensor):
-                if value.tensor is not None and value.number not in kept:
-                    kept[value.number] = bring(value.tensor, self._device)
-                return kept[value.number]
-            if id(value) not in here:
-                here[id(value)] = bring(value, self._device)
-            return here[id(value)]
-
-        args = [given(value) for value in call.args]
-        return self._layers[call.layer](*args, **{name: given(value) for name, value in call.kwargs.items()})
-
     def _fork(self, text: str, changes: Sequence[Change], copied: str) -> None:
         cache = self._texts[text]
         self._change(text, cache, changes)
@@ -231,6 +259,18 @@ class StageRunner:
     def _change(self, text: str, cache: Any, changes: Sequence[Change]) -> None:
         for change in changes:
             change_layer(cache, change.layer, change.name, bring(change.args, self._device), self._saved[text])
+
+
+def _apart(request: StageRequest) -> Iterator[StageRequest]:
+    """A request for each part of one, in order."""
+    yield replace(request, parts=request.parts[:1])
+    for part in request.parts[1:]:
+        yield replace(request, parts=(part,), cache=None, changes=(), recipe=None)
+
+
+def _joined(answers: Sequence[StageAnswer]) -> StageAnswer:
+    outputs = [output for answer in answers for output in answer.output]
+    return replace(answers[-1], output=outputs, seconds=sum(answer.seconds for answer in answers))
 
 
 def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:

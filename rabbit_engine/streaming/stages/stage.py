@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rabbit_engine.streaming.part_masks import MaskRecipe
 from rabbit_engine.streaming.scheduler import SharedPass
 
 
@@ -28,6 +29,13 @@ class KeptTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskOfPart:
+    """Stands for the mask of the part that runs, for layers of a kind."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCall:
     """The arguments of layer number `layer`."""
 
@@ -43,6 +51,15 @@ class Change:
     layer: int
     name: str
     args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartCalls:
+    """The calls of a part of a prompt, tokens `first` to `stop` of the text."""
+
+    calls: tuple[LayerCall, ...]
+    first: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +90,8 @@ class StageRequest:
     The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has
     the outputs of the modules `inside`: a layer's number, and a name in it. `shared` is the pass of several texts that this
     is part of: each of them is expected to make such a request, beginning with the same layer.
+    Instead of calls it may have those of several `parts` of a prompt, whose masks are made of the recipe `masks`: the answer's
+    output has one for each.
     """
 
     calls: tuple[LayerCall, ...]
@@ -86,11 +105,23 @@ class StageRequest:
     attention: str | None = None
     inside: frozenset[tuple[int, str]] = frozenset()
     shared: SharedPass | None = None
+    parts: tuple[PartCalls, ...] = ()
+    masks: MaskRecipe | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether layers run."""
+        return bool(self.calls or self.parts)
+
+    @property
+    def first_layer(self) -> int:
+        """The first that runs."""
+        return (self.calls or self.parts[0].calls)[0].layer
 
     @property
     def alters(self) -> bool:
         """Whether the text's cache is another one afterwards."""
-        return bool(self.calls or self.changes)
+        return self.runs or bool(self.changes)
 
     @property
     def setting(self) -> tuple[ActiveAdapters | None, str | None]:
@@ -120,6 +151,16 @@ class OpenStage(Protocol):
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers, ascending."""
+        ...
+
+    @property
+    def reads(self) -> bool:
+        """Whether weights move in each pass."""
+        ...
+
+    @property
+    def computes_parts(self) -> bool:
+        """Whether it has the memory to compute parts of a prompt in one pass."""
         ...
 
     @property

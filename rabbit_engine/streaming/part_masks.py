@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Self
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRecipe:
+    """The arguments of `PartMasks`, but its device."""
+
+    kinds: Mapping[str, int | None]
+    rows: int
+    tokens: int
+    dtype: torch.dtype
+    padding: torch.Tensor | None
 
 
 class PartMasks:
@@ -32,10 +45,29 @@ class PartMasks:
             kind: plain if padding is None else plain.repeat(len(padding), 1, 1, 1) for kind, plain in self._plain.items()
         }
         self._shown: tuple[int, int] | None = None
+        self._given: dict[int, tuple[str, torch.Tensor]] = {}
+        self.recipe = MaskRecipe(dict(kinds), rows, tokens, dtype, padding)
+        """What makes the same masks elsewhere."""
+
+    @classmethod
+    def made(cls, recipe: MaskRecipe, device: torch.device) -> Self:
+        """Those of a recipe, on another device."""
+        padding = None if recipe.padding is None else recipe.padding.to(device)
+        return cls(recipe.kinds, recipe.rows, recipe.tokens, recipe.dtype, device, padding)
+
+    def one(self, kind: str, past: int, rows: int) -> torch.Tensor:
+        """The mask of a part for layers of a kind."""
+        return _part_of(self._masks[kind], self._kinds[kind], past, rows)
+
+    def kind_of(self, value: object) -> str | None:
+        """The kind of a mask that `of` has given, None of anything else."""
+        found = self._given.get(id(value))
+        return None if found is None or found[1] is not value else found[0]
 
     def of(self, past: int, rows: int) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
         """The mask of a part of `rows` tokens after `past`: one, or by kind if there are several; None if no layer takes any."""
-        found = {kind: _part_of(self._masks[kind], window, past, rows) for kind, window in self._kinds.items()}
+        found = {kind: self.one(kind, past, rows) for kind in self._kinds}
+        self._given |= {id(mask): (kind, mask) for kind, mask in found.items()}
         return {**dict.fromkeys(self._without), **found} if len(found) > 1 else next(iter(found.values()), None)
 
     def show(self, past: int, rows: int) -> None:
