@@ -25,7 +25,7 @@ class _Waiting:
     answered: Future[StageAnswer]
 
 
-class _Line:
+class _StageLine:
     """The parts that have come to a stage and are not sent yet, and what is under way."""
 
     def __init__(self, stage: OpenStage, parts: int) -> None:
@@ -60,12 +60,12 @@ class PartHops:
 
     def __init__(self, bounds: Sequence[tuple[int, int]], masks: PartMasks) -> None:
         self._bounds, self._masks = bounds, masks
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, _StageLine] = {}
 
     def submit(self, stage: OpenStage, part: int, request: StageRequest) -> Future[StageAnswer]:
         """The request of a part, after those of the parts before it. Its answer comes after `send` was called."""
         answered: Future[StageAnswer] = Future()
-        line = self._lines.setdefault(id(stage), _Line(stage, len(self._bounds)))
+        line = self._lines.setdefault(id(stage), _StageLine(stage, len(self._bounds)))
         line.add(_Waiting(part, request, answered))
         line.send(self._bounds, self._masks)
         return answered
