@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import talking
 import torch
 from conftest import smallest
 from long_texts import answer, prompt
+from tiny import words
 
-from rabbit_engine import Session
+from rabbit_engine import PrefixStore, Session
 from rabbit_engine.config import Cut
 from rabbit_engine.errors import BudgetError
 from rabbit_engine.model.auto import read_settings
@@ -152,3 +154,46 @@ def test_an_error_amid_a_prompt_ends_it_alone(checkpoint: Any, staged: Staged, m
     with pytest.raises(ArithmeticError, match="of a layer"):
         answer(model, ids, prefill_chunk_size=ROWS)
     require_same(answer(model, ids, prefill_chunk_size=ROWS), expected)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["reads", "resident"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "lfm2"])
+def test_what_layers_elsewhere_forget_is_stored(
+    own_checkpoint: Any, checkpoint: Any, staged: Staged, parted: Any, tmp_path: Path, family: str, resident: bool
+) -> None:
+    """The next turn begins where the last prompt ended, with the bits of one device: but where that reads experts on demand, and
+    so computes in other parts."""
+    folder = own_checkpoint(family, sliding_window=8) if family == "gemma3" else checkpoint(family)
+    first = prompt(37)[0].tolist()
+    texts = [first, [*first, *prompt(20)[0].tolist()]]
+    found: list[list[tuple[Any, ...]]] = []
+    for name, model in (("stages", staged(folder, resident=resident)), ("one", parted(folder))):
+        model.tokenizer = words(96)
+        with PrefixStore(tmp_path / name, 10**8, block_tokens=ROWS) as store:
+            replies = []
+            for text in texts:
+                with Session(model, prefix_store=store) as session:
+                    replies += session.generate([text], max_new_tokens=6, ignore_eos=True, logprobs=3)
+                assert store.flush(30)
+        found.append([(reply.tokens, reply.logprobs, reply.cached_tokens) for reply in replies])
+        if not model.plan.experts.layers:
+            assert found[0] == found[-1]
+    assert [(tokens, cached) for tokens, _, cached in found[0]] == [(tokens, cached) for tokens, _, cached in found[1]]
+    assert [cached for _, _, cached in found[0]] == [0, 32]
+
+
+def test_no_part_overtakes_another_while_it_is_learnt_which_layers_follow_one_another(
+    checkpoint: Any, staged: Staged, parted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part comes to the last stage before the first is done there, the third once more is known."""
+    folder, ids = checkpoint("gemma3"), prompt(24)
+    keywords = {"prefill_chunk_size": ROWS, "max_new_tokens": 2}
+    expected = answer(parted(folder), ids, **keywords)
+    model, run = staged(folder, resident=True), StageRunner._run_calls
+
+    def slowly(self: Any, calls: Any, given: Any) -> Any:
+        time.sleep(0.04 if calls[0].layer < 4 else 0.06)
+        return run(self, calls, given)
+
+    monkeypatch.setattr(StageRunner, "_run_calls", slowly)
+    require_same(answer(model, ids, **keywords), expected)

@@ -3,7 +3,7 @@ blocks is stored with those blocks, and a text begins where one of them is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import DynamicCache
@@ -11,6 +11,9 @@ from transformers import DynamicCache
 from rabbit_engine.prefixes import Prefix
 from rabbit_engine.transformers_bridge.block_ends import blocks_seen, is_state, layer_of, put_ends
 from rabbit_engine.transformers_bridge.caches import adds_in_place, put_states, state_layers, windows_of
+
+DeviceOf = Callable[[int], torch.device]
+"""Where the states of a layer are put."""
 
 _FIRST_DOUBLED = 4
 """Blocks before the first of the ends that are kept at a guess: less is soon computed."""
@@ -46,12 +49,12 @@ def restorable(cache: DynamicCache, prefix: Prefix) -> int:
     return next((count for count in range(len(prefix), 0, -1) if needs.are_met(prefix, count)), 0)
 
 
-def restore(cache: DynamicCache, prefix: Prefix, device: torch.device) -> int:
+def restore(cache: DynamicCache, prefix: Prefix, device_of: DeviceOf) -> int:
     """Let a new cache be as after the last block of `prefix`, or after as many as are `restorable` if one turns out to be damaged
     or was deleted meanwhile; after how many blocks that is."""
     needs = _Needs(cache, prefix.block_tokens)
     while len(prefix):
-        came = _fill(cache, prefix, needs, device)
+        came = _fill(cache, prefix, needs, device_of)
         if came == len(prefix):
             break
         prefix = prefix.cut(came)
@@ -97,7 +100,7 @@ def _names(prefix: Prefix, block: int) -> set[str]:
     return {name for names in prefix.names(block) for name in names.split()}
 
 
-def _fill(cache: DynamicCache, prefix: Prefix, needs: _Needs, device: torch.device) -> int:
+def _fill(cache: DynamicCache, prefix: Prefix, needs: _Needs, device_of: DeviceOf) -> int:
     """Put all blocks of `prefix` into a new cache; how many came. Nothing of fewer."""
     count, size = len(prefix), prefix.block_tokens
     whole: dict[str, torch.Tensor] = {}
@@ -114,26 +117,26 @@ def _fill(cache: DynamicCache, prefix: Prefix, needs: _Needs, device: torch.devi
                 ends.setdefault(name, []).append(states)
         grown = {name: states for name, states in named if needs.is_kept_whole(name)}
         if adds:
-            put_states(cache, {name: states[None].to(device) for name, states in grown.items()})
+            put_states(cache, {name: states[None].to(device_of(layer_of(name))) for name, states in grown.items()})
         else:
-            _copy_at(whole, grown, came * size, prefix.tokens, device)
+            _copy_at(whole, grown, came * size, prefix.tokens, device_of)
         came += 1
     if came == count:
         put_states(cache, whole)
-        put_ends(cache, prefix.tokens, {name: _joined(name, parts).to(device) for name, parts in ends.items()})
+        put_ends(cache, prefix.tokens, {name: _joined(name, parts).to(device_of(layer_of(name))) for name, parts in ends.items()})
     elif adds:
         cache.reset()
     return came
 
 
 def _copy_at(
-    whole: dict[str, torch.Tensor], grown: Mapping[str, torch.Tensor], at: int, tokens: int, device: torch.device
+    whole: dict[str, torch.Tensor], grown: Mapping[str, torch.Tensor], at: int, tokens: int, device_of: DeviceOf
 ) -> None:
     """Copy the tensors of a block [heads, tokens, width] to where they are among those of all `tokens`."""
     for name, states in grown.items():
         if name not in whole:
             heads, _, width = states.shape
-            whole[name] = torch.empty(1, heads, tokens, width, dtype=states.dtype, device=device)
+            whole[name] = torch.empty(1, heads, tokens, width, dtype=states.dtype, device=device_of(layer_of(name)))
         whole[name][0, :, at : at + states.shape[1]] = states
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from weakref import WeakSet
 
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from rabbit_engine.model.protocols import SessionModel
 from rabbit_engine.model.runtime import Runtime, runtime_of
 from rabbit_engine.prefixes import Prefix, PrefixSpace, PrefixStore, StoredText
-from rabbit_engine.sessions.forgetful import choose_ends, groups_of, restorable, restore
+from rabbit_engine.sessions.forgetful import DeviceOf, choose_ends, groups_of, restorable, restore
 from rabbit_engine.transformers_bridge.adapters import has_adapter
 from rabbit_engine.transformers_bridge.attention import attention_of
 from rabbit_engine.transformers_bridge.block_ends import BlockEnds, layer_of, short_windows, watch_ends
@@ -91,7 +91,7 @@ class KnownPrefixes:
             stored = max(stored, min(common, other.stored))
             restored = _fill(cache, other.blocks(common), common * size, size, self._device_of)
         elif _forgets(cache):
-            restored = restore(cache, prefix, self._model.device)
+            restored = restore(cache, prefix, self._device_of)
         else:
             restored = _fill(cache, _read(prefix), prefix.tokens, size, self._device_of)
         return self._under_way_with(ids, text, cache, restored * size, min(stored, restored), len(found))
@@ -124,11 +124,7 @@ class KnownPrefixes:
         runtime, stop, size = runtime_of(self._model), text.blocks_to_store(), self.block_tokens
         reads_again = _reads_again(runtime)
         ends = choose_ends(begun // size, found, stop, few=reads_again)
-        if (
-            runtime.in_stages
-            or not runtime.computes_parts
-            or (reads_again and (runtime.device.type != "cpu" or stop < _LEAST_READ_AGAIN))
-        ):
+        if not runtime.computes_parts or (reads_again and (runtime.device.type != "cpu" or stop < _LEAST_READ_AGAIN)):
             ends = []
         watching = BlockEnds(cache, ends, size, tokens, begun, self._copies_are_over)
         self._watching.add(watching)
@@ -310,8 +306,6 @@ def _why_none(model: SessionModel, runtime: Runtime, block_tokens: int) -> str:
         return f"cache_dtype={runtime.assembly.cache_dtype!r} keeps other states than were computed"
     has_states = bool(state_layers(DynamicCache(config=model.config.get_text_config())))
     forgets = has_states or _blocks_in_windows(model, block_tokens) < _LEAST_BLOCKS
-    if forgets and runtime.in_stages:
-        return f"layers of {type(model).__name__} forget tokens, on other devices or machines"
     if forgets and not runtime.computes_parts:
         return f"layers of {type(model).__name__} forget tokens of a prompt that is not computed in parts: {_IN_PARTS}"
     if forgets and _reads_again(runtime) and runtime.device.type != "cpu":
@@ -386,7 +380,7 @@ def _read(prefix: Prefix) -> Blocks:
         yield from prefix.blocks(ahead=max(1, min(_AHEAD, _READ_BYTES // max(1, prefix.block_bytes(0)) - 1)))
 
 
-def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device_of: Callable[[int], torch.device]) -> int:
+def _fill(cache: DynamicCache, blocks: Blocks, tokens: int, size: int, device_of: DeviceOf) -> int:
     """Put copies of `blocks` of `size` tokens, `tokens` in all, into a new cache, each layer's on its device; how many came. Some
     take them one by one: all may be more than fits in memory."""
     found: dict[str, torch.Tensor] = {}

@@ -6,7 +6,8 @@ It is copied while a prompt is computed in parts, before the next part changes i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from transformers import Cache
@@ -15,6 +16,19 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from rabbit_engine.transformers_bridge.caches import state_layers, windows_of
 
 _KINDS = ("conv", "recurrent")
+
+Copies = Mapping[int, Mapping[str, torch.Tensor]]
+"""By block, tensors by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndsRecipe:
+    """The arguments of `BlockEnds` for the part of a cache that is elsewhere."""
+
+    ends: tuple[int, ...]
+    block_tokens: int
+    prompt: int
+    begun: int
 
 
 class BlockEnds:
@@ -27,12 +41,33 @@ class BlockEnds:
     def __init__(
         self, cache: Cache, ends: Sequence[int], block_tokens: int, prompt: int, begun: int, is_over: Callable[[], bool]
     ) -> None:
-        self.begun, self.nbytes = begun, 0
+        self.begun, self.nbytes, self._prompt = begun, 0, prompt
         self._ends, self._size, self._is_over = list(ends), block_tokens, is_over
         self._layers: list[Any] = cache.layers
         self._windows = short_windows(cache, prompt)
         self._states = state_layers(cache)
         self._blocks: dict[int, dict[str, torch.Tensor]] = {}
+
+    @classmethod
+    def made(cls, cache: Cache, recipe: EndsRecipe) -> Self:
+        """Those of layers elsewhere, whose copies go to where the recipe is from."""
+        return cls(cache, recipe.ends, recipe.block_tokens, recipe.prompt, recipe.begun, lambda: False)
+
+    @property
+    def recipe(self) -> EndsRecipe:
+        """What layers elsewhere need."""
+        return EndsRecipe(tuple(self._ends), self._size, self._prompt, self.begun)
+
+    @property
+    def copies(self) -> Copies:
+        """All that was copied and is needed."""
+        return self._blocks
+
+    def merge(self, copies: Copies) -> None:
+        """Have these too, of layers elsewhere."""
+        for block, held in copies.items():
+            for name, states in held.items():
+                self._add(block, name, states)
 
     @property
     def tokens(self) -> list[int]:

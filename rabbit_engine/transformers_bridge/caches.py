@@ -242,7 +242,7 @@ class PartCache(DynamicCache):
 
     def __init__(self, cache: Cache, tokens: int, stop: int, watcher: Watcher | None = None) -> None:
         Cache.__init__(self, layers=cache.layers)
-        self._tokens, self._stop, self._watcher = tokens, stop, watcher
+        self._tokens, self._stop, self.watcher = tokens, stop, watcher
         self.recipe = getattr(cache, "recipe", None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for all layers
@@ -258,8 +258,8 @@ class PartCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """transformers' `update`, of which the watcher is told."""
         shown: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self._watcher is not None:
-            self._watcher.take_keys(layer_idx, self._tokens, key_states, value_states)
+        if self.watcher is not None:
+            self.watcher.take_keys(layer_idx, self._tokens, key_states, value_states)
         return shown
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
@@ -274,8 +274,8 @@ class PartCache(DynamicCache):
         return self._told("recurrent", layer_idx, state_idx, shown)
 
     def _told(self, kind: str, layer: int, number: int, shown: torch.Tensor) -> torch.Tensor:
-        if self._watcher is not None:
-            self._watcher.take_state(layer, kind, number, self._stop)
+        if self.watcher is not None:
+            self.watcher.take_state(layer, kind, number, self._stop)
         return shown
 
 

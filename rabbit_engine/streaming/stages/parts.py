@@ -7,7 +7,7 @@ that stages compute different parts of one prompt at the same time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +61,7 @@ class PartHops:
     def __init__(self, bounds: Sequence[tuple[int, int]], masks: PartMasks) -> None:
         self._bounds, self._masks = bounds, masks
         self._lines: dict[int, _StageLine] = {}
+        self._known: dict[int, frozenset[Any]] = {}
 
     def submit(self, stage: OpenStage, part: int, request: StageRequest) -> Future[StageAnswer]:
         """The request of a part, after those of the parts before it. Its answer comes after `send` was called."""
@@ -79,6 +80,13 @@ class PartHops:
     def under_way(self) -> list[Future[StageAnswer]]:
         """The answers that are awaited."""
         return [answer for line in self._lines.values() for answer in line.under_way]
+
+    def known_at_first(self, stage: OpenStage, known: Callable[[], frozenset[Any]]) -> frozenset[Any]:
+        """What was `known` when the first part came to the stage: all parts make the same requests, whatever is learnt meanwhile.
+        Otherwise one that makes fewer would overtake another."""
+        if id(stage) not in self._known:
+            self._known[id(stage)] = known()
+        return self._known[id(stage)]
 
     def stand_of(self, value: object) -> MaskOfPart | None:
         """What stands for a mask, which each stage makes itself; None for another value."""
@@ -114,5 +122,7 @@ def _settle(going: Sequence[_Waiting], answer: Future[StageAnswer]) -> None:
         for each in going:
             each.answered.set_exception(error)
         return
-    for each, output in zip(going, answer.result().output, strict=True):
-        each.answered.set_result(replace(answer.result(), output=output))
+    found = answer.result()
+    for each, output in zip(going, found.output, strict=True):
+        each.answered.set_result(replace(found, output=output))
+        found = replace(found, ends={})  # the first has those of all

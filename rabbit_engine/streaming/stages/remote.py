@@ -261,7 +261,14 @@ class RemoteLayers:
 
     def _may_wait(self, form: _Form) -> bool:
         """Whether nothing needs the layer's output here: the next layer of the stage gets it as it is."""
-        return form in self._joined and form in self._outputs and not (_SHOWN.get() or _own_hooks(self._modules[form[0]]))
+        if _SHOWN.get() or _own_hooks(self._modules[form[0]]):
+            return False
+        part = part_on(self._source)
+        return form in (self._known() if part is None else part.hops.known_at_first(self._stage, self._known))
+
+    def _known(self) -> frozenset[_Form]:
+        """The layers that need not return at once."""
+        return frozenset(self._joined & self._outputs.keys())
 
     def _add(self, flow: _Flow, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Add the call to those of the next request. The states it is for."""
@@ -290,7 +297,7 @@ class RemoteLayers:
         numbers = {call.layer for call in calls}
         adapters = self._adapters.active(numbers)
         text, new = self._text_of(cache)
-        fiber = fiber_on(self._source)
+        fiber, ends = fiber_on(self._source), getattr(cache, "watcher", None)
         request = StageRequest(
             calls if text is None else text.lighter(calls),
             self._sequences(),
@@ -302,6 +309,7 @@ class RemoteLayers:
             inside=self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
             recipe=None if new is None else getattr(cache, "recipe", None),
             shared=None if fiber is None else fiber.shared_pass,
+            ends=None if ends is None else ends.recipe,
         )
         try:
             part = part_on(self._source)
@@ -315,6 +323,8 @@ class RemoteLayers:
             raise
         if text is not None:
             take_facts(cache, answer.facts)
+        if ends is not None:
+            ends.merge(answer.ends)
         self._shown.give(bring(answer.inside, self._device))
         return answer.output
 

@@ -36,6 +36,7 @@ from rabbit_engine.streaming.stages.stage import (
     Wanted,
 )
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
+from rabbit_engine.transformers_bridge.block_ends import BlockEnds
 from rabbit_engine.transformers_bridge.caches import PartCache, states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, layer_at, move_states, own_layers
 from rabbit_engine.transformers_bridge.tiered import end_turns, put_back_in_tiers
@@ -184,15 +185,16 @@ class StageRunner:
         with self._binding.root_pass(request.sequences), self._shown.taking(request.inside) as inside:
             start = time.perf_counter()
             kept = {} if request.text is None else self._saved[request.text]
+            ends = None if request.ends is None else BlockEnds.made(cache, request.ends)
             if request.parts:
-                output = self._run_parts(request, cache, kept)
+                output = self._run_parts(request, cache, kept, ends)
             else:
                 output = self._run_calls(request.calls, GivenArguments(self._device, cache, kept))
             finish([output, [found for _, found in inside]])
             end_turns(cache)
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(layer_at(cache, index)) for index in own_layers(cache)}
-        return StageAnswer(output, facts, seconds, tuple(inside))
+        return StageAnswer(output, facts, seconds, tuple(inside), {} if ends is None else ends.copies)
 
     def _run_calls(self, calls: Sequence[LayerCall], given: GivenArguments) -> Any:
         """The output of the last of them."""
@@ -203,7 +205,7 @@ class StageRunner:
             given.go_on(output)
         return output
 
-    def _run_parts(self, request: StageRequest, cache: Any, kept: dict[int, Any]) -> list[Any]:
+    def _run_parts(self, request: StageRequest, cache: Any, kept: dict[int, Any], ends: BlockEnds | None) -> list[Any]:
         """The outputs of all parts, which go through each layer one after another."""
         assert request.masks is not None  # noqa: S101 - made by `PartHops`
         masks, parts = PartMasks.made(request.masks, self._device), request.parts
@@ -214,7 +216,7 @@ class StageRunner:
 
         def run(index: int) -> None:
             part = parts[index]
-            own = PartCache(cache, part.first, part.stop)
+            own = PartCache(cache, part.first, part.stop, ends)
             given = GivenArguments(self._device, own, kept, lambda kind: masks.one(kind, part.first, part.stop - part.first))
             outputs[index] = self._run_calls(part.calls, given)
 
@@ -270,7 +272,11 @@ def _apart(request: StageRequest) -> Iterator[StageRequest]:
 
 def _joined(answers: Sequence[StageAnswer]) -> StageAnswer:
     outputs = [output for answer in answers for output in answer.output]
-    return replace(answers[-1], output=outputs, seconds=sum(answer.seconds for answer in answers))
+    ends: dict[int, dict[str, torch.Tensor]] = {}
+    for answer in answers:
+        for block, copies in answer.ends.items():
+            ends.setdefault(block, {}).update(copies)
+    return replace(answers[-1], output=outputs, seconds=sum(answer.seconds for answer in answers), ends=ends)
 
 
 def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rabbit_engine.streaming.part_masks import MaskRecipe
 from rabbit_engine.streaming.scheduler import SharedPass
+from rabbit_engine.transformers_bridge.block_ends import Copies, EndsRecipe
 
 
 class Stands(enum.Enum):
@@ -91,7 +92,7 @@ class StageRequest:
     the outputs of the modules `inside`: a layer's number, and a name in it. `shared` is the pass of several texts that this
     is part of: each of them is expected to make such a request, beginning with the same layer.
     Instead of calls it may have those of several `parts` of a prompt, whose masks are made of the recipe `masks`: the answer's
-    output has one for each.
+    output has one for each. What layers forget at the `ends` of blocks is copied for the answer meanwhile.
     """
 
     calls: tuple[LayerCall, ...]
@@ -107,6 +108,7 @@ class StageRequest:
     shared: SharedPass | None = None
     parts: tuple[PartCalls, ...] = ()
     masks: MaskRecipe | None = None
+    ends: EndsRecipe | None = None
 
     @property
     def runs(self) -> bool:
@@ -131,13 +133,14 @@ class StageRequest:
 
 @dataclass(frozen=True, slots=True)
 class StageAnswer:
-    """The `output` of the last call, what the layers of the text's cache are now (`facts`), the `seconds` it took, and the
-    outputs of modules `inside` layers, as they came."""
+    """The `output` of the last call, what the layers of the text's cache are now (`facts`), the `seconds` it took, the
+    outputs of modules `inside` layers, as they came, and what they hold at the `ends` of blocks of a prompt in parts."""
 
     output: Any
     facts: Mapping[int, Mapping[str, Any]]
     seconds: float
     inside: tuple[tuple[tuple[int, str], Any], ...] = ()
+    ends: Copies = field(default_factory=dict)
 
 
 class OpenStage(Protocol):
