@@ -256,7 +256,10 @@ class PartCache(DynamicCache):
         return kept + query_length, self._tokens - kept
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
-        """transformers' `update`, of which the watcher is told."""
+        """transformers' `update`, of which the watcher is told. Raises RuntimeError if the parts before were not here."""
+        layer: Any = self.layers[layer_idx]
+        if (held := layer.get_seq_length()) != self._tokens:
+            raise RuntimeError(f"layer {layer_idx} has {held} tokens when the part from token {self._tokens} on comes to it")
         shown: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self.watcher is not None:
             self.watcher.take_keys(layer_idx, self._tokens, key_states, value_states)
