@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from ray_token import use_ray_token
 
 _NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
@@ -33,8 +34,7 @@ class LocalCluster:
 @contextmanager
 def local_cluster(nodes: int = 1, environments: Sequence[Mapping[str, str]] = ()) -> Iterator[LocalCluster]:
     """A head and more nodes, so that there are `nodes`, or one for each of the environments, the head's first."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    use_ray_token()
     import ray
     from ray.cluster_utils import Cluster
 

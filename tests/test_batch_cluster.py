@@ -19,6 +19,7 @@ from typing import Any
 import families
 import psutil
 import pytest
+from ray_token import use_ray_token
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -68,8 +69,7 @@ def expected(talker: Path, source: Path) -> Rows:
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """A Ray of this machine alone."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    use_ray_token()
     import ray
 
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}

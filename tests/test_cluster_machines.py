@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ray_token import use_ray_token
 from typer.testing import CliRunner
 
 from rabbit_engine.cli.app import app
@@ -42,22 +43,17 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     metadata = packages / f"safetensors-{OTHER}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: safetensors\nVersion: {OTHER}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        token = tmp_path_factory.mktemp("token") / "token"
-        token.write_text("0" * 64)
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+    use_ray_token()
+    from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={**PLACE, "include_dashboard": False})
-        try:
-            path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
-            cluster.add_node(**PLACE, env_vars={"PYTHONPATH": path})
-            yield connect(cluster.address)
-        finally:
-            connect(cluster.address).shutdown()
-            cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={**PLACE, "include_dashboard": False})
+    try:
+        path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+        cluster.add_node(**PLACE, env_vars={"PYTHONPATH": path})
+        yield connect(cluster.address)
+    finally:
+        connect(cluster.address).shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
