@@ -322,6 +322,20 @@ def test_a_machine_that_becomes_slow_is_named_once(
     assert "times what was planned, and at first it took" in named[0]
 
 
+def test_passes_of_several_texts_say_nothing_of_a_machine(
+    checkpoint: Any, over_workers: Staged, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each waits for the others."""
+    model, here = over_workers(checkpoint("llama"), planned_s=0.02)
+    model.tokenizer = talking.make_tokenizer()
+    texts = [prompt(count)[0].tolist() for count in (5, 6, 7)]
+    with caplog.at_level(logging.WARNING), Session(model) as session:
+        session.generate(texts, max_new_tokens=9, ignore_eos=True)
+        here.ends = lambda _: time.sleep(0.1) or ""
+        session.generate(texts, max_new_tokens=9, ignore_eos=True)
+    assert "is slow" not in caplog.text
+
+
 def test_a_stage_is_slow_against_the_others() -> None:
     paces, (one, two, three) = StagePaces(), ((0, 1), (2, 3), (4, 5))
 

@@ -164,7 +164,7 @@ class ClusterStage:
                 if request.alters:
                     self._log.add(request.text, payload)
                 self._states[request.text] = worker.number
-            self._note(len(request.calls), time.perf_counter() - start)
+            self._note(request, time.perf_counter() - start)
             return answer
         raise StageLostError(f"{_MOST_TRIES} workers for {self._span} ended one after another: see Ray's logs for why")
 
@@ -201,9 +201,10 @@ class ClusterStage:
     def _span(self) -> str:
         return format_layers(self.layers)
 
-    def _note(self, calls: int, seconds: float) -> None:
-        """Say once if the machine is slow, by its requests for whole ranges."""
-        if calls < self._shortest or not self._planned_s:
+    def _note(self, request: StageRequest, seconds: float) -> None:
+        """Say once if the machine is slow, by its requests for whole ranges in passes of one text: several await each other."""
+        calls, texts = len(request.calls), 1 if request.shared is None else request.shared.texts
+        if calls < self._shortest or texts > 1 or not self._planned_s:
             return
         ratio = seconds * len(self.layers) / (calls * self._planned_s)
         if (reason := self._paces.note(self.layers, ratio)) is not None:
