@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_a_stage_without_room_for_a_layer_takes_a_pass_for_each_part(
     for stage in runtime_of(model).assembly.stages:
         monkeypatch.setattr(stage._runner, "_computes_parts", False)
     require_same(answer(model, ids, prefill_chunk_size=ROWS), answer(parted(folder), ids, prefill_chunk_size=ROWS))
+
+
+def test_a_stage_that_is_closed_amid_a_prompt_ends_it(checkpoint: Any, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a cluster cancels what it was asked: nobody waits for an answer that never comes."""
+    model = staged(checkpoint("llama"))
+    cancelled: Future[Any] = Future()
+    cancelled.cancel()
+    monkeypatch.setattr(runtime_of(model).assembly.stages[-1], "submit", lambda _: cancelled)
+    with pytest.raises(CancelledError):
+        answer(model, prompt(61), prefill_chunk_size=ROWS)
 
 
 def test_an_error_amid_a_prompt_ends_it_alone(checkpoint: Any, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,10 @@ def _joined(going: Sequence[_Waiting], bounds: Sequence[tuple[int, int]], masks:
 
 
 def _settle(going: Sequence[_Waiting], answer: Future[StageAnswer]) -> None:
+    if answer.cancelled():  # as a stage does that is closed
+        for each in going:
+            each.answered.cancel()
+        return
     error = answer.exception()
     if error is not None:
         for each in going:
