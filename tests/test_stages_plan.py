@@ -246,7 +246,7 @@ def test_no_choice_of_ranges_is_better(given: tuple[LayeredUnits, list[Machine],
 
 
 def test_a_driver_without_room_for_what_it_keeps_is_named() -> None:
-    with pytest.raises(BudgetError, match="a needs 81 B to stream its part of the model, and has 80 B: the driver") as caught:
+    with pytest.raises(BudgetError, match="a needs 81 B to stream its part of the model, and has 80 B: a is the first") as caught:
         plan_stages(model(10, head=80), [machine("a", 80), machine("b", 1000)])
     assert caught.value.smallest_bytes == 81
 

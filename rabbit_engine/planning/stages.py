@@ -356,7 +356,10 @@ def _too_little(units: LayeredUnits, machines: Sequence[Machine]) -> BudgetError
     try:
         place_on(machines[0], units.ends, 0)
     except BudgetError as error:
-        return BudgetError(f"{error}: the driver keeps what stands around the layers", error.smallest_bytes)
+        return BudgetError(
+            f"{error}: {machines[0].name} is the first, and keeps what stands around the layers. Give it more with max_memory",
+            error.smallest_bytes,
+        )
     room, least = {}, []
     for index, machine in enumerate(machines):
         ends = units.ends if index == 0 else ()
