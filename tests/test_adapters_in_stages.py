@@ -170,7 +170,7 @@ def test_requests_that_wait_at_a_stage_each_have_their_adapters(row: Any, saved:
         with torch.no_grad():
             model(ids, use_cache=False)
         expected.append((requests[-1], submit(requests[-1]).result().output))
-    assert len({request.adapters for request, _ in expected}) == 3
+    assert len({request.setting.adapters for request, _ in expected}) == 3
     answers = [(submit(request), output) for _ in range(4) for request, output in expected for _ in range(2)]
     assert all(torch.equal(answer.result().output, output) for answer, output in answers)
 

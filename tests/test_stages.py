@@ -28,7 +28,7 @@ from rabbit_engine.model.runtime import runtime_of
 from rabbit_engine.model.stages import LocalStage, Opened, load_in_stages
 from rabbit_engine.streaming import StageRequest, StageRunner, fiber_on
 from rabbit_engine.streaming.scheduler import SharedPass
-from rabbit_engine.streaming.stages.stage import LayerCall
+from rabbit_engine.streaming.stages.stage import Calls, LayerCall
 
 Staged = Callable[..., Any]
 
@@ -130,7 +130,7 @@ def _answers_in_turns(model: Any, whole: Any, turns: int) -> None:
 
 
 def _noted(submit: Any, asked: list[list[int]], request: Any) -> Any:
-    asked.append([call.layer for call in request.calls])
+    asked.append(list(request.layers))
     return submit(request)
 
 
@@ -145,7 +145,7 @@ def test_a_stage_reads_its_next_range_while_others_compute(
 
     def submit(request: Any) -> Any:
         transfer.wait_until_idle()  # what it reads before it is asked
-        found.append((request.calls[0].layer, transfer._queue._queue[0].unit.name))
+        found.append((request.layers[0], transfer._queue._queue[0].unit.name))
         return stage._runner.submit(request)
 
     monkeypatch.setattr(stage, "submit", submit)
@@ -240,7 +240,7 @@ def test_what_follows_a_stage_is_read_once_for_all_texts(
         assert 0 < after.units[name].loads - before.units[name].loads <= after.passes - before.passes
 
 
-class Calls:
+class CountedCalls:
     """A binding that counts passes, and layers that return what they are given."""
 
     def __init__(self, read_s: float) -> None:
@@ -259,15 +259,15 @@ class Calls:
         yield
 
 
-Shared = Callable[[float], tuple[StageRunner, Calls]]
+Shared = Callable[[float], tuple[StageRunner, CountedCalls]]
 
 
 @pytest.fixture
 def running() -> Iterator[Shared]:
     runners: list[StageRunner] = []
 
-    def run(read_s: float) -> tuple[StageRunner, Calls]:
-        calls = Calls(read_s)
+    def run(read_s: float) -> tuple[StageRunner, CountedCalls]:
+        calls = CountedCalls(read_s)
         runners.append(
             StageRunner(
                 {0: torch.nn.Identity(), 1: torch.nn.Identity()},
@@ -286,7 +286,7 @@ def running() -> Iterator[Shared]:
 
 
 def request(number: int, texts: int, layer: int = 0, scheduler: str = "one") -> StageRequest:
-    return StageRequest((LayerCall(layer, (torch.ones(1),), {}),), 1, shared=SharedPass(scheduler, number, texts))
+    return StageRequest(Calls((LayerCall(layer, (torch.ones(1),), {}),)), shared=SharedPass(scheduler, number, texts))
 
 
 def test_a_pass_begins_when_all_its_texts_have_come(running: Shared) -> None:
@@ -319,7 +319,7 @@ def test_a_stage_that_reads_nothing_waits_for_nobody(running: Shared) -> None:
 
 def test_passes_of_several_schedulers_and_layers(running: Shared) -> None:
     runner, calls = running(30.0)
-    alone = StageRequest((LayerCall(0, (torch.ones(1),), {}),), 1)
+    alone = StageRequest(Calls((LayerCall(0, (torch.ones(1),), {}),)))
     futures = [runner.submit(one) for one in (request(1, 2), request(7, 1, scheduler="two"), alone, request(1, 2, layer=1))]
     time.sleep(0.05)
     assert not any(future.done() for future in futures[:1])

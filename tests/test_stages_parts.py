@@ -118,9 +118,9 @@ def test_sessions(checkpoint: Any, staged: Staged, plain: Any, monkeypatch: pyte
     monkeypatch.setattr(Room, "demand", lambda _, tokens, new: Demand(tokens, new, chunk=ROWS if tokens > 20 else None))
     run, counts = StageRunner._run_parts, list[int]()
 
-    def counted(self: Any, request: Any, *rest: Any) -> Any:
-        counts.append(len(request.parts))
-        return run(self, request, *rest)
+    def counted(self: Any, work: Any, *rest: Any) -> Any:
+        counts.append(len(work.parts))
+        return run(self, work, *rest)
 
     monkeypatch.setattr(StageRunner, "_run_parts", counted)
     with Session(model) as session:

@@ -20,7 +20,7 @@ from rabbit_engine.cluster.request_log import RequestLog
 from rabbit_engine.cluster.worker import MOST_REQUESTS, WorkerEndedError, WorkerHandle
 from rabbit_engine.errors import ModelClosedError, StageLostError, first_line
 from rabbit_engine.streaming import StageAnswer, StageRequest
-from rabbit_engine.streaming.stages.stage import Change
+from rabbit_engine.streaming.stages.stage import CallsInParts, Change, TextOfRequest
 from rabbit_engine.utils.spans import format_layers
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,14 @@ class ClusterStage:
         if self._closed:
             raise ModelClosedError(f"the stage on {self.name} is closed")
         if request.text is not None:
-            self._adapters.note(request.text, request.adapters)
+            self._adapters.note(request.text.name, request.setting.adapters)
         return self._threads.submit(self._answer, request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copy: str) -> None:
         """Copy a text's cache. The log of the copy has the same requests, under its own name."""
         payload = pickle.dumps(changes, pickle.HIGHEST_PROTOCOL)
         if changes:
-            self._log.add(text, pickle.dumps(StageRequest((), 1, text, None, changes), pickle.HIGHEST_PROTOCOL))
+            self._log.add(text, pickle.dumps(StageRequest(None, TextOfRequest(text, changes=changes)), pickle.HIGHEST_PROTOCOL))
         self._log.copy(text, copy)
         self._adapters.copy(text, copy)
         with suppress(WorkerEndedError):  # then both are computed again
@@ -146,24 +146,25 @@ class ClusterStage:
 
     def _answer(self, request: StageRequest) -> StageAnswer:
         payload = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
+        text, brings_all = (None, False) if request.text is None else (request.text.name, request.text.new is not None)
         start = time.perf_counter()
         for _ in range(_MOST_TRIES):
             worker = self._worker
             try:
-                if request.text is not None and request.cache is None and self._states.get(request.text) != worker.number:
-                    self._bring(worker, request.text)
+                if text is not None and not brings_all and self._states.get(text) != worker.number:
+                    self._bring(worker, text)
                 answer: StageAnswer = pickle.loads(worker.run(payload))  # noqa: S301 - of our own worker
             except WorkerEndedError as error:
                 self._replace(worker, error)
                 continue
             except BaseException:
-                if request.text is not None:  # some layers may have added to its cache, others not
-                    self._states.pop(request.text, None)
+                if text is not None:  # some layers may have added to its cache, others not
+                    self._states.pop(text, None)
                 raise
-            if request.text is not None:
+            if text is not None:
                 if request.alters:
-                    self._log.add(request.text, payload)
-                self._states[request.text] = worker.number
+                    self._log.add(text, payload)
+                self._states[text] = worker.number
             self._note(request, time.perf_counter() - start)
             return answer
         raise StageLostError(f"{_MOST_TRIES} workers for {self._span} ended one after another: see Ray's logs for why")
@@ -203,8 +204,8 @@ class ClusterStage:
 
     def _note(self, request: StageRequest, seconds: float) -> None:
         """Say once if the machine is slow, by its requests for whole ranges in passes of one text: several await each other."""
-        calls, texts = len(request.calls), 1 if request.shared is None else request.shared.texts
-        if calls < self._shortest or texts > 1 or not self._planned_s:
+        calls, texts = len(request.layers), 1 if request.shared is None else request.shared.texts
+        if calls < self._shortest or isinstance(request.work, CallsInParts) or texts > 1 or not self._planned_s:
             return
         ratio = seconds * len(self.layers) / (calls * self._planned_s)
         if (reason := self._paces.note(self.layers, ratio)) is not None:
@@ -220,4 +221,5 @@ def _shortest_range(layers: Sequence[int]) -> int:
 def _for_text(request: bytes, text: str) -> bytes:
     """A request of this text, or of the one that it was copied from, for this one alone."""
     found: StageRequest = pickle.loads(request)  # noqa: S301 - our own
-    return pickle.dumps(replace(found, text=text, shared=None), pickle.HIGHEST_PROTOCOL)
+    assert found.text is not None  # noqa: S101 - the log has what texts asked
+    return pickle.dumps(replace(found, text=replace(found.text, name=text), shared=None), pickle.HIGHEST_PROTOCOL)

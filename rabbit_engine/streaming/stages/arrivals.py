@@ -16,9 +16,9 @@ class Arrivals:
 
     def note(self, request: StageRequest | None) -> None:
         """Count a request that came."""
-        if request is None or request.shared is None or not request.runs:
+        if request is None or request.shared is None or not request.layers:
             return
-        shared, key = request.shared, (request.shared.scheduler, request.first_layer)
+        shared, key = request.shared, (request.shared.scheduler, request.layers[0])
         number, came = self._came.get(key, (shared.number, 0))
         self._came[key] = shared.number, came + 1 if number == shared.number else 1
         self._lacking[key] = shared.texts - self._came[key][1]

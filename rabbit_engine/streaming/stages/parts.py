@@ -13,15 +13,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rabbit_engine.streaming.part_masks import PartMasks
-from rabbit_engine.streaming.stages.stage import MaskOfPart, OpenStage, PartCalls, StageAnswer, StageRequest
+from rabbit_engine.streaming.stages.stage import (
+    Calls,
+    CallsInParts,
+    LayerCall,
+    MaskOfPart,
+    OpenStage,
+    PartCalls,
+    StageAnswer,
+    StageRequest,
+)
+from rabbit_engine.transformers_bridge.block_ends import EndsRecipe
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """What a part asks of a stage."""
+    """What a part asks of a stage: `request` with these `calls`, and copies of what is forgotten at the `ends` of blocks."""
 
     part: int
+    calls: tuple[LayerCall, ...]
     request: StageRequest
+    ends: EndsRecipe | None
     answered: Future[StageAnswer]
 
 
@@ -63,11 +75,12 @@ class PartHops:
         self._lines: dict[int, _StageLine] = {}
         self._known: dict[int, frozenset[Any]] = {}
 
-    def submit(self, stage: OpenStage, part: int, request: StageRequest) -> Future[StageAnswer]:
-        """The request of a part, after those of the parts before it. Its answer comes after `send` was called."""
+    def submit(self, stage: OpenStage, part: int, request: StageRequest, ends: EndsRecipe | None) -> Future[StageAnswer]:
+        """The request of a part for calls, after those of the parts before it. Its answer comes after `send` was called."""
+        assert isinstance(request.work, Calls)  # noqa: S101 - parts of a prompt run layers
         answered: Future[StageAnswer] = Future()
         line = self._lines.setdefault(id(stage), _StageLine(stage, len(self._bounds)))
-        line.add(_Waiting(part, request, answered))
+        line.add(_Waiting(part, request.work.calls, request, ends, answered))
         line.send(self._bounds, self._masks)
         return answered
 
@@ -111,9 +124,10 @@ def first_of(futures: Iterable[Future[Any]]) -> Future[None]:
 
 def _joined(going: Sequence[_Waiting], bounds: Sequence[tuple[int, int]], masks: PartMasks) -> StageRequest:
     first = going[0].request
-    parts = tuple(PartCalls(each.request.calls, *bounds[each.part]) for each in going)
-    changes = tuple(change for each in going for change in each.request.changes)
-    return replace(first, calls=(), parts=parts, changes=changes, masks=masks.recipe)
+    parts = tuple(PartCalls(each.calls, *bounds[each.part]) for each in going)
+    changes = tuple(change for each in going if each.request.text is not None for change in each.request.text.changes)
+    text = None if first.text is None else replace(first.text, changes=changes)
+    return replace(first, work=CallsInParts(parts, masks.recipe, going[0].ends), text=text)
 
 
 def _settle(going: Sequence[_Waiting], answer: Future[StageAnswer]) -> None:

@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -28,15 +29,21 @@ from rabbit_engine.streaming.stages.adapted import AdaptersHere
 from rabbit_engine.streaming.stages.hops import bring
 from rabbit_engine.streaming.stages.shown import ShownHere
 from rabbit_engine.streaming.stages.stage import (
+    Calls,
     Change,
     KeptTensor,
     LayerCall,
+    NewText,
     OpenStage,
+    PassSetting,
+    StageAnswer,
     StageRequest,
     Stands,
+    TextOfRequest,
     Wanted,
 )
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of
+from rabbit_engine.transformers_bridge.block_ends import EndsRecipe
 from rabbit_engine.transformers_bridge.forwards import is_capturing
 from rabbit_engine.transformers_bridge.mirrored import (
     NUMBERS,
@@ -166,10 +173,14 @@ class RemoteText:
             taken.append(self._changes.popleft())
         return tuple(taken)
 
+    def of_request(self, new: NewText | None = None) -> TextOfRequest:
+        """What the next request says of it; `new`: its layers, which are not there yet."""
+        return TextOfRequest(self.name, new, self.take_changes())
+
     def read(self, first: int, stop: int, without: Collection[int]) -> Mapping[str, torch.Tensor]:
         """Copies of keys and values there."""
         wanted = Wanted(first, stop, tuple(without))
-        answer = self._stage.submit(StageRequest((), 1, self.name, None, self.take_changes(), wanted=wanted)).result()
+        answer = self._stage.submit(StageRequest(wanted, self.of_request())).result()
         found: Mapping[str, torch.Tensor] = answer.output
         return found
 
@@ -299,21 +310,15 @@ class RemoteLayers:
         text, new = self._text_of(cache)
         fiber, ends = fiber_on(self._source), getattr(cache, "watcher", None)
         request = StageRequest(
-            calls if text is None else text.lighter(calls),
+            Calls(calls if text is None else text.lighter(calls)),
+            None if text is None else text.of_request(new),
             self._sequences(),
-            None if text is None else text.name,
-            new,
-            () if text is None else text.take_changes(),
-            adapters=adapters,
-            attention=self._changed_attention(),
-            inside=self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
-            recipe=None if new is None else getattr(cache, "recipe", None),
-            shared=None if fiber is None else fiber.shared_pass,
-            ends=None if ends is None else ends.recipe,
+            PassSetting(adapters, self._changed_attention()),
+            self._shown.wanted(numbers) if _INSIDE.get() else frozenset(),
+            None if fiber is None else fiber.shared_pass,
         )
         try:
-            part = part_on(self._source)
-            future = self._stage.submit(request) if part is None else part.hops.submit(self._stage, part.index, request)
+            future = self._submit(request, None if ends is None else ends.recipe)
             if fiber is not None:
                 fiber.await_future(future)
             answer = future.result()
@@ -328,12 +333,16 @@ class RemoteLayers:
         self._shown.give(bring(answer.inside, self._device))
         return answer.output
 
+    def _submit(self, request: StageRequest, ends: EndsRecipe | None) -> Future[StageAnswer]:
+        part = part_on(self._source)
+        return self._stage.submit(request) if part is None else part.hops.submit(self._stage, part.index, request, ends)
+
     def _changed_attention(self) -> str | None:
         """The attention that was set since the model was loaded."""
         now = list(map(attention_of, self._configs))
         return None if now == self._attention else now[0]
 
-    def _text_of(self, cache: Any) -> tuple[RemoteText | None, Any]:
+    def _text_of(self, cache: Any) -> tuple[RemoteText | None, NewText | None]:
         """The text of a cache on the stage, and its layers if they are still here."""
         if cache is None:
             return None, None
@@ -344,7 +353,7 @@ class RemoteLayers:
         if is_mirrored(cache, self._stage.layers):
             return relay_of(cache, self._stage.layers), None
         text = RemoteText(self._stage)
-        return text, move_layers(cache, self._stage.layers, text)
+        return text, NewText(move_layers(cache, self._stage.layers, text), getattr(cache, "recipe", None))
 
 
 def tell_what_is_shown(model: Any) -> None:

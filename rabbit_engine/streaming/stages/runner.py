@@ -28,15 +28,19 @@ from rabbit_engine.streaming.stages.given import GivenArguments
 from rabbit_engine.streaming.stages.hops import bring, finish, use_here
 from rabbit_engine.streaming.stages.shown import ShownThere
 from rabbit_engine.streaming.stages.stage import (
+    Calls,
+    CallsInParts,
     Change,
     KeptTensor,
     LayerCall,
+    PassSetting,
     StageAnswer,
     StageRequest,
+    TextOfRequest,
     Wanted,
 )
 from rabbit_engine.transformers_bridge.attention import attention_configs, attention_of, set_attention
-from rabbit_engine.transformers_bridge.block_ends import BlockEnds
+from rabbit_engine.transformers_bridge.block_ends import BlockEnds, Copies
 from rabbit_engine.transformers_bridge.caches import PartCache, states_between
 from rabbit_engine.transformers_bridge.mirrored import change_layer, facts_of, layer_at, move_states, own_layers
 from rabbit_engine.transformers_bridge.tiered import end_turns, put_back_in_tiers
@@ -51,9 +55,9 @@ class _Work:
     request: StageRequest | None = None
 
     @property
-    def setting(self) -> tuple[Any, ...] | None:
+    def setting(self) -> PassSetting | None:
         """What all of a pass have in common; None if it runs no layers."""
-        return self.request.setting if self.request is not None and self.request.runs else None
+        return self.request.setting if self.request is not None and self.request.layers else None
 
 
 class StageRunner:
@@ -95,13 +99,17 @@ class StageRunner:
 
     def submit(self, request: StageRequest) -> Future[StageAnswer]:
         """The calls of `request`, with the next pass. Waits until its tensors are computed."""
-        calls = (*request.calls, *(call for part in request.parts for call in part.calls))
-        finish([[_tensors_of(call) for call in calls], [change.args for change in request.changes]])
+        finish(
+            [
+                list(map(_tensors_of, _calls_of(request))),
+                [] if request.text is None else _tensors_of_changes(request.text.changes),
+            ]
+        )
         return self._put(functools.partial(self._run, request), request)
 
     def fork(self, text: str, changes: tuple[Change, ...], copied: str) -> None:
         """Name a copy of the cache of `text` after the changes; between passes."""
-        finish([change.args for change in changes])
+        finish(_tensors_of_changes(changes))
         self._put(functools.partial(self._fork, text, changes, copied)).result()
 
     def forget(self, text: str) -> None:
@@ -176,25 +184,38 @@ class StageRunner:
     def _run(self, request: StageRequest) -> StageAnswer:
         """One request, in a fiber."""
         self._require_open()
-        cache = self._cache_of(request)
-        if not request.runs:
-            return StageAnswer(None if request.wanted is None else _copies(cache, request.wanted), {}, 0.0)
-        if len(request.parts) > 1 and not self._computes_parts:
-            return _joined([self._run(one) for one in _apart(request)])
-        self._set(request)
+        cache = None if request.text is None else self._cache_of(request.text)
+        match request.work:
+            case None:
+                return StageAnswer(None, {}, 0.0)
+            case Wanted() as wanted:
+                return StageAnswer(_copies(cache, wanted), {}, 0.0)
+            case CallsInParts(parts) as work if len(parts) > 1 and not self._computes_parts:
+                return _joined([self._run_layers(request, one, cache) for one in _apart(work)])
+            case work:
+                return self._run_layers(request, work, cache)
+
+    def _run_layers(self, request: StageRequest, work: Calls | CallsInParts, cache: Any) -> StageAnswer:
+        """This work of a request, in one pass."""
+        self._adapters.use(request.setting.adapters)
+        self._set_attention(request.setting.attention)
         with self._binding.root_pass(request.sequences), self._shown.taking(request.inside) as inside:
             start = time.perf_counter()
-            kept = {} if request.text is None else self._saved[request.text]
-            ends = None if request.ends is None else BlockEnds.made(cache, request.ends)
-            if request.parts:
-                output = self._run_parts(request, cache, kept, ends)
-            else:
-                output = self._run_calls(request.calls, GivenArguments(self._device, cache, kept))
+            kept = {} if request.text is None else self._saved[request.text.name]
+            output, ends = self._outputs(work, cache, kept)
             finish([output, [found for _, found in inside]])
             end_turns(cache)
             seconds = time.perf_counter() - start
         facts = {} if cache is None else {index: facts_of(layer_at(cache, index)) for index in own_layers(cache)}
-        return StageAnswer(output, facts, seconds, tuple(inside), {} if ends is None else ends.copies)
+        return StageAnswer(output, facts, seconds, tuple(inside), ends)
+
+    def _outputs(self, work: Calls | CallsInParts, cache: Any, kept: dict[int, Any]) -> tuple[Any, Copies]:
+        """What layers return, and what they held at the ends of blocks."""
+        if isinstance(work, Calls):
+            return self._run_calls(work.calls, GivenArguments(self._device, cache, kept)), {}
+        ends = None if work.ends is None else BlockEnds.made(cache, work.ends)
+        output = self._run_parts(work, cache, kept, ends)
+        return output, {} if ends is None else ends.copies
 
     def _run_calls(self, calls: Sequence[LayerCall], given: GivenArguments) -> Any:
         """The output of the last of them."""
@@ -205,10 +226,9 @@ class StageRunner:
             given.go_on(output)
         return output
 
-    def _run_parts(self, request: StageRequest, cache: Any, kept: dict[int, Any], ends: BlockEnds | None) -> list[Any]:
+    def _run_parts(self, work: CallsInParts, cache: Any, kept: dict[int, Any], ends: BlockEnds | None) -> list[Any]:
         """The outputs of all parts, which go through each layer one after another."""
-        assert request.masks is not None  # noqa: S101 - made by `PartHops`
-        masks, parts = PartMasks.made(request.masks, self._device), request.parts
+        masks, parts = PartMasks.made(work.masks, self._device), work.parts
         outputs: list[Any] = [None] * len(parts)
 
         def show(index: int) -> None:
@@ -228,25 +248,23 @@ class StageRunner:
             run_in_parts(self._binding, works, self._layer_of, show)
         return outputs
 
-    def _set(self, request: StageRequest) -> None:
+    def _set_attention(self, changed: str | None) -> None:
         """Have the layers compute as all requests of this pass ask."""
-        self._adapters.use(request.adapters)
         for config, loaded in zip(self._configs, self._attention, strict=True):
-            name = loaded if request.attention is None else request.attention
+            name = loaded if changed is None else changed
             if attention_of(config) != name:
                 set_attention(config, name)
 
-    def _cache_of(self, request: StageRequest) -> Any:
-        if request.text is None:
-            return None
-        if request.cache is not None:
-            moved = move_states(request.cache, self._device)
-            is_plain = request.recipe is None
-            self._texts[request.text] = moved if is_plain else put_back_in_tiers(moved, self._make_text(request.recipe))
-        cache = self._texts.get(request.text)
+    def _cache_of(self, text: TextOfRequest) -> Any:
+        """The cache of a text after its changes."""
+        if text.new is not None:
+            moved = move_states(text.new.cache, self._device)
+            is_plain = text.new.recipe is None
+            self._texts[text.name] = moved if is_plain else put_back_in_tiers(moved, self._make_text(text.new.recipe))
+        cache = self._texts.get(text.name)
         if cache is None:
-            raise KeyError(f"the stage on {self._name} has no cache of text {request.text}")
-        self._change(request.text, cache, request.changes)
+            raise KeyError(f"the stage on {self._name} has no cache of text {text.name}")
+        self._change(text.name, cache, text.changes)
         return cache
 
     def _fork(self, text: str, changes: Sequence[Change], copied: str) -> None:
@@ -263,11 +281,10 @@ class StageRunner:
             change_layer(cache, change.layer, change.name, bring(change.args, self._device), self._saved[text])
 
 
-def _apart(request: StageRequest) -> Iterator[StageRequest]:
-    """A request for each part of one, in order."""
-    yield replace(request, parts=request.parts[:1])
-    for part in request.parts[1:]:
-        yield replace(request, parts=(part,), cache=None, changes=(), recipe=None)
+def _apart(work: CallsInParts) -> Iterator[CallsInParts]:
+    """Each part by itself, in order."""
+    for part in work.parts:
+        yield replace(work, parts=(part,))
 
 
 def _joined(answers: Sequence[StageAnswer]) -> StageAnswer:
@@ -287,6 +304,19 @@ def _copies(cache: Any, wanted: Wanted) -> dict[str, torch.Tensor]:
     return {name: states.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, states in found.items()}
 
 
+def _calls_of(request: StageRequest) -> Iterator[LayerCall]:
+    match request.work:
+        case Calls(calls):
+            yield from calls
+        case CallsInParts(parts):
+            for part in parts:
+                yield from part.calls
+
+
+def _tensors_of_changes(changes: Sequence[Change]) -> list[Any]:
+    return [change.args for change in changes]
+
+
 def _tensors_of(call: LayerCall) -> list[Any]:
     values = [*call.args, *call.kwargs.values()]
     return [value.tensor if isinstance(value, KeptTensor) else value for value in values]
@@ -295,7 +325,7 @@ def _tensors_of(call: LayerCall) -> list[Any]:
 def _in_turn(works: Sequence[_Work]) -> Iterator[list[_Work]]:
     """What may be done together: passes that follow one another with the same setting, and what is no pass."""
     group: list[_Work] = []
-    setting: tuple[Any, ...] | None = None
+    setting: PassSetting | None = None
     for work in works:
         if setting is not None and work.setting not in (None, setting):
             yield group

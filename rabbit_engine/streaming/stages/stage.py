@@ -55,12 +55,29 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """The calls of one forward, in order: the output of the last is the answer's."""
+
+    calls: tuple[LayerCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PartCalls:
     """The calls of a part of a prompt, tokens `first` to `stop` of the text."""
 
     calls: tuple[LayerCall, ...]
     first: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallsInParts:
+    """The calls of parts of a prompt, whose masks are made of the recipe `masks`: the answer's output has one for each part. What
+    layers forget at the `ends` of blocks is copied for the answer meanwhile."""
+
+    parts: tuple[PartCalls, ...]
+    masks: MaskRecipe
+    ends: EndsRecipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +90,23 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class NewText:
+    """The layers of a `cache` that the stage has from now on; those in tiers it makes of its `recipe`."""
+
+    cache: Any
+    recipe: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextOfRequest:
+    """The cache of a text by `name`, with its layers if it is `new` to the stage. `changes` are done before anything runs."""
+
+    name: str
+    new: NewText | None = None
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ActiveAdapters:
     """The adapters of one pass: the `modules` that `OpenStage.adapt` was given under this name, and for each of them, or once
     for all, the names of those that are `active`, and whether they are used at all."""
@@ -82,53 +116,42 @@ class ActiveAdapters:
 
 
 @dataclass(frozen=True, slots=True)
-class StageRequest:
-    """The part of a stage, or some of its layers, in one pass over `sequences` sequences.
+class PassSetting:
+    """What the layers compute with in a pass: adapters, and an implementation of attention; None as they were loaded."""
 
-    `text` names the cache, if there is one; `cache` is that of a new text, whose layers in tiers the stage makes of its `recipe`.
-    `changes` are done before the calls. A request
-    without calls may be for the states of a cache that are `wanted`: its answer's output has them by name.
-    The layers compute with the `adapters` and the `attention` that the request names, else as they were loaded. The answer has
-    the outputs of the modules `inside`: a layer's number, and a name in it. `shared` is the pass of several texts that this
-    is part of: each of them is expected to make such a request, beginning with the same layer.
-    Instead of calls it may have those of several `parts` of a prompt, whose masks are made of the recipe `masks`: the answer's
-    output has one for each. What layers forget at the `ends` of blocks is copied for the answer meanwhile.
-    """
-
-    calls: tuple[LayerCall, ...]
-    sequences: int
-    text: str | None = None
-    cache: Any = None
-    changes: tuple[Change, ...] = ()
-    recipe: object = None
-    wanted: Wanted | None = None
     adapters: ActiveAdapters | None = None
     attention: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRequest:
+    """What a stage does for one text, or for none: `work` is calls of its layers, states that are read, or nothing but changes.
+
+    The calls are on `sequences` sequences. The answer has outputs of modules `inside` layers: a layer's number, and a name in it.
+    `shared` is the pass of several texts that this is part of: each of them is expected to make such a request, beginning with
+    the same layer.
+    """
+
+    work: Calls | CallsInParts | Wanted | None
+    text: TextOfRequest | None = None
+    sequences: int = 1
+    setting: PassSetting = PassSetting()
     inside: frozenset[tuple[int, str]] = frozenset()
     shared: SharedPass | None = None
-    parts: tuple[PartCalls, ...] = ()
-    masks: MaskRecipe | None = None
-    ends: EndsRecipe | None = None
 
     @property
-    def runs(self) -> bool:
-        """Whether layers run."""
-        return bool(self.calls or self.parts)
-
-    @property
-    def first_layer(self) -> int:
-        """The first that runs."""
-        return (self.calls or self.parts[0].calls)[0].layer
+    def layers(self) -> tuple[int, ...]:
+        """The layers that run, in order."""
+        match self.work:
+            case Calls(calls) | CallsInParts((PartCalls(calls), *_)):
+                return tuple(call.layer for call in calls)
+            case _:
+                return ()
 
     @property
     def alters(self) -> bool:
         """Whether the text's cache is another one afterwards."""
-        return self.runs or bool(self.changes)
-
-    @property
-    def setting(self) -> tuple[ActiveAdapters | None, str | None]:
-        """What requests have in common that one pass computes."""
-        return self.adapters, self.attention
+        return bool(self.layers) or (self.text is not None and bool(self.text.changes))
 
 
 @dataclass(frozen=True, slots=True)
