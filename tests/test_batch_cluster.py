@@ -33,6 +33,7 @@ from rabbit_engine.batches.cluster.order import Failure, LineAnswer
 from rabbit_engine.batches.cluster.probe import probe
 from rabbit_engine.batches.cluster.worker import LineWorker
 from rabbit_engine.batches.inputs import InputLine
+from rabbit_engine.model.runtime import runtime_of
 
 LINES, TOKENS = 24, 60
 BROKEN = '{"custom_id": "cut'
@@ -208,6 +209,20 @@ def test_what_ends_a_workers_part_is_a_row(talker: Path, no_ray: None) -> None:
     )
     assert "10.0.0.7: MemoryError: full" in str(crew.error_of(Failure("MemoryError", "full", "10.0.0.7")))
     worker._session.close()
+
+
+def test_a_worker_that_cannot_open_a_session_keeps_no_model(talker: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def refuse(model: Any, *_: Any) -> None:
+        opened.append(model)
+        raise errors.BudgetError("no room for texts")
+
+    monkeypatch.setattr("rabbit_engine.batches.cluster.worker.open_session", refuse)
+    worker = LineWorker(order_of(talker), crew.Claim(9, 0, 1), Pipeline())
+    assert [runtime_of(model).transfer.closed for model in opened] == [True]
+    (failure,) = read_table(worker(table_of_lines([InputLine(1, b"{}")])))
+    assert failure == Failure("BudgetError", "no room for texts", "10.0.0.7")
 
 
 def test_a_worker_with_other_versions_than_the_driver_refuses_every_line(talker: Path, no_ray: None) -> None:

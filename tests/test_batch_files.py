@@ -20,13 +20,14 @@ from tiny import IDS, words
 from rabbit_engine import AutoModelForCausalLM, batch, errors
 from rabbit_engine.batches import Choices, Order
 from rabbit_engine.batches.cluster import files
-from rabbit_engine.batches.cluster.files import SentFiles, located, own_model
+from rabbit_engine.batches.cluster.files import located, own_model
 from rabbit_engine.batches.cluster.order import Failure
 from rabbit_engine.batches.cluster.probe import probe
 from rabbit_engine.checkpoints import execute
 from rabbit_engine.cluster.description import describe, extents_of
 from rabbit_engine.cluster.sending import DriverFiles
 from rabbit_engine.cluster.stored import stored_copies
+from rabbit_engine.model.sent_files import SentFiles
 from rabbit_engine.storage.partial import PresentExtents, read_present
 from rabbit_engine.utils.sizes import format_bytes
 
@@ -116,10 +117,10 @@ def elsewhere(order: Order, monkeypatch: pytest.MonkeyPatch) -> tuple[Order, Sen
     streamed, _ = execute(own, progress=False)
     here = describe(streamed)
     driver = DriverFiles(here)
-    monkeypatch.setattr(files, "chunks_from", lambda _: driver.read)
     monkeypatch.setattr("rabbit_engine.batches.cluster.probe.require_ray", lambda: NoClient)
     away = replace(here, name="/nowhere/talker", driver="driver")
-    return replace(order, model="/nowhere/talker"), SentFiles("digest", away, extents_of(streamed, list(streamed.entries)), None)
+    sent = SentFiles("digest", away, extents_of(streamed, list(streamed.entries)), lambda: driver.read)
+    return replace(order, model="/nowhere/talker"), sent
 
 
 @pytest.mark.parametrize("loading", [{}, {"dtype": "bfloat16"}, {"compression": "8bit"}])

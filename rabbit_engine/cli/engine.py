@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rabbit_engine.diagnostics import plotting as plotting
     from rabbit_engine.diagnostics import speculation as speculation
     from rabbit_engine.model import capabilities as capabilities
+    from rabbit_engine.model import sent_files as sent_files
     from rabbit_engine.planning import forecast as forecast
     from rabbit_engine.planning import machines as machines
     from rabbit_engine.server import listen as listen
@@ -67,6 +68,7 @@ _MODULES = {
     "prefixes": "rabbit_engine.prefixes",
     "speculation": "rabbit_engine.diagnostics.speculation",
     "replicas": "rabbit_engine.server.replicas",
+    "sent_files": "rabbit_engine.model.sent_files",
     "sessions": "rabbit_engine.sessions",
     "stored_copies": "rabbit_engine.cluster.stored",
     "streaming": "rabbit_engine.streaming",

@@ -289,8 +289,9 @@ CONVERSATION_IN_STAGES = Only("cluster", *CONVERSATION.names)
 
 @contextmanager
 def loaded(model: str, loading: Loading, **keywords: Any) -> Iterator[engine.model.StreamedModel]:
-    """The streamed model, closed at the end; `keywords` also go to `AutoModel.from_pretrained`. Prints the plan on stderr."""
+    """The streamed model, closed at the end; `keywords` go to `AutoModel.from_pretrained` before those of the options. Prints the
+    plan on stderr."""
     output.note(f"loading {model} ...")
-    with engine.model.AutoModel.from_pretrained(model, **loading.keywords(), **keywords) as streamed:
+    with engine.model.AutoModel.from_pretrained(model, **{**loading.keywords(), **keywords}) as streamed:
         output.note(streamed.plan.reason)
         yield streamed

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rabbit_engine.cli import engine, output
 from rabbit_engine.cli.loading import Loading, loaded
 from rabbit_engine.cli.prefixes import opened_store
-from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.errors import CheckpointNotFoundError, ConfigurationError, HubUnreachableError
 from rabbit_engine.utils.names import read_name
 
 if TYPE_CHECKING:
+    from rabbit_engine.checkpoints import Resolution
+    from rabbit_engine.model.sent_files import SentFiles
     from rabbit_engine.prefixes import PrefixStore
 
 
@@ -27,6 +30,8 @@ class Offered:
     answering: Mapping[str, Any]
     hosting: Mapping[str, Any]
     prefix_store: str | None
+    found: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """More keywords for the models that were fetched."""
 
     @contextmanager
     def host(self) -> Iterator[engine.listen.Host]:
@@ -44,7 +49,7 @@ class Offered:
         @contextmanager
         def open_session(name: str) -> Iterator[engine.sessions.Session]:
             with (
-                loaded(self.named[name], self.loading.for_conversations()) as streamed,
+                loaded(self.named[name], self.loading.for_conversations(), **self.found.get(name, {})) as streamed,
                 engine.sessions.Session(streamed, prefix_store=store, **self.answering) as session,
             ):
                 output.note(str(streamed.plan))
@@ -54,7 +59,40 @@ class Offered:
 
     def describe(self, name: str) -> engine.capabilities.Capabilities:
         """What a model is, from its config and headers."""
-        return engine.capabilities.capabilities(self.named[name], **self.loading.keywords_of_headers())
+        return engine.capabilities.capabilities(
+            self.named[name], **{**self.loading.keywords_of_headers(), **self.found.get(name, {})}
+        )
+
+    def own_files(self) -> dict[str, Resolution]:
+        """The models whose files this machine has, by the names that clients use."""
+        found = {name: engine.sent_files.own_model(model, self._keywords_of_files()) for name, model in self.named.items()}
+        return {name: own for name, own in found.items() if own is not None}
+
+    @contextmanager
+    def host_on(self, files: Mapping[str, SentFiles]) -> Iterator[engine.listen.Host]:
+        """`host` on a machine of a cluster, which first fetches those of the `files` that it lacks."""
+        with ExitStack() as opened:
+            try:
+                hosted = opened.enter_context(self._located(files).host())
+            except (CheckpointNotFoundError, HubUnreachableError) as error:
+                here = socket.gethostname()
+                raise type(error)(
+                    f"{here}: {error}. No files were sent to it: put them there, or give the command on a machine of the cluster "
+                    "that has them"
+                ) from error
+            yield hosted
+
+    def _located(self, files: Mapping[str, SentFiles]) -> Offered:
+        """The same with the models as this machine loads them."""
+        keywords = self._keywords_of_files()
+        found = {name: engine.sent_files.located(self.named[name], keywords, sent) for name, sent in files.items()}
+        named = {**self.named, **{name: model for name, (model, _) in found.items()}}
+        return replace(self, named=named, found={name: more for name, (_, more) in found.items()})
+
+    def _keywords_of_files(self) -> dict[str, Any]:
+        """Those that say which files are read: the device does if they are compressed for it."""
+        device = "cpu" if self.loading.compression is None else self.loading.device
+        return {**self.loading.keywords_of_headers(), "device": device}
 
     def anywhere(self) -> Offered:
         """The same from any folder."""

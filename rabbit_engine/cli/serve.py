@@ -48,7 +48,9 @@ def serve(
     elif not replicating.replicas:
         _withdraw(replicating.cluster, replicating.service)
     else:
-        offer = engine.replicas.Offer(open=offered.anywhere().host, access_log=absolute(listening.access_log), **access)
+        anywhere = offered.anywhere()
+        log = absolute(listening.access_log)
+        offer = engine.replicas.Offer(open=anywhere.host_on, own_files=anywhere.own_files, access_log=log, **access)
         replicas = replicating.settings(loading, most_requests=answering.max_requests + answering.max_queue)
         at = {**listening.address(), "route": replicating.route}
         _serve_on(replicating.cluster, replicating.service, offer, replicas, at, told)

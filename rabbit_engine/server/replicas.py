@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rabbit_engine.checkpoints import Resolution
 from rabbit_engine.cluster import connect
 from rabbit_engine.cluster.connection import LOCAL
 from rabbit_engine.cluster.machines import gather_facts, require_same_versions
+from rabbit_engine.cluster.sending import Sender, serve_files
 from rabbit_engine.errors import ClusterError, ConfigurationError
+from rabbit_engine.model.sent_files import SentFiles, keep_files
 from rabbit_engine.server.access import check_exposure, is_loopback
 from rabbit_engine.server.app import create_app
 from rabbit_engine.server.hosting import Host
@@ -43,18 +47,20 @@ _QUIET = {"enable_access_log": False}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What each replica serves. It travels to other machines: `open` opens the models there, and `access_log` lies there."""
+    """What each replica serves. It travels to other machines: `open` opens the models there, with the files of those that
+    `own_files` found on the driver's, and `access_log` lies there."""
 
-    open: Callable[[], AbstractContextManager[Host]]
+    open: Callable[[Mapping[str, SentFiles]], AbstractContextManager[Host]]
+    own_files: Callable[[], Mapping[str, Resolution]] = dict
     keys: Sequence[Key] = ()
     origins: Sequence[str] = ()
     access_log: Path | None = None
 
     @contextmanager
-    def app(self, *, local: bool) -> Iterator[FastAPI]:
+    def app(self, files: Mapping[str, SentFiles], *, local: bool) -> Iterator[FastAPI]:
         """The application; the models are closed at the end."""
         log = None if self.access_log is None else AccessLog(self.access_log)
-        with self.open() as host:
+        with self.open(files) as host:
             app = create_app(host, keys=self.keys, origins=self.origins, local=local, access_log=log)
             app.add_middleware(_Mounted)
             app.state.host = host
@@ -162,8 +168,9 @@ def deploy(address: str, name: str, offer: Offer, replicas: Replicas, *, host: s
     options = replicas.options([node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources())
     host, port = _listen(serve, host, port)
     check_exposure(host, offer.keys)
+    files, senders = _send_files(ray, offer) if address != LOCAL else ({}, [])
     target = serve.deployment(
-        _replica_class(serve, offer, local=is_loopback(host)),
+        _replica_class(serve, offer, files, local=is_loopback(host)),
         name="server",
         health_check_period_s=_HEALTH_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
@@ -178,6 +185,8 @@ def deploy(address: str, name: str, offer: Offer, replicas: Replicas, *, host: s
     except (RuntimeError, ray.exceptions.RayError) as error:
         told = str(error) if isinstance(error, ray.exceptions.RayError) else _told(serve, name) or str(error)
         raise ClusterError(f"the service {name!r} did not start: {_reason(told)}") from error
+    finally:
+        senders.clear()  # which ends them: replicas that start later find other ways
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{route.rstrip('/')}/"
 
 
@@ -216,12 +225,28 @@ def _listen(serve: Any, host: str, port: int) -> tuple[str, int]:
     return found.host, found.port
 
 
-def _replica_class(serve: Any, offer: Offer, *, local: bool) -> Any:
+def _send_files(ray: Any, offer: Offer) -> tuple[dict[str, SentFiles], list[Any]]:
+    """The files of the models that the driver's machine has, for machines that lack them, and the actors that read them until
+    the service runs. None if the driver is no machine of the cluster."""
+    if ray.util.client.ray.is_connected():
+        return {}, []
+    here = ray.get_runtime_context().get_node_id()
+    is_alone = all(node["NodeID"] == here for node in ray.nodes() if node["Alive"])
+    files, senders = {}, []
+    for name, own in offer.own_files().items():
+        sender = Sender(f"files of {name}, {uuid.uuid4().hex}", here)
+        files[name] = keep_files(own, sender)
+        if not is_alone:
+            senders.append(serve_files(files[name].description, sender))
+    return files, senders
+
+
+def _replica_class(serve: Any, offer: Offer, files: Mapping[str, SentFiles], *, local: bool) -> Any:
     """The class of the replicas. It is defined here so that it travels with what it serves."""
 
     def build() -> FastAPI:
         stack = ExitStack()
-        app = stack.enter_context(offer.app(local=local))
+        app = stack.enter_context(offer.app(files, local=local))
         app.state.close = stack.close
         return app
 

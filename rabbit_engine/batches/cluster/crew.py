@@ -9,10 +9,11 @@ from types import ModuleType
 from typing import Any
 
 from rabbit_engine import errors
-from rabbit_engine.batches.cluster.files import ABSENT, SentFiles, own_model, send_files
+from rabbit_engine.batches.cluster.files import ABSENT, own_model
 from rabbit_engine.batches.cluster.order import Failure, Order
 from rabbit_engine.batches.cluster.probe import probe
 from rabbit_engine.errors import ClusterError, ConfigurationError, MachinesDifferError, RabbitError, first_line
+from rabbit_engine.model.sent_files import SentFiles, send_files
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rabbit_engine.batches.cluster.files import SentFiles, digest, settings_of
+from rabbit_engine.batches.cluster.files import settings_of
 from rabbit_engine.batches.cluster.order import Failure, Order
 from rabbit_engine.checkpoints import HEADERS_ONLY, resolve
 from rabbit_engine.cluster import require_ray
+from rabbit_engine.model.sent_files import SentFiles, digest
 from rabbit_engine.planning.forecast import forecast
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +11,13 @@ import torch
 from rabbit_engine.batches.answering import answer, open_session, open_window
 from rabbit_engine.batches.cluster.blocks import answer_of, lines_of, table_of
 from rabbit_engine.batches.cluster.crew import Claim
-from rabbit_engine.batches.cluster.files import SentFiles, located
+from rabbit_engine.batches.cluster.files import located
 from rabbit_engine.batches.cluster.order import Failure, LineAnswer, Order
 from rabbit_engine.batches.inputs import InputLine
 from rabbit_engine.cluster import require_ray
 from rabbit_engine.errors import ClusterError
 from rabbit_engine.model import AutoModel
+from rabbit_engine.model.sent_files import SentFiles
 from rabbit_engine.prefixes import open_default
 
 if TYPE_CHECKING:
@@ -37,9 +39,12 @@ class LineWorker:
             order.require_versions()
             _use_cores(claim)
             name, loading = located(order, files)
-            model = AutoModel.from_pretrained(name, **loading)
-            store = open_default(order.prefix_bytes, repeated_only=True)
-            self._session = open_session(model, order.choices, store)
+            with ExitStack() as failed:
+                model = AutoModel.from_pretrained(name, **loading)
+                failed.callback(model.close)
+                store = open_default(order.prefix_bytes, repeated_only=True)
+                self._session = open_session(model, order.choices, store)
+                failed.pop_all()
         except Exception as error:  # noqa: BLE001 - told with the first block
             self._problem = error
 
