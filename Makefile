@@ -70,6 +70,7 @@ OURS := \
   rule \
   scratchfile \
   serve_cluster \
+  serve_files \
   server_access \
   server_answers \
   server_anthropic \

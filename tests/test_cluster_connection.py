@@ -127,6 +127,7 @@ def test_a_missing_token_and_a_wrong_one_are_told_apart(using: Any, listening: s
     with pytest.raises(ClusterError, match=r"no token for the cluster at .*: copy that of its machines to ~/\.ray/auth_token"):
         connect(listening)
     using(Cluster(ConnectionError("Failed to connect to Ray cluster")))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     with pytest.raises(ClusterError, match=r"not the head of a cluster, or the token in ~/\.ray/auth_token is not the cluster's"):
         connect(listening)
@@ -136,6 +137,47 @@ def test_a_missing_token_and_a_wrong_one_are_told_apart(using: Any, listening: s
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ClusterError, match="it asks for a token and RAY_AUTH_MODE is 'disabled'"):
         connect(listening)
+
+
+def test_ray_tries_once_with_a_wrong_token_and_as_long_as_ever_otherwise(
+    using: Any, listening: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable, tries = "RAY_gcs_server_port_wait_time_s", []
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    cluster = using(Cluster())
+
+    def failing(*words: str) -> None:
+        told = iter(words)
+        tries.clear()
+
+        def init(**_: Any) -> None:
+            tries.append(os.environ.get(variable))
+            if word := next(told):
+                raise ConnectionError("Failed to connect to Ray cluster") from RuntimeError(word)
+
+        monkeypatch.setattr(cluster, "init", init, raising=False)
+
+    failing("Failed to connect to GCS. Last connection error: Traceback\nAuthenticationError: RPC error: InvalidAuthToken: ...")
+    with pytest.raises(ClusterError, match=rf"^the cluster at '{listening}' refuses the token in RAY_AUTH_TOKEN: copy that"):
+        connect(listening)
+    assert (tries, variable in os.environ) == (["1"], False)
+    failing("Failed to connect to GCS.", "")  # a head that takes a while
+    connect(listening)
+    assert tries == ["1", None]
+    failing("Failed to connect to GCS.", "Failed to connect to GCS.")
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        connect(listening)
+    monkeypatch.setattr(connection, "_ENOUGH_S", -1.0)  # as if that try had taken long
+    failing("Failed to connect to GCS.")
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        connect(listening)
+    assert tries == ["1"]
+    monkeypatch.setenv(variable, "7")
+    failing("Failed to connect to GCS.")
+    with pytest.raises(ClusterError, match="no Ray cluster answers"):
+        connect(listening)
+    assert tries == ["7"]
 
 
 def test_without_a_cluster_auto_says_how_to_start_one(using: Any) -> None:

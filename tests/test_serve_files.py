@@ -135,7 +135,18 @@ def test_a_folder_that_is_here_is_read_here_unless_it_is_another(folder: Path, t
     other = families.save("llama", tmp_path / "tiny", num_hidden_layers=3)
     with pytest.raises(errors.MachinesDifferError, match=rf"{other} on {socket.gethostname()} is not that of pc1: copy"):
         located(str(other), CPU, sent)
+    at_home = replace(sent, description=replace(sent.description, driver=socket.gethostname()))
+    with pytest.raises(errors.MachinesDifferError, match="has changed since the command was given: give it again"):
+        located(str(other), CPU, at_home)
     assert not stored_copies(cache / "copies")
+
+
+def test_a_machine_that_has_its_copy_needs_nobody(folder: Path, cache: Path) -> None:
+    sent = sent_by(folder)
+    first = located("/nowhere/tiny", CPU, sent)
+    assert Path(first[0]).is_relative_to(cache)
+    gone = replace(sent, opening=lambda: LateChunks(sent.description, Sender("nobody", "a" * 56)))
+    assert located("/nowhere/tiny", CPU, gone) == first
 
 
 def test_a_gguf_file_is_fetched_too(tmp_path: Path, cache: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,12 @@ _CLIENT = "ray://"
 _ADDRESS = re.compile(r"(?:ray://)?(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[\w.-]+)):(?P<port>\d{1,5})", re.ASCII)
 _REACH_S = 10.0
 _TASK_S = 60.0
+_SECONDS = "RAY_gcs_server_port_wait_time_s"
+"""How long Ray tries to connect to a head: once a second."""
+
+_ENOUGH_S = 20.0
+_WRONG_TOKEN = "InvalidAuthToken"  # noqa: S105 - Ray's word for it
+_FAILURES = (ConnectionError, ValueError, RuntimeError, OSError)
 _OPEN = (
     "The Ray cluster at %s asks for no token: anyone who reaches it can run any code on all of its machines. Use it on a trusted "
     "network only, or start all of its nodes again with RAY_AUTH_MODE=token and one token."
@@ -113,19 +120,53 @@ def _require_listening(address: str, host: str, port: int) -> None:
 
 
 def _join(ray: ModuleType, address: str) -> None:
-    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **options)
+        _init_or_refuse(ray, address)
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(
             f"no token for the cluster at {address!r}: copy that of its machines to ~/.ray/auth_token, or name its file in "
             "RAY_AUTH_TOKEN_PATH. RAY_AUTH_MODE=disabled connects to a cluster that was started without"
         ) from error
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except _FAILURES as error:
         if "ersion mismatch" in str(error):
             told = " ".join(str(error).split())
             raise MachinesDifferError(f"the cluster at {address!r} has other versions: {told}") from error
+        if _is_refused(error):
+            raise ClusterError(
+                f"the cluster at {address!r} refuses the token {_own_token()}: copy that of its machines there"
+            ) from error
         raise ClusterError(f"no Ray cluster answers at {address!r} ({first_line(error)}): {_advice(address)}") from error
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether the token is the reason of what Ray raised, or of its cause."""
+    return error is not None and (_WRONG_TOKEN in str(error) or _is_refused(error.__cause__))
+
+
+def _init_or_refuse(ray: ModuleType, address: str) -> None:
+    """Ray tries 20 times, also with a wrong token: let it try once, and again only if the token is not the reason.
+
+    One try takes a second, but 40 where something listens and never answers.
+    """
+    if address == LOCAL or address.startswith(_CLIENT) or _SECONDS in os.environ:
+        _init(ray, address)
+        return
+    began_s = time.monotonic()
+    os.environ[_SECONDS] = "1"
+    try:
+        _init(ray, address)
+        return
+    except _FAILURES as error:
+        if _is_refused(error) or time.monotonic() - began_s > _ENOUGH_S:
+            raise
+    finally:
+        del os.environ[_SECONDS]
+    _init(ray, address)
+
+
+def _init(ray: ModuleType, address: str) -> None:
+    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **options)
 
 
 def _advice(address: str) -> str:
@@ -134,10 +175,20 @@ def _advice(address: str) -> str:
     if address == LOCAL:
         return "see Ray's messages above, and the memory that is free"
     mode = os.environ.get("RAY_AUTH_MODE", "")
-    own = "that RAY_AUTH_TOKEN_PATH names" if "RAY_AUTH_TOKEN_PATH" in os.environ else "in ~/.ray/auth_token"
-    token = f"the token {own} is not the cluster's" if mode == "token" else f"it asks for a token and RAY_AUTH_MODE is {mode!r}"
+    token = (
+        f"the token {_own_token()} is not the cluster's"
+        if mode == "token"
+        else f"it asks for a token and RAY_AUTH_MODE is {mode!r}"
+    )
     kind = "the client server of a head" if address.startswith(_CLIENT) else "the head of a cluster"
     return f"something listens there, but it is not {kind}, or {token}"
+
+
+def _own_token() -> str:
+    """Where this process has its token from."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "in RAY_AUTH_TOKEN"
+    return "that RAY_AUTH_TOKEN_PATH names" if "RAY_AUTH_TOKEN_PATH" in os.environ else "in ~/.ray/auth_token"
 
 
 def _require_same_cluster(ray: ModuleType, address: str, place: tuple[str, int] | None) -> None:

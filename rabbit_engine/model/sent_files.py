@@ -12,7 +12,18 @@ from typing import Any
 
 import xxhash
 
-from rabbit_engine.checkpoints import HEADERS_ONLY, Repo, Resolution, Shards, Source, checked_files, execute, find_repo, resolve
+from rabbit_engine.checkpoints import (
+    HEADERS_ONLY,
+    InPlace,
+    Repo,
+    Resolution,
+    Shards,
+    Source,
+    checked_files,
+    execute,
+    find_repo,
+    resolve,
+)
 from rabbit_engine.cluster.description import FileRow, sum_of
 from rabbit_engine.cluster.files import (
     FileExtent,
@@ -97,9 +108,12 @@ def located(model: str, loading: Keywords, files: SentFiles) -> tuple[str, Keywo
         found = files.whole()
         return found.name, found.keywords()
     if digest(here) != files.digest:
+        machine, driver = socket.gethostname(), files.description.driver
+        if machine == driver:
+            raise MachinesDifferError(f"{model} on {machine} has changed since the command was given: give it again")
         raise MachinesDifferError(
-            f"{model} on {socket.gethostname()} is not that of {files.description.driver}: copy the model anew to one of them, "
-            "or delete its folder there and it is fetched"
+            f"{model} on {machine} is not that of {driver}: copy the model anew to one of them, or delete its folder there and "
+            "it is fetched"
         )
     return model, {} if commit is None else {"revision": commit, "local_files_only": True}
 
@@ -130,7 +144,7 @@ def digest(source: Source) -> str:
 
 def _described(own: Resolution) -> tuple[str, FilesDescription, tuple[FileExtent, ...]]:
     identity = digest(own.source)
-    source, _ = execute(own, progress=False)
+    source = own.source if isinstance(own.source, InPlace) else execute(own, progress=False)[0]
     return identity, describe(source), extents_of(source, list(source.entries))
 
 
