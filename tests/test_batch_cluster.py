@@ -33,6 +33,7 @@ from rabbit_engine.batches.cluster.order import Failure, LineAnswer
 from rabbit_engine.batches.cluster.probe import probe
 from rabbit_engine.batches.cluster.worker import LineWorker
 from rabbit_engine.batches.inputs import InputLine
+from rabbit_engine.batches.window import Answered
 from rabbit_engine.model.runtime import runtime_of
 
 LINES, TOKENS = 24, 60
@@ -223,6 +224,30 @@ def test_a_worker_that_cannot_open_a_session_keeps_no_model(talker: Path, no_ray
     assert [runtime_of(model).transfer.closed for model in opened] == [True]
     (failure,) = read_table(worker(table_of_lines([InputLine(1, b"{}")])))
     assert failure == Failure("BudgetError", "no room for texts", "10.0.0.7")
+
+
+class Counting:
+    """A window whose other texts get a token whenever one looks."""
+
+    looked = 0
+
+    @property
+    def tokens(self) -> int:
+        self.looked += 1
+        return self.looked
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_a_worker_counts_tokens_that_come_as_it_counts(talker: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    window, lines = Counting(), [InputLine(number, b"{}") for number in range(3)]
+    monkeypatch.setattr("rabbit_engine.batches.cluster.worker.open_window", lambda *_: window)
+    monkeypatch.setattr("rabbit_engine.batches.cluster.worker.answer", lambda _, given: (Answered(one, "c", {}) for one in given))
+    worker = LineWorker(order_of("/nowhere/model"), crew.Claim(9, 0, 1), Pipeline())
+    worker._problem, worker._session = None, None  # type: ignore[assignment]
+    answers = read_table(worker(table_of_lines(lines)))
+    assert sum(answer.tokens for answer in answers if isinstance(answer, LineAnswer)) == window.looked
 
 
 def test_a_worker_with_other_versions_than_the_driver_refuses_every_line(talker: Path, no_ray: None) -> None:

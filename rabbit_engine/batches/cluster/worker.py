@@ -62,8 +62,9 @@ class LineWorker:
         window, told, answers = open_window(self._session, self._order.label, self._order.choices), 0, []
         try:
             for answered in answer(window, lines):
-                answers.append(answer_of(answered, window.tokens - told))
-                told = window.tokens
+                counted = window.tokens  # once: the texts of other lines go on
+                answers.append(answer_of(answered, counted - told))
+                told = counted
         finally:
             window.cancel()
         return answers
