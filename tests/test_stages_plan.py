@@ -76,12 +76,25 @@ def test_memory_adds_up_and_nothing_is_read_from_disk() -> None:
 
 
 def test_a_stage_reads_ahead_while_others_compute_what_its_ring_holds() -> None:
-    """Both stream: each waits for its reads, but for the two layers that were read during the other's turn."""
+    """Both stream three layers: two were read during the other's turn, the third is read once the first has left room for it."""
     plan = plan_stages(EIGHT, [machine("a", 301, seconds_per_byte=0.004), machine("b", 300, seconds_per_byte=0.004)])
     assert [stage.streamed_bytes for stage in plan.stages] == [300, 300]
     assert [turn.ahead_s for turn in plan.turns()] == [2.0, 2.0, 0.0]
-    assert [turn.waiting_s for turn in plan.turns()] == [0, 0, 0]  # 4 layers computed in 1.6 s; one is read meanwhile
-    assert plan.pass_s == pytest.approx(0.004 * 801)
+    # each layer computes for 0.4 s: the third streamed one, after one that stays, is asked for 0.8 s after the first, read in 1 s
+    assert [turn.waiting_s for turn in plan.turns()] == pytest.approx([0.2, 0.2, 0])
+    assert plan.pass_s == pytest.approx(0.004 * 801 + 2 * 0.2)
+    assert plan.seconds(2, 1) == pytest.approx(2 * 0.004 * 801)  # two texts compute longer than that
+
+
+def test_a_ring_with_room_for_little_more_than_a_unit_waits_for_most_of_its_reads() -> None:
+    """Stages of layers that are all streamed: of each, two are read ahead."""
+    units = model(*[100] * 12)
+    machines = [machine("a", 201, seconds_per_byte=0.0), machine("b", 200, seconds_per_byte=0.0)]
+    plan = row_of_stages(units, machines, [(0, range(3)), (1, range(3, 6)), (0, range(6, 9)), (1, range(9, 12))])
+    assert plan.pass_s == pytest.approx(6.0)  # both disks always read
+    slower = row_of_stages(units, [machine("a", 201), machine("b", 200)], [(0, range(6)), (1, range(6, 12))])
+    assert [turn.waiting_s for turn in slower.turns()] == pytest.approx([3.6, 3.6, 0])  # 4 s, of which 0.1 s of computing each
+    assert slower.pass_s == pytest.approx(0.001 * 1201 + 2 * 3.6)
 
 
 def test_a_disk_is_never_busier_than_a_pass_is_long() -> None:

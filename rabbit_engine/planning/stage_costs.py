@@ -1,11 +1,12 @@
 """What a stage costs a pass: its computing, its reads, its messages. Pure.
 
 A stage computes with its weights and, if they do not all stay, reads the others from disk meanwhile, through a ring. While other
-stages compute, it fills the ring for its next turn, and no more than the ring: so a turn takes
+stages compute, it fills the ring for its next turn, and no more than the ring: so a turn takes at least
 
     max(computing, reading - what was read ahead) + reading of experts that it lacks + messages to the stage and back
 
-and a pass of one text is the sum of the turns, but no shorter than all the reads of any one disk. The states of a text go from
+and more where units are large for their ring, as one is read into the room of those before it: `stage_waits` follows that. A pass
+of one text is the sum of the turns, but no shorter than all the reads of any one disk. The states of a text go from
 the driver to a stage and back to the driver, which sends them to the next: two messages a stage, none to the driver's own.
 """
 
@@ -75,19 +76,34 @@ def layered_units(partition: Partition, *, cached_tokens: int = 0) -> LayeredUni
 
 
 @dataclass(frozen=True, slots=True)
+class StreamedUnit:
+    """A unit of `used_bytes` that passes through the ring, for which `read_bytes` are read. Between the one before and this one,
+    `before_bytes` that stay are computed with."""
+
+    before_bytes: int
+    used_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StageWork:
-    """What a pass does with some units on one machine: `used_bytes` are computed with for every text, `streamed_bytes` read from
-    disk once for all of them. Of `experts`, alike in some number of layers, a number is cached."""
+    """What a pass does with some units on one machine: `used_bytes` are computed with for every text, the units `streamed` are
+    read from disk once for all of them. Of `experts`, alike in some number of layers, a number is cached."""
 
     layers: int = 0
     used_bytes: int = 0
-    streamed_bytes: int = 0
+    streamed: tuple[StreamedUnit, ...] = ()
     experts: tuple[tuple[Routing, int, int], ...] = ()
 
     @property
     def streams(self) -> bool:
         """Whether a pass reads any of it through the ring."""
-        return self.streamed_bytes > 0
+        return bool(self.streamed)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that a pass reads through the ring."""
+        return sum(unit.read_bytes for unit in self.streamed)
 
     def compute_s(self, machine: Machine, texts: int) -> float:
         """Seconds to compute with `texts` in one pass: the first use of a weight in full, each further one for less."""
@@ -118,15 +134,20 @@ def different_experts(routing: Routing, texts: int) -> float:
 def work_of(units: Iterable[UnitSize], plan: Plan, layers: int) -> StageWork:
     """The work with `units` of `layers` layers that `plan` places. What runs in few passes is left out."""
     cached = {layer.name: sum(layer.cached) for layer in plan.experts.layers}
-    used = streamed = 0
+    used = before = 0
+    streamed: list[StreamedUnit] = []
     experts: Counter[tuple[Routing, int]] = Counter()
     for unit in units:
         if unit.routing is not None:
             experts[unit.routing, cached.get(unit.name, unit.routing.count)] += 1
         elif not unit.rare and unit.role != "embedding":
             used += unit.nbytes
-            streamed += unit.disk_bytes if plan.tier_of[unit.name] == DISK else 0
-    return StageWork(layers, used, streamed, tuple((routing, held, count) for (routing, held), count in experts.items()))
+            if plan.tier_of[unit.name] == DISK:
+                streamed.append(StreamedUnit(before, unit.nbytes, unit.disk_bytes))
+                before = 0
+            else:
+                before += unit.nbytes
+    return StageWork(layers, used, tuple(streamed), tuple((routing, held, count) for (routing, held), count in experts.items()))
 
 
 def place_on(machine: Machine, units: Sequence[UnitSize], cache_bytes: int = 0) -> Plan:
@@ -153,7 +174,7 @@ def _too_small(machine: Machine, what_for: str, need: int) -> BudgetError:
 class Turn:
     """A stage's part of a pass, in seconds: computing, reading while it computes, of that what is read ahead, reading that
     computing waits for (`asked_s`), and messages there and back. Each message keeps the link of its machine busy for `wire_s`,
-    that of the driver for `driver_wire_s`."""
+    that of the driver for `driver_wire_s`. It waits `late_s` for its ring; if nobody has followed that, the least it must."""
 
     compute_s: float
     read_s: float = 0.0
@@ -162,6 +183,7 @@ class Turn:
     hop_s: float = 0.0
     wire_s: float = 0.0
     driver_wire_s: float = 0.0
+    late_s: float | None = None
 
     @property
     def disk_s(self) -> float:
@@ -171,7 +193,8 @@ class Turn:
     @property
     def waiting_s(self) -> float:
         """Seconds in which it waits for its disk and computes nothing."""
-        return max(0.0, self.read_s - self.ahead_s - self.compute_s) + self.asked_s
+        late_s = max(0.0, self.read_s - self.ahead_s - self.compute_s) if self.late_s is None else self.late_s
+        return late_s + self.asked_s
 
     @property
     def seconds(self) -> float:
@@ -183,7 +206,7 @@ class Turn:
         """What most of its time goes to."""
         if self.hop_s > self.compute_s + self.waiting_s:
             return "link"
-        return "disk" if max(self.read_s - self.ahead_s, self.asked_s) > self.compute_s else "computing"
+        return "disk" if max(self.read_s - self.ahead_s, self.waiting_s) > self.compute_s else "computing"
 
 
 def turn_of(work: StageWork, plan: Plan, machine: Machine, texts: int, driver: Machine, nbytes: int) -> Turn:

@@ -14,7 +14,11 @@ from rabbit_engine.planning import stages_report
 from rabbit_engine.planning.machines import Machine
 from rabbit_engine.planning.plan import Plan
 from rabbit_engine.planning.stage_costs import LayeredUnits, StageBound, StageWork, Turn, place_on, turn_of, work_of
+from rabbit_engine.planning.stage_waits import RingUse, with_waits
 from rabbit_engine.utils.report import Report
+
+_ROUNDING = 1e-9
+"""Of sums of seconds that differ by as little, none is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +127,12 @@ class StagesPlan(Report):
         for stage in self.stages:
             there = before == stage.machine.name  # the states are there already
             before = stage.machine.name
-            found.append(turn_of(stage.work, stage.plan, stage.machine, texts, self.driver, 0 if there else nbytes))
-        return (*found, turn_of(self.ends, self.ends_plan, self.driver, texts, self.driver, 0))
+            found.append(self._use(stage.work, stage.plan, stage.machine, texts, 0 if there else nbytes))
+        return with_waits((*found, self._use(self.ends, self.ends_plan, self.driver, texts, 0)))
+
+    def _use(self, work: StageWork, plan: Plan, machine: Machine, texts: int, nbytes: int) -> RingUse:
+        turn = turn_of(work, plan, machine, texts, self.driver, nbytes)
+        return RingUse(turn, work, id(plan), plan.ring_bytes, machine.disk_rate)
 
     @property
     def pass_s(self) -> float:
@@ -180,7 +188,7 @@ class StagesPlan(Report):
         groups = self.groups(texts)
         turns = self.turns(-(-texts // groups))
         busiest, name, kind = self._busiest(turns)
-        if groups * busiest >= sum(turn.seconds for turn in turns):
+        if groups * busiest >= sum(turn.seconds for turn in turns) * (1 - _ROUNDING):
             return kind, name
         parts: dict[StageBound, float] = {
             "computing": sum(turn.compute_s for turn in turns),
