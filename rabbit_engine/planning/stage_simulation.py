@@ -1,8 +1,8 @@
 """Simulates passes over a row of stages: machines, disks, links and failures, event by event. Pure; a seed gives one result.
 
-Where `stages_plan` adds up, here groups of texts wait for each other at machines and links, and a ring holds pieces of what a
-stage streams. A machine that fails loses the caches of all texts: each is computed again from its tokens, in one pass through all
-stages, as soon as the machine is back.
+Where `stages_plan` adds up, here groups of texts wait for each other at machines and links. A ring holds as many pieces of what a
+stage streams as it holds units of their average size. A machine that fails loses the caches of all texts: each is computed again
+from its tokens, in one pass through all stages, as soon as the machine is back.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rabbit_engine.errors import ConfigurationError
+from rabbit_engine.planning.plan import Plan
+from rabbit_engine.planning.stage_costs import StageWork
 from rabbit_engine.planning.stages_plan import StagesPlan
 
 RING_PIECES = 8
-"""Pieces of weights in a ring: a piece is read while others are there or in use."""
+"""Pieces of weights in a ring, if nothing else is known: a piece is read while others are there or in use."""
 
 _MOST_FAILURES = 10_000
 
@@ -92,8 +94,9 @@ def stations_of(plan: StagesPlan, texts: int = 1, groups: int = 1) -> tuple[Stat
     for machine in {machine.name: machine for machine in owners}.values():
         crowds[machine.processors_name] += machine.processors_share
     plans = [*(stage.plan for stage in plan.stages), plan.ends_plan]
+    works = [*(stage.work for stage in plan.stages), plan.ends]
     found = []
-    for turn, machine, own in zip(plan.turns(texts), owners, plans, strict=True):
+    for turn, machine, own, work in zip(plan.turns(texts), owners, plans, works, strict=True):
         sharing = sum(disk == machine.disk_name for disk in used.values())
         found.append(
             Station(
@@ -101,7 +104,8 @@ def stations_of(plan: StagesPlan, texts: int = 1, groups: int = 1) -> tuple[Stat
                 compute_s=turn.compute_s * max(1.0, crowds[machine.processors_name] * min(1.0, groups / len(used))),
                 read_s=turn.read_s * sharing,
                 asked_s=turn.asked_s * sharing,
-                pieces=max(1, math.ceil(turn.read_s * RING_PIECES / turn.ahead_s)) if turn.ahead_s else 1,
+                pieces=max(1, len(work.streamed)),
+                slots=_slots(work, own),
                 wire_s=turn.wire_s,
                 driver_wire_s=turn.driver_wire_s,
                 latency_s=machine.link_latency_s if turn.hop_s else 0.0,
@@ -110,6 +114,12 @@ def stations_of(plan: StagesPlan, texts: int = 1, groups: int = 1) -> tuple[Stat
             )
         )
     return tuple(found)
+
+
+def _slots(work: StageWork, plan: Plan) -> int:
+    """The units of average size that the ring holds at once."""
+    nbytes = sum(unit.used_bytes for unit in work.streamed)
+    return max(1, plan.ring_bytes * len(work.streamed) // nbytes) if nbytes else RING_PIECES
 
 
 def simulate_plan(
