@@ -37,18 +37,18 @@ def with_waits(uses: tuple[RingUse, ...]) -> tuple[Turn, ...]:
     """The turns of a pass, in order, each with the seconds that it waits for its ring."""
     if not any(use.work.streamed for use in uses):
         return tuple(use.turn for use in uses)
-    rings: dict[int, _Ring] = {}
+    rings: dict[int, _RingReads] = {}
     waits, now = [0.0] * len(uses), 0.0
     for number in range(_PASSES):
         for index, use in enumerate(uses):
-            ring = rings.setdefault(use.ring, _Ring(Arena(use.ring_bytes), use.disk_rate))
+            ring = rings.setdefault(use.ring, _RingReads(Arena(use.ring_bytes), use.disk_rate))
             waited, now = _visit(use, ring, now)
             waits[index] += waited if number >= _PASSES - _COUNTED else 0.0
     return tuple(replace(use.turn, late_s=late_s / _COUNTED) for use, late_s in zip(uses, waits, strict=True))
 
 
 @dataclass(slots=True)
-class _Ring:
+class _RingReads:
     """When its disk has read what was asked, and the units that are done with but not yet overwritten: when, and their places."""
 
     arena: Arena
@@ -72,7 +72,7 @@ class _Ring:
         return when
 
 
-def _visit(use: RingUse, ring: _Ring, now: float) -> tuple[float, float]:
+def _visit(use: RingUse, ring: _RingReads, now: float) -> tuple[float, float]:
     """The seconds that a turn which begins `now` waits for its ring, and when it ends."""
     waited, left_s = 0.0, use.turn.compute_s
     pace = left_s / use.work.used_bytes if use.work.used_bytes else 0.0
