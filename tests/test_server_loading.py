@@ -110,12 +110,13 @@ def test_a_stream_shows_that_its_model_is_being_loaded(url: str, slow: Slow, pat
 
 
 def test_the_packages_of_the_apis_take_the_signs_of_life(url: str, slow: Slow) -> None:
-    wait = threading.Timer(0.4, slow.go.set)
+    timeout_s = 2.5  # for the signs, on a machine that much else uses; loading takes longer than it
+    wait = threading.Timer(timeout_s + 0.3, slow.go.set)
     wait.start()
-    keywords: dict[str, Any] = {"api_key": "none", "timeout": 0.35, "max_retries": 0}
+    keywords: dict[str, Any] = {"api_key": "none", "timeout": timeout_s, "max_retries": 0}
     chats = openai.OpenAI(base_url=f"{url}/v1", **keywords).chat.completions
     messages = anthropic.Anthropic(base_url=url, **keywords).messages
-    chat = ollama.Client(url, timeout=0.35).chat
+    chat = ollama.Client(url, timeout=timeout_s).chat
     answers: list[Any] = []
     for ask in (
         lambda: chats.create(**HI).choices[0].message.content,
